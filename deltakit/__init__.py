@@ -1,0 +1,1 @@
+"""Deltas for any frozen PyTorch backbone."""

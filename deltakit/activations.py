@@ -1,0 +1,83 @@
+"""Hidden states in what a module is given and in what it returns: the only file that knows containers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltakit.errors import TargetError
+
+# The keyword names under which transformers and torch modules take their hidden states or ids.
+_INPUT_NAMES = ("hidden_states", "input", "x", "inputs", "hidden_state", "input_ids", "src", "query")
+
+
+def hidden_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The tensor of hidden states (or ids) that a module was called with, positional or by keyword.
+
+    Raises:
+        TargetError: if no argument is a tensor.
+    """
+    if args and isinstance(args[0], Tensor):
+        return args[0]
+    for name in _INPUT_NAMES:
+        if isinstance(kwargs.get(name), Tensor):
+            return kwargs[name]
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value
+    raise TargetError(
+        f"no tensor among the arguments of the target: expected hidden states, found {_kinds(args, kwargs)}; "
+        "attach to a module that takes its hidden states as an argument"
+    )
+
+
+def hidden_output(output: Any) -> Tensor:
+    """The tensor of hidden states in a module's result: the result itself or its first tensor.
+
+    Raises:
+        TargetError: if the result holds no tensor.
+    """
+    if isinstance(output, Tensor):
+        return output
+    key = _hidden_key(output)
+    value: Tensor = output[key]
+    return value
+
+
+def replace_hidden(output: Any, new: Tensor) -> Any:
+    """A result of the same type as `output`, with its hidden states replaced by `new`."""
+    if isinstance(output, Tensor):
+        return new
+    key = _hidden_key(output)
+    if isinstance(output, tuple):
+        items = (*output[:key], new, *output[key + 1 :])
+        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+    if isinstance(output, list):
+        return [*output[:key], new, *output[key + 1 :]]
+    # A ModelOutput is rebuilt by its constructor: its dict entries and its attributes must not part ways.
+    return type(output)(**{**output, key: new})
+
+
+def _hidden_key(output: Any) -> Any:
+    if isinstance(output, tuple | list):
+        items: Any = enumerate(output)
+    elif isinstance(output, Mapping):
+        if isinstance(output.get("last_hidden_state"), Tensor):
+            return "last_hidden_state"
+        items = output.items()
+    else:
+        items = ()
+    for key, value in items:
+        if isinstance(value, Tensor) and torch.is_floating_point(value):
+            return key
+    raise TargetError(
+        f"no floating-point tensor in the result of the target: expected a tensor, or a tuple, list or mapping "
+        f"with one, found {type(output).__name__}; attach to a module whose result holds its hidden states"
+    )
+
+
+def _kinds(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    kinds = [type(value).__name__ for value in args]
+    kinds += [f"{name}={type(value).__name__}" for name, value in kwargs.items()]
+    return ", ".join(kinds) or "no arguments"

@@ -1,0 +1,176 @@
+"""What a method is: a frozen dataclass of options that builds one delta module for each of its targets.
+
+A new method is one file in `deltakit/methods/`: a `Method` subclass with a name, and the `DeltaModule` it builds.
+Nothing else is edited; matching, attaching, saving, drawing and the contract tests find it by its name.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from deltakit.activations import hidden_input, hidden_output, replace_hidden
+from deltakit.errors import CheckpointError, OptionError, TargetError
+
+METHODS: dict[str, type["Method"]] = {}
+"""Every method by its name; filled as their classes are defined."""
+
+Selector = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module that a selector picked: its path, and other paths under which the same instance is registered.
+
+    `width` is the size of the hidden states in the block around it, in elements, where the structure tells.
+    """
+
+    path: str
+    module: nn.Module
+    aliases: tuple[str, ...] = ()
+    width: int | None = None
+
+
+class DeltaModule(nn.Module):
+    """The small module that a method puts at one target, registered there as a child.
+
+    `forward(x, y)` takes what the target was given and what it returned, and gives what it shall return instead.
+    A method that needs more overrides `before` (called ahead of the target) or `after` (called behind it).
+    """
+
+    always_after: ClassVar[bool] = False
+    """Whether `after` runs even when the target's forward raises (to close what `before` opened)."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} overrides neither forward nor after")
+
+    def before(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """None, or the (args, kwargs) that the target shall be called with instead."""
+        return None
+
+    def after(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """What the target shall return instead of `output`."""
+        y = hidden_output(output)
+        return replace_hidden(output, self(hidden_input(args, kwargs), y))
+
+    def weight_update(self, target: nn.Module) -> Mapping[str, Tensor]:
+        """What merging adds to each parameter of the target, by the parameter's name, in float32.
+
+        Raises:
+            TargetError: if the method is no change of weights.
+        """
+        raise TargetError(f"{type(self).__name__} is not a change of weights: it cannot be merged; leave it attached")
+
+    def saved_state(self) -> dict[str, Tensor]:
+        """The tensors that a file holds for this target, by the method's own parameter names."""
+        return dict(self.state_dict())
+
+    def load_saved(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over tensors that `saved_state` gave, of exactly these names and shapes."""
+        self.load_state_dict(dict(state))
+
+    def summary(self) -> str:
+        """The configuration in a few words for trees and reports, such as `r=8 alpha=16`."""
+        return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What to attach and where. `at`: selectors, by default the positions of the method's paper.
+
+    `of` narrows the targets to modules of a type (a class, or its name), `exclude` takes selectors out again.
+    """
+
+    at: Selector | None = None
+    of: type[nn.Module] | str | Sequence[type[nn.Module] | str] | None = None
+    exclude: Selector | None = None
+
+    name: ClassVar[str]
+    default_at: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """Default positions as roles. Of each inner tuple the first role that a unit (one attention or one
+    feed-forward part) has is taken in that unit."""
+
+    identity: ClassVar[bool] = True
+    """Whether attached and untrained is bit for bit the backbone alone."""
+
+    def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if name is not None:
+            cls.name = name
+            METHODS[name] = cls
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "of", type_names(self.of))
+        for option in ("at", "exclude"):
+            value = getattr(self, option)
+            if value is not None and not isinstance(value, str):
+                object.__setattr__(self, option, tuple(value))
+        self.validate()
+
+    def validate(self) -> None:
+        """Raises `OptionError` if an option is out of its range. Overridden by each method with options."""
+
+    def default_targets(self, backbone: nn.Module) -> Sequence[str] | None:
+        """The default paths where roles cannot say them; None to use `default_at`."""
+        return None
+
+    def place(self, backbone: nn.Module, selected: Sequence[Target]) -> Sequence[Target]:
+        """The modules that get a delta module when `selected` were picked; by default the same."""
+        return selected
+
+    def build(self, backbone: nn.Module, targets: Sequence[Target]) -> dict[str, DeltaModule]:
+        """One delta module for each target's path. All targets are given, so that they may share parameters."""
+        return {target.path: self.build_at(target) for target in targets}
+
+    def build_at(self, target: Target) -> DeltaModule:
+        """The delta module for one target, on its device and in its dtype.
+
+        Raises:
+            TargetError: if the method cannot serve this type of module.
+        """
+        raise NotImplementedError(f"{type(self).__name__} overrides neither build nor build_at")
+
+    def train_also(self) -> tuple[str, ...]:
+        """Selectors of backbone modules that are trained whole beside the delta modules."""
+        return ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The method as plain data, as a delta's file holds it: `{"method": name, option: value}`."""
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {"method": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The method that `to_dict` described.
+
+        Raises:
+            CheckpointError: if the method, or one of its options, is unknown to this version.
+        """
+        name = data.get("method")
+        kind = METHODS.get(str(name))
+        if kind is None:
+            raise CheckpointError(f"unknown method {name!r}: expected one of {', '.join(sorted(METHODS))}")
+        options = {key: value for key, value in data.items() if key != "method"}
+        unknown = sorted(options.keys() - {field.name for field in fields(kind)})
+        if unknown:
+            raise CheckpointError(f"method {name!r} has no option {', '.join(unknown)}; a newer deltakit wrote this")
+        return kind(**options)  # type: ignore[return-value]
+
+
+def type_names(
+    of: type[nn.Module] | str | Sequence[type[nn.Module] | str] | None,
+) -> tuple[str, ...] | None:
+    """The types of a `of=` as names, so that a method can be saved. None stays None (any type).
+
+    >>> type_names(nn.Linear)
+    ('torch.nn.modules.linear.Linear',)
+    """
+    if of is None:
+        return None
+    kinds = (of,) if isinstance(of, str | type) else tuple(of)
+    for kind in kinds:
+        if not isinstance(kind, str | type):
+            raise OptionError(f"of={kind!r}: expected a module class or its name, found {type(kind).__name__}")
+    return tuple(kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
