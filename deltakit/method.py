@@ -43,6 +43,14 @@ class DeltaModule(nn.Module):
     always_after: ClassVar[bool] = False
     """Whether `after` runs even when the target's forward raises (to close what `before` opened)."""
 
+    record: Any = None
+    """The state of the delta that this module belongs to (`deltakit.delta.Record`), shared by all its modules."""
+
+    @property
+    def live(self) -> bool:
+        """Whether the delta takes part in forwards: active, and not merged into the weights."""
+        return self.record is None or (self.record.active and not self.record.merged)
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} overrides neither forward nor after")
 
