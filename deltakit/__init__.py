@@ -1,1 +1,63 @@
-"""Deltas for any frozen PyTorch backbone."""
+"""Deltas for any frozen PyTorch backbone: attach by hooks, train, show, save, load, detach.
+
+>>> import torch, deltakit as dk
+>>> model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.ReLU(), torch.nn.Linear(7, 3))
+>>> delta = dk.attach(model, dk.LoRA(r=2, at="0"))
+>>> delta
+delta 'delta' on Sequential: attached, active, trainable
+  lora r=2 alpha=16                    1 target  +24
+      0
+24 parameters, 36.4 % of the backbone's 66
+"""
+
+from deltakit import methods as methods
+from deltakit.attach import attach, load
+from deltakit.delta import Delta, base_state_dict, deltas
+from deltakit.errors import (
+    BackboneMismatch,
+    CheckpointError,
+    DeltaError,
+    DeltaWarning,
+    HubError,
+    OptionError,
+    RoleError,
+    SelectorError,
+    StateError,
+    TargetError,
+)
+from deltakit.method import METHODS, DeltaModule, Method, Target
+from deltakit.methods.adapter import Adapter
+from deltakit.methods.bitfit import BitFit
+from deltakit.methods.lora import LoRA
+from deltakit.plan import Plan, plan
+from deltakit.targets import select
+from deltakit.version import __version__
+
+__all__ = [
+    "METHODS",
+    "Adapter",
+    "BackboneMismatch",
+    "BitFit",
+    "CheckpointError",
+    "Delta",
+    "DeltaError",
+    "DeltaModule",
+    "DeltaWarning",
+    "HubError",
+    "LoRA",
+    "Method",
+    "OptionError",
+    "Plan",
+    "RoleError",
+    "SelectorError",
+    "StateError",
+    "Target",
+    "TargetError",
+    "__version__",
+    "attach",
+    "base_state_dict",
+    "deltas",
+    "load",
+    "plan",
+    "select",
+]

@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from deltakit.activations import hidden_input, hidden_output, replace_hidden
 from deltakit.errors import CheckpointError, OptionError, TargetError
@@ -79,6 +78,13 @@ class DeltaModule(nn.Module):
         """Takes over tensors that `saved_state` gave, of exactly these names and shapes."""
         self.load_state_dict(dict(state))
 
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        # A base checkpoint must load strictly while deltas are attached: where it holds nothing of this delta module,
+        # the module keeps what it has. That a checkpoint holds only a part of a delta is reported by `hooks.ReportPart`.
+        if not any(name.startswith(prefix) for name in state_dict):
+            state_dict.update(self.state_dict(prefix=prefix, keep_vars=True))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def summary(self) -> str:
         """The configuration in a few words for trees and reports, such as `r=8 alpha=16`."""
         return ""
@@ -120,6 +126,11 @@ class Method:
     def validate(self) -> None:
         """Raises `OptionError` if an option is out of its range. Overridden by each method with options."""
 
+    @property
+    def default_roles(self) -> tuple[tuple[str, ...], ...]:
+        """The default positions with these options; `default_at` unless an option changes them."""
+        return self.default_at
+
     def default_targets(self, backbone: nn.Module) -> Sequence[str] | None:
         """The default paths where roles cannot say them; None to use `default_at`."""
         return None
@@ -150,7 +161,7 @@ class Method:
         return {"method": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+    def from_dict(cls, data: Mapping[str, Any]) -> "Method":
         """The method that `to_dict` described.
 
         Raises:
@@ -164,7 +175,7 @@ class Method:
         unknown = sorted(options.keys() - {field.name for field in fields(kind)})
         if unknown:
             raise CheckpointError(f"method {name!r} has no option {', '.join(unknown)}; a newer deltakit wrote this")
-        return kind(**options)  # type: ignore[return-value]
+        return kind(**options)
 
 
 def type_names(

@@ -1,0 +1,143 @@
+"""The verbs of the main path: `attach` methods to a backbone, `load` a saved delta onto one."""
+
+import time
+import warnings
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from deltakit import checkpoint, hub
+from deltakit.config import backbone_identity, expanded, methods_of
+from deltakit.delta import Delta
+from deltakit.errors import BackboneMismatch, CheckpointError, DeltaWarning, StateError
+from deltakit.fingerprint import differences
+from deltakit.method import Method, Selector
+from deltakit.plan import Plan, original, plan
+from deltakit.state import Record, Site, label_of, sites_of, tensors_of
+from deltakit.targets import Modules
+
+AUTOMATIC_NAME = "delta"
+
+
+def attach(
+    backbone: nn.Module, *methods: Method, name: str | None = None, train: Selector = (), freeze: bool = True
+) -> Delta:
+    """The delta that these methods make on the backbone, attached, active and trainable; all else is frozen.
+
+    Args:
+        name: the delta's name among those on this backbone; needed only to stack a method on another of its kind.
+        train: selectors of backbone modules that are trained whole and belong to the delta, such as "@head".
+        freeze: whether the backbone's own parameters stop asking for gradients until the delta is detached.
+
+    Raises:
+        SelectorError: if a selector picks nothing; nearest paths are named.
+        RoleError: if a default position is not found on this backbone.
+        TargetError: if a method cannot serve a module that was picked.
+        OptionError: if there is no method, or an option does not fit a target.
+        StateError: if the name is taken, or the same method is at one of the targets already.
+    """
+    planned = plan(backbone, *methods, train=train)
+    _refuse_stacking(planned, name)
+    own = dict(tensors_of(planned.backbone)) if planned.whole else {}
+    record = _record(planned.backbone, planned.methods, name, freeze, planned.train)
+    record.whole = {key: own[key].detach().clone() for key in planned.whole}
+    return Delta(planned.backbone, record, _sites(planned.modules, planned.built)).attach()
+
+
+def load(
+    source: str | PathLike[str],
+    backbone: nn.Module,
+    *,
+    name: str | None = None,
+    freeze: bool = True,
+    check: Literal["error", "warn"] = "error",
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Delta:
+    """The delta saved in a folder or a Hub repository, attached to the backbone as it was when it was saved.
+
+    Args:
+        check: what to do when the backbone is not the one that the delta was trained on.
+        revision: a branch, tag or commit of the repository.
+
+    Raises:
+        CheckpointError: if there is no delta, it is damaged, or its tensors do not fit; nothing is changed then.
+        BackboneMismatch: if the backbone differs from the one that the delta was trained on.
+        HubError: if the repository cannot be read.
+    """
+    backbone = original(backbone)
+    modules = Modules(backbone)
+    folder = hub.resolve(source, revision=revision, token=token)
+    # Other formats enter here: what is in the folder says which reader turns it into a config and tensors.
+    config, tensors = checkpoint.read(folder)
+    where = str(source)
+    _check_backbone(config, backbone, where, check)
+    found = methods_of(config)
+    for _, paths in found:
+        _check_paths(modules, paths, where)
+    built = [method.build(backbone, [modules.target(path) for path in paths]) for method, paths in found]
+    record = _record(backbone, [m for m, _ in found], name or config["name"], freeze, config["train"]["selectors"])
+    own = dict(tensors_of(backbone))
+    whole = expanded(config["train"]["names"])
+    _check_paths(own, whole, where)
+    record.whole = {key: own[key].detach().clone() for key in whole}
+    delta = Delta(backbone, record, _sites(modules, built))
+    delta.load_state_dict(tensors, where=where)
+    return delta.attach()
+
+
+def _record(backbone: nn.Module, methods: Any, name: str | None, freeze: bool, train: Any) -> Record:
+    if name is not None and (not name or "." in name):
+        raise StateError(f"name={name!r}: expected a word without dots, for it becomes part of parameters' names")
+    # The order of first attachment must hold between deltas that were never attached at one time: so it is a clock.
+    order = max([time.time_ns(), *(record.order + 1 for record, _ in sites_of(backbone).values())])
+    return Record(name or AUTOMATIC_NAME, tuple(methods), order, freeze, named=name is not None, train=tuple(train))
+
+
+def _sites(modules: Modules, built: Any) -> list[Site]:
+    return [
+        Site(path, modules.by_path[path], module, index)
+        for index, of_method in enumerate(built)
+        for path, module in of_method.items()
+    ]
+
+
+def _refuse_stacking(planned: Plan, name: str | None) -> None:
+    if name is not None:
+        return
+    taken = {
+        (s.path, label_of(r, s.index).split("_")[0]): r.name
+        for r, sites in sites_of(planned.backbone).values()
+        for s in sites
+    }
+    for method, built in zip(planned.methods, planned.built, strict=True):
+        for path in built:
+            if (path, method.name) in taken:
+                raise StateError(
+                    f"{path}: delta {taken[path, method.name]!r} has a {method.name} there already; detach() that one "
+                    "first, or give this one a name= to put it on top"
+                )
+
+
+def _check_backbone(config: Mapping[str, Any], backbone: nn.Module, where: str, check: str) -> None:
+    if check not in ("error", "warn"):
+        raise CheckpointError(f"check={check!r}: expected 'error' or 'warn'")
+    other = differences(config["backbone"]["fingerprint"], backbone_identity(backbone)["fingerprint"])
+    if not other:
+        return
+    message = f"{where}: this is not the backbone the delta was trained on: {other[0]}"
+    if check == "error":
+        raise BackboneMismatch(f"{message}; load that one, or pass check='warn' if you mean it")
+    warnings.warn(message, DeltaWarning, stacklevel=3)
+
+
+def _check_paths(known: Modules | Mapping[str, Tensor], paths: list[str], where: str) -> None:
+    there = known.by_path if isinstance(known, Modules) else known
+    missing = [path for path in paths if path not in there]
+    if missing:
+        raise CheckpointError(
+            f"{where}: {len(missing)} of its {len(paths)} places are not in this backbone, such as {missing[0]}; "
+            "was it trained on another one?"
+        )

@@ -1,0 +1,283 @@
+"""The handle of one delta on one backbone: attached or not, active or not, trainable or not; saved and merged."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from torch import Tensor, nn
+
+from deltakit import checkpoint, hub, merging
+from deltakit.card import model_card
+from deltakit.config import delta_config
+from deltakit.errors import StateError
+from deltakit.freeze import Ledger, own_parameters
+from deltakit.hooks import feed_gradients, put, take, watch_loading
+from deltakit.method import DeltaModule, Method
+from deltakit.report import Line, share, table
+from deltakit.state import Record, Site, key_of, label_of, refresh_gradients, sites_of, swap_whole, tensors_of
+from deltakit.targets import join
+
+
+class Delta:
+    """One or more methods on one backbone, with all their delta modules.
+
+    `attached`, `active` and `trainable` are independent: no call changes one through another.
+    """
+
+    def __init__(self, backbone: nn.Module, record: Record, sites: list[Site]) -> None:
+        self.backbone = backbone
+        self._record = record
+        self._sites = sites
+
+    @property
+    def name(self) -> str:
+        return self._record.name
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        return self._record.methods
+
+    @property
+    def modules(self) -> dict[str, list[DeltaModule]]:
+        """The delta modules at each target's path."""
+        modules: dict[str, list[DeltaModule]] = {}
+        for site in self._sites:
+            modules.setdefault(site.path, []).append(site.module)
+        return modules
+
+    @property
+    def attached(self) -> bool:
+        """Whether the delta modules are in the backbone."""
+        return self._sites[0].key is not None
+
+    @property
+    def active(self) -> bool:
+        """Whether the delta takes part in forwards while it is attached. Can be set."""
+        return self._record.active
+
+    @active.setter
+    def active(self, active: bool) -> None:
+        if self.merged and bool(active) != self.active:
+            raise StateError(f"delta {self.name!r} is merged into the weights: unmerge() it before changing active")
+        self._record.active = bool(active)
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the delta's parameters ask for gradients. Can be set."""
+        return self._record.trainable
+
+    @trainable.setter
+    def trainable(self, trainable: bool) -> None:
+        self._record.trainable = bool(trainable)
+        for site in self._sites:
+            site.module.requires_grad_(bool(trainable))
+        if self.attached:
+            refresh_gradients(self.backbone, self._record.ledger)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the delta is merged into the backbone's weights."""
+        return bool(self._record.merged)
+
+    def attach(self) -> "Delta":
+        """The delta itself, put back: at each target deltas apply in the order in which they were first attached.
+
+        Raises:
+            StateError: if it is attached, or if another delta took its name meanwhile.
+        """
+        record = self._record
+        if self.attached:
+            raise StateError(f"delta {self.name!r} is attached already; detach() it before attaching it again")
+        others = [other for other, _ in sites_of(self.backbone).values()]
+        record.name = free_name(record.name, others, chosen=record.named)
+        for site in self._sites:
+            key = key_of(record, site.index)
+            if hasattr(site.target, key):
+                raise StateError(
+                    f"{site.path}: it has an attribute {key!r} of its own; choose another name= for the delta"
+                )
+        record.ledger = others[0].ledger if others else Ledger()
+        for site in self._sites:
+            site.module.record = record
+            put(site.target, key_of(record, site.index), site.module)
+        swap_whole(self.backbone, record)
+        self._settle()
+        return self
+
+    def detach(self) -> "Delta":
+        """The delta itself, taken off: the backbone is bit for bit as it was. A detached delta is left as it is."""
+        if not self.attached:
+            return self
+        if self.merged:
+            self.unmerge()
+        swap_whole(self.backbone, self._record)
+        for site in self._sites:
+            take(site.target, str(site.key))
+        self._settle()
+        return self
+
+    def _settle(self) -> None:
+        refresh_gradients(self.backbone, self._record.ledger)
+        feed_gradients(self.backbone)
+        watch_loading(self.backbone)
+
+    @contextmanager
+    def detached(self) -> Iterator[nn.Module]:
+        """The bare backbone for the time of a `with` block; the delta is as before afterwards, whatever happens."""
+        was = self.attached
+        merged = self.merged
+        self.detach()
+        try:
+            yield self.backbone
+        finally:
+            if was and not self.attached:
+                self.attach()
+                if merged:
+                    self.merge()
+
+    def merge(self) -> "Delta":
+        """The delta itself, added to the backbone's weights: no cost in forwards. Saving stays as before.
+
+        Raises:
+            StateError: if it is not attached and active, if a weight is tied, or another delta is merged into it.
+            TargetError: if one of its methods is no change of weights.
+        """
+        if not (self.attached and self.active) or self.merged:
+            raise StateError(
+                f"delta {self.name!r}: merging expects it attached, active and not merged; it is {self._states()}"
+            )
+        merging.merge(self.backbone, self._record, self._sites)
+        return self
+
+    def unmerge(self) -> "Delta":
+        """The delta itself, out of the weights again: they are bit for bit as they were.
+
+        Raises:
+            StateError: if it is not merged.
+        """
+        if not self.merged:
+            raise StateError(f"delta {self.name!r} is not merged: it is {self._states()}")
+        merging.unmerge(self.backbone, self._record)
+        return self
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Everything the delta trains, by the names of its file: its modules' parameters and what it trains whole."""
+        for site in self._sites:
+            for name, parameter in site.module.named_parameters():
+                yield self._key(site, name), parameter
+        own = dict(tensors_of(self.backbone)) if self._record.whole else {}
+        for name in self._record.whole:
+            if isinstance(own[name], nn.Parameter):
+                yield name, own[name]  # type: ignore[misc]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Everything the delta trains: what an optimiser takes."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the delta trains, those of modules trained whole among them."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The delta's tensors as its file holds them: path, method and parameter name; never the delta's name."""
+        state = {
+            self._key(site, name): value for site in self._sites for name, value in site.module.saved_state().items()
+        }
+        own = dict(tensors_of(self.backbone)) if self.attached and self._record.whole else self._record.whole
+        return state | {name: own[name].detach() for name in self._record.whole}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], *, where: str = "the state dict") -> None:
+        """Takes over all tensors of a `state_dict()`.
+
+        Raises:
+            CheckpointError: if a name is missing or left over, or a shape differs; nothing is changed then.
+        """
+        expected = self.state_dict()
+        checkpoint.check_tensors(state, expected, where=where)
+        for site in self._sites:
+            names = site.module.saved_state()
+            site.module.load_saved({name: state[self._key(site, name)] for name in names})
+        own = dict(tensors_of(self.backbone)) if self.attached else self._record.whole
+        for name in self._record.whole:
+            own[name].detach().copy_(state[name])
+
+    def save(self, folder: str | PathLike[str]) -> Path:
+        """The folder, which now holds the delta: its config, its tensors and a model card (a few hundred KB)."""
+        path = Path(folder)
+        config = delta_config(self.backbone, self._record, self._sites, self.num_parameters)
+        checkpoint.write(path, config, self.state_dict(), model_card(config, base_model=config["backbone"]["id"]))
+        return path
+
+    def push(
+        self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, message: str | None = None
+    ) -> str:
+        """The URL of the Hub repository to which the delta was uploaded, created if it is not there.
+
+        Raises:
+            HubError: if the Hub cannot be reached or refuses.
+        """
+        with TemporaryDirectory() as folder:
+            return hub.push(self.save(folder), repo_id, private=private, token=token, commit_message=message)
+
+    def _key(self, site: Site, name: str) -> str:
+        return join(site.path, f"{label_of(self._record, site.index)}.{name}")
+
+    def _states(self) -> str:
+        states = (("attached", self.attached), ("active", self.active), ("trainable", self.trainable))
+        return ", ".join(word if on else f"not {word}" for word, on in states) + (", merged" if self.merged else "")
+
+    def __repr__(self) -> str:
+        lines = [
+            Line(
+                method.name, self._summary(index), [s.path for s in self._sites if s.index == index], self._size(index)
+            )
+            for index, method in enumerate(self.methods)
+        ]
+        own = dict(own_parameters(self.backbone))
+        whole = [name for name in self._record.whole if name in own]
+        rows = table(lines, whole=whole, whole_parameters=sum(own[name].numel() for name in whole))
+        total = sum(parameter.numel() for parameter in own.values())
+        head = f"delta {self.name!r} on {type(self.backbone).__name__}: {self._states()}"
+        return "\n".join(
+            [
+                head,
+                *rows,
+                f"{self.num_parameters:,} parameters, {share(self.num_parameters, total)} of the backbone's {total:,}",
+            ]
+        )
+
+    def _summary(self, index: int) -> str:
+        return next((site.module.summary() for site in self._sites if site.index == index), "")
+
+    def _size(self, index: int) -> int:
+        return sum(p.numel() for site in self._sites if site.index == index for p in site.module.parameters())
+
+
+def free_name(wanted: str, others: list[Record], *, chosen: bool) -> str:
+    """A name that no other attached delta has: the wanted one, or, unless the user chose it, one with a number.
+
+    Raises:
+        StateError: if the user chose it and it is taken.
+    """
+    taken = {record.name for record in others}
+    if wanted not in taken:
+        return wanted
+    if chosen:
+        raise StateError(
+            f"a delta named {wanted!r} is attached already; give this one another name=, or detach that one"
+        )
+    return next(name for name in (f"delta_{number}" for number in range(2, len(taken) + 3)) if name not in taken)
+
+
+def deltas(backbone: nn.Module) -> list[Delta]:
+    """The deltas attached to a backbone, in their order: in a deepcopy or an unpickled model, the copies."""
+    return [Delta(backbone, record, sites) for record, sites in sites_of(backbone).values()]
+
+
+def base_state_dict(backbone: nn.Module) -> dict[str, Tensor]:
+    """The backbone's state dict without the deltas' keys: what it would save if nothing were attached."""
+    own = {name for name, _ in tensors_of(backbone)}
+    return {name: value for name, value in backbone.state_dict().items() if name in own}

@@ -1,0 +1,79 @@
+"""Adapter: y = y + f(y W_d + b_d) W_u + b_u.  Houlsby et al. 2019, https://arxiv.org/abs/1902.00751, section 2.1.
+
+It stands after the output projection of the attention and of the feed-forward part, before the residual is added
+(figure 2). The authors initialise both weights near zero; here W_u is exactly zero, so that an untrained adapter is the
+identity. Size 64 and GELU are the defaults of the authors' code; they train the layer norms too: `norms=True`.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from deltakit.errors import OptionError
+from deltakit.method import DeltaModule, Method, Target
+from deltakit.shapes import dtype_of, output_size
+
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
+
+
+class AdapterDelta(DeltaModule):
+    """A bottleneck: `down` [size, d] and `up` [d, size], with biases, and an activation between."""
+
+    def __init__(self, d: int, size: int, activation: str, **like: Any) -> None:
+        super().__init__()
+        self.activation = activation
+        self.down = nn.Linear(d, size, **like)
+        self.up = nn.Linear(size, d, **like)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        # Truncated normal with 1e-3 as in the authors' code (feedforward_adapter).
+        nn.init.trunc_normal_(self.down.weight, std=1e-3, a=-2e-3, b=2e-3)
+        for zero in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(zero)
+
+    def forward(self, x: Tensor, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        h = ACTIVATIONS[self.activation](self.down(y.to(self.down.weight.dtype)))
+        return y + self.up(h).to(y.dtype)
+
+    def summary(self) -> str:
+        return f"size={self.down.out_features} {self.activation}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter(Method, name="adapter"):
+    """Bottleneck adapters in sequence with what they adapt.
+
+    `size`: the bottleneck in elements, at least 1; or `reduction`: the features' size divided by this number.
+    `activation`: gelu, relu, silu or tanh. `norms`: train the backbone's layer norms whole beside the adapters.
+    """
+
+    size: int | None = None
+    reduction: int | None = None
+    activation: str = "gelu"
+    norms: bool = False
+
+    default_at: ClassVar = (("attn.o", "attn"), ("ff.down", "ff"))
+
+    def validate(self) -> None:
+        if self.size is not None and self.reduction is not None:
+            raise OptionError(f"Adapter(size={self.size}, reduction={self.reduction}): give one of them, not both")
+        for option in ("size", "reduction"):
+            value = getattr(self, option)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise OptionError(f"Adapter({option}={value!r}): an integer of at least 1, or None")
+        if self.activation not in ACTIVATIONS:
+            raise OptionError(f"Adapter(activation={self.activation!r}): one of {', '.join(ACTIVATIONS)}")
+
+    def build_at(self, target: Target) -> DeltaModule:
+        d = output_size(target, self.name)
+        size = max(1, d // self.reduction) if self.reduction else self.size or 64
+        like = {"dtype": dtype_of(target), "device": next(target.module.parameters()).device}
+        return AdapterDelta(d, size, self.activation, **like)
+
+    def train_also(self) -> tuple[str, ...]:
+        return ("@norm",) if self.norms else ()

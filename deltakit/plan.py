@@ -1,0 +1,116 @@
+"""What would be attached: the targets and delta modules of some methods, built and not yet put into the backbone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from deltakit.errors import OptionError, StateError, TargetError
+from deltakit.freeze import own_parameters
+from deltakit.method import DeltaModule, Method, Selector, Target
+from deltakit.report import Line, share, table
+from deltakit.state import whole_names
+from deltakit.targets import Modules, find_targets
+
+
+@dataclass(frozen=True)
+class Plan:
+    """For each method its targets and the delta modules built for them, and the names of what is trained whole."""
+
+    backbone: nn.Module
+    methods: tuple[Method, ...]
+    built: tuple[dict[str, DeltaModule], ...]
+    train: tuple[str, ...]
+    whole: tuple[str, ...]
+    modules: Modules
+
+    @property
+    def paths(self) -> dict[str, list[str]]:
+        """The paths of the targets of each method, by the method's name."""
+        paths: dict[str, list[str]] = {}
+        for method, built in zip(self.methods, self.built, strict=True):
+            paths.setdefault(method.name, []).extend(built)
+        return paths
+
+    @property
+    def num_parameters(self) -> int:
+        """How many parameters the delta modules would have, those trained whole not counted."""
+        return sum(parameter.numel() for built in self.built for parameter in _parameters(built))
+
+    def __repr__(self) -> str:
+        lines = [
+            Line(
+                method.name,
+                next(iter(built.values())).summary(),
+                list(built),
+                sum(p.numel() for p in _parameters(built)),
+            )
+            for method, built in zip(self.methods, self.built, strict=True)
+        ]
+        own = dict(own_parameters(self.backbone))
+        total = sum(parameter.numel() for parameter in own.values())
+        whole = [name for name in self.whole if name in own]
+        rows = table(lines, whole=whole, whole_parameters=sum(own[name].numel() for name in whole))
+        foot = (
+            f"nothing is changed; +{self.num_parameters:,} parameters, {share(self.num_parameters, total)} of {total:,}"
+        )
+        return "\n".join([f"plan for {self.modules.owner}", *rows, foot])
+
+
+def plan(backbone: nn.Module, *methods: Method, train: Selector = ()) -> Plan:
+    """What `attach` with the same arguments would attach, printed by its `repr`; nothing is changed.
+
+    Raises:
+        SelectorError: if a selector picks nothing.
+        RoleError: if a default position is not found on this backbone.
+        TargetError: if a method cannot serve a module that was picked.
+        OptionError: if there is no method, or an option does not fit a target.
+    """
+    modules = Modules(original(backbone))
+    if not methods:
+        raise OptionError("no method given: expected at least one, such as LoRA(r=8)")
+    for method in methods:
+        if not isinstance(method, Method):
+            raise OptionError(f"expected methods such as LoRA(r=8), found {method!r}")
+    built = []
+    for method in methods:
+        targets = find_targets(modules, method)
+        for target in targets:
+            _refuse_uncalled(modules, target)
+        built.append(method.build(modules.backbone, targets))
+    selectors = (train,) if isinstance(train, str) else tuple(train)
+    selectors += tuple(selector for method in methods for selector in method.train_also())
+    whole = whole_names(modules.backbone, modules.select(selectors)) if selectors else []
+    return Plan(modules.backbone, methods, tuple(built), selectors, tuple(whole), modules)
+
+
+def original(backbone: nn.Module) -> nn.Module:
+    """The user's model inside what `torch.compile` returned; any other module is itself.
+
+    Raises:
+        StateError: if it is wrapped for distribution already: gradients of deltas attached now would stay local.
+    """
+    backbone = getattr(backbone, "_orig_mod", backbone)
+    if not isinstance(backbone, nn.Module):
+        return backbone
+    names = {kind.__name__ for module in backbone.modules() for kind in type(module).__mro__}
+    for wrapper in ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel"):
+        if wrapper in names:
+            raise StateError(
+                f"the backbone is wrapped in {wrapper} already: gradients of deltas attached now would not be "
+                "synchronised; attach to the plain model first and wrap it afterwards"
+            )
+    return backbone
+
+
+def _refuse_uncalled(modules: Modules, target: Target) -> None:
+    parent = modules.by_path[target.path.rpartition(".")[0]] if target.path else None
+    if isinstance(parent, nn.MultiheadAttention):
+        raise TargetError(
+            f"{target.path}: nn.MultiheadAttention reads this module's weight and never calls it: no hook fires there; "
+            "name the attention module itself, or leave this one out with exclude="
+        )
+
+
+def _parameters(built: dict[str, DeltaModule]) -> Sequence[nn.Parameter]:
+    return list(nn.ModuleList(built.values()).parameters())

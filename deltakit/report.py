@@ -1,0 +1,37 @@
+"""What is attached where, in words: the text of plans and of deltas' `repr`."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from deltakit.folding import fold
+
+
+class Line(NamedTuple):
+    """One method of a delta: its name and configuration, its targets' paths, and its number of parameters."""
+
+    method: str
+    summary: str
+    paths: Sequence[str]
+    parameters: int
+
+
+def table(lines: Iterable[Line], *, whole: Sequence[str], whole_parameters: int) -> list[str]:
+    """The rows of a report: for each method its size and its targets, folded; then what is trained whole."""
+    rows = []
+    for line in lines:
+        places = f"{len(line.paths)} target{'s' if len(line.paths) != 1 else ''}"
+        rows.append(f"  {' '.join((line.method, line.summary)).strip():<32} {places:>12}  +{line.parameters:,}")
+        rows += [f"      {selector or '(the backbone itself)'}" for selector in fold(line.paths)]
+    if whole:
+        rows.append(f"  {'trained whole':<32} {'':>12}   {whole_parameters:,}")
+        rows += [f"      {selector}" for selector in fold(whole)]
+    return rows
+
+
+def share(part: int, total: int) -> str:
+    """A share in percent with three significant digits.
+
+    >>> share(147_456, 22_860_672)
+    '0.645 %'
+    """
+    return f"{100 * part / total:.3g} %" if total else "0 %"

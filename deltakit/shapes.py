@@ -1,0 +1,79 @@
+"""What sizes and dtypes a target works with, read from its weights: no forward is needed."""
+
+import torch
+from torch import nn
+
+from deltakit.errors import TargetError
+from deltakit.method import Target
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' `Conv1D`: a linear layer whose weight is [d_in, d_out]."""
+    return any(
+        kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils" for kind in type(module).__mro__
+    )
+
+
+def sizes(target: Target, method: str) -> tuple[int, int]:
+    """The input and output size of a linear map: Linear-like, Conv1D, Embedding (ids to features), Conv2d (fan-in).
+
+    Raises:
+        TargetError: if the module is no such map.
+    """
+    module = target.module
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    if isinstance(module, nn.Conv2d):
+        return module.in_channels * module.kernel_size[0] * module.kernel_size[1], module.out_channels
+    weight = getattr(module, "weight", None)
+    if is_conv1d(module) and isinstance(weight, torch.Tensor):
+        return int(weight.shape[0]), int(weight.shape[1])
+    # By the attributes and not by the class: quantised linear layers are no subclasses of nn.Linear.
+    d_in, d_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(d_in, int) and isinstance(d_out, int):
+        return d_in, d_out
+    raise TargetError(
+        f"{target.path or 'the backbone'}: {method} serves Linear, Conv1D, Embedding and Conv2d, found "
+        f"{type(module).__name__}; narrow with of= or exclude=, or name a module inside it"
+    )
+
+
+def output_size(target: Target, method: str) -> int:
+    """The size of the features that a target gives, in elements: of a linear map, a norm, or the block around it.
+
+    Raises:
+        TargetError: if the structure does not tell.
+    """
+    module = target.module
+    if any(hasattr(module, name) for name in ("out_features", "embedding_dim", "out_channels")) or is_conv1d(module):
+        return sizes(target, method)[1]
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, torch.Tensor) and weight.ndim == 1:
+        return weight.numel()
+    if target.width is not None:
+        return target.width
+    raise TargetError(
+        f"{target.path or 'the backbone'}: cannot tell the size of what a {type(module).__name__} gives; {method} "
+        "expects a linear map, a norm, or a part of a block; name a module inside it"
+    )
+
+
+def dtype_of(target: Target) -> torch.dtype:
+    """The floating-point dtype that a target computes in: its weight's, or the one it is quantised for.
+
+    Raises:
+        TargetError: if its weights are integers and it does not say what it computes in.
+    """
+    parameters = list(target.module.parameters())
+    if not parameters:
+        raise TargetError(
+            f"{target.path}: a {type(target.module).__name__} has no parameters: its dtype and device are unknown; "
+            "expected a module with weights"
+        )
+    for dtype in (parameters[0].dtype, getattr(target.module, "compute_dtype", None)):
+        if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+            return dtype
+    raise TargetError(
+        f"{target.path}: the weight of this {type(target.module).__name__} is {parameters[0].dtype} and it has no "
+        "compute_dtype: the dtype of its output is unknown; expected a floating-point output"
+    )

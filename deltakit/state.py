@@ -1,0 +1,134 @@
+"""The state of a delta: what it is, where its modules sit, and the values of what it trains whole.
+
+The state that all its modules need stands in one `Record`, which they share; so every handle on one delta, and every
+copy of its backbone, sees one consistent state.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from deltakit.errors import StateError
+from deltakit.freeze import Ledger
+from deltakit.method import DeltaModule, Method
+from deltakit.targets import join, own_modules
+
+
+@dataclass(eq=False)
+class Record:
+    """What one delta is and in which state."""
+
+    name: str
+    methods: tuple[Method, ...]
+    order: int
+    freeze: bool
+    named: bool = False
+    """Whether the user chose the name; if not, it gives way to another delta's."""
+    train: tuple[str, ...] = ()
+    """The selectors of the backbone modules that are trained whole."""
+    active: bool = True
+    trainable: bool = True
+    ledger: Ledger = field(default_factory=Ledger)
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    """The other side's values of what is trained whole, by name: the backbone's own while the delta is attached, the
+    trained ones while it is not."""
+    merged: dict[str, Tensor] = field(default_factory=dict)
+    """The weights as they were before merging, by name; empty when not merged."""
+
+
+class Site(NamedTuple):
+    """One delta module and its place: the target's path and module, and the index of its method in the delta."""
+
+    path: str
+    target: nn.Module
+    module: DeltaModule
+    index: int
+
+    @property
+    def key(self) -> str | None:
+        """The name under which the target holds the delta module; None while it is detached."""
+        return next((key for key, child in self.target._modules.items() if child is self.module), None)
+
+
+def sites_of(backbone: nn.Module) -> dict[int, tuple[Record, list[Site]]]:
+    """The deltas attached to a backbone, in their order, each with its sites; keyed by the id of the record."""
+    found: dict[int, tuple[Record, list[Site]]] = {}
+    for path, target in own_modules(backbone):
+        for key, module in target._modules.items():
+            if isinstance(module, DeltaModule) and module.record is not None:
+                record = module.record
+                site = Site(path, target, module, _method_index(record, key))
+                found.setdefault(id(record), (record, []))[1].append(site)
+    return dict(sorted(found.items(), key=lambda item: item[1][0].order))
+
+
+def label_of(record: Record, index: int) -> str:
+    """What the method `index` of a delta is called in files: its name, with a number if it is there twice."""
+    method = record.methods[index].name
+    earlier = sum(other.name == method for other in record.methods[:index])
+    return f"{method}_{earlier + 1}" if earlier else method
+
+
+def key_of(record: Record, index: int) -> str:
+    """The name under which the delta modules of the method `index` are registered at their targets."""
+    return f"{record.name}_{label_of(record, index)}"
+
+
+def _method_index(record: Record, key: str) -> int:
+    return next(index for index in range(len(record.methods)) if key_of(record, index) == key)
+
+
+def tensors_of(backbone: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The backbone's own parameters and saved buffers under every name that they have."""
+    for path, module in own_modules(backbone, every_name=True):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                yield join(path, name), tensor
+
+
+def whole_names(backbone: nn.Module, paths: list[str]) -> list[str]:
+    """The names of all parameters and saved buffers at and below these paths.
+
+    Raises:
+        StateError: if one of them is tied to a parameter outside, which would be trained too.
+    """
+    below = tuple(join(path, "") if path else "" for path in paths)
+    inside: dict[str, Tensor] = {}
+    outside: dict[int, str] = {}
+    for name, tensor in tensors_of(backbone):
+        if name.startswith(below):
+            inside[name] = tensor
+        else:
+            outside[id(tensor)] = name
+    for name, tensor in inside.items():
+        if id(tensor) in outside:
+            raise StateError(
+                f"train: {name} is tied to {outside[id(tensor)]}, which would be trained with it; name both in train=, "
+                "or untie them first"
+            )
+    if not inside:
+        raise StateError(f"train: no parameters in {', '.join(paths)}; expected modules with parameters of their own")
+    return list(inside)
+
+
+@torch.no_grad()
+def swap_whole(backbone: nn.Module, record: Record) -> None:
+    """Exchanges the values of what is trained whole: the backbone's own against the trained ones."""
+    if not record.whole:
+        return
+    tensors = dict(tensors_of(backbone))
+    for name, other in record.whole.items():
+        here = tensors[name]
+        record.whole[name] = here.detach().clone()
+        here.copy_(other)
+
+
+def refresh_gradients(backbone: nn.Module, ledger: Ledger) -> None:
+    """Sets `requires_grad` on the backbone's parameters as its attached deltas want it together."""
+    attached = [record for record, _ in sites_of(backbone).values()]
+    train = {name for record in attached if record.trainable for name in record.whole}
+    hold = {name for record in attached if not record.trainable for name in record.whole}
+    ledger.apply(backbone, train=train, hold=hold, freeze=any(record.freeze for record in attached))
