@@ -4,14 +4,8 @@ import torch
 from torch import nn
 
 from deltakit.errors import TargetError
+from deltakit.linears import linear_sizes
 from deltakit.method import Target
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' `Conv1D`: a linear layer whose weight is [d_in, d_out]."""
-    return any(
-        kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils" for kind in type(module).__mro__
-    )
 
 
 def sizes(target: Target, method: str) -> tuple[int, int]:
@@ -25,13 +19,9 @@ def sizes(target: Target, method: str) -> tuple[int, int]:
         return module.num_embeddings, module.embedding_dim
     if isinstance(module, nn.Conv2d):
         return module.in_channels * module.kernel_size[0] * module.kernel_size[1], module.out_channels
-    weight = getattr(module, "weight", None)
-    if is_conv1d(module) and isinstance(weight, torch.Tensor):
-        return int(weight.shape[0]), int(weight.shape[1])
-    # By the attributes and not by the class: quantised linear layers are no subclasses of nn.Linear.
-    d_in, d_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if isinstance(d_in, int) and isinstance(d_out, int):
-        return d_in, d_out
+    linear = linear_sizes(module)
+    if linear is not None:
+        return linear
     raise TargetError(
         f"{target.path or 'the backbone'}: {method} serves Linear, Conv1D, Embedding and Conv2d, found "
         f"{type(module).__name__}; narrow with of= or exclude=, or name a module inside it"
@@ -45,8 +35,10 @@ def output_size(target: Target, method: str) -> int:
         TargetError: if the structure does not tell.
     """
     module = target.module
-    if any(hasattr(module, name) for name in ("out_features", "embedding_dim", "out_channels")) or is_conv1d(module):
+    if linear_sizes(module) is not None or isinstance(module, nn.Embedding):
         return sizes(target, method)[1]
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return module.out_channels
     weight = getattr(module, "weight", None)
     if isinstance(weight, torch.Tensor) and weight.ndim == 1:
         return weight.numel()

@@ -16,8 +16,9 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from deltakit.errors import OptionError, TargetError
+from deltakit.linears import is_conv1d
 from deltakit.method import DeltaModule, Method, Target
-from deltakit.shapes import dtype_of, is_conv1d, sizes
+from deltakit.shapes import dtype_of, sizes
 
 
 class LoRADelta(DeltaModule):

@@ -1,0 +1,23 @@
+"""Linear layers by what they are, not by their class: torch's, transformers' Conv1D, and quantised ones."""
+
+from torch import Tensor, nn
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' `Conv1D`: a linear layer whose weight is [d_in, d_out]."""
+    kinds = type(module).__mro__
+    return any(kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils" for kind in kinds)
+
+
+def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
+    """The input and output size of a linear layer; None for any other module.
+
+    >>> linear_sizes(nn.Linear(5, 7)), linear_sizes(nn.ReLU())
+    ((5, 7), None)
+    """
+    weight = getattr(module, "weight", None)
+    if is_conv1d(module) and isinstance(weight, Tensor):
+        return int(weight.shape[0]), int(weight.shape[1])
+    # By the attributes: quantised linear layers are no subclasses of nn.Linear.
+    d_in, d_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return (d_in, d_out) if isinstance(d_in, int) and isinstance(d_out, int) else None
