@@ -208,7 +208,7 @@ class Delta:
         """The folder, which now holds the delta: its config, its tensors and a model card (a few hundred KB)."""
         path = Path(folder)
         config = delta_config(self.backbone, self._record, self._sites, self.num_parameters)
-        checkpoint.write(path, config, self.state_dict(), model_card(config, base_model=config["backbone"]["id"]))
+        checkpoint.write(path, config, self.state_dict(), model_card(config))
         return path
 
     def push(
