@@ -67,7 +67,9 @@ def expand(component: str) -> tuple[str, ...]:
 
 def _piece(piece: str, component: str) -> Sequence[str]:
     if not piece:
-        raise SelectorError(f"{component!r}: an empty place in the braces; expected names or ranges such as {{q,v}} or {{0-11}}")
+        raise SelectorError(
+            f"{component!r}: an empty place in the braces; expected names or ranges such as {{q,v}} or {{0-11}}"
+        )
     found = _RANGE.fullmatch(piece)
     if found is None:
         return [piece]

@@ -118,7 +118,14 @@ class ReportPart:
         self.handle: Any = None
 
     def __call__(
-        self, backbone: nn.Module, state: dict[str, Any], prefix: str, meta: Any, strict: bool, missing: list[str], *_: Any
+        self,
+        backbone: nn.Module,
+        state: dict[str, Any],
+        prefix: str,
+        meta: Any,
+        strict: bool,
+        missing: list[str],
+        *_: Any,
     ) -> None:
         held: dict[int, list[tuple[str, bool]]] = {}
         for path, module in backbone.named_modules(prefix=prefix.rstrip(".")):
@@ -133,7 +140,9 @@ class ReportPart:
 
 def watch_loading(backbone: nn.Module) -> None:
     """Puts `ReportPart` on a backbone that holds delta modules, and takes it off one that does not."""
-    hooks = [hook for hook in map(_unwrapped, backbone._load_state_dict_pre_hooks.values()) if isinstance(hook, ReportPart)]
+    hooks = [
+        hook for hook in map(_unwrapped, backbone._load_state_dict_pre_hooks.values()) if isinstance(hook, ReportPart)
+    ]
     wanted = any(isinstance(module, DeltaModule) for module in backbone.modules())
     if wanted and not hooks:
         hook = ReportPart()

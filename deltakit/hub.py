@@ -16,9 +16,7 @@ _REPO_ID = re.compile(r"[\w][\w.-]*(?:/[\w][\w.-]*)?")
 _LOGIN = "log in with `hf auth login` or pass token="
 
 
-def resolve(
-    source: str | PathLike[str], *, revision: str | None = None, token: str | bool | None = None
-) -> Path:
+def resolve(source: str | PathLike[str], *, revision: str | None = None, token: str | bool | None = None) -> Path:
     """The folder that holds a delta: the source itself if it is one, else a copy of the Hub repository of that name.
 
     Raises:
@@ -92,7 +90,9 @@ def _explained(repo_id: str, revision: str | None, verb: str) -> Iterator[None]:
             f"{repo_id}: no such repository, or a private one: check the spelling; if it is private, {_LOGIN}"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise HubError(f"{repo_id}: the repository has no revision {revision!r}; expected a branch, tag or commit") from error
+        raise HubError(
+            f"{repo_id}: the repository has no revision {revision!r}; expected a branch, tag or commit"
+        ) from error
     except errors.HFValidationError as error:
         raise HubError(f"{repo_id!r} is no name of a repository: expected 'user/name': {error}") from error
     except errors.HfHubHTTPError as error:

@@ -5,7 +5,18 @@ _LETTERS = {"q": "query", "k": "key", "v": "value"}
 PROJECTIONS = {
     letter: frozenset(
         pattern.format(letter)
-        for pattern in ("{}", "{}_proj", "to_{}", "{}_lin", "w{}", "w_{}", "linear_{}", "{}_linear", "proj_{}", "{}_attn")
+        for pattern in (
+            "{}",
+            "{}_proj",
+            "to_{}",
+            "{}_lin",
+            "w{}",
+            "w_{}",
+            "linear_{}",
+            "{}_linear",
+            "proj_{}",
+            "{}_attn",
+        )
     )
     | {word, f"{word}s", f"{word}_proj", f"{word}_projection", f"{word}_layer", f"{word}_dense", f"proj_{word}"}
     for letter, word in _LETTERS.items()

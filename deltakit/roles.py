@@ -107,9 +107,7 @@ class _Inference:
     def roles(self) -> RoleMap:
         attention = list(self._attention())
         widths = {self._block(unit.path): unit.width for unit in attention}
-        units = sorted(
-            [*attention, *self._feed_forward(attention, widths)], key=lambda unit: self.order[unit.path]
-        )
+        units = sorted([*attention, *self._feed_forward(attention, widths)], key=lambda unit: self.order[unit.path])
         blocks = sorted((block for block in widths if block in self._repeated), key=self.order.__getitem__)
         norms = tuple(path for path, module in self.modules.items() if _is_norm(module))
         return RoleMap(tuple(units), tuple(blocks), norms, self._embed(), self._head(), self.order)
@@ -138,9 +136,7 @@ class _Inference:
                 yield unit
 
     def _projections(self, names: Mapping[str, str], says: bool) -> dict[str, str]:
-        parts = {
-            letter: names[name] for letter, known in PROJECTIONS.items() for name in names if name in known
-        }
+        parts = {letter: names[name] for letter, known in PROJECTIONS.items() for name in names if name in known}
         if "q" in parts and ("k" in parts or "v" not in parts):
             kv = [path for name, path in names.items() if name in FUSED_KV]
             if "k" not in parts and kv:
@@ -234,9 +230,9 @@ class _Inference:
         if width is not None and out != width:
             return False
         sizes = [self.linears[other] for other in linears if other != linear]
-        return (out, inner) in sizes or ((out, 2 * inner) in sizes and any(
-            fused in _name(other) for other in linears for fused in FUSED_GATES
-        ))
+        return (out, inner) in sizes or (
+            (out, 2 * inner) in sizes and any(fused in _name(other) for other in linears for fused in FUSED_GATES)
+        )
 
     def _ups(self, ups: Sequence[str]) -> dict[str, str]:
         gates = [up for up in ups if _name(up) in GATES]

@@ -181,7 +181,9 @@ def test_a_second_delta_never_enters_the_first(model, name):
     inside = {id(child) for m in model.modules() if id(m) in inner for child in m.modules()}
     assert inside.isdisjoint(id(module) for module in dk.select(model, "**").values())
     dk.attach(model, dk.LoRA(at="**", of=nn.Linear, r=3), name="second")
-    assert not any(isinstance(child, dk.DeltaModule) for m in model.modules() if id(m) in inside for child in m.children())
+    assert not any(
+        isinstance(child, dk.DeltaModule) for m in model.modules() if id(m) in inside for child in m.children()
+    )
 
 
 @every_method
