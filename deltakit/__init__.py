@@ -29,7 +29,9 @@ from deltakit.method import METHODS, DeltaModule, Method, Target
 from deltakit.methods.adapter import Adapter
 from deltakit.methods.bitfit import BitFit
 from deltakit.methods.lora import LoRA
+from deltakit.methods.prefix import Prefix
 from deltakit.plan import Plan, plan
+from deltakit.show import View, Visualization, show
 from deltakit.targets import select
 from deltakit.version import __version__
 
@@ -48,11 +50,14 @@ __all__ = [
     "Method",
     "OptionError",
     "Plan",
+    "Prefix",
     "RoleError",
     "SelectorError",
     "StateError",
     "Target",
     "TargetError",
+    "View",
+    "Visualization",
     "__version__",
     "attach",
     "base_state_dict",
@@ -60,4 +65,5 @@ __all__ = [
     "load",
     "plan",
     "select",
+    "show",
 ]

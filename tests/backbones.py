@@ -38,7 +38,7 @@ CONFIGS = {
     "gemma": lambda: tf.GemmaConfig(**GROUPED, **COMMON),
     "gemma2": lambda: tf.Gemma2Config(**GROUPED, **COMMON),
     "gemma3_text": lambda: tf.Gemma3TextConfig(**GROUPED, **COMMON),
-    "phi": lambda: tf.PhiConfig(**SIZES, **COMMON),
+    "phi": lambda: tf.PhiConfig(**SIZES, partial_rotary_factor=2 / 3, **COMMON),
     "phi3": lambda: tf.Phi3Config(**SIZES, num_key_value_heads=2, **COMMON),
     "mixtral": lambda: tf.MixtralConfig(**GROUPED, num_local_experts=3, **COMMON),
     "t5": lambda: tf.T5Config(**T5, **COMMON),

@@ -20,13 +20,14 @@ class SelfAttention(nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.num_heads = 4
         self.q_proj = nn.Linear(WIDTH, WIDTH)
         self.k_proj = nn.Linear(WIDTH, WIDTH, bias=False)
         self.v_proj = nn.Linear(WIDTH, WIDTH)
         self.o_proj = nn.Linear(WIDTH, WIDTH)
 
     def heads(self, x):
-        return x.unflatten(-1, (4, -1)).transpose(1, 2)
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def forward(self, hidden_states, mask=None):
         q, k, v = self.q_proj(input=hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
