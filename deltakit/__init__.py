@@ -30,6 +30,7 @@ from deltakit.methods.adapter import Adapter
 from deltakit.methods.bitfit import BitFit
 from deltakit.methods.lora import LoRA
 from deltakit.methods.prefix import Prefix
+from deltakit.methods.soft_prompt import SoftPrompt
 from deltakit.plan import Plan, plan
 from deltakit.show import View, Visualization, show
 from deltakit.targets import select
@@ -53,6 +54,7 @@ __all__ = [
     "Prefix",
     "RoleError",
     "SelectorError",
+    "SoftPrompt",
     "StateError",
     "Target",
     "TargetError",

@@ -15,7 +15,7 @@ from deltakit.errors import BackboneMismatch, CheckpointError, DeltaWarning, Sta
 from deltakit.fingerprint import differences
 from deltakit.method import Method, Selector
 from deltakit.plan import Plan, original, plan
-from deltakit.state import Record, Site, label_of, sites_of, tensors_of
+from deltakit.state import Record, Site, sites_of, tensors_of
 from deltakit.targets import Modules
 
 AUTOMATIC_NAME = "delta"
@@ -108,9 +108,9 @@ def _refuse_stacking(planned: Plan, name: str | None) -> None:
     if name is not None:
         return
     taken = {
-        (s.path, label_of(r, s.index).split("_")[0]): r.name
-        for r, sites in sites_of(planned.backbone).values()
-        for s in sites
+        (site.path, record.methods[site.index].name): record.name
+        for record, sites in sites_of(planned.backbone).values()
+        for site in sites
     }
     for method, built in zip(planned.methods, planned.built, strict=True):
         for path in built:

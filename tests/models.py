@@ -27,7 +27,7 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(WIDTH, WIDTH)
 
     def heads(self, x):
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
 
     def forward(self, hidden_states, mask=None):
         q, k, v = self.q_proj(input=hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)

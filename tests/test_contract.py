@@ -4,7 +4,6 @@ import copy
 import io
 import pickle
 
-import jaxtyping
 import pytest
 import torch
 from models import STYLES, Calls, Transformer, ids, randomize, same, snapshot
@@ -304,25 +303,3 @@ def test_gradients_under_checkpointing(model, name, reentrant):
     model(ids()).square().sum().backward()
     for parameter, gradient in zip(delta.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
-
-
-@every_method
-def test_compiled_before_and_after_attach(model, name, monkeypatch):
-    # Dynamo cannot trace the shape checks that only the test run has.
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    torch.compiler.reset()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    bare = compiled(ids())
-    delta = trained(model, name)
-    torch.testing.assert_close(compiled(ids()), model(ids()))
-    assert not torch.allclose(compiled(ids()), bare)
-    delta.active = False
-    torch.testing.assert_close(compiled(ids()), bare)
-    delta.active = True
-    delta.detach()
-    torch.testing.assert_close(compiled(ids()), bare)
-    delta.attach()
-    torch.testing.assert_close(compiled(ids()), model(ids()))
-    assert not torch.allclose(compiled(ids()), bare)
-    delta.detach()
-    torch.compiler.reset()

@@ -1,0 +1,75 @@
+"""Prints, for every method and backbone, whether compiled models follow attach and detach. Run by `test_compile.py`.
+
+It runs in a process of its own: Dynamo cannot trace the shape checks that only the test run has.
+"""
+
+import json
+import sys
+
+import torch
+import transformers as tf
+from backbones import build
+from models import Transformer, ids, randomize
+
+import deltakit as dk
+
+
+def follows(model, method, inputs):
+    """Raises unless a model compiled before attach, between, and after gives what the model itself gives."""
+
+    def out(m):
+        return m(**inputs)[0]
+
+    def agree(expected_change):
+        with torch.no_grad():
+            torch.testing.assert_close(out(compiled), out(model), rtol=1e-4, atol=1e-5)
+            assert torch.allclose(out(compiled), bare, rtol=1e-5, atol=1e-6) is not expected_change
+
+    torch.compiler.reset()
+    torch._dynamo.config.skip_nnmodule_hook_guards = True
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        bare = out(compiled).clone()
+    delta = dk.attach(model, method)
+    randomize(delta)
+    agree(True)
+    delta.active = False
+    agree(False)
+    delta.active = True
+    agree(True)
+    delta.detach()
+    agree(False)
+    delta.attach()
+    agree(True)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    agree(True)
+    torch.stack([value.float().sum() for value in (out(compiled),)]).sum().backward()
+    assert all(parameter.grad is not None for parameter in delta.parameters())
+    delta.detach()
+    agree(False)
+
+
+def cases():
+    batch = {"input_ids": ids()}
+    for name in dk.METHODS:
+        yield f"toy-{name}", Transformer().eval(), dk.METHODS[name](), batch
+        for kind in ("bert", "gpt2", "llama", "bloom"):
+            model = build(kind, tf.AutoModel)
+            model.config.use_cache = False
+            yield f"{kind}-{name}", model, dk.METHODS[name](), batch
+
+
+def main():
+    torch.set_num_threads(1)
+    results = {}
+    for case, model, method, inputs in cases():
+        try:
+            follows(model, method, inputs)
+            results[case] = "ok"
+        except Exception as error:  # every failure is reported by the test that reads this
+            results[case] = f"{type(error).__name__}: {str(error)[:400]}"
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
