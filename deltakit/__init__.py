@@ -12,7 +12,7 @@ delta 'delta' on Sequential: attached, active, trainable
 
 from deltakit import methods as methods
 from deltakit.attach import attach, load
-from deltakit.delta import Delta, base_state_dict, deltas
+from deltakit.delta import Delta, deltas
 from deltakit.errors import (
     BackboneMismatch,
     CheckpointError,
@@ -31,16 +31,30 @@ from deltakit.methods.bitfit import BitFit
 from deltakit.methods.lora import LoRA
 from deltakit.methods.prefix import Prefix
 from deltakit.methods.soft_prompt import SoftPrompt
+from deltakit.opendelta import (
+    AdapterModel,
+    AutoDeltaConfig,
+    AutoDeltaModel,
+    BitFitModel,
+    LoraModel,
+    PrefixModel,
+    SoftPromptModel,
+)
 from deltakit.plan import Plan, plan
 from deltakit.show import View, Visualization, show
+from deltakit.state import base_state_dict
 from deltakit.targets import select
 from deltakit.version import __version__
 
 __all__ = [
     "METHODS",
     "Adapter",
+    "AdapterModel",
+    "AutoDeltaConfig",
+    "AutoDeltaModel",
     "BackboneMismatch",
     "BitFit",
+    "BitFitModel",
     "CheckpointError",
     "Delta",
     "DeltaError",
@@ -48,13 +62,16 @@ __all__ = [
     "DeltaWarning",
     "HubError",
     "LoRA",
+    "LoraModel",
     "Method",
     "OptionError",
     "Plan",
     "Prefix",
+    "PrefixModel",
     "RoleError",
     "SelectorError",
     "SoftPrompt",
+    "SoftPromptModel",
     "StateError",
     "Target",
     "TargetError",

@@ -108,7 +108,7 @@ def _refuse_stacking(planned: Plan, name: str | None) -> None:
     if name is not None:
         return
     taken = {
-        (site.path, record.methods[site.index].name): record.name
+        (site.path, record.methods[site.method].name): record.name
         for record, sites in sites_of(planned.backbone).values()
         for site in sites
     }

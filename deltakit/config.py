@@ -18,7 +18,7 @@ from deltakit.version import __version__
 def delta_config(backbone: nn.Module, record: Record, sites: Sequence[Site], num_parameters: int) -> dict[str, Any]:
     """The config of a delta as plain data: the selectors as written, and the paths that they resolved to."""
     methods = [
-        {**method.to_dict(), "targets": compact([site.path for site in sites if site.index == index])}
+        {**method.to_dict(), "targets": compact([site.path for site in sites if site.method == index])}
         for index, method in enumerate(record.methods)
     ]
     details = getattr(backbone, "config", None)

@@ -14,10 +14,21 @@ from deltakit.config import delta_config
 from deltakit.errors import StateError
 from deltakit.freeze import Ledger, own_parameters
 from deltakit.hooks import feed_gradients, put, take, watch_loading
-from deltakit.method import DeltaModule, Method
-from deltakit.report import Line, share, table
-from deltakit.state import Record, Site, key_of, label_of, refresh_gradients, sites_of, swap_whole, tensors_of
-from deltakit.targets import join
+from deltakit.method import DeltaModule, Method, Selector
+from deltakit.report import Line, report, share
+from deltakit.state import (
+    Record,
+    Site,
+    free_name,
+    key_of,
+    label_of,
+    refresh_gradients,
+    sites_of,
+    swap_whole,
+    tensors_of,
+    whole_names,
+)
+from deltakit.targets import Modules, join
 
 
 class Delta:
@@ -76,6 +87,26 @@ class Delta:
         if self.attached:
             refresh_gradients(self.backbone, self._record.ledger)
 
+    def freeze(self, *, train: Selector = ()) -> "Delta":
+        """The delta itself; the backbone is frozen but for what `train` selects, which the delta trains and saves whole.
+
+        Raises:
+            SelectorError: if a selector picks nothing.
+            StateError: if the delta is not attached, or what is to be trained is tied to what is not.
+        """
+        if not self.attached:
+            raise StateError(f"delta {self.name!r} is not attached: attach() it before freezing its backbone")
+        selectors = (train,) if isinstance(train, str) else tuple(train)
+        paths = Modules(self.backbone).select(selectors) if selectors else []
+        names = whole_names(self.backbone, paths) if paths else []
+        own = dict(tensors_of(self.backbone))
+        added = {name: own[name].detach().clone() for name in names if name not in self._record.whole}
+        self._record.whole |= added
+        self._record.train += selectors
+        self._record.freeze = True
+        refresh_gradients(self.backbone, self._record.ledger)
+        return self
+
     @property
     def merged(self) -> bool:
         """Whether the delta is merged into the backbone's weights."""
@@ -93,7 +124,7 @@ class Delta:
         others = [other for other, _ in sites_of(self.backbone).values()]
         record.name = free_name(record.name, others, chosen=record.named)
         for site in self._sites:
-            key = key_of(record, site.index)
+            key = key_of(record, site.method)
             if hasattr(site.target, key):
                 raise StateError(
                     f"{site.path}: it has an attribute {key!r} of its own; choose another name= for the delta"
@@ -101,7 +132,7 @@ class Delta:
         record.ledger = others[0].ledger if others else Ledger()
         for site in self._sites:
             site.module.record = record
-            put(site.target, key_of(record, site.index), site.module)
+            put(site.target, key_of(record, site.method), site.module)
         swap_whole(self.backbone, record)
         self._settle()
         return self
@@ -170,7 +201,7 @@ class Delta:
         own = dict(tensors_of(self.backbone)) if self._record.whole else {}
         for name in self._record.whole:
             if isinstance(own[name], nn.Parameter):
-                yield name, own[name]  # type: ignore[misc]
+                yield name, own[name]
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Everything the delta trains: what an optimiser takes."""
@@ -223,7 +254,7 @@ class Delta:
             return hub.push(self.save(folder), repo_id, private=private, token=token, commit_message=message)
 
     def _key(self, site: Site, name: str) -> str:
-        return join(site.path, f"{label_of(self._record, site.index)}.{name}")
+        return join(site.path, f"{label_of(self._record, site.method)}.{name}")
 
     def _states(self) -> str:
         states = (("attached", self.attached), ("active", self.active), ("trainable", self.trainable))
@@ -232,52 +263,26 @@ class Delta:
     def __repr__(self) -> str:
         lines = [
             Line(
-                method.name, self._summary(index), [s.path for s in self._sites if s.index == index], self._size(index)
+                method.name, self._summary(index), [s.path for s in self._sites if s.method == index], self._size(index)
             )
             for index, method in enumerate(self.methods)
         ]
         own = dict(own_parameters(self.backbone))
-        whole = [name for name in self._record.whole if name in own]
-        rows = table(lines, whole=whole, whole_parameters=sum(own[name].numel() for name in whole))
         total = sum(parameter.numel() for parameter in own.values())
-        head = f"delta {self.name!r} on {type(self.backbone).__name__}: {self._states()}"
-        return "\n".join(
-            [
-                head,
-                *rows,
-                f"{self.num_parameters:,} parameters, {share(self.num_parameters, total)} of the backbone's {total:,}",
-            ]
+        return report(
+            f"delta {self.name!r} on {type(self.backbone).__name__}: {self._states()}",
+            lines,
+            {name: own[name] for name in self._record.whole if name in own},
+            f"{self.num_parameters:,} parameters, {share(self.num_parameters, total)} of the backbone's {total:,}",
         )
 
     def _summary(self, index: int) -> str:
-        return next((site.module.summary() for site in self._sites if site.index == index), "")
+        return next((site.module.summary() for site in self._sites if site.method == index), "")
 
     def _size(self, index: int) -> int:
-        return sum(p.numel() for site in self._sites if site.index == index for p in site.module.parameters())
-
-
-def free_name(wanted: str, others: list[Record], *, chosen: bool) -> str:
-    """A name that no other attached delta has: the wanted one, or, unless the user chose it, one with a number.
-
-    Raises:
-        StateError: if the user chose it and it is taken.
-    """
-    taken = {record.name for record in others}
-    if wanted not in taken:
-        return wanted
-    if chosen:
-        raise StateError(
-            f"a delta named {wanted!r} is attached already; give this one another name=, or detach that one"
-        )
-    return next(name for name in (f"delta_{number}" for number in range(2, len(taken) + 3)) if name not in taken)
+        return sum(p.numel() for site in self._sites if site.method == index for p in site.module.parameters())
 
 
 def deltas(backbone: nn.Module) -> list[Delta]:
     """The deltas attached to a backbone, in their order: in a deepcopy or an unpickled model, the copies."""
     return [Delta(backbone, record, sites) for record, sites in sites_of(backbone).values()]
-
-
-def base_state_dict(backbone: nn.Module) -> dict[str, Tensor]:
-    """The backbone's state dict without the deltas' keys: what it would save if nothing were attached."""
-    own = {name for name, _ in tensors_of(backbone)}
-    return {name: value for name, value in backbone.state_dict().items() if name in own}

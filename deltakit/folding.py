@@ -8,6 +8,7 @@ Folding and expanding are inverse: what `fold` gives expands to exactly the path
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from deltakit.errors import SelectorError
 
@@ -84,7 +85,7 @@ def _progression(numbers: Sequence[int]) -> str | None:
     """One number, or at least two with one step (three where the step is not 1); None if they are not that."""
     if len(numbers) == 1:
         return str(numbers[0])
-    steps = {later - earlier for earlier, later in zip(numbers, numbers[1:], strict=False)}
+    steps = {later - earlier for earlier, later in pairwise(numbers)}
     if steps == {1}:
         return f"{numbers[0]}-{numbers[-1]}"
     if len(steps) == 1 and len(numbers) > 2:

@@ -81,8 +81,9 @@ def _register(target: nn.Module, hooks: list[Before]) -> None:
 
 
 def _order(target: nn.Module, hook: Before) -> tuple[int, int]:
-    record = target._modules[hook.key].record  # type: ignore[union-attr]
-    return (record.order, list(target._modules).index(hook.key)) if record is not None else (0, 0)
+    delta = target._modules[hook.key]
+    order = delta.record.order if isinstance(delta, DeltaModule) and delta.record is not None else 0
+    return order, list(target._modules).index(hook.key)
 
 
 class InputGradients:

@@ -78,7 +78,7 @@ def _found(repo_id: str, revision: str | None, token: str | bool | None) -> str:
 def _explained(repo_id: str, revision: str | None, verb: str) -> Iterator[None]:
     """One clear line for each way in which the Hub says no."""
     from huggingface_hub import errors
-    from huggingface_hub.utils import httpx
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
     no_network = (httpx.TransportError, ConnectionError, TimeoutError)
     try:

@@ -8,7 +8,7 @@ from torch import nn
 from deltakit.errors import OptionError, StateError, TargetError
 from deltakit.freeze import own_parameters
 from deltakit.method import DeltaModule, Method, Selector, Target
-from deltakit.report import Line, share, table
+from deltakit.report import Line, report, share
 from deltakit.state import whole_names
 from deltakit.targets import Modules, find_targets
 
@@ -49,12 +49,13 @@ class Plan:
         ]
         own = dict(own_parameters(self.backbone))
         total = sum(parameter.numel() for parameter in own.values())
-        whole = [name for name in self.whole if name in own]
-        rows = table(lines, whole=whole, whole_parameters=sum(own[name].numel() for name in whole))
-        foot = (
-            f"nothing is changed; +{self.num_parameters:,} parameters, {share(self.num_parameters, total)} of {total:,}"
+        count = self.num_parameters
+        return report(
+            f"plan for {self.modules.owner}",
+            lines,
+            {name: own[name] for name in self.whole if name in own},
+            f"nothing is changed; +{count:,} parameters, {share(count, total)} of {total:,}",
         )
-        return "\n".join([f"plan for {self.modules.owner}", *rows, foot])
 
 
 def plan(backbone: nn.Module, *methods: Method, train: Selector = ()) -> Plan:

@@ -111,7 +111,9 @@ def trimmed(output: Any, length: int, count: int, at: int) -> Any:
     if isinstance(output, tuple) and not hasattr(output, "_fields"):
         return tuple(trimmed(value, length, count, at) for value in output)
     if isinstance(output, Mapping):
-        rows = {key: value for key, value in output.items() if key in ("last_hidden_state", "hidden_states", "attentions")}
+        rows = {
+            key: value for key, value in output.items() if key in ("last_hidden_state", "hidden_states", "attentions")
+        }
         new = {key: trimmed(value, length, count, at) for key, value in rows.items()}
         return type(output)(**{**output, **new})
     return output
@@ -142,4 +144,3 @@ def _positions(positions: Tensor, count: int, at: int, cached: bool) -> Tensor:
     start = positions[..., at - 1 : at] + 1 if at else torch.zeros_like(positions[..., :1])
     inserted = start + torch.arange(count, device=positions.device)
     return torch.cat([moved[..., :at], inserted, moved[..., at:]], dim=-1)
-

@@ -1,7 +1,9 @@
 """What is attached where, in words: the text of plans and of deltas' `repr`."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
+
+from torch import Tensor
 
 from deltakit.folding import fold
 
@@ -15,17 +17,17 @@ class Line(NamedTuple):
     parameters: int
 
 
-def table(lines: Iterable[Line], *, whole: Sequence[str], whole_parameters: int) -> list[str]:
-    """The rows of a report: for each method its size and its targets, folded; then what is trained whole."""
-    rows = []
+def report(head: str, lines: Iterable[Line], whole: Mapping[str, Tensor], foot: str) -> str:
+    """The text of a report: for each method its size and its targets, folded; then what is trained whole."""
+    rows = [head]
     for line in lines:
         places = f"{len(line.paths)} target{'s' if len(line.paths) != 1 else ''}"
         rows.append(f"  {' '.join((line.method, line.summary)).strip():<32} {places:>12}  +{line.parameters:,}")
         rows += [f"      {selector or '(the backbone itself)'}" for selector in fold(line.paths)]
     if whole:
-        rows.append(f"  {'trained whole':<32} {'':>12}   {whole_parameters:,}")
+        rows.append(f"  {'trained whole':<32} {'':>12}   {sum(tensor.numel() for tensor in whole.values()):,}")
         rows += [f"      {selector}" for selector in fold(whole)]
-    return rows
+    return "\n".join([*rows, foot])
 
 
 def share(part: int, total: int) -> str:

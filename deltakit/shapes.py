@@ -1,5 +1,7 @@
 """What sizes and dtypes a target works with, read from its weights: no forward is needed."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -69,3 +71,12 @@ def dtype_of(target: Target) -> torch.dtype:
         f"{target.path}: the weight of this {type(target.module).__name__} is {parameters[0].dtype} and it has no "
         "compute_dtype: the dtype of its output is unknown; expected a floating-point output"
     )
+
+
+def like(target: Target) -> dict[str, Any]:
+    """The dtype and device that a delta module for a target is built with, as keyword arguments of torch's factories.
+
+    Raises:
+        TargetError: if the target has no weights, or integer ones without saying what it computes in.
+    """
+    return {"dtype": dtype_of(target), "device": next(target.module.parameters()).device}

@@ -45,7 +45,7 @@ class Site(NamedTuple):
     path: str
     target: nn.Module
     module: DeltaModule
-    index: int
+    method: int
 
     @property
     def key(self) -> str | None:
@@ -132,3 +132,25 @@ def refresh_gradients(backbone: nn.Module, ledger: Ledger) -> None:
     train = {name for record in attached if record.trainable for name in record.whole}
     hold = {name for record in attached if not record.trainable for name in record.whole}
     ledger.apply(backbone, train=train, hold=hold, freeze=any(record.freeze for record in attached))
+
+
+def free_name(wanted: str, others: list[Record], *, chosen: bool) -> str:
+    """A name that no other attached delta has: the wanted one, or, unless the user chose it, one with a number.
+
+    Raises:
+        StateError: if the user chose it and it is taken.
+    """
+    taken = {record.name for record in others}
+    if wanted not in taken:
+        return wanted
+    if chosen:
+        raise StateError(
+            f"a delta named {wanted!r} is attached already; give this one another name=, or detach that one"
+        )
+    return next(name for name in (f"delta_{number}" for number in range(2, len(taken) + 3)) if name not in taken)
+
+
+def base_state_dict(backbone: nn.Module) -> dict[str, Tensor]:
+    """The backbone's state dict without the deltas' keys: what it would save if nothing were attached."""
+    own = {name for name, _ in tensors_of(backbone)}
+    return {name: value for name, value in backbone.state_dict().items() if name in own}

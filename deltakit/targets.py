@@ -7,8 +7,9 @@ from functools import cached_property
 from torch import nn
 
 from deltakit.errors import RoleError, SelectorError, TargetError
+from deltakit.inference import infer_roles
 from deltakit.method import DeltaModule, Method, Selector, Target, type_names
-from deltakit.roles import RoleMap, infer_roles
+from deltakit.roles import RoleMap
 from deltakit.selectors import select_paths
 
 

@@ -57,7 +57,9 @@ def _code_names(function: object) -> set[str]:
     if code is None:
         return set()
     # `a @ b` is an instruction of its own and no name.
-    operators = {"matmul" for step in dis.get_instructions(code) if "MATRIX_MULTIPLY" in step.opname or step.argrepr == "@"}
+    operators = {
+        "matmul" for step in dis.get_instructions(code) if "MATRIX_MULTIPLY" in step.opname or step.argrepr == "@"
+    }
     return {*code.co_names, *operators}
 
 

@@ -5,7 +5,9 @@ It stands after the output projection of the attention and of the feed-forward p
 identity. Size 64 and GELU are the defaults of the authors' code; they train the layer norms too: `norms=True`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,9 +17,15 @@ from torch import Tensor, nn
 
 from deltakit.errors import OptionError
 from deltakit.method import DeltaModule, Method, Target
-from deltakit.shapes import dtype_of, output_size
+from deltakit.shapes import like, output_size
 
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
 
 
 class AdapterDelta(DeltaModule):
@@ -49,7 +57,7 @@ class Adapter(Method, name="adapter"):
     """Bottleneck adapters in sequence with what they adapt.
 
     `size`: the bottleneck in elements, at least 1; or `reduction`: the features' size divided by this number.
-    `activation`: gelu, relu, silu or tanh. `norms`: train the backbone's layer norms whole beside the adapters.
+    `activation`: gelu, gelu_tanh, relu, silu or tanh. `norms`: train the backbone's layer norms whole beside the adapters.
     """
 
     size: int | None = None
@@ -72,8 +80,7 @@ class Adapter(Method, name="adapter"):
     def build_at(self, target: Target) -> DeltaModule:
         d = output_size(target, self.name)
         size = max(1, d // self.reduction) if self.reduction else self.size or 64
-        like = {"dtype": dtype_of(target), "device": next(target.module.parameters()).device}
-        return AdapterDelta(d, size, self.activation, **like)
+        return AdapterDelta(d, size, self.activation, **like(target))
 
     def train_also(self) -> tuple[str, ...]:
         return ("@norm",) if self.norms else ()

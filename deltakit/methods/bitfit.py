@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from deltakit.errors import OptionError, TargetError
 from deltakit.method import DeltaModule, Method, Target
-from deltakit.shapes import dtype_of, output_size
+from deltakit.shapes import like, output_size
 
 # The paper's smaller variant (section 3, "b_q and b_m2"): the query's bias and that of the first feed-forward layer.
 _SUBSETS = {"all": None, "query_mlp": (("attn.q", "attn.qkv"), ("ff.up", "ff.gate_up"))}
@@ -68,5 +68,4 @@ class BitFit(Method, name="bitfit"):
     def build_at(self, target: Target) -> DeltaModule:
         convolution = isinstance(target.module, nn.modules.conv._ConvNd)
         spatial = len(target.module.kernel_size) if convolution else 0  # type: ignore[arg-type]
-        like = {"dtype": dtype_of(target), "device": next(target.module.parameters()).device}
-        return BitFitDelta(output_size(target, self.name), spatial, **like)
+        return BitFitDelta(output_size(target, self.name), spatial, **like(target))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from deltakit.errors import OptionError, TargetError
 from deltakit.linears import is_conv1d
 from deltakit.method import DeltaModule, Method, Target
-from deltakit.shapes import dtype_of, sizes
+from deltakit.shapes import like, sizes
 
 
 class LoRADelta(DeltaModule):
@@ -78,7 +78,11 @@ class LoRAConv2dDelta(LoRADelta):
 
     def __init__(self, target: nn.Conv2d, r: int, scale: float, dropout: float, **like: Any) -> None:
         self.shape = (target.in_channels, *target.kernel_size)
-        self.geometry = {"stride": target.stride, "padding": target.padding, "dilation": target.dilation}
+        self.geometry: dict[str, Any] = {
+            "stride": target.stride,
+            "padding": target.padding,
+            "dilation": target.dilation,
+        }
         super().__init__(math.prod(self.shape), target.out_channels, r, scale, dropout, **like)
 
     def forward(self, x: Float[Tensor, "*n c h w"], y: Float[Tensor, "*n d h2 w2"]) -> Float[Tensor, "*n d h2 w2"]:
@@ -119,8 +123,7 @@ class LoRA(Method, name="lora"):
 
     def build_at(self, target: Target) -> DeltaModule:
         path, module = target.path, target.module
-        like = {"dtype": dtype_of(target), "device": next(module.parameters()).device}
-        options = (self.r, self.scale, self.dropout)
+        options, new = (self.r, self.scale, self.dropout), like(target)
         d_in, d_out = sizes(target, self.name)
         if self.r > min(d_in, d_out):
             raise OptionError(
@@ -128,13 +131,13 @@ class LoRA(Method, name="lora"):
             )
         if isinstance(module, nn.Conv2d):
             _refuse(path, module, module.groups != 1 or module.padding_mode != "zeros", "groups=1 and zero padding")
-            return LoRAConv2dDelta(module, *options, **like)
+            return LoRAConv2dDelta(module, *options, **new)
         if isinstance(module, nn.Embedding):
             # max_norm rewrites the weight during forward; a subclass's forward (Gemma's scales) is not a plain look-up.
             changed = module.max_norm is not None or type(module).forward is not nn.Embedding.forward
             _refuse(path, module, changed, "torch's own forward, without max_norm")
-            return LoRAEmbeddingDelta(d_in, d_out, *options, **like)
-        return LoRADelta(d_in, d_out, *options, **like)
+            return LoRAEmbeddingDelta(d_in, d_out, *options, **new)
+        return LoRADelta(d_in, d_out, *options, **new)
 
 
 def _refuse(path: str, module: nn.Module, unlike: bool, expected: str) -> None:

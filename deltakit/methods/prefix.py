@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode  # type: ignore[attr-defined]
+from torch.overrides import _get_current_function_mode
 
 from deltakit.attention import interface
 from deltakit.attention.kernel import AttentionPrefix, joined, live_prefixes
@@ -21,7 +21,7 @@ from deltakit.attention.mode import PrefixMode, close
 from deltakit.attention.sites import Heads, attends, enters_by_interface, heads_of
 from deltakit.errors import OptionError, TargetError
 from deltakit.method import DeltaModule, Method, Target
-from deltakit.shapes import dtype_of
+from deltakit.shapes import like
 from deltakit.targets import Modules, join
 
 
@@ -61,9 +61,8 @@ class PrefixDelta(AttentionPrefix):
 
     def load_saved(self, state: Mapping[str, Tensor]) -> None:
         if self.up is not None:
-            like = {"dtype": self.up.out.weight.dtype, "device": self.up.out.weight.device}
-            self.up = None
-            self.key, self.value = (nn.Parameter(torch.empty_like(state[name], **like)) for name in ("key", "value"))
+            weight, self.up = self.up.out.weight, None
+            self.key, self.value = (nn.Parameter(state[name].to(weight, copy=True)) for name in ("key", "value"))
         super().load_saved(state)
 
     def summary(self) -> str:
@@ -96,7 +95,9 @@ class Reparam(nn.Module):
     The first target holds the shared part; the others refer to it, so that it is counted, moved and saved once.
     """
 
-    def __init__(self, shared: nn.Module, first: bool, hidden: int, out: int, **like: Any) -> None:
+    _shared: tuple["SharedRows"]
+
+    def __init__(self, shared: "SharedRows", first: bool, hidden: int, out: int, **like: Any) -> None:
         super().__init__()
         if first:
             self.shared = shared
@@ -162,20 +163,16 @@ class Prefix(Method, name="prefix"):
         shared = self._shared(targets[0], sizes[targets[0].path]) if self.reparam else None
         built: dict[str, DeltaModule] = {}
         for target in targets:
-            heads, like = sizes[target.path], _like(target)
+            heads, new = sizes[target.path], like(target)
             out = heads.count * (heads.d_key + heads.d_value)
-            up = None if shared is None else Reparam(shared, target is targets[0], self.hidden, out, **like)
+            up = None if shared is None else Reparam(shared, target is targets[0], self.hidden, out, **new)
             kind = PrefixDelta if enters_by_interface(target.module) else PrefixModeDelta
-            built[target.path] = kind(heads, self.tokens, up, **like)
+            built[target.path] = kind(heads, self.tokens, up, **new)
         return built
 
     def _shared(self, first: Target, heads: Heads) -> SharedRows:
-        return SharedRows(self.tokens, first.width or heads.count * heads.d_key, self.hidden, **_like(first))
+        return SharedRows(self.tokens, first.width or heads.count * heads.d_key, self.hidden, **like(first))
 
     def to_dict(self) -> dict[str, Any]:
         # The MLP is dropped at save: what is saved is flat.
         return super(Prefix, replace(self, reparam=False)).to_dict()
-
-
-def _like(target: Target) -> dict[str, Any]:
-    return {"dtype": dtype_of(target), "device": next(target.module.parameters()).device}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from deltakit.errors import OptionError, StateError, TargetError
 from deltakit.method import DeltaModule, Method, Target
 from deltakit.prompting_ids import grown_mask, input_embeddings, insert, text_stack, trimmed
-from deltakit.shapes import dtype_of
+from deltakit.shapes import like
 from deltakit.targets import Modules
 
 _FREQUENT = 5_000
@@ -27,6 +27,9 @@ class PromptRowsDelta(DeltaModule):
 
     The first of them holds the parameter; the others refer to it, so that it is counted, moved and saved once.
     """
+
+    prompt: nn.Parameter
+    _holder: tuple["PromptRowsDelta"]
 
     def __init__(self, holder: "PromptRowsDelta | None", tokens: int, vocabulary: int, start: Tensor | None) -> None:
         super().__init__()
@@ -123,7 +126,9 @@ class SoftPrompt(Method, name="soft_prompt"):
         if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1:
             raise OptionError(f"SoftPrompt(tokens={self.tokens!r}): an integer of at least 1")
         if self.init not in ("vocab", "random"):
-            raise OptionError(f"SoftPrompt(init={self.init!r}): 'vocab' or 'random'; for a text use SoftPrompt.from_text")
+            raise OptionError(
+                f"SoftPrompt(init={self.init!r}): 'vocab' or 'random'; for a text use SoftPrompt.from_text"
+            )
         if self.where not in (None, "start", "after_first"):
             raise OptionError(f"SoftPrompt(where={self.where!r}): 'start', 'after_first' or None")
         if self.init_ids is not None:
@@ -172,14 +177,16 @@ class SoftPrompt(Method, name="soft_prompt"):
     def _start(self, target: Target) -> Tensor:
         weight = target.module.weight
         assert isinstance(weight, Tensor)
-        like = {"dtype": dtype_of(target), "device": weight.device}
+        new = like(target)
         if self.init_ids is not None:
             outside = [i for i in self.init_ids if i >= weight.shape[0]]
             if outside:
-                raise StateError(f"{target.path}: init_ids holds {outside[0]}, beyond the vocabulary of {weight.shape[0]}")
+                raise StateError(
+                    f"{target.path}: init_ids holds {outside[0]}, beyond the vocabulary of {weight.shape[0]}"
+                )
             rows = torch.tensor([self.init_ids[i % len(self.init_ids)] for i in range(self.tokens)])
-            return weight.detach()[rows.to(weight.device)].to(**like).clone()
+            return weight.detach()[rows.to(weight.device)].to(**new).clone()
         if self.init == "random":
-            return torch.empty(self.tokens, weight.shape[1], **like).uniform_(-0.5, 0.5)
+            return torch.empty(self.tokens, weight.shape[1], **new).uniform_(-0.5, 0.5)
         rows = torch.randint(min(_FREQUENT, weight.shape[0]), (self.tokens,))
-        return weight.detach()[rows.to(weight.device)].to(**like).clone()
+        return weight.detach()[rows.to(weight.device)].to(**new).clone()

@@ -1,0 +1,73 @@
+"""The command line: each command parses, calls one function, and prints."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from deltakit.errors import DeltaError
+from deltakit.version import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of a command: 0, or 1 with one line on the standard error."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except DeltaError as error:
+        print(f"deltakit: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="deltakit", description="Deltas for any frozen PyTorch backbone.")
+    parser.add_argument("--version", action="version", version=f"deltakit {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    demo = commands.add_parser("demo", help="fine-tune a real backbone with every kind of delta (about two minutes)")
+    demo.add_argument("--model", help="a folder or Hub id; by default the encoder that the demo extra brings")
+    demo.add_argument("--rows", type=_positive, default=1200, help="training requests to use, of 4,000 (%(default)s)")
+    demo.add_argument("--epochs", type=_positive, default=2, help="times to go through them (%(default)s)")
+    demo.add_argument("--out", type=Path, default=Path("demo-deltas"), help="where to save the deltas (%(default)s)")
+    demo.add_argument("--no-full", action="store_true", help="leave out full fine-tuning, the slowest row")
+    demo.set_defaults(command=_demo)
+    tree = commands.add_parser("show", help="print the structure of a model, without loading its weights")
+    tree.add_argument("model", help="a folder or Hub id with a config.json")
+    tree.add_argument("--depth", type=_positive, help="levels below the root")
+    tree.set_defaults(command=_show)
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, found {number}")
+    return number
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from deltakit.demo.run import run
+
+    console = Console(highlight=False)
+    run(
+        model=options.model,
+        rows=min(options.rows, 4000),
+        epochs=options.epochs,
+        out=options.out,
+        full=not options.no_full,
+        console=console,
+    )
+
+
+def _show(options: argparse.Namespace) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    from deltakit.show import show
+
+    config = AutoConfig.from_pretrained(options.model)
+    with torch.device("meta"):
+        backbone = AutoModel.from_config(config)
+    Console(highlight=False).print(show(backbone, depth=options.depth))

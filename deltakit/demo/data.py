@@ -1,0 +1,56 @@
+"""SNIPS intents: what people ask an assistant, in seven classes. Provenance and licence (CC0): `snips/README.md`."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Example:
+    """One request as token ids, and the index of its intent."""
+
+    ids: list[int]
+    label: int
+
+
+def read(split: str) -> list[tuple[str, str]]:
+    """The requests of a split, "train" (4,000) or "valid" (700), each with its intent."""
+    text = (files("deltakit.demo") / "snips" / f"{split}.tsv").read_text(encoding="utf-8")
+    rows = [line.split("\t") for line in text.splitlines()]
+    return [(request, intent) for request, intent in rows]
+
+
+def intents() -> list[str]:
+    """The seven intents, in the order of their indices."""
+    return sorted({intent for _, intent in read("train")})
+
+
+def encode(rows: Sequence[tuple[str, str]], tokenizer: Any) -> list[Example]:
+    """The requests as token ids, at most 64 of them."""
+    labels = {intent: index for index, intent in enumerate(intents())}
+    encoded = tokenizer([request for request, _ in rows], truncation=True, max_length=64)["input_ids"]
+    return [Example(ids, labels[intent]) for ids, (_, intent) in zip(encoded, rows, strict=True)]
+
+
+def batches(
+    examples: Sequence[Example], size: int, pad: int, *, seed: int | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """Batches of examples of like length; shuffled if a seed is given, else in their order by length."""
+    order = list(examples)
+    random.Random(seed).shuffle(order)
+    # Sorting within eight batches at a time keeps padding low and the order random.
+    chunks = [order[i : i + 8 * size] for i in range(0, len(order), 8 * size)] if seed is not None else [order]
+    rows = [sorted(chunk, key=lambda example: len(example.ids)) for chunk in chunks]
+    found = [chunk[i : i + size] for chunk in rows for i in range(0, len(chunk), size)]
+    if seed is not None:
+        random.Random(seed).shuffle(found)
+    for batch in found:
+        longest = max(len(example.ids) for example in batch)
+        ids = torch.tensor([example.ids + [pad] * (longest - len(example.ids)) for example in batch])
+        mask = torch.tensor([[1] * len(e.ids) + [0] * (longest - len(e.ids)) for e in batch])
+        yield {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([e.label for e in batch])}
