@@ -47,17 +47,21 @@ def _positive(text: str) -> int:
     return number
 
 
+def _console() -> Console:
+    # A file or a pipe has no width of its own; a tree in it must not be cut at eighty cells.
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
 def _demo(options: argparse.Namespace) -> None:
     from deltakit.demo.run import run
 
-    console = Console(highlight=False)
     run(
         model=options.model,
         rows=min(options.rows, 4000),
         epochs=options.epochs,
         out=options.out,
         full=not options.no_full,
-        console=console,
+        console=_console(),
     )
 
 
@@ -70,4 +74,4 @@ def _show(options: argparse.Namespace) -> None:
     config = AutoConfig.from_pretrained(options.model)
     with torch.device("meta"):
         backbone = AutoModel.from_config(config)
-    Console(highlight=False).print(show(backbone, depth=options.depth))
+    _console().print(show(backbone, depth=options.depth))

@@ -37,6 +37,7 @@ class After(Before):
 
 def put(target: nn.Module, key: str, delta: DeltaModule) -> None:
     """Registers a delta module as a child of its target, with the hooks that its class asks for."""
+    delta.train(target.training)
     target.add_module(key, delta)
     kind = type(delta)
     hooks = []

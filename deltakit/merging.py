@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from deltakit.errors import StateError, TargetError
+from deltakit.shapes import wide
 from deltakit.state import Record, Site, sites_of, tensors_of
 from deltakit.targets import join
 
 
 @torch.no_grad()
 def merge(backbone: nn.Module, record: Record, sites: Sequence[Site]) -> None:
-    """Adds the weight updates of a delta to the weights, in float32, and keeps the weights as they were.
+    """Adds the weight updates of a delta to the weights, in float32 or wider, and keeps the weights as they were.
 
     Subtracting instead of keeping a copy would leave one in eight bfloat16 weights changed (measured).
 
@@ -26,7 +27,7 @@ def merge(backbone: nn.Module, record: Record, sites: Sequence[Site]) -> None:
         for name, update in _update(site).items():
             updates[name] = updates[name] + update if name in updates else update
     _check(backbone, record, updates, parameters)
-    merged = {name: (parameters[name].float() + update).to(parameters[name].dtype) for name, update in updates.items()}
+    merged = {name: (wide(parameters[name]) + update).to(parameters[name].dtype) for name, update in updates.items()}
     record.merged = {name: parameters[name].detach().clone() for name in updates}
     for name, value in merged.items():
         parameters[name].copy_(value)

@@ -63,7 +63,7 @@ class DeltaModule(nn.Module):
         return replace_hidden(output, self(hidden_input(args, kwargs), y))
 
     def weight_update(self, target: nn.Module) -> Mapping[str, Tensor]:
-        """What merging adds to each parameter of the target, by the parameter's name, in float32.
+        """What merging adds to each parameter of the target, by the parameter's name, in float32 or wider.
 
         Raises:
             TargetError: if the method is no change of weights.
@@ -188,7 +188,7 @@ def type_names(
     """
     if of is None:
         return None
-    kinds = (of,) if isinstance(of, str | type) else tuple(of)
+    kinds = tuple(of) if isinstance(of, tuple | list) else (of,)
     for kind in kinds:
         if not isinstance(kind, str | type):
             raise OptionError(f"of={kind!r}: expected a module class or its name, found {type(kind).__name__}")

@@ -73,6 +73,11 @@ def dtype_of(target: Target) -> torch.dtype:
     )
 
 
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float32, or in float64 if it is that: what merging computes in."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def like(target: Target) -> dict[str, Any]:
     """The dtype and device that a delta module for a target is built with, as keyword arguments of torch's factories.
 

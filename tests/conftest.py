@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import jaxtyping
 import pytest
 import torch
 
@@ -15,3 +16,9 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Without the checks of types and shapes that only the test run has: bad input must meet our own errors."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

@@ -21,7 +21,7 @@ class Example:
 def read(split: str) -> list[tuple[str, str]]:
     """The requests of a split, "train" (4,000) or "valid" (700), each with its intent."""
     text = (files("deltakit.demo") / "snips" / f"{split}.tsv").read_text(encoding="utf-8")
-    rows = [line.split("\t") for line in text.splitlines()]
+    rows = [line.split("\t") for line in text.removesuffix("\n").split("\n")]
     return [(request, intent) for request, intent in rows]
 
 
@@ -42,11 +42,12 @@ def batches(
 ) -> Iterator[dict[str, Tensor]]:
     """Batches of examples of like length; shuffled if a seed is given, else in their order by length."""
     order = list(examples)
-    random.Random(seed).shuffle(order)
-    # Sorting within eight batches at a time keeps padding low and the order random.
-    chunks = [order[i : i + 8 * size] for i in range(0, len(order), 8 * size)] if seed is not None else [order]
-    rows = [sorted(chunk, key=lambda example: len(example.ids)) for chunk in chunks]
-    found = [chunk[i : i + size] for chunk in rows for i in range(0, len(chunk), size)]
+    # Shuffled, sorting within eight batches at a time keeps padding low and the order random.
+    window = len(order) if seed is None else 8 * size
+    if seed is not None:
+        random.Random(seed).shuffle(order)
+    chunks = [sorted(order[i : i + window], key=lambda e: len(e.ids)) for i in range(0, len(order), window)]
+    found = [chunk[i : i + size] for chunk in chunks for i in range(0, len(chunk), size)]
     if seed is not None:
         random.Random(seed).shuffle(found)
     for batch in found:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from deltakit.errors import OptionError, TargetError
 from deltakit.method import DeltaModule, Method, Target
-from deltakit.shapes import like, output_size
+from deltakit.shapes import like, output_size, wide
 
 # The paper's smaller variant (section 3, "b_q and b_m2"): the query's bias and that of the first feed-forward layer.
 _SUBSETS = {"all": None, "query_mlp": (("attn.q", "attn.qkv"), ("ff.up", "ff.gate_up"))}
@@ -40,7 +40,7 @@ class BitFitDelta(DeltaModule):
             raise TargetError(
                 f"a {type(target).__name__} without a bias has nothing to merge BitFit into; leave it attached"
             )
-        return {"bias": self.bias.float()}
+        return {"bias": wide(self.bias)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from deltakit.errors import OptionError, TargetError
 from deltakit.linears import is_conv1d
 from deltakit.method import DeltaModule, Method, Target
-from deltakit.shapes import like, sizes
+from deltakit.shapes import like, sizes, wide
 
 
 class LoRADelta(DeltaModule):
@@ -46,7 +46,7 @@ class LoRADelta(DeltaModule):
         return y + F.linear(h, self.B).to(y.dtype)
 
     def weight_update(self, target: nn.Module) -> Mapping[str, Tensor]:
-        update = self.scale * self.B.float() @ self.A.float()
+        update = self.scale * wide(self.B) @ wide(self.A)
         return {"weight": update.T if is_conv1d(target) else update}
 
     def summary(self) -> str:
@@ -70,7 +70,7 @@ class LoRAEmbeddingDelta(LoRADelta):
         return y + (F.linear(self.dropped(h), self.B) * self.scale).to(y.dtype)
 
     def weight_update(self, target: nn.Module) -> Mapping[str, Tensor]:
-        return {"weight": self.scale * (self.B.float() @ self.A.float()).T}
+        return {"weight": self.scale * (wide(self.B) @ wide(self.A)).T}
 
 
 class LoRAConv2dDelta(LoRADelta):
@@ -91,7 +91,7 @@ class LoRAConv2dDelta(LoRADelta):
         return y + F.conv2d(h, self.B[:, :, None, None]).to(y.dtype)
 
     def weight_update(self, target: nn.Module) -> Mapping[str, Tensor]:
-        return {"weight": (self.scale * self.B.float() @ self.A.float()).view(-1, *self.shape)}
+        return {"weight": (self.scale * wide(self.B) @ wide(self.A)).view(-1, *self.shape)}
 
 
 @dataclass(frozen=True, kw_only=True)
