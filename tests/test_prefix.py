@@ -17,7 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import deltakit as dk
 
-INTERFACE = [kind for kind in CONFIGS if kind not in ("deberta-v2", "gptj", "bloom", "falcon")]
+INTERFACE = [kind for kind in CONFIGS if kind not in ("deberta-v2", "gptj", "bloom", "falcon", "gemma2")]
 GENERATE = ["gpt2", "gpt_neox", "opt", "bloom", "gptj", "llama", "qwen2", "gemma", "mixtral", "t5", "bart"]
 
 
@@ -44,7 +44,8 @@ def test_everywhere_effect_gradients_and_exact_detach(kind):
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize("kind", INTERFACE)
 def test_equals_attention_written_out(kind, padding, monkeypatch):
-    model = build(kind).double()
+    # Mixtral's experts have no float64 kernel.
+    model = build(kind).double() if kind != "mixtral" else build(kind)
     model.set_attn_implementation("sdpa")
     batch = inputs(kind, model, padding=padding)
     delta = attached(model)
@@ -76,28 +77,48 @@ def test_equals_attention_written_out(kind, padding, monkeypatch):
     monkeypatch.setitem(tf.AttentionInterface._global_mapping, "written_out", written_out)
     monkeypatch.setitem(AttentionMaskInterface._global_mapping, "written_out", sdpa_mask)
     model.set_attn_implementation("written_out")
-    torch.testing.assert_close(ours, hidden(model(**batch)), rtol=1e-9, atol=1e-9)
-    assert len(seen) == len(prefixes)
+    tolerance = 1e-9 if kind != "mixtral" else 1e-4
+    torch.testing.assert_close(ours, hidden(model(**batch)), rtol=tolerance, atol=tolerance)
+    assert set(map(id, seen)) == set(prefixes)
 
 
-@pytest.mark.parametrize("kind", ["bloom", "gptj", "deberta-v2"])
-def test_written_out_attention_equals_the_interface_of_its_twin(kind):
-    """A prefix whose keys are the model's own first tokens' and whose positions they had acts as those tokens do."""
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("kind", ["gptj", "falcon"])
+def test_models_outside_the_interface_attend_over_a_cache_of_the_same_values(kind, padding):
+    """A prefix is a cache without positions; these models take theirs from `position_ids`."""
     model = build(kind).double()
-    batch = inputs(kind, model, padding="none")
-    before = hidden(model(**batch))
+    batch = inputs(kind, model, padding=padding)
     delta = attached(model)
-    with torch.no_grad():
-        for parameter in delta.parameters():
-            parameter.zero_()
-    zero = hidden(model(**batch))
-    with torch.no_grad():
-        for (found,) in delta.modules.values():
-            found.key.fill_(-1e4)
-    # A key that nobody attends to leaves the backbone as it was; a zero key takes its share.
-    assert (zero - before).abs().max() > 1e-3
+    ours = model(**batch).last_hidden_state
+    cache = tf.DynamicCache()
+    for layer, (found,) in enumerate(delta.modules.values()):
+        key, value = (part.detach().expand(2, -1, -1, -1) for part in found.key_value())
+        cache.update(key, value, layer)
+    delta.detach()
+    mask = torch.cat([torch.ones(2, 3, dtype=torch.long), batch["attention_mask"]], 1)
+    positions = torch.arange(7).expand(2, -1)
+    theirs = model(batch["input_ids"], attention_mask=mask, past_key_values=cache, position_ids=positions)
+    seen = batch["attention_mask"].bool()
+    torch.testing.assert_close(ours[seen], theirs.last_hidden_state[seen], rtol=1e-9, atol=1e-9)
 
 
+def test_bloom_equals_attention_written_out():
+    attention = build("bloom").double().h[0].self_attention
+    x, alibi = torch.randn(2, 5, 24, dtype=torch.float64), torch.randn(8, 1, 5, dtype=torch.float64)
+    mask = torch.zeros(1, 1, 5, 5, dtype=torch.float64).masked_fill(torch.ones(5, 5).triu(1).bool(), -1e9)
+    attached(nn.ModuleDict({"attention": attention}))
+    out, _ = attention(x, torch.zeros_like(x), alibi=alibi, attention_mask=mask)
+    key, value = attention.delta_prefix.key_value()
+    q, k, v = attention.query_key_value(x).unflatten(-1, (4, 3, 6)).permute(3, 0, 2, 1, 4)
+    own = q @ k.transpose(-1, -2) * 6**-0.5 + alibi.view(2, 4, 1, 5) + mask
+    front = q @ key.transpose(-1, -2) * 6**-0.5
+    mixed = torch.cat([front, own], -1).softmax(-1) @ torch.cat([value.expand(2, -1, -1, -1), v], -2)
+    # BLOOM takes its softmax in float32.
+    torch.testing.assert_close(out, attention.dense(mixed.transpose(1, 2).flatten(2)), rtol=1e-6, atol=1e-6)
+
+
+# PEFT 0.21's own use of a name that transformers is about to rename.
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])
 def test_equals_peft_where_positions_are_shifted_as_peft_does(kind):
     model = build(kind, tf.AutoModelForCausalLM).double()
@@ -349,7 +370,7 @@ def test_what_leaves_no_room_for_a_prefix_is_an_error(unchecked, extra, found):
         attend(lambda *a, **k: None, "flash_attention_2", module, q, q, q, sliding_window=3)
 
 
-def test_heads_that_do_not_fit_are_an_error():
+def test_heads_that_do_not_fit_are_an_error(unchecked):
     model = build("bert")
     delta = attached(model)
     (module,) = delta.modules["encoder.layer.0.attention.self"]

@@ -32,6 +32,8 @@ class PrefixMode(TorchFunctionMode):
         self.length = key.shape[1]
         self.keys: int | None = None
         """The number of the module's own keys, between the two products of an attention written out."""
+        self.attended: int | None = None
+        """The number of keys of the last attention written out that is done."""
         self.finished = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -47,6 +49,8 @@ class PrefixMode(TorchFunctionMode):
             return self._product(func, *args)
         if self.keys is not None:
             args = self._widened(func, args)
+        elif func in _SHAPINGS:
+            args = self._as_returned(args)
         return func(*args, **kwargs)
 
     def _fused(
@@ -72,7 +76,7 @@ class PrefixMode(TorchFunctionMode):
             self.keys = b.shape[-1]
             return func(a, prepend(self.key, b.transpose(-1, -2), self.module).transpose(-1, -2))
         if self._is_mixing(a, b):
-            self.keys = None
+            self.attended, self.keys = self.keys, None
             self.finished += 1
             return func(a, prepend(self.value, b, self.module))
         return func(a, b)
@@ -122,6 +126,15 @@ class PrefixMode(TorchFunctionMode):
             return args
         flat = list(sizes[0]) if isinstance(sizes[0], tuple | list | torch.Size) else sizes
         return (x, *flat[:-1], self._both if flat[-1] == self.keys else flat[-1])
+
+
+    def _as_returned(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The attention weights as the caller expects them: without the prefix's columns."""
+        x, *sizes = args
+        last = sizes[-1][-1] if sizes and isinstance(sizes[-1], tuple | list) else sizes[-1] if sizes else None
+        if self.attended is not None and last == self.attended and x.shape[-1] == self.attended + self.length:
+            return (x[..., self.length :].contiguous(), *sizes)
+        return args
 
 
 def close(mode: PrefixMode) -> None:
