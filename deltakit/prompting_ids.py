@@ -38,7 +38,8 @@ def text_stack(backbone: nn.Module) -> tuple[str, str | None]:
     the encoder, which `generate` calls by itself.
     """
     modules = Modules(backbone)
-    holders = [path for path in modules.by_path if any(_holds(path, e) for e in input_embeddings(backbone))]
+    embeddings = input_embeddings(backbone)
+    holders = [path for path in modules.by_path if any(_holds(path, embedding) for embedding in embeddings)]
     masked = [path for path in holders if {"input_ids", "attention_mask"} <= _parameters(modules.by_path[path])]
     if not masked:
         plain = [path for path in holders if "input_ids" in _parameters(modules.by_path[path])]

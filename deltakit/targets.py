@@ -169,7 +169,8 @@ def _default_paths(modules: Modules, method: Method) -> list[str]:
             f"{method.name}: no default position: nothing in {modules.owner} answers {wanted}; "
             f"say where with at=, for example at='**' with of=nn.Linear"
         )
-    return list(dict.fromkeys(paths))
+    found = set(paths)
+    return [path for path in modules.by_path if path in found]
 
 
 def _first_role(modules: Modules, roles: Sequence[str]) -> list[str]:

@@ -140,8 +140,9 @@ class SoftPrompt(Method, name="soft_prompt"):
         return input_embeddings(backbone)
 
     def place(self, backbone: nn.Module, selected: Sequence[Target]) -> Sequence[Target]:
+        embeddings = input_embeddings(backbone)
         for target in selected:
-            if target.path not in input_embeddings(backbone):
+            if target.path not in embeddings:
                 raise TargetError(
                     f"{target.path}: soft_prompt expects the embedding of the input ids, found a "
                     f"{type(target.module).__name__}; leave at= away"
