@@ -1,6 +1,6 @@
 """An `accelerate` loop with a delta: attach before `prepare`, and three lines are new, marked `# 1` to `# 3`.
 
-    accelerate launch examples/accelerate_loop.py [--model FOLDER_OR_HUB_ID] [--rows N] [--epochs N] [--out FOLDER]
+accelerate launch examples/accelerate_loop.py [--model FOLDER_OR_HUB_ID] [--rows N] [--epochs N] [--out FOLDER]
 """
 
 import torch

@@ -42,4 +42,6 @@ def report(model, options, valid, pad):
     other = fresh_model(options.model)
     print(f"accuracy before {accuracy(other, valid, pad):.3f} after {accuracy(model, valid, pad):.3f}")
     dk.load(options.out, other)
-    print("loaded onto a fresh backbone, same predictions:", predict(other, valid, pad).equal(predict(model, valid, pad)))
+    print(
+        "loaded onto a fresh backbone, same predictions:", predict(other, valid, pad).equal(predict(model, valid, pad))
+    )

@@ -1,6 +1,6 @@
 """A plain PyTorch training loop with a delta: three lines are new, marked `# 1` to `# 3`.
 
-    python examples/plain_loop.py [--model FOLDER_OR_HUB_ID] [--rows N] [--epochs N] [--out FOLDER]
+python examples/plain_loop.py [--model FOLDER_OR_HUB_ID] [--rows N] [--epochs N] [--out FOLDER]
 """
 
 import torch

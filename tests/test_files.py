@@ -41,8 +41,12 @@ def test_what_is_in_the_files(saved):
     names = set(load_file(saved / "delta_model.safetensors"))
     assert "layers.0.self_attn.q_proj.lora.A" in names
     assert {"classifier.weight", "classifier.bias"} < names
-    assert sorted(file.name for file in saved.iterdir()) == ["README.md", "delta_config.json", "delta_model.safetensors"]
-    assert "tags: [\"deltakit\", \"lora\"]" in (saved / "README.md").read_text()
+    assert sorted(file.name for file in saved.iterdir()) == [
+        "README.md",
+        "delta_config.json",
+        "delta_model.safetensors",
+    ]
+    assert 'tags: ["deltakit", "lora"]' in (saved / "README.md").read_text()
 
 
 def test_a_card_of_the_user_s_own_is_kept(saved):
@@ -132,12 +136,16 @@ def test_another_backbone(saved, unchecked):
     with torch.no_grad():
         other.layers[1].mlp.up_proj.weight.mul_(1.5)
     before = snapshot(other)
-    with pytest.raises(dk.BackboneMismatch, match=r"the weights differ in 1 of \d+ tensors compared, such as layers\.1\.mlp"):
+    with pytest.raises(
+        dk.BackboneMismatch, match=r"the weights differ in 1 of \d+ tensors compared, such as layers\.1\.mlp"
+    ):
         dk.load(saved, other)
     same(before, snapshot(other))
     with pytest.warns(dk.DeltaWarning, match="this is not the backbone the delta was trained on"):
         dk.load(saved, other, check="warn")
-    with pytest.raises(dk.BackboneMismatch, match="trained on a Transformer with .* their parameters' names or shapes differ"):
+    with pytest.raises(
+        dk.BackboneMismatch, match="trained on a Transformer with .* their parameters' names or shapes differ"
+    ):
         dk.load(saved, Transformer(blocks=3))
     with pytest.raises(dk.CheckpointError, match="check='no': expected 'error' or 'warn'"):
         dk.load(saved, backbone(), check="no")

@@ -95,7 +95,9 @@ def test_merging_refuses_what_it_would_harm():
     with pytest.raises(dk.StateError, match="delta 'delta' is merged into it; unmerge 'delta' first"):
         two.merge()
     two.active = False
-    with pytest.raises(dk.StateError, match="merging expects it attached, active and not merged; it is attached, not active"):
+    with pytest.raises(
+        dk.StateError, match="merging expects it attached, active and not merged; it is attached, not active"
+    ):
         two.merge()
     with pytest.raises(dk.StateError, match="'two' is not merged"):
         two.unmerge()
@@ -113,7 +115,12 @@ def test_dropout_is_on_the_update_and_in_training_only():
 
 @pytest.mark.parametrize(
     ("activation", "f"),
-    [("gelu", F.gelu), ("relu", torch.relu), ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh")), ("tanh", torch.tanh)],
+    [
+        ("gelu", F.gelu),
+        ("relu", torch.relu),
+        ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh")),
+        ("tanh", torch.tanh),
+    ],
 )
 def test_adapter_is_its_formula(activation, f):
     layer = nn.Linear(7, 11).double()
@@ -167,7 +174,9 @@ def test_bitfit_merges_into_the_bias_that_is_there():
     torch.testing.assert_close(delta.merge().backbone(ids()), output)
     delta.detach()
     bare = attached(model, dk.BitFit(at="@attn.k"))
-    with pytest.raises(dk.TargetError, match=r"layers\.0\.self_attn\.k_proj: a Linear without a bias has nothing to merge"):
+    with pytest.raises(
+        dk.TargetError, match=r"layers\.0\.self_attn\.k_proj: a Linear without a bias has nothing to merge"
+    ):
         bare.merge()
 
 

@@ -197,9 +197,7 @@ def test_multihead_attention(need_weights, batch_first):
         part.unflatten(-1, (3, 4)).transpose(1, 2)
         for part in F.linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, -1)
     )
-    wanted = attention.out_proj(
-        reference(q, k, v, key, value, ~hidden_keys[:, None, None]).transpose(1, 2).flatten(2)
-    )
+    wanted = attention.out_proj(reference(q, k, v, key, value, ~hidden_keys[:, None, None]).transpose(1, 2).flatten(2))
     torch.testing.assert_close(out if batch_first else out.transpose(0, 1), wanted, rtol=1e-9, atol=1e-9)
 
 
@@ -297,7 +295,9 @@ def test_a_selected_container_gets_prefixes_in_all_attention_below():
     model = build("t5")
     delta = dk.attach(model, dk.Prefix(at="decoder"))
     assert list(delta.modules) == [
-        f"decoder.block.{i}.layer.{j}.{name}" for i in (0, 1) for j, name in ((0, "SelfAttention"), (1, "EncDecAttention"))
+        f"decoder.block.{i}.layer.{j}.{name}"
+        for i in (0, 1)
+        for j, name in ((0, "SelfAttention"), (1, "EncDecAttention"))
     ]
 
 
@@ -332,7 +332,11 @@ class NoAttention(nn.Module):
         self.k_proj, self.v_proj = nn.Linear(6, 6), nn.Linear(6, 6)
 
     def forward(self, x):
-        return torch.einsum("bqd,bkd->bqk", x, self.k_proj(x)).softmax(-1) @ self.v_proj(x) if x.ndim else torch.matmul(x, x)
+        return (
+            torch.einsum("bqd,bkd->bqk", x, self.k_proj(x)).softmax(-1) @ self.v_proj(x)
+            if x.ndim
+            else torch.matmul(x, x)
+        )
 
 
 class OddAttention(NoAttention):

@@ -11,7 +11,12 @@ from deltakit.inference import infer_roles
 from deltakit.linears import linear_sizes
 
 BERT = {
-    "attn": {"q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value", "o": "attention.output.dense"},
+    "attn": {
+        "q": "attention.self.query",
+        "k": "attention.self.key",
+        "v": "attention.self.value",
+        "o": "attention.output.dense",
+    },
     "ff": {"up": "intermediate.dense", "down": "output.dense"},
 }
 LLAMA = {
@@ -31,11 +36,20 @@ BY_HAND = {
     "roberta": ("encoder.layer.0", BERT),
     "distilbert": (
         "transformer.layer.0",
-        {"attn": {k: f"attention.{k if k != 'o' else 'out'}_lin" for k in "qkvo"}, "ff": {"up": "ffn.lin1", "down": "ffn.lin2"}},
+        {
+            "attn": {k: f"attention.{k if k != 'o' else 'out'}_lin" for k in "qkvo"},
+            "ff": {"up": "ffn.lin1", "down": "ffn.lin2"},
+        },
     ),
-    "gpt2": ("h.0", {"attn": {"qkv": "attn.c_attn", "o": "attn.c_proj"}, "ff": {"up": "mlp.c_fc", "down": "mlp.c_proj"}}),
+    "gpt2": (
+        "h.0",
+        {"attn": {"qkv": "attn.c_attn", "o": "attn.c_proj"}, "ff": {"up": "mlp.c_fc", "down": "mlp.c_proj"}},
+    ),
     "gpt_neox": ("layers.0", NEOX),
-    "bloom": ("h.0", {k: {p: v.replace("attention.", "self_attention.") for p, v in u.items()} for k, u in NEOX.items()}),
+    "bloom": (
+        "h.0",
+        {k: {p: v.replace("attention.", "self_attention.") for p, v in u.items()} for k, u in NEOX.items()},
+    ),
     "opt": ("decoder.layers.0", BART),
     "llama": ("layers.0", LLAMA),
     "qwen2": ("layers.0", LLAMA),
@@ -43,7 +57,10 @@ BY_HAND = {
     "mixtral": ("layers.0", {"attn": LLAMA["attn"], "ff": {}}),
     "phi3": (
         "layers.0",
-        {"attn": {"qkv": "self_attn.qkv_proj", "o": "self_attn.o_proj"}, "ff": {"gate_up": "mlp.gate_up_proj", "down": "mlp.down_proj"}},
+        {
+            "attn": {"qkv": "self_attn.qkv_proj", "o": "self_attn.o_proj"},
+            "ff": {"gate_up": "mlp.gate_up_proj", "down": "mlp.down_proj"},
+        },
     ),
     "t5": (
         "encoder.block.0",
@@ -127,7 +144,9 @@ def test_cross_attention_is_told_apart():
 
 
 def test_plain_torch():
-    roles = infer_roles(nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 3, 20, batch_first=True), 2, enable_nested_tensor=False))
+    roles = infer_roles(
+        nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 3, 20, batch_first=True), 2, enable_nested_tensor=False)
+    )
     assert roles.paths("attn") == ("layers.0.self_attn", "layers.1.self_attn")
     assert roles.paths("attn.o") == ()
     assert roles.paths("ff.up") == ("layers.0.linear1", "layers.1.linear1")
@@ -142,13 +161,17 @@ def test_what_has_no_attention_has_no_units(model):
 
 def test_embeddings():
     assert infer_roles(build("t5")).paths("embed") == ("shared",)
-    tagger = nn.ModuleDict({"small": nn.Embedding(3, 5), "words": nn.Embedding(30, 5), "lstm": nn.LSTM(5, 7), "fc": nn.Linear(7, 2)})
+    tagger = nn.ModuleDict(
+        {"small": nn.Embedding(3, 5), "words": nn.Embedding(30, 5), "lstm": nn.LSTM(5, 7), "fc": nn.Linear(7, 2)}
+    )
     assert infer_roles(tagger).paths("embed") == ("words",)
     assert infer_roles(tagger).paths("head") == ("fc",)
 
 
 def test_a_large_model_on_the_meta_device_takes_no_time():
-    config = tf.LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8)
+    config = tf.LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8
+    )
     with torch.device("meta"):
         model = tf.AutoModel.from_config(config)
     assert len(infer_roles(model).paths("attn.q")) == 80

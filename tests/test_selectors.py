@@ -72,7 +72,9 @@ def slow(selector, paths):
 
 
 names = st.sampled_from(["a", "b", "ab", "0", "1", "10"])
-paths_of = st.lists(st.lists(names, min_size=1, max_size=4).map(lambda c: "root." + ".".join(c)), unique=True, max_size=12)
+paths_of = st.lists(
+    st.lists(names, min_size=1, max_size=4).map(lambda c: "root." + ".".join(c)), unique=True, max_size=12
+)
 components = st.one_of(names, st.just("*"), st.just("**"), st.just("{a,b}"), st.just("{0-1}"))
 
 
@@ -82,7 +84,11 @@ def test_equals_a_slow_obvious_matcher(paths, pattern):
     assert hits(selector, paths) == slow(selector, paths)
 
 
-@given(paths=st.lists(st.lists(st.sampled_from(["a", "b", "0", "1", "2", "3", "5", "07"]), max_size=4).map(".".join), unique=True))
+@given(
+    paths=st.lists(
+        st.lists(st.sampled_from(["a", "b", "0", "1", "2", "3", "5", "07"]), max_size=4).map(".".join), unique=True
+    )
+)
 def test_folding_and_expanding_are_inverse(paths):
     folded = fold(paths)
     back = [".".join(c) for text in folded for c in product(*(expand(part) for part in text.split(".")))]
@@ -142,7 +148,9 @@ def test_a_miss_names_what_is_near_and_what_there_is():
 def test_narrowing():
     model = Transformer()
     assert list(dk.select(model, "layers.0.**", of=nn.LayerNorm)) == ["layers.0.norm_1", "layers.0.norm_2"]
-    assert list(dk.select(model, "layers.0.**", of="Linear", exclude=["self_attn.*", "down_proj"])) == ["layers.0.mlp.up_proj"]
+    assert list(dk.select(model, "layers.0.**", of="Linear", exclude=["self_attn.*", "down_proj"])) == [
+        "layers.0.mlp.up_proj"
+    ]
     with pytest.raises(dk.SelectorError, match="selects 2 modules of Transformer, but of=.*Embedding.* leave none"):
         dk.select(model, "q_proj", of=nn.Embedding)
     with pytest.raises(dk.SelectorError, match="'nope' selects none"):
@@ -158,7 +166,9 @@ def test_roles_in_selectors():
     assert list(dk.select(model, "@head")) == ["lm_head"]
     with pytest.raises(dk.RoleError, match=r"there is no role '@attn\.query'; there are @block, @norm"):
         dk.select(model, "@attn.query")
-    with pytest.raises(dk.RoleError, match=r"'@attn\.q': the attention of GPT2Model computes q, k and v in one fused module"):
+    with pytest.raises(
+        dk.RoleError, match=r"'@attn\.q': the attention of GPT2Model computes q, k and v in one fused module"
+    ):
         dk.select(build("gpt2"), "@attn.q")
 
 

@@ -180,7 +180,9 @@ def test_a_shared_module_is_attached_once_and_counted_once(model):
 
 
 STEPS = st.lists(
-    st.tuples(st.integers(0, 2), st.sampled_from(["attach", "detach", "off", "on", "save", "merge", "forward", "copy"])),
+    st.tuples(
+        st.integers(0, 2), st.sampled_from(["attach", "detach", "off", "on", "save", "merge", "forward", "copy"])
+    ),
     max_size=14,
 )
 

@@ -58,7 +58,12 @@ def test_sums_are_those_of_the_parameters(kind):
     delta = dk.attach(model, dk.LoRA(r=3))
     for fold in (True, False):
         node = tree(model, fold=fold)
-        assert (node.count, node.delta, node.trained, node.delta_trained) == (total, delta.num_parameters, 0, delta.num_parameters)
+        assert (node.count, node.delta, node.trained, node.delta_trained) == (
+            total,
+            delta.num_parameters,
+            0,
+            delta.num_parameters,
+        )
 
 
 @pytest.mark.parametrize("kind", ["bert", "t5", "gpt2", "mixtral"])
@@ -225,7 +230,9 @@ def test_bad_input(unchecked, call, message):
 
 
 def test_a_large_model_appears_at_once(unchecked):
-    config = tf.LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8)
+    config = tf.LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8
+    )
     with torch.device("meta"):
         model = tf.AutoModel.from_config(config)
     start = time.perf_counter()

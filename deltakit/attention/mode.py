@@ -127,7 +127,6 @@ class PrefixMode(TorchFunctionMode):
         flat = list(sizes[0]) if isinstance(sizes[0], tuple | list | torch.Size) else sizes
         return (x, *flat[:-1], self._both if flat[-1] == self.keys else flat[-1])
 
-
     def _as_returned(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The attention weights as the caller expects them: without the prefix's columns."""
         x, *sizes = args

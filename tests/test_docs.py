@@ -1,0 +1,74 @@
+"""The README and CONTRIBUTING run as they stand, the examples at toy size."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import Transformer, ids, randomize
+from test_cli import toy as toy
+
+import deltakit as dk
+
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(name, language):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.S)
+
+
+def test_the_readme_s_code_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for block in blocks("README.md", "python"):
+        exec(compile(block, "README.md", "exec"), {})
+    out = capsys.readouterr().out
+    assert "lora r=8 alpha=16" in out
+    assert (tmp_path / "my-delta" / "delta_model.safetensors").exists()
+
+
+def test_the_method_that_contributing_writes_works(tmp_path, monkeypatch):
+    (block,) = blocks("CONTRIBUTING.md", "python")
+    names = {"__name__": "ia3"}
+    try:
+        exec(compile(block, "CONTRIBUTING.md", "exec"), names)
+        model, fresh = Transformer().eval(), None
+        before = model(ids())
+        delta = dk.attach(model, names["IA3"]())
+        assert torch.equal(model(ids()), before)
+        randomize(delta)
+        fresh = Transformer().eval()
+        fresh.load_state_dict(dk.base_state_dict(model))
+        dk.load(delta.save(tmp_path), fresh)
+        assert torch.equal(fresh(ids()), model(ids()))
+    finally:
+        dk.METHODS.pop("ia3", None)
+
+
+def test_ci_runs_the_readme_s_command():
+    (_, test) = blocks("README.md", "sh")
+    assert test.strip().endswith("--cov=deltakit --cov-fail-under=95")
+    assert "<!-- test -->\n```sh\n" + test in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "README.md" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["plain_loop", "trainer", "accelerate_loop"])
+def test_examples(name, toy, tmp_path):
+    out = tmp_path / "delta"
+    command = [
+        sys.executable,
+        str(ROOT / "examples" / f"{name}.py"),
+        "--model",
+        str(toy),
+        "--rows",
+        "40",
+        "--epochs",
+        "1",
+    ]
+    run = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "trained whole" in run.stdout
+    assert "loaded onto a fresh backbone, same predictions: True" in run.stdout
+    assert (out / "delta_model.safetensors").stat().st_size < 20_000

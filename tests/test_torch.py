@@ -1,0 +1,227 @@
+"""What torch, transformers and accelerate do around hooks: each a way in which hook libraries broke."""
+
+import copy
+import gc
+import weakref
+
+import accelerate
+import pytest
+import torch
+import transformers as tf
+from backbone_inputs import hidden, inputs
+from backbones import build
+from models import Transformer, ids, randomize, same, snapshot
+from torch import nn
+
+import deltakit as dk
+
+
+def attached(model, *methods, **options):
+    delta = dk.attach(model, *(methods or (dk.LoRA(r=3),)), **options)
+    randomize(delta)
+    return delta
+
+
+def test_hidden_states_hold_a_delta_attached_after_they_were_first_asked_for():
+    model = build("bert")
+    batch = inputs("bert", model)
+    model(**batch, output_hidden_states=True)
+    attached(model, dk.BitFit(at="^encoder.layer.0.output.LayerNorm"))
+    late = model(**batch, output_hidden_states=True).hidden_states[1]
+    fresh = build("bert")
+    dk.attach(fresh, dk.BitFit(at="^encoder.layer.0.output.LayerNorm")).load_state_dict(
+        dk.deltas(model)[0].state_dict()
+    )
+    torch.testing.assert_close(late, fresh(**batch, output_hidden_states=True).hidden_states[1])
+
+
+def test_a_reference_taken_before_attach_sees_the_delta():
+    model = Transformer().eval()
+    projection, x = model.layers[0].self_attn.q_proj, torch.randn(2, 20)
+    before = projection(x)
+    attached(model)
+    assert not torch.equal(projection(x), before)
+
+
+def test_data_parallel_replicas_use_their_own_delta():
+    model = Transformer().eval()
+    delta = attached(model)
+    expected = model(ids())
+    (replica,) = nn.parallel.replicate(model, [0]) if torch.cuda.is_available() else (copy.copy(model),)
+    target = model.layers[0].self_attn.q_proj
+    twin = target._replicate_for_data_parallel()
+    other = copy.deepcopy(target.delta_lora)
+    with torch.no_grad():
+        other.B.zero_()
+    twin._modules["delta_lora"] = other
+    twin.weight, twin.bias = target.weight, target.bias
+    x = torch.randn(2, 20)
+    assert not torch.equal(twin(x), target(x))
+    assert torch.equal(replica(ids()), expected)
+    assert delta.attached
+
+
+def test_copying_a_part_does_not_drag_the_whole_along():
+    model = Transformer().eval()
+    attached(model)
+    part = copy.deepcopy(model.layers[0])
+    x = torch.randn(2, 5, 20)
+    assert torch.equal(part(x), model.layers[0](x))
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    part(x)
+
+
+def test_jit_trace_and_export():
+    model = Transformer().eval()
+    attached(model, dk.LoRA(r=3), dk.Adapter(size=2))
+    exported = torch.export.export(model, (ids(),)).module()
+    torch.testing.assert_close(exported(ids()), model(ids()))
+
+
+def test_offloaded_to_disk_and_cpu(tmp_path):
+    model = Transformer().eval()
+    attached(model, dk.LoRA(r=3), dk.BitFit(), dk.Adapter(size=2))
+    expected = model(ids())
+    accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+    torch.testing.assert_close(model(ids()), expected)
+
+
+def test_attach_to_what_is_offloaded():
+    model = Transformer().eval()
+    twin = copy.deepcopy(model)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    delta = dk.attach(twin, dk.LoRA(r=3))
+    randomize(delta)
+    offloaded = dk.attach(model, dk.LoRA(r=3))
+    assert {p.device.type for p in offloaded.parameters()} <= {"meta", "cpu"}
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "t5", "vit"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_of_transformers(kind, reentrant):
+    model = build(kind)
+    batch = inputs(kind, model)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.train()
+    for module in model.modules():
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    model.config.use_cache = False
+    delta = attached(model, dk.LoRA(r=3), dk.Adapter(size=2))
+    expected = hidden(model(**batch)).square().sum()
+    expected.backward()
+    gradients = [parameter.grad.clone() for parameter in delta.parameters()]
+    for parameter in delta.parameters():
+        parameter.grad = None
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    hidden(model(**batch)).square().sum().backward()
+    for parameter, gradient in zip(delta.parameters(), gradients, strict=True):
+        assert (parameter.grad - gradient).abs().max() <= 1e-4 * max(g.abs().max() for g in gradients)
+
+
+def test_gradients_stop_at_the_lowest_delta():
+    model = build("bert")
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    model.train()
+    dk.attach(model, dk.LoRA(r=3, at="encoder.layer.1/@attn.q"))
+    hooks = [len(layer._forward_pre_hooks) for layer in model.encoder.layer]
+    assert hooks == [0, 1]
+
+
+def test_autocast():
+    model = Transformer().eval()
+    attached(model, dk.LoRA(r=3), dk.Adapter(size=2), dk.BitFit())
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(ids())
+    torch.testing.assert_close(out.float(), model(ids()), rtol=0.1, atol=0.1)
+
+
+def test_to_a_device_and_back():
+    model = Transformer().eval()
+    delta = attached(model, dk.LoRA(r=3), train="@head")
+    output, before = model(ids()), copy.deepcopy(delta.state_dict())
+    model.to("meta")
+    assert all(parameter.is_meta for parameter in delta.parameters())
+    assert output.shape == model.to_empty(device="cpu")(ids()).shape
+    assert before.keys() == delta.state_dict().keys()
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: type("FSDPModule", (nn.Module,), {})()])
+def test_attaching_to_what_is_wrapped_is_an_error(wrap):
+    wrapped = wrap(Transformer())
+    before = snapshot(wrapped)
+    with pytest.raises(
+        dk.StateError, match=r"the backbone is wrapped in \w+ already: .* attach to the plain model first"
+    ):
+        dk.attach(wrapped, dk.LoRA(r=3, at="**"))
+    same(before, snapshot(wrapped))
+
+
+def test_attaching_to_a_compiled_model_is_attaching_to_the_model():
+    torch.compiler.reset()
+    model = Transformer().eval()
+    delta = dk.attach(torch.compile(model, backend="eager"), dk.LoRA(r=3))
+    assert delta.backbone is model
+    assert not any("_orig_mod" in path for path in delta.modules)
+
+
+def test_trainer_loop_saves_what_was_trained(tmp_path):
+    model = build("bert", tf.AutoModelForSequenceClassification)
+    delta = attached(model, dk.LoRA(r=3), train="@head")
+    model.save_pretrained(tmp_path)
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "model.safetensors")
+    assert sum("delta_lora" in name for name in saved) == len(list(delta.modules)) * 2
+
+
+def _worker(rank, port, results):
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model, delta = _to_train()
+    parallel = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(delta.parameters(), lr=0.1)
+    for step in range(3):
+        half = _batch(step).chunk(2)[rank]
+        parallel(half).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    results[rank] = {name: value.clone() for name, value in delta.state_dict().items()}
+    dist.destroy_process_group()
+
+
+def _to_train():
+    torch.manual_seed(3)
+    model = Transformer()
+    return model, dk.attach(model, dk.LoRA(r=3), dk.Adapter(size=2), dk.Prefix(tokens=2), train="@head")
+
+
+def _batch(step):
+    return torch.randint(2, 31, (4, 5), generator=torch.Generator().manual_seed(step))
+
+
+def test_two_processes_train_in_step_with_one():
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    results = torch.multiprocessing.Manager().dict()
+    torch.multiprocessing.spawn(_worker, (port, results), nprocs=2)
+    model, delta = _to_train()
+    optimizer = torch.optim.SGD(delta.parameters(), lr=0.1)
+    for step in range(3):
+        model(_batch(step)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, value in delta.state_dict().items():
+        assert torch.equal(results[0][name], results[1][name])
+        torch.testing.assert_close(results[0][name], value, rtol=1e-4, atol=1e-6)
