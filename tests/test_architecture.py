@@ -10,7 +10,46 @@ import deltakit as dk
 PACKAGE = Path(dk.__file__).parent
 
 # A file imports only from files before it.
-ORDER = ["version", "errors", "linears", "role_names", "folding", "activations", "selectors", "roles", "inference", "method", "targets", "shapes", "attention.kernel", "attention.interface", "attention.mode", "attention.sites", "prompting_ids", "methods", "report", "freeze", "state", "hooks", "fingerprint", "checkpoint", "config", "card", "hub", "merging", "delta", "plan", "attach", "tree", "render", "html", "show", "opendelta", "demo", "cli"]
+ORDER = [
+    "version",
+    "errors",
+    "linears",
+    "role_names",
+    "folding",
+    "activations",
+    "selectors",
+    "roles",
+    "inference",
+    "method",
+    "targets",
+    "shapes",
+    "attention.kernel",
+    "attention.interface",
+    "attention.mode",
+    "attention.sites",
+    "prompting_ids",
+    "methods",
+    "report",
+    "freeze",
+    "state",
+    "hooks",
+    "fingerprint",
+    "checkpoint",
+    "config",
+    "card",
+    "hub",
+    "merging",
+    "delta",
+    "plan",
+    "attach",
+    "tree",
+    "render",
+    "html",
+    "show",
+    "opendelta",
+    "demo",
+    "cli",
+]
 
 
 def imports(path):
