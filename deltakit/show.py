@@ -59,8 +59,8 @@ def show(
     """The structure of a backbone and the deltas on it, equal parts folded.
 
     >>> show(nn.Sequential(nn.Linear(2, 3), nn.Linear(2, 3)))
-    root                                ●  18
-    └── 0-1(Linear) weight:[3, 2] bias:[3] ×2 ●  18
+    root                                       ● 18
+    └── 0-1(Linear) weight:[3, 2] bias:[3]  ×2 ● 18
     18 parameters · trainable 18 (100 %) · frozen 0
 
     Args:
