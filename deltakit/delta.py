@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 from torch import Tensor, nn
 
-from deltakit import checkpoint, hub, merging
+from deltakit import checkpoint, hub, merging, values
 from deltakit.card import model_card
 from deltakit.config import delta_config
 from deltakit.errors import StateError
@@ -21,14 +21,13 @@ from deltakit.state import (
     Site,
     free_name,
     key_of,
-    label_of,
     refresh_gradients,
     sites_of,
     swap_whole,
     tensors_of,
     whole_names,
 )
-from deltakit.targets import Modules, join
+from deltakit.targets import Modules
 
 
 class Delta:
@@ -129,6 +128,10 @@ class Delta:
                 raise StateError(
                     f"{site.path}: it has an attribute {key!r} of its own; choose another name= for the delta"
                 )
+        for other in others:
+            both = sorted(other.whole.keys() & record.whole.keys())
+            if both:
+                raise StateError(f"{both[0]}: delta {other.name!r} trains it whole already; detach() that one first")
         record.ledger = others[0].ledger if others else Ledger()
         for site in self._sites:
             site.module.record = record
@@ -195,13 +198,7 @@ class Delta:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Everything the delta trains, by the names of its file: its modules' parameters and what it trains whole."""
-        for site in self._sites:
-            for name, parameter in site.module.named_parameters():
-                yield self._key(site, name), parameter
-        own = dict(tensors_of(self.backbone)) if self._record.whole else {}
-        for name in self._record.whole:
-            if isinstance(own[name], nn.Parameter):
-                yield name, own[name]
+        return values.named_parameters(self.backbone, self._record, self._sites)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Everything the delta trains: what an optimiser takes."""
@@ -214,26 +211,19 @@ class Delta:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The delta's tensors as its file holds them: path, method and parameter name; never the delta's name."""
-        state = {
-            self._key(site, name): value for site in self._sites for name, value in site.module.saved_state().items()
-        }
-        own = dict(tensors_of(self.backbone)) if self.attached and self._record.whole else self._record.whole
-        return state | {name: own[name].detach() for name in self._record.whole}
+        return values.state_dict(self.backbone, self._record, self._sites)
 
     def load_state_dict(self, state: Mapping[str, Tensor], *, where: str = "the state dict") -> None:
         """Takes over all tensors of a `state_dict()`.
 
         Raises:
             CheckpointError: if a name is missing or left over, or a shape differs; nothing is changed then.
+            StateError: if the delta is merged into the weights.
         """
-        expected = self.state_dict()
-        checkpoint.check_tensors(state, expected, where=where)
-        for site in self._sites:
-            names = site.module.saved_state()
-            site.module.load_saved({name: state[self._key(site, name)] for name in names})
-        own = dict(tensors_of(self.backbone)) if self.attached else self._record.whole
-        for name in self._record.whole:
-            own[name].detach().copy_(state[name])
+        if self.merged:
+            raise StateError(f"delta {self.name!r} is merged into the weights: unmerge() it before loading others")
+        checkpoint.check_tensors(state, self.state_dict(), where=where)
+        values.load_state_dict(self.backbone, self._record, self._sites, state)
 
     def save(self, folder: str | PathLike[str]) -> Path:
         """The folder, which now holds the delta: its config, its tensors and a model card (a few hundred KB)."""
@@ -252,9 +242,6 @@ class Delta:
         """
         with TemporaryDirectory() as folder:
             return hub.push(self.save(folder), repo_id, private=private, token=token, commit_message=message)
-
-    def _key(self, site: Site, name: str) -> str:
-        return join(site.path, f"{label_of(self._record, site.method)}.{name}")
 
     def _states(self) -> str:
         states = (("attached", self.attached), ("active", self.active), ("trainable", self.trainable))

@@ -68,6 +68,10 @@ def plan(backbone: nn.Module, *methods: Method, train: Selector = ()) -> Plan:
         OptionError: if there is no method, or an option does not fit a target.
     """
     modules = Modules(original(backbone))
+    if isinstance(modules.backbone, DeltaModule):
+        raise TargetError(
+            "the backbone is itself a delta module: deltas are not nested; attach to the model it sits on"
+        )
     if not methods:
         raise OptionError("no method given: expected at least one, such as LoRA(r=8)")
     for method in methods:

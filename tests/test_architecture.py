@@ -39,6 +39,7 @@ ORDER = [
     "card",
     "hub",
     "merging",
+    "values",
     "delta",
     "plan",
     "attach",

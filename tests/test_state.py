@@ -94,6 +94,28 @@ def test_training_what_is_tied_is_an_error(model):
         dk.attach(nn.ModuleDict({"act": nn.ReLU(), "q": nn.Linear(3, 3)}), dk.LoRA(r=1, at="q"), train="act")
 
 
+def test_two_deltas_cannot_train_one_head(model):
+    one = dk.attach(model, dk.LoRA(r=3), train="@head")
+    before = snapshot(model)
+    with pytest.raises(dk.StateError, match=r"classifier\.bias: delta 'delta' trains it whole already; detach"):
+        dk.attach(model, dk.BitFit(), train="@head")
+    same(before, snapshot(model))
+    one.detach()
+    dk.attach(model, dk.BitFit(), train="@head")
+
+
+def test_deltas_are_not_nested(model):
+    delta = dk.attach(model, dk.Adapter(size=3))
+    with pytest.raises(dk.SelectorError, match=r"'delta_adapter\.down' selects none"):
+        dk.attach(model, dk.LoRA(r=2, at="delta_adapter.down"), name="inner")
+    with pytest.raises(dk.TargetError, match="the backbone is itself a delta module"):
+        dk.attach(model.layers[0].mlp.down_proj.delta_adapter, dk.LoRA(r=2, at="down"))
+    merged = dk.attach(model, dk.LoRA(r=3)).merge()
+    with pytest.raises(dk.StateError, match=r"is merged into the weights: unmerge\(\) it before loading others"):
+        merged.load_state_dict(merged.state_dict())
+    assert delta.attached
+
+
 def test_several_methods_in_one_delta(model, tmp_path):
     fresh = copy.deepcopy(model)
     delta = dk.attach(model, dk.LoRA(r=3), dk.BitFit(), dk.Prefix(tokens=2), dk.LoRA(r=2, at="@ff.up"))

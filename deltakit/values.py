@@ -1,0 +1,48 @@
+"""The values of a delta by the names of its file: `path.method.parameter`, and plain names for what it trains whole."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from deltakit.state import Record, Site, label_of, tensors_of
+from deltakit.targets import join
+
+
+def named_parameters(backbone: nn.Module, record: Record, sites: Sequence[Site]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter that a delta trains."""
+    for site in sites:
+        for name, parameter in site.module.named_parameters():
+            yield _key(record, site, name), parameter
+    own = dict(tensors_of(backbone)) if record.whole else {}
+    for name in record.whole:
+        tensor = own[name]
+        if isinstance(tensor, nn.Parameter):
+            yield name, tensor
+
+
+def state_dict(backbone: nn.Module, record: Record, sites: Sequence[Site]) -> dict[str, Tensor]:
+    """Every tensor that a delta's file holds."""
+    state = {_key(record, site, name): value for site in sites for name, value in site.module.saved_state().items()}
+    return state | {name: tensor.detach() for name, tensor in _whole(backbone, record, sites).items()}
+
+
+@torch.no_grad()
+def load_state_dict(backbone: nn.Module, record: Record, sites: Sequence[Site], state: Mapping[str, Tensor]) -> None:
+    """Takes over a state dict of exactly the delta's names and shapes."""
+    for site in sites:
+        site.module.load_saved({name: state[_key(record, site, name)] for name in site.module.saved_state()})
+    for name, tensor in _whole(backbone, record, sites).items():
+        tensor.copy_(state[name])
+
+
+def _whole(backbone: nn.Module, record: Record, sites: Sequence[Site]) -> dict[str, Tensor]:
+    """The trained values of what is trained whole: in the backbone while the delta is attached, else in its record."""
+    if not record.whole or sites[0].key is None:
+        return record.whole
+    own = dict(tensors_of(backbone))
+    return {name: own[name] for name in record.whole}
+
+
+def _key(record: Record, site: Site, name: str) -> str:
+    return join(site.path, f"{label_of(record, site.method)}.{name}")
