@@ -15,7 +15,7 @@ from deltakit.errors import BackboneMismatch, CheckpointError, DeltaWarning, Sta
 from deltakit.fingerprint import differences
 from deltakit.method import Method, Selector
 from deltakit.plan import Plan, original, plan
-from deltakit.state import Record, Site, sites_of, tensors_of
+from deltakit.state import Record, Site, sites_of, take_whole, tensors_of
 from deltakit.targets import Modules
 
 AUTOMATIC_NAME = "delta"
@@ -40,9 +40,8 @@ def attach(
     """
     planned = plan(backbone, *methods, train=train)
     _refuse_stacking(planned, name)
-    own = dict(tensors_of(planned.backbone)) if planned.whole else {}
     record = _record(planned.backbone, planned.methods, name, freeze, planned.train)
-    record.whole = {key: own[key].detach().clone() for key in planned.whole}
+    take_whole(planned.backbone, record, planned.whole)
     return Delta(planned.backbone, record, _sites(planned.modules, planned.built)).attach()
 
 
@@ -79,10 +78,9 @@ def load(
         _check_paths(modules, paths, where)
     built = [method.build(backbone, [modules.target(path) for path in paths]) for method, paths in found]
     record = _record(backbone, [m for m, _ in found], name or config["name"], freeze, config["train"]["selectors"])
-    own = dict(tensors_of(backbone))
     whole = expanded(config["train"]["names"])
-    _check_paths(own, whole, where)
-    record.whole = {key: own[key].detach().clone() for key in whole}
+    _check_paths(dict(tensors_of(backbone)), whole, where)
+    take_whole(backbone, record, whole)
     delta = Delta(backbone, record, _sites(modules, built))
     delta.load_state_dict(tensors, where=where)
     return delta.attach()

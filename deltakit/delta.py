@@ -12,19 +12,19 @@ from deltakit import checkpoint, hub, merging, values
 from deltakit.card import model_card
 from deltakit.config import delta_config
 from deltakit.errors import StateError
-from deltakit.freeze import Ledger, own_parameters
+from deltakit.freeze import own_parameters
 from deltakit.hooks import feed_gradients, put, take, watch_loading
 from deltakit.method import DeltaModule, Method, Selector
 from deltakit.report import Line, report, share
 from deltakit.state import (
     Record,
     Site,
-    free_name,
+    claim,
     key_of,
     refresh_gradients,
     sites_of,
     swap_whole,
-    tensors_of,
+    take_whole,
     whole_names,
 )
 from deltakit.targets import Modules
@@ -97,10 +97,7 @@ class Delta:
             raise StateError(f"delta {self.name!r} is not attached: attach() it before freezing its backbone")
         selectors = (train,) if isinstance(train, str) else tuple(train)
         paths = Modules(self.backbone).select(selectors) if selectors else []
-        names = whole_names(self.backbone, paths) if paths else []
-        own = dict(tensors_of(self.backbone))
-        added = {name: own[name].detach().clone() for name in names if name not in self._record.whole}
-        self._record.whole |= added
+        take_whole(self.backbone, self._record, whole_names(self.backbone, paths) if paths else [])
         self._record.train += selectors
         self._record.freeze = True
         refresh_gradients(self.backbone, self._record.ledger)
@@ -120,19 +117,7 @@ class Delta:
         record = self._record
         if self.attached:
             raise StateError(f"delta {self.name!r} is attached already; detach() it before attaching it again")
-        others = [other for other, _ in sites_of(self.backbone).values()]
-        record.name = free_name(record.name, others, chosen=record.named)
-        for site in self._sites:
-            key = key_of(record, site.method)
-            if hasattr(site.target, key):
-                raise StateError(
-                    f"{site.path}: it has an attribute {key!r} of its own; choose another name= for the delta"
-                )
-        for other in others:
-            both = sorted(other.whole.keys() & record.whole.keys())
-            if both:
-                raise StateError(f"{both[0]}: delta {other.name!r} trains it whole already; detach() that one first")
-        record.ledger = others[0].ledger if others else Ledger()
+        claim(self.backbone, record, self._sites)
         for site in self._sites:
             site.module.record = record
             put(site.target, key_of(record, site.method), site.module)

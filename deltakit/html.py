@@ -3,6 +3,7 @@
 Colours stand in `style` attributes: notebooks that are not trusted drop `<style>` and scripts, and keep these.
 """
 
+from collections.abc import Iterator
 from html import escape
 
 from deltakit.render import Row, rows, totals
@@ -27,11 +28,11 @@ def html(node: Node, *, open_to: int = 2) -> str:
     return f'<div style="{style}"><ul {_LIST}>{tree}</ul><div>{escape(totals(node))}</div></div>'
 
 
-def _item(node: Node, lines: "object", depth: int, open_to: int) -> str:
-    own = next(lines)  # type: ignore[call-overload]
-    deltas = "".join(f"<li>{_row(next(lines))}</li>" for _ in node.deltas)  # type: ignore[call-overload]
+def _item(node: Node, lines: Iterator[Row], depth: int, open_to: int) -> str:
+    own = next(lines)
+    deltas = "".join(f"<li>{_row(next(lines))}</li>" for _ in node.deltas)
     children = "".join(_item(child, lines, depth + 1, open_to) for child in node.children)
-    more = f"<li>{_row(next(lines))}</li>" if node.hidden else ""  # type: ignore[call-overload]
+    more = f"<li>{_row(next(lines))}</li>" if node.hidden else ""
     inner = deltas + children + more
     if not inner:
         return f"<li>{_row(own)}</li>"

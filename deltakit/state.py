@@ -4,8 +4,8 @@ The state that all its modules need stands in one `Record`, which they share; so
 copy of its backbone, sees one consistent state.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -132,6 +132,33 @@ def refresh_gradients(backbone: nn.Module, ledger: Ledger) -> None:
     train = {name for record in attached if record.trainable for name in record.whole}
     hold = {name for record in attached if not record.trainable for name in record.whole}
     ledger.apply(backbone, train=train, hold=hold, freeze=any(record.freeze for record in attached))
+
+
+def take_whole(backbone: nn.Module, record: Record, names: Sequence[str]) -> None:
+    """Makes the delta train these whole, beside what it does: the backbone's own values of them are kept."""
+    own = dict(tensors_of(backbone))
+    record.whole |= {name: own[name].detach().clone() for name in names if name not in record.whole}
+
+
+def claim(backbone: nn.Module, record: Record, sites: Sequence[Site]) -> None:
+    """Gives a delta that is to be attached its name among the others, and the ledger that it shares with them.
+
+    Raises:
+        StateError: if the name or a place is taken, or another delta trains the same whole.
+    """
+    others = [other for other, _ in sites_of(backbone).values()]
+    name = free_name(record.name, others, chosen=record.named)
+    for other in others:
+        both = sorted(other.whole.keys() & record.whole.keys())
+        if both:
+            raise StateError(f"{both[0]}: delta {other.name!r} trains it whole already; detach() that one first")
+    named = replace(record, name=name)
+    for site in sites:
+        key = key_of(named, site.method)
+        if hasattr(site.target, key):
+            raise StateError(f"{site.path}: it has an attribute {key!r} of its own; choose another name= for the delta")
+    record.name = name
+    record.ledger = others[0].ledger if others else Ledger()
 
 
 def free_name(wanted: str, others: list[Record], *, chosen: bool) -> str:
