@@ -1,11 +1,13 @@
 """The only file that registers hooks: it puts a delta module at its target and takes it away again."""
 
 import sys
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
+from deltakit.errors import DeltaWarning
 from deltakit.method import DeltaModule
 
 
@@ -26,11 +28,15 @@ class Before:
 
 
 class After(Before):
-    """Calls a delta module behind its target."""
+    """Calls a delta module behind its target, and notes that the target was called at all."""
+
+    fired: bool = False
 
     def __call__(  # type: ignore[override]
         self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
+        if not torch.compiler.is_compiling():
+            self.fired = True
         delta = target._modules.get(self.key)
         return delta.after(target, args, kwargs, output) if isinstance(delta, DeltaModule) and delta.live else None
 
@@ -156,6 +162,52 @@ def watch_loading(backbone: nn.Module) -> None:
 
 def _unwrapped(hook: Any) -> Any:
     return getattr(hook, "hook", hook)
+
+
+class FirstForward:
+    """Warns, after the first forward of the backbone, of targets that were never called.
+
+    Some modules are read and not called (a fused kernel takes `proj.weight`): a hook there never fires, and its delta
+    would silently do nothing. It is a warning, as an expert that no token was routed to is not called either.
+    """
+
+    def __init__(self, record: Any) -> None:
+        self.record = record
+        self.handle: Any = None
+
+    def __call__(self, backbone: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling() or not (self.record.active and not self.record.merged):
+            return
+        self.handle.remove()
+        self.record.checked = True
+        dead = [
+            path for path, module in backbone.named_modules() for hook in _ours(module) if self._is_dead(module, hook)
+        ]
+        if dead:
+            warnings.warn(
+                f"delta {self.record.name!r}: {len(dead)} of its targets were not called in the first forward, such as "
+                f"{dead[0]}: if its weight is read without calling it, the delta does nothing there; choose the module "
+                "that is called, or leave it out with exclude=",
+                DeltaWarning,
+                stacklevel=2,
+            )
+
+    def _is_dead(self, module: nn.Module, hook: Before) -> bool:
+        delta = module._modules.get(hook.key)
+        # A method with hooks of its own kind says itself what it needs to see.
+        if not isinstance(delta, DeltaModule) or type(delta).after is not DeltaModule.after:
+            return False
+        return delta.record is self.record and isinstance(hook, After) and not hook.fired
+
+
+def watch_first_forward(backbone: nn.Module, record: Any, *, attached: bool) -> None:
+    """Puts `FirstForward` on a backbone until the delta's targets were seen, and takes it off with the delta."""
+    for hook in list(backbone._forward_hooks.values()):
+        if isinstance(hook, FirstForward) and hook.record is record:
+            hook.handle.remove()
+    if attached and not record.checked:
+        first = FirstForward(record)
+        first.handle = backbone.register_forward_hook(first)
 
 
 def feed_gradients(backbone: nn.Module) -> None:

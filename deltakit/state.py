@@ -30,6 +30,8 @@ class Record:
     train: tuple[str, ...] = ()
     """The selectors of the backbone modules that are trained whole."""
     active: bool = True
+    checked: bool = False
+    """Whether a forward of the backbone has shown that its targets are called."""
     trainable: bool = True
     ledger: Ledger = field(default_factory=Ledger)
     whole: dict[str, Tensor] = field(default_factory=dict)

@@ -43,6 +43,33 @@ def test_a_reference_taken_before_attach_sees_the_delta():
     assert not torch.equal(projection(x), before)
 
 
+class Reads(nn.Module):
+    """Reads the weight of one of its layers and never calls it, as fused kernels do."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.called = nn.Linear(7, 5), nn.Linear(7, 5)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.read.weight) + self.called(x)
+
+
+def test_a_target_that_is_never_called_is_said():
+    model = Reads()
+    delta = dk.attach(model, dk.LoRA(r=2, at=["read", "called"]))
+    delta.detach()
+    assert not model._forward_hooks
+    delta.attach()
+    with pytest.warns(
+        dk.DeltaWarning, match="1 of its targets were not called in the first forward, such as read: if its"
+    ):
+        model(torch.ones(1, 7))
+    model(torch.ones(1, 7))
+    delta.detach().attach()
+    model(torch.ones(1, 7))
+    assert not model._forward_hooks
+
+
 def test_data_parallel_replicas_use_their_own_delta():
     model = Transformer().eval()
     delta = attached(model)
