@@ -140,6 +140,15 @@ def test_order_is_that_of_first_attachment(model):
     assert [delta.name for delta in dk.deltas(model)] == ["one", "two"]
 
 
+def test_the_first_attached_comes_first():
+    layer = nn.Linear(7, 5)
+    model, x = nn.ModuleDict({"layer": layer}), torch.randn(2, 7)
+    plain = layer(x)
+    for name, activation in (("one", "relu"), ("two", "tanh")):
+        randomize(dk.attach(model, dk.Adapter(size=3, at="layer", activation=activation), name=name))
+    torch.testing.assert_close(layer(x), layer.two_adapter(x, layer.one_adapter(x, plain)))
+
+
 def test_order_holds_between_deltas_that_were_never_together(model):
     one = dk.attach(model, dk.Adapter(size=3, at="@attn.o")).detach()
     two = dk.attach(model, dk.Adapter(size=5, at="@attn.o"))
