@@ -14,9 +14,9 @@ from deltakit.delta import Delta
 from deltakit.errors import BackboneMismatch, CheckpointError, DeltaWarning, StateError
 from deltakit.fingerprint import differences
 from deltakit.method import Method, Selector
-from deltakit.plan import Plan, original, plan
+from deltakit.modules import Modules
+from deltakit.plan import Plan, build, original, plan
 from deltakit.state import Record, Site, sites_of, take_whole, tensors_of
-from deltakit.targets import Modules
 
 AUTOMATIC_NAME = "delta"
 
@@ -76,7 +76,7 @@ def load(
     found = methods_of(config)
     for _, paths in found:
         _check_paths(modules, paths, where)
-    built = [method.build(backbone, [modules.target(path) for path in paths]) for method, paths in found]
+    built = [build(modules, method, [modules.target(path) for path in paths]) for method, paths in found]
     record = _record(backbone, [m for m, _ in found], name or config["name"], freeze, config["train"]["selectors"])
     whole = expanded(config["train"]["names"])
     _check_paths(dict(tensors_of(backbone)), whole, where)
@@ -96,7 +96,7 @@ def _record(backbone: nn.Module, methods: Any, name: str | None, freeze: bool, t
 
 def _sites(modules: Modules, built: Any) -> list[Site]:
     return [
-        Site(path, modules.by_path[path], module, index)
+        Site(path, modules.module_at(path)[0], module, index)
         for index, of_method in enumerate(built)
         for path, module in of_method.items()
     ]
@@ -132,8 +132,7 @@ def _check_backbone(config: Mapping[str, Any], backbone: nn.Module, where: str, 
 
 
 def _check_paths(known: Modules | Mapping[str, Tensor], paths: list[str], where: str) -> None:
-    there = known.by_path if isinstance(known, Modules) else known
-    missing = [path for path in paths if path not in there]
+    missing = [path for path in paths if path not in known]
     if missing:
         raise CheckpointError(
             f"{where}: {len(missing)} of its {len(paths)} places are not in this backbone, such as {missing[0]}; "

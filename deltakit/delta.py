@@ -15,6 +15,7 @@ from deltakit.errors import StateError
 from deltakit.freeze import own_parameters
 from deltakit.hooks import feed_gradients, put, take, watch_first_forward, watch_loading
 from deltakit.method import DeltaModule, Method, Selector
+from deltakit.modules import Modules
 from deltakit.report import Line, report, share
 from deltakit.state import (
     Record,
@@ -27,7 +28,6 @@ from deltakit.state import (
     take_whole,
     whole_names,
 )
-from deltakit.targets import Modules
 
 
 class Delta:
@@ -120,7 +120,7 @@ class Delta:
         claim(self.backbone, record, self._sites)
         for site in self._sites:
             site.module.record = record
-            put(site.target, key_of(record, site.method), site.module)
+            put(self.backbone, site.target, key_of(record, site.method, site.module.place), site.module)
         swap_whole(self.backbone, record)
         self._settle()
         return self
@@ -133,7 +133,7 @@ class Delta:
             self.unmerge()
         swap_whole(self.backbone, self._record)
         for site in self._sites:
-            take(site.target, str(site.key))
+            take(self.backbone, site.target, str(site.key))
         self._settle()
         return self
 
@@ -236,7 +236,11 @@ class Delta:
     def __repr__(self) -> str:
         lines = [
             Line(
-                method.name, self._summary(index), [s.path for s in self._sites if s.method == index], self._size(index)
+                method.name,
+                self._summary(index),
+                [site.path for site in self._sites if site.method == index],
+                self._size(index),
+                [site.path for site in self._sites if site.method == index and site.module.reading is not None],
             )
             for index, method in enumerate(self.methods)
         ]

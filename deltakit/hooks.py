@@ -7,59 +7,38 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltakit.errors import DeltaWarning
+from deltakit.calls import After, Before, Replace, Restore
+from deltakit.errors import DeltaWarning, TargetError
+from deltakit.inference.walk import above
 from deltakit.method import DeltaModule
 
 
-class Before:
-    """Calls a delta module ahead of its target.
-
-    The delta module is looked up from the module that is called, by its key: so a hook stays right in a deepcopy, in
-    a pickle and in the replicas of `nn.DataParallel`, which share one table of hooks.
-    """
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-        self.handle: Any = None
-
-    def __call__(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        delta = target._modules.get(self.key)
-        return delta.before(target, args, kwargs) if isinstance(delta, DeltaModule) and delta.live else None
-
-
-class After(Before):
-    """Calls a delta module behind its target, and notes that the target was called at all."""
-
-    fired: bool = False
-
-    def __call__(  # type: ignore[override]
-        self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
-        if not torch.compiler.is_compiling():
-            self.fired = True
-        delta = target._modules.get(self.key)
-        return delta.after(target, args, kwargs, output) if isinstance(delta, DeltaModule) and delta.live else None
-
-
-def put(target: nn.Module, key: str, delta: DeltaModule) -> None:
-    """Registers a delta module as a child of its target, with the hooks that its class asks for."""
+def put(backbone: nn.Module, target: nn.Module, key: str, delta: DeltaModule) -> None:
+    """Registers a delta module as a child of its target, with the hooks that its class and its place ask for."""
     delta.train(target.training)
     target.add_module(key, delta)
-    kind = type(delta)
-    hooks = []
-    if kind.before is not DeltaModule.before:
-        hooks.append(Before(key))
-    if kind.after is not DeltaModule.after or kind.forward is not DeltaModule.forward:
-        hooks.append(After(key))
+    kind, reading = type(delta), delta.reading
+    hooked, hooks = target, list[Before]()
+    if reading is not None:
+        hooked = backbone.get_submodule(reading.scope)
+        hooks = [made(key, reading.holder, reading.also) for made in (Replace, Restore)]
+    else:
+        if kind.before is not DeltaModule.before:
+            hooks.append(Before(key))
+        if kind.after is not DeltaModule.after or kind.forward is not DeltaModule.forward:
+            hooks.append(After(key))
     if hooks:
-        _register(target, [*_ours(target), *hooks])
+        _register(hooked, [*_ours(hooked), *hooks])
     follow_hooks_when_compiled()
 
 
-def take(target: nn.Module, key: str) -> None:
+def take(backbone: nn.Module, target: nn.Module, key: str) -> None:
     """Takes a delta module and its hooks away from its target."""
-    for hook in _ours(target):
-        if hook.key == key:
+    delta = target._modules[key]
+    reading = delta.reading if isinstance(delta, DeltaModule) else None
+    hooked = backbone.get_submodule(reading.scope) if reading is not None else target
+    for hook in _ours(hooked):
+        if hook.delta(hooked) is delta:
             hook.handle.remove()
     del target._modules[key]
     follow_hooks_when_compiled()
@@ -80,17 +59,19 @@ def _register(target: nn.Module, hooks: list[Before]) -> None:
         if hook.handle is not None:
             hook.handle.remove()
     for hook in sorted(hooks, key=lambda hook: _order(target, hook), reverse=True):
-        if isinstance(hook, After):
-            always = type(target._modules[hook.key]).always_after  # type: ignore[union-attr]
+        if isinstance(hook, After | Restore):
+            always = isinstance(hook, Restore) or type(hook.delta(target)).always_after  # type: ignore[union-attr]
             hook.handle = target.register_forward_hook(hook, prepend=True, with_kwargs=True, always_call=always)
         else:
             hook.handle = target.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
 
 
 def _order(target: nn.Module, hook: Before) -> tuple[int, int]:
-    delta = target._modules[hook.key]
-    order = delta.record.order if isinstance(delta, DeltaModule) and delta.record is not None else 0
-    return order, list(target._modules).index(hook.key)
+    delta = hook.delta(target)
+    if delta is None:
+        return 0, 0
+    held = target.get_submodule(hook.holder)._modules
+    return delta.record.order if delta.record is not None else 0, list(held).index(hook.key)
 
 
 class InputGradients:
@@ -165,49 +146,105 @@ def _unwrapped(hook: Any) -> Any:
 
 
 class FirstForward:
-    """Warns, after the first forward of the backbone, of targets that were never called.
+    """Finds, in the first forward of the backbone, targets that were never called, and refuses to go on with them.
 
     Some modules are read and not called (a fused kernel takes `proj.weight`): a hook there never fires, and its delta
-    would silently do nothing. It is a warning, as an expert that no token was routed to is not called either.
+    would silently do nothing. Where the module around was called it is an error; where that was not called either (an
+    expert that no token was routed to, a vision tower under a batch of text) it is a warning.
     """
 
     def __init__(self, record: Any) -> None:
         self.record = record
-        self.handle: Any = None
+        self.handles: list[Any] = []
+        self.watched: list[tuple[str, nn.Module, DeltaModule, Before, Ran]] = []
 
-    def __call__(self, backbone: nn.Module, args: Any, output: Any) -> None:
+    def begin(self, backbone: nn.Module, args: Any) -> None:
+        """Watches the modules around the targets for the time of this forward."""
         if torch.compiler.is_compiling() or not (self.record.active and not self.record.merged):
             return
-        self.handle.remove()
+        self.watched = []
+        around: dict[int, Ran] = {}
+        for path, module in backbone.named_modules():
+            for hook in _ours(module):
+                delta = hook.delta(module)
+                # A method that also acts ahead of its target says itself what it needs to see.
+                own = delta is not None and type(delta).before is DeltaModule.before
+                if delta is None or delta.record is not self.record or not own or hook.fired:
+                    continue
+                if isinstance(hook, After) or type(hook) is Replace:
+                    parent = _caller(backbone, path)
+                    if id(parent) not in around:
+                        around[id(parent)] = Ran(fired=parent is backbone)
+                        around[id(parent)].handle = parent.register_forward_pre_hook(around[id(parent)])
+                    self.watched.append((path, module, delta, hook, around[id(parent)]))
+
+    def end(self, backbone: nn.Module, args: Any, output: Any) -> None:
+        """Says which targets were not called, unless the forward failed or was not watched."""
+        watched, self.watched = self.watched, []
+        for *_, ran in watched:
+            ran.handle.remove()
+        # Behind a forward that raised, torch calls with no result what it must always call.
+        if torch.compiler.is_compiling() or output is None or not (self.record.active and not self.record.merged):
+            return
+        dead = [(path, module, delta, ran) for path, module, delta, hook, ran in watched if not hook.fired]
+        skipped = [(path, module, delta) for path, module, delta, ran in dead if ran.fired]
+        if skipped:
+            raise TargetError(self._never_called(len(skipped), *skipped[0]))
         self.record.checked = True
-        dead = [
-            path for path, module in backbone.named_modules() for hook in _ours(module) if self._is_dead(module, hook)
-        ]
+        for handle in self.handles:
+            handle.remove()
         if dead:
             warnings.warn(
                 f"delta {self.record.name!r}: {len(dead)} of its targets were not called in the first forward, such as "
-                f"{dead[0]}: if its weight is read without calling it, the delta does nothing there; choose the module "
-                "that is called, or leave it out with exclude=",
+                f"{dead[0][0]}, nor was the module around: the delta did nothing there so far",
                 DeltaWarning,
                 stacklevel=2,
             )
 
-    def _is_dead(self, module: nn.Module, hook: Before) -> bool:
-        delta = module._modules.get(hook.key)
-        # A method with hooks of its own kind says itself what it needs to see.
-        if not isinstance(delta, DeltaModule) or type(delta).after is not DeltaModule.after:
-            return False
-        return delta.record is self.record and isinstance(hook, After) and not hook.fired
+    def _never_called(self, count: int, path: str, module: nn.Module, delta: DeltaModule) -> str:
+        more = f" ({count} such targets)" if count > 1 else ""
+        head = (
+            f"{path}: delta {self.record.name!r} did nothing here{more}: the module around it ran in the first forward "
+            f"and never called this {type(module).__name__}; it may read its weight itself. Detach the delta, and "
+        )
+        if type(delta).weight_update is not DeltaModule.weight_update and delta.reading is None:
+            return head + f"name the parameter '{path}.weight' instead, or leave it out with exclude="
+        return head + f"leave it out with exclude=, for {type(delta).__name__} has no form that works by the weight"
+
+
+class Ran:
+    """Notes that a module was called."""
+
+    def __init__(self, *, fired: bool) -> None:
+        self.fired = fired
+        self.handle: Any = None
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.fired = True
+
+
+def _caller(backbone: nn.Module, path: str) -> nn.Module:
+    """The module around a path that can be called: a list of modules cannot."""
+    for name in above(path.rpartition(".")[0]):
+        module = backbone.get_submodule(name)
+        if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+            return module
+    return backbone
 
 
 def watch_first_forward(backbone: nn.Module, record: Any, *, attached: bool) -> None:
     """Puts `FirstForward` on a backbone until the delta's targets were seen, and takes it off with the delta."""
     for hook in list(backbone._forward_hooks.values()):
-        if isinstance(hook, FirstForward) and hook.record is record:
-            hook.handle.remove()
+        first = getattr(hook, "__self__", None)
+        if isinstance(first, FirstForward) and first.record is record:
+            for handle in first.handles:
+                handle.remove()
     if attached and not record.checked:
         first = FirstForward(record)
-        first.handle = backbone.register_forward_hook(first)
+        first.handles = [
+            backbone.register_forward_pre_hook(first.begin),
+            backbone.register_forward_hook(first.end, always_call=True),
+        ]
 
 
 def feed_gradients(backbone: nn.Module) -> None:

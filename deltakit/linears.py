@@ -21,3 +21,15 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     # By the attributes: quantised linear layers are no subclasses of nn.Linear.
     d_in, d_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
     return (d_in, d_out) if isinstance(d_in, int) and isinstance(d_out, int) else None
+
+
+def projection_sizes(module: nn.Module) -> tuple[int, int] | None:
+    """The input and output size of what maps each position alone: a linear layer or a convolution of kernel size 1.
+
+    >>> projection_sizes(nn.Conv1d(5, 7, 1)), projection_sizes(nn.Conv1d(5, 7, 3))
+    ((5, 7), None)
+    """
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        pointwise = set(module.kernel_size) == {1} and set(module.stride) == {1}
+        return (module.in_channels, module.out_channels) if pointwise else None
+    return linear_sizes(module)

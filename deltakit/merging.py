@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from deltakit.errors import StateError, TargetError
+from deltakit.modules import join
 from deltakit.shapes import wide
 from deltakit.state import Record, Site, sites_of, tensors_of
-from deltakit.targets import join
 
 
 @torch.no_grad()
@@ -23,10 +23,12 @@ def merge(backbone: nn.Module, record: Record, sites: Sequence[Site]) -> None:
     """
     parameters = dict(tensors_of(backbone))
     updates: dict[str, Tensor] = {}
+    together: set[str] = set()
     for site in sites:
         for name, update in _update(site).items():
             updates[name] = updates[name] + update if name in updates else update
-    _check(backbone, record, updates, parameters)
+            together |= {name} if site.module.reading is not None and site.module.reading.also else set()
+    _check(backbone, record, updates, parameters, together)
     merged = {name: (wide(parameters[name]) + update).to(parameters[name].dtype) for name, update in updates.items()}
     record.merged = {name: parameters[name].detach().clone() for name in updates}
     for name, value in merged.items():
@@ -47,10 +49,16 @@ def _update(site: Site) -> dict[str, Tensor]:
         update = site.module.weight_update(site.target)
     except TargetError as error:
         raise TargetError(f"{site.path}: {error}") from error
-    return {join(site.path, name): value for name, value in update.items()}
+    return {join(site.owner, name): value for name, value in update.items()}
 
 
-def _check(backbone: nn.Module, record: Record, updates: dict[str, Tensor], parameters: dict[str, Tensor]) -> None:
+def _check(
+    backbone: nn.Module,
+    record: Record,
+    updates: dict[str, Tensor],
+    parameters: dict[str, Tensor],
+    together: set[str],
+) -> None:
     for name, update in updates.items():
         weight = parameters[name]
         if not torch.is_floating_point(weight) or weight.shape != update.shape:
@@ -59,7 +67,8 @@ def _check(backbone: nn.Module, record: Record, updates: dict[str, Tensor], para
                 f"{weight.dtype} {tuple(weight.shape)}; leave the delta attached"
             )
         tied = [other for other, tensor in parameters.items() if tensor is weight and other != name]
-        if tied:
+        # One update of a tied weight, in all places that hold it, is what the delta does while it is attached.
+        if tied and name not in together:
             raise StateError(f"{name} is tied to {tied[0]}: merging would change both; leave the delta attached")
     for other, _ in sites_of(backbone).values():
         both = sorted(other.merged.keys() & updates.keys())

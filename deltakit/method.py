@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from deltakit.activations import hidden_input, hidden_output, replace_hidden
 from deltakit.errors import CheckpointError, OptionError, TargetError
+from deltakit.rows import Rows
 
 METHODS: dict[str, type["Method"]] = {}
 """Every method by its name; filled as their classes are defined."""
@@ -20,16 +21,36 @@ Selector = str | Sequence[str]
 
 
 @dataclass(frozen=True)
-class Target:
-    """A module that a selector picked: its path, and other paths under which the same instance is registered.
+class Reading:
+    """Where a weight is read: the module at `scope` uses its values in its forward.
 
-    `width` is the size of the hidden states in the block around it, in elements, where the structure tells.
+    `holder` is the path below the scope of the module that holds it, `also` the names below it under which the same
+    tensor is held too (tied weights). `never_called`: the holder is sure not to be called as a module.
+    """
+
+    scope: str
+    holder: str
+    also: tuple[str, ...] = ()
+    never_called: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a selector picked: a module, a parameter of one, or the rows of a fused projection.
+
+    Its path; the module that it is, or that holds it; and other paths under which the same instance is registered.
+    `width` is the size of the hidden states in the block around it, in elements, where the structure tells. `reading`
+    says where its weight is read without the module being called, `tied` under which other names it is held.
     """
 
     path: str
     module: nn.Module
     aliases: tuple[str, ...] = ()
     width: int | None = None
+    parameter: str = ""
+    rows: Rows | None = None
+    reading: Reading | None = None
+    tied: tuple[str, ...] = ()
 
 
 class DeltaModule(nn.Module):
@@ -41,6 +62,12 @@ class DeltaModule(nn.Module):
 
     always_after: ClassVar[bool] = False
     """Whether `after` runs even when the target's forward raises (to close what `before` opened)."""
+
+    place: str = ""
+    """What of the module it stands on: nothing for the module, a parameter's name, and rows in brackets."""
+
+    reading: Reading | None = None
+    """Set where it works by the weight: during the forward at that scope the weight has the update added."""
 
     record: Any = None
     """The state of the delta that this module belongs to (`deltakit.delta.Record`), shared by all its modules."""
@@ -106,6 +133,10 @@ class Method:
     """Default positions as roles. Of each inner tuple the first role that a unit (one attention or one
     feed-forward part) has is taken in that unit."""
 
+    weights: ClassVar[bool] = False
+    """Whether its delta modules have a weight form (`weight_update`), which works where a weight is read and its module
+    is not called."""
+
     identity: ClassVar[bool] = True
     """Whether attached and untrained is bit for bit the backbone alone."""
 
@@ -138,6 +169,14 @@ class Method:
     def place(self, backbone: nn.Module, selected: Sequence[Target]) -> Sequence[Target]:
         """The modules that get a delta module when `selected` were picked; by default the same."""
         return selected
+
+    def serves(self, target: Target) -> bool:
+        """Whether a default position that was found is one for this method; what is not, the plan says."""
+        return self.weights or not (target.parameter or (target.reading and target.reading.never_called))
+
+    def by_weight(self, target: Target) -> bool:
+        """Whether the delta module at a target works by the weight instead of by the output."""
+        return self.weights and target.reading is not None
 
     def build(self, backbone: nn.Module, targets: Sequence[Target]) -> dict[str, DeltaModule]:
         """One delta module for each target's path. All targets are given, so that they may share parameters."""

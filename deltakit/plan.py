@@ -7,10 +7,11 @@ from torch import nn
 
 from deltakit.errors import OptionError, StateError, TargetError
 from deltakit.freeze import own_parameters
-from deltakit.method import DeltaModule, Method, Selector, Target
+from deltakit.method import DeltaModule, Method, Reading, Selector, Target
+from deltakit.modules import Modules
 from deltakit.report import Line, report, share
 from deltakit.state import whole_names
-from deltakit.targets import Modules, find_targets
+from deltakit.targets import find_targets
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Plan:
     backbone: nn.Module
     methods: tuple[Method, ...]
     built: tuple[dict[str, DeltaModule], ...]
+    left_out: tuple[tuple[Target, ...], ...]
     train: tuple[str, ...]
     whole: tuple[str, ...]
     modules: Modules
@@ -44,8 +46,11 @@ class Plan:
                 next(iter(built.values())).summary(),
                 list(built),
                 sum(p.numel() for p in _parameters(built)),
+                [path for path, module in built.items() if module.reading is not None],
+                [target.path for target in left_out],
+                [alias for path in built for alias in self.modules.target(path).aliases],
             )
-            for method, built in zip(self.methods, self.built, strict=True)
+            for method, built, left_out in zip(self.methods, self.built, self.left_out, strict=True)
         ]
         own = dict(own_parameters(self.backbone))
         total = sum(parameter.numel() for parameter in own.values())
@@ -77,16 +82,37 @@ def plan(backbone: nn.Module, *methods: Method, train: Selector = ()) -> Plan:
     for method in methods:
         if not isinstance(method, Method):
             raise OptionError(f"expected methods such as LoRA(r=8), found {method!r}")
-    built = []
+    built, left_out = [], []
     for method in methods:
-        targets = find_targets(modules, method)
-        for target in targets:
-            _refuse_uncalled(modules, target)
-        built.append(method.build(modules.backbone, targets))
+        targets, unserved = find_targets(modules, method)
+        built.append(build(modules, method, targets))
+        left_out.append(tuple(unserved))
     selectors = (train,) if isinstance(train, str) else tuple(train)
     selectors += tuple(selector for method in methods for selector in method.train_also())
     whole = whole_names(modules.backbone, modules.select(selectors)) if selectors else []
-    return Plan(modules.backbone, methods, tuple(built), selectors, tuple(whole), modules)
+    return Plan(modules.backbone, methods, tuple(built), tuple(left_out), selectors, tuple(whole), modules)
+
+
+def build(modules: Modules, method: Method, targets: Sequence[Target]) -> dict[str, DeltaModule]:
+    """The delta modules of a method for its targets, by their paths; each knows its place and where it is read.
+
+    Raises:
+        TargetError: if the method cannot serve a target.
+        OptionError: if an option does not fit a target.
+    """
+    for target in targets:
+        _refuse_unserved(method, target)
+    built = method.build(modules.backbone, targets)
+    for target in targets:
+        module = built.get(target.path)
+        if module is None:
+            continue
+        rows = f"[{target.rows.name}]" if target.rows is not None else ""
+        module.place = target.parameter + rows
+        if method.by_weight(target):
+            owner = target.path.removesuffix(module.place).removesuffix(".") if module.place else target.path
+            module.reading = target.reading or Reading(owner, "")
+    return built
 
 
 def original(backbone: nn.Module) -> nn.Module:
@@ -108,12 +134,18 @@ def original(backbone: nn.Module) -> nn.Module:
     return backbone
 
 
-def _refuse_uncalled(modules: Modules, target: Target) -> None:
-    parent = modules.by_path[target.path.rpartition(".")[0]] if target.path else None
-    if isinstance(parent, nn.MultiheadAttention):
+def _refuse_unserved(method: Method, target: Target) -> None:
+    if method.weights:
+        return
+    if target.parameter:
         raise TargetError(
-            f"{target.path}: nn.MultiheadAttention reads this module's weight and never calls it: no hook fires there; "
-            "name the attention module itself, or leave this one out with exclude="
+            f"{target.path}: this is a parameter, and {method.name} has no form that works by the weight: it changes what "
+            "a module gives; name a module, or leave this out with exclude="
+        )
+    if target.reading is not None and target.reading.never_called:
+        raise TargetError(
+            f"{target.path}: nn.MultiheadAttention reads this module's weight and never calls it, and {method.name} has no "
+            "form that works by the weight; name the attention module itself, or leave this one out with exclude="
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deltakit.errors import StateError, TargetError
-from deltakit.targets import Modules
+from deltakit.modules import Modules
 
 
 def input_embeddings(backbone: nn.Module) -> list[str]:

@@ -15,6 +15,12 @@ class Line(NamedTuple):
     summary: str
     paths: Sequence[str]
     parameters: int
+    by_weight: Sequence[str] = ()
+    """Those of the paths where it works by the weight."""
+    left_out: Sequence[str] = ()
+    """Default positions that the method cannot serve."""
+    aliases: Sequence[str] = ()
+    """Other names of the targets: the same instances."""
 
 
 def report(head: str, lines: Iterable[Line], whole: Mapping[str, Tensor], foot: str) -> str:
@@ -23,7 +29,11 @@ def report(head: str, lines: Iterable[Line], whole: Mapping[str, Tensor], foot: 
     for line in lines:
         places = f"{len(line.paths)} target{'s' if len(line.paths) != 1 else ''}"
         rows.append(f"  {' '.join((line.method, line.summary)).strip():<32} {places:>12}  +{line.parameters:,}")
-        rows += [f"      {selector or '(the backbone itself)'}" for selector in fold(line.paths)]
+        by_output = [path for path in line.paths if path not in set(line.by_weight)]
+        rows += [f"      {selector or '(the backbone itself)'}" for selector in fold(by_output)]
+        rows += [f"      {selector}  by weight" for selector in fold(line.by_weight)]
+        rows += [f"      {selector}  the same instances" for selector in fold(line.aliases)]
+        rows += [f"      {selector}  left out: read by weight, not called" for selector in fold(line.left_out)]
     if whole:
         rows.append(f"  {'trained whole':<32} {'':>12}   {sum(tensor.numel() for tensor in whole.values()):,}")
         rows += [f"      {selector}" for selector in fold(whole)]

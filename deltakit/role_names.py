@@ -1,5 +1,7 @@
 """The one vocabulary of names that roles are inferred with. Shapes decide wherever a name is used for two things."""
 
+import re
+
 _LETTERS = {"q": "query", "k": "key", "v": "value"}
 
 PROJECTIONS = {
@@ -15,22 +17,55 @@ PROJECTIONS = {
             "linear_{}",
             "{}_linear",
             "proj_{}",
+            "project_{}",
             "{}_attn",
+            "{}_head",
         )
     )
-    | {word, f"{word}s", f"{word}_proj", f"{word}_projection", f"{word}_layer", f"{word}_dense", f"proj_{word}"}
+    | {word, f"{word}s", f"{word}_proj", f"{word}_projection", f"{word}_layer", f"{word}_dense", f"{word}_linear"}
+    | {f"proj_{word}", f"to_{word}", f"projection_{word}", f"linear_{word}", "queries" if letter == "q" else word}
     for letter, word in _LETTERS.items()
 }
-"""Names of the projections to queries, keys and values, by letter."""
+"""Names of the projections to queries, keys and values, by letter; all names here are compared in lower case."""
 
-FUSED = frozenset({"c_attn", "query_key_value", "qkv", "qkv_proj", "Wqkv", "wqkv", "to_qkv", "qkv_linear", "in_proj"})
+LATENT = {
+    "q_a": frozenset({"q_a_proj", "wq_a", "q_down_proj"}),
+    "q": frozenset({"q_b_proj", "wq_b", "q_up_proj"}),
+    "kv_a": frozenset({"kv_a_proj_with_mqa", "kv_a_proj", "wkv_a", "kv_down_proj"}),
+    "kv": frozenset({"kv_b_proj", "wkv_b", "kv_up_proj"}),
+}
+"""Names in attention over a latent (DeepSeek-V2, arXiv:2405.04434, section 2.1): down to it, and from it."""
+
+KEYED = frozenset({"query_key", "qk", "qk_proj"})
+"""Names of one projection whose output is queries and keys at once (Reformer)."""
+
+AFFIXED = re.compile(r"^(?P<before>.*_)?(?P<word>query|key|value)(?P<after>_.*)?$")
+"""Names of projections with something before or behind, which says that they are a second set (Longformer, LiLT)."""
+
+FUSED = frozenset(
+    {"c_attn", "query_key_value", "qkv", "qkv_proj", "wqkv", "to_qkv", "qkv_linear", "in_proj", "att_proj", "attn_qkv"}
+    | {"queries_keys_values", "proj_qkv", "w_qkv", "qkv_layer"}
+)
 """Names of one projection to queries, keys and values together; beside a projection to queries: to keys and values."""
 
-FUSED_KV = frozenset({"kv", "kv_proj", "to_kv", "key_value", "kv_linear", "c_attn"})
+FUSED_KV = frozenset(
+    {"kv", "kv_proj", "to_kv", "key_value", "kv_linear", "c_attn", "keys_values", "wkv", "w_kv", "proj_kv"}
+)
 
 OUTPUTS = frozenset(
     {"o", "o_proj", "out_proj", "out", "out_lin", "c_proj", "proj", "wo", "to_out", "dense", "projection", "linear_out"}
-    | {"o_linear", "output", "final_linear", "output_projection", "proj_out", "o_lin", "out_projection"}
+    | {"o_linear", "output", "final_linear", "output_projection", "proj_out", "o_lin", "out_projection", "output_proj"}
+    | {
+        "attention_out",
+        "projection_layer",
+        "post",
+        "post_proj",
+        "o_b_proj",
+        "w_o",
+        "final",
+        "output_linear",
+        "output_dense",
+    }
 )
 """Names of the projection back to the hidden states, in an attention module."""
 
@@ -38,6 +73,19 @@ GATES = frozenset({"gate_proj", "wi_0", "gate", "w_gate", "fc1_g", "linear_gate"
 """Names of the projection whose activation multiplies the other one's output, in a gated feed-forward part."""
 
 FUSED_GATES = ("gate_up", "up_gate", "gate_and_up")
+
+EXPERTS = {
+    "gate_up_proj": "gate_up",
+    "gate_up": "gate_up",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+    "input_linear": "gate_up",
+    "output_linear": "down",
+    "w_in": "up",
+    "w_out": "down",
+}
+"""Names of the 3-d parameters of a mixture of experts (or of the modules that hold one each), and what they are."""
 
 HEADS = frozenset(
     {"classifier", "score", "lm_head", "qa_outputs", "classification_head", "head", "fc", "fc_out", "pre_classifier"}
@@ -52,6 +100,15 @@ def says_attention(class_name: str) -> bool:
     (True, True, False)
     """
     return "attention" in class_name.lower() or class_name.lower().endswith("attn")
+
+
+def says_feed_forward(class_name: str) -> bool:
+    """Whether a class calls itself a feed-forward part.
+
+    >>> says_feed_forward("LlamaMLP"), says_feed_forward("EvollaFeedForward"), says_feed_forward("LlamaDecoderLayer")
+    (True, True, False)
+    """
+    return class_name.lower().endswith(("mlp", "ffn", "feedforward"))
 
 
 def says_cross(path: str) -> bool:

@@ -7,7 +7,7 @@ from deltakit.errors import RoleError
 from deltakit.role_names import says_cross
 
 PARTS = {
-    "attn": ("q", "k", "v", "kv", "qkv", "o", "self", "cross"),
+    "attn": ("q", "k", "v", "kv", "qkv", "q_a", "kv_a", "o", "self", "cross"),
     "ff": ("up", "gate", "gate_up", "down"),
 }
 
@@ -17,7 +17,8 @@ class Unit:
     """One attention or one feed-forward part of a block.
 
     `path` is the smallest module that holds all its projections; `own` says whether that is more than the block itself.
-    `parts` gives the projections' paths by their role, `width` the size of the hidden states around.
+    `parts` gives the projections' paths by their role: modules, or parameters where no module is called. `width` is the
+    size of the hidden states around.
     """
 
     kind: str
@@ -56,7 +57,12 @@ class RoleMap:
             known = [*plain, *(f"{k}{'.' + p if p else ''}" for k, parts in PARTS.items() for p in ("", *parts))]
             raise RoleError(f"there is no role '@{role}'; there are {', '.join('@' + name for name in known)}")
         hits = [path for unit in self.units if unit.kind == kind for path in _answer(unit, part)]
-        return tuple(sorted(dict.fromkeys(hits), key=self.order.__getitem__))
+        return tuple(sorted(dict.fromkeys(hits), key=self.rank))
+
+    def rank(self, path: str) -> int:
+        """The place of a path in the order of modules; that of its owner for a parameter."""
+        path = path.partition("[")[0]
+        return self.order[path] if path in self.order else self.order[path.rpartition(".")[0]]
 
 
 def _answer(unit: Unit, part: str) -> list[str]:

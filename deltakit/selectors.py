@@ -8,6 +8,8 @@
     @attn.q  @attn.{q,v}        roles, the same on every architecture
     attn@.q@                    the same in OpenDelta's spelling
     encoder/@attn.q             any of these, only below what the part before the slash picks
+    experts.gate_up_proj        a parameter, by a last component without wildcards
+    c_attn[q]  c_attn[{q,v}]    the rows of a fused projection that are queries, keys or values
 
 A selector that matches from the root is anchored there: a full path means that module and no other.
 """
@@ -27,8 +29,19 @@ Roles = Callable[[str], Sequence[str]]
 _OPENDELTA_ROLES = {"attn": "attn", "ff": "ff", "q": "q", "k": "k", "v": "v", "proj": "o", "w1": "up", "w2": "down"}
 
 
-def select_paths(selectors: str | Sequence[str], paths: Sequence[str], roles: Roles, *, owner: str) -> list[str]:
-    """The paths that at least one of the selectors matches, in the order of `paths`.
+Named = Callable[[bool], Sequence[str]]
+"""Gives what is picked only where it is written out: parameters; or, for True, rows of fused projections."""
+
+
+def nothing_named(_rows: bool) -> Sequence[str]:
+    """No parameters and no rows: for matching among modules alone."""
+    return ()
+
+
+def select_paths(
+    selectors: str | Sequence[str], paths: Sequence[str], roles: Roles, *, owner: str, named: Named = nothing_named
+) -> list[str]:
+    """The paths that at least one of the selectors matches, in the order of `paths`; parameters and rows last.
 
     Args:
         owner: what the paths belong to, for the error message.
@@ -39,16 +52,18 @@ def select_paths(selectors: str | Sequence[str], paths: Sequence[str], roles: Ro
     entries = [selectors] if isinstance(selectors, str) else list(selectors)
     if not entries:
         raise SelectorError("an empty list of selectors selects nothing; expected at least one selector")
-    hits: set[str] = set()
+    hits: dict[str, None] = {}
     for entry in entries:
-        found = match(entry, paths, roles)
+        found = match(entry, paths, roles, named)
         if not found:
             raise SelectorError(_miss(entry, paths, owner))
-        hits.update(found)
-    return [path for path in paths if path in hits]
+        hits.update(dict.fromkeys(found))
+    modules = [path for path in paths if path in hits]
+    known = set(modules)
+    return modules + [path for path in hits if path not in known]
 
 
-def match(selector: str, paths: Sequence[str], roles: Roles) -> list[str]:
+def match(selector: str, paths: Sequence[str], roles: Roles, named: Named = nothing_named) -> list[str]:
     """The paths that one selector matches, in the order of `paths`; possibly none.
 
     >>> match("{q,v}", ["a.q", "a.k", "a.v", "a.qk"], lambda role: ())
@@ -61,29 +76,35 @@ def match(selector: str, paths: Sequence[str], roles: Roles) -> list[str]:
         raise SelectorError(f"selector {selector!r}: expected text such as 'q_proj', '@attn.q' or '**.{{q,v}}'")
     for prefix, whole in (("re:", True), ("[r]", False)):
         if selector.startswith(prefix):
-            return _match_regex(selector, selector[len(prefix) :], paths, whole=whole)
+            return _match_regex(selector, selector[len(prefix) :], paths, named, whole=whole)
     scope, slash, rest = selector.rpartition("/")
     if slash:
-        below = tuple(f"{path}." if path else "" for path in match(scope, paths, roles))
-        return [path for path in match(rest, paths, roles) if path.startswith(below)] if below else []
+        below = tuple(f"{path}." if path else "" for path in match(scope, paths, roles, named))
+        return [path for path in match(rest, paths, roles, named) if path.startswith(below)] if below else []
     if selector.endswith("@"):
-        return match(_from_opendelta(selector), paths, roles)
+        return match(_from_opendelta(selector), paths, roles, named)
     if selector.startswith("@"):
         return _match_roles(selector, paths, roles)
-    return _match_components(selector, paths)
+    hits = _match_components(selector, [*paths, *named(True)] if "[" in selector else paths)
+    if "*" in selector.rpartition(".")[2]:
+        return hits
+    return hits + [name for name in _match_components(selector, named(False)) if name not in hits]
 
 
-def _match_regex(selector: str, pattern: str, paths: Sequence[str], *, whole: bool) -> list[str]:
+def _match_regex(selector: str, pattern: str, paths: Sequence[str], named: Named, *, whole: bool) -> list[str]:
     try:
         compiled = re.compile(pattern if whole else rf"(?:.*\.)?(?:{pattern})")
     except re.error as error:
         raise SelectorError(f"selector {selector!r}: no regular expression: {error}") from error
-    return [path for path in paths if compiled.fullmatch(path)]
+    hits = [path for path in paths if compiled.fullmatch(path)]
+    return hits or [name for name in named(False) if compiled.fullmatch(name)]
 
 
 def _match_roles(selector: str, paths: Sequence[str], roles: Roles) -> list[str]:
-    hits = {path for role in alternatives(selector[1:], selector) for path in roles(role)}
-    return [path for path in paths if path in hits]
+    hits = dict.fromkeys(path for role in alternatives(selector[1:], selector) for path in roles(role))
+    modules = [path for path in paths if path in hits]
+    known = set(modules)
+    return modules + [path for path in hits if path not in known]
 
 
 def _match_components(selector: str, paths: Sequence[str]) -> list[str]:

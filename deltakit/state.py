@@ -4,6 +4,7 @@ The state that all its modules need stands in one `Record`, which they share; so
 copy of its backbone, sees one consistent state.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from deltakit.errors import StateError
 from deltakit.freeze import Ledger
 from deltakit.method import DeltaModule, Method
-from deltakit.targets import join, own_modules
+from deltakit.modules import join, own_modules
 
 
 @dataclass(eq=False)
@@ -50,6 +51,11 @@ class Site(NamedTuple):
     method: int
 
     @property
+    def owner(self) -> str:
+        """The path of the target's module: the target's own path without the parameter or the rows."""
+        return self.path.removesuffix(self.module.place).removesuffix(".") if self.module.place else self.path
+
+    @property
     def key(self) -> str | None:
         """The name under which the target holds the delta module; None while it is detached."""
         return next((key for key, child in self.target._modules.items() if child is self.module), None)
@@ -62,7 +68,7 @@ def sites_of(backbone: nn.Module) -> dict[int, tuple[Record, list[Site]]]:
         for key, module in target._modules.items():
             if isinstance(module, DeltaModule) and module.record is not None:
                 record = module.record
-                site = Site(path, target, module, _method_index(record, key))
+                site = Site(place_at(path, module.place), target, module, _method_index(record, key, module.place))
                 found.setdefault(id(record), (record, []))[1].append(site)
     return dict(sorted(found.items(), key=lambda item: item[1][0].order))
 
@@ -74,13 +80,34 @@ def label_of(record: Record, index: int) -> str:
     return f"{method}_{earlier + 1}" if earlier else method
 
 
-def key_of(record: Record, index: int) -> str:
-    """The name under which the delta modules of the method `index` are registered at their targets."""
-    return f"{record.name}_{label_of(record, index)}"
+def key_of(record: Record, index: int, place: str = "") -> str:
+    """The name under which the delta modules of the method `index` are registered at their targets.
+
+    `place` is the parameter, or the rows, of the target that it stands for: one module may hold several.
+    """
+    return f"{record.name}_{label_of(record, index)}" + (f"_{word_of(place)}" if place else "")
 
 
-def _method_index(record: Record, key: str) -> int:
-    return next(index for index in range(len(record.methods)) if key_of(record, index) == key)
+def word_of(place: str) -> str:
+    """The place of a delta module on its target as a word.
+
+    >>> word_of("in_proj_weight[q]")
+    'in_proj_weight_q'
+    """
+    return re.sub(r"\W+", "_", place).strip("_")
+
+
+def place_at(path: str, place: str) -> str:
+    """The path of a parameter of the module at a path, or of rows of it.
+
+    >>> place_at("h.0.attn.c_attn", "[q]"), place_at("mlp.experts", "down_proj")
+    ('h.0.attn.c_attn[q]', 'mlp.experts.down_proj')
+    """
+    return path + place if place.startswith("[") else join(path, place) if place else path
+
+
+def _method_index(record: Record, key: str, place: str) -> int:
+    return next(index for index in range(len(record.methods)) if key_of(record, index, place) == key)
 
 
 def tensors_of(backbone: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -156,7 +183,7 @@ def claim(backbone: nn.Module, record: Record, sites: Sequence[Site]) -> None:
             raise StateError(f"{both[0]}: delta {other.name!r} trains it whole already; detach() that one first")
     named = replace(record, name=name)
     for site in sites:
-        key = key_of(named, site.method)
+        key = key_of(named, site.method, site.module.place)
         if hasattr(site.target, key):
             raise StateError(f"{site.path}: it has an attribute {key!r} of its own; choose another name= for the delta")
     record.name = name

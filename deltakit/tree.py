@@ -14,7 +14,8 @@ from torch import nn
 from deltakit.errors import TargetError
 from deltakit.folding import span
 from deltakit.method import DeltaModule
-from deltakit.targets import join
+from deltakit.modules import join
+from deltakit.state import word_of
 
 
 @dataclass(frozen=True)
@@ -196,11 +197,15 @@ def _delta_line(key: str, module: DeltaModule) -> DeltaLine:
     label = key.removeprefix(f"{record.name}_") if record is not None else key
     if record is not None and record.named:
         label = f"{record.name}:{label}"
+    if module.place:
+        label = label.removesuffix(f"_{word_of(module.place)}")
+        label += module.place if module.place.startswith("[") else f" {module.place}"
     weights = tuple(
         Weight(name, tuple(p.shape), str(p.dtype).removeprefix("torch."), p.requires_grad)
         for name, p in module.named_parameters()
     )
-    return DeltaLine(label, module.summary(), weights, module.live)
+    by_weight = " by weight" if module.reading is not None else ""
+    return DeltaLine(label, f"{module.summary()}{by_weight}".strip(), weights, module.live)
 
 
 def _sum(name: str, kind: str, weights: list[Weight], lines: list[DeltaLine], children: list[Node]) -> Node:

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from deltakit.modules import join
 from deltakit.state import Record, Site, label_of, tensors_of
-from deltakit.targets import join
 
 
 def named_parameters(backbone: nn.Module, record: Record, sites: Sequence[Site]) -> Iterator[tuple[str, nn.Parameter]]:

@@ -155,7 +155,8 @@ def same(before, after):
 
 
 def randomize(delta, scale=0.3):
-    """Gives every parameter of a delta a value that shows."""
+    """The delta, with a value that shows in every parameter."""
     with torch.no_grad():
         for parameter in delta.parameters():
             parameter.add_(torch.randn_like(parameter) * scale)
+    return delta

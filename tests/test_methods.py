@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as tf
 from backbones import build
 from models import Kinds, Transformer, ids, randomize, same, snapshot
 from torch import nn
@@ -84,8 +85,8 @@ def test_merged_and_hooked_agree(dtype, tolerance):
 
 
 def test_merging_refuses_what_it_would_harm():
-    model = build("gpt2", __import__("transformers").AutoModelForCausalLM)
-    delta = attached(model, dk.LoRA(r=3, at="wte"))
+    model = build("gpt2", tf.AutoModelForCausalLM)
+    delta = attached(model, dk.LoRA(r=3, at="wte", untie=True))
     with pytest.raises(dk.StateError, match=r"wte\.weight is tied to lm_head\.weight: merging would change both"):
         delta.merge()
     delta.detach()
@@ -231,9 +232,14 @@ class Quantised(nn.Module):
         (Transformer, dk.LoRA(at="norm_1"), r"layers\.0\.norm_1: lora serves Linear, Conv1D, .* found LayerNorm"),
         (Transformer, dk.LoRA(at="layers"), r"layers: lora serves .* found ModuleList"),
         (lambda: nn.ModuleDict({"q": Quantised()}), dk.LoRA(r=2, at="q"), r"q: the weight of this Quantised is torch.int8"),
-        (lambda: nn.ModuleDict({"c": nn.Conv2d(4, 6, 1, groups=2)}), dk.LoRA(r=2, at="c"), "c: LoRA on this kind expects groups=1"),
+        (lambda: nn.ModuleDict({"c": nn.ConvTranspose2d(4, 6, 1)}), dk.LoRA(r=2, at="c"), "c: lora serves Linear, .* found ConvTranspose2d; .*the parameter 'c.weight'"),
         (lambda: nn.ModuleDict({"r": nn.ReLU()}), dk.Adapter(at="r"), "r: cannot tell the size of what a ReLU gives"),
-        (lambda: nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)}), dk.LoRA(r=2, at="out_proj"), "a.out_proj: nn.MultiheadAttention reads"),
+        (lambda: nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)}), dk.Adapter(at="out_proj"), "a.out_proj: nn.MultiheadAttention reads"),
+        (lambda: nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)}), dk.Adapter(at="in_proj_weight"), "a.in_proj_weight: this is a parameter, and adapter has no form"),
+        (lambda: nn.ModuleDict({"a": nn.MultiheadAttention(8, 2, bias=False)}), dk.BitFit(at="out_proj"), "a.out_proj: its NonDynam.* has no bias of its own"),
+        (lambda: nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)}), dk.LoRA(r=2, at="in_proj_bias"), "a.in_proj_bias: lora on a parameter expects a matrix"),
+        (lambda: nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)}), dk.LoRA(r=2, dropout=0.1, at="out_proj"), "a.out_proj: LoRA.dropout=0.1. drops inputs"),
+        (lambda: build("gpt2", tf.AutoModelForCausalLM), dk.LoRA(r=2, at="lm_head"), "wte.weight: an update here alone"),
         (Transformer, dk.Prefix(at="mlp"), r"layers\.0\.mlp: no attention at or below this MLP"),
         (Transformer, dk.SoftPrompt(at="classifier"), "classifier: soft_prompt expects the embedding of the input ids"),
         (lambda: build("vit"), dk.SoftPrompt(), "ViTModel has no embedding of token ids"),

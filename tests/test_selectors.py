@@ -166,10 +166,25 @@ def test_roles_in_selectors():
     assert list(dk.select(model, "@head")) == ["lm_head"]
     with pytest.raises(dk.RoleError, match=r"there is no role '@attn\.query'; there are @block, @norm"):
         dk.select(model, "@attn.query")
-    with pytest.raises(
-        dk.RoleError, match=r"'@attn\.q': the attention of GPT2Model computes q, k and v in one fused module"
-    ):
-        dk.select(build("gpt2"), "@attn.q")
+    gpt2 = build("gpt2")
+    rows = [f"h.{i}.attn.c_attn[{letter}]" for i in (0, 1) for letter in "qv"]
+    assert sorted(dk.select(gpt2, "@attn.{q,v}")) == sorted(dk.select(gpt2, "c_attn[{q,v}]")) == rows
+    assert list(dk.select(gpt2, "h.0.attn.c_attn[k]", of="Conv1D")) == ["h.0.attn.c_attn[k]"]
+    with pytest.raises(dk.SelectorError, match=r"'c_attn\[o\]' selects none"):
+        dk.select(gpt2, "c_attn[o]")
+
+
+def test_parameters_are_picked_by_name_only():
+    model = build("mixtral")
+    experts = [f"layers.{i}.mlp.experts.{name}" for i in (0, 1) for name in ("gate_up_proj", "down_proj")]
+    picked = dk.select(model, "experts.{gate_up_proj,down_proj}")
+    assert sorted(picked) == sorted(experts)
+    assert picked[experts[0]] is model.layers[0].mlp.experts.gate_up_proj
+    assert all(isinstance(module, nn.Module) for module in dk.select(model, "**").values())
+    assert list(dk.select(model, "re:layers.0.*down_proj")) == [experts[1]]
+    assert list(dk.select(model, "experts.down_proj", exclude="^layers.0.mlp.experts.down_proj")) == [experts[3]]
+    with pytest.raises(dk.SelectorError, match="leave none"):
+        dk.select(model, "experts.down_proj", of=nn.Linear)
 
 
 def test_what_is_printed_can_be_pasted():

@@ -241,7 +241,8 @@ def test_any_sequence_of_calls_is_undone_bit_for_bit(steps, tmp_path_factory):
         elif step == "save":
             folder = tmp_path_factory.mktemp("delta")
             delta.save(folder)
-            delta.load_state_dict(states[which])
+            if not delta.merged:
+                delta.load_state_dict(states[which])
         elif step == "merge" and which == 0 and delta.attached and delta.active and not delta.merged:
             delta.merge()
         elif step == "forward":

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from deltakit.errors import OptionError
 from deltakit.method import DeltaModule, Method, Target
+from deltakit.rows import Rows
 from deltakit.shapes import like, output_size
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -31,9 +32,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class AdapterDelta(DeltaModule):
     """A bottleneck: `down` [size, d] and `up` [d, size], with biases, and an activation between."""
 
-    def __init__(self, d: int, size: int, activation: str, **like: Any) -> None:
+    def __init__(self, d: int, size: int, activation: str, rows: Rows | None = None, **like: Any) -> None:
         super().__init__()
-        self.activation = activation
+        self.activation, self.rows = activation, rows
         self.down = nn.Linear(d, size, **like)
         self.up = nn.Linear(size, d, **like)
         self.reset_parameters()
@@ -45,8 +46,10 @@ class AdapterDelta(DeltaModule):
             nn.init.zeros_(zero)
 
     def forward(self, x: Tensor, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        h = ACTIVATIONS[self.activation](self.down(y.to(self.down.weight.dtype)))
-        return y + self.up(h).to(y.dtype)
+        part = self.rows.take(y) if self.rows else y
+        h = ACTIVATIONS[self.activation](self.down(part.to(self.down.weight.dtype)))
+        update = self.up(h)
+        return y + (self.rows.spread(update) if self.rows else update).to(y.dtype)
 
     def summary(self) -> str:
         return f"size={self.down.out_features} {self.activation}"
@@ -80,7 +83,7 @@ class Adapter(Method, name="adapter"):
     def build_at(self, target: Target) -> DeltaModule:
         d = output_size(target, self.name)
         size = max(1, d // self.reduction) if self.reduction else self.size or 64
-        return AdapterDelta(d, size, self.activation, **like(target))
+        return AdapterDelta(d, size, self.activation, target.rows, **like(target))
 
     def train_also(self) -> tuple[str, ...]:
         return ("@norm",) if self.norms else ()

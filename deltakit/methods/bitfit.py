@@ -4,7 +4,7 @@ The paper trains the biases that there are. Here an added bias starts at zero, s
 can be taken off again, and stands on layers without a bias too (Llama, T5).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from deltakit.errors import OptionError, TargetError
 from deltakit.method import DeltaModule, Method, Target
+from deltakit.rows import Rows
 from deltakit.shapes import like, output_size, wide
 
 # The paper's smaller variant (section 3, "b_q and b_m2"): the query's bias and that of the first feed-forward layer.
@@ -21,26 +22,32 @@ _SUBSETS = {"all": None, "query_mlp": (("attn.q", "attn.qkv"), ("ff.up", "ff.gat
 
 
 class BitFitDelta(DeltaModule):
-    """An added `bias` [d], zero at the start. On a convolution it is one value a channel."""
+    """An added `bias`, zero at the start: [d] on a module, of the parameter's shape on one that is read.
 
-    def __init__(self, d: int, channels_first: int, **like: Any) -> None:
+    On a convolution it is one value a channel. `name`: the parameter that it is added to by weight.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], channels_first: int, rows: Rows | None = None, name: str = "bias", **like: Any
+    ) -> None:
         super().__init__()
-        self.channels_first = channels_first
-        self.bias = nn.Parameter(torch.empty(d, **like))
+        self.channels_first, self.rows, self.name = channels_first, rows, name
+        self.bias = nn.Parameter(torch.empty(*shape, **like))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, y: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        return y + self.bias.view(-1, *[1] * self.channels_first).to(y.dtype)
+        bias = self.rows.spread(self.bias) if self.rows else self.bias
+        return y + bias.view(-1, *[1] * self.channels_first).to(y.dtype)
 
     def weight_update(self, target: nn.Module) -> Mapping[str, Tensor]:
-        if not isinstance(getattr(target, "bias", None), Tensor):
+        if not isinstance(getattr(target, self.name, None), Tensor):
             raise TargetError(
                 f"a {type(target).__name__} without a bias has nothing to merge BitFit into; leave it attached"
             )
-        return {"bias": wide(self.bias)}
+        return {self.name: wide(self.rows.spread(self.bias) if self.rows else self.bias)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +56,11 @@ class BitFit(Method, name="bitfit"):
 
     subset: str = "all"
 
+    weights: ClassVar = True
     default_at: ClassVar = (
-        *((f"attn.{part}",) for part in ("q", "k", "v", "kv", "qkv", "o")),
+        *(("attn.qkv", "attn.kv", f"attn.{part}") for part in ("k", "v")),
+        ("attn.qkv", "attn.q"),
+        *((f"attn.{part}",) for part in ("q_a", "kv_a", "o")),
         *((f"ff.{part}",) for part in ("up", "gate", "gate_up", "down")),
         ("norm",),
     )
@@ -65,7 +75,50 @@ class BitFit(Method, name="bitfit"):
     def default_roles(self) -> tuple[tuple[str, ...], ...]:
         return _SUBSETS[self.subset] or self.default_at
 
+    def serves(self, target: Target) -> bool:
+        return bool(_bias_name(target)) if self._is_read(target) else True
+
+    def by_weight(self, target: Target) -> bool:
+        return bool(target.parameter) or (super().by_weight(target) and bool(_bias_name(target)))
+
+    def _is_read(self, target: Target) -> bool:
+        return bool(target.parameter or (target.reading and target.reading.never_called))
+
     def build_at(self, target: Target) -> DeltaModule:
-        convolution = isinstance(target.module, nn.modules.conv._ConvNd)
-        spatial = len(target.module.kernel_size) if convolution else 0  # type: ignore[arg-type]
-        return BitFitDelta(output_size(target, self.name), spatial, **like(target))
+        module = target.module
+        if self._is_read(target):
+            name = _bias_name(target)
+            if not name:
+                raise TargetError(
+                    f"{target.path}: its {type(module).__name__} reads this weight and has no bias of its own: there is "
+                    "nothing that BitFit could be added to; leave it out with exclude="
+                )
+            rows = _bias_rows(target)
+            bias = module._parameters[name]
+            shape = [rows.size] if rows else list(bias.shape) if bias is not None else []
+            return BitFitDelta(shape, 0, rows, name, **like(target))
+        convolution = isinstance(module, nn.modules.conv._ConvNd)
+        spatial = len(module.kernel_size) if convolution else 0  # type: ignore[arg-type]
+        return BitFitDelta([output_size(target, self.name)], spatial, target.rows, **like(target))
+
+
+def _bias_name(target: Target) -> str:
+    """The parameter that is the bias of what is read: a bias itself, or what is called like the bias to a weight."""
+    own = target.module._parameters
+    read = target.parameter or "weight"
+    if isinstance(target.module, nn.MultiheadAttention):
+        names = ["in_proj_bias"]
+    else:
+        names = [read.replace("weight", "bias"), f"{read}_bias"] if "weight" in read else [f"{read}_bias"]
+    if "bias" in read:
+        names = [read]
+    return next((name for name in names if own.get(name) is not None), "")
+
+
+def _bias_rows(target: Target) -> Rows | None:
+    """Torch's attention keeps the biases of queries, keys and values in one, also where the weights stand alone."""
+    module, first = target.module, target.parameter[:1]
+    if target.rows is not None or not isinstance(module, nn.MultiheadAttention) or first not in "qkv":
+        return target.rows
+    size, place = module.embed_dim, "qkv".index(first)
+    return Rows(first, 1, 3 * size, place * size, (place + 1) * size)

@@ -15,25 +15,32 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from deltakit.activations import hidden_input
 from deltakit.errors import OptionError, TargetError
 from deltakit.linears import is_conv1d
 from deltakit.method import DeltaModule, Method, Target
+from deltakit.rows import Rows
 from deltakit.shapes import like, sizes, wide
 
 
 class LoRADelta(DeltaModule):
-    """A low-rank change of a linear map: `A` [r, d_in] down and `B` [d_out, r] up again, zero at the start."""
+    """A low-rank change of a linear map: `A` [r, d_in] down and `B` [d_out, r] up again, zero at the start.
 
-    def __init__(self, d_in: int, d_out: int, r: int, scale: float, dropout: float, **like: Any) -> None:
+    On a parameter that is a stack of matrices (the experts of a mixture) both have the stack's dimensions in front.
+    """
+
+    def __init__(self, d_in: int, d_out: int, options: "LoRA", rows: Rows | None = None, **like: Any) -> None:
         super().__init__()
-        self.scale, self.dropout = scale, dropout
-        self.A = nn.Parameter(torch.empty(r, d_in, **like))
-        self.B = nn.Parameter(torch.empty(d_out, r, **like))
+        self.scale, self.dropout, self.rows = options.scale, options.dropout, rows
+        stack = like.pop("stack", ())
+        self.A = nn.Parameter(torch.empty(*stack, options.r, d_in, **like))
+        self.B = nn.Parameter(torch.empty(*stack, d_out, options.r, **like))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        # a = sqrt(5) is nn.Linear's own default; the authors' code uses it for A too.
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        # Kaiming-uniform with a = sqrt(5), nn.Linear's own default: the authors' code uses it for A too.
+        bound = 1 / math.sqrt(self.A.shape[-1])
+        nn.init.uniform_(self.A, -bound, bound)
         nn.init.zeros_(self.B)
 
     def dropped(self, x: Tensor) -> Tensor:
@@ -43,16 +50,45 @@ class LoRADelta(DeltaModule):
         self, x: Float[Tensor, "*batch d_in"], y: Float[Tensor, "*batch d_out"]
     ) -> Float[Tensor, "*batch d_out"]:
         h = F.linear(self.dropped(x).to(self.A.dtype), self.A) * self.scale
-        return y + F.linear(h, self.B).to(y.dtype)
+        update = F.linear(h, self.B)
+        return y + (self.rows.spread(update) if self.rows else update).to(y.dtype)
+
+    def update(self) -> Float[Tensor, "*stack d_out d_in"]:
+        """What is added to a weight of the shape [d_out, d_in], in float32 or wider."""
+        update = self.scale * wide(self.B) @ wide(self.A)
+        return self.rows.spread(update.mT).mT if self.rows else update
 
     def weight_update(self, target: nn.Module) -> Mapping[str, Tensor]:
-        update = self.scale * wide(self.B) @ wide(self.A)
-        return {"weight": update.T if is_conv1d(target) else update}
+        return {"weight": self.update().mT if is_conv1d(target) else self.update()}
 
     def summary(self) -> str:
-        r = self.A.shape[0]
+        r = self.A.shape[-2]
         scaling = f"alpha={self.scale * r:g}" if (self.scale * r).is_integer() else f"scale={self.scale:g}"
         return f"r={r} {scaling}" + (f" dropout={self.dropout:g}" if self.dropout else "")
+
+
+class LoRAParameterDelta(LoRADelta):
+    """LoRA on a parameter, added to it for the time of the forward that reads it.
+
+    The last two dimensions are the matrix [d_out, d_in], or [d_in, d_out] where the module says that its weights are
+    transposed (`is_transposed`, as transformers' expert modules do); dimensions in front count matrices.
+    """
+
+    def __init__(self, target: Target, options: "LoRA", **like: Any) -> None:
+        self.name = target.parameter
+        self.flipped = bool(getattr(target.module, "is_transposed", False))
+        d_in, d_out = sizes(target, options.name)
+        weight = target.module._parameters[target.parameter]
+        stack = tuple(weight.shape[:-2]) if weight is not None else ()
+        if self.flipped:
+            d_in, d_out = d_out, d_in
+        super().__init__(d_in, d_out, options, target.rows, stack=stack, **like)
+
+    def weight_update(self, target: nn.Module) -> Mapping[str, Tensor]:
+        return {self.name: self.update().mT if self.flipped else self.update()}
+
+
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
 
 class LoRAEmbeddingDelta(LoRADelta):
@@ -70,43 +106,47 @@ class LoRAEmbeddingDelta(LoRADelta):
         return y + (F.linear(self.dropped(h), self.B) * self.scale).to(y.dtype)
 
     def weight_update(self, target: nn.Module) -> Mapping[str, Tensor]:
-        return {"weight": self.scale * (wide(self.B) @ wide(self.A)).T}
+        return {"weight": self.update().mT}
 
 
-class LoRAConv2dDelta(LoRADelta):
-    """LoRA on a 2-d convolution: `A` is a convolution of its geometry to r channels, `B` one of kernel 1 back."""
+class LoRAConvDelta(LoRADelta):
+    """LoRA on a convolution: `A` is one of its geometry to r channels in each group, `B` one of kernel size 1 back.
 
-    def __init__(self, target: nn.Conv2d, r: int, scale: float, dropout: float, **like: Any) -> None:
-        self.shape = (target.in_channels, *target.kernel_size)
-        self.geometry: dict[str, Any] = {
-            "stride": target.stride,
-            "padding": target.padding,
-            "dilation": target.dilation,
-        }
-        super().__init__(math.prod(self.shape), target.out_channels, r, scale, dropout, **like)
+    Both together are the convolution with the weight B A, of rank r over all groups.
+    """
 
-    def forward(self, x: Float[Tensor, "*n c h w"], y: Float[Tensor, "*n d h2 w2"]) -> Float[Tensor, "*n d h2 w2"]:
-        down = self.A.view(-1, *self.shape)
-        h = F.conv2d(self.dropped(x).to(self.A.dtype), down, **self.geometry) * self.scale
-        return y + F.conv2d(h, self.B[:, :, None, None]).to(y.dtype)
+    def __init__(self, target: nn.modules.conv._ConvNd, options: "LoRA", **like: Any) -> None:
+        self.groups = target.groups
+        self.shape = (target.in_channels // target.groups, *target.kernel_size)
+        super().__init__(math.prod(self.shape), target.out_channels, options, **like)
+
+    def after(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        x = self.dropped(hidden_input(args, kwargs)).to(self.A.dtype)
+        down = self.A.view(-1, *self.shape).repeat(self.groups, *[1] * len(self.shape))
+        h = target._conv_forward(x, down, None) * self.scale  # type: ignore[operator]
+        up = self.B[(..., *[None] * (len(self.shape) - 1))]
+        return output + _CONVOLUTIONS[len(self.shape) - 2](h, up, groups=self.groups).to(output.dtype)
 
     def weight_update(self, target: nn.Module) -> Mapping[str, Tensor]:
-        return {"weight": (self.scale * wide(self.B) @ wide(self.A)).view(-1, *self.shape)}
+        return {"weight": self.update().view(-1, *self.shape)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Method, name="lora"):
-    """Low-rank updates of linear maps, embeddings and 2-d convolutions.
+    """Low-rank updates of linear maps, embeddings, convolutions and bare parameters.
 
     `r`: the rank, at least 1 and at most the smaller side of the weight. `alpha`: the update is scaled by alpha / r,
     or by alpha / sqrt(r) with `rslora`; not negative. `dropout`: probability in [0, 1) on the input of the update.
+    `untie`: let it work at one module alone although its weight is tied to another's.
     """
 
     r: int = 8
     alpha: float = 16
     rslora: bool = False
     dropout: float = 0.0
+    untie: bool = False
 
+    weights: ClassVar = True
     default_at: ClassVar = (("attn.q", "attn.qkv"), ("attn.v", "attn.kv"))
 
     def validate(self) -> None:
@@ -121,25 +161,43 @@ class LoRA(Method, name="lora"):
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
+    def by_weight(self, target: Target) -> bool:
+        # A subclass of nn.Embedding with a forward of its own (Gemma's scales) may do anything with the rows.
+        return super().by_weight(target) or (isinstance(target.module, nn.Embedding) and _own_forward(target.module))
+
     def build_at(self, target: Target) -> DeltaModule:
         path, module = target.path, target.module
-        options, new = (self.r, self.scale, self.dropout), like(target)
+        new = like(target)
         d_in, d_out = sizes(target, self.name)
+        self._check(target, d_in, d_out)
+        if target.parameter:
+            return LoRAParameterDelta(target, self, **new)
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            return LoRAConvDelta(module, self, **new)
+        if isinstance(module, nn.Embedding):
+            if module.max_norm is not None:
+                raise TargetError(f"{path}: LoRA expects an embedding without max_norm, which rewrites its weight")
+            return LoRAEmbeddingDelta(d_in, d_out, self, **new)
+        return LoRADelta(d_in, d_out, self, target.rows, **new)
+
+    def _check(self, target: Target, d_in: int, d_out: int) -> None:
         if self.r > min(d_in, d_out):
             raise OptionError(
-                f"{path}: rank {self.r} is above the layer's size {d_in} to {d_out}; at most {min(d_in, d_out)}"
+                f"{target.path}: rank {self.r} is above the layer's size {d_in} to {d_out}; at most {min(d_in, d_out)}"
             )
-        if isinstance(module, nn.Conv2d):
-            _refuse(path, module, module.groups != 1 or module.padding_mode != "zeros", "groups=1 and zero padding")
-            return LoRAConv2dDelta(module, *options, **new)
-        if isinstance(module, nn.Embedding):
-            # max_norm rewrites the weight during forward; a subclass's forward (Gemma's scales) is not a plain look-up.
-            changed = module.max_norm is not None or type(module).forward is not nn.Embedding.forward
-            _refuse(path, module, changed, "torch's own forward, without max_norm")
-            return LoRAEmbeddingDelta(d_in, d_out, *options, **new)
-        return LoRADelta(d_in, d_out, *options, **new)
+        if self.dropout and self.by_weight(target):
+            raise OptionError(
+                f"{target.path}: LoRA(dropout={self.dropout:g}) drops inputs, and here it works by the weight, for the "
+                "weight is read where no hook sees its input; use dropout=0 there"
+            )
+        if target.tied and not target.parameter and not self.untie:
+            weight = f"{target.path}.weight"
+            raise TargetError(
+                f"{target.path}: its weight is tied to {target.tied[0]}: an update here alone would make the two "
+                f"differ; name the parameter '{weight}' for one update in both places, pass untie=True to update this "
+                f"place alone, or leave it out with exclude={target.path!r}"
+            )
 
 
-def _refuse(path: str, module: nn.Module, unlike: bool, expected: str) -> None:
-    if unlike:
-        raise TargetError(f"{path}: LoRA on this kind expects {expected}, found {module}; narrow with of= or exclude=")
+def _own_forward(embedding: nn.Embedding) -> bool:
+    return type(embedding).forward is not nn.Embedding.forward

@@ -21,8 +21,8 @@ from deltakit.attention.mode import PrefixMode, close
 from deltakit.attention.sites import Heads, attends, enters_by_interface, heads_of
 from deltakit.errors import OptionError, TargetError
 from deltakit.method import DeltaModule, Method, Target
+from deltakit.modules import Modules, join
 from deltakit.shapes import like
-from deltakit.targets import Modules, join
 
 
 class PrefixDelta(AttentionPrefix):

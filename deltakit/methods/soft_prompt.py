@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from deltakit.errors import OptionError, StateError, TargetError
 from deltakit.method import DeltaModule, Method, Target
+from deltakit.modules import Modules
 from deltakit.prompting_ids import grown_mask, input_embeddings, insert, text_stack, trimmed
 from deltakit.shapes import like
-from deltakit.targets import Modules
 
 _FREQUENT = 5_000
 

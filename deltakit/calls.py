@@ -1,0 +1,114 @@
+"""What is called when a hook fires: a delta module ahead of its target, behind it, or put into a weight.
+
+A hook looks its delta module up from the module that is called, by path and key: so it stays right in a deepcopy, in a
+pickle and in the replicas of `nn.DataParallel`, which share one table of hooks.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltakit.errors import StateError, TargetError
+from deltakit.method import DeltaModule
+
+
+class Before:
+    """Calls a delta module ahead of its target. `holder` is the path from the hooked module to that of the delta."""
+
+    fired: bool = False
+
+    def __init__(self, key: str, holder: str = "") -> None:
+        self.key = key
+        self.holder = holder
+        self.handle: Any = None
+
+    def delta(self, module: nn.Module) -> DeltaModule | None:
+        """The delta module of this hook, below the module that is called."""
+        found = (module.get_submodule(self.holder) if self.holder else module)._modules.get(self.key)
+        return found if isinstance(found, DeltaModule) else None
+
+    def note(self) -> None:
+        """Notes that the hook was called at all."""
+        if not torch.compiler.is_compiling():
+            self.fired = True
+
+    def __call__(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        delta = self.delta(target)
+        return delta.before(target, args, kwargs) if delta is not None and delta.live else None
+
+
+class After(Before):
+    """Calls a delta module behind its target."""
+
+    def __call__(  # type: ignore[override]
+        self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        self.note()
+        delta = self.delta(target)
+        return delta.after(target, args, kwargs, output) if delta is not None and delta.live else None
+
+
+class Replace(Before):
+    """Puts weights with their update added in the place of weights, ahead of the forward that reads them.
+
+    The sum shadows the parameter in the instance's `__dict__`, where attribute access looks first: so the parameter
+    stays registered, and state dicts, optimisers and other hooks see nothing of it.
+    """
+
+    def __init__(self, key: str, holder: str, also: tuple[str, ...]) -> None:
+        super().__init__(key, holder)
+        self.also = also
+
+    def __call__(self, scope: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.note()
+        delta = self.delta(scope)
+        if delta is None or not delta.live:
+            return
+        holder = scope.get_submodule(self.holder) if self.holder else scope
+        _refuse_recomputing(scope, self.holder)
+        for name, update in delta.weight_update(holder).items():
+            weight = getattr(holder, name)
+            if weight.is_meta and not update.is_meta:
+                raise TargetError(
+                    f"{self.holder or type(scope).__name__}.{name} has no values here (it is offloaded): a delta that "
+                    "works by the weight cannot be added to it; keep this module in memory, or leave it out with exclude="
+                )
+            changed = weight + update.to(weight.dtype)
+            for place, attribute in self.places(scope, holder, name):
+                place.__dict__[attribute] = changed
+
+    def places(self, scope: nn.Module, holder: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
+        """Every module that holds the weight, with the name that it has there."""
+        others = [name.rpartition(".") for name in self.also]
+        return [(holder, name), *((scope.get_submodule(path), last) for path, _, last in others)]
+
+
+class Restore(Replace):
+    """Takes the sums away again, behind the forward that reads them and also when it raises."""
+
+    def __call__(  # type: ignore[override]
+        self, scope: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        delta = self.delta(scope)
+        if delta is None:
+            return
+        holder = scope.get_submodule(self.holder) if self.holder else scope
+        for name in [name for name in holder._parameters if name in holder.__dict__]:
+            for place, attribute in self.places(scope, holder, name):
+                place.__dict__.pop(attribute, None)
+
+
+def _refuse_recomputing(scope: nn.Module, holder: str) -> None:
+    """A block that is computed again in the backward pass would read the bare weight then."""
+    if not (scope.training and torch.is_grad_enabled()):
+        return
+    module: Tensor | nn.Module = scope
+    for name in holder.split("."):
+        module = getattr(module, name) if name else module
+        recomputed = any(kind.__name__ == "GradientCheckpointingLayer" for kind in type(module).__mro__)
+        if module is not scope and recomputed and getattr(module, "gradient_checkpointing", False):
+            raise StateError(
+                f"{holder}: its block is computed again in the backward pass (gradient checkpointing), after the module "
+                "that reads this weight has returned; switch checkpointing off, or leave the weight out with exclude="
+            )
