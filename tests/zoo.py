@@ -14,18 +14,24 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 # Whatever of these a config has is set to this.
 SMALL = {
     **dict.fromkeys(("vocab_size", "n_vocab"), 97),
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "embed_dim", "word_embed_proj_dim"), 24),
+    **dict.fromkeys(
+        ("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "embed_dim", "word_embed_proj_dim"), 32
+    ),
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"), 2),
     **dict.fromkeys(("num_encoder_layers", "num_decoder_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads"), 4),
     **dict.fromkeys(("decoder_attention_heads", "num_encoder_attention_heads", "num_decoder_attention_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "kv_heads", "num_kv_heads"), 2),
     **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "d_ff", "hidden_dim", "encoder_ffn_dim", "dff"), 52),
-    **dict.fromkeys(("decoder_ffn_dim", "ffn_hidden_size", "moe_intermediate_size", "shared_expert_intermediate_size"), 44),
+    **dict.fromkeys(
+        ("decoder_ffn_dim", "ffn_hidden_size", "moe_intermediate_size", "shared_expert_intermediate_size"), 44
+    ),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk"), 2),
     "max_position_embeddings": 64,
     "n_positions": 64,
+    "num_mel_bins": 7,
+    "max_source_positions": 11,
     "image_size": 12,
     "patch_size": 4,
     "pad_token_id": 0,
@@ -33,8 +39,6 @@ SMALL = {
     "eos_token_id": 2,
     "decoder_start_token_id": 2,
 }
-
-TEXT, PIXELS, WAVE = "text", "pixels", "wave"
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,16 @@ def shrunken(model_type: str, options: dict[str, Any]) -> Any:
     """The config of a model type at toy size."""
     kind = CONFIG_MAPPING[model_type]
     default = kind()
-    taken = {name: value for name, value in SMALL.items() if hasattr(default, name)}
-    # An alias and the name it stands for must not both be given.
-    taken = {name: value for name, value in taken.items() if name not in getattr(kind, "attribute_map", {})}
-    return kind(**{**taken, **options})
+    parts = {name: _taken(value) for name, value in vars(default).items() if isinstance(value, tf.PreTrainedConfig)}
+    return kind(**{**_taken(default), **parts, **options})
+
+
+def _taken(default: Any) -> dict[str, Any]:
+    """What of `SMALL` a config has; an alias and the name it stands for must not both be given."""
+    aliases = getattr(type(default), "attribute_map", {})
+    return {
+        n: v for n, v in SMALL.items() if n not in aliases and not isinstance(getattr(default, n, []), list | tuple)
+    }
 
 
 def build(name: str) -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]:
@@ -74,6 +84,8 @@ def build(name: str) -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]:
 def _auto(config: Any) -> Any:
     if type(config) in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         return tf.AutoModelForSeq2SeqLM
+    if type(config) in modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING:
+        return tf.AutoModelForSpeechSeq2Seq
     if type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING and generates(config):
         return tf.AutoModelForCausalLM
     return tf.AutoModel
@@ -81,14 +93,15 @@ def _auto(config: Any) -> Any:
 
 def generates(config: Any) -> bool:
     """Whether a config is that of a decoder that was made for generation."""
-    encoder = type(config) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING
-    return config.is_encoder_decoder or not encoder
+    masked = type(config) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING
+    causal = type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING and not masked
+    seq2seq = type(config) in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    return causal or seq2seq
 
 
 def _inputs(model: Any, config: Any) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, 90, (2, 8), generator=generator)
-    names = model.forward.__code__.co_varnames if hasattr(model.forward, "__code__") else ()
     batch: dict[str, torch.Tensor] = {}
     main = model.main_input_name
     text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -100,7 +113,7 @@ def _inputs(model: Any, config: Any) -> dict[str, torch.Tensor]:
     elif main == "input_values":
         batch["input_values"] = torch.randn(2, 600, generator=generator)
     elif main == "input_features":
-        batch["input_features"] = torch.randn(2, getattr(config, "num_mel_bins", 7), 22, generator=generator)
+        batch["input_features"] = torch.randn(2, config.num_mel_bins, 22, generator=generator)
     if config.is_encoder_decoder:
         batch["decoder_input_ids"] = ids[:, :5]
     if hasattr(config, "vision_config") and main != "pixel_values":
@@ -108,7 +121,6 @@ def _inputs(model: Any, config: Any) -> dict[str, torch.Tensor]:
         batch["pixel_values"] = torch.randn(2, 3, size, size, generator=generator)
     if hasattr(config, "text_config") and main == "pixel_values":
         batch |= text
-    _ = names
     return batch
 
 
@@ -211,4 +223,66 @@ def _many(kind: str, *names: str, **options: Any) -> dict[str, Backbone]:
     return {name: Backbone(kind, options) for name in names}
 
 
-ZOO: dict[str, Backbone] = {}
+_STAGES = {"depths": [2, 2], "num_heads": [2, 4], "embed_dim": 16, "window_size": 3, "image_size": 24, "patch_size": 2}
+_PYRAMID = {"num_attention_heads": [1, 2, 4, 4], "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+_LATENT = {"q_lora_rank": 12, "kv_lora_rank": 10, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 7}
+
+ZOO: dict[str, Backbone] = {
+    **_many(
+        "encoder", "bert", "roberta", "distilbert", "electra", "albert", "deberta", "deberta-v2", "mpnet", "modernbert"
+    ),
+    **_many(
+        "encoder", "squeezebert", "convbert", "fnet", "esm", "roformer", "nomic_bert", "ernie", "megatron-bert", "ibert"
+    ),
+    **_many(
+        "decoder", "gpt2", "gpt_neox", "opt", "bloom", "falcon", "llama", "mistral", "qwen2", "phi3", "gpt_bigcode"
+    ),
+    **_many(
+        "decoder", "mpt", "stablelm", "starcoder2", "olmo2", "cohere", "persimmon", "phi", "granite", "biogpt", "ctrl"
+    ),
+    **_many("decoder", "openai-gpt", "exaone4", "nemotron"),
+    **_many("decoder", "qwen3", "gemma", "gemma2", "gemma3_text", "glm4", head_dim=8),
+    **_many("decoder", "gptj", "codegen", rotary_dim=8),
+    **_many("mixture of experts", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "granitemoe"),
+    "gpt_oss": Backbone("mixture of experts", {"head_dim": 8}),
+    "jetmoe": Backbone("mixture of experts", {"kv_channels": 8}),
+    "deepseek_v3": Backbone(
+        "mixture of experts",
+        {**_LATENT, "num_key_value_heads": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
+    ),
+    **_many("state space", "mamba", "falcon_mamba", "rwkv"),
+    "mamba2": Backbone("state space", {"num_heads": 8, "head_dim": 8, "state_size": 4, "n_groups": 2}),
+    **_many("hybrid", "lfm2", "olmo_hybrid"),
+    "falcon_h1": Backbone(
+        "hybrid",
+        {
+            "head_dim": 8,
+            "mamba_d_ssm": 64,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 8,
+            "mamba_d_state": 4,
+            "mamba_n_groups": 1,
+        },
+    ),
+    "jamba": Backbone("hybrid", {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}),
+    **_many("encoder-decoder", "t5", "mt5", "umt5", "longt5", "switch_transformers", d_kv=8, num_layers=2),
+    **_many("encoder-decoder", "bart", "pegasus", "mbart", "m2m_100", "blenderbot", "marian", "plbart"),
+    **_many("vision", "vit", "deit", "beit", "dinov2", "vit_mae", "data2vec-vision", "ijepa", "vit_msn", "dpt"),
+    "swin": Backbone("vision", _STAGES),
+    **_many("vision", "segformer", "pvt", **_PYRAMID, image_size=32),
+    **_many("convolutional", "resnet", "regnet", hidden_sizes=[8, 16], depths=[1, 1], embedding_size=8, image_size=32),
+    "convnext": Backbone(
+        "convolutional", {"hidden_sizes": [8, 16], "depths": [1, 1], "image_size": 32, "num_stages": 2}
+    ),
+    "poolformer": Backbone(
+        "convolutional", {"hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 1, 1], "image_size": 64, "patch_size": 7}
+    ),
+    **_many("audio", "wav2vec2", "hubert", "wavlm", "unispeech", conv_dim=[16] * 7, num_conv_pos_embedding_groups=4),
+    "whisper": Backbone("audio", {"max_target_positions": 13}),
+    **_many("multimodal", "clip", "siglip", "blip", "chinese_clip", "owlvit", "flava"),
+    "torch.nn.Transformer": Backbone("plain torch", make=_torch_transformer),
+    "timm-like ViT": Backbone("plain torch", make=_timm_vit),
+    "LSTM tagger": Backbone("plain torch", make=_tagger),
+    "MLP": Backbone("plain torch", make=_mlp),
+}
+"""By name; a model type of transformers unless it is made by hand."""

@@ -1,0 +1,113 @@
+"""What every method must do on every backbone of the zoo; printed as a table by `benchmarks/matrix.py`."""
+
+import copy
+import time
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+import transformers as tf
+import zoo
+from models import randomize, same, snapshot
+from torch import nn
+
+import deltakit as dk
+
+METHODS = {
+    "LoRA": dk.LoRA(r=2),
+    "Adapter": dk.Adapter(size=3),
+    "BitFit": dk.BitFit(),
+    "Prefix": dk.Prefix(tokens=3),
+    "SoftPrompt": dk.SoftPrompt(tokens=3),
+}
+
+
+class Result(NamedTuple):
+    """One cell: `pass`, `does not apply` with the library's own reason, or `fail` with what went wrong."""
+
+    backbone: str
+    kind: str
+    method: str
+    status: str
+    reason: str = ""
+    seconds: float = 0.0
+
+
+def cell(backbone: str, method: str) -> Result:
+    """The result of one method on one backbone."""
+    start = time.perf_counter()
+    status, reason = "pass", ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tf.logging.set_verbosity_error()
+        try:
+            model, call = zoo.build(backbone)
+            torch.manual_seed(0)
+            bare = call(model)
+        except Exception as error:
+            return Result(backbone, zoo.ZOO[backbone].kind, method, "fail", f"the backbone itself: {error!r}"[:300])
+        before = snapshot(model)
+        try:
+            delta = dk.attach(model, METHODS[method])
+        except dk.DeltaError as error:
+            status, reason = "does not apply", f"{type(error).__name__}: {error}"
+            same(before, snapshot(model))
+        else:
+            try:
+                works(model, call, delta, METHODS[method], bare)
+                detaches(model, call, delta, before, bare)
+            except Exception as error:
+                status, reason = "fail", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return Result(backbone, zoo.ZOO[backbone].kind, method, status, reason, time.perf_counter() - start)
+
+
+def works(model: nn.Module, call: Any, delta: dk.Delta, method: dk.Method, bare: torch.Tensor) -> None:
+    """Identity where it can be, gradients in every parameter, an effect after a step, generation as without a cache."""
+    first = call(model)
+    if method.identity:
+        assert torch.equal(first, bare), f"no identity: {(first - bare).abs().max():.2g} apart"
+    randomize(delta, 0.05)
+    output = call(model)
+    (output * torch.randn_like(output)).sum().backward()
+    without = [name for name, parameter in delta.named_parameters() if parameter.grad is None]
+    assert not without, f"no gradient in {without[:3]} ({len(without)})"
+    silent = [name for name, parameter in delta.named_parameters() if not parameter.grad.any()]
+    assert not all_of_a_target(delta, silent), f"gradients of zero throughout in {silent[:3]} ({len(silent)})"
+    torch.optim.SGD(delta.parameters(), lr=1.0).step()
+    stepped = call(model)
+    assert not torch.equal(stepped, output), "a step changed nothing"
+    model.zero_grad()
+    generates_alike(model)
+
+
+def all_of_a_target(delta: dk.Delta, silent: list[str]) -> bool:
+    """Whether there is a target in which every parameter got a gradient of zero: it has no effect.
+
+    A bias on keys has none in exact arithmetic, for softmax takes no notice of what all keys have in common.
+    """
+    heads = {name.rpartition(".")[0] for name in silent}
+    loud = {name.rpartition(".")[0] for name, _ in delta.named_parameters()} - heads
+    return bool(heads) and not loud
+
+
+def generates_alike(model: nn.Module) -> None:
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "generate") or not zoo.generates(config):
+        return
+    ids = torch.randint(5, 90, (2, 6), generator=torch.Generator().manual_seed(3))
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        cached, plain = (
+            model.generate(input_ids=ids, attention_mask=mask, use_cache=cache, **options) for cache in (True, False)
+        )
+    assert torch.equal(cached, plain), "generation with a cache differs from generation without"
+
+
+def detaches(model: nn.Module, call: Any, delta: dk.Delta, before: Any, bare: torch.Tensor) -> None:
+    twin = copy.deepcopy(model)
+    delta.detach()
+    assert torch.equal(call(model), bare), "detaching is not exact"
+    same(before, snapshot(model))
+    dk.deltas(twin)[0].detach()
+    assert torch.equal(call(twin), bare), "detaching a copy is not exact"
