@@ -41,6 +41,7 @@ from deltakit.opendelta import (
     SoftPromptModel,
 )
 from deltakit.plan import Plan, plan
+from deltakit.role_table import RoleTable, roles
 from deltakit.show import View, Visualization, show
 from deltakit.state import base_state_dict
 from deltakit.targets import select
@@ -69,6 +70,7 @@ __all__ = [
     "Prefix",
     "PrefixModel",
     "RoleError",
+    "RoleTable",
     "SelectorError",
     "SoftPrompt",
     "SoftPromptModel",
@@ -83,6 +85,7 @@ __all__ = [
     "deltas",
     "load",
     "plan",
+    "roles",
     "select",
     "show",
 ]

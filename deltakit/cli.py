@@ -4,10 +4,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from deltakit.errors import DeltaError
+from deltakit.errors import DeltaError, HubError
 from deltakit.version import __version__
 
 
@@ -37,6 +38,9 @@ def _parser() -> argparse.ArgumentParser:
     tree.add_argument("model", help="a folder or Hub id with a config.json")
     tree.add_argument("--depth", type=_positive, help="levels below the root")
     tree.set_defaults(command=_show)
+    table = commands.add_parser("roles", help="print what answers each role on a model, without loading its weights")
+    table.add_argument("model", help="a folder or Hub id with a config.json")
+    table.set_defaults(command=_roles)
     return parser
 
 
@@ -66,12 +70,28 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
+    from deltakit.show import show
+
+    _console().print(show(_empty(options.model), depth=options.depth))
+
+
+def _roles(options: argparse.Namespace) -> None:
+    from deltakit.role_table import roles
+
+    print(roles(_empty(options.model)))
+
+
+def _empty(model: str) -> Any:
+    """A model of transformers without its weights: on the meta device."""
     import torch
     from transformers import AutoConfig, AutoModel
 
-    from deltakit.show import show
-
-    config = AutoConfig.from_pretrained(options.model)
-    with torch.device("meta"):
-        backbone = AutoModel.from_config(config)
-    _console().print(show(backbone, depth=options.depth))
+    try:
+        config = AutoConfig.from_pretrained(model)
+        with torch.device("meta"):
+            return AutoModel.from_config(config)
+    except (OSError, ValueError, ImportError) as error:
+        raise HubError(
+            f"{model}: no model of transformers can be built from it: {str(error).splitlines()[0]}; expected a folder or Hub "
+            "id with a config.json of a model type that the installed transformers has"
+        ) from error

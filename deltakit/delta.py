@@ -234,16 +234,7 @@ class Delta:
         return ", ".join(word if on else f"not {word}" for word, on in states) + (", merged" if self.merged else "")
 
     def __repr__(self) -> str:
-        lines = [
-            Line(
-                method.name,
-                self._summary(index),
-                [site.path for site in self._sites if site.method == index],
-                self._size(index),
-                [site.path for site in self._sites if site.method == index and site.module.reading is not None],
-            )
-            for index, method in enumerate(self.methods)
-        ]
+        lines = [self._line(index) for index in range(len(self.methods))]
         own = dict(own_parameters(self.backbone))
         total = sum(parameter.numel() for parameter in own.values())
         return report(
@@ -253,11 +244,17 @@ class Delta:
             f"{self.num_parameters:,} parameters, {share(self.num_parameters, total)} of the backbone's {total:,}",
         )
 
-    def _summary(self, index: int) -> str:
-        return next((site.module.summary() for site in self._sites if site.method == index), "")
-
-    def _size(self, index: int) -> int:
-        return sum(p.numel() for site in self._sites if site.method == index for p in site.module.parameters())
+    def _line(self, index: int) -> Line:
+        sites = [site for site in self._sites if site.method == index]
+        names = Modules(self.backbone).names
+        return Line(
+            self.methods[index].name,
+            next((site.module.summary() for site in sites), ""),
+            [site.path for site in sites],
+            sum(p.numel() for site in sites for p in site.module.parameters()),
+            by_weight=[site.path for site in sites if site.module.reading is not None],
+            aliases=list(dict.fromkeys(name for site in sites for name in names.get(id(site.target), [])[1:])),
+        )
 
 
 def deltas(backbone: nn.Module) -> list[Delta]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from deltakit.modules import join, own_modules
+from deltakit.paths import join, own_modules
 
 
 @dataclass

@@ -7,9 +7,7 @@ output takes from another token's features are keys and values; what a token's o
 is alone are values, for a softmax over one key is 1 whatever the query and the key are; the rest are queries.
 """
 
-import copy
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from deltakit.activations import hidden_output
 from deltakit.linears import projection_sizes
 from deltakit.rows import Rows, rows_where
+from deltakit.stand_in import Ones, stand_in
 
 
 def measure(attention: nn.Module, fused: str, output: str | None) -> dict[str, Rows] | None:
@@ -57,14 +56,14 @@ def _gradients(attention: nn.Module, fused: str, output: str | None, *, tokens: 
         return None
     for x, keywords in _calls(attention, sizes[0], tokens):
         torch.manual_seed(0)
-        stand_in = _stand_in(attention)
+        copy = stand_in(attention)
         features = torch.randn(*x.shape[:-1], sizes[1], dtype=torch.float64, requires_grad=True)
-        _set(stand_in, fused, _Feed(features))
+        _set(copy, fused, _Feed(features))
         catch = _Catch(_size(attention, output)) if output is not None else None
         if catch is not None:
-            _set(stand_in, str(output), catch)
+            _set(copy, str(output), catch)
         try:
-            result = stand_in(x, **keywords)
+            result = copy(x, **keywords)
             seen = catch.seen if catch is not None else hidden_output(result)
             last = seen.reshape(tokens, -1)[-1]  # type: ignore[union-attr]
             (slope,) = torch.autograd.grad((last * torch.randn_like(last)).sum(), features)
@@ -113,45 +112,6 @@ def _heads(attention: nn.Module) -> int:
     return 1
 
 
-def _stand_in(module: nn.Module) -> nn.Module:
-    """A module of the same class and attributes whose linear layers give ones and whose other weights are ones.
-
-    Nothing of the original is touched, and nothing large is copied: the original may be on any device, or on none.
-    """
-    sizes = projection_sizes(module)
-    if sizes is not None:
-        return _Ones(sizes[1])
-    new = module.__class__.__new__(module.__class__)
-    new.__dict__ = dict(module.__dict__)
-    for table in (
-        "_forward_hooks",
-        "_forward_pre_hooks",
-        "_forward_hooks_with_kwargs",
-        "_forward_pre_hooks_with_kwargs",
-    ):
-        new.__dict__[table] = OrderedDict()
-    new.__dict__["training"] = False
-    new.__dict__["_parameters"] = {n: None if p is None else _ones(p) for n, p in module._parameters.items()}
-    new.__dict__["_buffers"] = {n: None if b is None else _plain(b) for n, b in module._buffers.items()}
-    new.__dict__["_modules"] = {n: None if c is None else _stand_in(c) for n, c in module._modules.items()}
-    config = module.__dict__.get("config")
-    if config is not None and hasattr(config, "_attn_implementation"):
-        config = copy.deepcopy(config)
-        config._attn_implementation = "eager"
-        new.__dict__["config"] = config
-    return new
-
-
-def _ones(parameter: Tensor) -> nn.Parameter:
-    return nn.Parameter(torch.ones(parameter.shape, dtype=torch.float64), requires_grad=False)
-
-
-def _plain(buffer: Tensor) -> Tensor:
-    # A buffer on the meta device has no values: a mask of ones hides nothing.
-    buffer = torch.ones(buffer.shape, dtype=buffer.dtype) if buffer.is_meta else buffer.cpu()
-    return buffer.double() if buffer.is_floating_point() else buffer
-
-
 def _set(root: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     root.get_submodule(parent)._modules[name] = module
@@ -162,20 +122,7 @@ def _size(attention: nn.Module, path: str | None) -> int:
     return sizes[1] if sizes is not None else 1
 
 
-class _Ones(nn.Module):
-    """Stands for a linear layer that does not matter."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size = size
-        # Forwards ask for the dtype of the weight.
-        self.weight = torch.ones((), dtype=torch.float64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.new_ones(*x.shape[:-1], self.size)
-
-
-class _Feed(_Ones):
+class _Feed(Ones):
     """Stands for the fused projection, and gives the features whose use is measured."""
 
     def __init__(self, features: Tensor) -> None:
@@ -186,7 +133,7 @@ class _Feed(_Ones):
         return self.features
 
 
-class _Catch(_Ones):
+class _Catch(Ones):
     """Stands for the output projection, and keeps what attention gave it."""
 
     seen: Tensor | None = None

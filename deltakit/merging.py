@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from deltakit.errors import StateError, TargetError
-from deltakit.modules import join
+from deltakit.paths import join
 from deltakit.shapes import wide
 from deltakit.state import Record, Site, sites_of, tensors_of
 

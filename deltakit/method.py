@@ -133,6 +133,9 @@ class Method:
     """Default positions as roles. Of each inner tuple the first role that a unit (one attention or one
     feed-forward part) has is taken in that unit."""
 
+    default_words: ClassVar[str] = "its own positions"
+    """What a method without default roles stands on, in the words of an error."""
+
     weights: ClassVar[bool] = False
     """Whether its delta modules have a weight form (`weight_update`), which works where a weight is read and its module
     is not called."""

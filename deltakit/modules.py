@@ -1,21 +1,19 @@
 """The modules and parameters of a backbone by path, the deltas' own left out, and what follows from them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import nn
 
 from deltakit.errors import RoleError, SelectorError, TargetError
+from deltakit.fused import Fused
 from deltakit.inference import infer_roles
 from deltakit.inference.walk import above
-from deltakit.layout import measure
-from deltakit.linears import projection_sizes
-from deltakit.method import DeltaModule, Reading, Selector, Target
-from deltakit.reads import reads
-from deltakit.role_names import says_attention
+from deltakit.method import Selector, Target
+from deltakit.paths import is_of, join, own_modules, split_rows
+from deltakit.readings import Readings
 from deltakit.roles import RoleMap, Unit
-from deltakit.rows import Rows
 from deltakit.selectors import select_paths
 
 
@@ -36,8 +34,6 @@ class Modules:
                 "pass the model itself"
             )
         self.by_path = dict(own_modules(self.backbone, every_name=True))
-        self._rows: dict[object, dict[str, Rows] | None] = {}
-        self._reads: dict[tuple[type, str], bool] = {}
 
     @property
     def owner(self) -> str:
@@ -79,13 +75,21 @@ class Modules:
         return infer_roles(self.backbone, unique)
 
     @cached_property
+    def fused(self) -> Fused:
+        return Fused(self.by_path, self.roles.units)
+
+    @cached_property
+    def readings(self) -> Readings:
+        return Readings(self.by_path, self.parameter_names)
+
+    @cached_property
     def _widths(self) -> dict[str, int | None]:
         return {unit.path: unit.width for unit in self.roles.units}
 
     def __contains__(self, path: str) -> bool:
         base, letter = split_rows(path)
         return (base in self.by_path or base in self.parameters) and (
-            not letter or self._rows_at(base, letter) is not None
+            not letter or self.fused.rows_at(base, letter) is not None
         )
 
     def module_at(self, path: str) -> tuple[nn.Module, str]:
@@ -118,86 +122,13 @@ class Modules:
             tuple(self.names[id(module)][1:]),
             self._width(owner),
             parameter=parameter,
-            rows=self._rows_at(base, letter) if letter else None,
-            reading=self._reading(owner, parameter),
-            tied=tuple(self._other_names(owner, parameter or "weight")) if tensor is not None else (),
+            rows=self.fused.rows_at(base, letter) if letter else None,
+            reading=self.readings.of(owner, parameter),
+            tied=tuple(self.readings.other_names(owner, parameter or "weight")) if tensor is not None else (),
         )
 
     def _width(self, path: str) -> int | None:
         return next((self._widths[name] for name in above(path) if name in self._widths), None)
-
-    def _reading(self, owner: str, parameter: str) -> Reading | None:
-        """Where a weight is read that is a target itself, or whose module is not called; None if it is called."""
-        read = parameter or "weight"
-        for scope in above(owner):
-            module = self.by_path[scope]
-            below = owner[len(scope) :].lstrip(".")
-            if isinstance(module, nn.MultiheadAttention) and below == "out_proj":
-                return Reading(scope, below, never_called=True)
-            if below and self._reads_itself(type(module), join(below, read)):
-                return Reading(scope, below)
-        if not parameter:
-            return None
-        first, *others = self.parameter_names[id(self.by_path[owner]._parameters[parameter])]
-        if others:
-            return self._tied_reading(first, others)
-        if self.by_path[owner]._modules or projection_sizes(self.by_path[owner]) is None:
-            return Reading(owner, "")
-        # A layer that is called, or read by what is around it: the forward around it covers both.
-        scope = next(path for path in list(above(owner))[1:] if not _is_list(self.by_path[path]))
-        return Reading(scope, owner[len(scope) :].lstrip("."))
-
-    def _other_names(self, owner: str, parameter: str) -> list[str]:
-        names = self.parameter_names[id(self.by_path[owner]._parameters[parameter])]
-        return [name for name in names if name != join(owner, parameter)]
-
-    def _tied_reading(self, first: str, others: Sequence[str]) -> Reading:
-        """A weight that several modules hold is read somewhere below the module around them all."""
-        owners = [name.rpartition(".")[0] for name in (first, *others)]
-        scope = next(path for path in above(owners[0]) if all(path in above(o) for o in owners))
-        below = [name[len(scope) :].lstrip(".") for name in (first, *others)]
-        return Reading(scope, below[0].rpartition(".")[0], also=tuple(below[1:]))
-
-    def _reads_itself(self, kind: type, chain: str) -> bool:
-        if (kind, chain) not in self._reads:
-            self._reads[kind, chain] = reads(kind, chain)
-        return self._reads[kind, chain]
-
-    def rows_of(self, unit: Unit) -> dict[str, str]:
-        """The paths of queries, keys and values in the fused projection of a unit; empty where it cannot be told."""
-        fused = unit.parts.get("qkv") or unit.parts.get("kv")
-        if fused is None or fused not in self.by_path:
-            return {}
-        missing = [letter for letter in "qkv" if letter not in unit.parts]
-        return {letter: f"{fused}[{letter}]" for letter in missing if self._rows_at(fused, letter) is not None}
-
-    def _rows_at(self, base: str, letter: str) -> Rows | None:
-        module, parameter = self.module_at(base)
-        if isinstance(module, nn.MultiheadAttention) and parameter == "in_proj_weight":
-            # torch.nn.functional.multi_head_attention_forward: queries, keys and values one after the other.
-            size, place = module.embed_dim, "qkv".find(letter)
-            return Rows(letter, 1, 3 * size, place * size, (place + 1) * size) if place >= 0 else None
-        unit = next((u for u in self.roles.units if base in (u.parts.get("qkv"), u.parts.get("kv"))), None)
-        if unit is None or parameter:
-            return None
-        attention = next((path for path in above(base) if says_attention(type(self.by_path[path]).__name__)), None)
-        return (self._measured(attention or unit.path, base, unit) or {}).get(letter)
-
-    def _measured(self, path: str, fused: str, unit: Unit) -> dict[str, Rows] | None:
-        attention = self.by_path[path]
-        inside = join(path, "") if path else ""
-        output = unit.parts.get("o", "")
-        # Layers differ in their number only; with it left out one measurement serves them all.
-        sizes = tuple((n, v) for n, v in vars(attention).items() if isinstance(v, int | float) and "layer" not in n)
-        key = (type(attention), self.by_path[fused].__class__, sizes, fused[len(inside) :], *self._shape(fused))
-        if key not in self._rows:
-            below = output[len(inside) :] if output.startswith(inside) and output in self.by_path else None
-            self._rows[key] = measure(attention, fused[len(inside) :], below)
-        return self._rows[key]
-
-    def _shape(self, path: str) -> tuple[int, ...]:
-        weight = self.by_path[path]._parameters.get("weight")
-        return tuple(weight.shape) if weight is not None else ()
 
     def select(self, at: Selector, *, of: Sequence[str] | None = None, exclude: Selector | None = None) -> list[str]:
         """The selected paths, each module instance once. Raises `SelectorError` where nothing is left."""
@@ -221,23 +152,28 @@ class Modules:
         return list(dict.fromkeys(map(self.first_name, hits)))
 
     def _paths(self, at: Selector) -> list[str]:
-        return select_paths(at, list(self.by_path), self._role, owner=self.owner, named=self._named)
+        return select_paths(at, list(self.by_path), self.role, owner=self.owner, named=self._named)
 
     def _named(self, rows: bool) -> list[str]:
         """What is picked only where a selector writes it out: parameters, and the rows of fused projections."""
         if not rows:
             return list(self.parameters)
-        fused = [path for unit in self.roles.units for path in self.rows_of(unit).values()]
+        fused = [path for unit in self.roles.units for path in self.fused.rows_of(unit).values()]
         return fused + [path for unit in self.roles.units for path in unit.parts.values() if "[" in path]
 
-    def _role(self, role: str) -> Sequence[str]:
+    def role(self, role: str) -> Sequence[str]:
+        """The paths that answer a role, those of rows of fused projections with them.
+
+        Raises:
+            RoleError: if there is no such role, or it cannot be told which rows of a fused projection answer.
+        """
         kind, _, part = role.partition(".")
         hits = list(self.roles.paths(role))
         if kind == "attn" and part in ("q", "k", "v"):
             for unit in self.roles.units:
                 if unit.kind != "attn" or part in unit.parts or not {"qkv", "kv"} & unit.parts.keys():
                     continue
-                rows = self.rows_of(unit)
+                rows = self.fused.rows_of(unit)
                 if part not in rows:
                     raise RoleError(self._untold(role, unit))
                 hits.append(rows[part])
@@ -250,46 +186,3 @@ class Modules:
             f"{type(self.by_path[unit.path]).__name__} does not tell which rows are which; write '@attn.{whole}' to "
             "adapt the whole of it"
         )
-
-
-def _is_list(module: nn.Module) -> bool:
-    return isinstance(module, nn.ModuleList | nn.ModuleDict)
-
-
-def join(path: str, name: str) -> str:
-    """The path of what is called `name` at `path`."""
-    return f"{path}.{name}" if path else name
-
-
-def split_rows(path: str) -> tuple[str, str]:
-    """A path without its rows, and the letter of these.
-
-    >>> split_rows("h.0.attn.c_attn[q]"), split_rows("h.0")
-    (('h.0.attn.c_attn', 'q'), ('h.0', ''))
-    """
-    base, _, rows = path.partition("[")
-    return base, rows.removesuffix("]")
-
-
-def own_modules(backbone: nn.Module, *, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of the backbone without the deltas', by path, each once or under every name that it has."""
-    seen: set[int] = set()
-
-    def walk(path: str, module: nn.Module, around: frozenset[int]) -> Iterator[tuple[str, nn.Module]]:
-        if id(module) in around or (id(module) in seen and not every_name):
-            return
-        seen.add(id(module))
-        yield path, module
-        for name, child in module._modules.items():
-            if child is not None and not isinstance(child, DeltaModule):
-                yield from walk(join(path, name), child, around | {id(module)})
-
-    return walk("", backbone, frozenset())
-
-
-def is_of(module: nn.Module, of: Sequence[str]) -> bool:
-    """Whether a module's class, or one it derives from, has one of these names (bare or with its Python module)."""
-    names = {
-        name for kind in type(module).__mro__ for name in (kind.__name__, f"{kind.__module__}.{kind.__qualname__}")
-    }
-    return not names.isdisjoint(of)

@@ -87,10 +87,23 @@ def plan(backbone: nn.Module, *methods: Method, train: Selector = ()) -> Plan:
         targets, unserved = find_targets(modules, method)
         built.append(build(modules, method, targets))
         left_out.append(tuple(unserved))
+    _refuse_twice(methods, built)
     selectors = (train,) if isinstance(train, str) else tuple(train)
     selectors += tuple(selector for method in methods for selector in method.train_also())
     whole = whole_names(modules.backbone, modules.select(selectors)) if selectors else []
     return Plan(modules.backbone, methods, tuple(built), tuple(left_out), selectors, tuple(whole), modules)
+
+
+def _refuse_twice(methods: Sequence[Method], built: Sequence[dict[str, DeltaModule]]) -> None:
+    seen: set[tuple[str, str]] = set()
+    for method, of_method in zip(methods, built, strict=True):
+        for path in of_method:
+            if (path, method.name) in seen:
+                raise OptionError(
+                    f"{path}: two of the methods given are {method.name} and both pick this; leave it out of one with "
+                    "exclude=, or attach the second one as a delta of its own with another name="
+                )
+            seen.add((path, method.name))
 
 
 def build(modules: Modules, method: Method, targets: Sequence[Target]) -> dict[str, DeltaModule]:
@@ -144,8 +157,8 @@ def _refuse_unserved(method: Method, target: Target) -> None:
         )
     if target.reading is not None and target.reading.never_called:
         raise TargetError(
-            f"{target.path}: nn.MultiheadAttention reads this module's weight and never calls it, and {method.name} has no "
-            "form that works by the weight; name the attention module itself, or leave this one out with exclude="
+            f"{target.path}: what is around it reads this module's weight and never calls it, and {method.name} has no "
+            f"form that works by the weight; name '{target.reading.scope or '^'}', or leave this one out with exclude="
         )
 
 

@@ -34,16 +34,27 @@ def input_embeddings(backbone: nn.Module) -> list[str]:
 def text_stack(backbone: nn.Module) -> tuple[str, str | None]:
     """The path of the module that turns ids into hidden states, and of the decoder that attends to it, if there is one.
 
-    It is the innermost module that holds the input embedding and takes ids with their mask; of an encoder and a decoder
-    the encoder, which `generate` calls by itself.
+    It is the innermost module around blocks that holds the input embedding and takes ids with their mask; of an encoder
+    and a decoder the encoder, which `generate` calls by itself.
+
+    Raises:
+        TargetError: if no such module takes `input_ids`.
     """
     modules = Modules(backbone)
     embeddings = input_embeddings(backbone)
     holders = [path for path in modules.by_path if any(_holds(path, embedding) for embedding in embeddings)]
+    if modules.roles.blocks:
+        # A module of embeddings alone may take ids and their mask too (ESM).
+        holders = [path for path in holders if any(_holds(path, block) for block in modules.roles.blocks)]
     masked = [path for path in holders if {"input_ids", "attention_mask"} <= _parameters(modules.by_path[path])]
     if not masked:
         plain = [path for path in holders if "input_ids" in _parameters(modules.by_path[path])]
-        return (plain or [""])[0], None
+        if not plain:
+            raise TargetError(
+                f"{modules.owner}: no forward around {embeddings[0]} takes input_ids, into which a soft prompt puts its own; "
+                "put the ids in yourself with SoftPrompt(prepend=False), or use Prefix"
+            )
+        return plain[0], None
     innermost = [path for path in masked if not any(_holds(path, other) and other != path for other in masked)]
     config = getattr(backbone, "config", None)
     if len(innermost) > 1 and getattr(config, "is_encoder_decoder", False):
@@ -134,8 +145,21 @@ def _named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
 
 def _cached(call: Mapping[str, Any]) -> bool:
-    cache = call.get("past_key_values")
-    return cache is not None and hasattr(cache, "get_seq_length") and bool(cache.get_seq_length() > 0)
+    """Whether a call goes on from a cache that is filled: of keys and values, or the state of a recurrence."""
+    caches = [call[name] for name in ("past_key_values", "cache_params", "state") if call.get(name) is not None]
+    return any(_filled(cache) for cache in caches)
+
+
+def _filled(cache: Any) -> bool:
+    if isinstance(cache, list | tuple):
+        return bool(cache)
+    for asks in ("get_seq_length", "has_previous_state"):
+        try:
+            return bool(getattr(cache, asks)())
+        except (AttributeError, ValueError):
+            # transformers' caches raise where they have no layer of the kind that is asked about.
+            continue
+    return False
 
 
 def _positions(positions: Tensor, count: int, at: int, cached: bool) -> Tensor:

@@ -2,6 +2,7 @@
 
 import dis
 import inspect
+from collections.abc import Iterator
 from itertools import takewhile
 from types import CodeType
 from typing import Any
@@ -24,30 +25,48 @@ def reads(kind: type, chain: str) -> bool:
     wanted = chain.split(".")
     if not all(name.isidentifier() for name in wanted):
         return False
+    size = len(wanted)
+    return any(
+        names[:size] == wanted and not _HARMLESS.intersection(names[size:][:1])
+        for code in _codes(kind)
+        for names in _chains(code)
+    )
+
+
+def only_reads(kind: type, chain: str) -> bool:
+    """Whether a class reads attributes of what stands at a chain, and nowhere takes it whole: it cannot call it.
+
+    WavLM's attention gives `self.out_proj.weight` to torch's function and has no `self.out_proj(...)`.
+    """
+    wanted = chain.split(".")
+    uses = [names for code in _codes(kind) for names in _chains(code) if names[: len(wanted)] == wanted]
+    return bool(uses) and all(len(names) > len(wanted) for names in uses)
+
+
+def _codes(kind: type) -> Iterator[CodeType]:
+    """The code of the methods of a class that a forward may call, and of the functions inside them."""
     for base in kind.__mro__:
         if base.__module__.startswith("torch."):
             continue
         for name, method in vars(base).items():
             function = inspect.unwrap(method) if callable(method) else None
-            called = inspect.isfunction(function) and not any(word in name for word in _OUTSIDE)
-            if called and _in_code(function.__code__, wanted):  # type: ignore[union-attr]
-                return True
-    return False
+            if inspect.isfunction(function) and not any(word in name for word in _OUTSIDE):
+                yield from _nested(function.__code__)
 
 
-def _in_code(code: CodeType, wanted: list[str]) -> bool:
-    if any(isinstance(inner, CodeType) and _in_code(inner, wanted) for inner in code.co_consts):
-        return True
-    if not set(wanted) <= set(code.co_names):
-        return False
+def _nested(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _nested(inner)
+
+
+def _chains(code: CodeType) -> Iterator[list[str]]:
+    """Every chain of attributes that a code loads from `self`, but those that are only asked about."""
     steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL")]
     for place, step in enumerate(steps):
-        if not _loads_self(step) or (place and steps[place - 1].argval in _ASKING):
-            continue
-        names = [str(following.argval) for following in takewhile(_loads_attribute, steps[place + 1 :])]
-        if names[: len(wanted)] == wanted and not _HARMLESS.intersection(names[len(wanted) :][:1]):
-            return True
-    return False
+        if _loads_self(step) and not (place and steps[place - 1].argval in _ASKING):
+            yield [str(following.argval) for following in takewhile(_loads_attribute, steps[place + 1 :])]
 
 
 def _loads_attribute(step: Any) -> bool:

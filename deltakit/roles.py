@@ -11,6 +11,13 @@ PARTS = {
     "ff": ("up", "gate", "gate_up", "down"),
 }
 
+ROLES = (
+    "block",
+    *(f"{kind}.{part}" if part else kind for kind, parts in PARTS.items() for part in ("", *parts)),
+    *("norm", "embed", "head"),
+)
+"""All roles there are."""
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -54,8 +61,7 @@ class RoleMap:
             return plain[role]
         kind, _, part = role.partition(".")
         if kind not in PARTS or (part and part not in PARTS[kind]):
-            known = [*plain, *(f"{k}{'.' + p if p else ''}" for k, parts in PARTS.items() for p in ("", *parts))]
-            raise RoleError(f"there is no role '@{role}'; there are {', '.join('@' + name for name in known)}")
+            raise RoleError(f"there is no role '@{role}'; there are {', '.join('@' + name for name in ROLES)}")
         hits = [path for unit in self.units if unit.kind == kind for path in _answer(unit, part)]
         return tuple(sorted(dict.fromkeys(hits), key=self.rank))
 

@@ -26,6 +26,11 @@ class Rows:
         """How many features there are in all groups together."""
         return self.groups * (self.stop - self.start)
 
+    @property
+    def whole(self) -> int:
+        """How many features the whole output has."""
+        return self.groups * self.stride
+
     def take(self, whole: Float[Tensor, "*batch d_whole"]) -> Float[Tensor, "*batch d_part"]:
         """The features of this part alone.
 

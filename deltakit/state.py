@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from deltakit.errors import StateError
 from deltakit.freeze import Ledger
 from deltakit.method import DeltaModule, Method
-from deltakit.modules import join, own_modules
+from deltakit.paths import join, own_modules
 
 
 @dataclass(eq=False)

@@ -57,7 +57,8 @@ def _default_paths(modules: Modules, method: Method) -> tuple[list[str], list[Ta
     if paths is None:
         paths = [path for roles in method.default_roles for path in _first_role(modules, method, roles, left_out)]
     if not paths:
-        wanted = ", ".join("@" + roles[0] for roles in method.default_roles) or "its own positions"
+        asked = ["@" + role for role in dict.fromkeys(roles[0] for roles in method.default_roles)]
+        wanted = ", ".join(asked) or method.default_words
         why = ""
         if left_out:
             why = (
@@ -86,7 +87,7 @@ def _first_role(modules: Modules, method: Method, roles: Sequence[str], left_out
         if unit.path in whole:
             own[kind] = unit.path
         if not own.keys() >= set(roles[:1]):
-            own = {**{f"attn.{letter}": path for letter, path in modules.rows_of(unit).items()}, **own}
+            own = {**{f"attn.{letter}": path for letter, path in modules.fused.rows_of(unit).items()}, **own}
         there = [modules.target(own[role]) for role in roles if role in own]
         served = next((target for target in there if method.serves(target)), None)
         if served is not None:

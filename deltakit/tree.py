@@ -14,7 +14,7 @@ from torch import nn
 from deltakit.errors import TargetError
 from deltakit.folding import span
 from deltakit.method import DeltaModule
-from deltakit.modules import join
+from deltakit.paths import join
 from deltakit.state import word_of
 
 

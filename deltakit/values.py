@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from deltakit.modules import join
+from deltakit.paths import join
 from deltakit.state import Record, Site, label_of, tensors_of
 
 

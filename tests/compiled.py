@@ -18,7 +18,8 @@ def follows(model, method, inputs):
     """Raises unless a model compiled before attach, between, and after gives what the model itself gives."""
 
     def out(m):
-        return m(**inputs)[0]
+        output = m(**inputs)
+        return output if isinstance(output, torch.Tensor) else output[0]
 
     def agree(expected_change):
         with torch.no_grad():
@@ -59,6 +60,20 @@ def cases():
             model = build(kind, tf.AutoModel)
             model.config.use_cache = False
             yield f"{kind}-{name}", model, dk.METHODS[name](), batch
+    yield from by_weight(batch)
+
+
+def by_weight(batch):
+    """Targets that are parameters, rows of fused projections, and stacks of experts."""
+    # Torch's fused attention, which bare models use without gradients, rounds otherwise.
+    torch.backends.mha.set_fastpath_enabled(False)
+    layer = torch.nn.TransformerEncoderLayer(12, 3, 20, batch_first=True).eval()
+    yield "torch-lora", torch.nn.Sequential(layer), dk.LoRA(r=2, at="@attn.{q,o}"), {"input": torch.randn(2, 5, 12)}
+    for kind in ("gpt2", "mixtral"):
+        model = build(kind, tf.AutoModel)
+        model.config.use_cache = False
+        at = "@attn.{q,v}" if kind == "gpt2" else "@ff.{gate_up,down}"
+        yield f"{kind}-lora", model, dk.LoRA(r=2, at=at), batch
 
 
 def main():

@@ -50,6 +50,13 @@ def test_show(toy, capsys):
     assert "0-1(BertLayer)" in capsys.readouterr().out
 
 
+def test_roles(toy, capsys):
+    assert main(["roles", str(toy)]) == 0
+    assert "@attn.q" in capsys.readouterr().out
+    assert main(["roles", str(toy / "nothing")]) == 1
+    assert "expected a folder or Hub id with a config.json" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [[], ["demo", "--rows", "0"], ["nothing"]])
 def test_bad_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as caught:

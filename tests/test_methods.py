@@ -234,7 +234,7 @@ class Quantised(nn.Module):
         (lambda: nn.ModuleDict({"q": Quantised()}), dk.LoRA(r=2, at="q"), r"q: the weight of this Quantised is torch.int8"),
         (lambda: nn.ModuleDict({"c": nn.ConvTranspose2d(4, 6, 1)}), dk.LoRA(r=2, at="c"), "c: lora serves Linear, .* found ConvTranspose2d; .*the parameter 'c.weight'"),
         (lambda: nn.ModuleDict({"r": nn.ReLU()}), dk.Adapter(at="r"), "r: cannot tell the size of what a ReLU gives"),
-        (lambda: nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)}), dk.Adapter(at="out_proj"), "a.out_proj: nn.MultiheadAttention reads"),
+        (lambda: nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)}), dk.Adapter(at="out_proj"), "a.out_proj: what is around it reads"),
         (lambda: nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)}), dk.Adapter(at="in_proj_weight"), "a.in_proj_weight: this is a parameter, and adapter has no form"),
         (lambda: nn.ModuleDict({"a": nn.MultiheadAttention(8, 2, bias=False)}), dk.BitFit(at="out_proj"), "a.out_proj: its NonDynam.* has no bias of its own"),
         (lambda: nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)}), dk.LoRA(r=2, at="in_proj_bias"), "a.in_proj_bias: lora on a parameter expects a matrix"),

@@ -179,3 +179,33 @@ def test_a_large_model_on_the_meta_device_takes_no_time():
     with torch.device("meta"):
         model = tf.AutoModel.from_config(config)
     assert len(infer_roles(model).paths("attn.q")) == 80
+
+
+def test_the_table_of_roles_is_what_selectors_pick():
+    table = dk.roles(build("t5"))
+    assert repr(table).splitlines()[1:5] == [
+        "  @block            4  {encoder,decoder}.block.{0-1}",
+        "  @attn             6  encoder.block.{0-1}.layer.0.SelfAttention",
+        "                       decoder.block.{0-1}.layer.0.SelfAttention",
+        "                       decoder.block.{0-1}.layer.1.EncDecAttention",
+    ]
+    assert "none of @attn.kv, @attn.qkv" in repr(table).splitlines()[-1]
+    assert {role: tuple(dk.select(build("t5"), role)) for role in table} == dict(table)
+
+
+def test_the_table_has_rows_of_fused_projections_or_says_why_not():
+    table = dk.roles(build("gpt2"))
+    assert table["@attn.q"] == ("h.0.attn.c_attn[q]", "h.1.attn.c_attn[q]")
+
+    class OpaqueAttention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.proj = nn.Linear(6, 18), nn.Linear(6, 6)
+
+        def forward(self, x, codebook):
+            return self.proj(codebook[self.qkv(x).argmax(-1)])
+
+    table = dk.roles(nn.Sequential(OpaqueAttention()))
+    assert "@attn.qkv" in table
+    assert "@attn.q" not in table
+    assert "does not tell which rows are which; write '@attn.qkv'" in repr(table)

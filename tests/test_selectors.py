@@ -145,6 +145,27 @@ def test_a_miss_names_what_is_near_and_what_there_is():
         dk.select(Transformer(), [])
 
 
+def test_a_plan_shows_the_tower_that_was_not_meant():
+    import zoo
+
+    model, _ = zoo.build("clip")
+    keys = set(model.state_dict())
+    assert "{text_model,vision_model}.encoder.layers.{0-1}.self_attn.q_proj" in repr(
+        dk.plan(model, dk.LoRA(r=2, at="q_proj"))
+    )
+    assert "      text_model.encoder.layers.{0-1}.self_attn.q_proj\n" in repr(
+        dk.plan(model, dk.LoRA(r=2, at="text_model/@attn.q"))
+    )
+    assert set(model.state_dict()) == keys
+
+
+def test_a_typo_in_one_entry_of_a_list_is_an_error():
+    with pytest.raises(
+        dk.SelectorError, match=r"selector 'v_projj' selects none of the \d+ modules.*nearest: .*v_proj"
+    ):
+        dk.select(Transformer(), ["q_proj", "v_projj"])
+
+
 def test_narrowing():
     model = Transformer()
     assert list(dk.select(model, "layers.0.**", of=nn.LayerNorm)) == ["layers.0.norm_1", "layers.0.norm_2"]
@@ -164,7 +185,7 @@ def test_roles_in_selectors():
     assert len(dk.select(model, "decoder/@attn.q")) == len(dk.select(model, "decoder@.attn@.q@")) == 4
     assert list(dk.select(model, "decoder.block.0/@attn.cross")) == ["decoder.block.0.layer.1.EncDecAttention"]
     assert list(dk.select(model, "@head")) == ["lm_head"]
-    with pytest.raises(dk.RoleError, match=r"there is no role '@attn\.query'; there are @block, @norm"):
+    with pytest.raises(dk.RoleError, match=r"there is no role '@attn\.query'; there are @block, @attn, @attn\.q"):
         dk.select(model, "@attn.query")
     gpt2 = build("gpt2")
     rows = [f"h.{i}.attn.c_attn[{letter}]" for i in (0, 1) for letter in "qv"]

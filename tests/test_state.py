@@ -208,6 +208,18 @@ def test_a_shared_module_is_attached_once_and_counted_once(model):
     model.again = model.layers[0].self_attn
     delta = dk.attach(model, dk.LoRA(r=3, at="again.q_proj"))
     assert list(delta.modules) == ["layers.0.self_attn.q_proj"]
+    assert "again.q_proj  the same instances" in repr(delta)
+    assert "again (SelfAttention) → layers.0.self_attn" in str(dk.show(model))
+
+
+def test_one_method_twice_at_one_place_needs_two_deltas(model):
+    with pytest.raises(dk.OptionError, match=r"layers\.0\.self_attn\.q_proj: two of the methods given are lora"):
+        dk.attach(model, dk.LoRA(r=2), dk.LoRA(r=3, at="**.q_proj"))
+    first = dk.attach(model, dk.LoRA(r=2))
+    with pytest.raises(dk.StateError, match=r"delta 'delta' has a lora there already; .* name="):
+        dk.attach(model, dk.LoRA(r=3))
+    second = dk.attach(model, dk.LoRA(r=3), name="second")
+    assert [delta.name for delta in dk.deltas(model)] == [first.name, second.name]
 
 
 STEPS = st.lists(

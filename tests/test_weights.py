@@ -330,3 +330,75 @@ def test_files_hold_rows_and_parameters(tmp_path):
         assert sorted(again.state_dict()) == sorted(delta.state_dict())
         with pytest.raises(dk.BackboneMismatch):
             dk.load(tmp_path / kind, build("bert"))
+
+
+class ChannelsFirstNorm(nn.LayerNorm):
+    """Norms of convolutional models permute for torch's layer norm, and back (SqueezeBERT, ConvNeXt)."""
+
+    def forward(self, x):
+        return super().forward(x.transpose(1, -1)).transpose(1, -1)
+
+
+# As many positions as features: an axis that is mistaken shows in the values only.
+@pytest.mark.parametrize(
+    ("norm", "shape"),
+    [
+        (lambda: nn.BatchNorm1d(6), (3, 6, 6)),
+        (lambda: nn.BatchNorm2d(5), (3, 5, 5, 5)),
+        (lambda: nn.GroupNorm(2, 6), (3, 6, 6)),
+        (lambda: nn.InstanceNorm2d(6, affine=True), (3, 6, 6, 6)),
+        (lambda: ChannelsFirstNorm(6), (3, 6, 6)),
+        (lambda: nn.LayerNorm(6), (6, 6, 6)),
+    ],
+    ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else type(value()).__name__,
+)
+def test_a_bias_on_norms_stands_on_their_features(norm, shape):
+    x = torch.randn(shape).double()
+    check(nn.Sequential(norm()).double().eval(), lambda m: m(x), dk.BitFit(at="0"), ["0"])
+
+
+def test_an_adapter_behind_a_convolution_works_on_its_channels():
+    model = nn.Sequential(nn.Conv2d(3, 5, 1)).double()
+    delta = randomize(dk.attach(model, dk.Adapter(size=2, at="0", activation="tanh")))
+    (adapter,) = delta.modules["0"]
+    x = torch.randn(2, 3, 5, 7).double()
+    y = nn.functional.conv2d(x, model[0].weight, model[0].bias)
+    h = torch.tanh(torch.einsum("bchw,rc->brhw", y, adapter.down.weight) + adapter.down.bias[:, None, None])
+    update = torch.einsum("brhw,cr->bchw", h, adapter.up.weight) + adapter.up.bias[:, None, None]
+    torch.testing.assert_close(model(x), y + update)
+
+
+def test_an_adapter_on_other_features_than_it_was_told_is_an_error():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(6))
+
+        def forward(self, x):
+            return x[..., :4]
+
+    model = nn.Sequential(Block())
+    model[0].weight = nn.Parameter(torch.ones(6))
+    dk.attach(model, dk.Adapter(size=2, at="0"))
+    with pytest.raises(dk.TargetError, match=r"expected 6 features at dimension -?1 .*found shape \(2, 4\)"):
+        model(torch.ones(2, 6))
+
+
+def test_a_layer_whose_weight_is_only_read_is_passed_over_by_what_needs_it_called():
+    class ReaderAttention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(6, 6) for _ in range(3))
+            self.out_proj = nn.Linear(6, 6)
+
+        def forward(self, x):
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+            h = nn.functional.scaled_dot_product_attention(q, k, v)
+            return nn.functional.linear(h, self.out_proj.weight, self.out_proj.bias)
+
+    model = nn.Sequential(ReaderAttention())
+    delta = dk.attach(model, dk.Adapter(size=2))
+    assert list(delta.modules) == ["0"]
+    randomize(delta)
+    model(torch.randn(2, 3, 6)).sum().backward()
+    assert all(parameter.grad is not None for parameter in delta.parameters())

@@ -10,7 +10,7 @@ from torch import nn
 from deltakit.errors import TargetError
 from deltakit.linears import linear_sizes
 from deltakit.method import Target
-from deltakit.role_names import FUSED, PROJECTIONS, says_attention
+from deltakit.role_names import FUSED, FUSED_KV, PROJECTIONS, says_attention
 
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_attn_heads", "heads")
@@ -37,6 +37,8 @@ def attends(module: nn.Module) -> bool:
     names = _names(module)
     if isinstance(module, nn.MultiheadAttention) or names & {"get_interface", "scaled_dot_product_attention"}:
         return True
+    if "multi_head_attention_forward" in names:
+        return True
     written_out = any("softmax" in name.lower() for name in names) and bool(names & _PRODUCTS)
     return says_attention(type(module).__name__) and written_out
 
@@ -45,9 +47,9 @@ def _names(module: nn.Module) -> set[str]:
     """The names that a module's forward uses, and those of the methods of its own that it calls."""
     kind = type(module)
     found = _code_names(kind.forward)
-    for name in found & {"_attn", "attention", "_attention", "compute_attention", "attn"}:
+    for name in set(found):
         method = getattr(kind, name, None)
-        if inspect.isfunction(method):
+        if inspect.isfunction(method) and not method.__module__.startswith("torch."):
             found = found | _code_names(method)
     return found
 
@@ -70,16 +72,22 @@ def heads_of(target: Target) -> Heads:
         TargetError: if they do not tell.
     """
     module = target.module
-    heads = _first(module, _HEADS)
-    size = _first(module, _HEAD_SIZES)
-    outs = {name: sizes[1] for name, child in module.named_children() if (sizes := linear_sizes(child)) is not None}
-    key, value = (next((outs[n] for n in outs if n in PROJECTIONS[letter]), None) for letter in "kv")
-    fused = next((outs[name] for name in outs if name in FUSED), None)
+    heads, size = _first(module, _HEADS), _first(module, _HEAD_SIZES)
     if isinstance(module, nn.MultiheadAttention):
         return Heads(module.num_heads, module.head_dim, module.head_dim)
+    latent = _first(module, ("qk_head_dim",)), _first(module, ("v_head_dim",))
+    if heads and latent[0] and latent[1]:
+        return Heads(heads, latent[0], latent[1])
+    outs = {name.lower(): s[1] for name, child in module.named_children() if (s := linear_sizes(child)) is not None}
+    key, value = (next((outs[n] for n in outs if n in PROJECTIONS[letter]), None) for letter in "kv")
+    kv = next((outs[name] for name in outs if name in FUSED_KV - FUSED), None)
+    fused = next((outs[name] for name in outs if name in FUSED), None)
+    if kv and not key:
+        key = value = kv // 2
     if key and value and (size or heads):
         size = size or key // (heads or 1)
-        return Heads(key // size, size, value // (key // size))
+        if count := key // size:
+            return Heads(_at_the_interface(module, heads, count), size, value // count)
     if fused and heads:
         size = size or fused // (3 * heads)
         return Heads(_first(module, _KV_HEADS) or heads, size, size)
@@ -87,6 +95,12 @@ def heads_of(target: Target) -> Heads:
         f"{target.path}: cannot tell the heads of this {type(module).__name__}: expected attributes such as num_heads "
         "and head_dim and layers such as k_proj and v_proj, or qkv; leave it out with exclude="
     )
+
+
+def _at_the_interface(module: nn.Module, heads: int | None, projected: int) -> int:
+    """The heads of keys where they meet the queries: JetMoE repeats them ahead of that, and says that none is shared."""
+    groups = getattr(module, "num_key_value_groups", None)
+    return heads if heads and groups == 1 and heads % projected == 0 else projected
 
 
 def _first(module: nn.Module, names: tuple[str, ...]) -> int | None:

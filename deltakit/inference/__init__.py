@@ -54,7 +54,12 @@ def _embed(walk: Walk) -> tuple[str, ...]:
         embedding = None
     if embedding is not None:
         return tuple(path for path, module in walk.modules.items() if module is embedding)
-    tables = {path: m.num_embeddings for path, m in walk.modules.items() if isinstance(m, nn.Embedding)}
+    # Inside blocks stand embeddings of distances (WavLM).
+    tables = {
+        path: m.num_embeddings
+        for path, m in walk.modules.items()
+        if isinstance(m, nn.Embedding) and not any(around in walk.repeated for around in above(path))
+    }
     return (max(tables, key=tables.__getitem__),) if tables else ()
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from deltakit.axes import feature_axis, features_last
 from deltakit.errors import OptionError
 from deltakit.method import DeltaModule, Method, Target
 from deltakit.rows import Rows
@@ -30,11 +31,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class AdapterDelta(DeltaModule):
-    """A bottleneck: `down` [size, d] and `up` [d, size], with biases, and an activation between."""
+    """A bottleneck: `down` [size, d] and `up` [d, size], with biases, and an activation between.
 
-    def __init__(self, d: int, size: int, activation: str, rows: Rows | None = None, **like: Any) -> None:
+    `axis`: the dimension of the features in what the target gives.
+    """
+
+    def __init__(
+        self, d: int, size: int, activation: str, axis: int = -1, rows: Rows | None = None, **like: Any
+    ) -> None:
         super().__init__()
-        self.activation, self.rows = activation, rows
+        self.activation, self.axis, self.rows = activation, axis, rows
         self.down = nn.Linear(d, size, **like)
         self.up = nn.Linear(size, d, **like)
         self.reset_parameters()
@@ -45,11 +51,13 @@ class AdapterDelta(DeltaModule):
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
 
-    def forward(self, x: Tensor, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        part = self.rows.take(y) if self.rows else y
-        h = ACTIVATIONS[self.activation](self.down(part.to(self.down.weight.dtype)))
-        update = self.up(h)
-        return y + (self.rows.spread(update) if self.rows else update).to(y.dtype)
+    def forward(self, x: Tensor, y: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        size = self.rows.whole if self.rows else self.down.in_features
+        last = features_last(y, self.axis, size)
+        part = self.rows.take(last) if self.rows else last
+        update = self.up(ACTIVATIONS[self.activation](self.down(part.to(self.down.weight.dtype))))
+        update = self.rows.spread(update) if self.rows else update
+        return y + features_last(update, self.axis, y.shape[-1]).to(y.dtype)
 
     def summary(self) -> str:
         return f"size={self.down.out_features} {self.activation}"
@@ -83,7 +91,7 @@ class Adapter(Method, name="adapter"):
     def build_at(self, target: Target) -> DeltaModule:
         d = output_size(target, self.name)
         size = max(1, d // self.reduction) if self.reduction else self.size or 64
-        return AdapterDelta(d, size, self.activation, target.rows, **like(target))
+        return AdapterDelta(d, size, self.activation, feature_axis(target.module), target.rows, **like(target))
 
     def train_also(self) -> tuple[str, ...]:
         return ("@norm",) if self.norms else ()

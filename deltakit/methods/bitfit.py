@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from deltakit.axes import along, feature_axis
 from deltakit.errors import OptionError, TargetError
 from deltakit.method import DeltaModule, Method, Target
 from deltakit.rows import Rows
@@ -24,14 +25,15 @@ _SUBSETS = {"all": None, "query_mlp": (("attn.q", "attn.qkv"), ("ff.up", "ff.gat
 class BitFitDelta(DeltaModule):
     """An added `bias`, zero at the start: [d] on a module, of the parameter's shape on one that is read.
 
-    On a convolution it is one value a channel. `name`: the parameter that it is added to by weight.
+    On a convolution it is one value a channel. `axis`: the dimension of the features in what the target gives; `name`: the
+    parameter that it is added to by weight.
     """
 
     def __init__(
-        self, shape: Sequence[int], channels_first: int, rows: Rows | None = None, name: str = "bias", **like: Any
+        self, shape: Sequence[int], axis: int = -1, rows: Rows | None = None, name: str = "bias", **like: Any
     ) -> None:
         super().__init__()
-        self.channels_first, self.rows, self.name = channels_first, rows, name
+        self.axis, self.rows, self.name = axis, rows, name
         self.bias = nn.Parameter(torch.empty(*shape, **like))
         self.reset_parameters()
 
@@ -40,7 +42,7 @@ class BitFitDelta(DeltaModule):
 
     def forward(self, x: Tensor, y: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         bias = self.rows.spread(self.bias) if self.rows else self.bias
-        return y + bias.view(-1, *[1] * self.channels_first).to(y.dtype)
+        return y + along(bias, self.axis, y.ndim).to(y.dtype)
 
     def weight_update(self, target: nn.Module) -> Mapping[str, Tensor]:
         if not isinstance(getattr(target, self.name, None), Tensor):
@@ -96,10 +98,8 @@ class BitFit(Method, name="bitfit"):
             rows = _bias_rows(target)
             bias = module._parameters[name]
             shape = [rows.size] if rows else list(bias.shape) if bias is not None else []
-            return BitFitDelta(shape, 0, rows, name, **like(target))
-        convolution = isinstance(module, nn.modules.conv._ConvNd)
-        spatial = len(module.kernel_size) if convolution else 0  # type: ignore[arg-type]
-        return BitFitDelta([output_size(target, self.name)], spatial, target.rows, **like(target))
+            return BitFitDelta(shape, -1, rows, name, **like(target))
+        return BitFitDelta([output_size(target, self.name)], feature_axis(module), target.rows, **like(target))
 
 
 def _bias_name(target: Target) -> str:

@@ -21,7 +21,8 @@ from deltakit.attention.mode import PrefixMode, close
 from deltakit.attention.sites import Heads, attends, enters_by_interface, heads_of
 from deltakit.errors import OptionError, TargetError
 from deltakit.method import DeltaModule, Method, Target
-from deltakit.modules import Modules, join
+from deltakit.modules import Modules
+from deltakit.paths import join
 from deltakit.shapes import like
 
 
@@ -133,6 +134,7 @@ class Prefix(Method, name="prefix"):
     reparam: bool = False
     hidden: int = 512
 
+    default_words: ClassVar[str] = "attention whose keys and values can be reached"
     identity: ClassVar[bool] = False
 
     def validate(self) -> None:

@@ -1,0 +1,59 @@
+"""Queries, keys and values as rows of the projections that fuse them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from deltakit.inference.walk import above
+from deltakit.layout import measure
+from deltakit.paths import join
+from deltakit.role_names import says_attention
+from deltakit.roles import Unit
+from deltakit.rows import Rows
+
+
+@dataclass
+class Fused:
+    """The fused projections of one backbone: its modules by path, and its attention and feed-forward units."""
+
+    modules: Mapping[str, nn.Module]
+    units: Sequence[Unit]
+    _known: dict[object, dict[str, Rows] | None] = field(default_factory=dict)
+
+    def rows_of(self, unit: Unit) -> dict[str, str]:
+        """The paths of queries, keys and values in the fused projection of a unit; empty where it cannot be told."""
+        fused = unit.parts.get("qkv") or unit.parts.get("kv")
+        if fused is None or fused not in self.modules:
+            return {}
+        missing = [letter for letter in "qkv" if letter not in unit.parts]
+        return {letter: f"{fused}[{letter}]" for letter in missing if self.rows_at(fused, letter) is not None}
+
+    def rows_at(self, base: str, letter: str) -> Rows | None:
+        owner, _, parameter = ("", "", "") if base in self.modules else base.rpartition(".")
+        module = self.modules[owner if parameter else base]
+        if isinstance(module, nn.MultiheadAttention) and parameter == "in_proj_weight":
+            # torch.nn.functional.multi_head_attention_forward: queries, keys and values one after the other.
+            size, place = module.embed_dim, "qkv".find(letter)
+            return Rows(letter, 1, 3 * size, place * size, (place + 1) * size) if place >= 0 else None
+        unit = next((u for u in self.units if base in (u.parts.get("qkv"), u.parts.get("kv"))), None)
+        if unit is None or parameter:
+            return None
+        attention = next((path for path in above(base) if says_attention(type(self.modules[path]).__name__)), None)
+        return (self._measured(attention or unit.path, base, unit) or {}).get(letter)
+
+    def _measured(self, path: str, fused: str, unit: Unit) -> dict[str, Rows] | None:
+        attention = self.modules[path]
+        inside = join(path, "") if path else ""
+        output = unit.parts.get("o", "")
+        # Layers differ in their number only; with it left out one measurement serves them all.
+        sizes = tuple((n, v) for n, v in vars(attention).items() if isinstance(v, int | float) and "layer" not in n)
+        key = (type(attention), self.modules[fused].__class__, sizes, fused[len(inside) :], *self._shape(fused))
+        if key not in self._known:
+            below = output[len(inside) :] if output.startswith(inside) and output in self.modules else None
+            self._known[key] = measure(attention, fused[len(inside) :], below)
+        return self._known[key]
+
+    def _shape(self, path: str) -> tuple[int, ...]:
+        weight = self.modules[path]._parameters.get("weight")
+        return tuple(weight.shape) if weight is not None else ()

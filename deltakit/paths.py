@@ -1,0 +1,46 @@
+"""Paths in a backbone: putting them together, taking them apart, and walking them with the deltas left out."""
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from deltakit.method import DeltaModule
+
+
+def join(path: str, name: str) -> str:
+    """The path of what is called `name` at `path`."""
+    return f"{path}.{name}" if path else name
+
+
+def split_rows(path: str) -> tuple[str, str]:
+    """A path without its rows, and the letter of these.
+
+    >>> split_rows("h.0.attn.c_attn[q]"), split_rows("h.0")
+    (('h.0.attn.c_attn', 'q'), ('h.0', ''))
+    """
+    base, _, rows = path.partition("[")
+    return base, rows.removesuffix("]")
+
+
+def own_modules(backbone: nn.Module, *, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of the backbone without the deltas', by path, each once or under every name that it has."""
+    seen: set[int] = set()
+
+    def walk(path: str, module: nn.Module, around: frozenset[int]) -> Iterator[tuple[str, nn.Module]]:
+        if id(module) in around or (id(module) in seen and not every_name):
+            return
+        seen.add(id(module))
+        yield path, module
+        for name, child in module._modules.items():
+            if child is not None and not isinstance(child, DeltaModule):
+                yield from walk(join(path, name), child, around | {id(module)})
+
+    return walk("", backbone, frozenset())
+
+
+def is_of(module: nn.Module, of: Sequence[str]) -> bool:
+    """Whether a module's class, or one it derives from, has one of these names (bare or with its Python module)."""
+    names = {
+        name for kind in type(module).__mro__ for name in (kind.__name__, f"{kind.__module__}.{kind.__qualname__}")
+    }
+    return not names.isdisjoint(of)
