@@ -17,8 +17,10 @@ def feature_axis(module: nn.Module) -> int:
     (-1, 1, -3)
     """
     if isinstance(module, nn.modules.conv._ConvNd):
-        # From the end, for a convolution takes single examples without a batch too.
+        # From the end, for a convolution takes single examples without a batch too, as an instance norm does.
         return -1 - len(module.kernel_size)
+    if isinstance(module, nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d):
+        return -2 if isinstance(module, nn.InstanceNorm1d) else -3 if isinstance(module, nn.InstanceNorm2d) else -4
     if isinstance(module, _CHANNELS_FIRST):
         return 1
     weight = module._parameters.get("weight")

@@ -4,6 +4,7 @@ A hook looks its delta module up from the module that is called, by path and key
 pickle and in the replicas of `nn.DataParallel`, which share one table of hooks.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from deltakit.errors import StateError, TargetError
 from deltakit.method import DeltaModule
+from deltakit.shadows import enter, leave
 
 
 class Before:
@@ -52,13 +54,17 @@ class After(Before):
 class Replace(Before):
     """Puts weights with their update added in the place of weights, ahead of the forward that reads them.
 
-    The sum shadows the parameter in the instance's `__dict__`, where attribute access looks first: so the parameter
-    stays registered, and state dicts, optimisers and other hooks see nothing of it.
+    `source`: the delta module, where it does not stand on the holder itself: its weight is tied to the holder's, which calls
+    it `name`.
     """
 
-    def __init__(self, key: str, holder: str, also: tuple[str, ...]) -> None:
+    def __init__(self, key: str, holder: str = "", source: DeltaModule | None = None, name: str = "") -> None:
         super().__init__(key, holder)
-        self.also = also
+        self.source = source
+        self.name = name
+
+    def delta(self, module: nn.Module) -> DeltaModule | None:
+        return self.source or super().delta(module)
 
     def __call__(self, scope: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.note()
@@ -68,20 +74,15 @@ class Replace(Before):
         holder = scope.get_submodule(self.holder) if self.holder else scope
         _refuse_recomputing(scope, self.holder)
         for name, update in delta.weight_update(holder).items():
-            weight = getattr(holder, name)
-            if weight.is_meta and not update.is_meta:
-                raise TargetError(
-                    f"{self.holder or type(scope).__name__}.{name} has no values here (it is offloaded): a delta that "
-                    "works by the weight cannot be added to it; keep this module in memory, or leave it out with exclude="
-                )
-            changed = weight + update.to(weight.dtype)
-            for place, attribute in self.places(scope, holder, name):
-                place.__dict__[attribute] = changed
+            enter(holder, self.name or name, self.key, partial(self._fitting, scope, update))
 
-    def places(self, scope: nn.Module, holder: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
-        """Every module that holds the weight, with the name that it has there."""
-        others = [name.rpartition(".") for name in self.also]
-        return [(holder, name), *((scope.get_submodule(path), last) for path, _, last in others)]
+    def _fitting(self, scope: nn.Module, update: Tensor, weight: Tensor) -> Tensor:
+        if weight.is_meta and not update.is_meta:
+            raise TargetError(
+                f"{self.holder or type(scope).__name__}: the weight has no values here (it is offloaded): a delta that works "
+                "by the weight cannot be added to it; keep this module in memory, or leave it out with exclude="
+            )
+        return update.to(weight.dtype)
 
 
 class Restore(Replace):
@@ -90,13 +91,8 @@ class Restore(Replace):
     def __call__(  # type: ignore[override]
         self, scope: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        delta = self.delta(scope)
-        if delta is None:
-            return
         holder = scope.get_submodule(self.holder) if self.holder else scope
-        for name in [name for name in holder._parameters if name in holder.__dict__]:
-            for place, attribute in self.places(scope, holder, name):
-                place.__dict__.pop(attribute, None)
+        leave(holder, self.key)
 
 
 def _refuse_recomputing(scope: nn.Module, holder: str) -> None:

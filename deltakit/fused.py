@@ -46,9 +46,7 @@ class Fused:
         attention = self.modules[path]
         inside = join(path, "") if path else ""
         output = unit.parts.get("o", "")
-        # Layers differ in their number only; with it left out one measurement serves them all.
-        sizes = tuple((n, v) for n, v in vars(attention).items() if isinstance(v, int | float) and "layer" not in n)
-        key = (type(attention), self.modules[fused].__class__, sizes, fused[len(inside) :], *self._shape(fused))
+        key = (_attributes(attention), self.modules[fused].__class__, fused[len(inside) :], *self._shape(fused))
         if key not in self._known:
             below = output[len(inside) :] if output.startswith(inside) and output in self.modules else None
             self._known[key] = measure(attention, fused[len(inside) :], below)
@@ -57,3 +55,16 @@ class Fused:
     def _shape(self, path: str) -> tuple[int, ...]:
         weight = self.modules[path]._parameters.get("weight")
         return tuple(weight.shape) if weight is not None else ()
+
+
+def _attributes(module: nn.Module) -> tuple[object, ...]:
+    """What tells a module's forward from those of others of its class; one measurement serves all that agree.
+
+    Layers commonly differ in their number only, which is left out. What is no plain value counts by its identity.
+    """
+    own = tuple(
+        (name, repr(value) if isinstance(value, bool | int | float | str | tuple | None) else id(value))
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not ("layer" in name and isinstance(value, int))
+    )
+    return (type(module), own, tuple((name, type(child)) for name, child in module._modules.items()))

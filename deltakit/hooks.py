@@ -11,6 +11,7 @@ from deltakit.calls import After, Before, Replace, Restore
 from deltakit.errors import DeltaWarning, TargetError
 from deltakit.inference.walk import above
 from deltakit.method import DeltaModule
+from deltakit.watchers import InputGradients, Ran, ReportPart, Unnested
 
 
 def put(backbone: nn.Module, target: nn.Module, key: str, delta: DeltaModule) -> None:
@@ -21,7 +22,12 @@ def put(backbone: nn.Module, target: nn.Module, key: str, delta: DeltaModule) ->
     hooked, hooks = target, list[Before]()
     if reading is not None:
         hooked = backbone.get_submodule(reading.scope)
-        hooks = [made(key, reading.holder, reading.also) for made in (Replace, Restore)]
+        hooks = [Replace(key, reading.holder), Restore(key, reading.holder)]
+        for other in reading.also:
+            source = None if other.owner == reading.owner else delta
+            there = [made(key, other.holder, source, other.name) for made in (Replace, Restore)]
+            around = backbone.get_submodule(other.scope)
+            _register(around, [*_ours(around), *there])
     else:
         if kind.before is not DeltaModule.before:
             hooks.append(Before(key))
@@ -36,10 +42,11 @@ def take(backbone: nn.Module, target: nn.Module, key: str) -> None:
     """Takes a delta module and its hooks away from its target."""
     delta = target._modules[key]
     reading = delta.reading if isinstance(delta, DeltaModule) else None
-    hooked = backbone.get_submodule(reading.scope) if reading is not None else target
-    for hook in _ours(hooked):
-        if hook.delta(hooked) is delta:
-            hook.handle.remove()
+    scopes = [reading.scope, *(other.scope for other in reading.also)] if reading is not None else None
+    for hooked in [target] if scopes is None else map(backbone.get_submodule, dict.fromkeys(scopes)):
+        for hook in _ours(hooked):
+            if hook.delta(hooked) is delta:
+                hook.handle.remove()
     del target._modules[key]
     follow_hooks_when_compiled()
 
@@ -70,61 +77,8 @@ def _order(target: nn.Module, hook: Before) -> tuple[int, int]:
     delta = hook.delta(target)
     if delta is None:
         return 0, 0
-    held = target.get_submodule(hook.holder)._modules
-    return delta.record.order if delta.record is not None else 0, list(held).index(hook.key)
-
-
-class InputGradients:
-    """Lets gradients reach the deltas of a block under reentrant checkpointing.
-
-    Reentrant checkpointing gives no gradients at all when none of its inputs asks for one, which is so when everything
-    below is frozen. The hook stands only on blocks that hold deltas: nothing is forced to carry gradients below them.
-    """
-
-    def __init__(self) -> None:
-        self.handle: Any = None
-
-    def __call__(self, block: nn.Module, args: tuple[Any, ...]) -> Any:
-        if not (block.training and getattr(block, "gradient_checkpointing", False) and torch.is_grad_enabled()):
-            return None
-        options = getattr(getattr(block, "_gradient_checkpointing_func", None), "keywords", {})
-        if not options.get("use_reentrant", True):
-            return None
-        if not args or not isinstance(args[0], torch.Tensor) or args[0].requires_grad:
-            return None
-        if not torch.is_floating_point(args[0]):
-            return None
-        return (args[0].detach().requires_grad_(), *args[1:])
-
-
-class ReportPart:
-    """Reports keys as missing when a state dict holds a delta in part.
-
-    A state dict with nothing of a delta is a base checkpoint, which loads strictly; one with a part of it is damaged.
-    """
-
-    def __init__(self) -> None:
-        self.handle: Any = None
-
-    def __call__(
-        self,
-        backbone: nn.Module,
-        state: dict[str, Any],
-        prefix: str,
-        meta: Any,
-        strict: bool,
-        missing: list[str],
-        *_: Any,
-    ) -> None:
-        held: dict[int, list[tuple[str, bool]]] = {}
-        for path, module in backbone.named_modules(prefix=prefix.rstrip(".")):
-            if isinstance(module, DeltaModule):
-                keys = module.state_dict(prefix=f"{path}.")
-                present = not keys.keys().isdisjoint(state)
-                held.setdefault(id(module.record), []).extend((key, present) for key in keys)
-        for keys_of_delta in held.values():
-            if any(present for _, present in keys_of_delta):
-                missing += [key for key, present in keys_of_delta if not present]
+    held = list(target.get_submodule(hook.holder)._modules)
+    return delta.record.order if delta.record is not None else 0, held.index(hook.key) if hook.key in held else 0
 
 
 def watch_loading(backbone: nn.Module) -> None:
@@ -169,7 +123,7 @@ class FirstForward:
                 delta = hook.delta(module)
                 # A method that also acts ahead of its target says itself what it needs to see.
                 own = delta is not None and type(delta).before is DeltaModule.before
-                if delta is None or delta.record is not self.record or not own or hook.fired:
+                if delta is None or delta.record is not self.record or not own:
                     continue
                 if isinstance(hook, After) or type(hook) is Replace:
                     parent = _caller(backbone, path)
@@ -186,7 +140,9 @@ class FirstForward:
         # Behind a forward that raised, torch calls with no result what it must always call.
         if torch.compiler.is_compiling() or output is None or not (self.record.active and not self.record.merged):
             return
-        dead = [(path, module, delta, ran) for path, module, delta, hook, ran in watched if not hook.fired]
+        # A weight that is read in several places works if one of them was called.
+        alive = {id(delta) for _, _, delta, hook, _ in watched if hook.fired}
+        dead = [(path, module, delta, ran) for path, module, delta, _, ran in watched if id(delta) not in alive]
         skipped = [(path, module, delta) for path, module, delta, ran in dead if ran.fired]
         if skipped:
             raise TargetError(self._never_called(len(skipped), *skipped[0]))
@@ -210,17 +166,6 @@ class FirstForward:
         if type(delta).weight_update is not DeltaModule.weight_update and delta.reading is None:
             return head + f"name the parameter '{path}.weight' instead, or leave it out with exclude="
         return head + f"leave it out with exclude=, for {type(delta).__name__} has no form that works by the weight"
-
-
-class Ran:
-    """Notes that a module was called."""
-
-    def __init__(self, *, fired: bool) -> None:
-        self.fired = fired
-        self.handle: Any = None
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        self.fired = True
 
 
 def _caller(backbone: nn.Module, path: str) -> nn.Module:
@@ -260,6 +205,26 @@ def feed_gradients(backbone: nn.Module) -> None:
         elif not wanted:
             for hook in hooks:
                 hook.handle.remove()
+
+
+def keep_dense(backbone: nn.Module) -> None:
+    """Puts `Unnested` on every encoder of torch that holds a delta module, and takes it off all others."""
+    for encoder in backbone.modules():
+        if not isinstance(encoder, nn.TransformerEncoder):
+            continue
+        bound = [getattr(hook, "__self__", None) for hook in encoder._forward_pre_hooks.values()]
+        there = [watcher for watcher in bound if isinstance(watcher, Unnested)]
+        wanted = any(isinstance(module, DeltaModule) for module in encoder.modules())
+        if wanted and not there:
+            watcher = Unnested()
+            watcher.handles = [
+                encoder.register_forward_pre_hook(watcher.begin),
+                encoder.register_forward_hook(watcher.end, always_call=True),
+            ]
+        elif not wanted:
+            for watcher in there:
+                for handle in watcher.handles:
+                    handle.remove()
 
 
 def follow_hooks_when_compiled() -> None:

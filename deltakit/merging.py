@@ -27,7 +27,9 @@ def merge(backbone: nn.Module, record: Record, sites: Sequence[Site]) -> None:
     for site in sites:
         for name, update in _update(site).items():
             updates[name] = updates[name] + update if name in updates else update
-            together |= {name} if site.module.reading is not None and site.module.reading.also else set()
+            reading = site.module.reading
+            tied = reading is not None and any(other.owner != reading.owner for other in reading.also)
+            together |= {name} if tied else set()
     _check(backbone, record, updates, parameters, together)
     merged = {name: (wide(parameters[name]) + update).to(parameters[name].dtype) for name, update in updates.items()}
     record.merged = {name: parameters[name].detach().clone() for name in updates}
@@ -60,6 +62,11 @@ def _check(
     together: set[str],
 ) -> None:
     for name, update in updates.items():
+        if name not in parameters:
+            raise TargetError(
+                f"{name}: expected a parameter to merge into, found none of that name (is it computed from others, as by "
+                "weight_norm?); leave the delta attached"
+            )
         weight = parameters[name]
         if not torch.is_floating_point(weight) or weight.shape != update.shape:
             raise TargetError(

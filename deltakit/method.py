@@ -24,14 +24,21 @@ Selector = str | Sequence[str]
 class Reading:
     """Where a weight is read: the module at `scope` uses its values in its forward.
 
-    `holder` is the path below the scope of the module that holds it, `also` the names below it under which the same
-    tensor is held too (tied weights). `never_called`: the holder is sure not to be called as a module.
+    `holder` is the path below the scope of the module that holds it, by `name` if that is not the target's own. `also` are
+    further places where it is read: by the other modules that hold it (tied weights), or by the holder itself.
+    `never_called`: the holder is sure not to be called as a module.
     """
 
     scope: str
     holder: str
-    also: tuple[str, ...] = ()
+    name: str = ""
+    also: tuple["Reading", ...] = ()
     never_called: bool = False
+
+    @property
+    def owner(self) -> str:
+        """The path of the holder in the backbone."""
+        return ".".join(filter(None, (self.scope, self.holder)))
 
 
 @dataclass(frozen=True)

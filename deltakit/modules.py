@@ -139,9 +139,14 @@ class Modules:
     ) -> list[str]:
         """Those of the paths that `of` and `exclude` leave, each module instance once."""
         hits = list(paths)
-        if exclude is not None:
-            out = set(self._paths(exclude))
-            hits = [path for path in hits if path not in out and split_rows(path)[0] not in out]
+        for entry in (exclude,) if isinstance(exclude, str) else exclude or ():
+            left = self._without(hits, set(self._paths(entry)))
+            if hits and len(left) == len(hits):
+                raise SelectorError(
+                    f"exclude={entry!r} takes nothing out of the {len(hits)} that {wanted} selects in {self.owner}, such as "
+                    f"{hits[0]}; leave it away, or write what is to be left out ('{entry}/**' for all below)"
+                )
+            hits = left
         if of is not None:
             hits = [path for path in hits if not self.module_at(path)[1] and is_of(self.module_at(path)[0], of)]
         if not hits:
@@ -150,6 +155,16 @@ class Modules:
                 "leave none of them"
             )
         return list(dict.fromkeys(map(self.first_name, hits)))
+
+    def _without(self, hits: Sequence[str], out: set[str]) -> list[str]:
+        """The hits that are not out, nor in a fused projection that is, nor a parameter of a module that is."""
+        left = []
+        for path in hits:
+            base, _ = split_rows(path)
+            owner = base if base in self.by_path else base.rpartition(".")[0]
+            if out.isdisjoint((path, base, owner)):
+                left.append(path)
+        return left
 
     def _paths(self, at: Selector) -> list[str]:
         return select_paths(at, list(self.by_path), self.role, owner=self.owner, named=self._named)

@@ -4,12 +4,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from deltakit.inference.walk import join as join
 from deltakit.method import DeltaModule
-
-
-def join(path: str, name: str) -> str:
-    """The path of what is called `name` at `path`."""
-    return f"{path}.{name}" if path else name
 
 
 def split_rows(path: str) -> tuple[str, str]:

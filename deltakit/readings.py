@@ -1,7 +1,7 @@
 """Where a backbone reads weights itself instead of calling the module that holds them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -22,7 +22,23 @@ class Readings:
 
     def of(self, owner: str, parameter: str) -> Reading | None:
         """Where a weight is read that is a target itself, or whose module is not called; None if it is called."""
-        read = parameter or "weight"
+        reading = self._read_around(owner, parameter or "weight")
+        if not parameter:
+            return reading
+        reading = reading or self._called(owner)
+        also = (
+            [] if reading.owner != owner or reading.never_called or not self._callable(owner) else [Reading(owner, "")]
+        )
+        also = [other for other in also if other.scope != reading.scope]
+        for name in self.names[id(self.modules[owner]._parameters[parameter])]:
+            other, _, last = name.rpartition(".")
+            if other != owner:
+                there = self._read_around(other, last) or Reading(other, "")
+                also.append(replace(there, name=last))
+        return replace(reading, also=tuple(also))
+
+    def _read_around(self, owner: str, read: str) -> Reading | None:
+        """The module around a weight whose code reads it."""
         for scope in above(owner):
             module = self.modules[scope]
             below = owner[len(scope) :].lstrip(".")
@@ -30,33 +46,27 @@ class Readings:
                 return Reading(scope, below, never_called=True)
             if below and self._reads_itself(type(module), join(below, read)):
                 return Reading(scope, below, never_called=only_reads(type(module), below))
-        if not parameter:
-            return None
-        first, *others = self.names[id(self.modules[owner]._parameters[parameter])]
-        if others:
-            return self._tied_reading(first, others)
-        if self.modules[owner]._modules or projection_sizes(self.modules[owner]) is None:
+        return None
+
+    def _called(self, owner: str) -> Reading:
+        """Where a parameter is read that no code is seen to read from outside: in the forward of what holds it.
+
+        A layer may be read by what is around it in ways that are not seen; the forward around it covers both.
+        """
+        module = self.modules[owner]
+        if self._callable(owner) and (module._modules or projection_sizes(module) is None):
             return Reading(owner, "")
-        # A layer that is called, or read by what is around it: the forward around it covers both.
-        scope = next(path for path in list(above(owner))[1:] if not _is_list(self.modules[path]))
+        scope = next((path for path in list(above(owner))[1:] if self._callable(path)), owner)
         return Reading(scope, owner[len(scope) :].lstrip("."))
+
+    def _callable(self, path: str) -> bool:
+        return not isinstance(self.modules[path], nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
 
     def other_names(self, owner: str, parameter: str) -> list[str]:
         names = self.names[id(self.modules[owner]._parameters[parameter])]
         return [name for name in names if name != join(owner, parameter)]
 
-    def _tied_reading(self, first: str, others: Sequence[str]) -> Reading:
-        """A weight that several modules hold is read somewhere below the module around them all."""
-        owners = [name.rpartition(".")[0] for name in (first, *others)]
-        scope = next(path for path in above(owners[0]) if all(path in above(o) for o in owners))
-        below = [name[len(scope) :].lstrip(".") for name in (first, *others)]
-        return Reading(scope, below[0].rpartition(".")[0], also=tuple(below[1:]))
-
     def _reads_itself(self, kind: type, chain: str) -> bool:
         if (kind, chain) not in self._known:
             self._known[kind, chain] = reads(kind, chain)
         return self._known[kind, chain]
-
-
-def _is_list(module: nn.Module) -> bool:
-    return isinstance(module, nn.ModuleList | nn.ModuleDict)

@@ -111,6 +111,10 @@ def says_feed_forward(class_name: str) -> bool:
     return class_name.lower().endswith(("mlp", "ffn", "feedforward"))
 
 
+CROSS = ("cross", "encdec", "encoder_attn", "encoder_attention", "token_to_image", "image_to_token", "x_attn")
+"""What is in the names of attention from one stack to another."""
+
+
 def says_cross(path: str) -> bool:
     """Whether a path names attention from one stack to another.
 
@@ -118,4 +122,4 @@ def says_cross(path: str) -> bool:
     (True, False)
     """
     names = [component.lower() for component in path.split(".")]
-    return any("cross" in name or "encdec" in name or name in ("encoder_attn", "encoder_attention") for name in names)
+    return any(any(word in name for word in CROSS) for name in names)

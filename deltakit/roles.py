@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from deltakit.errors import RoleError
-from deltakit.role_names import says_cross
 
 PARTS = {
     "attn": ("q", "k", "v", "kv", "qkv", "q_a", "kv_a", "o", "self", "cross"),
@@ -23,7 +22,8 @@ ROLES = (
 class Unit:
     """One attention or one feed-forward part of a block.
 
-    `path` is the smallest module that holds all its projections; `own` says whether that is more than the block itself.
+    `path` is the smallest module that holds all its projections; `own` says whether that is more than the block itself,
+    `cross` whether it attends to another stack.
     `parts` gives the projections' paths by their role: modules, or parameters where no module is called. `width` is the
     size of the hidden states around.
     """
@@ -33,10 +33,7 @@ class Unit:
     width: int | None
     parts: Mapping[str, str]
     own: bool = True
-
-    @property
-    def cross(self) -> bool:
-        return self.kind == "attn" and says_cross(self.path)
+    cross: bool = False
 
 
 @dataclass(frozen=True)

@@ -113,9 +113,14 @@ def _method_index(record: Record, key: str, place: str) -> int:
 def tensors_of(backbone: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The backbone's own parameters and saved buffers under every name that they have."""
     for path, module in own_modules(backbone, every_name=True):
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and name not in module._non_persistent_buffers_set:
-                yield join(path, name), tensor
+        yield from tensors_in(path, module)
+
+
+def tensors_in(path: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and saved buffers that a module at a path holds itself."""
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None and name not in module._non_persistent_buffers_set:
+            yield join(path, name), tensor
 
 
 def whole_names(backbone: nn.Module, paths: list[str]) -> list[str]:
@@ -126,16 +131,21 @@ def whole_names(backbone: nn.Module, paths: list[str]) -> list[str]:
     """
     below = tuple(join(path, "") if path else "" for path in paths)
     inside: dict[str, Tensor] = {}
-    outside: dict[int, str] = {}
-    for name, tensor in tensors_of(backbone):
-        if name.startswith(below):
-            inside[name] = tensor
-        else:
-            outside[id(tensor)] = name
+    held: set[int] = set()
+    outside: dict[int, list[tuple[int, str]]] = {}
+    for path, module in own_modules(backbone, every_name=True):
+        for name, tensor in tensors_in(path, module):
+            if name.startswith(below):
+                inside[name] = tensor
+                held.add(id(module))
+            else:
+                outside.setdefault(id(tensor), []).append((id(module), name))
     for name, tensor in inside.items():
-        if id(tensor) in outside:
+        # Another name of the same module is no other place.
+        others = [other for module, other in outside.get(id(tensor), []) if module not in held]
+        if others:
             raise StateError(
-                f"train: {name} is tied to {outside[id(tensor)]}, which would be trained with it; name both in train=, "
+                f"train: {name} is tied to {others[0]}, which would be trained with it; name both in train=, "
                 "or untie them first"
             )
     if not inside:
@@ -149,10 +159,14 @@ def swap_whole(backbone: nn.Module, record: Record) -> None:
     if not record.whole:
         return
     tensors = dict(tensors_of(backbone))
+    # A tied tensor has several names: it is exchanged once.
+    kept: dict[int, Tensor] = {}
     for name, other in record.whole.items():
         here = tensors[name]
-        record.whole[name] = here.detach().clone()
-        here.copy_(other)
+        if id(here) not in kept:
+            kept[id(here)] = here.detach().clone()
+            here.copy_(other)
+        record.whole[name] = kept[id(here)]
 
 
 def refresh_gradients(backbone: nn.Module, ledger: Ledger) -> None:

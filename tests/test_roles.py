@@ -209,3 +209,9 @@ def test_the_table_has_rows_of_fused_projections_or_says_why_not():
     assert "@attn.qkv" in table
     assert "@attn.q" not in table
     assert "does not tell which rows are which; write '@attn.qkv'" in repr(table)
+
+
+def test_cross_attention_beside_attention_that_says_self():
+    model = nn.TransformerDecoder(nn.TransformerDecoderLayer(12, 2, 20), 1)
+    assert list(dk.select(model, "@attn.self")) == ["layers.0.self_attn"]
+    assert list(dk.select(model, "@attn.cross")) == ["layers.0.multihead_attn"]

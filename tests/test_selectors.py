@@ -213,3 +213,11 @@ def test_what_is_printed_can_be_pasted():
     delta = dk.attach(model, dk.LoRA(r=3))
     printed = [line.strip() for line in repr(delta).splitlines() if line.startswith("      ")]
     assert list(dk.select(model, printed)) == sorted(delta.modules, key=list(dict(model.named_modules())).index)
+
+
+def test_an_exclude_takes_something_out_or_is_an_error():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 2, 20, batch_first=True), 2)
+    left = dk.plan(model, dk.LoRA(r=2, exclude="layers.0.self_attn")).paths["lora"]
+    assert left == ["layers.1.self_attn.in_proj_weight[q]", "layers.1.self_attn.in_proj_weight[v]"]
+    with pytest.raises(dk.SelectorError, match=r"exclude='layers\.0' takes nothing out of the 2 .*'layers\.0/\*\*'"):
+        dk.plan(model, dk.LoRA(r=2, exclude=["layers.1/**", "layers.0"]))

@@ -268,3 +268,32 @@ def test_any_sequence_of_calls_is_undone_bit_for_bit(steps, tmp_path_factory):
         assert all(torch.equal(value, state[name]) for name, value in delta.state_dict().items())
     same(before, snapshot(model))
     assert torch.equal(model(ids()), output)
+
+
+def test_tied_weights_that_are_trained_whole_come_and_go_exactly(tmp_path):
+    import transformers as tf
+    from backbones import build
+
+    model = build("gpt2", tf.AutoModelForCausalLM)
+    weight = model.lm_head.weight
+    assert weight is model.transformer.wte.weight
+    base = weight.detach().clone()
+    delta = dk.attach(model, dk.LoRA(r=2), train=["wte", "lm_head"])
+    with torch.no_grad():
+        weight.add_(1)
+    delta.save(tmp_path)
+    for _ in range(2):
+        delta.detach()
+        assert torch.equal(weight, base)
+        delta.attach()
+        assert torch.equal(weight, base + 1)
+    delta.detach()
+    dk.load(tmp_path, model).detach()
+    assert torch.equal(weight, base)
+
+
+def test_a_module_with_two_names_is_trained_whole_by_either(model):
+    model.again = model.layers[1].norm_1
+    delta = dk.attach(model, dk.LoRA(r=2), train="layers.1.norm_1")
+    assert model.again.weight.requires_grad
+    delta.detach()

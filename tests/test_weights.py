@@ -402,3 +402,151 @@ def test_a_layer_whose_weight_is_only_read_is_passed_over_by_what_needs_it_calle
     randomize(delta)
     model(torch.randn(2, 3, 6)).sum().backward()
     assert all(parameter.grad is not None for parameter in delta.parameters())
+
+
+def test_a_tied_weight_is_updated_wherever_a_part_is_called_alone():
+    model = build("bart", tf.AutoModelForSeq2SeqLM)
+    ids = torch.randint(5, 30, (2, 6))
+    delta = randomize(dk.attach(model, dk.LoRA(r=3, at="model.shared.weight")))
+    whole = model(input_ids=ids, decoder_input_ids=ids).encoder_last_hidden_state
+    assert torch.equal(model.get_encoder()(ids).last_hidden_state, whole)
+    delta.merge()
+    torch.testing.assert_close(model(input_ids=ids, decoder_input_ids=ids).encoder_last_hidden_state, whole)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+        self.layers[1].weight = self.layers[0].weight
+
+    def forward(self, x, again):
+        for layer in self.layers:
+            x = torch.tanh(
+                torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=again == "reentrant") if again else layer(x)
+            )
+        return x
+
+
+@pytest.mark.parametrize("again", ["reentrant", "not reentrant"])
+def test_a_tied_weight_under_recomputation(again):
+    model, x = Tied().double(), torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    delta = randomize(dk.attach(model, dk.LoRA(r=2, at="layers.0.weight")))
+
+    def gradients(how):
+        return torch.autograd.grad(model(x, how).square().sum(), [x, *delta.parameters()]) if not how else backward(how)
+
+    def backward(how):
+        x.grad = None
+        for parameter in delta.parameters():
+            parameter.grad = None
+        model(x, how).square().sum().backward()
+        return [x.grad, *(parameter.grad for parameter in delta.parameters())]
+
+    torch.testing.assert_close(backward(again), list(gradients("")))
+
+
+class Tree(nn.Module):
+    """A module that calls itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6) / 3)
+
+    def forward(self, x, depth=2):
+        return torch.tanh((self(x, depth - 1) + self(x, 0) if depth else x) @ self.weight.T)
+
+
+def test_forwards_by_weight_nest():
+    model, x = Tree(), torch.randn(2, 6)
+    delta = randomize(dk.attach(model, dk.LoRA(r=2, at="weight")))
+    attached = model(x)
+    delta.merge()
+    torch.testing.assert_close(attached, model(x))
+    delta.unmerge()
+    assert not any(name.startswith("_deltakit") for name in vars(model))
+
+
+def test_forwards_by_weight_in_threads():
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(24, 4, 40, batch_first=True), 2).eval()
+    randomize(dk.attach(model, dk.LoRA(r=2)))
+    x = torch.randn(1, 5, 24)
+
+    def run(_):
+        with torch.no_grad():
+            return model(x)
+
+    expected = run(0)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(output, expected) for output in pool.map(run, range(200)))
+
+
+class Causal(nn.Conv1d):
+    """A convolution that pads itself."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (self.kernel_size[0] - 1, 0)))
+
+
+def test_a_convolution_with_a_forward_of_its_own_is_adapted_by_weight():
+    x = torch.randn(2, 6, 3).double()
+    check(nn.Sequential(Causal(6, 5, 3)).double(), lambda m: m(x), dk.LoRA(r=2, at="0"), ["0"])
+
+
+def test_layers_of_one_class_that_differ_are_measured_apart():
+    class Attention(nn.Module):
+        def __init__(self, order):
+            super().__init__()
+            self.order = order
+            self.qkv, self.proj = nn.Linear(12, 36), nn.Linear(12, 12)
+
+        def forward(self, x):
+            parts = self.qkv(x).view(*x.shape[:2], 3, 3, 4).permute(2, 0, 3, 1, 4)
+            named = dict(zip(self.order, parts, strict=True))
+            h = nn.functional.scaled_dot_product_attention(named["q"], named["k"], named["v"])
+            return self.proj(h.transpose(1, 2).flatten(2))
+
+    model = nn.Sequential(Attention("qkv"), Attention("kvq"))
+    delta = dk.attach(model, dk.LoRA(r=2, at="@attn.q"))
+    assert [modules[0].rows.start for modules in delta.modules.values()] == [0, 24]
+
+
+def test_the_padding_of_an_embedding_is_not_trained():
+    model = nn.Sequential(nn.Embedding(7, 6, padding_idx=2))
+    delta = randomize(dk.attach(model, dk.LoRA(r=2, at="0")))
+    model(torch.tensor([[1, 2, 3]])).sum().backward()
+    (lora,) = delta.modules["0"]
+    assert not lora.A.grad[:, 2].any()
+    assert lora.A.grad[:, 1].all()
+
+
+def test_torch_s_attention_as_the_backbone():
+    model = nn.MultiheadAttention(12, 3, batch_first=True)
+    delta = randomize(dk.attach(model, dk.LoRA(r=2)))
+    assert sorted(delta.modules) == ["in_proj_weight[q]", "in_proj_weight[v]"]
+    model(*[torch.randn(2, 5, 12)] * 3)[0].sum().backward()
+    assert all(parameter.grad is not None for parameter in delta.parameters())
+
+
+@pytest.mark.parametrize(
+    "method", [dk.LoRA(r=2), dk.BitFit(), dk.Adapter(size=2), dk.Prefix(tokens=2)], ids=lambda m: m.name
+)
+def test_padded_batches_in_torch_s_encoder(method):
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(24, 4, 40, batch_first=True, dropout=0), 2).eval()
+    x, pad = torch.randn(2, 5, 24), torch.tensor([[0, 0, 0, 1, 1], [0] * 5]).bool()
+    delta = randomize(dk.attach(model, method), 0.05)
+    with torch.no_grad():
+        padded = model(x, src_key_padding_mask=pad)
+        torch.testing.assert_close(padded[:1, :3], model(x[:1, :3]))
+    assert model(x, src_key_padding_mask=pad).requires_grad
+    delta.detach()
+    assert model.use_nested_tensor is True
+
+
+def test_merging_into_what_is_no_parameter_is_an_error():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 6)))
+    delta = dk.attach(model, dk.LoRA(r=2, at="0"))
+    with pytest.raises(dk.TargetError, match=r"0\.weight: expected a parameter to merge into.*weight_norm"):
+        delta.merge()

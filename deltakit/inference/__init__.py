@@ -6,25 +6,35 @@ size and back to it, outside the attention. What cannot be told for sure is left
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
 from deltakit.inference.attention import attention_units
 from deltakit.inference.feed_forward import feed_forward_units
-from deltakit.inference.walk import Walk, above, parent_of
-from deltakit.role_names import HEADS
+from deltakit.inference.walk import Walk, above, name_of, parent_of
+from deltakit.role_names import HEADS, says_cross
 from deltakit.roles import RoleMap, Unit
 
 
 def infer_roles(backbone: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> RoleMap:
     """The roles on a backbone. `modules`: its modules by path, if some of them are not to be looked at."""
     walk = Walk(backbone, dict(backbone.named_modules()) if modules is None else modules)
-    attention = list(attention_units(walk))
+    attention = _crossed(list(attention_units(walk)))
     widths = _block_widths(walk, attention)
     taken = {unit.path for unit in attention}
     units = sorted([*attention, *feed_forward_units(walk, taken, widths)], key=lambda unit: walk.order[unit.path])
     blocks = sorted((block for block in widths if block in walk.repeated), key=walk.order.__getitem__)
     return RoleMap(tuple(units), tuple(blocks), tuple(walk.norms), _embed(walk), _head(walk), walk.order)
+
+
+def _crossed(units: list[Unit]) -> list[Unit]:
+    """The attention units, those marked that attend to another stack: by their name, or beside one that says `self`."""
+    selves = {parent_of(unit.path) for unit in units if "self" in name_of(unit.path).lower()}
+    beside = {
+        unit.path for unit in units if parent_of(unit.path) in selves and "self" not in name_of(unit.path).lower()
+    }
+    return [replace(unit, cross=unit.own and (unit.path in beside or says_cross(unit.path))) for unit in units]
 
 
 def _block_widths(walk: Walk, attention: Sequence[Unit]) -> dict[str, int | None]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-from deltakit.inference.walk import Walk, above, name_of, parent_of
+from deltakit.inference.walk import Walk, above, join, name_of, parent_of
 from deltakit.role_names import AFFIXED, FUSED, FUSED_KV, KEYED, LATENT, OUTPUTS, PROJECTIONS, says_attention
 from deltakit.roles import Unit
 
@@ -52,10 +52,10 @@ def _second_sets(walk: Walk, path: str, names: Mapping[str, str], parts: Mapping
 def _torch_unit(path: str, module: nn.MultiheadAttention) -> Unit:
     """Torch's attention reads the weights of its projections and never calls a module: they are parameters."""
     if module._qkv_same_embed_dim:
-        parts = {letter: f"{path}.in_proj_weight[{letter}]" for letter in "qkv"}
+        parts = {letter: join(path, f"in_proj_weight[{letter}]") for letter in "qkv"}
     else:
-        parts = {letter: f"{path}.{letter}_proj_weight" for letter in "qkv"}
-    return Unit("attn", path, module.embed_dim, {**parts, "o": f"{path}.out_proj"})
+        parts = {letter: join(path, f"{letter}_proj_weight") for letter in "qkv"}
+    return Unit("attn", path, module.embed_dim, {**parts, "o": join(path, "out_proj")})
 
 
 def _projections(names: Mapping[str, str], says: bool) -> dict[str, str]:

@@ -83,6 +83,11 @@ def parent_of(path: str) -> str:
     return path.rpartition(".")[0]
 
 
+def join(path: str, name: str) -> str:
+    """The path of what is called `name` at `path`."""
+    return f"{path}.{name}" if path else name
+
+
 def above(path: str) -> Iterator[str]:
     """The path itself and every path above it, from the inside out.
 

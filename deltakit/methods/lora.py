@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from deltakit.activations import hidden_input
 from deltakit.errors import OptionError, TargetError
 from deltakit.linears import is_conv1d
+from deltakit.lowrank import Product, add_low_rank, fresh
 from deltakit.method import DeltaModule, Method, Target
 from deltakit.rows import Rows
 from deltakit.shapes import like, sizes, wide
 
 
-class LoRADelta(DeltaModule):
+class LoRAFactors(DeltaModule):
     """A low-rank change of a linear map: `A` [r, d_in] down and `B` [d_out, r] up again, zero at the start.
 
     On a parameter that is a stack of matrices (the experts of a mixture) both have the stack's dimensions in front.
@@ -31,7 +32,7 @@ class LoRADelta(DeltaModule):
 
     def __init__(self, d_in: int, d_out: int, options: "LoRA", rows: Rows | None = None, **like: Any) -> None:
         super().__init__()
-        self.scale, self.dropout, self.rows = options.scale, options.dropout, rows
+        self.scale, self.dropout, self.rows, self.keep = options.scale, options.dropout, rows, options.keep
         stack = like.pop("stack", ())
         self.A = nn.Parameter(torch.empty(*stack, options.r, d_in, **like))
         self.B = nn.Parameter(torch.empty(*stack, d_out, options.r, **like))
@@ -45,13 +46,6 @@ class LoRADelta(DeltaModule):
 
     def dropped(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
-
-    def forward(
-        self, x: Float[Tensor, "*batch d_in"], y: Float[Tensor, "*batch d_out"]
-    ) -> Float[Tensor, "*batch d_out"]:
-        h = F.linear(self.dropped(x).to(self.A.dtype), self.A) * self.scale
-        update = F.linear(h, self.B)
-        return y + (self.rows.spread(update) if self.rows else update).to(y.dtype)
 
     def update(self) -> Float[Tensor, "*stack d_out d_in"]:
         """What is added to a weight of the shape [d_out, d_in], in float32 or wider."""
@@ -67,7 +61,35 @@ class LoRADelta(DeltaModule):
         return f"r={r} {scaling}" + (f" dropout={self.dropout:g}" if self.dropout else "")
 
 
-class LoRAParameterDelta(LoRADelta):
+class LoRADelta(LoRAFactors):
+    """LoRA behind a linear layer, or behind the rows of a fused projection."""
+
+    def after(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if type(output) is not Tensor:
+            return super().after(target, args, kwargs, output)
+        layer, alone = fresh(target, self)
+        return self(hidden_input(args, kwargs), output, layer, alone)
+
+    def forward(
+        self,
+        x: Float[Tensor, "*batch d_in"],
+        y: Float[Tensor, "*batch d_out"],
+        layer: nn.Module | None = None,
+        alone: bool = False,
+    ) -> Float[Tensor, "*batch d_out"]:
+        """y + scale x A^T B^T. `layer` and `alone`: what made y, and whether y is still as it was made."""
+        if self.dropout and self.training:
+            # What is dropped is another input than the layer's.
+            x, alone = F.dropout(x, self.dropout), False
+        b: Tensor = self.B
+        start = 0
+        if self.rows is not None:
+            # Rows that stand together are a part of the output; interleaved ones are spread over it with zeros between.
+            b, start = (b, self.rows.start) if self.rows.groups == 1 else (self.rows.spread(b.mT).mT, 0)
+        return add_low_rank(y, x, self.A, b, Product(self.scale, start, self.keep), layer=layer, alone=alone)
+
+
+class LoRAParameterDelta(LoRAFactors):
     """LoRA on a parameter, added to it for the time of the forward that reads it.
 
     The last two dimensions are the matrix [d_out, d_in], or [d_in, d_out] where the module says that its weights are
@@ -91,7 +113,7 @@ class LoRAParameterDelta(LoRADelta):
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
 
-class LoRAEmbeddingDelta(LoRADelta):
+class LoRAEmbeddingDelta(LoRAFactors):
     """LoRA on an embedding: the row of `A` [r, vocabulary] that belongs to each id, up through `B` [d, r].
 
     As in the authors' code A starts at zero and B Gaussian: a product with one-hot rows needs no projection down.
@@ -101,15 +123,18 @@ class LoRAEmbeddingDelta(LoRADelta):
         nn.init.zeros_(self.A)
         nn.init.normal_(self.B)
 
+    padding: int | None = None
+    """The id of the padding, whose row the backbone's own embedding gives no gradient either."""
+
     def forward(self, x: Shaped[Tensor, "*batch"], y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        h = F.embedding(x, self.A.T)
+        h = F.embedding(x, self.A.T, padding_idx=self.padding)
         return y + (F.linear(self.dropped(h), self.B) * self.scale).to(y.dtype)
 
     def weight_update(self, target: nn.Module) -> Mapping[str, Tensor]:
         return {"weight": self.update().mT}
 
 
-class LoRAConvDelta(LoRADelta):
+class LoRAConvDelta(LoRAFactors):
     """LoRA on a convolution: `A` is one of its geometry to r channels in each group, `B` one of kernel size 1 back.
 
     Both together are the convolution with the weight B A, of rank r over all groups.
@@ -137,13 +162,15 @@ class LoRA(Method, name="lora"):
 
     `r`: the rank, at least 1 and at most the smaller side of the weight. `alpha`: the update is scaled by alpha / r,
     or by alpha / sqrt(r) with `rslora`; not negative. `dropout`: probability in [0, 1) on the input of the update.
-    `untie`: let it work at one module alone although its weight is tied to another's.
+    `keep`: "exact", or "int8" to keep the inputs that the gradient of A needs in one byte a value; the gradients of A are then
+    off by about half a percent, all others exact. `untie`: let it work at one module alone although its weight is tied.
     """
 
     r: int = 8
     alpha: float = 16
     rslora: bool = False
     dropout: float = 0.0
+    keep: str = "exact"
     untie: bool = False
 
     weights: ClassVar = True
@@ -156,14 +183,17 @@ class LoRA(Method, name="lora"):
             raise OptionError(f"LoRA(alpha={self.alpha!r}): must be a finite number, not negative; r and 2 r are usual")
         if not 0 <= self.dropout < 1:
             raise OptionError(f"LoRA(dropout={self.dropout!r}): a probability in [0, 1)")
+        if self.keep not in ("exact", "int8"):
+            raise OptionError(f"LoRA(keep={self.keep!r}): 'exact' or 'int8'")
 
     @property
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
     def by_weight(self, target: Target) -> bool:
-        # A subclass of nn.Embedding with a forward of its own (Gemma's scales) may do anything with the rows.
-        return super().by_weight(target) or (isinstance(target.module, nn.Embedding) and _own_forward(target.module))
+        # With a forward of its own a subclass may do anything with the rows of an embedding (Gemma scales them), or with
+        # the input and the weight of a convolution (BiT pads, and standardises).
+        return super().by_weight(target) or _own_forward(target.module)
 
     def build_at(self, target: Target) -> DeltaModule:
         path, module = target.path, target.module
@@ -177,7 +207,9 @@ class LoRA(Method, name="lora"):
         if isinstance(module, nn.Embedding):
             if module.max_norm is not None:
                 raise TargetError(f"{path}: LoRA expects an embedding without max_norm, which rewrites its weight")
-            return LoRAEmbeddingDelta(d_in, d_out, self, **new)
+            delta = LoRAEmbeddingDelta(d_in, d_out, self, **new)
+            delta.padding = module.padding_idx
+            return delta
         return LoRADelta(d_in, d_out, self, target.rows, **new)
 
     def _check(self, target: Target, d_in: int, d_out: int) -> None:
@@ -199,5 +231,6 @@ class LoRA(Method, name="lora"):
             )
 
 
-def _own_forward(embedding: nn.Embedding) -> bool:
-    return type(embedding).forward is not nn.Embedding.forward
+def _own_forward(module: nn.Module) -> bool:
+    kinds = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return any(isinstance(module, kind) and type(module).forward is not kind.forward for kind in kinds)

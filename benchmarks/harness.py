@@ -1,0 +1,119 @@
+"""What all benchmarks share: turns taken fairly, ratios with their spread, the backbones, and the versions."""
+
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as tf
+
+Call = Callable[[], Any]
+
+
+def interleaved(cases: Mapping[str, Call], rounds: int, *, warm: int = 2) -> dict[str, list[float]]:
+    """Seconds of each case in each round; the cases take turns, and every other round goes backwards."""
+    for _ in range(warm):
+        for call in cases.values():
+            call()
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(rounds):
+            for name in list(cases)[:: 1 if turn % 2 else -1]:
+                start = time.perf_counter()
+                cases[name]()
+                times[name].append(time.perf_counter() - start)
+    finally:
+        gc.enable()
+    return times
+
+
+def ratios(times: Mapping[str, list[float]], base: str) -> dict[str, tuple[float, float, float]]:
+    """For each case the median of its ratios to the base in the same round, and their quartiles."""
+    found = {}
+    for name, own in times.items():
+        each = [a / b for a, b in zip(own, times[base], strict=True)]
+        low, middle, high = statistics.quantiles(each, n=4) if len(each) > 1 else (each[0],) * 3
+        found[name] = (middle, low, high)
+    return found
+
+
+def spread(ratio: tuple[float, float, float]) -> str:
+    """A ratio as text: the median and the quartiles."""
+    middle, low, high = ratio
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+
+
+def machine() -> dict[str, Any]:
+    """The versions and the machine that figures were taken with."""
+    packages = {name: version(name) for name in ("torch", "transformers", "peft", "deltakit")}
+    return {
+        **packages,
+        "python": platform.python_version(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write(path: Path | None, name: str, rows: Any) -> None:
+    """Writes what a benchmark found as JSON, with the machine."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"benchmark": name, "machine": machine(), "rows": rows}, indent=1) + "\n")
+
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "GPT-2 small": lambda: tf.GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, use_cache=False),
+    "BERT base": lambda: tf.BertConfig(hidden_dropout_prob=0, attention_probs_dropout_prob=0),
+    "T5 base": lambda: tf.T5Config(
+        d_model=768, d_ff=3072, num_layers=12, num_heads=12, dropout_rate=0, decoder_start_token_id=0, use_cache=False
+    ),
+    "Llama 150 M": lambda: tf.LlamaConfig(
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=16,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        vocab_size=32000,
+        use_cache=False,
+    ),
+}
+"""The backbones, from their configs, with random weights."""
+
+
+def backbone(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A backbone in evaluation mode, with the same weights at every call."""
+    torch.manual_seed(0)
+    return tf.AutoModel.from_config(CONFIGS[name]()).to(dtype).eval()
+
+
+def batch(model: Any, rows: int = 4, length: int = 128) -> dict[str, torch.Tensor]:
+    """Token ids that a backbone takes."""
+    ids = torch.randint(5, 30000, (rows, length), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
+
+
+LINEARS = {
+    "GPT-2 small": ["c_attn", "c_proj", "c_fc"],
+    "BERT base": ["query", "key", "value", "dense"],
+    "T5 base": ["q", "k", "v", "o", "wi", "wo"],
+    "Llama 150 M": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+"""The names of all linear layers in the blocks, as PEFT takes them; deltakit gets the same modules by path."""
+
+QUERY_VALUE = {"GPT-2 small": ["c_attn"], "BERT base": ["query", "value"], "T5 base": ["q", "v"]}
+QUERY_VALUE["Llama 150 M"] = ["q_proj", "v_proj"]
+
+
+def targets(model: Any, names: list[str]) -> list[str]:
+    """The paths of the modules of these names, poolers left out."""
+    return [path for path, _ in model.named_modules() if path.rpartition(".")[2] in names and "pooler" not in path]

@@ -1,0 +1,86 @@
+"""A training step, beside the frozen backbone alone (the floor), full fine-tuning and PEFT: time as ratios to the floor.
+
+    python benchmarks/step.py [--models "BERT base" ...] [--dtypes float32 bfloat16] [--rounds 9] [--out step.json]
+
+The floor is the frozen backbone's forward, and its backward through the activations. All take turns in one process.
+"""
+
+import argparse
+import copy
+from pathlib import Path
+from typing import Any
+
+import harness
+import peft
+import torch
+
+import deltakit as dk
+
+
+def step(model: Any, inputs: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer | None) -> None:
+    """One step; the embeddings ask for gradients in every contestant, so that all go equally far back."""
+    output = model(**inputs)[0]
+    output.float().square().mean().backward()
+    if optimizer is not None:
+        optimizer.step()
+    model.zero_grad()
+
+
+def ask(model: Any) -> None:
+    """Makes the backbone's embeddings ask for gradients, as PEFT's users do for checkpointing."""
+    table = model.get_input_embeddings().weight
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding) and module.weight is table:
+            module.register_forward_hook(lambda *call: call[2].requires_grad_())
+
+
+def contestants(name: str, dtype: torch.dtype, names: list[str], *, full: bool) -> dict[str, Any]:
+    """Each contestant's model, made of one backbone's copies."""
+    floor = harness.backbone(name, dtype)
+    paths = harness.targets(floor, names)
+    models = {"floor": floor}
+    if full:
+        models["full"] = copy.deepcopy(floor)
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=paths)
+    models["PEFT"] = peft.get_peft_model(copy.deepcopy(floor), config)
+    models["deltakit"] = copy.deepcopy(floor)
+    dk.attach(models["deltakit"], dk.LoRA(r=8, at=["^" + path for path in paths]))
+    floor.requires_grad_(False)
+    for model in models.values():
+        ask(model)
+    return models
+
+
+def measure(name: str, dtype: torch.dtype, which: str, rounds: int, full: bool) -> dict[str, Any]:
+    names = (harness.LINEARS if which == "all linear" else harness.QUERY_VALUE)[name]
+    models = contestants(name, dtype, names, full=full)
+    inputs = harness.batch(models["floor"])
+    times = harness.interleaved({k: lambda m=m: step(m, inputs, None) for k, m in models.items()}, rounds)
+    found = harness.ratios(times, "floor")
+    ours, theirs = found["deltakit"][0] - 1, found["PEFT"][0] - 1
+    return {"model": name, "dtype": str(dtype), "targets": which, "ratios": found, "share": ours / theirs}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", nargs="*", default=list(harness.CONFIGS))
+    parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
+    parser.add_argument("--targets", nargs="*", default=["all linear", "query and value"])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--no-full", action="store_true")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    print(harness.machine())
+    rows = []
+    for dtype in options.dtypes:
+        for which in options.targets:
+            for name in options.models:
+                row = measure(name, getattr(torch, dtype), which, options.rounds, not options.no_full)
+                rows.append(row)
+                shown = "  ".join(f"{k} {harness.spread(v)}" for k, v in row["ratios"].items() if k != "floor")
+                print(f"{name:<12} {dtype:<9} {which:<16} {shown}  share of PEFT's overhead {row['share']:.2f}")
+    harness.write(options.out, "step", rows)
+
+
+if __name__ == "__main__":
+    main()

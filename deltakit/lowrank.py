@@ -1,0 +1,167 @@
+"""The product that LoRA adds to an output, at the cost of its arithmetic: y + s x A^T B^T.
+
+All that is special for speed stands here and is the plain formula in other words. Measured against a hook with that formula,
+two things pay: no tensor of the output's size is made, for the product is added into the output that the layer has just
+made; and one node of the graph gives the gradients of the frozen layer and of the delta together, keeping only x and
+x A^T. Where any of it may not be done, the plain formula runs: while compiling or tracing, under autocast and functional
+transforms, and on tensors of other classes.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from deltakit.compressed import packed, unpacked
+from deltakit.errors import StateError
+from deltakit.linears import is_conv1d
+
+
+class Product(NamedTuple):
+    """What is added: `scale` x A^T B^T, to the features from `start` on. `keep`: how x is kept for the backward pass."""
+
+    scale: float
+    start: int = 0
+    keep: str = "exact"
+
+
+def add_low_rank(
+    y: Float[Tensor, "*batch d_out"],
+    x: Float[Tensor, "*batch d_in"],
+    a: Float[Tensor, "r d_in"],
+    b: Float[Tensor, "d_part r"],
+    product: Product,
+    *,
+    layer: nn.Module | None = None,
+    alone: bool = False,
+) -> Float[Tensor, "*batch d_out"]:
+    """y with the product added.
+
+    `layer`: the linear layer that made y of x; then y itself may be changed. `alone`: y is what it made, and no more.
+
+    Factors of another dtype than x's are cast to it, and not x to theirs: they are small, and x would be copied.
+    """
+    if _only_plain(x, y, a):
+        return plain(y, x, a, b, product)
+    graph = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or a.requires_grad or b.requires_grad)
+    if not graph:
+        out = y if layer is not None else y.clone()
+        return _added(out, x.reshape(-1, x.shape[-1]) @ a.to(x.dtype).mT, b.to(x.dtype), product)
+    weight = _frozen_weight(layer, x, y) if alone else None
+    flipped = weight is not None and layer is not None and is_conv1d(layer)
+    given = y if weight is None else y.detach()
+    return _LowRank.apply(given, x, a, b, weight, flipped, layer is not None, product)
+
+
+def plain(y: Tensor, x: Tensor, a: Tensor, b: Tensor, product: Product) -> Tensor:
+    """The formula as it is written, for whatever tensors there are."""
+    update = F.linear(F.linear(x, a.to(x.dtype)) * product.scale, b.to(x.dtype))
+    if update.shape[-1] != y.shape[-1]:
+        update = F.pad(update, (product.start, y.shape[-1] - product.start - update.shape[-1]))
+    return y + update.to(y.dtype)
+
+
+def _only_plain(x: Tensor, y: Tensor, a: Tensor) -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or type(y) is not Tensor
+        or type(a) not in (nn.Parameter, Tensor)
+        or x.dtype is not y.dtype
+        or not y.is_contiguous()
+        or torch.is_autocast_enabled(x.device.type)
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def _frozen_weight(layer: nn.Module | None, x: Tensor, y: Tensor) -> Tensor | None:
+    """The weight of a layer of which y has no other history than x: its gradients are taken in the same node."""
+    if layer is None or not (x.requires_grad or not y.requires_grad):
+        return None
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    if type(weight) is not nn.Parameter or weight.requires_grad or weight.dtype is not x.dtype:
+        return None
+    return weight if bias is None or not bias.requires_grad else None
+
+
+def _added(y: Tensor, h: Tensor, b: Tensor, product: Product) -> Tensor:
+    rows = y.view(-1, y.shape[-1])
+    part = rows if b.shape[0] == rows.shape[1] else rows.narrow(1, product.start, b.shape[0])
+    part.addmm_(h, b.mT, alpha=product.scale)
+    return y
+
+
+class _LowRank(torch.autograd.Function):
+    """The sum, and its gradients by hand. With `weight`, y is the frozen layer's output cut off from x, and the layer's
+    own gradient is taken here too: one tensor of the input's size less, and one addition less."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        weight: Tensor | None,
+        flipped: bool,
+        in_place: bool,
+        product: Product,
+    ) -> Tensor:
+        ctx.flipped, ctx.product, ctx.shape = flipped, product, x.shape
+        rows = x.reshape(-1, x.shape[-1])
+        h = rows @ a.to(x.dtype).mT
+        kept = (x,) if product.keep == "exact" else packed(rows)
+        ctx.save_for_backward(h, a, b, weight, *(kept if ctx.needs_input_grad[2] else ()))
+        # The layer does not need its output, and nobody else has it: see `fresh`.
+        return _added(y if in_place else y.clone(), h, b.to(x.dtype), product)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        h, a, b, weight, *kept = ctx.saved_tensors
+        product: Product = ctx.product
+        needs_y, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
+        again = torch.is_grad_enabled()
+        if again and product.keep != "exact":
+            raise StateError(
+                f"second derivatives need the input itself, and LoRA(keep={product.keep!r}) kept less of it"
+            )
+        low, high = a.to(g.dtype), b.to(g.dtype)
+        rows = (kept[0] if len(kept) == 1 else unpacked(*kept)).reshape(-1, ctx.shape[-1]) if kept else None
+        if again and rows is not None:
+            # For second derivatives h must be the function of x and A that it is.
+            h = rows @ low.mT
+        whole = g.reshape(-1, g.shape[-1])
+        part = whole if high.shape[0] == whole.shape[1] else whole.narrow(1, product.start, high.shape[0])
+        gh = (part @ high) * product.scale
+        gx = ga = gb = None
+        if needs_a and rows is not None:
+            ga = (gh.mT @ rows).to(a.dtype)
+        if needs_b:
+            gb = (part.mT @ h).mul(product.scale).to(b.dtype)
+        if needs_x:
+            gx = gh @ low if weight is None else (whole @ (weight.mT if ctx.flipped else weight)).addmm_(gh, low)
+            gx = gx.view(ctx.shape)
+        return g if needs_y else None, gx, ga, gb, None, None, None, None
+
+
+def fresh(target: nn.Module, delta: nn.Module) -> tuple[nn.Module | None, bool]:
+    """The target, if it is a plain linear layer whose output nobody else holds when the delta gets it, else None; and
+    whether that output is as the layer made it.
+
+    Earlier hooks may hold the output or have replaced it; other low-rank deltas leave it as good as new.
+    """
+    if not (type(target) is nn.Linear or is_conv1d(target)) or "forward" in target.__dict__:
+        return None, False
+    alone = True
+    for hook in target._forward_hooks.values():
+        held = target._modules.get(getattr(hook, "key", ""))
+        if held is delta:
+            return target, alone
+        if type(held) is not type(delta):
+            break
+        alone = False
+    return None, False

@@ -1,0 +1,98 @@
+"""What stands on a backbone beside the deltas' own hooks, while deltas are attached: called by hooks of `hooks.py`."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltakit.method import DeltaModule
+
+
+class InputGradients:
+    """Lets gradients reach the deltas of a block under reentrant checkpointing.
+
+    Reentrant checkpointing gives no gradients at all when none of its inputs asks for one, which is so when everything
+    below is frozen. The hook stands only on blocks that hold deltas: nothing is forced to carry gradients below them.
+    """
+
+    def __init__(self) -> None:
+        self.handle: Any = None
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...]) -> Any:
+        if not (block.training and getattr(block, "gradient_checkpointing", False) and torch.is_grad_enabled()):
+            return None
+        options = getattr(getattr(block, "_gradient_checkpointing_func", None), "keywords", {})
+        if not options.get("use_reentrant", True):
+            return None
+        if not args or not isinstance(args[0], torch.Tensor) or args[0].requires_grad:
+            return None
+        if not torch.is_floating_point(args[0]):
+            return None
+        return (args[0].detach().requires_grad_(), *args[1:])
+
+
+class ReportPart:
+    """Reports keys as missing when a state dict holds a delta in part.
+
+    A state dict with nothing of a delta is a base checkpoint, which loads strictly; one with a part of it is damaged.
+    """
+
+    def __init__(self) -> None:
+        self.handle: Any = None
+
+    def __call__(
+        self,
+        backbone: nn.Module,
+        state: dict[str, Any],
+        prefix: str,
+        meta: Any,
+        strict: bool,
+        missing: list[str],
+        *_: Any,
+    ) -> None:
+        held: dict[int, list[tuple[str, bool]]] = {}
+        for path, module in backbone.named_modules(prefix=prefix.rstrip(".")):
+            if isinstance(module, DeltaModule):
+                keys = module.state_dict(prefix=f"{path}.")
+                present = not keys.keys().isdisjoint(state)
+                held.setdefault(id(module.record), []).extend((key, present) for key in keys)
+        for keys_of_delta in held.values():
+            if any(present for _, present in keys_of_delta):
+                missing += [key for key, present in keys_of_delta if not present]
+
+
+class Ran:
+    """Notes that a module was called."""
+
+    def __init__(self, *, fired: bool) -> None:
+        self.fired = fired
+        self.handle: Any = None
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.fired = True
+
+
+class Unnested:
+    """Keeps torch's encoder from making nested tensors of padded batches, for the time of its forward.
+
+    It makes them in evaluation for its fused layers alone (`nn.TransformerEncoder.forward`); a layer with a delta on it goes
+    the usual way, which takes none.
+    """
+
+    def __init__(self) -> None:
+        self.handles: list[Any] = []
+
+    def begin(self, encoder: nn.Module, args: Any) -> None:
+        if encoder.__dict__.get("use_nested_tensor") is True:
+            encoder.__dict__["use_nested_tensor"] = _Was()
+
+    def end(self, encoder: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(encoder.__dict__.get("use_nested_tensor"), _Was):
+            encoder.__dict__["use_nested_tensor"] = True
+
+
+class _Was:
+    """Stands for a True that counts as False for now."""
+
+    def __bool__(self) -> bool:
+        return False
