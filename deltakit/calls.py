@@ -32,7 +32,7 @@ class Before:
 
     def note(self) -> None:
         """Notes that the hook was called at all."""
-        if not torch.compiler.is_compiling():
+        if not self.fired and not torch.compiler.is_compiling():
             self.fired = True
 
     def __call__(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -46,9 +46,16 @@ class After(Before):
     def __call__(  # type: ignore[override]
         self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        self.note()
-        delta = self.delta(target)
-        return delta.after(target, args, kwargs, output) if delta is not None and delta.live else None
+        # In every call of every target: nothing is asked twice here.
+        if not self.fired:
+            self.note()
+        delta: Any = target._modules.get(self.key)
+        if delta is None:
+            return None
+        record = delta.record
+        if record is not None and (not record.active or record.merged):
+            return None
+        return delta.after(target, args, kwargs, output)
 
 
 class Replace(Before):

@@ -1,12 +1,15 @@
 """Linear layers by what they are, not by their class: torch's, transformers' Conv1D, and quantised ones."""
 
+import sys
+
 from torch import Tensor, nn
 
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is transformers' `Conv1D`: a linear layer whose weight is [d_in, d_out]."""
-    kinds = type(module).__mro__
-    return any(kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils" for kind in kinds)
+    # Whoever has one has imported its file.
+    file = sys.modules.get("transformers.pytorch_utils")
+    return file is not None and isinstance(module, file.Conv1D)
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int] | None:

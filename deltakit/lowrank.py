@@ -19,6 +19,8 @@ from deltakit.compressed import packed, unpacked
 from deltakit.errors import StateError
 from deltakit.linears import is_conv1d
 
+_FEW = 16
+
 
 class Product(NamedTuple):
     """What is added: `scale` x A^T B^T, to the features from `start` on. `keep`: how x is kept for the backward pass."""
@@ -34,7 +36,6 @@ def add_low_rank(
     a: Float[Tensor, "r d_in"],
     b: Float[Tensor, "d_part r"],
     product: Product,
-    *,
     layer: nn.Module | None = None,
     alone: bool = False,
 ) -> Float[Tensor, "*batch d_out"]:
@@ -48,8 +49,8 @@ def add_low_rank(
         return plain(y, x, a, b, product)
     graph = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or a.requires_grad or b.requires_grad)
     if not graph:
-        out = y if layer is not None else y.clone()
-        return _added(out, a.to(x.dtype) @ x.reshape(-1, x.shape[-1]).mT, b.to(x.dtype), product)
+        h = _as(a, x) @ x.reshape(-1, x.shape[-1]).mT
+        return _added(y if layer is not None else y.clone(), h, _as(b, x), product)
     weight = _frozen_weight(layer, x, y) if alone else None
     flipped = weight is not None and layer is not None and is_conv1d(layer)
     given = y if weight is None else y.detach()
@@ -72,11 +73,25 @@ def _only_plain(x: Tensor, y: Tensor, a: Tensor) -> bool:
         or type(a) not in (nn.Parameter, Tensor)
         or x.dtype is not y.dtype
         or not y.is_contiguous()
-        or torch.is_autocast_enabled(x.device.type)
+        or torch._C._is_any_autocast_enabled()
         or torch._C._are_functorch_transforms_active()
         or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+def of_few_tokens(y: Tensor, x: Tensor, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor | None:
+    """y with the product added in it, without a graph, for a token or a few; None where another way serves.
+
+    There the calls cost more than the arithmetic (decoding), and these are the fewest. y must be nobody else's: see `fresh`.
+    """
+    if a is None or b is None or x.numel() > _FEW * x.shape[-1] or a.dtype is not x.dtype or _only_plain(x, y, a):
+        return None
+    return y.add_(F.linear(F.linear(x, a), b), alpha=scale)
+
+
+def _as(factor: Tensor, x: Tensor) -> Tensor:
+    return factor if factor.dtype is x.dtype else factor.to(x.dtype)
 
 
 def _frozen_weight(layer: nn.Module | None, x: Tensor, y: Tensor) -> Tensor | None:

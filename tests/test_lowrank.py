@@ -143,7 +143,7 @@ def test_factors_in_float32_on_a_layer_in_half_precision():
     assert (output.dtype, x.grad.dtype, lora.A.grad.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("transform", ["autocast", "vmap", "jvp", "grad", "trace"])
 def test_it_steps_aside_for(transform):
     module = layer("Linear", dtype=torch.float32)

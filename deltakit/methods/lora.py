@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from deltakit.activations import hidden_input
 from deltakit.errors import OptionError, TargetError
 from deltakit.linears import is_conv1d
-from deltakit.lowrank import Product, add_low_rank, fresh
+from deltakit.lowrank import Product, add_low_rank, fresh, of_few_tokens
 from deltakit.method import DeltaModule, Method, Target
 from deltakit.rows import Rows
 from deltakit.shapes import like, sizes, wide
@@ -68,7 +68,17 @@ class LoRADelta(LoRAFactors):
         if type(output) is not Tensor:
             return super().after(target, args, kwargs, output)
         layer, alone = fresh(target, self)
-        return self(hidden_input(args, kwargs), output, layer, alone)
+        x = args[0] if args else hidden_input(args, kwargs)
+        if layer is not None and self.rows is None and not torch.is_grad_enabled() and not self.hooked:
+            few = of_few_tokens(output, x, self._parameters.get("A"), self._parameters.get("B"), self.scale)
+            if few is not None:
+                return few
+        return self(x, output, layer, alone)
+
+    @property
+    def hooked(self) -> bool:
+        """Whether somebody must see this module called: an engine that shards or offloads its parameters."""
+        return bool(self._forward_pre_hooks or self._forward_hooks or "forward" in self.__dict__)
 
     def forward(
         self,
@@ -81,12 +91,13 @@ class LoRADelta(LoRAFactors):
         if self.dropout and self.training:
             # What is dropped is another input than the layer's.
             x, alone = F.dropout(x, self.dropout), False
+        a: Tensor = self.A
         b: Tensor = self.B
         start = 0
         if self.rows is not None:
             # Rows that stand together are a part of the output; interleaved ones are spread over it with zeros between.
             b, start = (b, self.rows.start) if self.rows.groups == 1 else (self.rows.spread(b.mT).mT, 0)
-        return add_low_rank(y, x, self.A, b, Product(self.scale, start, self.keep), layer=layer, alone=alone)
+        return add_low_rank(y, x, a, b, Product(self.scale, start, self.keep), layer, alone)
 
 
 class LoRAParameterDelta(LoRAFactors):
