@@ -42,6 +42,7 @@ from deltakit.opendelta import (
 )
 from deltakit.plan import Plan, plan
 from deltakit.role_table import RoleTable, roles
+from deltakit.rows_of_batch import rows
 from deltakit.show import View, Visualization, show
 from deltakit.state import base_state_dict
 from deltakit.targets import select
@@ -86,6 +87,7 @@ __all__ = [
     "load",
     "plan",
     "roles",
+    "rows",
     "select",
     "show",
 ]

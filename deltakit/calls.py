@@ -37,7 +37,9 @@ class Before:
 
     def __call__(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         delta = self.delta(target)
-        return delta.before(target, args, kwargs) if delta is not None and delta.live else None
+        if delta is None or not delta.live or not delta.takes_part:
+            return None
+        return delta.before(target, args, kwargs)
 
 
 class After(Before):
@@ -55,6 +57,8 @@ class After(Before):
         record = delta.record
         if record is not None and (not record.active or record.merged):
             return None
+        if record is not None and record.batch is not None:
+            return delta.after_rows(target, args, kwargs, output, record.batch)
         return delta.after(target, args, kwargs, output)
 
 

@@ -84,6 +84,29 @@ class DeltaModule(nn.Module):
         """Whether the delta takes part in forwards: active, and not merged into the weights."""
         return self.record is None or (self.record.active and not self.record.merged)
 
+    by_rows: ClassVar[bool | None] = None
+    """Whether rows of a batch may each have their own delta (`rows`); None: if it only acts behind its target."""
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether any row of the batch belongs to the delta; always, unless `rows` says otherwise."""
+        batch = self.record.batch if self.record is not None else None
+        return batch is None or self.record.name in batch.names
+
+    def after_rows(
+        self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, batch: Any
+    ) -> Any:
+        """What the target shall return where only some rows of the batch belong to this delta."""
+        if not self.takes_part:
+            return None
+        y = hidden_output(output)
+        rows = batch.of(self.record.name, y, target)
+        if len(rows) == y.shape[0]:
+            return self.after(target, args, kwargs, output)
+        x = hidden_input(args, kwargs)
+        part = self.after(target, (x.index_select(0, rows),), {}, y.index_select(0, rows))
+        return replace_hidden(output, y.index_copy(0, rows, part))
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} overrides neither forward nor after")
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from deltakit.batches import Batch
 from deltakit.errors import StateError
 from deltakit.freeze import Ledger
 from deltakit.method import DeltaModule, Method
@@ -31,6 +32,8 @@ class Record:
     train: tuple[str, ...] = ()
     """The selectors of the backbone modules that are trained whole."""
     active: bool = True
+    batch: Batch | None = None
+    """Which rows of a batch belong to which delta, while `rows` says so."""
     checked: bool = False
     """Whether a forward of the backbone has shown that its targets are called."""
     trainable: bool = True

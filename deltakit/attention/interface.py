@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltakit.attention.kernel import causal, joined, live_prefixes, prepend, widen
+from deltakit.attention.kernel import causal, joined, joined_by_rows, live_prefixes, prepend, widen, widen_by_rows
 from deltakit.errors import StateError
 
 # These say which keys a query may see by place or by page; a prefix has neither.
@@ -62,9 +62,19 @@ def attend(
     if not prefixes:
         return kernel(module, query, key, value, attention_mask, *args, **kwargs)
     _refuse(module, implementation or "eager", attention_mask, kwargs)
-    prefix_key, prefix_value = joined(prefixes)
-    length = prefix_key.shape[1]
-    mask = _mask(module, implementation, query, key, attention_mask, length, kwargs)
+    batch = prefixes[0].record.batch if prefixes[0].record is not None else None
+    if batch is None:
+        prefix_key, prefix_value = joined(prefixes)
+        length = prefix_key.shape[1]
+        mask = _mask(module, implementation, query, key, attention_mask, length, kwargs)
+    else:
+        batch.times(query, module)
+        prefix_key, prefix_value, seen = joined_by_rows(prefixes, batch, query.shape[0])
+        length = seen.shape[1]
+        mask = _mask(module, implementation, query, key, attention_mask, 0, kwargs)
+        if mask is None:
+            mask = query.new_zeros(1, 1, query.shape[-2], key.shape[-2])
+        mask = widen_by_rows(mask, seen)
     if isinstance(kwargs.get("position_bias"), Tensor):
         kwargs["position_bias"] = widen(kwargs["position_bias"], length)
     key, value = prepend(prefix_key, key, module), prepend(prefix_value, value, module)

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from deltakit.batches import Batch
 from deltakit.errors import StateError
 from deltakit.method import DeltaModule
 
@@ -21,7 +22,8 @@ class AttentionPrefix(DeltaModule):
 
 def live_prefixes(module: nn.Module) -> list[AttentionPrefix]:
     """The prefixes on an attention module that take part in forwards."""
-    return [child for child in module._modules.values() if isinstance(child, AttentionPrefix) and child.live]
+    prefixes = [child for child in module._modules.values() if isinstance(child, AttentionPrefix) and child.live]
+    return [prefix for prefix in prefixes if prefix.takes_part]
 
 
 def joined(prefixes: Sequence[AttentionPrefix]) -> tuple[Tensor, Tensor]:
@@ -30,8 +32,42 @@ def joined(prefixes: Sequence[AttentionPrefix]) -> tuple[Tensor, Tensor]:
     return torch.cat([key for key, _ in pairs], dim=1), torch.cat([value for _, value in pairs], dim=1)
 
 
+def joined_by_rows(
+    prefixes: Sequence[AttentionPrefix], batch: Batch, rows: int
+) -> tuple[Float[Tensor, "rows heads prefix d_k"], Float[Tensor, "rows heads prefix d_v"], Bool[Tensor, "rows prefix"]]:
+    """Each row's own keys and values, with zeros up to the longest prefix, and which of them a row sees."""
+    own = {name: [p for p in prefixes if p.record.name == name] for name in dict.fromkeys(batch.names) if name}
+    pairs = {name: joined(mine) for name, mine in own.items() if mine}
+    longest = max(key.shape[1] for key, _ in pairs.values())
+    some_key, some_value = next(iter(pairs.values()))
+    empty = some_key[:, :0], some_value[:, :0]
+    lengths = [pairs.get(name or "", empty)[0].shape[1] for name in batch.names]
+    parts = [
+        torch.stack([_padded(pairs.get(name or "", empty)[place], longest) for name in batch.names]) for place in (0, 1)
+    ]
+    seen = torch.arange(longest, device=some_key.device) < torch.tensor(lengths, device=some_key.device)[:, None]
+    times = rows // len(batch.names)
+    key, value, seen = (part.repeat_interleave(times, 0) if times > 1 else part for part in (*parts, seen))
+    return key, value, seen
+
+
+def _padded(part: Tensor, length: int) -> Tensor:
+    return F.pad(part, (0, 0, 0, length - part.shape[1]))
+
+
+def widen_by_rows(mask: Tensor, seen: Bool[Tensor, "rows prefix"]) -> Tensor:
+    """A mask [rows or 1, heads or 1, queries, keys] with columns in front in which each row sees its own prefix."""
+    sizes = (seen.shape[0], *mask.shape[1:-1], seen.shape[1])
+    front = seen[:, None, None].expand(sizes)
+    if mask.dtype is not torch.bool:
+        front = torch.zeros(sizes, dtype=mask.dtype, device=mask.device).masked_fill(
+            ~front, torch.finfo(mask.dtype).min
+        )
+    return torch.cat([front, mask.expand(seen.shape[0], *mask.shape[1:])], dim=-1)
+
+
 def prepend(
-    prefix: Float[Tensor, "heads prefix d"], own: Float[Tensor, "*batch seq d"], module: nn.Module
+    prefix: Float[Tensor, "*rows heads prefix d"], own: Float[Tensor, "*batch seq d"], module: nn.Module
 ) -> Float[Tensor, "*batch both d"]:
     """The module's own keys or values with the prefix in front of them.
 
@@ -41,6 +77,8 @@ def prepend(
     Raises:
         StateError: if the sizes of the prefix do not fit.
     """
+    if prefix.ndim == 4:
+        return _prepend_by_rows(prefix, own, module)
     heads, length, d = prefix.shape
     many = own.shape[-3]
     flat = own.ndim == 3
@@ -54,6 +92,17 @@ def prepend(
     else:
         repeated = prefix.repeat_interleave(many // heads, dim=0) if many != heads else prefix
         front = repeated.expand(*own.shape[:-3], many, length, d)
+    return torch.cat([front.to(own.dtype), own], dim=-2)
+
+
+def _prepend_by_rows(prefix: Tensor, own: Tensor, module: nn.Module) -> Tensor:
+    times = own.shape[1] // prefix.shape[1]
+    if own.ndim != 4 or own.shape[0] != prefix.shape[0] or own.shape[1] % prefix.shape[1]:
+        raise StateError(
+            f"{type(module).__name__}: prefixes by rows {tuple(prefix.shape)} met keys or values of shape {tuple(own.shape)}; "
+            "expected [rows, heads, length, d]"
+        )
+    front = prefix.repeat_interleave(times, 1) if times > 1 else prefix
     return torch.cat([front.to(own.dtype), own], dim=-2)
 
 

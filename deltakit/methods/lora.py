@@ -16,6 +16,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from deltakit.activations import hidden_input
+from deltakit.banks import add_gathered, gathered, kept_or_made
+from deltakit.batches import Batch
 from deltakit.errors import OptionError, TargetError
 from deltakit.linears import is_conv1d
 from deltakit.lowrank import Product, add_low_rank, fresh, of_few_tokens
@@ -74,6 +76,36 @@ class LoRADelta(LoRAFactors):
             if few is not None:
                 return few
         return self(x, output, layer, alone)
+
+    def after_rows(
+        self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, batch: Batch
+    ) -> Any:
+        here = [m for m in target._modules.values() if isinstance(m, LoRADelta) and m.live and m.takes_part]
+        alone = all(type(m) is LoRADelta and not (m.dropout and m.training) for m in target._modules.values())
+        if not alone or type(output) is not Tensor:
+            return super().after_rows(target, args, kwargs, output, batch)
+        if not here or here[0] is not self:
+            return None
+        x = args[0] if args else hidden_input(args, kwargs)
+        batch.times(output, target)
+        owners = list(dict.fromkeys(m.record.name for m in here))
+        index = [owners.index(name) if name in owners else -1 for name in batch.names]
+        parameters = [p for m in here for p in (m.A, m.B)]
+
+        def factors() -> tuple[Tensor, Tensor]:
+            pairs = [[m.factors() for m in here if m.record.name == name] for name in owners]
+            return gathered(
+                [(torch.cat([a for a, _ in own]), torch.cat([b for _, b in own], 1)) for own in pairs], index, x
+            )
+
+        a, b = kept_or_made(batch, (id(self), x.dtype, x.device), parameters, factors)
+        in_place = not torch.is_grad_enabled() and fresh(target, self)[0] is not None
+        return add_gathered(output, x, a, b, in_place=in_place)
+
+    def factors(self) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]:
+        """A, and B with the scale in it and zeros for the rows that are none of its own."""
+        b = self.rows.spread(self.B.mT).mT if self.rows is not None else self.B
+        return self.A, self.scale * b
 
     @property
     def hooked(self) -> bool:

@@ -74,6 +74,7 @@ class PrefixModeDelta(PrefixDelta):
     """A prefix for attention outside transformers' interface: it watches torch's functions during the forward."""
 
     always_after: ClassVar[bool] = True
+    by_rows: ClassVar[bool] = False
 
     def before(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         prefixes = live_prefixes(target)

@@ -1,0 +1,50 @@
+"""`rows(model, names)`: each row of a batch gets its own delta, or none."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from deltakit.batches import holding
+from deltakit.errors import StateError
+from deltakit.method import DeltaModule
+from deltakit.plan import original
+from deltakit.state import Record, Site, sites_of
+
+
+@contextmanager
+def rows(backbone: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
+    """The backbone, for the time of a `with` block with a delta of its own for each row of a batch.
+
+    Args:
+        names: for each row the name of an attached delta, or None for the bare backbone. What expands a batch, as beams
+            do, takes the delta of its row along.
+
+    Training works too: backward must be called inside the block where blocks are recomputed (gradient checkpointing).
+
+    Raises:
+        OptionError: if a name is unknown.
+        StateError: if a delta is switched off or merged, or is of a kind that all rows share: one that trains parts of the
+            backbone whole, one that works by the weight, a soft prompt.
+    """
+    backbone = original(backbone)
+    attached = list(sites_of(backbone).values())
+    for record, sites in attached:
+        if record.name in names:
+            _refuse_shared(record, sites)
+    with holding([record for record, _ in attached], names):
+        yield backbone
+
+
+def _refuse_shared(record: Record, sites: Sequence[Site]) -> None:
+    shared = f"rows: delta {record.name!r} "
+    if record.whole:
+        raise StateError(f"{shared}trains {next(iter(record.whole))} whole, which all rows share; leave train= away")
+    for site in sites:
+        kind = type(site.module)
+        behind = kind.before is DeltaModule.before if kind.by_rows is None else kind.by_rows
+        if site.module.reading is not None or not behind:
+            why = "works by the weight" if site.module.reading is not None else "acts on the whole batch"
+            raise StateError(
+                f"{shared}{why} at {site.path} ({kind.__name__}), which all rows share; run such rows in a batch of their own"
+            )
