@@ -51,6 +51,7 @@ def load(
     *,
     name: str | None = None,
     freeze: bool = True,
+    attach: bool = True,
     check: Literal["error", "warn"] = "error",
     revision: str | None = None,
     token: str | bool | None = None,
@@ -58,6 +59,7 @@ def load(
     """The delta saved in a folder or a Hub repository, attached to the backbone as it was when it was saved.
 
     Args:
+        attach: whether to attach it now; a delta that waits costs nothing in forwards, and is attached by its `attach()`.
         check: what to do when the backbone is not the one that the delta was trained on.
         revision: a branch, tag or commit of the repository.
 
@@ -83,7 +85,7 @@ def load(
     take_whole(backbone, record, whole)
     delta = Delta(backbone, record, _sites(modules, built))
     delta.load_state_dict(tensors, where=where)
-    return delta.attach()
+    return delta.attach() if attach else delta
 
 
 def _record(backbone: nn.Module, methods: Any, name: str | None, freeze: bool, train: Any) -> Record:

@@ -1,10 +1,12 @@
-"""Many low-rank deltas at one layer, each for its own rows of a batch: their factors side by side, in two batched products.
+"""Many low-rank deltas at one layer, each for its own rows of a batch: their factors side by side, in two products.
 
-The cost does not grow with the number of deltas (a loop over them, or a grouped product, does; measured).
+A loop over deltas, and a grouped product, cost more with each delta (measured). Two ways do not loop. With several tokens a
+row each row's own factors are gathered, for two batched products. With a token a row these run at the speed of memory, and
+one product with all factors, of which a mask leaves each row its own, is faster though it computes what is thrown away.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,33 +15,52 @@ from torch import Tensor
 
 from deltakit.batches import Batch
 
+# Measured on two cores, 768 features, ranks of 8: gathered factors win from four tokens a row on.
+FEW_TOKENS = 3
 
-def gathered(
-    factors: Sequence[tuple[Tensor, Tensor]], index: Sequence[int], x: Tensor
-) -> tuple[Float[Tensor, "names r d_in"], Float[Tensor, "names r d_out"]]:
-    """The factors of each row of the batch, with zeros up to the largest rank and for rows without a delta."""
+
+class Bank(NamedTuple):
+    """`low` and `high`: [names, r, d] for each row of the batch; or [deltas * r, d] for all, with the rows' `mask`."""
+
+    low: Float[Tensor, "*names r d_in"]
+    high: Float[Tensor, "*names r d_out"]
+    mask: Float[Tensor, "names r"] | None
+
+
+def bank_of(factors: Sequence[tuple[Tensor, Tensor]], index: Sequence[int], x: Tensor, *, few: bool) -> Bank:
+    """The factors A [r, d_in] and B [d_out, r] of several deltas, for rows that each have the delta `index`; -1 for none."""
     rank = max(a.shape[0] for a, _ in factors)
     low = torch.stack([F.pad(a.to(x.dtype), (0, 0, 0, rank - a.shape[0])) for a, _ in factors])
     high = torch.stack([F.pad(b.to(x.dtype).mT, (0, 0, 0, rank - b.shape[1])) for _, b in factors])
+    places = torch.tensor(index, device=x.device)
+    if few:
+        own = places[:, None] == torch.arange(len(factors), device=x.device)
+        return Bank(low.flatten(0, 1), high.flatten(0, 1), own.to(x.dtype).repeat_interleave(rank, 1))
     if -1 in index:
         low, high = (torch.cat([part, torch.zeros_like(part[:1])]) for part in (low, high))
-    places = torch.tensor([len(factors) if i < 0 else i for i in index], device=x.device)
-    return low.index_select(0, places), high.index_select(0, places)
+        places = places.where(places >= 0, len(factors))
+    return Bank(low.index_select(0, places), high.index_select(0, places), None)
 
 
-def add_gathered(y: Tensor, x: Tensor, a: Tensor, b: Tensor, *, in_place: bool) -> Tensor:
-    """y with the product of gathered factors added."""
-    rows = x.reshape(a.shape[0], -1, x.shape[-1])
-    out = y.reshape(a.shape[0], -1, y.shape[-1])
-    h = torch.bmm(rows, a.mT)
-    return (out.baddbmm_(h, b) if in_place else torch.baddbmm(out, h, b)).view(y.shape)
+def add_bank(y: Tensor, x: Tensor, bank: Bank, names: int, *, in_place: bool) -> Tensor:
+    """y with each row's product added. There may be more rows than names, for each name equally many."""
+    if bank.mask is not None:
+        times = x.shape[:-1].numel() // names
+        mask = bank.mask if times == 1 else bank.mask.repeat_interleave(times, 0)
+        flat = y.reshape(-1, y.shape[-1])
+        h = (x.reshape(-1, x.shape[-1]) @ bank.low.mT) * mask
+        return (flat.addmm_(h, bank.high) if in_place else torch.addmm(flat, h, bank.high)).view(y.shape)
+    rows = x.reshape(names, -1, x.shape[-1])
+    out = y.reshape(names, -1, y.shape[-1])
+    h = torch.bmm(rows, bank.low.mT)
+    return (out.baddbmm_(h, bank.high) if in_place else torch.baddbmm(out, h, bank.high)).view(y.shape)
 
 
-def kept_or_made(batch: Batch, key: Any, parameters: Sequence[Tensor], make: Any) -> Any:
+def kept_or_made(batch: Batch, key: Any, parameters: Sequence[Tensor], make: Callable[[], Any]) -> Any:
     """What `make` gives, made again only when a parameter changed; with gradients always, for they go through it."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(p.is_inference() for p in parameters):
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or parameters[0].is_inference():
         return make()
-    state = tuple((id(parameter), parameter._version) for parameter in parameters)
+    state = [parameter._version for parameter in parameters]
     found = batch.kept.get(key)
     if found is None or found[0] != state:
         found = batch.kept[key] = (state, make())

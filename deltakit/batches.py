@@ -21,6 +21,8 @@ class Batch:
 
     names: tuple[str | None, ...]
     kept: dict[Any, Any] = field(default_factory=dict)
+    first: dict[nn.Module, nn.Module] = field(default_factory=dict)
+    """Where the first delta module at a target does the work of all that stand there."""
 
     def of(self, name: str, x: Tensor, module: nn.Module) -> Int64[Tensor, " rows"]:
         """The rows of a tensor that belong to a delta. A row of the batch may be several there: beams follow each other."""

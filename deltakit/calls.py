@@ -58,6 +58,9 @@ class After(Before):
         if record is not None and (not record.active or record.merged):
             return None
         if record is not None and record.batch is not None:
+            first = record.batch.first.get(target)
+            if first is not None and first is not delta:
+                return None
             return delta.after_rows(target, args, kwargs, output, record.batch)
         return delta.after(target, args, kwargs, output)
 

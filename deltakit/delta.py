@@ -117,6 +117,7 @@ class Delta:
         record = self._record
         if self.attached:
             raise StateError(f"delta {self.name!r} is attached already; detach() it before attaching it again")
+        self._refuse_in_rows()
         claim(self.backbone, record, self._sites)
         for site in self._sites:
             site.module.record = record
@@ -129,6 +130,7 @@ class Delta:
         """The delta itself, taken off: the backbone is bit for bit as it was. A detached delta is left as it is."""
         if not self.attached:
             return self
+        self._refuse_in_rows()
         if self.merged:
             self.unmerge()
         swap_whole(self.backbone, self._record)
@@ -136,6 +138,12 @@ class Delta:
             take(self.backbone, site.target, str(site.key))
         self._settle()
         return self
+
+    def _refuse_in_rows(self) -> None:
+        if any(record.batch is not None for record, _ in sites_of(self.backbone).values()):
+            raise StateError(
+                f"delta {self.name!r}: a rows() block holds on its backbone; leave it before attach or detach"
+            )
 
     def _settle(self) -> None:
         refresh_gradients(self.backbone, self._record.ledger)

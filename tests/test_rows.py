@@ -129,7 +129,10 @@ def test_bad_input(tmp_path):
         dk.rows(model, ["b", None, "b"]),
     ):
         model(ids()[:2])
+    with pytest.raises(dk.StateError, match=r"a rows\(\) block holds on its backbone"), dk.rows(model, ["b"]):
+        delta.detach()
     assert delta._record.batch is None
+    assert delta.attached
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from deltakit.activations import hidden_input
-from deltakit.banks import add_gathered, gathered, kept_or_made
+from deltakit.banks import FEW_TOKENS, Bank, add_bank, bank_of, kept_or_made
 from deltakit.batches import Batch
 from deltakit.errors import OptionError, TargetError
 from deltakit.linears import is_conv1d
@@ -80,27 +80,44 @@ class LoRADelta(LoRAFactors):
     def after_rows(
         self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, batch: Batch
     ) -> Any:
-        here = [m for m in target._modules.values() if isinstance(m, LoRADelta) and m.live and m.takes_part]
-        alone = all(type(m) is LoRADelta and not (m.dropout and m.training) for m in target._modules.values())
-        if not alone or type(output) is not Tensor:
+        if type(output) is not Tensor or (self.dropout and self.training):
+            batch.first.pop(target, None)
             return super().after_rows(target, args, kwargs, output, batch)
-        if not here or here[0] is not self:
+        plan = batch.kept.get((target, "plan"))
+        if plan is None:
+            plan = batch.kept[target, "plan"] = self._rows_plan(target, batch)
+            if plan[0]:
+                batch.first[target] = plan[0][0][0]
+        here, index = plan
+        if here is None:
+            return super().after_rows(target, args, kwargs, output, batch)
+        if not here or here[0][0] is not self:
             return None
         x = args[0] if args else hidden_input(args, kwargs)
-        batch.times(output, target)
-        owners = list(dict.fromkeys(m.record.name for m in here))
-        index = [owners.index(name) if name in owners else -1 for name in batch.names]
-        parameters = [p for m in here for p in (m.A, m.B)]
+        times = batch.times(output, target)
+        few = x.shape[:-1].numel() <= FEW_TOKENS * times * len(index)
+        parameters = [m._parameters[name] for own in here for m in own for name in ("A", "B")]
 
-        def factors() -> tuple[Tensor, Tensor]:
-            pairs = [[m.factors() for m in here if m.record.name == name] for name in owners]
-            return gathered(
-                [(torch.cat([a for a, _ in own]), torch.cat([b for _, b in own], 1)) for own in pairs], index, x
-            )
+        def bank() -> Bank:
+            pairs = [[m.factors() for m in own] for own in here]
+            both = [(torch.cat([a for a, _ in own]), torch.cat([b for _, b in own], 1)) for own in pairs]
+            return bank_of(both, index, x, few=few)
 
-        a, b = kept_or_made(batch, (id(self), x.dtype, x.device), parameters, factors)
+        found = kept_or_made(batch, (target, few, x.dtype, x.device), parameters, bank)  # type: ignore[arg-type]
         in_place = not torch.is_grad_enabled() and fresh(target, self)[0] is not None
-        return add_gathered(output, x, a, b, in_place=in_place)
+        return add_bank(output, x, found, len(index), in_place=in_place)
+
+    def _rows_plan(self, target: nn.Module, batch: Batch) -> tuple[list[list["LoRADelta"]] | None, list[int]]:
+        """The modules on a target by delta, of which the very first does the work of all, and each row's place in them.
+
+        None for the modules if others stand among them: then each works for itself, in its turn.
+        """
+        modules = [m for m in target._modules.values() if isinstance(m, DeltaModule) and m.live and m.takes_part]
+        if any(type(m) is not LoRADelta or (m.dropout and m.training) for m in modules):
+            return None, []
+        owners = list(dict.fromkeys(m.record.name for m in modules))
+        here = [[m for m in modules if isinstance(m, LoRADelta) and m.record.name == name] for name in owners]
+        return here, [owners.index(name) if name in owners else -1 for name in batch.names]
 
     def factors(self) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]:
         """A, and B with the scale in it and zeros for the rows that are none of its own."""

@@ -1,0 +1,133 @@
+"""The memory of a training step: bytes kept for the backward pass, and the peak resident set of a process of its own.
+
+    python benchmarks/memory.py [--models "Llama 150 M" ...] [--out memory.json]
+
+The limit counts what LoRA cannot do without: of each target its input, once if several share it, and its product with A.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import harness
+import peft
+import torch
+from step import ask
+from torch import nn
+
+import deltakit as dk
+
+CONTESTANTS = ("floor", "PEFT", "deltakit", "deltakit int8")
+
+
+def contestant(name: str, dtype: torch.dtype, who: str) -> Any:
+    """A backbone with LoRA r=8 on all its linear layers, as one of the contestants puts it there."""
+    model = harness.backbone(name, dtype)
+    paths = harness.targets(model, harness.LINEARS[name])
+    if who == "PEFT":
+        model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=paths))
+    elif who != "floor":
+        dk.attach(model, dk.LoRA(r=8, at=["^" + p for p in paths], keep="int8" if "int8" in who else "exact"))
+    else:
+        model.requires_grad_(False)
+    ask(model)
+    return model
+
+
+def kept(model: Any, inputs: dict[str, torch.Tensor]) -> int:
+    """The bytes that a forward keeps for its backward, each storage once, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (held.append(t), pack(t))[1], lambda t: t):
+        output = model(**inputs)[0]
+    del output
+    return sum(storages.values())
+
+
+def limit(name: str, dtype: torch.dtype, inputs: dict[str, torch.Tensor]) -> int:
+    """The bytes of the targets' inputs, shared ones once, that the floor does not keep, and of their products with A."""
+    model = contestant(name, dtype, "floor")
+    inputs_seen: dict[int, torch.Tensor] = {}
+    products = 0
+
+    def see(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal products
+        inputs_seen[args[0].untyped_storage().data_ptr()] = args[0]
+        products += args[0].numel() // args[0].shape[-1] * 8 * args[0].element_size()
+
+    for path in harness.targets(model, harness.LINEARS[name]):
+        model.get_submodule(path).register_forward_hook(see)
+    floor: set[int] = set()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (floor.add(t.untyped_storage().data_ptr()), t)[1], lambda t: t
+    ):
+        output = model(**inputs)[0]
+    extra = [t.untyped_storage().nbytes() for key, t in inputs_seen.items() if key not in floor]
+    del output
+    return sum(extra) + products
+
+
+def peak(name: str, dtype: str, who: str) -> int:
+    """The peak resident set of a step in a fresh process beyond what it had with the model built, in bytes."""
+    command = [sys.executable, "-W", "ignore", __file__, "--one", name, dtype, who]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(run.stdout.strip().splitlines()[-1])
+
+
+def one(name: str, dtype: str, who: str) -> None:
+    model = contestant(name, getattr(torch, dtype), who)
+    inputs = harness.batch(model)
+    # Resets the peak: a child begins with that of its parent.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    for _ in range(2):
+        model(**inputs)[0].float().square().mean().backward()
+        model.zero_grad()
+    print(status("VmHWM") - before)
+
+
+def status(field: str) -> int:
+    """A field of this process's status, in bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", nargs="*", default=["Llama 150 M", "BERT base"])
+    parser.add_argument("--one", nargs=3, metavar=("MODEL", "DTYPE", "CONTESTANT"), help="used by itself")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if options.one:
+        one(*options.one)
+        return
+    print(harness.machine())
+    rows = []
+    for name in options.models:
+        for dtype in ("float32", "bfloat16"):
+            kind = getattr(torch, dtype)
+            inputs = harness.batch(contestant(name, kind, "floor"))
+            bytes_kept = {who: kept(contestant(name, kind, who), inputs) for who in CONTESTANTS}
+            peaks = {who: peak(name, dtype, who) for who in CONTESTANTS}
+            row = {"model": name, "dtype": dtype, "kept": bytes_kept, "limit": limit(name, kind, inputs), "peak": peaks}
+            rows.append(row)
+            beyond = {who: round((value - bytes_kept["floor"]) / 1e6, 2) for who, value in bytes_kept.items()}
+            megabytes = {who: round(value / 1e6) for who, value in peaks.items()}
+            print(f"{name}, {dtype}: MB kept beyond the floor {json.dumps(beyond)}, limit {row['limit'] / 1e6:.2f};")
+            print(f"  MB of peak resident memory {json.dumps(megabytes)}")
+    harness.write(options.out, "memory", rows)
+
+
+if __name__ == "__main__":
+    main()
