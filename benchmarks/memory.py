@@ -61,13 +61,13 @@ def limit(name: str, dtype: torch.dtype, inputs: dict[str, torch.Tensor]) -> int
     inputs_seen: dict[int, torch.Tensor] = {}
     products = 0
 
-    def see(module: nn.Module, args: Any, output: Any) -> None:
+    def see(_: nn.Module, args: Any) -> None:
         nonlocal products
         inputs_seen[args[0].untyped_storage().data_ptr()] = args[0]
         products += args[0].numel() // args[0].shape[-1] * 8 * args[0].element_size()
 
     for path in harness.targets(model, harness.LINEARS[name]):
-        model.get_submodule(path).register_forward_hook(see)
+        model.get_submodule(path).register_forward_pre_hook(see)
     floor: set[int] = set()
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: (floor.add(t.untyped_storage().data_ptr()), t)[1], lambda t: t

@@ -16,6 +16,15 @@ def packed(x: Float[Tensor, "tokens d"]) -> tuple[Int8[Tensor, "tokens d"], Floa
     return (x / scale).round_().to(torch.int8), scale
 
 
+def packed_once(x: Float[Tensor, "*batch d"]) -> tuple[Tensor, Tensor]:
+    """`packed`, once for all that take the same input, as queries, keys and values do: it goes with the tensor."""
+    kept = getattr(x, "_deltakit_packed", None)
+    if kept is None or kept[0] != x._version:
+        kept = (x._version, *packed(x.reshape(-1, x.shape[-1])))
+        x._deltakit_packed = kept  # type: ignore[attr-defined]
+    return kept[1], kept[2]
+
+
 def unpacked(values: Int8[Tensor, "tokens d"], scale: Float[Tensor, "tokens 1"]) -> Float[Tensor, "tokens d"]:
     """What `packed` was given, up to half a step of its scale."""
     return values.to(scale.dtype) * scale

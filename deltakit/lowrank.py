@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.compressed import packed, unpacked
+from deltakit.compressed import packed_once, unpacked
 from deltakit.errors import StateError
 from deltakit.linears import is_conv1d
 
@@ -130,7 +130,7 @@ class _LowRank(torch.autograd.Function):
         ctx.flipped, ctx.product, ctx.shape = flipped, product, x.shape
         rows = x.reshape(-1, x.shape[-1])
         h = a.to(x.dtype) @ rows.mT
-        kept = (x,) if product.keep == "exact" else packed(rows)
+        kept = (x,) if product.keep == "exact" else packed_once(x)
         ctx.save_for_backward(h, a, b, weight, *(kept if ctx.needs_input_grad[2] else ()))
         # The layer does not need its output, and nobody else has it: see `fresh`.
         return _added(y if in_place else y.clone(), h, b.to(x.dtype), product)

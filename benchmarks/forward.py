@@ -1,0 +1,81 @@
+"""A forward of one token and of many, and generation, beside the bare backbone and PEFT; merged too.
+
+python benchmarks/forward.py [--rounds 15] [--out forward.json]
+"""
+
+import argparse
+import copy
+from pathlib import Path
+from typing import Any
+
+import harness
+import peft
+import torch
+import transformers as tf
+
+import deltakit as dk
+
+
+def contestants(model: Any, paths: list[str]) -> dict[str, Any]:
+    """The bare backbone, and its copies with LoRA r=8 at these paths."""
+    models = {"bare": model.requires_grad_(False), "deltakit": copy.deepcopy(model), "merged": copy.deepcopy(model)}
+    method = dk.LoRA(r=8, at=["^" + path for path in paths])
+    dk.attach(models["deltakit"], method)
+    dk.attach(models["merged"], method).merge()
+    models["PEFT"] = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=8, target_modules=paths)).eval()
+    return models
+
+
+def launch_bound() -> Any:
+    """Many small layers: the calls cost more than the arithmetic."""
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=24,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=500,
+    )
+    return tf.LlamaForCausalLM(config).eval()
+
+
+def measure(name: str, models: dict[str, Any], call: Any, rounds: int) -> dict[str, Any]:
+    def run(model: Any) -> None:
+        with torch.no_grad():
+            call(model)
+
+    times = harness.interleaved({who: lambda m=m: run(m) for who, m in models.items()}, rounds, warm=3)
+    found = harness.ratios(times, "bare")
+    share = (found["deltakit"][0] - 1) / (found["PEFT"][0] - 1)
+    shown = "  ".join(f"{who} {harness.spread(ratio)}" for who, ratio in found.items() if who != "bare")
+    print(f"{name:<34} {shown}  share of PEFT's overhead {share:.2f}")
+    return {"case": name, "ratios": found, "share": share}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    print(harness.machine())
+    rows = []
+    for name in harness.CONFIGS:
+        model = harness.backbone(name)
+        models = contestants(model, harness.targets(model, harness.LINEARS[name]))
+        for length, times in ((1, 3 * options.rounds), (128, options.rounds)):
+            inputs = harness.batch(model, 1 if length == 1 else 4, length)
+            case = f"{name}, {length} token{'s' if length > 1 else ''}"
+            rows.append(measure(case, models, lambda m, i=inputs: m(**i), times))
+    model = launch_bound()
+    models = contestants(model, harness.targets(model, harness.LINEARS["Llama 150 M"]))
+    ids = torch.randint(5, 400, (1, 4))
+    options_of = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    rows.append(
+        measure("launch-bound, generate", models, lambda m: m.generate(input_ids=ids, **options_of), options.rounds)
+    )
+    harness.write(options.out, "forward", rows)
+
+
+if __name__ == "__main__":
+    main()
