@@ -11,6 +11,7 @@ from deltakit.errors import CheckpointError
 from deltakit.fingerprint import fingerprint
 from deltakit.folding import expand, fold
 from deltakit.method import Method
+from deltakit.sharding import class_name
 from deltakit.state import Record, Site, sites_of
 from deltakit.version import __version__
 
@@ -42,7 +43,7 @@ def backbone_identity(backbone: nn.Module, record: Record | None = None) -> dict
     changed = set(record.whole) if record else set()
     for other, _ in sites_of(backbone).values():
         changed |= other.whole.keys() | other.merged.keys()
-    return {"class": type(backbone).__name__, "fingerprint": fingerprint(backbone, leave_out=changed)}
+    return {"class": class_name(backbone), "fingerprint": fingerprint(backbone, leave_out=changed)}
 
 
 def methods_of(config: Mapping[str, Any]) -> list[tuple[Method, list[str]]]:

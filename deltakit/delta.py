@@ -17,6 +17,7 @@ from deltakit.hooks import feed_gradients, keep_dense, put, take, watch_first_fo
 from deltakit.method import DeltaModule, Method, Selector
 from deltakit.modules import Modules
 from deltakit.report import Line, report, share
+from deltakit.sharding import is_first, is_sharded, wait_for_all
 from deltakit.state import (
     Record,
     Site,
@@ -221,10 +222,18 @@ class Delta:
         values.load_state_dict(self.backbone, self._record, self._sites, state)
 
     def save(self, folder: str | PathLike[str]) -> Path:
-        """The folder, which now holds the delta: its config, its tensors and a model card (a few hundred KB)."""
+        """The folder, which now holds the delta: its config, its tensors and a model card (a few hundred KB).
+
+        Where the delta is spread over processes (FSDP2), every process must call it; the first one writes.
+        """
         path = Path(folder)
         config = delta_config(self.backbone, self._record, self._sites, self.num_parameters)
-        checkpoint.write(path, config, self.state_dict(), model_card(config))
+        sharded = any(map(is_sharded, self.parameters()))
+        tensors = self.state_dict()
+        if not sharded or is_first():
+            checkpoint.write(path, config, tensors, model_card(config))
+        if sharded:
+            wait_for_all()
         return path
 
     def push(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deltakit.freeze import own_parameters
+from deltakit.sharding import class_name
 
 # bfloat16 keeps 8 bits, float16 drops what is below 6e-8: both stay within these of the float32 values.
 _RELATIVE, _ABSOLUTE = 2e-2, 1e-6
@@ -29,7 +30,7 @@ def fingerprint(backbone: nn.Module, *, leave_out: Collection[str] = ()) -> dict
     sampled = [name for name, p in parameters.items() if name not in leave_out and _has_values(p)]
     matrices = [name for name in sampled if parameters[name].ndim >= 2]
     return {
-        "class": type(backbone).__name__,
+        "class": class_name(backbone),
         "structure": hashlib.sha256(names.encode()).hexdigest(),
         "parameters": sum(p.numel() for p in parameters.values()),
         "values": {name: _sample(name, parameters[name]) for name in _spread(matrices or sampled)},

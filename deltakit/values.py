@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from deltakit.paths import join
+from deltakit.sharding import fill, is_sharded, whole
 from deltakit.state import Record, Site, label_of, tensors_of
 
 
@@ -24,16 +25,22 @@ def named_parameters(backbone: nn.Module, record: Record, sites: Sequence[Site])
 def state_dict(backbone: nn.Module, record: Record, sites: Sequence[Site]) -> dict[str, Tensor]:
     """Every tensor that a delta's file holds."""
     state = {_key(record, site, name): value for site in sites for name, value in site.module.saved_state().items()}
-    return state | {name: tensor.detach() for name, tensor in _whole(backbone, record, sites).items()}
+    state |= {name: tensor.detach() for name, tensor in _whole(backbone, record, sites).items()}
+    return {name: whole(tensor) for name, tensor in state.items()}
 
 
 @torch.no_grad()
 def load_state_dict(backbone: nn.Module, record: Record, sites: Sequence[Site], state: Mapping[str, Tensor]) -> None:
     """Takes over a state dict of exactly the delta's names and shapes."""
     for site in sites:
-        site.module.load_saved({name: state[_key(record, site, name)] for name in site.module.saved_state()})
+        own = site.module.saved_state()
+        if any(map(is_sharded, own.values())):
+            for name, tensor in own.items():
+                fill(tensor, state[_key(record, site, name)])
+        else:
+            site.module.load_saved({name: state[_key(record, site, name)] for name in own})
     for name, tensor in _whole(backbone, record, sites).items():
-        tensor.copy_(state[name])
+        fill(tensor, state[name])
 
 
 def _whole(backbone: nn.Module, record: Record, sites: Sequence[Site]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ PACKAGE = Path(dk.__file__).parent
 ORDER = [
     "version",
     "errors",
+    "sharding",
     "linears",
     "compressed",
     "lowrank",
