@@ -12,6 +12,7 @@ delta 'delta' on Sequential: attached, active, trainable
 
 from deltakit import methods as methods
 from deltakit.attach import attach, load
+from deltakit.combine import Combination, combine
 from deltakit.delta import Delta, deltas
 from deltakit.errors import (
     BackboneMismatch,
@@ -58,6 +59,7 @@ __all__ = [
     "BitFit",
     "BitFitModel",
     "CheckpointError",
+    "Combination",
     "Delta",
     "DeltaError",
     "DeltaModule",
@@ -83,6 +85,7 @@ __all__ = [
     "__version__",
     "attach",
     "base_state_dict",
+    "combine",
     "deltas",
     "load",
     "plan",

@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal
 
@@ -86,6 +86,11 @@ def load(
     delta = Delta(backbone, record, _sites(modules, built))
     delta.load_state_dict(tensors, where=where)
     return delta.attach() if attach else delta
+
+
+def new_delta(backbone: nn.Module, methods: Sequence[Method], name: str | None, sites: list[Site]) -> Delta:
+    """The handle of delta modules that were made and not attached."""
+    return Delta(backbone, _record(backbone, methods, name, True, ()), sites)
 
 
 def _record(backbone: nn.Module, methods: Any, name: str | None, freeze: bool, train: Any) -> Record:

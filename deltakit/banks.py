@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltakit.batches import Batch
+from deltakit.method import DeltaModule
 
 # Measured on two cores, 768 features, ranks of 8: gathered factors win from four tokens a row on.
 FEW_TOKENS = 3
@@ -25,6 +26,48 @@ class Bank(NamedTuple):
     low: Float[Tensor, "*names r d_in"]
     high: Float[Tensor, "*names r d_out"]
     mask: Float[Tensor, "names r"] | None
+
+
+class Shared(NamedTuple):
+    """The delta modules on a target, by delta, of which the very first does the work of all; and each row's place in them."""
+
+    modules: list[list[Any]]
+    places: list[int]
+
+
+def shared_work(delta: DeltaModule, target: nn.Module, batch: Batch) -> Shared | None:
+    """The plan for a target; None if others than its own kind stand there: then each works for itself, in its turn."""
+    key = (target, "plan")
+    if key not in batch.kept:
+        modules = [m for m in target._modules.values() if isinstance(m, DeltaModule) and m.live and m.takes_part]
+        owners = list(dict.fromkeys(m.record.name for m in modules))
+        here = [[m for m in modules if m.record.name == name] for name in owners]
+        index = [owners.index(name) if name in owners else -1 for name in batch.names]
+        alike = all(type(m) is type(delta) and not (m.dropout and m.training) for m in modules)
+        batch.kept[key] = Shared(here, index) if alike else None
+        if alike and here:
+            batch.first[target] = here[0][0]
+    plan: Shared | None = batch.kept[key]
+    return plan
+
+
+def add_by_rows(
+    delta: DeltaModule, plan: Shared, target: nn.Module, x: Tensor, y: Tensor, batch: Batch, *, in_place: bool
+) -> Tensor | None:
+    """y with each row's product added, for all deltas that stand on the target; None for all but the first of them."""
+    if not plan.modules or plan.modules[0][0] is not delta:
+        return None
+    times = batch.times(y, target)
+    few = x.shape[:-1].numel() <= FEW_TOKENS * times * len(plan.places)
+    parameters = [m._parameters[name] for own in plan.modules for m in own for name in ("A", "B")]
+
+    def bank() -> Bank:
+        pairs = [[m.factors() for m in own] for own in plan.modules]
+        both = [(torch.cat([a for a, _ in own]), torch.cat([b for _, b in own], 1)) for own in pairs]
+        return bank_of(both, plan.places, x, few=few)
+
+    found = kept_or_made(batch, (target, few, x.dtype, x.device), parameters, bank)
+    return add_bank(y, x, found, len(plan.places), in_place=in_place)
 
 
 def bank_of(factors: Sequence[tuple[Tensor, Tensor]], index: Sequence[int], x: Tensor, *, few: bool) -> Bank:

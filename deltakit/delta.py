@@ -58,6 +58,19 @@ class Delta:
             modules.setdefault(site.path, []).append(site.module)
         return modules
 
+    def modules_of(self, method: str) -> dict[str, list[DeltaModule]]:
+        """The delta modules of the methods of one name, at each target's path."""
+        found: dict[str, list[DeltaModule]] = {}
+        for site in self._sites:
+            if self.methods[site.method].name == method:
+                found.setdefault(site.path, []).append(site.module)
+        return found
+
+    @property
+    def trained_whole(self) -> list[str]:
+        """The names of the backbone's tensors that the delta trains whole."""
+        return list(self._record.whole)
+
     @property
     def attached(self) -> bool:
         """Whether the delta modules are in the backbone."""

@@ -68,10 +68,12 @@ def _check(
                 "weight_norm?); leave the delta attached"
             )
         weight = parameters[name]
-        if not torch.is_floating_point(weight) or weight.shape != update.shape:
+        plain = type(weight) in (Tensor, nn.Parameter)
+        found = f"{weight.dtype} {tuple(weight.shape)}" + ("" if plain else f" as {type(weight).__name__}")
+        if not plain or not torch.is_floating_point(weight) or weight.shape != update.shape:
             raise TargetError(
                 f"{name}: expected a floating-point weight of shape {tuple(update.shape)} to merge into, found "
-                f"{weight.dtype} {tuple(weight.shape)}; leave the delta attached"
+                f"{found}; leave the delta attached"
             )
         tied = [other for other, tensor in parameters.items() if tensor is weight and other != name]
         # One update of a tied weight, in all places that hold it, is what the delta does while it is attached.

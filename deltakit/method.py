@@ -127,6 +127,16 @@ class DeltaModule(nn.Module):
         """
         raise TargetError(f"{type(self).__name__} is not a change of weights: it cannot be merged; leave it attached")
 
+    def take_sum(self, parts: Sequence[tuple[float, "DeltaModule"]]) -> tuple[float, float]:
+        """Takes the values of a weighted sum of delta modules at one place; the squared norms of what is lost, and of all.
+
+        Raises:
+            TargetError: if no delta module of this kind is such a sum.
+        """
+        raise TargetError(
+            f"{type(self).__name__} is not linear in its parameters: a weighted sum of several is none; run them one by one"
+        )
+
     def saved_state(self) -> dict[str, Tensor]:
         """The tensors that a file holds for this target, by the method's own parameter names."""
         return dict(self.state_dict())
@@ -222,6 +232,11 @@ class Method:
             TargetError: if the method cannot serve this type of module.
         """
         raise NotImplementedError(f"{type(self).__name__} overrides neither build nor build_at")
+
+    @classmethod
+    def combination(cls, methods: Sequence["Method"], rank: int | None) -> "Method":
+        """The method whose delta modules can hold weighted sums of these methods'. `rank`: to hold them in, if it has one."""
+        return cls()
 
     def train_also(self) -> tuple[str, ...]:
         """Selectors of backbone modules that are trained whole beside the delta modules."""

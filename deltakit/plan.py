@@ -10,6 +10,7 @@ from deltakit.freeze import own_parameters
 from deltakit.method import DeltaModule, Method, Reading, Selector, Target
 from deltakit.modules import Modules
 from deltakit.report import Line, report, share
+from deltakit.sharding import is_sharded
 from deltakit.state import whole_names
 from deltakit.targets import find_targets
 
@@ -137,6 +138,7 @@ def original(backbone: nn.Module) -> nn.Module:
     backbone = getattr(backbone, "_orig_mod", backbone)
     if not isinstance(backbone, nn.Module):
         return backbone
+    spread = next((name for name, parameter in backbone.named_parameters() if is_sharded(parameter)), None)
     names = {kind.__name__ for module in backbone.modules() for kind in type(module).__mro__}
     for wrapper in ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel"):
         if wrapper in names:
@@ -144,6 +146,11 @@ def original(backbone: nn.Module) -> nn.Module:
                 f"the backbone is wrapped in {wrapper} already: gradients of deltas attached now would not be "
                 "synchronised; attach to the plain model first and wrap it afterwards"
             )
+    if spread is not None:
+        raise StateError(
+            f"{spread} is spread over processes already (tensor parallelism?): deltas on such weights are not supported; "
+            "load the model without a tp_plan, attach, and shard it with fully_shard"
+        )
     return backbone
 
 

@@ -44,6 +44,12 @@ class BitFitDelta(DeltaModule):
         bias = self.rows.spread(self.bias) if self.rows else self.bias
         return y + along(bias, self.axis, y.ndim).to(y.dtype)
 
+    @torch.no_grad()
+    def take_sum(self, parts: Sequence[tuple[float, DeltaModule]]) -> tuple[float, float]:
+        terms = [weight * wide(part.get_parameter("bias")) for weight, part in parts]
+        self.bias.copy_(torch.stack(terms).sum(0))
+        return 0.0, float(wide(self.bias).square().sum())
+
     def weight_update(self, target: nn.Module) -> Mapping[str, Tensor]:
         if not isinstance(getattr(target, self.name, None), Tensor):
             raise TargetError(

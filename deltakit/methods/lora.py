@@ -6,7 +6,7 @@ Kalajdzievski 2023, https://arxiv.org/abs/2312.03732.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,9 +16,10 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from deltakit.activations import hidden_input
-from deltakit.banks import FEW_TOKENS, Bank, add_bank, bank_of, kept_or_made
+from deltakit.banks import add_by_rows, shared_work
 from deltakit.batches import Batch
 from deltakit.errors import OptionError, TargetError
+from deltakit.factors import sum_of_products
 from deltakit.linears import is_conv1d
 from deltakit.lowrank import Product, add_low_rank, fresh, of_few_tokens
 from deltakit.method import DeltaModule, Method, Target
@@ -54,6 +55,16 @@ class LoRAFactors(DeltaModule):
         update = self.scale * wide(self.B) @ wide(self.A)
         return self.rows.spread(update.mT).mT if self.rows else update
 
+    @torch.no_grad()
+    def take_sum(self, parts: Sequence[tuple[float, DeltaModule]]) -> tuple[float, float]:
+        """By ranks side by side, which is exact; in fewer ranks by the singular values, which loses least (Eckart-Young)."""
+        a, b, lost, whole = sum_of_products(
+            [(w * p.scale, p.A, p.B) for w, p in parts if isinstance(p, LoRAFactors)], self.A
+        )
+        self.A.copy_(a)
+        self.B.copy_(b / self.scale)
+        return lost, whole
+
     def weight_update(self, target: nn.Module) -> Mapping[str, Tensor]:
         return {"weight": self.update().mT if is_conv1d(target) else self.update()}
 
@@ -80,44 +91,14 @@ class LoRADelta(LoRAFactors):
     def after_rows(
         self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, batch: Batch
     ) -> Any:
-        if type(output) is not Tensor or (self.dropout and self.training):
-            batch.first.pop(target, None)
-            return super().after_rows(target, args, kwargs, output, batch)
-        plan = batch.kept.get((target, "plan"))
-        if plan is None:
-            plan = batch.kept[target, "plan"] = self._rows_plan(target, batch)
-            if plan[0]:
-                batch.first[target] = plan[0][0][0]
-        here, index = plan
-        if here is None:
-            return super().after_rows(target, args, kwargs, output, batch)
-        if not here or here[0][0] is not self:
-            return None
-        x = args[0] if args else hidden_input(args, kwargs)
-        times = batch.times(output, target)
-        few = x.shape[:-1].numel() <= FEW_TOKENS * times * len(index)
-        parameters = [m._parameters[name] for own in here for m in own for name in ("A", "B")]
-
-        def bank() -> Bank:
-            pairs = [[m.factors() for m in own] for own in here]
-            both = [(torch.cat([a for a, _ in own]), torch.cat([b for _, b in own], 1)) for own in pairs]
-            return bank_of(both, index, x, few=few)
-
-        found = kept_or_made(batch, (target, few, x.dtype, x.device), parameters, bank)  # type: ignore[arg-type]
-        in_place = not torch.is_grad_enabled() and fresh(target, self)[0] is not None
-        return add_bank(output, x, found, len(index), in_place=in_place)
-
-    def _rows_plan(self, target: nn.Module, batch: Batch) -> tuple[list[list["LoRADelta"]] | None, list[int]]:
-        """The modules on a target by delta, of which the very first does the work of all, and each row's place in them.
-
-        None for the modules if others stand among them: then each works for itself, in its turn.
-        """
-        modules = [m for m in target._modules.values() if isinstance(m, DeltaModule) and m.live and m.takes_part]
-        if any(type(m) is not LoRADelta or (m.dropout and m.training) for m in modules):
-            return None, []
-        owners = list(dict.fromkeys(m.record.name for m in modules))
-        here = [[m for m in modules if isinstance(m, LoRADelta) and m.record.name == name] for name in owners]
-        return here, [owners.index(name) if name in owners else -1 for name in batch.names]
+        if type(output) is Tensor and not (self.dropout and self.training):
+            plan = shared_work(self, target, batch)
+            if plan is not None:
+                x = args[0] if args else hidden_input(args, kwargs)
+                in_place = not torch.is_grad_enabled() and fresh(target, self)[0] is not None
+                return add_by_rows(self, plan, target, x, output, batch, in_place=in_place)
+        batch.first.pop(target, None)
+        return super().after_rows(target, args, kwargs, output, batch)
 
     def factors(self) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]:
         """A, and B with the scale in it and zeros for the rows that are none of its own."""
@@ -245,6 +226,11 @@ class LoRA(Method, name="lora"):
             raise OptionError(f"LoRA(dropout={self.dropout!r}): a probability in [0, 1)")
         if self.keep not in ("exact", "int8"):
             raise OptionError(f"LoRA(keep={self.keep!r}): 'exact' or 'int8'")
+
+    @classmethod
+    def combination(cls, methods: Sequence[Method], rank: int | None) -> "LoRA":
+        r = rank or sum(method.r for method in methods if isinstance(method, LoRA))
+        return cls(r=r, alpha=r)
 
     @property
     def scale(self) -> float:

@@ -1,0 +1,32 @@
+"""Sums of low-rank products as one: exactly, or as near as a rank allows."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sum_of_products(parts: Sequence[tuple[float, Tensor, Tensor]], like: Tensor) -> tuple[Tensor, Tensor, float, float]:
+    """A [r, d_in] and B [d_out, r] with B A = the sum of w_k B_k A_k, in the rank of `like`; then the squared Frobenius
+    norms of what is lost and of the sum. Leading dimensions count matrices.
+
+    >>> one = (1.0, torch.eye(3)[:1], torch.eye(3)[:, :1])
+    >>> a, b, lost, whole = sum_of_products([one, one], torch.empty(1, 3))
+    >>> (b @ a)[0].float().tolist(), round(lost, 6), round(whole, 6)
+    ([2.0, 0.0, 0.0], 0.0, 4.0)
+    """
+    rank = like.shape[-2]
+    a = torch.cat([low.double() for _, low, _ in parts], dim=-2)
+    b = torch.cat([weight * high.double() for weight, _, high in parts], dim=-1)
+    # B A = Q_b (R_b R_a^T) Q_a^T: the small matrix in the middle has all the singular values.
+    q_b, r_b = torch.linalg.qr(b)
+    q_a, r_a = torch.linalg.qr(a.mT)
+    u, values, v = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+    whole, lost = values.square().sum(), values[..., rank:].square().sum()
+    more = rank - a.shape[-2]
+    if more >= 0:
+        return F.pad(a, (0, 0, 0, more)), F.pad(b, (0, more)), 0.0, float(whole)
+    root = values[..., :rank].sqrt()
+    low = root[..., None] * (v[..., :rank, :] @ q_a.mT)
+    return low, q_b @ u[..., :rank] * root[..., None, :], float(lost), float(whole)
