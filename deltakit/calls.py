@@ -32,7 +32,8 @@ class Before:
 
     def note(self) -> None:
         """Notes that the hook was called at all."""
-        if not self.fired and not torch.compiler.is_compiling():
+        # Asked in this order: what is compiled must not depend on whether it was called before.
+        if not torch.compiler.is_compiling() and not self.fired:
             self.fired = True
 
     def __call__(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -49,8 +50,7 @@ class After(Before):
         self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         # In every call of every target: nothing is asked twice here.
-        if not self.fired:
-            self.note()
+        self.note()
         delta: Any = target._modules.get(self.key)
         if delta is None:
             return None

@@ -72,3 +72,14 @@ def test_examples(name, toy, tmp_path):
     assert "trained whole" in run.stdout
     assert "loaded onto a fresh backbone, same predictions: True" in run.stdout
     assert (out / "delta_model.safetensors").stat().st_size < 20_000
+
+
+def test_the_sharded_example_on_two_processes(toy, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = [str(ROOT / "examples" / "fsdp2.py"), "--model", str(toy), "--rows", "40", "--epochs", "1"]
+    command = [*launch, *script, "--out", str(tmp_path / "delta")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "in one process" in run.stdout
+    assert "trained whole" in run.stdout
+    assert (tmp_path / "delta" / "delta_model.safetensors").stat().st_size < 20_000
