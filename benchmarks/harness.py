@@ -64,6 +64,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def status(field: str) -> int:
+    """A field of this process's status, such as its resident memory `VmRSS`, in bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
 def write(path: Path | None, name: str, rows: Any) -> None:
     """Writes what a benchmark found as JSON, with the machine."""
     if path is not None:

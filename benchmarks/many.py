@@ -7,7 +7,6 @@ Beside PEFT's `load_adapter`, `set_adapter` and `adapter_names`; rows also besid
 
 import argparse
 import copy
-import resource
 import statistics
 import tempfile
 import time
@@ -40,12 +39,6 @@ def backbone(layers: int, width: int = 768) -> Any:
 LINEARS = harness.LINEARS["Llama 150 M"]
 
 
-def resident() -> int:
-    """The resident memory of this process, in bytes."""
-    fields = Path("/proc/self/statm").read_text().split()
-    return int(fields[1]) * resource.getpagesize()
-
-
 def loading(count: int) -> dict[str, Any]:
     """Milliseconds to load each delta and PEFT adapter, of switching, and the memory that a delta takes."""
     model = backbone(24, 384)
@@ -58,9 +51,9 @@ def loading(count: int) -> dict[str, Any]:
         other = copy.deepcopy(model)
         wrapped = peft.get_peft_model(other, peft.LoraConfig(r=8, target_modules=LINEARS), adapter_name="first")
         wrapped.save_pretrained(theirs)
-        before = resident()
+        before = harness.status("VmRSS")
         mine = [timed(lambda k=k: dk.load(ours, model, name=f"d{k}", attach=False)) for k in range(count)]
-        grown = (resident() - before) / count
+        grown = (harness.status("VmRSS") - before) / count
         peft_times = []
         for k in range(min(count, 50)):
             peft_times.append(timed(lambda k=k: wrapped.load_adapter(theirs / "first", adapter_name=f"a{k}"))[0])

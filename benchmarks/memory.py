@@ -90,17 +90,11 @@ def one(name: str, dtype: str, who: str) -> None:
     inputs = harness.batch(model)
     # Resets the peak: a child begins with that of its parent.
     Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
+    before = harness.status("VmRSS")
     for _ in range(2):
         model(**inputs)[0].float().square().mean().backward()
         model.zero_grad()
-    print(status("VmHWM") - before)
-
-
-def status(field: str) -> int:
-    """A field of this process's status, in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
+    print(harness.status("VmHWM") - before)
 
 
 def main() -> None:

@@ -265,7 +265,8 @@ class Delta:
         return ", ".join(word if on else f"not {word}" for word, on in states) + (", merged" if self.merged else "")
 
     def __repr__(self) -> str:
-        lines = [self._line(index) for index in range(len(self.methods))]
+        names = Modules(self.backbone).names
+        lines = [self._line(index, names) for index in range(len(self.methods))]
         own = dict(own_parameters(self.backbone))
         total = sum(parameter.numel() for parameter in own.values())
         return report(
@@ -275,9 +276,8 @@ class Delta:
             f"{self.num_parameters:,} parameters, {share(self.num_parameters, total)} of the backbone's {total:,}",
         )
 
-    def _line(self, index: int) -> Line:
+    def _line(self, index: int, names: Mapping[int, list[str]]) -> Line:
         sites = [site for site in self._sites if site.method == index]
-        names = Modules(self.backbone).names
         return Line(
             self.methods[index].name,
             next((site.module.summary() for site in sites), ""),

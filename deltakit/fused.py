@@ -7,7 +7,7 @@ from torch import nn
 
 from deltakit.inference.walk import above
 from deltakit.layout import measure
-from deltakit.paths import join
+from deltakit.paths import held_at, join
 from deltakit.role_names import says_attention
 from deltakit.roles import Unit
 from deltakit.rows import Rows
@@ -30,8 +30,7 @@ class Fused:
         return {letter: f"{fused}[{letter}]" for letter in missing if self.rows_at(fused, letter) is not None}
 
     def rows_at(self, base: str, letter: str) -> Rows | None:
-        owner, _, parameter = ("", "", "") if base in self.modules else base.rpartition(".")
-        module = self.modules[owner if parameter else base]
+        module, parameter = held_at(self.modules, base)
         if isinstance(module, nn.MultiheadAttention) and parameter == "in_proj_weight":
             # torch.nn.functional.multi_head_attention_forward: queries, keys and values one after the other.
             size, place = module.embed_dim, "qkv".find(letter)

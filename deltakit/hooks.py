@@ -9,7 +9,7 @@ from torch import nn
 
 from deltakit.calls import After, Before, Replace, Restore
 from deltakit.errors import DeltaWarning, TargetError
-from deltakit.inference.walk import above
+from deltakit.inference.walk import above, is_callable
 from deltakit.method import DeltaModule
 from deltakit.watchers import InputGradients, Ran, ReportPart, Unnested
 
@@ -172,7 +172,7 @@ def _caller(backbone: nn.Module, path: str) -> nn.Module:
     """The module around a path that can be called: a list of modules cannot."""
     for name in above(path.rpartition(".")[0]):
         module = backbone.get_submodule(name)
-        if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+        if is_callable(module):
             return module
     return backbone
 

@@ -49,8 +49,8 @@ def add_low_rank(
         return plain(y, x, a, b, product)
     graph = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or a.requires_grad or b.requires_grad)
     if not graph:
-        h = _as(a, x) @ x.reshape(-1, x.shape[-1]).mT
-        return _added(y if layer is not None else y.clone(), h, _as(b, x), product)
+        h = a.to(x.dtype) @ x.reshape(-1, x.shape[-1]).mT
+        return _added(y if layer is not None else y.clone(), h, b.to(x.dtype), product)
     weight = _frozen_weight(layer, x, y) if alone else None
     flipped = weight is not None and layer is not None and is_conv1d(layer)
     given = y if weight is None else y.detach()
@@ -88,10 +88,6 @@ def of_few_tokens(y: Tensor, x: Tensor, a: Tensor | None, b: Tensor | None, scal
     if a is None or b is None or x.numel() > _FEW * x.shape[-1] or a.dtype is not x.dtype or _only_plain(x, y, a):
         return None
     return y.add_(F.linear(F.linear(x, a), b), alpha=scale)
-
-
-def _as(factor: Tensor, x: Tensor) -> Tensor:
-    return factor if factor.dtype is x.dtype else factor.to(x.dtype)
 
 
 def _frozen_weight(layer: nn.Module | None, x: Tensor, y: Tensor) -> Tensor | None:

@@ -11,7 +11,7 @@ from deltakit.fused import Fused
 from deltakit.inference import infer_roles
 from deltakit.inference.walk import above
 from deltakit.method import Selector, Target
-from deltakit.paths import is_of, join, own_modules, split_rows
+from deltakit.paths import held_at, is_of, join, own_modules, split_rows
 from deltakit.readings import Readings
 from deltakit.roles import RoleMap, Unit
 from deltakit.selectors import select_paths
@@ -94,11 +94,7 @@ class Modules:
 
     def module_at(self, path: str) -> tuple[nn.Module, str]:
         """The module of a path, and the name of the parameter in it if the path is that of a parameter."""
-        base, _ = split_rows(path)
-        if base in self.by_path:
-            return self.by_path[base], ""
-        owner, _, name = base.rpartition(".")
-        return self.by_path[owner], name
+        return held_at(self.by_path, path)
 
     def first_name(self, path: str) -> str:
         """The path by which the same module or parameter is known: the first of all that it has."""

@@ -1,11 +1,20 @@
 """Paths in a backbone: putting them together, taking them apart, and walking them with the deltas left out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
 from deltakit.inference.walk import join as join
 from deltakit.method import DeltaModule
+
+
+def held_at(modules: Mapping[str, nn.Module], path: str) -> tuple[nn.Module, str]:
+    """The module of a path, and the name of the parameter in it if the path is that of a parameter."""
+    base, _ = split_rows(path)
+    if base in modules:
+        return modules[base], ""
+    owner, _, name = base.rpartition(".")
+    return modules[owner], name
 
 
 def split_rows(path: str) -> tuple[str, str]:

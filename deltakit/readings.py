@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from deltakit.inference.walk import above
+from deltakit.inference.walk import above, is_callable
 from deltakit.linears import projection_sizes
 from deltakit.method import Reading
 from deltakit.paths import join
@@ -26,10 +26,9 @@ class Readings:
         if not parameter:
             return reading
         reading = reading or self._called(owner)
-        also = (
-            [] if reading.owner != owner or reading.never_called or not self._callable(owner) else [Reading(owner, "")]
-        )
-        also = [other for other in also if other.scope != reading.scope]
+        # A holder that may be called too is covered by itself: it may run without the module around it.
+        by_itself = not reading.never_called and reading.scope != owner and is_callable(self.modules[owner])
+        also = [Reading(owner, "")] if by_itself else []
         for name in self.names[id(self.modules[owner]._parameters[parameter])]:
             other, _, last = name.rpartition(".")
             if other != owner:
@@ -54,13 +53,10 @@ class Readings:
         A layer may be read by what is around it in ways that are not seen; the forward around it covers both.
         """
         module = self.modules[owner]
-        if self._callable(owner) and (module._modules or projection_sizes(module) is None):
+        if is_callable(module) and (module._modules or projection_sizes(module) is None):
             return Reading(owner, "")
-        scope = next((path for path in list(above(owner))[1:] if self._callable(path)), owner)
+        scope = next((path for path in list(above(owner))[1:] if is_callable(self.modules[path])), owner)
         return Reading(scope, owner[len(scope) :].lstrip("."))
-
-    def _callable(self, path: str) -> bool:
-        return not isinstance(self.modules[path], nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
 
     def other_names(self, owner: str, parameter: str) -> list[str]:
         names = self.names[id(self.modules[owner]._parameters[parameter])]

@@ -68,8 +68,7 @@ def attend(
         length = prefix_key.shape[1]
         mask = _mask(module, implementation, query, key, attention_mask, length, kwargs)
     else:
-        batch.times(query, module)
-        prefix_key, prefix_value, seen = joined_by_rows(prefixes, batch, query.shape[0])
+        prefix_key, prefix_value, seen = joined_by_rows(prefixes, batch, batch.times(query, module))
         length = seen.shape[1]
         mask = _mask(module, implementation, query, key, attention_mask, 0, kwargs)
         if mask is None:

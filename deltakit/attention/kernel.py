@@ -33,9 +33,12 @@ def joined(prefixes: Sequence[AttentionPrefix]) -> tuple[Tensor, Tensor]:
 
 
 def joined_by_rows(
-    prefixes: Sequence[AttentionPrefix], batch: Batch, rows: int
+    prefixes: Sequence[AttentionPrefix], batch: Batch, times: int
 ) -> tuple[Float[Tensor, "rows heads prefix d_k"], Float[Tensor, "rows heads prefix d_v"], Bool[Tensor, "rows prefix"]]:
-    """Each row's own keys and values, with zeros up to the longest prefix, and which of them a row sees."""
+    """Each row's own keys and values, with zeros up to the longest prefix, and which of them a row sees.
+
+    `times`: how many rows stand for each name of the batch.
+    """
     own = {name: [p for p in prefixes if p.record.name == name] for name in dict.fromkeys(batch.names) if name}
     pairs = {name: joined(mine) for name, mine in own.items() if mine}
     longest = max(key.shape[1] for key, _ in pairs.values())
@@ -46,7 +49,6 @@ def joined_by_rows(
         torch.stack([_padded(pairs.get(name or "", empty)[place], longest) for name in batch.names]) for place in (0, 1)
     ]
     seen = torch.arange(longest, device=some_key.device) < torch.tensor(lengths, device=some_key.device)[:, None]
-    times = rows // len(batch.names)
     key, value, seen = (part.repeat_interleave(times, 0) if times > 1 else part for part in (*parts, seen))
     return key, value, seen
 

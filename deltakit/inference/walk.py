@@ -88,6 +88,11 @@ def join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
+def is_callable(module: nn.Module) -> bool:
+    """Whether a module has a forward of its own: lists and dictionaries of modules or parameters have none."""
+    return not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
+
+
 def above(path: str) -> Iterator[str]:
     """The path itself and every path above it, from the inside out.
 

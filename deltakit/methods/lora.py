@@ -120,7 +120,7 @@ class LoRADelta(LoRAFactors):
         """y + scale x A^T B^T. `layer` and `alone`: what made y, and whether y is still as it was made."""
         if self.dropout and self.training:
             # What is dropped is another input than the layer's.
-            x, alone = F.dropout(x, self.dropout), False
+            x, alone = self.dropped(x), False
         a: Tensor = self.A
         b: Tensor = self.B
         start = 0
@@ -160,12 +160,12 @@ class LoRAEmbeddingDelta(LoRAFactors):
     As in the authors' code A starts at zero and B Gaussian: a product with one-hot rows needs no projection down.
     """
 
+    padding: int | None = None
+    """The id of the padding, whose row the backbone's own embedding gives no gradient either."""
+
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.A)
         nn.init.normal_(self.B)
-
-    padding: int | None = None
-    """The id of the padding, whose row the backbone's own embedding gives no gradient either."""
 
     def forward(self, x: Shaped[Tensor, "*batch"], y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         h = F.embedding(x, self.A.T, padding_idx=self.padding)
