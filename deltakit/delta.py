@@ -13,7 +13,7 @@ from deltakit.card import model_card
 from deltakit.config import delta_config
 from deltakit.errors import StateError
 from deltakit.freeze import own_parameters
-from deltakit.hooks import feed_gradients, keep_dense, put, take, watch_first_forward, watch_loading
+from deltakit.hooks import put, take, watch, watch_first_forward
 from deltakit.method import DeltaModule, Method, Selector
 from deltakit.modules import Modules
 from deltakit.report import Line, report, share
@@ -161,9 +161,7 @@ class Delta:
 
     def _settle(self) -> None:
         refresh_gradients(self.backbone, self._record.ledger)
-        feed_gradients(self.backbone)
-        keep_dense(self.backbone)
-        watch_loading(self.backbone)
+        watch(self.backbone)
         watch_first_forward(self.backbone, self._record, attached=self.attached)
 
     @contextmanager

@@ -2,6 +2,8 @@
 
 import sys
 import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,24 +81,6 @@ def _order(target: nn.Module, hook: Before) -> tuple[int, int]:
         return 0, 0
     held = list(target.get_submodule(hook.holder)._modules)
     return delta.record.order if delta.record is not None else 0, held.index(hook.key) if hook.key in held else 0
-
-
-def watch_loading(backbone: nn.Module) -> None:
-    """Puts `ReportPart` on a backbone that holds delta modules, and takes it off one that does not."""
-    hooks = [
-        hook for hook in map(_unwrapped, backbone._load_state_dict_pre_hooks.values()) if isinstance(hook, ReportPart)
-    ]
-    wanted = any(isinstance(module, DeltaModule) for module in backbone.modules())
-    if wanted and not hooks:
-        hook = ReportPart()
-        hook.handle = backbone.register_load_state_dict_pre_hook(hook)
-    elif not wanted:
-        for hook in hooks:
-            hook.handle.remove()
-
-
-def _unwrapped(hook: Any) -> Any:
-    return getattr(hook, "hook", hook)
 
 
 class FirstForward:
@@ -180,51 +164,55 @@ def _caller(backbone: nn.Module, path: str) -> nn.Module:
 def watch_first_forward(backbone: nn.Module, record: Any, *, attached: bool) -> None:
     """Puts `FirstForward` on a backbone until the delta's targets were seen, and takes it off with the delta."""
     for hook in list(backbone._forward_hooks.values()):
-        first = getattr(hook, "__self__", None)
+        first = _watcher(hook)
         if isinstance(first, FirstForward) and first.record is record:
             for handle in first.handles:
                 handle.remove()
     if attached and not record.checked:
         first = FirstForward(record)
-        first.handles = [
-            backbone.register_forward_pre_hook(first.begin),
-            backbone.register_forward_hook(first.end, always_call=True),
-        ]
+        first.handles = _around(backbone, first)
 
 
-def feed_gradients(backbone: nn.Module) -> None:
-    """Puts `InputGradients` on every checkpointing block that holds a delta module, and takes it off all others."""
-    for block in backbone.modules():
-        if not hasattr(type(block), "gradient_checkpointing"):
-            continue
-        hooks = [hook for hook in block._forward_pre_hooks.values() if isinstance(hook, InputGradients)]
-        wanted = any(isinstance(module, DeltaModule) for module in block.modules())
-        if wanted and not hooks:
-            hook = InputGradients()
-            hook.handle = block.register_forward_pre_hook(hook)
-        elif not wanted:
-            for hook in hooks:
-                hook.handle.remove()
+def watch(backbone: nn.Module) -> None:
+    """Puts on a backbone what must stand there while it holds delta modules, and takes off what need not any more."""
+    _stand(
+        backbone,
+        ReportPart,
+        backbone._load_state_dict_pre_hooks,
+        lambda watcher: [backbone.register_load_state_dict_pre_hook(watcher)],
+    )
+    for module in backbone.modules():
+        if hasattr(type(module), "gradient_checkpointing"):
+            _stand(module, InputGradients, module._forward_pre_hooks, partial(_ahead, module))
+        if isinstance(module, nn.TransformerEncoder):
+            _stand(module, Unnested, module._forward_pre_hooks, partial(_around, module))
 
 
-def keep_dense(backbone: nn.Module) -> None:
-    """Puts `Unnested` on every encoder of torch that holds a delta module, and takes it off all others."""
-    for encoder in backbone.modules():
-        if not isinstance(encoder, nn.TransformerEncoder):
-            continue
-        bound = [getattr(hook, "__self__", None) for hook in encoder._forward_pre_hooks.values()]
-        there = [watcher for watcher in bound if isinstance(watcher, Unnested)]
-        wanted = any(isinstance(module, DeltaModule) for module in encoder.modules())
-        if wanted and not there:
-            watcher = Unnested()
-            watcher.handles = [
-                encoder.register_forward_pre_hook(watcher.begin),
-                encoder.register_forward_hook(watcher.end, always_call=True),
-            ]
-        elif not wanted:
-            for watcher in there:
-                for handle in watcher.handles:
-                    handle.remove()
+def _stand(module: nn.Module, kind: type[Any], table: Mapping[int, Any], register: Callable[[Any], list[Any]]) -> None:
+    """Keeps one watcher of a kind on a module as long as there are delta modules in it."""
+    there = [watcher for watcher in map(_watcher, table.values()) if isinstance(watcher, kind)]
+    wanted = any(isinstance(inner, DeltaModule) for inner in module.modules())
+    if wanted and not there:
+        watcher = kind()
+        watcher.handles = register(watcher)
+    elif not wanted:
+        for handle in [handle for watcher in there for handle in watcher.handles]:
+            handle.remove()
+
+
+def _watcher(hook: Any) -> Any:
+    # Torch wraps what is called before loading; of a bound method the object is meant.
+    hook = getattr(hook, "hook", hook)
+    return getattr(hook, "__self__", hook)
+
+
+def _ahead(module: nn.Module, watcher: Any) -> list[Any]:
+    return [module.register_forward_pre_hook(watcher)]
+
+
+def _around(module: nn.Module, watcher: Any) -> list[Any]:
+    begin = module.register_forward_pre_hook(watcher.begin)
+    return [begin, module.register_forward_hook(watcher.end, always_call=True)]
 
 
 def follow_hooks_when_compiled() -> None:

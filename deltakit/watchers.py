@@ -16,7 +16,7 @@ class InputGradients:
     """
 
     def __init__(self) -> None:
-        self.handle: Any = None
+        self.handles: list[Any] = []
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...]) -> Any:
         if not (block.training and getattr(block, "gradient_checkpointing", False) and torch.is_grad_enabled()):
@@ -38,7 +38,7 @@ class ReportPart:
     """
 
     def __init__(self) -> None:
-        self.handle: Any = None
+        self.handles: list[Any] = []
 
     def __call__(
         self,
