@@ -15,73 +15,84 @@ from deltakit.method import DeltaModule
 from deltakit.shadows import enter, leave
 
 
-class Before:
-    """Calls a delta module ahead of its target. `holder` is the path from the hooked module to that of the delta."""
+class Ahead:
+    """Calls the delta modules of a target ahead of it, one after the other: one hook, however many there are."""
 
-    fired: bool = False
-
-    def __init__(self, key: str, holder: str = "") -> None:
-        self.key = key
-        self.holder = holder
+    def __init__(self, keys: tuple[str, ...]) -> None:
+        self.delta_keys = keys
         self.handle: Any = None
 
-    def delta(self, module: nn.Module) -> DeltaModule | None:
-        """The delta module of this hook, below the module that is called."""
-        found = (module.get_submodule(self.holder) if self.holder else module)._modules.get(self.key)
-        return found if isinstance(found, DeltaModule) else None
-
-    def note(self) -> None:
-        """Notes that the hook was called at all."""
-        # Asked in this order: what is compiled must not depend on whether it was called before.
-        if not torch.compiler.is_compiling() and not self.fired:
-            self.fired = True
-
     def __call__(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        delta = self.delta(target)
-        if delta is None or not delta.live or not delta.takes_part:
-            return None
-        return delta.before(target, args, kwargs)
+        changed = False
+        for key in self.delta_keys:
+            delta: Any = target._modules.get(key)
+            if delta is None or not delta.live or not delta.takes_part:
+                continue
+            new = delta.before(target, args, kwargs)
+            if new is not None:
+                (args, kwargs), changed = new, True
+        return (args, kwargs) if changed else None
 
 
-class After(Before):
-    """Calls a delta module behind its target."""
+class Behind(Ahead):
+    """Calls the delta modules of a target behind it, each with what the one before it made of the output."""
+
+    def __init__(self, keys: tuple[str, ...], *, always: bool) -> None:
+        super().__init__(keys)
+        self.always = always
+        self.fired = False
 
     def __call__(  # type: ignore[override]
         self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         # In every call of every target: nothing is asked twice here.
-        self.note()
-        delta: Any = target._modules.get(self.key)
-        if delta is None:
-            return None
-        record = delta.record
-        if record is not None and (not record.active or record.merged):
-            return None
-        if record is not None and record.batch is not None:
-            first = record.batch.first.get(target)
-            if first is not None and first is not delta:
-                return None
-            return delta.after_rows(target, args, kwargs, output, record.batch)
-        return delta.after(target, args, kwargs, output)
+        self.fired = True
+        for key in self.delta_keys:
+            delta: Any = target._modules.get(key)
+            if delta is None:
+                continue
+            # Behind a forward that raised, torch calls with no output what is always called.
+            if output is None and self.always and not delta.always_after:
+                continue
+            record = delta.record
+            if record is not None and (not record.active or record.merged):
+                continue
+            if record is None or record.batch is None:
+                new = delta.after(target, args, kwargs, output)
+            else:
+                first = record.batch.first.get(target)
+                if first is not None and first is not delta:
+                    continue
+                new = delta.after_rows(target, args, kwargs, output, record.batch)
+            if new is not None:
+                output = new
+        return output
 
 
-class Replace(Before):
+class Replace:
     """Puts weights with their update added in the place of weights, ahead of the forward that reads them.
 
-    `source`: the delta module, where it does not stand on the holder itself: its weight is tied to the holder's, which calls
-    it `name`.
+    `holder` is the path from the hooked module to that of the delta. `source`: the delta module, where it does not stand on
+    the holder itself: its weight is tied to the holder's, which calls it `name`.
     """
 
     def __init__(self, key: str, holder: str = "", source: DeltaModule | None = None, name: str = "") -> None:
-        super().__init__(key, holder)
+        self.key = key
+        self.holder = holder
         self.source = source
         self.name = name
+        self.handle: Any = None
+        self.fired = False
 
-    def delta(self, module: nn.Module) -> DeltaModule | None:
-        return self.source or super().delta(module)
+    def delta(self, scope: nn.Module) -> DeltaModule | None:
+        """The delta module of this hook, below the module that is called."""
+        if self.source is not None:
+            return self.source
+        found = (scope.get_submodule(self.holder) if self.holder else scope)._modules.get(self.key)
+        return found if isinstance(found, DeltaModule) else None
 
     def __call__(self, scope: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.note()
+        self.fired = True
         delta = self.delta(scope)
         if delta is None or not delta.live:
             return

@@ -2,14 +2,14 @@
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from deltakit.calls import After, Before, Replace, Restore
+from deltakit.calls import Ahead, Behind, Replace, Restore
 from deltakit.errors import DeltaWarning, TargetError
 from deltakit.inference.walk import above, is_callable
 from deltakit.method import DeltaModule
@@ -20,67 +20,75 @@ def put(backbone: nn.Module, target: nn.Module, key: str, delta: DeltaModule) ->
     """Registers a delta module as a child of its target, with the hooks that its class and its place ask for."""
     delta.train(target.training)
     target.add_module(key, delta)
-    kind, reading = type(delta), delta.reading
-    hooked, hooks = target, list[Before]()
-    if reading is not None:
-        hooked = backbone.get_submodule(reading.scope)
-        hooks = [Replace(key, reading.holder), Restore(key, reading.holder)]
-        for other in reading.also:
-            source = None if other.owner == reading.owner else delta
-            there = [made(key, other.holder, source, other.name) for made in (Replace, Restore)]
-            around = backbone.get_submodule(other.scope)
-            _register(around, [*_ours(around), *there])
-    else:
-        if kind.before is not DeltaModule.before:
-            hooks.append(Before(key))
-        if kind.after is not DeltaModule.after or kind.forward is not DeltaModule.forward:
-            hooks.append(After(key))
-    if hooks:
-        _register(hooked, [*_ours(hooked), *hooks])
-    follow_hooks_when_compiled()
+    if delta.reading is None:
+        _stand_on(target)
+        return
+    _replace(backbone.get_submodule(delta.reading.scope), key, delta.reading.holder)
+    for other in delta.reading.also:
+        source = None if other.owner == delta.reading.owner else delta
+        _replace(backbone.get_submodule(other.scope), key, other.holder, source, other.name)
 
 
 def take(backbone: nn.Module, target: nn.Module, key: str) -> None:
     """Takes a delta module and its hooks away from its target."""
     delta = target._modules[key]
     reading = delta.reading if isinstance(delta, DeltaModule) else None
-    scopes = [reading.scope, *(other.scope for other in reading.also)] if reading is not None else None
-    for hooked in [target] if scopes is None else map(backbone.get_submodule, dict.fromkeys(scopes)):
-        for hook in _ours(hooked):
-            if hook.delta(hooked) is delta:
+    scopes = [reading.scope, *(other.scope for other in reading.also)] if reading is not None else []
+    for scope in map(backbone.get_submodule, dict.fromkeys(scopes)):
+        for hook in _ours(scope, Replace):
+            if hook.delta(scope) is delta:
                 hook.handle.remove()
     del target._modules[key]
-    follow_hooks_when_compiled()
+    if reading is None:
+        _stand_on(target)
 
 
-def _ours(target: nn.Module) -> list[Before]:
-    tables = (target._forward_pre_hooks, target._forward_hooks)
-    return [hook for table in tables for hook in table.values() if isinstance(hook, Before)]
+def _ours(module: nn.Module, kind: type[Any]) -> list[Any]:
+    tables = (module._forward_pre_hooks, module._forward_hooks)
+    return [hook for table in tables for hook in table.values() if isinstance(hook, kind)]
 
 
-def _register(target: nn.Module, hooks: list[Before]) -> None:
-    """Registers hooks in the order in which their deltas were first attached, ahead of everybody else's.
+def _stand_on(target: nn.Module) -> None:
+    """Registers the hooks of all delta modules on a target anew: they apply in the order of their first attachment.
 
-    Ahead, because transformers installs the hooks that capture hidden states lazily, at the first call that asks for
-    them: a delta attached later would be missing from what they capture.
+    Ahead of everybody else's, because transformers installs the hooks that capture hidden states lazily, at the first call
+    that asks for them: a delta attached later would be missing from what they capture.
     """
+    for hook in _ours(target, Ahead):
+        hook.handle.remove()
+    there = [(key, child) for key, child in target._modules.items() if isinstance(child, DeltaModule)]
+    held = sorted(((key, child) for key, child in there if child.reading is None), key=lambda item: _order(item[1]))
+    ahead = tuple(key for key, child in held if type(child).before is not DeltaModule.before)
+    behind = tuple(key for key, child in held if _acts_behind(type(child)))
+    if ahead:
+        before = Ahead(ahead)
+        before.handle = target.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+    if behind:
+        always = any(child.always_after for _, child in held)
+        after = Behind(behind, always=always)
+        after.handle = target.register_forward_hook(after, prepend=True, with_kwargs=True, always_call=always)
+
+
+def _order(delta: DeltaModule) -> int:
+    return delta.record.order if delta.record is not None else 0
+
+
+def _acts_behind(kind: type[DeltaModule]) -> bool:
+    return kind.after is not DeltaModule.after or kind.forward is not DeltaModule.forward
+
+
+def _replace(scope: nn.Module, key: str, holder: str, source: DeltaModule | None = None, name: str = "") -> None:
+    """Registers what puts a weight with its update in the place of a weight; updates add up in one order always."""
+    hooks = [*_ours(scope, Replace), Replace(key, holder, source, name), Restore(key, holder, source, name)]
     for hook in hooks:
         if hook.handle is not None:
             hook.handle.remove()
-    for hook in sorted(hooks, key=lambda hook: _order(target, hook), reverse=True):
-        if isinstance(hook, After | Restore):
-            always = isinstance(hook, Restore) or type(hook.delta(target)).always_after  # type: ignore[union-attr]
-            hook.handle = target.register_forward_hook(hook, prepend=True, with_kwargs=True, always_call=always)
+    ordered = sorted(hooks, key=lambda hook: _order(hook.delta(scope)))
+    for hook in ordered[::-1]:
+        if isinstance(hook, Restore):
+            hook.handle = scope.register_forward_hook(hook, prepend=True, with_kwargs=True, always_call=True)
         else:
-            hook.handle = target.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-
-
-def _order(target: nn.Module, hook: Before) -> tuple[int, int]:
-    delta = hook.delta(target)
-    if delta is None:
-        return 0, 0
-    held = list(target.get_submodule(hook.holder)._modules)
-    return delta.record.order if delta.record is not None else 0, held.index(hook.key) if hook.key in held else 0
+            hook.handle = scope.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
 
 
 class FirstForward:
@@ -94,40 +102,37 @@ class FirstForward:
     def __init__(self, record: Any) -> None:
         self.record = record
         self.handles: list[Any] = []
-        self.watched: list[tuple[str, nn.Module, DeltaModule, Before, Ran]] = []
+        self.watched: list[tuple[str, nn.Module, DeltaModule, Behind | Replace, Ran]] = []
 
     def begin(self, backbone: nn.Module, args: Any) -> None:
         """Watches the modules around the targets for the time of this forward."""
         if torch.compiler.is_compiling() or not (self.record.active and not self.record.merged):
             return
         self.watched = []
-        around: dict[int, Ran] = {}
+        around: dict[nn.Module, Ran] = {}
         for path, module in backbone.named_modules():
-            for hook in _ours(module):
-                delta = hook.delta(module)
+            for hook, delta in _served(module):
                 # A method that also acts ahead of its target says itself what it needs to see.
-                own = delta is not None and type(delta).before is DeltaModule.before
-                if delta is None or delta.record is not self.record or not own:
+                if delta.record is not self.record or type(delta).before is not DeltaModule.before:
                     continue
-                if isinstance(hook, After) or type(hook) is Replace:
-                    parent = _caller(backbone, path)
-                    if id(parent) not in around:
-                        around[id(parent)] = Ran(fired=parent is backbone)
-                        around[id(parent)].handle = parent.register_forward_pre_hook(around[id(parent)])
-                    self.watched.append((path, module, delta, hook, around[id(parent)]))
+                parent = _caller(backbone, path)
+                if parent not in around:
+                    around[parent] = Ran(fired=parent is backbone)
+                    around[parent].handle = parent.register_forward_pre_hook(around[parent])
+                self.watched.append((path, module, delta, hook, around[parent]))
 
     def end(self, backbone: nn.Module, args: Any, output: Any) -> None:
         """Says which targets were not called, unless the forward failed or was not watched."""
         watched, self.watched = self.watched, []
-        for *_, ran in watched:
-            ran.handle.remove()
+        for *_, around in watched:
+            around.handle.remove()
         # Behind a forward that raised, torch calls with no result what it must always call.
         if torch.compiler.is_compiling() or output is None or not (self.record.active and not self.record.merged):
             return
         # A weight that is read in several places works if one of them was called.
         alive = {id(delta) for _, _, delta, hook, _ in watched if hook.fired}
-        dead = [(path, module, delta, ran) for path, module, delta, _, ran in watched if id(delta) not in alive]
-        skipped = [(path, module, delta) for path, module, delta, ran in dead if ran.fired]
+        dead = [(path, module, delta, around) for path, module, delta, _, around in watched if id(delta) not in alive]
+        skipped = [(path, module, delta) for path, module, delta, around in dead if around.fired]
         if skipped:
             raise TargetError(self._never_called(len(skipped), *skipped[0]))
         self.record.checked = True
@@ -150,6 +155,14 @@ class FirstForward:
         if type(delta).weight_update is not DeltaModule.weight_update and delta.reading is None:
             return head + f"name the parameter '{path}.weight' instead, or leave it out with exclude="
         return head + f"leave it out with exclude=, for {type(delta).__name__} has no form that works by the weight"
+
+
+def _served(module: nn.Module) -> Iterator[tuple[Behind | Replace, DeltaModule]]:
+    """The delta modules that hooks on a module call behind it, or add to a weight that it reads, with these hooks."""
+    for hook in (*_ours(module, Behind), *_ours(module, Replace)):
+        held = [module._modules[key] for key in hook.delta_keys] if isinstance(hook, Behind) else [hook.delta(module)]
+        if not isinstance(hook, Restore):
+            yield from ((hook, delta) for delta in held)
 
 
 def _caller(backbone: nn.Module, path: str) -> nn.Module:
@@ -175,6 +188,7 @@ def watch_first_forward(backbone: nn.Module, record: Any, *, attached: bool) -> 
 
 def watch(backbone: nn.Module) -> None:
     """Puts on a backbone what must stand there while it holds delta modules, and takes off what need not any more."""
+    follow_hooks_when_compiled()
     _stand(
         backbone,
         ReportPart,

@@ -169,9 +169,11 @@ def fresh(target: nn.Module, delta: nn.Module) -> tuple[nn.Module | None, bool]:
     """
     if not (type(target) is nn.Linear or is_conv1d(target)) or "forward" in target.__dict__:
         return None, False
+    hook = next(iter(target._forward_hooks.values()), None)
+    keys = getattr(hook, "delta_keys", ())
     alone = True
-    for hook in target._forward_hooks.values():
-        held = target._modules.get(getattr(hook, "key", ""))
+    for key in keys:
+        held = target._modules.get(key)
         if held is delta:
             return target, alone
         if type(held) is not type(delta):
