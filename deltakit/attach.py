@@ -16,7 +16,7 @@ from deltakit.fingerprint import differences
 from deltakit.method import Method, Selector
 from deltakit.modules import Modules
 from deltakit.plan import Plan, build, original, plan
-from deltakit.state import Record, Site, sites_of, take_whole, tensors_of
+from deltakit.state import Record, Site, records_of, sites_of, take_whole, tensors_of
 
 AUTOMATIC_NAME = "delta"
 
@@ -97,7 +97,7 @@ def _record(backbone: nn.Module, methods: Any, name: str | None, freeze: bool, t
     if name is not None and (not name or "." in name):
         raise StateError(f"name={name!r}: expected a word without dots, for it becomes part of parameters' names")
     # The order of first attachment must hold between deltas that were never attached at one time: so it is a clock.
-    order = max([time.time_ns(), *(record.order + 1 for record, _ in sites_of(backbone).values())])
+    order = max([time.time_ns(), *(record.order + 1 for record in records_of(backbone))])
     return Record(name or AUTOMATIC_NAME, tuple(methods), order, freeze, named=name is not None, train=tuple(train))
 
 

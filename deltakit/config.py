@@ -12,7 +12,7 @@ from deltakit.fingerprint import fingerprint
 from deltakit.folding import expand, fold
 from deltakit.method import Method
 from deltakit.sharding import class_name
-from deltakit.state import Record, Site, sites_of
+from deltakit.state import Record, Site, records_of
 from deltakit.version import __version__
 
 
@@ -41,7 +41,7 @@ def delta_config(backbone: nn.Module, record: Record, sites: Sequence[Site], num
 def backbone_identity(backbone: nn.Module, record: Record | None = None) -> dict[str, Any]:
     """The class and the fingerprint of a backbone, without the values that its deltas changed."""
     changed = set(record.whole) if record else set()
-    for other, _ in sites_of(backbone).values():
+    for other in records_of(backbone):
         changed |= other.whole.keys() | other.merged.keys()
     return {"class": class_name(backbone), "fingerprint": fingerprint(backbone, leave_out=changed)}
 

@@ -24,6 +24,7 @@ from deltakit.state import (
     claim,
     key_of,
     refresh_gradients,
+    refuse_in_rows,
     sites_of,
     swap_whole,
     take_whole,
@@ -131,10 +132,10 @@ class Delta:
         record = self._record
         if self.attached:
             raise StateError(f"delta {self.name!r} is attached already; detach() it before attaching it again")
-        self._refuse_in_rows()
         claim(self.backbone, record, self._sites)
         for site in self._sites:
-            site.module.record = record
+            if site.module.record is not record:
+                site.module.record = record
             put(self.backbone, site.target, key_of(record, site.method, site.module.place), site.module)
         swap_whole(self.backbone, record)
         self._settle()
@@ -144,7 +145,7 @@ class Delta:
         """The delta itself, taken off: the backbone is bit for bit as it was. A detached delta is left as it is."""
         if not self.attached:
             return self
-        self._refuse_in_rows()
+        refuse_in_rows(self.name, self._record)
         if self.merged:
             self.unmerge()
         swap_whole(self.backbone, self._record)
@@ -152,12 +153,6 @@ class Delta:
             take(self.backbone, site.target, str(site.key))
         self._settle()
         return self
-
-    def _refuse_in_rows(self) -> None:
-        if any(record.batch is not None for record, _ in sites_of(self.backbone).values()):
-            raise StateError(
-                f"delta {self.name!r}: a rows() block holds on its backbone; leave it before attach or detach"
-            )
 
     def _settle(self) -> None:
         refresh_gradients(self.backbone, self._record.ledger)

@@ -18,7 +18,8 @@ from deltakit.watchers import InputGradients, Ran, ReportPart, Unnested
 
 def put(backbone: nn.Module, target: nn.Module, key: str, delta: DeltaModule) -> None:
     """Registers a delta module as a child of its target, with the hooks that its class and its place ask for."""
-    delta.train(target.training)
+    if delta.training is not target.training:
+        delta.train(target.training)
     target.add_module(key, delta)
     if delta.reading is None:
         _stand_on(target)
@@ -190,22 +191,38 @@ def watch(backbone: nn.Module) -> None:
     """Puts on a backbone what must stand there while it holds delta modules, and takes off what need not any more."""
     follow_hooks_when_compiled()
     _stand(
-        backbone,
         ReportPart,
         backbone._load_state_dict_pre_hooks,
         lambda watcher: [backbone.register_load_state_dict_pre_hook(watcher)],
+        wanted=_watch_inside(backbone, {}),
     )
-    for module in backbone.modules():
-        if hasattr(type(module), "gradient_checkpointing"):
-            _stand(module, InputGradients, module._forward_pre_hooks, partial(_ahead, module))
-        if isinstance(module, nn.TransformerEncoder):
-            _stand(module, Unnested, module._forward_pre_hooks, partial(_around, module))
 
 
-def _stand(module: nn.Module, kind: type[Any], table: Mapping[int, Any], register: Callable[[Any], list[Any]]) -> None:
-    """Keeps one watcher of a kind on a module as long as there are delta modules in it."""
+def _watch_inside(module: nn.Module, known: dict[int, bool]) -> bool:
+    """Whether there are delta modules in a module. It is watched as they need it, and so are the modules in it."""
+    if id(module) in known:
+        return known[id(module)]
+    found = known[id(module)] = False
+    for child in module._modules.values():
+        if isinstance(child, DeltaModule) or (child is not None and _watch_inside(child, known)):
+            found = True
+    known[id(module)] = found
+    if hasattr(type(module), "gradient_checkpointing"):
+        _stand(InputGradients, module._forward_pre_hooks, partial(_ahead, module), wanted=found)
+    if isinstance(module, nn.TransformerEncoder):
+        _stand(Unnested, module._forward_pre_hooks, partial(_around, module), wanted=found)
+    return found
+
+
+def _stand(
+    kind: type[Any],
+    table: Mapping[int, Any],
+    register: Callable[[Any], list[Any]],
+    *,
+    wanted: bool,
+) -> None:
+    """Keeps one watcher of a kind on a module as long as it is wanted."""
     there = [watcher for watcher in map(_watcher, table.values()) if isinstance(watcher, kind)]
-    wanted = any(isinstance(inner, DeltaModule) for inner in module.modules())
     if wanted and not there:
         watcher = kind()
         watcher.handles = register(watcher)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from deltakit.errors import StateError, TargetError
 from deltakit.paths import join
 from deltakit.shapes import wide
-from deltakit.state import Record, Site, sites_of, tensors_of
+from deltakit.state import Record, Site, records_of, tensors_of
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def _check(
         # One update of a tied weight, in all places that hold it, is what the delta does while it is attached.
         if tied and name not in together:
             raise StateError(f"{name} is tied to {tied[0]}: merging would change both; leave the delta attached")
-    for other, _ in sites_of(backbone).values():
+    for other in records_of(backbone):
         both = sorted(other.merged.keys() & updates.keys())
         if both and other is not record:
             raise StateError(f"{both[0]}: delta {other.name!r} is merged into it; unmerge {other.name!r} first")

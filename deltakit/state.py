@@ -76,6 +76,16 @@ def sites_of(backbone: nn.Module) -> dict[int, tuple[Record, list[Site]]]:
     return dict(sorted(found.items(), key=lambda item: item[1][0].order))
 
 
+def records_of(backbone: nn.Module) -> list[Record]:
+    """What the deltas attached to a backbone are, in their order."""
+    found: dict[int, Record] = {}
+    for _, target in own_modules(backbone):
+        for child in target._modules.values():
+            if isinstance(child, DeltaModule) and child.record is not None:
+                found[id(child.record)] = child.record
+    return sorted(found.values(), key=lambda record: record.order)
+
+
 def label_of(record: Record, index: int) -> str:
     """What the method `index` of a delta is called in files: its name, with a number if it is there twice."""
     method = record.methods[index].name
@@ -174,7 +184,7 @@ def swap_whole(backbone: nn.Module, record: Record) -> None:
 
 def refresh_gradients(backbone: nn.Module, ledger: Ledger) -> None:
     """Sets `requires_grad` on the backbone's parameters as its attached deltas want it together."""
-    attached = [record for record, _ in sites_of(backbone).values()]
+    attached = records_of(backbone)
     train = {name for record in attached if record.trainable for name in record.whole}
     hold = {name for record in attached if not record.trainable for name in record.whole}
     ledger.apply(backbone, train=train, hold=hold, freeze=any(record.freeze for record in attached))
@@ -192,9 +202,10 @@ def claim(backbone: nn.Module, record: Record, sites: Sequence[Site]) -> None:
     Raises:
         StateError: if the name or a place is taken, or another delta trains the same whole.
     """
-    others = [other for other, _ in sites_of(backbone).values()]
+    others = records_of(backbone)
     name = free_name(record.name, others, chosen=record.named)
     for other in others:
+        refuse_in_rows(name, other)
         both = sorted(other.whole.keys() & record.whole.keys())
         if both:
             raise StateError(f"{both[0]}: delta {other.name!r} trains it whole already; detach() that one first")
@@ -205,6 +216,12 @@ def claim(backbone: nn.Module, record: Record, sites: Sequence[Site]) -> None:
             raise StateError(f"{site.path}: it has an attribute {key!r} of its own; choose another name= for the delta")
     record.name = name
     record.ledger = others[0].ledger if others else Ledger()
+
+
+def refuse_in_rows(name: str, record: Record) -> None:
+    """Raises `StateError` if a delta is to come or go while rows of a batch belong to those on its backbone."""
+    if record.batch is not None:
+        raise StateError(f"delta {name!r}: a rows() block holds on its backbone; leave it before attach or detach")
 
 
 def free_name(wanted: str, others: list[Record], *, chosen: bool) -> str:
