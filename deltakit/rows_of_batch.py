@@ -20,20 +20,32 @@ def rows(backbone: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module
         names: for each row the name of an attached delta, or None for the bare backbone. What expands a batch, as beams
             do, takes the delta of its row along.
 
-    Training works too: backward must be called inside the block where blocks are recomputed (gradient checkpointing).
+    Training works too: backward must be called inside the block where blocks are recomputed (gradient checkpointing). The
+    first dimension of what targets take must be the batch.
 
     Raises:
         OptionError: if a name is unknown.
         StateError: if a delta is switched off or merged, or is of a kind that all rows share: one that trains parts of the
-            backbone whole, one that works by the weight, a soft prompt.
+            backbone whole, or works by the weight; or if the backbone has attention with the batch second.
     """
     backbone = original(backbone)
+    _refuse_batch_second(backbone)
     attached = list(sites_of(backbone).values())
     for record, sites in attached:
         if record.name in names:
             _refuse_shared(record, sites)
     with holding([record for record, _ in attached], names):
         yield backbone
+
+
+def _refuse_batch_second(backbone: nn.Module) -> None:
+    # There the rows of a tensor are places in the text: each would get the delta of another row, without an error.
+    for path, module in backbone.named_modules():
+        if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
+            raise StateError(
+                f"rows: {path or 'the backbone'} is attention with batch_first=False, so the batch is the second dimension of "
+                "what its block takes; expected it first; build the backbone with batch_first=True"
+            )
 
 
 def _refuse_shared(record: Record, sites: Sequence[Site]) -> None:

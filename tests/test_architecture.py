@@ -45,6 +45,7 @@ ORDER = [
     "attention.mode",
     "attention.sites",
     "prompting_ids",
+    "insertion",
     "methods",
     "report",
     "freeze",

@@ -14,6 +14,7 @@ METHODS = {
     "Adapter": lambda k: dk.Adapter(size=2 + k),
     "BitFit": lambda k: dk.BitFit(),
     "Prefix": lambda k: dk.Prefix(tokens=1 + k),
+    "SoftPrompt": lambda k: dk.SoftPrompt(tokens=1 + k),
     "both": lambda k: dk.LoRA(r=2) if k else dk.Adapter(size=3),
 }
 NAMES = ["spelling", "topic", None, "facts", "topic"]
@@ -48,7 +49,7 @@ def the_batch(model):
 
 
 @pytest.mark.parametrize("kind", METHODS)
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "gpt_neox"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "llama", "t5", "gpt_neox"])
 def test_as_if_alone(name, kind):
     model = build(name, tf.AutoModel).double()
     model.config.use_cache = False
@@ -65,6 +66,7 @@ def test_as_if_alone(name, kind):
 @pytest.mark.parametrize("kind", METHODS)
 def test_gradients(kind):
     model = build("llama", tf.AutoModel).double()
+    model.config.use_cache = False
     deltas, batch = several(model, kind), the_batch(model)
     weight = torch.randn(len(NAMES), 7, 1, dtype=torch.float64) * batch["attention_mask"][..., None]
     with dk.rows(model, NAMES):
@@ -135,17 +137,126 @@ def test_bad_input(tmp_path):
     assert delta.attached
 
 
+class Encoder(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.embed = nn.Embedding(31, 12)
+        layer = nn.TransformerEncoderLayer(12, 2, 20, dropout=0, **options)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, input_ids, attention_mask=None):
+        return (self.layers(self.embed(input_ids)),)
+
+
 @pytest.mark.parametrize(
-    ("model", "method", "message"),
-    [
-        (nn.Sequential(nn.TransformerEncoderLayer(12, 2, 20)), dk.LoRA(r=2), "works by the weight"),
-        (build("llama", tf.AutoModel), dk.SoftPrompt(tokens=2), "acts on the whole batch"),
-        (build("bloom", tf.AutoModel), dk.Prefix(tokens=2), "acts on the whole batch"),
-    ],
-    ids=["by weight", "soft prompt", "prefix outside the interface"],
+    ("name", "kind"), [("bloom", "Prefix"), ("bloom", "SoftPrompt"), ("torch", "Prefix"), ("toy", "Prefix")]
 )
-def test_what_all_rows_share(model, method, message):
-    dk.attach(model, method, name="a")
-    with pytest.raises(dk.StateError, match=message), dk.rows(model, ["a", None]):
+def test_attention_outside_the_interface(name, kind):
+    torch.manual_seed(0)
+    makers = {"torch": lambda: Encoder(batch_first=True), "toy": Transformer}
+    model = makers[name]().eval() if name in makers else build(name, tf.AutoModel)
+    deltas = several(model.double(), kind)
+    batch = {"input_ids": torch.randint(5, 30, (len(NAMES), 7), generator=torch.Generator().manual_seed(0))}
+    if name == "bloom":
+        batch |= {"use_cache": False, "attention_mask": torch.ones_like(batch["input_ids"])}
+        batch["attention_mask"][1, 5:] = 0
+
+    def run(these):
+        output = model(**{k: these.get(k, v) if k != "use_cache" else v for k, v in batch.items()})
+        return output if isinstance(output, torch.Tensor) else output[0]
+
+    with dk.rows(model, NAMES):
+        together = run(batch)
+    for row, own in enumerate(NAMES):
+        alone(model, deltas, own)
+        single = run({k: v[row : row + 1] for k, v in batch.items() if k != "use_cache"})[0]
+        real = slice(0, 5) if row == 1 and "attention_mask" in batch else slice(None)
+        torch.testing.assert_close(together[row][real], single[real])
+
+
+def test_batch_second_is_refused():
+    model = Encoder(batch_first=False)
+    dk.attach(model, dk.Adapter(size=2, at="@block"), name="a")
+    with (
+        pytest.raises(dk.StateError, match=r"layers\.layers\.0\.self_attn is attention with batch_first=False"),
+        dk.rows(model, ["a"]),
+    ):
         pass
-    dk.deltas(model)[0].detach()
+
+
+def test_by_weight_is_shared():
+    model = nn.Sequential(nn.TransformerEncoderLayer(12, 2, 20, batch_first=True))
+    dk.attach(model, dk.LoRA(r=2), name="a")
+    with pytest.raises(dk.StateError, match="works by the weight"), dk.rows(model, ["a", None]):
+        pass
+
+
+class TestSoftPrompts:
+    """Prompts of different lengths: padding behind the text, or ahead of it where a cache is filled."""
+
+    @pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "gpt_neox", "roberta"])
+    def test_ahead_of_the_text_where_a_cache_is_filled(self, name):
+        model = build(name, tf.AutoModel).double()
+        model.config.use_cache = True
+        deltas, batch = several(model, "SoftPrompt"), the_batch(model)
+        batch["attention_mask"][1] = torch.tensor([1, 1, 1, 1, 1, 0, 0])
+        with dk.rows(model, NAMES):
+            together = outputs(model, batch)
+        for row, own in enumerate(NAMES):
+            single = outputs(alone(model, deltas, own), one(batch, row))
+            seen = batch["attention_mask"][row].bool()
+            torch.testing.assert_close(together[row][seen], single[0][seen])
+
+    @pytest.mark.parametrize("options", [{"num_beams": 3}, {}], ids=["beams", "greedy"])
+    @pytest.mark.parametrize("name", ["gpt2", "t5", "opt", "gpt_neox"])
+    def test_generation(self, name, options):
+        model = build(name, tf.AutoModelForSeq2SeqLM if name == "t5" else tf.AutoModelForCausalLM)
+        deltas, batch = several(model, "SoftPrompt"), the_batch(model)
+        batch.pop("decoder_input_ids", None)
+        options |= {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        with dk.rows(model, NAMES):
+            together = model.generate(**batch, **options)
+        for row, own in enumerate(NAMES):
+            single = alone(model, deltas, own).generate(**one(batch, row), **options)
+            assert torch.equal(together[row], single[0]), own
+
+    def test_of_one_length_in_any_stack(self):
+        model = build("bart", tf.AutoModel).double()
+        deltas = {name: dk.attach(model, dk.SoftPrompt(tokens=3), name=name) for name in "ab"}
+        batch = {name: value[:3] for name, value in the_batch(model).items()}
+        with dk.rows(model, ["b", "a", "b"]):
+            together = outputs(model, batch)
+        for row, own in enumerate("bab"):
+            single = outputs(alone(model, deltas, own), one(batch, row))
+            torch.testing.assert_close(together[row], single[0])
+
+    def test_ids_of_ones_own(self):
+        model = build("llama", tf.AutoModel).double()
+        for name, tokens in (("a", 2), ("b", 3)):
+            randomize(dk.attach(model, dk.SoftPrompt(tokens=tokens, prepend=False), name=name))
+        deltas = {delta.name: delta for delta in dk.deltas(model)}
+        vocabulary = model.get_input_embeddings().num_embeddings
+        written = torch.tensor([[5, vocabulary, vocabulary + 1, 7], [vocabulary + 2, 5, vocabulary, 9], [5, 6, 7, 8]])
+        with dk.rows(model, ["a", "b", None]):
+            together = model(input_ids=written)[0]
+        for row, own in enumerate(["a", "b", None]):
+            single = alone(model, deltas, own)(input_ids=written[row : row + 1])[0]
+            torch.testing.assert_close(together[row], single[0])
+
+    def test_positions_that_cannot_be_told(self):
+        model = build("llama", tf.AutoModel)
+        several(model, "SoftPrompt")
+        batch = the_batch(model)
+        with dk.rows(model, NAMES):
+            with pytest.raises(
+                dk.StateError, match=r"lengths \(1, 2, 0, 3, 2\), and which positions .* give position_ids"
+            ):
+                model(**batch, use_cache=True)
+            model(**batch, use_cache=False)
+
+    def test_places_that_differ_are_refused(self):
+        model = build("bert", tf.AutoModel)
+        for name, where in (("a", "start"), ("b", "after_first")):
+            dk.attach(model, dk.SoftPrompt(tokens=2, where=where), name=name)
+        with pytest.raises(dk.StateError, match=r"at the places \[0, 1\] of the text"), dk.rows(model, ["a", "b"]):
+            model(input_ids=torch.tensor([[5, 6], [7, 8]]))

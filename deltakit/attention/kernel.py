@@ -98,14 +98,16 @@ def prepend(
 
 
 def _prepend_by_rows(prefix: Tensor, own: Tensor, module: nn.Module) -> Tensor:
-    times = own.shape[1] // prefix.shape[1]
-    if own.ndim != 4 or own.shape[0] != prefix.shape[0] or own.shape[1] % prefix.shape[1]:
+    rows, heads = prefix.shape[:2]
+    many = own.shape[1] if own.ndim == 4 else own.shape[0] // rows
+    fits = own.shape[0] == (rows if own.ndim == 4 else rows * many)
+    if not fits or many % heads or own.shape[-1] != prefix.shape[-1]:
         raise StateError(
             f"{type(module).__name__}: prefixes by rows {tuple(prefix.shape)} met keys or values of shape {tuple(own.shape)}; "
-            "expected [rows, heads, length, d]"
+            "expected [rows, heads, length, d], or rows and heads in one"
         )
-    front = prefix.repeat_interleave(times, 1) if times > 1 else prefix
-    return torch.cat([front.to(own.dtype), own], dim=-2)
+    front = prefix.repeat_interleave(many // heads, 1) if many != heads else prefix
+    return torch.cat([(front if own.ndim == 4 else front.flatten(0, 1)).to(own.dtype), own], dim=-2)
 
 
 def widen(mask: Tensor, length: int, *, visible: bool = True) -> Tensor:

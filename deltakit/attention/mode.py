@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from deltakit.attention.kernel import causal, prepend, widen
+from deltakit.attention.kernel import causal, prepend, widen, widen_by_rows
 from deltakit.errors import StateError
 
 _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
@@ -24,12 +24,16 @@ _SHAPINGS = (Tensor.view, Tensor.reshape, torch.reshape)
 
 
 class PrefixMode(TorchFunctionMode):
-    """Watches one forward of one attention module. `finished` counts the attentions that got the prefix."""
+    """Watches one forward of one attention module. `finished` counts the attentions that got the prefix.
 
-    def __init__(self, module: nn.Module, key: Tensor, value: Tensor) -> None:
+    `key` and `value` are [heads, prefix, d], or [rows, heads, prefix, d] for rows with prefixes of their own; then `seen` says
+    which places of them a row sees.
+    """
+
+    def __init__(self, module: nn.Module, key: Tensor, value: Tensor, seen: Tensor | None = None) -> None:
         super().__init__()
-        self.module, self.key, self.value = module, key, value
-        self.length = key.shape[1]
+        self.module, self.key, self.value, self.seen = module, key, value, seen
+        self.length = key.shape[-2]
         self.keys: int | None = None
         """The number of the module's own keys, between the two products of an attention written out."""
         self.attended: int | None = None
@@ -63,10 +67,14 @@ class PrefixMode(TorchFunctionMode):
         is_causal: bool = False,
         **kwargs: Any,
     ) -> Tensor:
+        length = self.length if self.seen is None else 0
         if is_causal:
-            attn_mask = causal(query.shape[-2], key.shape[-2], self.length, query.device)
+            attn_mask = causal(query.shape[-2], key.shape[-2], length, query.device)
         elif attn_mask is not None:
-            attn_mask = widen(attn_mask, self.length)
+            attn_mask = widen(attn_mask, length)
+        if self.seen is not None:
+            attn_mask = query.new_zeros(query.shape[-2], key.shape[-2]) if attn_mask is None else attn_mask
+            attn_mask = widen_by_rows(attn_mask[(None,) * (4 - attn_mask.ndim)], self.seen)
         self.finished += 1
         key, value = prepend(self.key, key, self.module), prepend(self.value, value, self.module)
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **kwargs)
@@ -74,7 +82,7 @@ class PrefixMode(TorchFunctionMode):
     def _product(self, func: Callable[..., Tensor], a: Tensor, b: Tensor) -> Tensor:
         if self._is_scores(a, b):
             self.keys = b.shape[-1]
-            return func(a, prepend(self.key, b.transpose(-1, -2), self.module).transpose(-1, -2))
+            return self._hidden(func(a, prepend(self.key, b.transpose(-1, -2), self.module).transpose(-1, -2)))
         if self._is_mixing(a, b):
             self.attended, self.keys = self.keys, None
             self.finished += 1
@@ -84,12 +92,22 @@ class PrefixMode(TorchFunctionMode):
     def _added_product(
         self, func: Any, bias: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1
     ) -> Tensor:
-        if self._is_scores(batch1, batch2):
+        scores = self._is_scores(batch1, batch2)
+        if scores:
             self.keys = batch2.shape[-1]
             batch2 = prepend(self.key, batch2.transpose(-1, -2), self.module).transpose(-1, -2)
             if bias.shape[-1] == self.keys:
                 bias = widen(bias, self.length)
-        return func(bias, batch1, batch2, beta=beta, alpha=alpha)
+        product = func(bias, batch1, batch2, beta=beta, alpha=alpha)
+        return self._hidden(product) if scores else product
+
+    def _hidden(self, scores: Tensor) -> Tensor:
+        """The scores, with those of places that a row does not see as low as there are."""
+        if self.seen is None:
+            return scores
+        whole = scores if scores.ndim == 4 else scores.unflatten(0, (self.seen.shape[0], -1))
+        front = whole[..., : self.length].masked_fill(~self.seen[:, None, None], torch.finfo(scores.dtype).min)
+        return torch.cat([front, whole[..., self.length :]], -1).view(scores.shape)
 
     def _is_scores(self, a: Any, b: Any) -> bool:
         tensors = isinstance(a, Tensor) and isinstance(b, Tensor) and a.ndim >= 3 and b.ndim >= 3

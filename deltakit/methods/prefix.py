@@ -15,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
 
+from deltakit.activations import hidden_input
 from deltakit.attention import interface
-from deltakit.attention.kernel import AttentionPrefix, joined, live_prefixes
+from deltakit.attention.kernel import AttentionPrefix, joined, joined_by_rows, live_prefixes
 from deltakit.attention.mode import PrefixMode, close
 from deltakit.attention.sites import Heads, attends, enters_by_interface, heads_of
 from deltakit.errors import OptionError, TargetError
@@ -74,12 +75,23 @@ class PrefixModeDelta(PrefixDelta):
     """A prefix for attention outside transformers' interface: it watches torch's functions during the forward."""
 
     always_after: ClassVar[bool] = True
-    by_rows: ClassVar[bool] = False
+    by_rows: ClassVar[bool | None] = True
 
     def before(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         prefixes = live_prefixes(target)
-        if prefixes[0] is self:
+        if prefixes[0] is not self:
+            return
+        batch = self.record.batch if self.record is not None else None
+        if batch is None:
             PrefixMode(target, *joined(prefixes)).__enter__()
+        else:
+            times = batch.times(hidden_input(args, kwargs), target)
+            PrefixMode(target, *joined_by_rows(prefixes, batch, times)).__enter__()
+
+    def after_rows(
+        self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, batch: Any
+    ) -> Any:
+        return self.after(target, args, kwargs, output)
 
     def after(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         # torch's own stack of modes holds it: of this thread, and of this call.

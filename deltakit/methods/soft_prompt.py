@@ -14,15 +14,47 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from deltakit.errors import OptionError, StateError, TargetError
+from deltakit.insertion import Insertion, grown_mask, insert, layout_for, trimmed
 from deltakit.method import DeltaModule, Method, Target
 from deltakit.modules import Modules
-from deltakit.prompting_ids import grown_mask, input_embeddings, insert, text_stack, trimmed
+from deltakit.prompting_ids import input_embeddings, positions_of, text_stack
 from deltakit.shapes import like
 
 _FREQUENT = 5_000
 
 
-class PromptRowsDelta(DeltaModule):
+class PromptDelta(DeltaModule):
+    """What all parts of a soft prompt share: where rows of a batch have prompts of their own, the first works for all."""
+
+    by_rows: ClassVar[bool | None] = True
+    tokens: int
+
+    def peers(self, target: nn.Module) -> list[Any]:
+        """The parts of its kind on a target that take part in a call; itself where no batch is held by rows."""
+        if self.record is None or self.record.batch is None:
+            return [self]
+        there = [m for m in target._modules.values() if type(m) is type(self)]
+        return [m for m in there if isinstance(m, PromptDelta) and m.live and m.takes_part]
+
+    def first_of(self, target: nn.Module) -> bool:
+        """Whether it is the part that works for all."""
+        return next(iter(self.peers(target)), None) is self
+
+    def after_rows(
+        self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, batch: Any
+    ) -> Any:
+        acts = type(self).after is not DeltaModule.after and self.first_of(target)
+        return self.after(target, args, kwargs, output) if acts else None
+
+    def lengths(self, target: nn.Module) -> int | tuple[int, ...]:
+        """How long the prompt is; by rows of a batch, that of each name."""
+        if self.record is None or self.record.batch is None:
+            return self.tokens
+        own = {peer.record.name: peer.tokens for peer in self.peers(target)}
+        return tuple(own.get(name, 0) for name in self.record.batch.names)
+
+
+class PromptRowsDelta(PromptDelta):
     """The rows `prompt` [tokens, d] on one of the embeddings that share the input embedding's weight.
 
     The first of them holds the parameter; the others refer to it, so that it is counted, moved and saved once.
@@ -43,22 +75,40 @@ class PromptRowsDelta(DeltaModule):
         return self._holder[0].prompt
 
     def before(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.first_of(target):
+            return None
         ids = args[0] if args else kwargs["input"]
         if hasattr(ids, "prompt_rows"):
             raise StateError("two soft prompts are active on one embedding, with the same ids: detach() one of them")
         places = ids - self.vocabulary
-        mine = (places >= 0) & (places < self.tokens)
+        start, tokens = self._own(target, ids)
+        mine = (places >= 0) & (places < tokens)
         known = torch.where(mine, 0, ids)
         # It goes with the call's own tensor: right under threads, recomputation and exceptions.
-        known.prompt_rows = (places, mine)  # type: ignore[attr-defined]
+        known.prompt_rows = (torch.where(mine, places + start, 0), mine)  # type: ignore[attr-defined]
         return ((known, *args[1:]), kwargs) if args else (args, {**kwargs, "input": known})
+
+    def _own(self, target: nn.Module, ids: Tensor) -> tuple[int | Tensor, int | Tensor]:
+        """Where a row's prompt starts among the rows of all, and how long it is."""
+        tokens = self.lengths(target)
+        if isinstance(tokens, int):
+            return 0, tokens
+        batch, starts, total = self.record.batch, {}, 0
+        for peer in self.peers(target):
+            starts[peer.record.name] = total
+            total += peer.tokens
+        times = batch.times(ids.unsqueeze(-1), target)
+        both = torch.tensor([[starts.get(name, 0), n] for name, n in zip(batch.names, tokens, strict=True)])
+        both = both.to(ids.device).repeat_interleave(times, 0)
+        return both[:, :1], both[:, 1:]
 
     def after(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         ids = args[0] if args else kwargs["input"]
-        places, mine = ids.prompt_rows
-        rows = self.rows[places.clamp(0, self.tokens - 1)].to(output.dtype)
+        index, mine = ids.prompt_rows
+        peers = self.peers(target)
+        table = self.rows if len(peers) == 1 else torch.cat([peer.rows.to(output.dtype) for peer in peers])
         # Embeddings that scale their rows (Gemma, BART) do so with these too.
-        rows = rows * getattr(target, "embed_scale", 1.0)
+        rows = table[index].to(output.dtype) * getattr(target, "embed_scale", 1.0)
         return torch.where(mine.unsqueeze(-1), rows.to(output.dtype), output)
 
     def saved_state(self) -> dict[str, Tensor]:
@@ -68,34 +118,46 @@ class PromptRowsDelta(DeltaModule):
         return f"tokens={self.tokens}"
 
 
-class InsertPromptDelta(DeltaModule):
+class InsertPromptDelta(PromptDelta):
     """Puts the prompt's ids into every call of the text stack, and takes its rows out of the result."""
 
-    def __init__(self, first_id: int, tokens: int, at: int, trim: bool) -> None:
+    def __init__(self, insertion: Insertion) -> None:
         super().__init__()
-        self.first_id, self.tokens, self.at, self.trim = first_id, tokens, at, trim
+        self.insertion, self.tokens = insertion, insertion.width
 
     def before(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return insert(target, args, kwargs, self.first_id, self.tokens, self.at)
+        if not self.first_of(target):
+            return None
+        places = sorted({peer.insertion.at for peer in self.peers(target)})
+        if len(places) > 1:
+            raise StateError(f"rows: soft prompts at the places {places} of the text; expected one place for all rows")
+        return insert(target, args, kwargs, self.insertion, self.lengths(target), self.record and self.record.batch)
 
     def after(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        ids = kwargs["input_ids"]
-        inserted = self.trim and hasattr(ids, "with_prompt")
-        return trimmed(output, ids.shape[1], self.tokens, self.at) if inserted else output
+        layout = getattr(kwargs["input_ids"], "with_prompt", None)
+        if layout is None or not self.insertion.trim:
+            return output
+        return trimmed(output, kwargs["input_ids"].shape[1] - layout.width, layout)
 
 
-class PromptMaskDelta(DeltaModule):
+class PromptMaskDelta(PromptDelta):
     """Lets the decoder see the prompt's rows among the encoder's hidden states."""
 
-    def __init__(self, tokens: int, at: int) -> None:
+    def __init__(self, insertion: Insertion) -> None:
         super().__init__()
-        self.tokens, self.at = tokens, at
+        self.insertion, self.tokens = insertion, insertion.width
 
     def before(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
-        if not isinstance(hidden, Tensor) or not isinstance(mask, Tensor) or mask.shape[-1] >= hidden.shape[1]:
+        if not self.first_of(target) or not isinstance(hidden, Tensor):
             return None
-        return args, {**kwargs, "encoder_attention_mask": grown_mask(target, mask, self.tokens, self.at)}
+        batch = self.record.batch if self.record is not None else None
+        layout = layout_for(self.insertion, self.lengths(target), batch, target, hidden[:, :, 0], cache=False)
+        if mask is None and layout.lengths is not None:
+            mask = hidden.new_ones(hidden.shape[0], hidden.shape[1] - layout.width, dtype=torch.long)
+        if not isinstance(mask, Tensor) or mask.shape[-1] >= hidden.shape[1]:
+            return None
+        return args, {**kwargs, "encoder_attention_mask": grown_mask(target, mask, layout)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,16 +223,17 @@ class SoftPrompt(Method, name="soft_prompt"):
         for target in embeddings[1:]:
             built[target.path] = PromptRowsDelta(holder, self.tokens, holder.vocabulary, None)
         stack, decoder = text_stack(backbone) if len(embeddings) < len(targets) else (None, None)
-        at = self._place_in_text(backbone, stack)
-        for target in targets:
-            if target.path == stack:
-                built[stack] = InsertPromptDelta(holder.vocabulary, self.tokens, at, trim=decoder is None)
-            elif target.path == decoder:
-                built[decoder] = PromptMaskDelta(self.tokens, at)
+        if stack is not None:
+            at = self._place_in_text(backbone, stack)
+            known = positions_of(backbone, stack, at)
+            insertion = Insertion(holder.vocabulary, self.tokens, at, known, trim=decoder is None)
+            built[stack] = InsertPromptDelta(insertion)
+            if decoder is not None:
+                built[decoder] = PromptMaskDelta(insertion)
         return built
 
-    def _place_in_text(self, backbone: nn.Module, stack: str | None) -> int:
-        if self.where is not None or stack is None:
+    def _place_in_text(self, backbone: nn.Module, stack: str) -> int:
+        if self.where is not None:
             return int(self.where == "after_first")
         # A pooler inside the stack takes the first row, before the prompt's rows are taken out of the result.
         return int(getattr(backbone.get_submodule(stack), "pooler", None) is not None)
