@@ -11,16 +11,17 @@ from torch import Tensor, nn
 from deltakit import checkpoint, hub, merging, values
 from deltakit.card import model_card
 from deltakit.config import delta_config
+from deltakit.describe import described, states
 from deltakit.errors import StateError
-from deltakit.freeze import own_parameters
 from deltakit.hooks import put, take, watch, watch_first_forward
 from deltakit.method import DeltaModule, Method, Selector
 from deltakit.modules import Modules
-from deltakit.report import Line, report, share
+from deltakit.quantised import Quantize
 from deltakit.sharding import is_first, is_sharded, wait_for_all
 from deltakit.state import (
     Record,
     Site,
+    check_scale,
     claim,
     key_of,
     refresh_gradients,
@@ -87,6 +88,19 @@ class Delta:
         if self.merged and bool(active) != self.active:
             raise StateError(f"delta {self.name!r} is merged into the weights: unmerge() it before changing active")
         self._record.active = bool(active)
+
+    @property
+    def scale(self) -> float:
+        """How much of its effect the delta has in forwards: 1 is all of it, 0 none. Can be set, to any finite number.
+
+        It is a state of use, as `active` is: no file holds it, and `combine` takes deltas as they were trained.
+        """
+        return self._record.scale
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        check_scale(self._record, self._sites, scale)
+        self._record.scale = float(scale)
 
     @property
     def trainable(self) -> bool:
@@ -173,18 +187,21 @@ class Delta:
                 if merged:
                     self.merge()
 
-    def merge(self) -> "Delta":
+    def merge(self, *, quantize: Quantize | None = None) -> "Delta":
         """The delta itself, added to the backbone's weights: no cost in forwards. Saving stays as before.
+
+        Args:
+            quantize: how to make a quantised weight again, where there are such. It is given an `nn.Linear` with the sum, and
+                quantises it in place or returns another layer. What the rounding loses of the update is said in a warning.
 
         Raises:
             StateError: if it is not attached and active, if a weight is tied, or another delta is merged into it.
-            TargetError: if one of its methods is no change of weights.
+            TargetError: if one of its methods is no change of weights, or a weight is quantised and `quantize` is not given.
         """
         if not (self.attached and self.active) or self.merged:
-            raise StateError(
-                f"delta {self.name!r}: merging expects it attached, active and not merged; it is {self._states()}"
-            )
-        merging.merge(self.backbone, self._record, self._sites)
+            now = states(self._record, attached=self.attached)
+            raise StateError(f"delta {self.name!r}: merging expects it attached, active and not merged; it is {now}")
+        merging.merge(self.backbone, self._record, self._sites, quantize)
         return self
 
     def unmerge(self) -> "Delta":
@@ -194,7 +211,7 @@ class Delta:
             StateError: if it is not merged.
         """
         if not self.merged:
-            raise StateError(f"delta {self.name!r} is not merged: it is {self._states()}")
+            raise StateError(f"delta {self.name!r} is not merged: it is {states(self._record, attached=self.attached)}")
         merging.unmerge(self.backbone, self._record)
         return self
 
@@ -231,7 +248,15 @@ class Delta:
         """The folder, which now holds the delta: its config, its tensors and a model card (a few hundred KB).
 
         Where the delta is spread over processes (FSDP2), every process must call it; the first one writes.
+
+        Raises:
+            StateError: if its scale is not 1.
         """
+        if self.scale != 1:
+            raise StateError(
+                f"delta {self.name!r} has the scale {self.scale:g}, which no file holds: set scale = 1 to save it as it was "
+                f"trained, or save combine(model, {{{self.name!r}: {self.scale:g}}}).delta"
+            )
         path = Path(folder)
         config = delta_config(self.backbone, self._record, self._sites, self.num_parameters)
         sharded = any(map(is_sharded, self.parameters()))
@@ -253,32 +278,8 @@ class Delta:
         with TemporaryDirectory() as folder:
             return hub.push(self.save(folder), repo_id, private=private, token=token, commit_message=message)
 
-    def _states(self) -> str:
-        states = (("attached", self.attached), ("active", self.active), ("trainable", self.trainable))
-        return ", ".join(word if on else f"not {word}" for word, on in states) + (", merged" if self.merged else "")
-
     def __repr__(self) -> str:
-        names = Modules(self.backbone).names
-        lines = [self._line(index, names) for index in range(len(self.methods))]
-        own = dict(own_parameters(self.backbone))
-        total = sum(parameter.numel() for parameter in own.values())
-        return report(
-            f"delta {self.name!r} on {type(self.backbone).__name__}: {self._states()}",
-            lines,
-            {name: own[name] for name in self._record.whole if name in own},
-            f"{self.num_parameters:,} parameters, {share(self.num_parameters, total)} of the backbone's {total:,}",
-        )
-
-    def _line(self, index: int, names: Mapping[int, list[str]]) -> Line:
-        sites = [site for site in self._sites if site.method == index]
-        return Line(
-            self.methods[index].name,
-            next((site.module.summary() for site in sites), ""),
-            [site.path for site in sites],
-            sum(p.numel() for site in sites for p in site.module.parameters()),
-            by_weight=[site.path for site in sites if site.module.reading is not None],
-            aliases=list(dict.fromkeys(name for site in sites for name in names.get(id(site.target), [])[1:])),
-        )
+        return described(self.backbone, self._record, self._sites, attached=self.attached)
 
 
 def deltas(backbone: nn.Module) -> list[Delta]:

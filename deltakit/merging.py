@@ -12,29 +12,64 @@ from deltakit.state import Record, Site, records_of, tensors_of
 
 
 @torch.no_grad()
-def merge(backbone: nn.Module, record: Record, sites: Sequence[Site]) -> None:
+def merge(backbone: nn.Module, record: Record, sites: Sequence[Site], quantize: Quantize | None = None) -> None:
     """Adds the weight updates of a delta to the weights, in float32 or wider, and keeps the weights as they were.
 
     Subtracting instead of keeping a copy would leave one in eight bfloat16 weights changed (measured).
 
     Raises:
-        TargetError: if a method is no change of weights, or the weights are not in floating point.
+        TargetError: if a method is no change of weights, or the weights are not in floating point and `quantize` is not given.
         StateError: if a weight is tied, or another delta is merged into it.
     """
     parameters = dict(tensors_of(backbone))
     updates: dict[str, Tensor] = {}
     together: set[str] = set()
+    dtypes: dict[str, torch.dtype] = {}
     for site in sites:
         for name, update in _update(site).items():
             updates[name] = updates[name] + update if name in updates else update
+            dtypes[name] = next(site.module.parameters()).dtype
             reading = site.module.reading
             tied = reading is not None and any(other.owner != reading.owner for other in reading.also)
             together |= {name} if tied else set()
-    _check(backbone, record, updates, parameters, together)
-    merged = {name: (wide(parameters[name]) + update).to(parameters[name].dtype) for name, update in updates.items()}
-    record.merged = {name: parameters[name].detach().clone() for name in updates}
+    _check(backbone, record, updates, parameters, together, quantised_too=quantize is not None)
+    rounded = [name for name in updates if is_quantised(parameters[name])]
+    plain = [name for name in updates if name not in rounded]
+    merged = {name: (wide(parameters[name]) + updates[name]).to(parameters[name].dtype) for name in plain}
+    if quantize is not None and rounded:
+        _merge_rounded(backbone, record, {name: (updates[name], dtypes[name]) for name in rounded}, quantize)
+    record.merged |= {name: parameters[name].detach().clone() for name in plain}
     for name, value in merged.items():
         parameters[name].copy_(value)
+
+
+def _merge_rounded(
+    backbone: nn.Module, record: Record, updates: Mapping[str, tuple[Tensor, torch.dtype]], quantize: Quantize
+) -> None:
+    """Merges into quantised weights, all or none, and says in a warning what rounding lost."""
+    found: dict[str, Rounded] = {}
+    was = {name: _holder(backbone, name)._parameters["weight"] for name in updates}
+    try:
+        for name, (update, dtype) in updates.items():
+            found[name] = merge_quantised(_holder(backbone, name), update, dtype, quantize, path=name)
+    except BaseException:
+        for name, weight in was.items():
+            _holder(backbone, name)._parameters["weight"] = weight
+        raise
+    record.merged = {name: weight for name, weight in was.items() if weight is not None}
+    shares = {name: math.sqrt(one.lost / one.whole) if one.whole else 0.0 for name, one in found.items()}
+    whole, lost = (sum(one[part] for one in found.values()) for part in (2, 1))
+    worst = max(shares, key=lambda name: shares[name])
+    warnings.warn(
+        f"delta {record.name!r} is merged into {len(found)} quantised weights: rounding moved them by "
+        f"{math.sqrt(lost / whole) if whole else 0:.1%} of the update's norm, at most by {shares[worst]:.1%} at {worst}",
+        DeltaWarning,
+        stacklevel=4,
+    )
+
+
+def _holder(backbone: nn.Module, name: str) -> nn.Module:
+    return backbone.get_submodule(name.rpartition(".")[0])
 
 
 @torch.no_grad()
@@ -42,7 +77,10 @@ def unmerge(backbone: nn.Module, record: Record) -> None:
     """Puts back the weights as they were before merging, bit for bit."""
     parameters = dict(tensors_of(backbone))
     for name, value in record.merged.items():
-        parameters[name].copy_(value)
+        if is_quantised(value):
+            _holder(backbone, name)._parameters["weight"] = value  # type: ignore[assignment]
+        else:
+            parameters[name].copy_(value)
     record.merged = {}
 
 
@@ -60,6 +98,8 @@ def _check(
     updates: dict[str, Tensor],
     parameters: dict[str, Tensor],
     together: set[str],
+    *,
+    quantised_too: bool,
 ) -> None:
     for name, update in updates.items():
         if name not in parameters:

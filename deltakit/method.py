@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from deltakit.activations import hidden_input, hidden_output, replace_hidden
-from deltakit.errors import CheckpointError, OptionError, TargetError
+from deltakit.errors import CheckpointError, TargetError
 from deltakit.rows import Rows
+from deltakit.selectors import type_names
 
 METHODS: dict[str, type["Method"]] = {}
 """Every method by its name; filled as their classes are defined."""
@@ -84,6 +86,14 @@ class DeltaModule(nn.Module):
         """Whether the delta takes part in forwards: active, and not merged into the weights."""
         return self.record is None or (self.record.active and not self.record.merged)
 
+    scales: ClassVar[bool | None] = None
+    """Whether its effect can be scaled (`Delta.scale`); None: if it overrides `forward` alone, or works by the weight."""
+
+    @property
+    def strength(self) -> float:
+        """How much of its effect the delta has: `Delta.scale`."""
+        return 1.0 if self.record is None else float(self.record.scale)
+
     by_rows: ClassVar[bool | None] = None
     """Whether rows of a batch may each have their own delta (`rows`); None: if it only acts behind its target."""
 
@@ -108,6 +118,7 @@ class DeltaModule(nn.Module):
         return replace_hidden(output, y.index_copy(0, rows, part))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """What the target shall return for the input x instead of y, which must stay as it is."""
         raise NotImplementedError(f"{type(self).__name__} overrides neither forward nor after")
 
     def before(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -117,7 +128,8 @@ class DeltaModule(nn.Module):
     def after(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """What the target shall return instead of `output`."""
         y = hidden_output(output)
-        return replace_hidden(output, self(hidden_input(args, kwargs), y))
+        new = self(hidden_input(args, kwargs), y)
+        return replace_hidden(output, new if self.strength == 1 else torch.lerp(y, new, self.strength))
 
     def weight_update(self, target: nn.Module) -> Mapping[str, Tensor]:
         """What merging adds to each parameter of the target, by the parameter's name, in float32 or wider.
@@ -155,6 +167,13 @@ class DeltaModule(nn.Module):
     def summary(self) -> str:
         """The configuration in a few words for trees and reports, such as `r=8 alpha=16`."""
         return ""
+
+
+def can_scale(delta: DeltaModule) -> bool:
+    """Whether the effect of a delta module can be scaled: what it adds to an output, or to a weight."""
+    kind = type(delta)
+    added = kind.after is DeltaModule.after and kind.forward is not DeltaModule.forward
+    return delta.reading is not None or (added if kind.scales is None else kind.scales)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,20 +282,3 @@ class Method:
         if unknown:
             raise CheckpointError(f"method {name!r} has no option {', '.join(unknown)}; a newer deltakit wrote this")
         return kind(**options)
-
-
-def type_names(
-    of: type[nn.Module] | str | Sequence[type[nn.Module] | str] | None,
-) -> tuple[str, ...] | None:
-    """The types of a `of=` as names, so that a method can be saved. None stays None (any type).
-
-    >>> type_names(nn.Linear)
-    ('torch.nn.modules.linear.Linear',)
-    """
-    if of is None:
-        return None
-    kinds = tuple(of) if isinstance(of, tuple | list) else (of,)
-    for kind in kinds:
-        if not isinstance(kind, str | type):
-            raise OptionError(f"of={kind!r}: expected a module class or its name, found {type(kind).__name__}")
-    return tuple(kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)

@@ -174,3 +174,20 @@ def _nearest(selector: str, leaves: Iterable[str], paths: Sequence[str]) -> list
     wanted = [name for name in alternatives(selector.split(".")[-1], selector) if name.strip("*")]
     near = {name for want in wanted for name in get_close_matches(want, leaves, n=3, cutoff=0.6)}
     return [path for path in paths if path.rpartition(".")[2] in near][:3]
+
+
+def type_names(
+    of: type[nn.Module] | str | Sequence[type[nn.Module] | str] | None,
+) -> tuple[str, ...] | None:
+    """The types of a `of=` as names, so that a method can be saved. None stays None (any type).
+
+    >>> type_names(nn.Linear)
+    ('torch.nn.modules.linear.Linear',)
+    """
+    if of is None:
+        return None
+    kinds = tuple(of) if isinstance(of, tuple | list) else (of,)
+    for kind in kinds:
+        if not isinstance(kind, str | type):
+            raise OptionError(f"of={kind!r}: expected a module class or its name, found {type(kind).__name__}")
+    return tuple(kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)

@@ -4,6 +4,7 @@ The state that all its modules need stands in one `Record`, which they share; so
 copy of its backbone, sees one consistent state.
 """
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from deltakit.batches import Batch
-from deltakit.errors import StateError
+from deltakit.errors import OptionError, StateError
 from deltakit.freeze import Ledger
-from deltakit.method import DeltaModule, Method
+from deltakit.method import DeltaModule, Method, can_scale
 from deltakit.paths import join, own_modules
 
 
@@ -32,6 +33,8 @@ class Record:
     train: tuple[str, ...] = ()
     """The selectors of the backbone modules that are trained whole."""
     active: bool = True
+    scale: float = 1.0
+    """How much of its effect it has in forwards."""
     batch: Batch | None = None
     """Which rows of a batch belong to which delta, while `rows` says so."""
     checked: bool = False
@@ -222,6 +225,23 @@ def refuse_in_rows(name: str, record: Record) -> None:
     """Raises `StateError` if a delta is to come or go while rows of a batch belong to those on its backbone."""
     if record.batch is not None:
         raise StateError(f"delta {name!r}: a rows() block holds on its backbone; leave it before attach or detach")
+
+
+def check_scale(record: Record, sites: Sequence[Site], scale: float) -> None:
+    """Raises `OptionError` if a scale is none, `StateError` if the delta cannot take one, or not now."""
+    name = record.name
+    if not math.isfinite(scale):
+        raise OptionError(f"delta {name!r}: scale={scale!r}: expected a finite number")
+    if record.merged:
+        raise StateError(f"delta {name!r} is merged into the weights: unmerge() it before changing scale")
+    if record.batch is not None:
+        raise StateError(f"delta {name!r}: a rows() block holds on its backbone; leave it before changing scale")
+    for site in sites:
+        if not can_scale(site.module):
+            raise StateError(
+                f"{site.path}: a {type(site.module).__name__} is not a change that is added to an output, so it has no scale; "
+                "switch it off by active, or leave it as it is"
+            )
 
 
 def free_name(wanted: str, others: list[Record], *, chosen: bool) -> str:

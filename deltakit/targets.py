@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from deltakit.errors import RoleError
-from deltakit.method import Method, Selector, Target, type_names
+from deltakit.method import Method, Selector, Target
 from deltakit.modules import Modules
 
 

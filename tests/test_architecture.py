@@ -60,6 +60,7 @@ ORDER = [
     "hub",
     "merging",
     "values",
+    "describe",
     "delta",
     "plan",
     "rows_of_batch",

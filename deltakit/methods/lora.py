@@ -77,13 +77,16 @@ class LoRAFactors(DeltaModule):
 class LoRADelta(LoRAFactors):
     """LoRA behind a linear layer, or behind the rows of a fused projection."""
 
+    scales = True
+
     def after(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if type(output) is not Tensor:
             return super().after(target, args, kwargs, output)
         layer, alone = fresh(target, self)
         x = args[0] if args else hidden_input(args, kwargs)
         if layer is not None and self.rows is None and not torch.is_grad_enabled() and not self.hooked:
-            few = of_few_tokens(output, x, self._parameters.get("A"), self._parameters.get("B"), self.scale)
+            scale = self.scale if self.record is None else self.scale * self.record.scale
+            few = of_few_tokens(output, x, self._parameters.get("A"), self._parameters.get("B"), scale)
             if few is not None:
                 return few
         return self(x, output, layer, alone)
@@ -103,7 +106,7 @@ class LoRADelta(LoRAFactors):
     def factors(self) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]:
         """A, and B with the scale in it and zeros for the rows that are none of its own."""
         b = self.rows.spread(self.B.mT).mT if self.rows is not None else self.B
-        return self.A, self.scale * b
+        return self.A, self.scale * self.strength * b
 
     @property
     def hooked(self) -> bool:
@@ -127,7 +130,7 @@ class LoRADelta(LoRAFactors):
         if self.rows is not None:
             # Rows that stand together are a part of the output; interleaved ones are spread over it with zeros between.
             b, start = (b, self.rows.start) if self.rows.groups == 1 else (self.rows.spread(b.mT).mT, 0)
-        return add_low_rank(y, x, a, b, Product(self.scale, start, self.keep), layer, alone)
+        return add_low_rank(y, x, a, b, Product(self.scale * self.strength, start, self.keep), layer, alone)
 
 
 class LoRAParameterDelta(LoRAFactors):
@@ -181,6 +184,8 @@ class LoRAConvDelta(LoRAFactors):
     Both together are the convolution with the weight B A, of rank r over all groups.
     """
 
+    scales = True
+
     def __init__(self, target: nn.modules.conv._ConvNd, options: "LoRA", **like: Any) -> None:
         self.groups = target.groups
         self.shape = (target.in_channels // target.groups, *target.kernel_size)
@@ -189,7 +194,7 @@ class LoRAConvDelta(LoRAFactors):
     def after(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         x = self.dropped(hidden_input(args, kwargs)).to(self.A.dtype)
         down = self.A.view(-1, *self.shape).repeat(self.groups, *[1] * len(self.shape))
-        h = target._conv_forward(x, down, None) * self.scale  # type: ignore[operator]
+        h = target._conv_forward(x, down, None) * (self.scale * self.strength)  # type: ignore[operator]
         up = self.B[(..., *[None] * (len(self.shape) - 1))]
         return output + _CONVOLUTIONS[len(self.shape) - 2](h, up, groups=self.groups).to(output.dtype)
 

@@ -1,0 +1,66 @@
+"""Merging into quantised weights, by the quantiser that the user gives, and what its rounding loses."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from deltakit.errors import TargetError
+from deltakit.linears import is_compute_dtype, linear_sizes
+from deltakit.shapes import wide
+
+Quantize = Callable[[nn.Linear], Any]
+
+
+class Rounded(NamedTuple):
+    """The quantised weight that now stands on a layer; the squared norms of what rounding lost, and of the update."""
+
+    weight: nn.Parameter
+    lost: float
+    whole: float
+
+
+def is_quantised(weight: Tensor) -> bool:
+    """Whether a weight is held as something else than plain numbers that one computes with."""
+    return type(weight) not in (Tensor, nn.Parameter) or not is_compute_dtype(weight.dtype)
+
+
+def merge_quantised(
+    layer: nn.Module, update: Float[Tensor, "d_out d_in"], dtype: torch.dtype, quantize: Quantize, *, path: str
+) -> Rounded:
+    """The weight with an update, quantised again and put on the layer. `dtype`: what the layer computes in.
+
+    Raises:
+        TargetError: if the module is no linear layer, the quantiser gives no quantised weight, or the layer does not use it.
+    """
+    sizes = linear_sizes(layer)
+    if sizes is None or update.shape != (sizes[1], sizes[0]):
+        raise TargetError(
+            f"{path}: expected a quantised linear layer of {update.shape[1]} to {update.shape[0]} to merge into, found a "
+            f"{type(layer).__name__}; leave the delta attached"
+        )
+    before = _values(layer, sizes[0], dtype)
+    wanted = before + update.to(before)
+    sum_of_both = nn.Linear(*sizes, bias=False, dtype=dtype, device=before.device).requires_grad_(False)
+    sum_of_both.weight.copy_(wanted)
+    made = quantize(sum_of_both)
+    weight = (sum_of_both if made is None else made).weight
+    if not isinstance(weight, nn.Parameter) or not is_quantised(weight):
+        raise TargetError(f"{path}: quantize= left the weight as it is, in {weight.dtype}; expected it to quantise a linear layer")
+    layer._parameters["weight"] = weight.requires_grad_(False)
+    after = _values(layer, sizes[0], dtype)
+    if torch.equal(after, before) and update.any():
+        raise TargetError(
+            f"{path}: this {type(layer).__name__} computes as before with the weight that quantize= made, as if nothing was "
+            "merged: rounding lost all, or it keeps another copy of its weight; leave the delta attached"
+        )
+    return Rounded(weight, float((after - wanted).square().sum()), float(update.square().sum()))
+
+
+def _values(layer: nn.Module, d_in: int, dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:
+    """What the layer computes with, in float32 or wider: what its forward, without hooks, makes of each unit vector."""
+    units = torch.eye(d_in, dtype=dtype, device=layer.weight.device)  # type: ignore[arg-type]
+    made, bias = layer.forward(units), getattr(layer, "bias", None)
+    return wide(made if bias is None else made - bias).mT
