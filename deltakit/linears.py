@@ -2,6 +2,7 @@
 
 import sys
 
+import torch
 from torch import Tensor, nn
 
 
@@ -36,3 +37,12 @@ def projection_sizes(module: nn.Module) -> tuple[int, int] | None:
         pointwise = set(module.kernel_size) == {1} and set(module.stride) == {1}
         return (module.in_channels, module.out_channels) if pointwise else None
     return linear_sizes(module)
+
+
+def is_compute_dtype(dtype: torch.dtype) -> bool:
+    """Whether a dtype is one to compute in: in fewer than 16 bits floating-point numbers are quantised weights.
+
+    >>> is_compute_dtype(torch.bfloat16), is_compute_dtype(torch.float8_e4m3fn), is_compute_dtype(torch.int8)
+    (True, False, False)
+    """
+    return dtype.is_floating_point and dtype.itemsize > 1

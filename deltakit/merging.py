@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from deltakit.errors import StateError, TargetError
+from deltakit.linears import is_compute_dtype
 from deltakit.paths import join
 from deltakit.shapes import wide
 from deltakit.state import Record, Site, records_of, tensors_of
@@ -104,13 +105,13 @@ def _check(
     for name, update in updates.items():
         if name not in parameters:
             raise TargetError(
-                f"{name}: expected a parameter to merge into, found none of that name (is it computed from others, as by "
-                "weight_norm?); leave the delta attached"
+                f"{name}: expected a parameter to merge into, found none of that name (is it packed by a quantiser, or "
+                "computed from others as by weight_norm?); leave the delta attached"
             )
         weight = parameters[name]
         plain = type(weight) in (Tensor, nn.Parameter)
         found = f"{weight.dtype} {tuple(weight.shape)}" + ("" if plain else f" as {type(weight).__name__}")
-        if not plain or not torch.is_floating_point(weight) or weight.shape != update.shape:
+        if not plain or not is_compute_dtype(weight.dtype) or weight.shape != update.shape:
             raise TargetError(
                 f"{name}: expected a floating-point weight of shape {tuple(update.shape)} to merge into, found "
                 f"{found}; leave the delta attached"

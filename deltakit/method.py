@@ -49,7 +49,8 @@ class Target:
 
     Its path; the module that it is, or that holds it; and other paths under which the same instance is registered.
     `width` is the size of the hidden states in the block around it, in elements, where the structure tells. `reading`
-    says where its weight is read without the module being called, `tied` under which other names it is held.
+    says where its weight is read without the module being called, `tied` under which other names it is held. `around` is
+    the dtype of the nearest parameters around it that are in floating point.
     """
 
     path: str
@@ -60,6 +61,7 @@ class Target:
     rows: Rows | None = None
     reading: Reading | None = None
     tied: tuple[str, ...] = ()
+    around: torch.dtype | None = None
 
 
 class DeltaModule(nn.Module):

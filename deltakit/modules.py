@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 from torch import nn
 
 from deltakit.errors import RoleError, SelectorError, TargetError
 from deltakit.fused import Fused
 from deltakit.inference import infer_roles
 from deltakit.inference.walk import above
+from deltakit.linears import is_compute_dtype
 from deltakit.method import Selector, Target
 from deltakit.paths import held_at, is_of, join, own_modules, split_rows
 from deltakit.readings import Readings
@@ -121,7 +123,14 @@ class Modules:
             rows=self.fused.rows_at(base, letter) if letter else None,
             reading=self.readings.of(owner, parameter),
             tied=tuple(self.readings.other_names(owner, parameter or "weight")) if tensor is not None else (),
+            around=self._dtype_around(owner),
         )
+
+    def _dtype_around(self, path: str) -> torch.dtype | None:
+        """The dtype of the nearest parameters that are in floating point: in the module itself, or in those around it."""
+        near = (own_modules(self.by_path[name]) for name in above(path))
+        dtypes = (p.dtype for found in near for _, m in found for p in m._parameters.values() if p is not None)
+        return next(filter(is_compute_dtype, dtypes), None)
 
     def _width(self, path: str) -> int | None:
         return next((self._widths[name] for name in above(path) if name in self._widths), None)

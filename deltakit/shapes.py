@@ -1,14 +1,16 @@
 """What sizes and dtypes a target works with, read from its weights: no forward is needed."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from deltakit.errors import TargetError
-from deltakit.linears import linear_sizes
+from deltakit.linears import is_compute_dtype, linear_sizes
 from deltakit.method import Target
+from deltakit.paths import own_modules
 
 
 def sizes(target: Target, method: str) -> tuple[int, int]:
@@ -74,24 +76,44 @@ def output_size(target: Target, method: str) -> int:
 
 
 def dtype_of(target: Target) -> torch.dtype:
-    """The floating-point dtype that a target computes in: its weight's, or the one it is quantised for.
+    """The floating-point dtype that a target computes in: its weight's; where that is quantised the module's
+    `compute_dtype`, that of its other tensors (a bias, scales), or that of the parameters nearest around it.
 
     Raises:
-        TargetError: if its weights are integers and it does not say what it computes in.
+        TargetError: if its weights are quantised and nothing says what it computes in.
     """
-    parameters = _weights(target)
-    if not parameters:
+    tensors = _tensors(target)
+    if not tensors:
         raise TargetError(
             f"{target.path}: a {type(target.module).__name__} has no parameters: its dtype and device are unknown; "
             "expected a module with weights"
         )
-    for dtype in (parameters[0].dtype, getattr(target.module, "compute_dtype", None)):
-        if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+    for dtype in _dtypes(target):
+        if isinstance(dtype, torch.dtype) and is_compute_dtype(dtype):
             return dtype
+    if target.parameter:
+        raise TargetError(
+            f"{target.path}: expected a parameter in floating point of at least 16 bits to add an update to, found "
+            f"{tensors[0].dtype}; name the module around it, whose output is in floating point"
+        )
     raise TargetError(
-        f"{target.path}: the weight of this {type(target.module).__name__} is {parameters[0].dtype} and it has no "
+        f"{target.path}: the weight of this {type(target.module).__name__} is {tensors[0].dtype} and it has no "
         "compute_dtype: the dtype of its output is unknown; expected a floating-point output"
     )
+
+
+def _dtypes(target: Target) -> Iterator[object]:
+    """What may say the dtype that a target computes in, the surest first."""
+    if target.parameter:
+        yield from (tensor.dtype for tensor in _tensors(target))
+        return
+    modules = [module for _, module in own_modules(target.module)]
+    for module in modules:
+        own = [parameter.dtype for parameter in module._parameters.values() if parameter is not None]
+        yield from (*own[:1], getattr(module, "compute_dtype", None), *own[1:])
+    # Packed weights are buffers, and so are what goes with them.
+    yield from (buffer.dtype for module in modules for buffer in _saved_buffers(module))
+    yield target.around
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:
@@ -103,11 +125,21 @@ def like(target: Target) -> dict[str, Any]:
     """The dtype and device that a delta module for a target is built with, as keyword arguments of torch's factories.
 
     Raises:
-        TargetError: if the target has no weights, or integer ones without saying what it computes in.
+        TargetError: if the target has no weights, or quantised ones and nothing says what it computes in.
     """
-    return {"dtype": dtype_of(target), "device": _weights(target)[0].device}
+    return {"dtype": dtype_of(target), "device": _tensors(target)[0].device}
 
 
-def _weights(target: Target) -> list[nn.Parameter]:
+def _tensors(target: Target) -> list[torch.Tensor]:
+    """The parameter that a target is, or all parameters at and below it, and then all saved buffers."""
     own = target.module._parameters.get(target.parameter) if target.parameter else None
-    return [own] if own is not None else list(target.module.parameters())
+    if own is not None:
+        return [own]
+    modules = [module for _, module in own_modules(target.module)]
+    parameters = [p for module in modules for p in module._parameters.values() if p is not None]
+    return [*parameters, *(buffer for module in modules for buffer in _saved_buffers(module))]
+
+
+def _saved_buffers(module: nn.Module) -> list[torch.Tensor]:
+    left_out = module._non_persistent_buffers_set
+    return [buffer for name, buffer in module._buffers.items() if buffer is not None and name not in left_out]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from deltakit.batches import Batch
 from deltakit.errors import OptionError, StateError
 from deltakit.freeze import Ledger
+from deltakit.linears import is_compute_dtype, linear_sizes
 from deltakit.method import DeltaModule, Method, can_scale
 from deltakit.paths import join, own_modules
 
@@ -143,7 +144,7 @@ def whole_names(backbone: nn.Module, paths: list[str]) -> list[str]:
     """The names of all parameters and saved buffers at and below these paths.
 
     Raises:
-        StateError: if one of them is tied to a parameter outside, which would be trained too.
+        StateError: if one of them is tied to a parameter outside, which would be trained too, or is quantised.
     """
     below = tuple(join(path, "") if path else "" for path in paths)
     inside: dict[str, Tensor] = {}
@@ -152,6 +153,7 @@ def whole_names(backbone: nn.Module, paths: list[str]) -> list[str]:
     for path, module in own_modules(backbone, every_name=True):
         for name, tensor in tensors_in(path, module):
             if name.startswith(below):
+                _refuse_quantised(path, module)
                 inside[name] = tensor
                 held.add(id(module))
             else:
@@ -167,6 +169,17 @@ def whole_names(backbone: nn.Module, paths: list[str]) -> list[str]:
     if not inside:
         raise StateError(f"train: no parameters in {', '.join(paths)}; expected modules with parameters of their own")
     return list(inside)
+
+
+def _refuse_quantised(path: str, module: nn.Module) -> None:
+    own = [parameter.dtype for parameter in module._parameters.values() if parameter is not None]
+    quantised = [dtype for dtype in own if not (is_compute_dtype(dtype) or dtype.is_complex)]
+    if quantised or (linear_sizes(module) is not None and not own):
+        found = f"in {quantised[0]}" if quantised else "packed in buffers"
+        raise StateError(
+            f"train: {path or 'the backbone'} is a {type(module).__name__} with weights {found}: expected parameters in "
+            "floating point; train a LoRA there, and leave it out of train="
+        )
 
 
 @torch.no_grad()
