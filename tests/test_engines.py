@@ -126,7 +126,8 @@ def test_training_quantised_weights_whole_is_an_error(kind):
     model = quantised(kind, "bert")
     before = snapshot(model)
     with pytest.raises(
-        dk.StateError, match=r"train: encoder\.layer\.0\.intermediate\.dense is a \w+ with weights (in torch|packed in b)"
+        dk.StateError,
+        match=r"train: encoder\.layer\.0\.intermediate\.dense is a \w+ with weights (in torch|packed in b)",
     ):
         dk.attach(model, dk.LoRA(r=2), train="@ff.up")
     same(before, snapshot(model))
