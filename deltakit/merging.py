@@ -1,13 +1,15 @@
 """Merging a delta into the backbone's weights, and exactly out of them again from a saved copy."""
 
-from collections.abc import Sequence
+import math
+import warnings
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from deltakit.errors import StateError, TargetError
-from deltakit.linears import is_compute_dtype
+from deltakit.errors import DeltaWarning, StateError, TargetError
 from deltakit.paths import join
+from deltakit.quantised import Quantize, Rounded, is_quantised, merge_quantised
 from deltakit.shapes import wide
 from deltakit.state import Record, Site, records_of, tensors_of
 
@@ -63,7 +65,7 @@ def _merge_rounded(
     worst = max(shares, key=lambda name: shares[name])
     warnings.warn(
         f"delta {record.name!r} is merged into {len(found)} quantised weights: rounding moved them by "
-        f"{math.sqrt(lost / whole) if whole else 0:.1%} of the update's norm, at most by {shares[worst]:.1%} at {worst}",
+        f"{math.sqrt(lost / whole) if whole else 0:.3g} of the update's norm, at most by {shares[worst]:.3g} at {worst}",
         DeltaWarning,
         stacklevel=4,
     )
@@ -90,7 +92,7 @@ def _update(site: Site) -> dict[str, Tensor]:
         update = site.module.weight_update(site.target)
     except TargetError as error:
         raise TargetError(f"{site.path}: {error}") from error
-    return {join(site.owner, name): value for name, value in update.items()}
+    return {join(site.owner, name): value * site.module.strength for name, value in update.items()}
 
 
 def _check(
@@ -109,12 +111,15 @@ def _check(
                 "computed from others as by weight_norm?); leave the delta attached"
             )
         weight = parameters[name]
-        plain = type(weight) in (Tensor, nn.Parameter)
-        found = f"{weight.dtype} {tuple(weight.shape)}" + ("" if plain else f" as {type(weight).__name__}")
-        if not plain or not is_compute_dtype(weight.dtype) or weight.shape != update.shape:
+        quantised = is_quantised(weight)
+        if quantised and quantised_too and name.endswith(".weight"):
+            continue
+        if quantised or weight.shape != update.shape:
+            kind = "" if type(weight) in (Tensor, nn.Parameter) else f" as {type(weight).__name__}"
             raise TargetError(
                 f"{name}: expected a floating-point weight of shape {tuple(update.shape)} to merge into, found "
-                f"{found}; leave the delta attached"
+                f"{weight.dtype} {tuple(weight.shape)}{kind}; leave the delta attached"
+                + (", or say by quantize= how it is to be quantised again" if quantised else "")
             )
         tied = [other for other, tensor in parameters.items() if tensor is weight and other != name]
         # One update of a tied weight, in all places that hold it, is what the delta does while it is attached.

@@ -20,7 +20,9 @@ from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from itertools import product
 
-from deltakit.errors import SelectorError
+from torch import nn
+
+from deltakit.errors import OptionError, SelectorError
 from deltakit.folding import expand
 
 Roles = Callable[[str], Sequence[str]]

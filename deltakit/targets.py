@@ -7,6 +7,7 @@ from torch import nn
 from deltakit.errors import RoleError
 from deltakit.method import Method, Selector, Target
 from deltakit.modules import Modules
+from deltakit.selectors import type_names
 
 
 def select(

@@ -58,6 +58,7 @@ ORDER = [
     "config",
     "card",
     "hub",
+    "quantised",
     "merging",
     "values",
     "describe",

@@ -96,6 +96,23 @@ def test_merging_into_quantised_weights_is_an_error(kind, architecture):
         delta.detach()
 
 
+@BOTH
+def test_merging_into_quantised_weights_by_their_quantiser(architecture):
+    model = quantised("bitsandbytes_4bit", architecture)
+    bare = run(model, architecture)
+    delta = randomize(dk.attach(model, dk.LoRA(r=2)), 0.3)
+    trained = run(model, architecture)
+    with pytest.warns(dk.DeltaWarning, match="quantised weights: rounding moved them by"):
+        delta.merge(quantize=lambda linear: KINDS["bitsandbytes_4bit"](linear, torch.float32))
+    merged = run(model, architecture)
+    assert (merged - trained).norm() < 0.3 * (bare - trained).norm()
+    assert torch.equal(run(delta.unmerge().backbone, architecture), trained)
+    model = quantised("bitsandbytes_8bit", architecture)
+    delta = randomize(dk.attach(model, dk.LoRA(r=2)), 0.3)
+    with pytest.raises(dk.TargetError, match="Linear8bitLt does not compute with the weight that quantize= made"):
+        delta.merge(quantize=lambda linear: KINDS["bitsandbytes_8bit"](linear, torch.float32))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bias_beside_quantised_weights_is_merged_into(kind):
     model = quantised(kind, "bert")
