@@ -87,6 +87,10 @@ def of_few_tokens(y: Tensor, x: Tensor, a: Tensor | None, b: Tensor | None, scal
     """
     if a is None or b is None or x.numel() > _FEW * x.shape[-1] or a.dtype is not x.dtype or _only_plain(x, y, a):
         return None
+    if x.numel() == x.shape[-1] and x.dtype.itemsize > 2:
+        # Two products with vectors: 5.2 us where the line below takes 6.9 (768 features); in 16 bits they are slower.
+        y.view(-1).addmv_(b, a.mv(x.view(-1)), alpha=scale)
+        return y
     return y.add_(F.linear(F.linear(x, a), b), alpha=scale)
 
 
