@@ -26,6 +26,7 @@ from deltakit.state import (
     key_of,
     refresh_gradients,
     refuse_in_rows,
+    shapes_of,
     sites_of,
     swap_whole,
     take_whole,
@@ -150,6 +151,8 @@ class Delta:
         for site in self._sites:
             if site.module.record is not record:
                 site.module.record = record
+            if site.module.shapes is None:
+                site.module.shapes = shapes_of(site.module)
             put(self.backbone, site.target, key_of(record, site.method, site.module.place), site.module)
         swap_whole(self.backbone, record)
         self._settle()
@@ -229,7 +232,11 @@ class Delta:
         return sum(parameter.numel() for parameter in self.parameters())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The delta's tensors as its file holds them: path, method and parameter name; never the delta's name."""
+        """The delta's tensors as its file holds them: path, method and parameter name; never the delta's name.
+
+        Raises:
+            StateError: if an engine left only a part of a tensor in this process, and it is not known how to put it together.
+        """
         return values.state_dict(self.backbone, self._record, self._sites)
 
     def load_state_dict(self, state: Mapping[str, Tensor], *, where: str = "the state dict") -> None:
@@ -250,7 +257,7 @@ class Delta:
         Where the delta is spread over processes (FSDP2), every process must call it; the first one writes.
 
         Raises:
-            StateError: if its scale is not 1.
+            StateError: if its scale is not 1, or this process has only a part of the delta (FSDP1, DeepSpeed ZeRO-3).
         """
         if self.scale != 1:
             raise StateError(

@@ -88,6 +88,9 @@ class DeltaModule(nn.Module):
         """Whether the delta takes part in forwards: active, and not merged into the weights."""
         return self.record is None or (self.record.active and not self.record.merged)
 
+    shapes: Mapping[str, torch.Size] | None = None
+    """The shapes of its parameters as it was attached: an engine may keep only a part of them in a process."""
+
     scales: ClassVar[bool | None] = None
     """Whether its effect can be scaled (`Delta.scale`); None: if it overrides `forward` alone, or works by the weight."""
 

@@ -240,6 +240,13 @@ def refuse_in_rows(name: str, record: Record) -> None:
         raise StateError(f"delta {name!r}: a rows() block holds on its backbone; leave it before attach or detach")
 
 
+def shapes_of(module: nn.Module) -> dict[str, torch.Size]:
+    """The shapes of a module's parameters by name."""
+    # Most delta modules are flat, and this is asked at each attach.
+    own = module.named_parameters() if module._modules else module._parameters.items()
+    return {name: parameter.shape for name, parameter in own if parameter is not None}
+
+
 def check_scale(record: Record, sites: Sequence[Site], scale: float) -> None:
     """Raises `OptionError` if a scale is none, `StateError` if the delta cannot take one, or not now."""
     name = record.name

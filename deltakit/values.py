@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from deltakit.errors import StateError
 from deltakit.paths import join
 from deltakit.sharding import fill, is_sharded, whole
 from deltakit.state import Record, Site, label_of, tensors_of
@@ -24,9 +25,28 @@ def named_parameters(backbone: nn.Module, record: Record, sites: Sequence[Site])
 
 def state_dict(backbone: nn.Module, record: Record, sites: Sequence[Site]) -> dict[str, Tensor]:
     """Every tensor that a delta's file holds."""
-    state = {_key(record, site, name): value for site in sites for name, value in site.module.saved_state().items()}
-    state |= {name: tensor.detach() for name, tensor in _whole(backbone, record, sites).items()}
+    state: dict[str, Tensor] = {}
+    parts: dict[str, Tensor] = {}
+    shapes = {name: tensor.shape for name, tensor in record.whole.items()}
+    for site in sites:
+        state |= {_key(record, site, name): value for name, value in site.module.saved_state().items()}
+        parts |= {_key(record, site, name): tensor for name, tensor in site.module.named_parameters()}
+        shapes |= {_key(record, site, name): shape for name, shape in (site.module.shapes or {}).items()}
+    trained_whole = {name: tensor.detach() for name, tensor in _whole(backbone, record, sites).items()}
+    state |= trained_whole
+    _refuse_parts(parts | trained_whole, shapes)
     return {name: whole(tensor) for name, tensor in state.items()}
+
+
+def _refuse_parts(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.shape != shapes.get(name, tensor.shape):
+            raise StateError(
+                f"{name}: expected shape {tuple(shapes[name])} as it was attached, found {tuple(tensor.shape)}: an engine "
+                "left a part of it in this process; put it together around this call, as by "
+                "FullyShardedDataParallel.summon_full_params(model) or deepspeed.zero.GatheredParameters("
+                "list(delta.parameters())), or shard with fully_shard (FSDP2), which deltakit puts together itself"
+            )
 
 
 @torch.no_grad()

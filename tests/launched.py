@@ -1,6 +1,6 @@
 """What the launchers of `test_launchers.py` start: a delta trained under accelerate or torch's own engines, and its losses.
 
-python tests/launched.py accelerate|accelerate_fsdp2|ddp|fsdp2 FOLDER
+python tests/launched.py accelerate|accelerate_fsdp2|ddp|fsdp1|fsdp2 FOLDER
 """
 
 import faulthandler
@@ -13,6 +13,9 @@ import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
 from sharded import batch, losses, shard, to_train
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+import deltakit as dk
 
 STEPS = range(3)
 
@@ -59,10 +62,23 @@ def by_torch(engine, out):
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     model, delta = to_train()
-    found = losses(shard(model, engine), delta, STEPS, rank, size)
+    if engine == "fsdp1":
+        spread = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    else:
+        spread = shard(model, engine)
+    found = losses(spread, delta, STEPS, rank, size)
     for loss in found:
         dist.all_reduce(loss)
-    if rank == 0 or engine == "fsdp2":
+    if engine == "fsdp1":
+        try:
+            delta.save(out / "part")
+        except dk.StateError as error:
+            assert "as it was attached, found" in str(error)
+        assert not (out / "part").exists()
+        with FullyShardedDataParallel.summon_full_params(spread):
+            if rank == 0:
+                delta.save(out)
+    elif rank == 0 or engine == "fsdp2":
         delta.save(out)
     if rank == 0:
         write(out, [float(loss) / size for loss in found], engine, size, model)
@@ -71,7 +87,7 @@ def by_torch(engine, out):
 
 
 def write(out, found, engine, size, model):
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained = [name.replace("_fsdp_wrapped_module.", "") for name, p in model.named_parameters() if p.requires_grad]
     (out / "run.json").write_text(json.dumps({"losses": found, "engine": engine, "size": size, "trained": trained}))
 
 

@@ -38,9 +38,10 @@ def alone(tmp_path_factory):
         (ACCELERATE, "accelerate", "MULTI_CPU"),
         (TORCHRUN, "accelerate_fsdp2", "FSDP"),
         pytest.param(TORCHRUN, "ddp", "ddp", marks=pytest.mark.slow),
+        pytest.param(TORCHRUN, "fsdp1", "fsdp1", marks=pytest.mark.slow),
         pytest.param(TORCHRUN, "fsdp2", "fsdp2", marks=pytest.mark.slow),
     ],
-    ids=["accelerate launch", "accelerate, FSDP2", "torchrun, DDP", "torchrun, FSDP2"],
+    ids=["accelerate launch", "accelerate, FSDP2", "torchrun, DDP", "torchrun, FSDP1", "torchrun, FSDP2"],
 )
 def test_as_in_one_process(launcher, engine, name, alone, tmp_path):
     one, expected = alone
