@@ -235,7 +235,7 @@ class Delta:
         """The delta's tensors as its file holds them: path, method and parameter name; never the delta's name.
 
         Raises:
-            StateError: if an engine left only a part of a tensor in this process, and it is not known how to put it together.
+            StateError: if this process has only a part of the delta (FSDP1, DeepSpeed ZeRO-3).
         """
         return values.state_dict(self.backbone, self._record, self._sites)
 
@@ -257,7 +257,8 @@ class Delta:
         Where the delta is spread over processes (FSDP2), every process must call it; the first one writes.
 
         Raises:
-            StateError: if its scale is not 1, or this process has only a part of the delta (FSDP1, DeepSpeed ZeRO-3).
+            StateError: if its scale is not 1, or this process has only a part of it (FSDP1, DeepSpeed ZeRO-3) or, where it was
+                offloaded, none.
         """
         if self.scale != 1:
             raise StateError(
@@ -268,6 +269,7 @@ class Delta:
         config = delta_config(self.backbone, self._record, self._sites, self.num_parameters)
         sharded = any(map(is_sharded, self.parameters()))
         tensors = self.state_dict()
+        values.refuse_absent(tensors)
         if not sharded or is_first():
             checkpoint.write(path, config, tensors, model_card(config))
         if sharded:

@@ -111,6 +111,11 @@ def _check(
                 "computed from others as by weight_norm?); leave the delta attached"
             )
         weight = parameters[name]
+        if weight.is_meta:
+            raise StateError(
+                f"{name}: expected a weight to merge into, found one on the meta device: it has no values here, or is "
+                "offloaded by accelerate; merge before offloading, or leave the delta attached"
+            )
         quantised = is_quantised(weight)
         if quantised and quantised_too and name.endswith(".weight"):
             continue

@@ -127,7 +127,18 @@ def like(target: Target) -> dict[str, Any]:
     Raises:
         TargetError: if the target has no weights, or quantised ones and nothing says what it computes in.
     """
-    return {"dtype": dtype_of(target), "device": _tensors(target)[0].device}
+    return {"dtype": dtype_of(target), "device": _device_of(target)}
+
+
+def _device_of(target: Target) -> torch.device:
+    """The device that a target computes on: its weight's, or the one to which accelerate brings an offloaded weight."""
+    device = _tensors(target)[0].device
+    if device.type != "meta":
+        return device
+    hooks = (getattr(module, "_hf_hook", None) for _, module in own_modules(target.module))
+    parts = (part for hook in hooks for part in getattr(hook, "hooks", (hook,)))
+    found = (getattr(part, "execution_device", None) for part in parts)
+    return next((torch.device(place) for place in found if place is not None), device)
 
 
 def _tensors(target: Target) -> list[torch.Tensor]:

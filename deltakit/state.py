@@ -144,7 +144,8 @@ def whole_names(backbone: nn.Module, paths: list[str]) -> list[str]:
     """The names of all parameters and saved buffers at and below these paths.
 
     Raises:
-        StateError: if one of them is tied to a parameter outside, which would be trained too, or is quantised.
+        StateError: if one of them is tied to a parameter outside, which would be trained too, or is quantised
+            or offloaded.
     """
     below = tuple(join(path, "") if path else "" for path in paths)
     inside: dict[str, Tensor] = {}
@@ -154,6 +155,7 @@ def whole_names(backbone: nn.Module, paths: list[str]) -> list[str]:
         for name, tensor in tensors_in(path, module):
             if name.startswith(below):
                 _refuse_quantised(path, module)
+                _refuse_offloaded(name, tensor, module)
                 inside[name] = tensor
                 held.add(id(module))
             else:
@@ -179,6 +181,14 @@ def _refuse_quantised(path: str, module: nn.Module) -> None:
         raise StateError(
             f"train: {path or 'the backbone'} is a {type(module).__name__} with weights {found}: expected parameters in "
             "floating point; train a LoRA there, and leave it out of train="
+        )
+
+
+def _refuse_offloaded(name: str, tensor: Tensor, module: nn.Module) -> None:
+    if tensor.is_meta and hasattr(module, "_hf_hook"):
+        raise StateError(
+            f"train: {name} is offloaded by accelerate: expected values in memory; give it a device in the device_map, or "
+            "leave it out of train="
         )
 
 

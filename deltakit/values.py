@@ -49,6 +49,16 @@ def _refuse_parts(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size
             )
 
 
+def refuse_absent(state: Mapping[str, Tensor]) -> None:
+    """Raises `StateError` if a tensor has no values in memory."""
+    for name, tensor in state.items():
+        if tensor.is_meta:
+            raise StateError(
+                f"{name}: expected values to save, found a tensor on the meta device: the model was offloaded after "
+                "attaching, so that this delta can run and not be trained or saved; offload first and attach afterwards"
+            )
+
+
 @torch.no_grad()
 def load_state_dict(backbone: nn.Module, record: Record, sites: Sequence[Site], state: Mapping[str, Tensor]) -> None:
     """Takes over a state dict of exactly the delta's names and shapes."""

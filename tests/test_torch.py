@@ -137,22 +137,71 @@ def test_jit_trace_and_export():
     torch.testing.assert_close(exported(ids()), model(ids()))
 
 
-def test_offloaded_to_disk_and_cpu(tmp_path):
+PLACES = {"embed": "cpu", "layers.0": "cpu", "layers.1": "disk", "norm": "cpu", "classifier": "disk"}
+OFFLOADS = {
+    "cpu": lambda model, folder: accelerate.cpu_offload(model, execution_device="cpu"),
+    "disk": lambda model, folder: accelerate.disk_offload(model, folder, execution_device="cpu"),
+    "device_map": lambda model, folder: accelerate.dispatch_model(
+        model, PLACES, main_device="cpu", offload_dir=folder, force_hooks=True
+    ),
+}
+METHODS = (dk.LoRA(r=3), dk.Adapter(size=2), dk.BitFit(), dk.Prefix(tokens=2))
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize(
+    "methods", [*((method,) for method in METHODS), METHODS], ids=lambda m: "+".join(x.name for x in m)
+)
+def test_a_delta_on_what_is_offloaded_is_trained_and_saved_as_on_what_is_not(offload, methods, tmp_path):
+    torch.manual_seed(0)
+    here = Transformer().eval()
+    there = OFFLOADS[offload](copy.deepcopy(here), tmp_path / "weights")
+    assert there.layers[1].self_attn.q_proj.weight.is_meta
+    both = [(model, dk.attach(model, *methods)) for model in (here, there)]
+    both[1][1].load_state_dict(randomize(both[0][1]).state_dict())
+    for _ in range(2):
+        for model, delta in both:
+            model(ids()).square().mean().backward()
+            with torch.no_grad():
+                for parameter in delta.parameters():
+                    parameter.sub_(parameter.grad)
+                    parameter.grad = None
+    for name, value in both[0][1].state_dict().items():
+        torch.testing.assert_close(both[1][1].state_dict()[name], value)
+    torch.manual_seed(0)
+    fresh = Transformer().eval()
+    dk.load(both[1][1].save(tmp_path / "delta"), fresh)
+    torch.testing.assert_close(fresh(ids()), there(ids()))
+    both[1][1].detach()
+    both[0][1].detach()
+    assert torch.equal(there(ids()), here(ids()))
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_what_offloading_does_not_allow_is_an_error(offload, tmp_path):
+    model = OFFLOADS[offload](Transformer().eval(), tmp_path / "weights")
+    with pytest.raises(dk.StateError, match=r"train: classifier\.weight is offloaded by accelerate: expected values"):
+        dk.attach(model, dk.LoRA(r=3), train="@head")
+    delta = attached(model, dk.LoRA(r=3))
+    trained = model(ids())
+    with pytest.raises(
+        dk.StateError, match=r"layers\.\d\.self_attn\.q_proj\.weight: expected a weight to merge .* the meta device"
+    ):
+        delta.merge()
+    assert torch.equal(model(ids()), trained)
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_a_delta_that_is_offloaded_with_its_backbone_runs_and_is_not_saved(offload, tmp_path):
     model = Transformer().eval()
-    attached(model, dk.LoRA(r=3), dk.BitFit(), dk.Adapter(size=2))
+    delta = attached(model, *METHODS[:3])
     expected = model(ids())
-    accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+    OFFLOADS[offload](model, tmp_path / "weights")
     torch.testing.assert_close(model(ids()), expected)
-
-
-def test_attach_to_what_is_offloaded():
-    model = Transformer().eval()
-    twin = copy.deepcopy(model)
-    accelerate.cpu_offload(model, execution_device="cpu")
-    delta = dk.attach(twin, dk.LoRA(r=3))
-    randomize(delta)
-    offloaded = dk.attach(model, dk.LoRA(r=3))
-    assert {p.device.type for p in offloaded.parameters()} <= {"meta", "cpu"}
+    with pytest.raises(
+        dk.StateError, match=r"expected values to save, found a tensor on the meta device: .* attach aft"
+    ):
+        delta.save(tmp_path / "delta")
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama", "t5", "vit"])
