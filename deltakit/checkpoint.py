@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import safetensors
 from safetensors.torch import load_file, save_file
@@ -27,7 +28,9 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     """Writes a delta's files; each is complete under its name or not there. A model card of the user's own is kept."""
     folder.mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    parts = {name: folder / f".{name}.partial" for name in (TENSORS_FILE, CONFIG_FILE, CARD_FILE)}
+    # Every process of a group may save to one folder: each writes files of its own, and the last one stays.
+    own = uuid4().hex
+    parts = {name: folder / f".{name}.{own}.partial" for name in (TENSORS_FILE, CONFIG_FILE, CARD_FILE)}
     save_file(plain, parts[TENSORS_FILE], metadata={"format": "pt"})
     parts[CONFIG_FILE].write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     parts[CARD_FILE].write_text(f"{card.rstrip()}\n\n{_CARD_MARK}\n", encoding="utf-8")

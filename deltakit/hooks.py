@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from deltakit.calls import Ahead, Behind, Replace, Restore
-from deltakit.errors import DeltaWarning, TargetError
+from deltakit.errors import DeltaWarning, StateError, TargetError
 from deltakit.inference.walk import above, is_callable
 from deltakit.method import DeltaModule
 from deltakit.watchers import InputGradients, Ran, ReportPart, Unnested
@@ -109,6 +109,7 @@ class FirstForward:
         """Watches the modules around the targets for the time of this forward."""
         if torch.compiler.is_compiling() or not (self.record.active and not self.record.merged):
             return
+        self._refuse_offloaded(backbone)
         self.watched = []
         around: dict[nn.Module, Ran] = {}
         for path, module in backbone.named_modules():
@@ -136,9 +137,10 @@ class FirstForward:
         skipped = [(path, module, delta) for path, module, delta, around in dead if around.fired]
         if skipped:
             raise TargetError(self._never_called(len(skipped), *skipped[0]))
-        self.record.checked = True
-        for handle in self.handles:
-            handle.remove()
+        if not any(map(_offloaded, (delta for _, _, delta, *_ in watched))):
+            self.record.checked = True
+            for handle in self.handles:
+                handle.remove()
         if dead:
             warnings.warn(
                 f"delta {self.record.name!r}: {len(dead)} of its targets were not called in the first forward, such as "
@@ -146,6 +148,17 @@ class FirstForward:
                 DeltaWarning,
                 stacklevel=2,
             )
+
+    def _refuse_offloaded(self, backbone: nn.Module) -> None:
+        """A delta that was offloaded with its backbone is copied in for each forward: the copies get the gradients."""
+        if not (backbone.training and torch.is_grad_enabled()):
+            return
+        for path, module in backbone.named_modules():
+            if isinstance(module, DeltaModule) and module.record is self.record and _offloaded(module):
+                raise StateError(
+                    f"{path}: delta {self.record.name!r} was offloaded with its backbone, and would not be "
+                    "trained: no gradients reach what is offloaded; offload the backbone first, and attach afterwards"
+                )
 
     def _never_called(self, count: int, path: str, module: nn.Module, delta: DeltaModule) -> str:
         more = f" ({count} such targets)" if count > 1 else ""
@@ -156,6 +169,16 @@ class FirstForward:
         if type(delta).weight_update is not DeltaModule.weight_update and delta.reading is None:
             return head + f"name the parameter '{path}.weight' instead, or leave it out with exclude="
         return head + f"leave it out with exclude=, for {type(delta).__name__} has no form that works by the weight"
+
+
+def _offloaded(delta: DeltaModule) -> bool:
+    """Whether accelerate keeps the values of parameters that are to be trained elsewhere, and copies them in when called."""
+    return any(
+        hasattr(module, "_hf_hook") and parameter.is_meta and parameter.requires_grad
+        for module in delta.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    )
 
 
 def _served(module: nn.Module) -> Iterator[tuple[Behind | Replace, DeltaModule]]:

@@ -32,8 +32,9 @@ def main():
             optimizer.step()
             optimizer.zero_grad()
 
+    delta.save(options.out)  # 3, by every process: sharded, each has only a part
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        delta.save(options.out)  # 3
         report(model.cpu(), options, valid, tokenizer.pad_token_id)
     accelerator.end_training()
 

@@ -195,9 +195,13 @@ def test_what_offloading_does_not_allow_is_an_error(offload, tmp_path):
 def test_a_delta_that_is_offloaded_with_its_backbone_runs_and_is_not_saved(offload, tmp_path):
     model = Transformer().eval()
     delta = attached(model, *METHODS[:3])
-    expected = model(ids())
+    expected = copy.deepcopy(model)(ids())
     OFFLOADS[offload](model, tmp_path / "weights")
     torch.testing.assert_close(model(ids()), expected)
+    model.train()
+    with pytest.raises(dk.StateError, match=r"q_proj.*was offloaded with its backbone, and would not be trained"):
+        model(ids())
+    model.eval()
     with pytest.raises(
         dk.StateError, match=r"expected values to save, found a tensor on the meta device: .* attach aft"
     ):
