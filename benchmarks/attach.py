@@ -3,24 +3,27 @@
     python benchmarks/attach.py [--layers 80] [--rounds 5] [--out attach.json]
 
 Both run in one process, turn by turn; medians and ranges of the rounds are printed in milliseconds, and the medians' ratio.
+PEFT has no way back to an adapter that was taken off: its "detach and attach again" is `unload` and `get_peft_model` anew.
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import harness
 import peft
 import torch
 import transformers
 
 import deltakit as dk
 
+Times = dict[str, list[float]]
 
-def backbone(layers):
+
+def backbone(layers: int) -> Any:
+    """A Llama of 70 billion parameters' widths, on the meta device."""
     config = transformers.LlamaConfig(
         hidden_size=8192,
         intermediate_size=28672,
@@ -33,60 +36,58 @@ def backbone(layers):
         return transformers.LlamaForCausalLM(config)
 
 
-def timed(times, name, function):
+def timed(times: Times, name: str, call: harness.Call) -> Any:
     start = time.perf_counter()
-    result = function()
+    result = call()
     times.setdefault(name, []).append(1000 * (time.perf_counter() - start))
     return result
 
 
-def ours(model, times):
-    delta = timed(times, "attach", lambda: dk.attach(model, dk.LoRA(r=8, at=["@attn.{q,k,v,o}", "@ff.{up,gate,down}"])))
+def ours(model: Any, times: Times) -> None:
+    method = dk.LoRA(r=8, at=["@attn.{q,k,v,o}", "@ff.{up,gate,down}"])
+    delta = timed(times, "attach", lambda: dk.attach(model, method))
     timed(times, "switch off and on", lambda: [setattr(delta, "active", on) for on in (False, True)])
     timed(times, "draw", lambda: str(dk.show(model)))
+    timed(times, "detach and attach again", lambda: delta.detach().attach())
     timed(times, "detach", delta.detach)
-    timed(times, "attach again", delta.attach)
-    delta.detach()
 
 
-def theirs(model, times):
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"]
-    config = peft.LoraConfig(r=8, target_modules=names, task_type="CAUSAL_LM")
+def theirs(model: Any, times: Times) -> None:
+    config = peft.LoraConfig(r=8, target_modules=harness.LINEARS["Llama 150 M"], task_type="CAUSAL_LM")
     wrapped = timed(times, "attach", lambda: peft.get_peft_model(model, config))
 
-    def switch():
+    def switch() -> None:
         with wrapped.disable_adapter():
             pass
 
     timed(times, "switch off and on", switch)
+    wrapped = timed(times, "detach and attach again", lambda: peft.get_peft_model(wrapped.unload(), config))
     timed(times, "detach", wrapped.unload)
 
 
-def main():
-    parser = argparse.ArgumentParser()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=80)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("attach.json"))
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    print(harness.machine())
     model = backbone(options.layers)
-    times = {"deltakit": {}, "peft": {}}
+    times: dict[str, Times] = {"deltakit": {}, "PEFT": {}}
     for _ in range(options.rounds):
         ours(model, times["deltakit"])
-        theirs(model, times["peft"])
-    versions = {name: version(name) for name in ("torch", "transformers", "peft", "deltakit")}
-    print(f"Llama shape, {options.layers} layers, {7 * options.layers} targets; {platform.machine()}; {versions}")
+        theirs(model, times["PEFT"])
+    print(f"Llama shape, {options.layers} layers, {7 * options.layers} targets; milliseconds")
     for name, found in times["deltakit"].items():
-        line = f"{name:18} {statistics.median(found):8.2f} ({min(found):.2f} to {max(found):.2f})"
-        if name in times["peft"]:
-            other = times["peft"][name]
+        line = f"{name:24} {statistics.median(found):8.2f} ({min(found):.2f} to {max(found):.2f})"
+        other = times["PEFT"].get(name)
+        if other:
             ratio = statistics.median(other) / statistics.median(found)
             line += (
-                f"   peft {statistics.median(other):9.2f} ({min(other):.2f} to {max(other):.2f})   {ratio:.0f} times"
+                f"   PEFT {statistics.median(other):9.2f} ({min(other):.2f} to {max(other):.2f})   {ratio:.0f} times"
             )
         print(line)
-    options.out.write_text(
-        json.dumps({"versions": versions, "layers": options.layers, "milliseconds": times}, indent=2)
-    )
+    harness.write(options.out, "attach", {"layers": options.layers, "milliseconds": times})
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ def measure(name: str, models: dict[str, Any], call: Any, rounds: int) -> dict[s
     share = (found["deltakit"][0] - 1) / (found["PEFT"][0] - 1)
     shown = "  ".join(f"{who} {harness.spread(ratio)}" for who, ratio in found.items() if who != "bare")
     print(f"{name:<34} {shown}  share of PEFT's overhead {share:.2f}")
-    return {"case": name, "ratios": found, "share": share}
+    limit = harness.by_bytes(models["bare"], sum(d.num_parameters for d in dk.deltas(models["deltakit"])))
+    return {"case": name, "ratios": found, "share": share, "limit": limit}
 
 
 def main() -> None:

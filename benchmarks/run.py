@@ -22,16 +22,21 @@ def ratio(found: list[float]) -> str:
 
 def step(rows: Any) -> list[str]:
     lines = [
-        "| model, dtype, targets | full fine-tuning | PEFT | deltakit | share of PEFT's overhead |",
-        "|---|---|---|---|---|",
+        "| model, dtype, targets | full fine-tuning | PEFT | deltakit | limit | share of PEFT's overhead |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        full, theirs, ours = (
-            ratio(row["ratios"][w]) if w in row["ratios"] else "" for w in ("full", "PEFT", "deltakit")
+        full, theirs, ours, limit = (
+            ratio(row["ratios"][w]) if w in row["ratios"] else "" for w in ("full", "PEFT", "deltakit", "limit")
         )
         name = f"{row['model']}, {row['dtype'].removeprefix('torch.')}, {row['targets']}"
-        lines.append(f"| {name} | {full} | {theirs} | {ours} | {row['share']:.2f} |")
-    return ["A training step, as a ratio to the frozen backbone's forward and backward.", "", *lines]
+        lines.append(f"| {name} | {full} | {theirs} | {ours} | {limit} | {row['share']:.2f} |")
+    return [
+        "A training step, as a ratio to the frozen backbone's forward and backward. The limit: these, and the six products of",
+        "LoRA at each target alone.",
+        "",
+        *lines,
+    ]
 
 
 def memory(rows: Any) -> list[str]:
@@ -49,17 +54,25 @@ def memory(rows: Any) -> list[str]:
 
 
 def forward(rows: Any) -> list[str]:
-    lines = ["| case | PEFT | deltakit | merged | share of PEFT's overhead |", "|---|---|---|---|---|"]
+    lines = [
+        "| case | PEFT | deltakit | merged | limit | share of PEFT's overhead |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in rows:
         found = " | ".join(ratio(row["ratios"][who]) for who in ("PEFT", "deltakit", "merged"))
-        lines.append(f"| {row['case']} | {found} | {row['share']:.2f} |")
-    return ["A forward without gradients, as a ratio to the bare backbone's.", "", *lines]
+        lines.append(f"| {row['case']} | {found} | {row['limit']:.2f} | {row['share']:.2f} |")
+    return [
+        "A forward without gradients, as a ratio to the bare backbone's. The limit of one token, by bytes: those of weights and",
+        "factors to those of weights.",
+        "",
+        *lines,
+    ]
 
 
 def attach(found: Any) -> list[str]:
     lines = ["| what | deltakit, ms | PEFT, ms | times |", "|---|---|---|---|"]
     for name, own in found["milliseconds"]["deltakit"].items():
-        other = found["milliseconds"]["peft"].get(name)
+        other = found["milliseconds"]["PEFT"].get(name)
         mine = sorted(own)[len(own) // 2]
         theirs = sorted(other)[len(other) // 2] if other else None
         more = f"{theirs:.1f} | {theirs / mine:.0f}" if theirs else " | "
@@ -70,12 +83,17 @@ def attach(found: Any) -> list[str]:
 def many(rows: Any) -> list[str]:
     loading, *batches = rows
     lines = ["| | |", "|---|---|", *(f"| {name} | {value:.3g} |" for name, value in loading.items()), ""]
-    lines += ["| rows, distinct deltas, tokens | PEFT | deltakit | one delta after another |", "|---|---|---|---|"]
+    lines += [
+        "| rows, distinct deltas, tokens | PEFT | deltakit | limit | one delta after another |",
+        "|---|---|---|---|---|",
+    ]
     for row in batches:
-        found = " | ".join(ratio(row["ratios"][who]) for who in ("PEFT", "deltakit", "one after another"))
-        lines.append(f"| {row['batch']}, {row['distinct']}, {row['tokens']} | {found} |")
+        theirs, ours, apart = (ratio(row["ratios"][who]) for who in ("PEFT", "deltakit", "one after another"))
+        limit = f"{row['limit']:.2f}" if row["tokens"] == 1 else ""
+        lines.append(f"| {row['batch']}, {row['distinct']}, {row['tokens']} | {theirs} | {ours} | {limit} | {apart} |")
     return [
-        "Many deltas on one backbone; then a forward whose rows have their own, as a ratio to the bare one's.",
+        "Many deltas on one backbone; then a forward whose rows have their own, as a ratio to the bare one's. The limit of",
+        "one token, by bytes: those of the weights and of all deltas' factors to those of the weights.",
         "",
         *lines,
     ]

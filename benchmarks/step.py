@@ -2,7 +2,8 @@
 
     python benchmarks/step.py [--models "BERT base" ...] [--dtypes float32 bfloat16] [--rounds 9] [--out step.json]
 
-The floor is the frozen backbone's forward, and its backward through the activations. All take turns in one process.
+The floor is the frozen backbone's forward, and its backward through the activations. All take turns in one process. The
+limit is the floor with the six thin products of each LoRA target alone, on tensors that are there already and stay in cache.
 """
 
 import argparse
@@ -51,11 +52,38 @@ def contestants(name: str, dtype: torch.dtype, names: list[str], *, full: bool) 
     return models
 
 
+def products(model: Any, paths: list[str], tokens: int, dtype: torch.dtype) -> harness.Call:
+    """The arithmetic that LoRA cannot do without: two products in the forward of each target, four in its backward."""
+    sizes = []
+    for path in paths:
+        layer = model.get_submodule(path)
+        d_in, d_out = layer.weight.shape if type(layer).__name__ == "Conv1D" else layer.weight.shape[::-1]
+        sizes.append((d_in, d_out))
+    held = {}
+    for d_in, d_out in set(sizes):
+        shapes = ((tokens, d_in), (tokens, d_out), (tokens, d_in), (tokens, d_out), (8, d_in), (d_out, 8))
+        held[d_in, d_out] = [torch.randn(shape).mul(1e-3).to(dtype) for shape in shapes]
+
+    def run() -> None:
+        for size in sizes:
+            x, y, gx, g, a, b = held[size]
+            h = a @ x.mT
+            y.mT.addmm_(b, h)
+            gh = b.mT @ g.mT
+            gx.addmm_(gh.mT, a)
+            _ = gh @ x, h @ g
+
+    return run
+
+
 def measure(name: str, dtype: torch.dtype, which: str, rounds: int, full: bool) -> dict[str, Any]:
     names = (harness.LINEARS if which == "all linear" else harness.QUERY_VALUE)[name]
     models = contestants(name, dtype, names, full=full)
     inputs = harness.batch(models["floor"])
-    times = harness.interleaved({k: lambda m=m: step(m, inputs, None) for k, m in models.items()}, rounds)
+    cases: dict[str, harness.Call] = {k: lambda m=m: step(m, inputs, None) for k, m in models.items()}
+    alone = products(models["floor"], harness.targets(models["floor"], names), inputs["input_ids"].numel(), dtype)
+    times = harness.interleaved({**cases, "limit": alone}, rounds)
+    times["limit"] = [floor + more for floor, more in zip(times["floor"], times["limit"], strict=True)]
     found = harness.ratios(times, "floor")
     ours, theirs = found["deltakit"][0] - 1, found["PEFT"][0] - 1
     return {"model": name, "dtype": str(dtype), "targets": which, "ratios": found, "share": ours / theirs}
