@@ -140,8 +140,7 @@ def rows(distinct: int, batch: int, length: int, rounds: int) -> dict[str, Any]:
         times = harness.interleaved({"bare": plain, "deltakit": together, "PEFT": peft_mixed}, rounds)
     times |= {"one after another": harness.interleaved({"x": one_after_another}, rounds)["x"]}
     found = harness.ratios(times, "bare")
-    limit = harness.by_bytes(bare, sum(delta.num_parameters for delta in handles.values()))
-    return {"distinct": distinct, "batch": batch, "tokens": length, "ratios": found, "limit": limit}
+    return {"distinct": distinct, "batch": batch, "tokens": length, "ratios": found}
 
 
 def main() -> None:

@@ -62,8 +62,8 @@ def forward(rows: Any) -> list[str]:
         found = " | ".join(ratio(row["ratios"][who]) for who in ("PEFT", "deltakit", "merged"))
         lines.append(f"| {row['case']} | {found} | {row['limit']:.2f} | {row['share']:.2f} |")
     return [
-        "A forward without gradients, as a ratio to the bare backbone's. The limit of one token, by bytes: those of weights and",
-        "factors to those of weights.",
+        "A forward without gradients, as a ratio to the bare backbone's. The limit of one token is by bytes: those of the",
+        "weights and the factors to those of the weights.",
         "",
         *lines,
     ]
@@ -84,16 +84,14 @@ def many(rows: Any) -> list[str]:
     loading, *batches = rows
     lines = ["| | |", "|---|---|", *(f"| {name} | {value:.3g} |" for name, value in loading.items()), ""]
     lines += [
-        "| rows, distinct deltas, tokens | PEFT | deltakit | limit | one delta after another |",
-        "|---|---|---|---|---|",
+        "| rows, distinct deltas, tokens | PEFT | deltakit | one delta after another |",
+        "|---|---|---|---|",
     ]
     for row in batches:
         theirs, ours, apart = (ratio(row["ratios"][who]) for who in ("PEFT", "deltakit", "one after another"))
-        limit = f"{row['limit']:.2f}" if row["tokens"] == 1 else ""
-        lines.append(f"| {row['batch']}, {row['distinct']}, {row['tokens']} | {theirs} | {ours} | {limit} | {apart} |")
+        lines.append(f"| {row['batch']}, {row['distinct']}, {row['tokens']} | {theirs} | {ours} | {apart} |")
     return [
-        "Many deltas on one backbone; then a forward whose rows have their own, as a ratio to the bare one's. The limit of",
-        "one token, by bytes: those of the weights and of all deltas' factors to those of the weights.",
+        "Many deltas on one backbone; then a forward whose rows have their own, as a ratio to the bare one's.",
         "",
         *lines,
     ]

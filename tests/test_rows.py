@@ -8,6 +8,7 @@ from models import Transformer, ids, randomize
 from torch import nn
 
 import deltakit as dk
+from deltakit.banks import Bank
 
 METHODS = {
     "LoRA": lambda k: dk.LoRA(r=2 + k),
@@ -91,6 +92,24 @@ def test_generation(kind, options):
     for row, own in enumerate(NAMES):
         single = alone(model, deltas, own).generate(**one(batch, row), **options)
         assert torch.equal(together[row], single[0]), own
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4])
+@pytest.mark.parametrize("grad", [False, True])
+def test_many_rows_of_few_deltas(tokens, grad):
+    """There one product with all factors and a mask is the faster way, for up to three tokens a row."""
+    model = Transformer().double().eval()
+    deltas = {name: randomize(dk.attach(model, dk.LoRA(r=2 + k), name=name), 0.3) for k, name in enumerate("ab")}
+    names = ["a", None, "b", "b"] * 5
+    batch = torch.randint(2, 31, (20, tokens))
+    with torch.set_grad_enabled(grad), dk.rows(model, names):
+        together = model(batch)
+        kept = deltas["a"]._record.batch.kept.values()
+        banks = [value[1] for value in kept if isinstance(value, tuple) and isinstance(value[1], Bank)]
+        assert [bank.mask is not None for bank in banks] == [tokens < 4 and not grad] * len(banks)
+        assert bool(banks) is not grad
+    for row, own in enumerate(names):
+        torch.testing.assert_close(together[row], alone(model, deltas, own)(batch[row : row + 1])[0])
 
 
 def test_trained_factors_are_used_at_once():
