@@ -120,13 +120,6 @@ QUERY_VALUE = {"GPT-2 small": ["c_attn"], "BERT base": ["query", "value"], "T5 b
 QUERY_VALUE["Llama 150 M"] = ["q_proj", "v_proj"]
 
 
-def by_bytes(model: Any, delta_parameters: int) -> float:
-    """The limit where memory is what takes the time: the bytes of a model and a delta to those of the model."""
-    table = model.get_input_embeddings().weight
-    own = sum(p.numel() for p in model.parameters() if p is not table)
-    return float((own + delta_parameters) / own)
-
-
 def targets(model: Any, names: list[str]) -> list[str]:
     """The paths of the modules of these names, poolers left out."""
     return [path for path, _ in model.named_modules() if path.rpartition(".")[2] in names and "pooler" not in path]

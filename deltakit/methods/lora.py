@@ -82,13 +82,13 @@ class LoRADelta(LoRAFactors):
     def after(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if type(output) is not Tensor:
             return super().after(target, args, kwargs, output)
-        layer, alone = fresh(target, self)
         x = args[0] if args else hidden_input(args, kwargs)
-        if layer is not None and self.rows is None and not torch.is_grad_enabled() and not self.hooked:
+        if self.rows is None:
             scale = self.scale if self.record is None else self.scale * self.record.scale
-            few = of_few_tokens(output, x, self._parameters.get("A"), self._parameters.get("B"), scale)
+            few = of_few_tokens(target, self, x, output, scale)
             if few is not None:
                 return few
+        layer, alone = fresh(target, self)
         return self(x, output, layer, alone)
 
     def after_rows(
@@ -107,11 +107,6 @@ class LoRADelta(LoRAFactors):
         """A, and B with the scale in it and zeros for the rows that are none of its own."""
         b = self.rows.spread(self.B.mT).mT if self.rows is not None else self.B
         return self.A, self.scale * self.strength * b
-
-    @property
-    def hooked(self) -> bool:
-        """Whether somebody must see this module called: an engine that shards or offloads its parameters."""
-        return bool(self._forward_pre_hooks or self._forward_hooks or "forward" in self.__dict__)
 
     def forward(
         self,
