@@ -69,9 +69,12 @@ def ours() -> list[tuple[str, int, bool]]:
     note("bare", lambda: None)
     deltas: list[dk.Delta] = []
     note("attached after compiling", lambda: deltas.append(randomized(dk.attach(model, dk.LoRA(r=4)))))
-    states = [{name: torch.randn_like(value) for name, value in deltas[0].state_dict().items()} for _ in range(3)]
-    for state in states:
-        note("another delta of one shape put in", lambda s=state: deltas[0].load_state_dict(s))
+    with deltas[0].detached():
+        others = [randomized(dk.attach(model, dk.LoRA(r=4), name=name)).detach() for name in "abc"]
+    for other in others:
+        note("another delta of one shape swapped in", lambda o=other: deltas[0].swap(o))
+    state = {name: torch.randn_like(value) for name, value in deltas[0].state_dict().items()}
+    note("another state loaded into it", lambda: deltas[0].load_state_dict(state))
     note("switched off", lambda: setattr(deltas[0], "active", False))
     note("switched on", lambda: setattr(deltas[0], "active", True))
     note("detached", deltas[0].detach)

@@ -84,11 +84,13 @@ def switching(deltas: list[dk.Delta]) -> dict[str, float]:
     def switch() -> None:
         one.active, other.active = other.active, one.active
 
+    swapped = [timed(lambda: one.swap(other))[0] for _ in range(20)]
     one.active, other.active = True, False
     times = [timed(switch)[0] for _ in range(20)]
     one.detach(), other.detach()
     return {
         "switch ms, both attached": 1e3 * statistics.median(times),
+        "switch ms, swapped": 1e3 * statistics.median(swapped),
         "switch ms, detach and attach": 1e3 * statistics.median(taken),
     }
 

@@ -45,9 +45,9 @@ from deltakit.plan import Plan, plan
 from deltakit.role_table import RoleTable, roles
 from deltakit.rows_of_batch import rows
 from deltakit.show import View, Visualization, show
-from deltakit.state import base_state_dict
 from deltakit.targets import select
 from deltakit.version import __version__
+from deltakit.whole import base_state_dict
 
 __all__ = [
     "METHODS",

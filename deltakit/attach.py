@@ -16,7 +16,8 @@ from deltakit.fingerprint import differences
 from deltakit.method import Method, Selector
 from deltakit.modules import Modules
 from deltakit.plan import Plan, build, original, plan
-from deltakit.state import Record, Site, records_of, sites_of, take_whole, tensors_of
+from deltakit.state import Record, Site, records_of, sites_of
+from deltakit.whole import take_whole, tensors_of
 
 AUTOMATIC_NAME = "delta"
 

@@ -11,7 +11,8 @@ from deltakit.errors import DeltaWarning, StateError, TargetError
 from deltakit.paths import join
 from deltakit.quantised import Quantize, Rounded, is_quantised, merge_quantised
 from deltakit.shapes import wide
-from deltakit.state import Record, Site, records_of, tensors_of
+from deltakit.state import Record, Site, records_of
+from deltakit.whole import tensors_of
 
 
 @torch.no_grad()

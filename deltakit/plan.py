@@ -11,8 +11,8 @@ from deltakit.method import DeltaModule, Method, Reading, Selector, Target
 from deltakit.modules import Modules
 from deltakit.report import Line, report, share
 from deltakit.sharding import is_sharded
-from deltakit.state import whole_names
 from deltakit.targets import find_targets
+from deltakit.whole import whole_names
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from deltakit.errors import StateError
 from deltakit.paths import join
 from deltakit.sharding import fill, is_sharded, whole
-from deltakit.state import Record, Site, label_of, tensors_of
+from deltakit.state import Record, Site, label_of
+from deltakit.whole import tensors_of
 
 
 def named_parameters(backbone: nn.Module, record: Record, sites: Sequence[Site]) -> Iterator[tuple[str, nn.Parameter]]:

@@ -10,6 +10,7 @@ import torch
 import transformers as tf
 from backbones import build
 from models import Transformer, ids, randomize
+from torch._dynamo.utils import counters
 
 import deltakit as dk
 
@@ -52,6 +53,24 @@ def follows(model, method, inputs):
     agree(False)
 
 
+def swaps():
+    """Raises if another delta of the same kind, swapped in, is not what runs, or is compiled anew."""
+    torch.compiler.reset()
+    model = Transformer().eval()
+    one = randomize(dk.attach(model, dk.LoRA(r=3), name="one"))
+    with one.detached():
+        other = randomize(dk.attach(model, dk.LoRA(r=3), name="other"))
+        expected = model(ids())
+        other.detach()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        compiled(ids())
+        graphs = counters["stats"]["unique_graphs"]
+        one.swap(other)
+        torch.testing.assert_close(compiled(ids()), expected)
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
 def cases():
     batch = {"input_ids": ids()}
     for name in dk.METHODS:
@@ -85,6 +104,7 @@ def main():
             results[case] = "ok"
         except Exception as error:  # every failure is reported by the test that reads this
             results[case] = f"{type(error).__name__}: {str(error)[:400]}"
+    swaps()
     json.dump(results, sys.stdout)
 
 
