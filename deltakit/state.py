@@ -154,11 +154,17 @@ def refuse_in_rows(name: str, record: Record) -> None:
         raise StateError(f"delta {name!r}: a rows() block holds on its backbone; leave it before attach or detach")
 
 
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a delta module by name."""
+    # Most delta modules are flat, and this is asked of all of them at each attach and swap.
+    if module._modules:
+        return dict(module.named_parameters())
+    return {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+
+
 def shapes_of(module: nn.Module) -> dict[str, torch.Size]:
-    """The shapes of a module's parameters by name."""
-    # Most delta modules are flat, and this is asked at each attach.
-    own = module.named_parameters() if module._modules else module._parameters.items()
-    return {name: parameter.shape for name, parameter in own if parameter is not None}
+    """The shapes of a delta module's parameters by name."""
+    return {name: parameter.shape for name, parameter in parameters_of(module).items()}
 
 
 def check_scale(record: Record, sites: Sequence[Site], scale: float) -> None:
