@@ -7,7 +7,7 @@ from torch import nn
 
 from deltakit.errors import StateError
 from deltakit.sharding import is_sharded
-from deltakit.state import Record, Site
+from deltakit.state import Record, Site, parameters_of
 
 Part = tuple[Record, Sequence[Site]]
 
@@ -36,9 +36,6 @@ def _refuse(record: Record, sites: Sequence[Site]) -> None:
         f"trains {next(iter(record.whole), '')} whole, which it has in one place: use load_state_dict()": bool(
             record.whole
         ),
-        "is spread over processes: use load_state_dict()": any(
-            is_sharded(p) for s in sites for p in s.module.parameters()
-        ),
     }
     for why, so in found.items():
         if so:
@@ -60,18 +57,19 @@ def _pairs(one: Part, other: Part) -> list[tuple[nn.Parameter, nn.Parameter]]:
         found = places.pop((site.path, site.method), None)
         if found is None:
             raise StateError(f"{both} must stand at the same places; at {site.path} there is one alone")
-        named = dict(found.named_parameters())
-        for name, parameter in site.module.named_parameters():
+        named = parameters_of(found)
+        for name, parameter in parameters_of(site.module).items():
             match = named.get(name)
-            alike = match is not None and (match.shape, match.dtype, match.device) == (
-                parameter.shape,
-                parameter.dtype,
-                parameter.device,
-            )
-            if match is None or not alike:
+            if match is None or not _alike(parameter, match):
                 kinds = [f"{tuple(p.shape)} in {p.dtype} on {p.device}" for p in (parameter, match) if p is not None]
                 raise StateError(f"{both} must have the same tensors; {site.path}.{name} is {' and '.join(kinds)}")
+            if is_sharded(parameter) or is_sharded(match):
+                raise StateError(f"{both}: {site.path}.{name} is spread over processes: use load_state_dict()")
             pairs.append((parameter, match))
     if places:
         raise StateError(f"{both} must stand at the same places; at {next(iter(places))[0]} there is one alone")
     return pairs
+
+
+def _alike(one: nn.Parameter, other: nn.Parameter) -> bool:
+    return one.shape == other.shape and one.dtype is other.dtype and one.device == other.device
