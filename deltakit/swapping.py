@@ -20,8 +20,8 @@ def swap(one: Part, other: Part) -> None:
     Raises:
         StateError: if they differ in options, places or shapes, or one cannot be changed now.
     """
-    for record, sites in (one, other):
-        _refuse(record, sites)
+    for record, _ in (one, other):
+        _refuse(record)
     pairs = _pairs(one, other)
     for mine, theirs in pairs:
         mine.data, theirs.data = theirs.data, mine.data
@@ -29,13 +29,12 @@ def swap(one: Part, other: Part) -> None:
     torch.autograd.graph.increment_version([parameter for pair in pairs for parameter in pair])
 
 
-def _refuse(record: Record, sites: Sequence[Site]) -> None:
+def _refuse(record: Record) -> None:
+    whole = next(iter(record.whole), "")
     found = {
         "is merged into the weights: unmerge() it": bool(record.merged),
         "is in a rows() block: leave it": record.batch is not None,
-        f"trains {next(iter(record.whole), '')} whole, which it has in one place: use load_state_dict()": bool(
-            record.whole
-        ),
+        f"trains {whole} whole, which it has in one place: use load_state_dict()": bool(whole),
     }
     for why, so in found.items():
         if so:
