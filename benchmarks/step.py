@@ -107,7 +107,8 @@ def main() -> None:
                 rows.append(row)
                 shown = "  ".join(f"{k} {harness.spread(v)}" for k, v in row["ratios"].items() if k != "floor")
                 print(f"{name:<12} {dtype:<9} {which:<16} {shown}  share of PEFT's overhead {row['share']:.2f}")
-    harness.write(options.out, "step", rows)
+                # After each, for all of them together take long.
+                harness.write(options.out, "step", rows)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from deltakit.batches import Batch
@@ -28,7 +28,7 @@ class Bank(NamedTuple):
 
     low: Float[Tensor, "*names r d_in"]
     high: Float[Tensor, "*names r d_out"]
-    mask: Float[Tensor, "names r"] | None
+    mask: Bool[Tensor, "names r"] | None
 
 
 class Shared(NamedTuple):
@@ -63,6 +63,8 @@ def add_by_rows(
     times = batch.times(y, target)
     few = x.shape[:-1].numel() <= FEW_TOKENS * times * len(plan.places)
     few = few and MANY_ROWS * len(plan.modules) <= len(plan.places)
+    # Where the bank is made anew in each call, to copy factors is cheaper than to see that they are finite.
+    few = few and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
     parameters = [m._parameters[name] for own in plan.modules for m in own for name in ("A", "B")]
 
     def bank() -> Bank:
@@ -82,7 +84,9 @@ def bank_of(factors: Sequence[tuple[Tensor, Tensor]], index: Sequence[int], x: T
     places = torch.tensor(index, device=x.device)
     if few:
         own = places[:, None] == torch.arange(len(factors), device=x.device)
-        return Bank(low.flatten(0, 1), high.flatten(0, 1), own.to(x.dtype).repeat_interleave(rank, 1))
+        # Zero times infinity would bring one delta's overflow into the rows of all.
+        if low.isfinite().all() and high.isfinite().all():
+            return Bank(low.flatten(0, 1), high.flatten(0, 1), own.repeat_interleave(rank, 1))
     if -1 in index:
         low, high = (torch.cat([part, torch.zeros_like(part[:1])]) for part in (low, high))
         places = places.where(places >= 0, len(factors))
@@ -95,7 +99,7 @@ def add_bank(y: Tensor, x: Tensor, bank: Bank, names: int, *, in_place: bool) ->
         times = x.shape[:-1].numel() // names
         mask = bank.mask if times == 1 else bank.mask.repeat_interleave(times, 0)
         flat = y.reshape(-1, y.shape[-1])
-        h = (x.reshape(-1, x.shape[-1]) @ bank.low.mT) * mask
+        h = (x.reshape(-1, x.shape[-1]) @ bank.low.mT).masked_fill_(~mask, 0)
         return (flat.addmm_(h, bank.high) if in_place else torch.addmm(flat, h, bank.high)).view(y.shape)
     rows = x.reshape(names, -1, x.shape[-1])
     out = y.reshape(names, -1, y.shape[-1])

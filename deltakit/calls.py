@@ -45,8 +45,17 @@ class Behind(Ahead):
     def __call__(  # type: ignore[override]
         self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        # In every call of every target: nothing is asked twice here.
         self.fired = True
+        try:
+            return self._through(target, args, kwargs, output)
+        except BaseException:
+            # Torch has called this hook: what must always be called would be left out.
+            if self.always and output is not None:
+                self._through(target, args, kwargs, None)
+            raise
+
+    def _through(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        # In every call of every target: nothing is asked twice here.
         for key in self.delta_keys:
             delta: Any = target._modules.get(key)
             if delta is None:
@@ -94,7 +103,7 @@ class Replace:
     def __call__(self, scope: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.fired = True
         delta = self.delta(scope)
-        if delta is None or not delta.live:
+        if delta is None or not delta.live or not delta.takes_part:
             return
         holder = scope.get_submodule(self.holder) if self.holder else scope
         _refuse_recomputing(scope, self.holder)

@@ -73,6 +73,8 @@ class Delta:
 
     @active.setter
     def active(self, active: bool) -> None:
+        if bool(active) != self.active:
+            refuse_in_rows(self.name, self._record, "changing active")
         if self.merged and bool(active) != self.active:
             raise StateError(f"delta {self.name!r} is merged into the weights: unmerge() it before changing active")
         self._record.active = bool(active)
@@ -87,7 +89,8 @@ class Delta:
 
     @scale.setter
     def scale(self, scale: float) -> None:
-        check_scale(self._record, self._sites, scale)
+        if scale != self.scale:
+            check_scale(self._record, self._sites, scale)
         self._record.scale = float(scale)
 
     @property
@@ -162,15 +165,14 @@ class Delta:
     def detached(self) -> Iterator[nn.Module]:
         """The bare backbone for the time of a `with` block; the delta is as before afterwards, whatever happens."""
         was = self.attached
-        merged = self.merged
+        merged = merging.merged_weights(self.backbone, self._record)
         self.detach()
         try:
             yield self.backbone
         finally:
             if was and not self.attached:
                 self.attach()
-                if merged:
-                    self.merge()
+                merging.put_back(self.backbone, self._record, merged)
 
     def merge(self, *, quantize: Quantize | None = None) -> "Delta":
         """The delta itself, added to the backbone's weights: no cost in forwards. Saving stays as before.
@@ -183,6 +185,7 @@ class Delta:
             StateError: if it is not attached and active, if a weight is tied, or another delta is merged into it.
             TargetError: if one of its methods is no change of weights, or a weight is quantised and `quantize` is not given.
         """
+        refuse_in_rows(self.name, self._record, "merge")
         if not (self.attached and self.active) or self.merged:
             now = states(self._record, attached=self.attached)
             raise StateError(f"delta {self.name!r}: merging expects it attached, active and not merged; it is {now}")

@@ -68,14 +68,17 @@ class Layout(NamedTuple):
 class Insertion(NamedTuple):
     """What a soft prompt puts into each text: `width` ids from `first` on, at the place `at`.
 
-    `positions`: how the stack knows positions. `trim`: whether the rows of the prompt are taken out of the result, as they are
-    but in an encoder, of which a decoder sees them.
+    `positions`: how the stack knows positions. `caches`: whether it may fill a cache. `hides`: whether
+    what its mask hides changes nothing. `trim`: whether the rows of the prompt are taken out of the result, as they are but
+    in an encoder, of which a decoder sees them.
     """
 
     first: int
     width: int
     at: int
     positions: Positions
+    caches: bool
+    hides: bool
     trim: bool
 
 
@@ -124,12 +127,18 @@ def insert(
             f"{type(module).__name__}: a soft prompt is inserted as token ids, and this call has none (inputs_embeds?); "
             "call the model with input_ids, or attach SoftPrompt(prepend=False)"
         )
+    if getattr(call.get("past_key_values"), "is_compileable", False):
+        raise StateError(
+            f"{type(module).__name__}: a soft prompt cannot be inserted with a static cache, whose length is set "
+            "beforehand; use a dynamic one"
+        )
     cached = _cached(call)
-    layout = layout_for(wanted, lengths, batch, module, ids, cache=_may_cache(module, call))
+    layout = layout_for(wanted, lengths, batch, module, ids, cache=_may_cache(module, call, wanted))
     mask = call.get("attention_mask")
     if layout.lengths is not None:
+        _check_hidden(module, wanted, layout)
         _tell_positions(module, call, wanted, layout, cached=cached)
-        mask = torch.ones_like(ids) if mask is None else mask
+        mask = _ones(call, ids, layout, cached=cached) if mask is None else mask
     if isinstance(mask, Tensor):
         call["attention_mask"] = grown_mask(module, mask, layout)
     if isinstance(call.get("position_ids"), Tensor):
@@ -144,6 +153,28 @@ def insert(
     if isinstance(call.get("token_type_ids"), Tensor):
         call["token_type_ids"] = layout.spread(call["token_type_ids"], torch.zeros_like(prompt), 0)
     return (), call
+
+
+def _ones(call: Mapping[str, Any], ids: Tensor, layout: Layout, *, cached: bool) -> Tensor | None:
+    """The mask of texts without padding, as long as what was seen of them. None where a recurrence holds the past: it has
+    hidden the padding already, and takes a mask for new tokens alone."""
+    if not cached:
+        return torch.ones_like(ids)
+    cache = call.get("past_key_values")
+    try:
+        seen = int(cache.get_seq_length()) if cache is not None else 0
+    except (AttributeError, ValueError):
+        seen = 0
+    return ids.new_ones(ids.shape[0], seen - layout.width + ids.shape[1]) if seen else None
+
+
+def _check_hidden(module: nn.Module, wanted: Insertion, layout: Layout) -> None:
+    if not wanted.hides or "attention_mask" not in names_of_arguments(module):
+        raise StateError(
+            f"{type(module).__name__}: the rows of this batch have soft prompts of different lengths {layout.lengths}, so the "
+            "shorter ones need padding, and that its blocks heed a mask everywhere cannot be told (they hold more than "
+            "attention); give all rows prompts of one length"
+        )
 
 
 def grown_mask(module: nn.Module, mask: Tensor, layout: Layout) -> Tensor:
@@ -171,10 +202,12 @@ def trimmed(output: Any, length: int, layout: Layout) -> Any:
     return output
 
 
-def _may_cache(module: nn.Module, call: Mapping[str, Any]) -> bool:
+def _may_cache(module: nn.Module, call: Mapping[str, Any], wanted: Insertion) -> bool:
     """Whether a call may fill a cache, or go on from one."""
     if call.get("past_key_values") is not None:
         return True
+    if not wanted.caches:
+        return False
     asked = call.get("use_cache")
     return bool(getattr(getattr(module, "config", None), "use_cache", False) if asked is None else asked)
 

@@ -21,6 +21,8 @@ from deltakit.errors import StateError
 from deltakit.linears import is_conv1d
 
 _FEW = 16
+# Torch's hooks on all modules, which see an output before any other.
+_EVERYWHERE = torch.nn.modules.module._global_forward_hooks
 
 # By their names here: each is asked in each call of each target.
 _is_compiling, _tracing = torch.compiler.is_compiling, torch._C._get_tracing_state
@@ -116,6 +118,9 @@ def _frozen_weight(layer: nn.Module | None, x: Tensor, y: Tensor) -> Tensor | No
     """The weight of a layer of which y has no other history than x: its gradients are taken in the same node."""
     if layer is None or not (x.requires_grad or not y.requires_grad):
         return None
+    if "weight" in layer.__dict__ or "bias" in layer.__dict__:
+        # It computed with a sum of another delta, which has gradients of its own.
+        return None
     weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
     if type(weight) is not nn.Parameter or weight.requires_grad or weight.dtype is not x.dtype:
         return None
@@ -189,7 +194,7 @@ def fresh(target: nn.Module, delta: nn.Module) -> tuple[nn.Module | None, bool]:
 
     Earlier hooks may hold the output or have replaced it; other low-rank deltas leave it as good as new.
     """
-    if not (type(target) is nn.Linear or is_conv1d(target)) or "forward" in target.__dict__:
+    if not (type(target) is nn.Linear or is_conv1d(target)) or "forward" in target.__dict__ or _EVERYWHERE:
         return None, False
     hook = next(iter(target._forward_hooks.values()), None)
     keys = getattr(hook, "delta_keys", ())

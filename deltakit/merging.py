@@ -40,17 +40,24 @@ def merge(backbone: nn.Module, record: Record, sites: Sequence[Site], quantize: 
     rounded = [name for name in updates if is_quantised(parameters[name])]
     plain = [name for name in updates if name not in rounded]
     merged = {name: (wide(parameters[name]) + updates[name]).to(parameters[name].dtype) for name in plain}
+    found: dict[str, Rounded] = {}
     if quantize is not None and rounded:
-        _merge_rounded(backbone, record, {name: (updates[name], dtypes[name]) for name in rounded}, quantize)
+        found = _merge_rounded(backbone, record, {name: (updates[name], dtypes[name]) for name in rounded}, quantize)
     record.merged |= {name: parameters[name].detach().clone() for name in plain}
     for name, value in merged.items():
         parameters[name].copy_(value)
+    if found:
+        try:
+            _say_lost(record, found)
+        except DeltaWarning:
+            unmerge(backbone, record)
+            raise
 
 
 def _merge_rounded(
     backbone: nn.Module, record: Record, updates: Mapping[str, tuple[Tensor, torch.dtype]], quantize: Quantize
-) -> None:
-    """Merges into quantised weights, all or none, and says in a warning what rounding lost."""
+) -> dict[str, Rounded]:
+    """Merges into quantised weights, all or none; what became of each."""
     found: dict[str, Rounded] = {}
     was = {name: _holder(backbone, name)._parameters["weight"] for name in updates}
     try:
@@ -61,6 +68,10 @@ def _merge_rounded(
             _holder(backbone, name)._parameters["weight"] = weight
         raise
     record.merged = {name: weight for name, weight in was.items() if weight is not None}
+    return found
+
+
+def _say_lost(record: Record, found: Mapping[str, Rounded]) -> None:
     shares = {name: math.sqrt(one.lost / one.whole) if one.whole else 0.0 for name, one in found.items()}
     whole, lost = (sum(one[part] for one in found.values()) for part in (2, 1))
     worst = max(shares, key=lambda name: shares[name])
@@ -72,6 +83,32 @@ def _merge_rounded(
     )
 
 
+def merged_weights(backbone: nn.Module, record: Record) -> dict[str, Tensor]:
+    """The weights with the delta in them, by name; empty where it is not merged."""
+    parameters = dict(tensors_of(backbone)) if record.merged else {}
+    found = {name: parameters[name] for name in record.merged}
+    return {name: weight if is_quantised(weight) else weight.detach().clone() for name, weight in found.items()}
+
+
+@torch.no_grad()
+def put_back(backbone: nn.Module, record: Record, merged: Mapping[str, Tensor]) -> None:
+    """Merges again, by weights that `merged_weights` gave."""
+    parameters = dict(tensors_of(backbone)) if merged else {}
+    record.merged = {
+        name: parameters[name] if is_quantised(value) else parameters[name].detach().clone()
+        for name, value in merged.items()
+    }
+    for name, value in merged.items():
+        _put(backbone, name, parameters[name], value)
+
+
+def _put(backbone: nn.Module, name: str, weight: Tensor, value: Tensor) -> None:
+    if is_quantised(value):
+        _holder(backbone, name)._parameters["weight"] = value  # type: ignore[assignment]
+    else:
+        weight.copy_(value)
+
+
 def _holder(backbone: nn.Module, name: str) -> nn.Module:
     return backbone.get_submodule(name.rpartition(".")[0])
 
@@ -81,10 +118,7 @@ def unmerge(backbone: nn.Module, record: Record) -> None:
     """Puts back the weights as they were before merging, bit for bit."""
     parameters = dict(tensors_of(backbone))
     for name, value in record.merged.items():
-        if is_quantised(value):
-            _holder(backbone, name)._parameters["weight"] = value  # type: ignore[assignment]
-        else:
-            parameters[name].copy_(value)
+        _put(backbone, name, parameters[name], value)
     record.merged = {}
 
 
@@ -118,14 +152,14 @@ def _check(
                 "offloaded by accelerate; merge before offloading, or leave the delta attached"
             )
         quantised = is_quantised(weight)
-        if quantised and quantised_too and name.endswith(".weight"):
+        if quantised and quantised_too and name.rpartition(".")[2] == "weight":
             continue
         if quantised or weight.shape != update.shape:
             kind = "" if type(weight) in (Tensor, nn.Parameter) else f" as {type(weight).__name__}"
             raise TargetError(
                 f"{name}: expected a floating-point weight of shape {tuple(update.shape)} to merge into, found "
                 f"{weight.dtype} {tuple(weight.shape)}{kind}; leave the delta attached"
-                + (", or say by quantize= how it is to be quantised again" if quantised else "")
+                + (", or say by quantize= how it is to be quantised again" if quantised and not quantised_too else "")
             )
         tied = [other for other, tensor in parameters.items() if tensor is weight and other != name]
         # One update of a tied weight, in all places that hold it, is what the delta does while it is attached.

@@ -5,6 +5,7 @@ from typing import Literal
 
 from torch import nn
 
+from deltakit.attention.sites import attends
 from deltakit.errors import TargetError
 from deltakit.modules import Modules
 
@@ -68,28 +69,47 @@ def text_stack(backbone: nn.Module) -> tuple[str, str | None]:
 def positions_of(backbone: nn.Module, stack: str, at: int) -> Positions:
     """How the text stack at a path knows the positions of its tokens, read from its structure.
 
-    `at`: the place where a prompt enters; within the text, distances that are counted in blocks depend on padding there.
+    `at`: the place where a prompt enters. Within the text, whatever blocks count by place (windows, chunks, relative biases)
+    depends on padding there, and no position tells them.
     """
+    if at:
+        return "unknown"
     modules = Modules(backbone)
     inside = {path: module for path, module in modules.by_path.items() if _holds(stack, path)}
     blocks, embeddings = modules.roles.blocks, input_embeddings(backbone)
     outside = [
         module for path, module in inside.items() if path not in embeddings and not any(_holds(b, path) for b in blocks)
     ]
-    within = [module for path, module in inside.items() if any(_holds(block, path) for block in blocks)]
-    if at and any(isinstance(module, nn.Embedding) for module in within):
-        return "unknown"
     tables = [module for module in outside if isinstance(module, nn.Embedding)]
     if any(table.padding_idx is not None for table in tables):
         return "padding"
     if "position_ids" in names_of_arguments(modules.by_path[stack]):
         return "given"
     plain = all(parameter.ndim < 2 for module in outside for parameter in module.parameters(recurse=False))
-    return (
-        "relative"
-        if plain and not any(True for module in outside for _ in module.buffers(recurse=False))
-        else "unknown"
-    )
+    buffers = any(True for module in outside for _ in module.buffers(recurse=False))
+    return "relative" if plain and not buffers else "unknown"
+
+
+def may_cache(backbone: nn.Module, stack: str) -> bool:
+    """Whether the text stack at a path may fill a cache: unless all its attention says that it is not causal."""
+    said = [m.is_causal for m in backbone.get_submodule(stack).modules() if hasattr(m, "is_causal")]
+    return not said or any(said)
+
+
+def hides(backbone: nn.Module, stack: str) -> bool:
+    """Whether the text stack at a path surely changes nothing by what its mask hides: if its blocks mix tokens by attention
+    alone, each by one that is known (measured otherwise: convolutions, Fourier transforms, recurrences)."""
+    modules = Modules(backbone)
+    blocks = [path for path in modules.roles.blocks if _holds(stack, path)]
+    mixing = [
+        path
+        for path, m in modules.by_path.items()
+        if isinstance(m, nn.modules.conv._ConvNd)
+        and any(_holds(block, path) for block in blocks)
+        and set(m.kernel_size) != {1}
+    ]
+    attention = [path for path, module in modules.by_path.items() if attends(module)]
+    return bool(blocks) and not mixing and all(any(_holds(block, path) for path in attention) for block in blocks)
 
 
 def _holds(path: str, other: str) -> bool:

@@ -1,5 +1,6 @@
 """Merging into quantised weights, by the quantiser that the user gives, and what its rounding loses."""
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -52,15 +53,21 @@ def merge_quantised(
         raise TargetError(
             f"{path}: quantize= left the weight as it is, in {weight.dtype}; expected it to quantise a linear layer"
         )
-    made_of_it = _values(made, sizes[0], dtype)
-    weight.requires_grad_(False)
-    layer._parameters["weight"] = weight
-    after = _values(layer, sizes[0], dtype)
-    if not torch.allclose(after, made_of_it, rtol=1e-2, atol=1e-2 * float(made_of_it.abs().max())):
+    # On copies, for some layers take their weight apart when they are first called, and keep it (bitsandbytes in 8 bits).
+    made_of_it, twin = _values(copy.deepcopy(made), sizes[0], dtype), copy.deepcopy(layer)
+    original = twin._parameters["weight"]
+    twin._parameters["weight"] = copy.deepcopy(weight)
+    after = _values(twin, sizes[0], dtype)
+    twin._parameters["weight"] = original
+    used = (after - made_of_it).norm() <= 0.1 * (made_of_it - before).norm()
+    if not used or not torch.equal(_values(twin, sizes[0], dtype), before):
         raise TargetError(
             f"{path}: this {type(layer).__name__} does not compute with the weight that quantize= made as the layer does that "
-            "quantize= made; is it quantised in another way, or does it keep a copy of its weight? Leave the delta attached"
+            "quantize= made, or not with its own again when that is put back; is it quantised in another way, or does it keep "
+            "a copy of its weight? Leave the delta attached"
         )
+    weight.requires_grad_(False)
+    layer._parameters["weight"] = weight
     return Rounded(weight, float((after - wanted).square().sum()), float(update.square().sum()))
 
 

@@ -25,15 +25,14 @@ def rows(backbone: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module
 
     Raises:
         OptionError: if a name is unknown.
-        StateError: if a delta is switched off or merged, or is of a kind that all rows share: one that trains parts of the
-            backbone whole, or works by the weight; or if the backbone has attention with the batch second.
+        StateError: if a delta that is named is switched off, works by the weight or stands on an expert; if any trains parts
+            of the backbone whole or is merged; or if the backbone has attention with the batch second.
     """
     backbone = original(backbone)
     _refuse_batch_second(backbone)
     attached = list(sites_of(backbone).values())
     for record, sites in attached:
-        if record.name in names:
-            _refuse_shared(record, sites)
+        _refuse_shared(record, sites, named=record.name in names)
     with holding([record for record, _ in attached], names):
         yield backbone
 
@@ -48,11 +47,18 @@ def _refuse_batch_second(backbone: nn.Module) -> None:
             )
 
 
-def _refuse_shared(record: Record, sites: Sequence[Site]) -> None:
+def _refuse_shared(record: Record, sites: Sequence[Site], *, named: bool) -> None:
     shared = f"rows: delta {record.name!r} "
     if record.whole:
         raise StateError(f"{shared}trains {next(iter(record.whole))} whole, which all rows share; leave train= away")
-    for site in sites:
+    if record.merged:
+        raise StateError(f"{shared}is merged into the weights, which all rows share; unmerge() it")
+    for site in sites if named else ():
+        if "experts" in site.path.split("."):
+            raise StateError(
+                f"{shared}stands on an expert, {site.path}, which is given tokens of all rows together; leave experts out "
+                "with exclude="
+            )
         kind = type(site.module)
         behind = kind.before is DeltaModule.before if kind.by_rows is None else kind.by_rows
         if site.module.reading is not None or not behind:

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,10 @@ class Record:
     trained ones while it is not."""
     merged: dict[str, Tensor] = field(default_factory=dict)
     """The weights as they were before merging, by name; empty when not merged."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of a backbone is not in the block that holds its rows.
+        return {**self.__dict__, "batch": None}
 
 
 class Site(NamedTuple):
@@ -148,10 +152,10 @@ def claim(backbone: nn.Module, record: Record, sites: Sequence[Site]) -> None:
     record.ledger = others[0].ledger if others else Ledger()
 
 
-def refuse_in_rows(name: str, record: Record) -> None:
-    """Raises `StateError` if a delta is to come or go while rows of a batch belong to those on its backbone."""
+def refuse_in_rows(name: str, record: Record, what: str = "attach or detach") -> None:
+    """Raises `StateError` if a delta is to change while rows of a batch belong to those on its backbone."""
     if record.batch is not None:
-        raise StateError(f"delta {name!r}: a rows() block holds on its backbone; leave it before attach or detach")
+        raise StateError(f"delta {name!r}: a rows() block holds on its backbone; leave it before {what}")
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -174,8 +178,12 @@ def check_scale(record: Record, sites: Sequence[Site], scale: float) -> None:
         raise OptionError(f"delta {name!r}: scale={scale!r}: expected a finite number")
     if record.merged:
         raise StateError(f"delta {name!r} is merged into the weights: unmerge() it before changing scale")
-    if record.batch is not None:
-        raise StateError(f"delta {name!r}: a rows() block holds on its backbone; leave it before changing scale")
+    refuse_in_rows(name, record, "changing scale")
+    if record.whole:
+        raise StateError(
+            f"delta {name!r} trains {next(iter(record.whole))} whole, which is in the backbone at its full effect: "
+            "such a delta has no scale"
+        )
     for site in sites:
         if not can_scale(site.module):
             raise StateError(

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deltakit.errors import StateError
 from deltakit.method import DeltaModule
 
 
@@ -50,6 +51,17 @@ class ReportPart:
         missing: list[str],
         *_: Any,
     ) -> None:
+        merged = {
+            f"{prefix}{name}": module.record.name
+            for module in backbone.modules()
+            if isinstance(module, DeltaModule) and module.record is not None
+            for name in module.record.merged
+        }
+        for name in merged.keys() & state.keys():
+            raise StateError(
+                f"{name}: delta {merged[name]!r} is merged into it, and unmerging would put the old weight back: unmerge() it "
+                "before loading the backbone's weights"
+            )
         held: dict[int, list[tuple[str, bool]]] = {}
         for path, module in backbone.named_modules(prefix=prefix.rstrip(".")):
             if isinstance(module, DeltaModule):

@@ -111,8 +111,9 @@ def take_whole(backbone: nn.Module, record: Record, names: Sequence[str]) -> Non
 
 def base_state_dict(backbone: nn.Module) -> dict[str, Tensor]:
     """The backbone's state dict without the deltas' keys: what it would save if nothing were attached."""
-    own = {name for name, _ in tensors_of(backbone)}
-    return {name: value for name, value in backbone.state_dict().items() if name in own}
+    own = dict(tensors_of(backbone))
+    bare = {id(own[name]): value.detach() for record in records_of(backbone) for name, value in record.merged.items()}
+    return {name: bare.get(id(own[name]), value) for name, value in backbone.state_dict().items() if name in own}
 
 
 def _refuse_offloaded(name: str, tensor: Tensor, module: nn.Module) -> None:

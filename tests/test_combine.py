@@ -1,5 +1,7 @@
 """Weighted sums of deltas, against weights changed by hand."""
 
+import warnings
+
 import pytest
 import torch
 from models import Transformer, ids, randomize
@@ -208,3 +210,44 @@ class TestMergingIntoQuantisedWeights:
             delta.merge(quantize=quantise)
         share = float(str(said[0].message).partition("moved them by ")[2].split()[0])
         assert share > 1
+
+    @pytest.mark.filterwarnings("ignore:.*Enum subclass")
+    def test_a_warning_that_is_an_error_leaves_no_trace(self):
+        model, delta = self.attached()
+        was, x = [layer.weight for layer in model], torch.randn(3, 64)
+        hooked = model(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", dk.DeltaWarning)
+            with pytest.raises(dk.DeltaWarning):
+                delta.merge(quantize=quantise)
+        assert not delta.merged
+        assert all(layer.weight is weight for layer, weight in zip(model, was, strict=True))
+        assert torch.equal(model(x), hooked)
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_detached_for_a_while_and_as_it_was(self):
+        model, delta = self.attached()
+        x = torch.randn(3, 64)
+        merged = delta.merge(quantize=quantise).backbone(x)
+        with delta.detached():
+            assert not torch.equal(model(x), merged)
+        assert delta.merged
+        assert torch.equal(model(x), merged)
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_the_layer_that_is_the_backbone(self):
+        layer = torch.nn.Linear(64, 96)
+        quantise(layer)
+        delta = randomize(dk.attach(layer, dk.LoRA(r=4, at="re:^$")), 0.1)
+        assert delta.merge(quantize=quantise).merged
+
+
+def test_the_bare_state_while_merged():
+    model = Transformer().eval()
+    bare = {name: value.clone() for name, value in model.state_dict().items()}
+    delta = randomize(dk.attach(model, dk.LoRA(r=2))).merge()
+    torch.testing.assert_close(dk.base_state_dict(model), bare, rtol=0, atol=0)
+    with pytest.raises(dk.StateError, match=r"q_proj\.weight: delta 'delta' is merged into it, and unmerging"):
+        model.load_state_dict(bare)
+    delta.unmerge()
+    model.load_state_dict(bare)

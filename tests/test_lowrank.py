@@ -212,3 +212,48 @@ def test_inputs_kept_in_one_byte_a_value():
     assert 0 < (found[1] - wanted[1]).norm() / wanted[1].norm() < 0.01
     with pytest.raises(dk.StateError, match=r"LoRA\(keep='int8'\) kept less of it"):
         torch.autograd.grad(model(x).square().sum(), lora.A, create_graph=True)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_beside_a_delta_by_weight(again):
+    """The layer's own gradient is then that of the sum."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8).double())
+    first = randomize(dk.attach(model, dk.LoRA(r=2, at="0.weight"), name="by_weight"))
+    second = randomize(dk.attach(model, dk.LoRA(r=2, at="0"), name="by_output"))
+    if again:
+        second.detach().attach()
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    parameters = [x, *first.parameters(), *second.parameters()]
+    found = torch.autograd.grad(model(x).square().sum(), parameters)
+    (one,), (two,) = (next(iter(delta.modules.values())) for delta in (first, second))
+    weight = model[0].weight + one.scale * one.B @ one.A + two.scale * two.B @ two.A
+    torch.testing.assert_close(model(x), F.linear(x, weight, model[0].bias))
+    wanted = torch.autograd.grad(F.linear(x, weight, model[0].bias).square().sum(), parameters)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_dropout_of_few_tokens_without_a_graph():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    randomize(dk.attach(model, dk.LoRA(r=4, at="0", dropout=0.5)))
+    x = torch.randn(2, 64)
+    with torch.no_grad():
+        model.train()
+        assert not torch.equal(model(x), model(x))
+        model.eval()
+        assert torch.equal(model(x), model(x))
+
+
+def test_what_a_hook_on_all_modules_holds_stays():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    x, held = torch.randn(3, 8), []
+    bare = model(x)
+    randomize(dk.attach(model, dk.LoRA(r=2, at="0")))
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: held.append(output) if isinstance(module, torch.nn.Linear) else None
+    )
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        handle.remove()
+    assert torch.equal(held[0], bare)

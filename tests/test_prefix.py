@@ -12,6 +12,7 @@ from backbone_inputs import hidden, inputs
 from backbones import CONFIGS, build
 from models import Transformer, ids, randomize
 from torch import nn
+from torch.overrides import _get_current_function_mode
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -382,3 +383,17 @@ def test_heads_that_do_not_fit_are_an_error(unchecked):
         module.key = nn.Parameter(torch.zeros(4, 3, 5))
     with pytest.raises(dk.StateError, match=r"a prefix for 4 heads of 5 met keys or values of shape \(2, 4, 7, 6\)"):
         model(**inputs("bert", model))
+
+
+def test_another_deltas_exception_leaves_nothing_behind():
+    layer = torch.nn.TransformerEncoderLayer(12, 2, 20, batch_first=True).eval()
+    adapter = dk.attach(layer, dk.Adapter(size=3, at="self_attn"), name="adapter")
+    dk.attach(layer, dk.Prefix(tokens=2, at="self_attn"), name="prefix")
+
+    def fail(*_):
+        raise RuntimeError("as asked")
+
+    adapter.modules["self_attn"][0].register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="as asked"):
+        layer(torch.randn(2, 5, 12))
+    assert _get_current_function_mode() is None

@@ -1,5 +1,7 @@
 """Each row of a batch with a delta of its own: as if it had been run alone with that delta."""
 
+import copy
+
 import pytest
 import torch
 import transformers as tf
@@ -53,7 +55,8 @@ def the_batch(model):
 @pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "llama", "t5", "gpt_neox"])
 def test_as_if_alone(name, kind):
     model = build(name, tf.AutoModel).double()
-    model.config.use_cache = False
+    # Encoders fill no cache, whatever their config says.
+    model.config.use_cache = name in ("bert", "roberta")
     deltas, batch = several(model, kind), the_batch(model)
     with dk.rows(model, NAMES):
         together = outputs(model, batch)
@@ -210,10 +213,75 @@ def test_by_weight_is_shared():
         pass
 
 
+def two_layers(*methods):
+    """A bare backbone's output, and deltas on it, randomised."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    x = torch.randn(2, 3, 8)
+    bare = model(x)
+    return model, x, bare, [randomize(dk.attach(model, method, name=f"d{k}"), 0.3) for k, method in enumerate(methods)]
+
+
+def test_a_delta_by_weight_that_is_not_named_takes_no_part():
+    model, x, bare, _ = two_layers(dk.LoRA(r=2, at="1.weight"), dk.LoRA(r=2, at="0"))
+    with dk.rows(model, ["d1", None]):
+        together = model(x)
+    torch.testing.assert_close(together[1], bare[1])
+    assert not torch.allclose(together[0], bare[0])
+
+
+def test_what_all_rows_share_is_refused_named_or_not():
+    model, _, _, (one, _) = two_layers(dk.LoRA(r=2, at="1"), dk.LoRA(r=2, at="0"))
+    one.merge()
+    with (
+        pytest.raises(dk.StateError, match="delta 'd0' is merged into the weights, which all rows share"),
+        dk.rows(model, ["d1"]),
+    ):
+        pass
+    one.unmerge().freeze(train="1")
+    with pytest.raises(dk.StateError, match=r"delta 'd0' trains 1\.weight whole"), dk.rows(model, ["d1"]):
+        pass
+
+
+def test_nothing_changes_in_a_block():
+    model, x, _, (one, _) = two_layers(dk.LoRA(r=2, at="0"), dk.LoRA(r=2, at="0"))
+    with dk.rows(model, ["d0", "d1"]):
+        before = model(x)
+        for change, what in ((lambda: setattr(one, "active", False), "changing active"), (one.merge, "merge")):
+            with pytest.raises(dk.StateError, match=f"leave it before {what}"):
+                change()
+        assert torch.equal(model(x), before)
+        twin = copy.deepcopy(model)
+    assert dk.deltas(twin)[0].detach().attached is False
+
+
+def test_one_deltas_overflow_stays_in_its_rows():
+    model, _, _, (one,) = two_layers(dk.LoRA(r=2, at="0"))
+    x = torch.randn(16, 1, 8)
+    for value in (float("nan"), 1e38):
+        with torch.no_grad():
+            for parameter in one.parameters():
+                parameter.fill_(value)
+            with dk.rows(model, ["d0"] + [None] * 15):
+                output = model(x)
+        assert not output[0].isfinite().all()
+        assert output[1:].isfinite().all()
+
+
+def test_experts_are_refused():
+    model = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(8, 8)])})
+    dk.attach(model, dk.LoRA(r=2, at="experts.0"), name="a")
+    with (
+        pytest.raises(dk.StateError, match=r"stands on an expert, experts\.0, which is given tokens"),
+        dk.rows(model, ["a"]),
+    ):
+        pass
+
+
 class TestSoftPrompts:
     """Prompts of different lengths: padding behind the text, or ahead of it where a cache is filled."""
 
-    @pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "gpt_neox", "roberta"])
+    @pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "gpt_neox"])
     def test_ahead_of_the_text_where_a_cache_is_filled(self, name):
         model = build(name, tf.AutoModel).double()
         model.config.use_cache = True
@@ -226,12 +294,16 @@ class TestSoftPrompts:
             seen = batch["attention_mask"][row].bool()
             torch.testing.assert_close(together[row][seen], single[0][seen])
 
+    @pytest.mark.parametrize("padded", [True, False], ids=["padded", "none padded"])
     @pytest.mark.parametrize("options", [{"num_beams": 3}, {}], ids=["beams", "greedy"])
-    @pytest.mark.parametrize("name", ["gpt2", "t5", "opt", "gpt_neox"])
-    def test_generation(self, name, options):
+    @pytest.mark.parametrize("name", ["gpt2", "t5", "opt", "gpt_neox", "llama"])
+    def test_generation(self, name, options, padded):
         model = build(name, tf.AutoModelForSeq2SeqLM if name == "t5" else tf.AutoModelForCausalLM)
         deltas, batch = several(model, "SoftPrompt"), the_batch(model)
         batch.pop("decoder_input_ids", None)
+        if not padded:
+            # transformers drops a mask of ones on the way.
+            batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
         options |= {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
         with dk.rows(model, NAMES):
             together = model.generate(**batch, **options)
@@ -272,6 +344,36 @@ class TestSoftPrompts:
             ):
                 model(**batch, use_cache=True)
             model(**batch, use_cache=False)
+
+    def test_padding_within_the_text_is_refused_where_a_cache_is_filled(self):
+        """There windows, chunks and relative biases count by place."""
+        model = build("llama", tf.AutoModel)
+        for name, tokens in (("a", 2), ("b", 3)):
+            dk.attach(model, dk.SoftPrompt(tokens=tokens, where="after_first"), name=name)
+        with dk.rows(model, ["a", "b"]):
+            with pytest.raises(dk.StateError, match="cannot be told; call it with use_cache=False"):
+                model(input_ids=torch.tensor([[5, 6], [7, 8]]), use_cache=True)
+            model(input_ids=torch.tensor([[5, 6], [7, 8]]), use_cache=False)
+
+    def test_blocks_of_more_than_attention_are_refused(self):
+        model = tf.AutoModel.from_config(tf.MambaConfig(vocab_size=31, hidden_size=24, num_hidden_layers=2)).eval()
+        deltas = [dk.attach(model, dk.SoftPrompt(tokens=n), name=name) for name, n in (("a", 2), ("b", 3))]
+        ids = torch.tensor([[5, 6], [7, 8]])
+        with (
+            dk.rows(model, ["a", "b"]),
+            pytest.raises(dk.StateError, match=r"lengths \(2, 3\), so the shorter ones need"),
+        ):
+            model(input_ids=ids)
+        with dk.rows(model, ["a", "a"]):
+            together = model(input_ids=ids)[0]
+        deltas[1].active = False
+        torch.testing.assert_close(together, model(input_ids=ids)[0])
+
+    def test_a_static_cache_is_refused(self):
+        model = build("qwen2", tf.AutoModelForCausalLM)
+        dk.attach(model, dk.SoftPrompt(tokens=2))
+        with pytest.raises(dk.StateError, match="cannot be inserted with a static cache"):
+            model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, cache_implementation="static", pad_token_id=0)
 
     def test_places_that_differ_are_refused(self):
         model = build("bert", tf.AutoModel)

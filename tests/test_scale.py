@@ -88,3 +88,11 @@ class TestScale:
         with pytest.raises(dk.OptionError, match="scale=inf: expected a finite number"):
             delta.scale = float("inf")
         assert delta.scale == 1
+        delta.scale = 1
+
+    def test_what_is_trained_whole_has_none(self):
+        delta = dk.attach(Transformer().eval(), dk.LoRA(r=2), train="norm")
+        with pytest.raises(
+            dk.StateError, match=r"trains norm\.weight whole, which is in the backbone at its full effect"
+        ):
+            delta.scale = 0.5

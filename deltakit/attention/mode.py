@@ -75,6 +75,7 @@ class PrefixMode(TorchFunctionMode):
         if self.seen is not None:
             attn_mask = query.new_zeros(query.shape[-2], key.shape[-2]) if attn_mask is None else attn_mask
             attn_mask = widen_by_rows(attn_mask[(None,) * (4 - attn_mask.ndim)], self.seen)
+            attn_mask = attn_mask.squeeze(1) if query.ndim == 3 else attn_mask
         self.finished += 1
         key, value = prepend(self.key, key, self.module), prepend(self.value, value, self.module)
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **kwargs)

@@ -83,7 +83,7 @@ class LoRADelta(LoRAFactors):
         if type(output) is not Tensor:
             return super().after(target, args, kwargs, output)
         x = args[0] if args else hidden_input(args, kwargs)
-        if self.rows is None:
+        if self.rows is None and not (self.dropout and self.training):
             scale = self.scale if self.record is None else self.scale * self.record.scale
             few = of_few_tokens(target, self, x, output, scale)
             if few is not None:
