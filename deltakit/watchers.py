@@ -57,7 +57,7 @@ class ReportPart:
             if isinstance(module, DeltaModule) and module.record is not None
             for name in module.record.merged
         }
-        for name in merged.keys() & state.keys():
+        for name in (name for name in merged if name in state):
             raise StateError(
                 f"{name}: delta {merged[name]!r} is merged into it, and unmerging would put the old weight back: unmerge() it "
                 "before loading the backbone's weights"
