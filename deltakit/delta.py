@@ -260,7 +260,7 @@ class Delta:
         if self.scale != 1:
             raise StateError(
                 f"delta {self.name!r} has the scale {self.scale:g}, which no file holds: set scale = 1 to save it as it was "
-                f"trained, or save combine(model, {{{self.name!r}: {self.scale:g}}}).delta"
+                f"trained, or, of LoRA and BitFit, save combine(model, {{{self.name!r}: {self.scale:g}}}).delta"
             )
         path = Path(folder)
         config = delta_config(self.backbone, self._record, self._sites, self.num_parameters)

@@ -71,7 +71,8 @@ class TestScale:
         delta = dk.attach(model, dk.LoRA(r=2))
         delta.scale = 0.25
         with pytest.raises(
-            dk.StateError, match=r"has the scale 0\.25, which no file holds.*combine\(model, {'delta': 0\.25}\)"
+            dk.StateError,
+            match=r"has the scale 0\.25, which no file holds.*of LoRA and BitFit, save combine\(model, {'delta': 0\.25}\)",
         ):
             delta.save(tmp_path / "it")
         assert not (tmp_path / "it").exists()
