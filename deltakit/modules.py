@@ -123,7 +123,8 @@ class Modules:
             rows=self.fused.rows_at(base, letter) if letter else None,
             reading=self.readings.of(owner, parameter),
             tied=tuple(self.readings.other_names(owner, parameter or "weight")) if tensor is not None else (),
-            around=self._dtype_around(owner),
+            # Asked only where the weight does not tell: it is a walk for each target.
+            around=None if tensor is not None and is_compute_dtype(tensor.dtype) else self._dtype_around(owner),
         )
 
     def _dtype_around(self, path: str) -> torch.dtype | None:

@@ -127,6 +127,14 @@ def like(target: Target) -> dict[str, Any]:
     Raises:
         TargetError: if the target has no weights, or quantised ones and nothing says what it computes in.
     """
+    weight = target.module._parameters.get(target.parameter or "weight")
+    if (
+        weight is not None
+        and is_compute_dtype(weight.dtype)
+        and not (weight.is_meta and hasattr(target.module, "_hf_hook"))
+    ):
+        # As nearly always, and for each target: nothing else needs to be looked at.
+        return {"dtype": weight.dtype, "device": weight.device}
     return {"dtype": dtype_of(target), "device": _device_of(target)}
 
 

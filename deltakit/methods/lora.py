@@ -39,7 +39,9 @@ class LoRAFactors(DeltaModule):
         stack = like.pop("stack", ())
         self.A = nn.Parameter(torch.empty(*stack, options.r, d_in, **like))
         self.B = nn.Parameter(torch.empty(*stack, d_out, options.r, **like))
-        self.reset_parameters()
+        if not self.A.is_meta:
+            # There are no values to set there, and torch takes its time for them.
+            self.reset_parameters()
 
     def reset_parameters(self) -> None:
         # Kaiming-uniform with a = sqrt(5), nn.Linear's own default: the authors' code uses it for A too.
