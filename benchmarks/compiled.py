@@ -19,16 +19,8 @@ import deltakit as dk
 
 
 def backbone() -> Any:
-    torch.manual_seed(0)
-    config = tf.LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=97,
-        use_cache=False,
-    )
-    return tf.LlamaModel(config).eval().requires_grad_(False)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return harness.llama(tf.LlamaModel, **sizes, vocab_size=97, use_cache=False).requires_grad_(False)
 
 
 class Watched:

@@ -13,7 +13,6 @@ import harness
 import peft
 import torch
 import torch.nn.functional as F
-import transformers as tf
 
 import deltakit as dk
 
@@ -45,16 +44,8 @@ def contestants(model: Any, paths: list[str]) -> dict[str, Any]:
 
 def launch_bound() -> Any:
     """Many small layers: the calls cost more than the arithmetic."""
-    torch.manual_seed(0)
-    config = tf.LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=24,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        vocab_size=500,
-    )
-    return tf.LlamaForCausalLM(config).eval()
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 24, "num_attention_heads": 4}
+    return harness.llama(**sizes, num_key_value_heads=4, vocab_size=500)
 
 
 def measure(name: str, models: dict[str, Any], call: Any, rounds: int) -> dict[str, Any]:

@@ -96,6 +96,12 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 """The backbones, from their configs, with random weights."""
 
 
+def llama(kind: Any = tf.LlamaForCausalLM, **sizes: Any) -> Any:
+    """A Llama of these sizes in evaluation mode, with the same weights at every call."""
+    torch.manual_seed(0)
+    return kind(tf.LlamaConfig(**sizes)).eval()
+
+
 def backbone(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """A backbone in evaluation mode, with the same weights at every call."""
     torch.manual_seed(0)

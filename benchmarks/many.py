@@ -16,24 +16,19 @@ from typing import Any
 import harness
 import peft
 import torch
-import transformers as tf
 
 import deltakit as dk
 
 
 def backbone(layers: int, width: int = 768) -> Any:
     """A Llama of seven linear layers a block."""
-    torch.manual_seed(0)
-    config = tf.LlamaConfig(
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=12,
-        num_key_value_heads=12,
-        vocab_size=1000,
-        use_cache=False,
-    )
-    return tf.LlamaForCausalLM(config).eval().requires_grad_(False)
+    sizes = {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 12,
+    }
+    return harness.llama(**sizes, num_key_value_heads=12, vocab_size=1000, use_cache=False).requires_grad_(False)
 
 
 LINEARS = harness.LINEARS["Llama 150 M"]

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from deltakit.errors import OptionError, StateError
+from deltakit.errors import OptionError, StateError, no_such_delta
 
 
 @dataclass(eq=False)
@@ -65,9 +65,7 @@ def holding(records: Sequence[Any], names: Sequence[str | None]) -> Iterator[Bat
         if name is None:
             continue
         if name not in known:
-            raise OptionError(
-                f"rows: no delta named {name!r} is attached; there are {', '.join(map(repr, known)) or 'none'}"
-            )
+            raise no_such_delta("rows", name, known)
         if not known[name].active or known[name].merged:
             raise StateError(
                 f"rows: delta {name!r} is {'merged' if known[name].merged else 'not active'}; change that first"

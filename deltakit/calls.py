@@ -107,8 +107,7 @@ class Replace:
             return
         holder = scope.get_submodule(self.holder) if self.holder else scope
         _refuse_recomputing(scope, self.holder)
-        for name, update in delta.weight_update(holder).items():
-            update = update if delta.strength == 1 else update * delta.strength
+        for name, update in delta.scaled_update(holder).items():
             enter(holder, self.name or name, self.key, partial(self._fitting, scope, update))
 
     def _fitting(self, scope: nn.Module, update: Tensor, weight: Tensor) -> Tensor:

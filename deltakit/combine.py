@@ -8,7 +8,7 @@ from torch import nn
 
 from deltakit.attach import new_delta
 from deltakit.delta import Delta, deltas
-from deltakit.errors import OptionError, StateError
+from deltakit.errors import OptionError, StateError, no_such_delta
 from deltakit.method import METHODS, Method
 from deltakit.modules import Modules
 from deltakit.plan import build, original
@@ -68,7 +68,5 @@ def _delta(backbone: nn.Module, key: str | Delta) -> Delta:
         return key
     there = {delta.name: delta for delta in deltas(backbone)}
     if key not in there:
-        raise OptionError(
-            f"combine: no delta named {key!r} is attached; there are {', '.join(map(repr, there)) or 'none'}"
-        )
+        raise no_such_delta("combine", key, there)
     return there[key]

@@ -13,6 +13,8 @@
 Warnings are `DeltaWarning`; `warnings.simplefilter("error", deltakit.DeltaWarning)` makes errors of them.
 """
 
+from collections.abc import Iterable
+
 
 class DeltaError(Exception):
     """Base of every error that deltakit raises on purpose."""
@@ -52,3 +54,10 @@ class HubError(DeltaError, OSError):
 
 class DeltaWarning(UserWarning):
     """Something that can be meant, but is often a mistake."""
+
+
+def no_such_delta(where: str, name: object, attached: Iterable[str]) -> OptionError:
+    """The error for a name that no attached delta has."""
+    return OptionError(
+        f"{where}: no delta named {name!r} is attached; there are {', '.join(map(repr, attached)) or 'none'}"
+    )

@@ -4,7 +4,7 @@ A prompt enters as ids and not as `inputs_embeds`: with ids, classification head
 that are derived from padding, and `generate` stay right (measured on GPT-2, Llama, BART and RoBERTa).
 
 Where rows of a batch have prompts of different lengths, the shorter ones are filled up with padding that is masked. Behind
-the text it changes nothing for anybody. Where a cache is filled it must stand ahead, for what is generated follows the text;
+the text it moves nothing. Where a cache is filled it must stand ahead, for what is generated follows the text;
 then the positions of all that follows are the row's own only if they are given, or follow from the mask or the padding.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deltakit.batches import Batch
 from deltakit.errors import StateError
-from deltakit.prompting_ids import Positions, names_of_arguments
+from deltakit.prompting_ids import Stack, names_of_arguments
 
 
 class Layout(NamedTuple):
@@ -68,17 +68,14 @@ class Layout(NamedTuple):
 class Insertion(NamedTuple):
     """What a soft prompt puts into each text: `width` ids from `first` on, at the place `at`.
 
-    `positions`: how the stack knows positions. `caches`: whether it may fill a cache. `hides`: whether
-    what its mask hides changes nothing. `trim`: whether the rows of the prompt are taken out of the result, as they are but
-    in an encoder, of which a decoder sees them.
+    `stack`: what is known of the text stack. `trim`: whether the rows of the prompt are taken out of the result, as they are
+    but in an encoder, of which a decoder sees them.
     """
 
     first: int
     width: int
     at: int
-    positions: Positions
-    caches: bool
-    hides: bool
+    stack: Stack
     trim: bool
 
 
@@ -169,7 +166,7 @@ def _ones(call: Mapping[str, Any], ids: Tensor, layout: Layout, *, cached: bool)
 
 
 def _check_hidden(module: nn.Module, wanted: Insertion, layout: Layout) -> None:
-    if not wanted.hides or "attention_mask" not in names_of_arguments(module):
+    if not wanted.stack.hides:
         raise StateError(
             f"{type(module).__name__}: the rows of this batch have soft prompts of different lengths {layout.lengths}, so the "
             "shorter ones need padding, and that its blocks heed a mask everywhere cannot be told (they hold more than "
@@ -206,7 +203,7 @@ def _may_cache(module: nn.Module, call: Mapping[str, Any], wanted: Insertion) ->
     """Whether a call may fill a cache, or go on from one."""
     if call.get("past_key_values") is not None:
         return True
-    if not wanted.caches:
+    if not wanted.stack.caches:
         return False
     asked = call.get("use_cache")
     return bool(getattr(getattr(module, "config", None), "use_cache", False) if asked is None else asked)
@@ -216,12 +213,16 @@ def _tell_positions(
     module: nn.Module, call: dict[str, Any], wanted: Insertion, layout: Layout, *, cached: bool
 ) -> None:
     """Gives positions to a call in which padding stands ahead of prompts, where they do not follow by themselves."""
-    if layout.behind or isinstance(call.get("position_ids"), Tensor) or wanted.positions in ("padding", "relative"):
+    if (
+        layout.behind
+        or isinstance(call.get("position_ids"), Tensor)
+        or wanted.stack.positions in ("padding", "relative")
+    ):
         return
     ids, mask = call["input_ids"], call.get("attention_mask")
     plain = mask is None or (isinstance(mask, Tensor) and bool(mask[:, 0].all()))
-    if wanted.positions == "unknown" or cached or not plain:
-        hint = "give position_ids, or " if wanted.positions == "given" else ""
+    if wanted.stack.positions == "unknown" or cached or not plain:
+        hint = "give position_ids, or " if wanted.stack.positions == "given" else ""
         raise StateError(
             f"{type(module).__name__}: the rows of this batch have soft prompts of different lengths {layout.lengths}, and "
             f"which positions their tokens have cannot be told; {hint}call it with use_cache=False, or give all rows "

@@ -43,7 +43,7 @@ def merge(backbone: nn.Module, record: Record, sites: Sequence[Site], quantize: 
     found: dict[str, Rounded] = {}
     if quantize is not None and rounded:
         found = _merge_rounded(backbone, record, {name: (updates[name], dtypes[name]) for name in rounded}, quantize)
-    record.merged |= {name: parameters[name].detach().clone() for name in plain}
+    record.merged |= {name: _kept(parameters[name]) for name in plain}
     for name, value in merged.items():
         parameters[name].copy_(value)
     if found:
@@ -73,7 +73,7 @@ def _merge_rounded(
 
 def _say_lost(record: Record, found: Mapping[str, Rounded]) -> None:
     shares = {name: math.sqrt(one.lost / one.whole) if one.whole else 0.0 for name, one in found.items()}
-    whole, lost = (sum(one[part] for one in found.values()) for part in (2, 1))
+    lost, whole = (sum(norms) for norms in zip(*found.values(), strict=True))
     worst = max(shares, key=lambda name: shares[name])
     warnings.warn(
         f"delta {record.name!r} is merged into {len(found)} quantised weights: rounding moved them by "
@@ -86,20 +86,21 @@ def _say_lost(record: Record, found: Mapping[str, Rounded]) -> None:
 def merged_weights(backbone: nn.Module, record: Record) -> dict[str, Tensor]:
     """The weights with the delta in them, by name; empty where it is not merged."""
     parameters = dict(tensors_of(backbone)) if record.merged else {}
-    found = {name: parameters[name] for name in record.merged}
-    return {name: weight if is_quantised(weight) else weight.detach().clone() for name, weight in found.items()}
+    return {name: _kept(parameters[name]) for name in record.merged}
 
 
 @torch.no_grad()
 def put_back(backbone: nn.Module, record: Record, merged: Mapping[str, Tensor]) -> None:
     """Merges again, by weights that `merged_weights` gave."""
     parameters = dict(tensors_of(backbone)) if merged else {}
-    record.merged = {
-        name: parameters[name] if is_quantised(value) else parameters[name].detach().clone()
-        for name, value in merged.items()
-    }
+    record.merged = {name: _kept(parameters[name]) for name in merged}
     for name, value in merged.items():
         _put(backbone, name, parameters[name], value)
+
+
+def _kept(weight: Tensor) -> Tensor:
+    """A weight as it is now: quantised ones are exchanged whole, of others the values change."""
+    return weight if is_quantised(weight) else weight.detach().clone()
 
 
 def _put(backbone: nn.Module, name: str, weight: Tensor, value: Tensor) -> None:
@@ -124,10 +125,10 @@ def unmerge(backbone: nn.Module, record: Record) -> None:
 
 def _update(site: Site) -> dict[str, Tensor]:
     try:
-        update = site.module.weight_update(site.target)
+        update = site.module.scaled_update(site.target)
     except TargetError as error:
         raise TargetError(f"{site.path}: {error}") from error
-    return {join(site.owner, name): value * site.module.strength for name, value in update.items()}
+    return {join(site.owner, name): value for name, value in update.items()}
 
 
 def _check(

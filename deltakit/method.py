@@ -144,6 +144,11 @@ class DeltaModule(nn.Module):
         """
         raise TargetError(f"{type(self).__name__} is not a change of weights: it cannot be merged; leave it attached")
 
+    def scaled_update(self, target: nn.Module) -> dict[str, Tensor]:
+        """`weight_update` at the strength that the delta has now."""
+        update = self.weight_update(target)
+        return {name: value if self.strength == 1 else value * self.strength for name, value in update.items()}
+
     def take_sum(self, parts: Sequence[tuple[float, "DeltaModule"]]) -> tuple[float, float]:
         """Takes the values of a weighted sum of delta modules at one place; the squared norms of what is lost, and of all.
 

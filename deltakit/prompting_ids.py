@@ -1,7 +1,7 @@
 """Where soft prompts enter: the embeddings of token ids, and the modules that take ids and turn them into hidden states."""
 
 import inspect
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import nn
 
@@ -20,7 +20,10 @@ def input_embeddings(backbone: nn.Module) -> list[str]:
     Raises:
         TargetError: if the backbone has no embedding of token ids.
     """
-    modules = Modules(backbone)
+    return _embeddings(Modules(backbone))
+
+
+def _embeddings(modules: Modules) -> list[str]:
     found = [path for path in modules.roles.embed if isinstance(modules.by_path[path], nn.Embedding)]
     if not found:
         raise TargetError(
@@ -40,7 +43,7 @@ def text_stack(backbone: nn.Module) -> tuple[str, str | None]:
         TargetError: if no such module takes `input_ids`.
     """
     modules = Modules(backbone)
-    embeddings = input_embeddings(backbone)
+    embeddings = _embeddings(modules)
     holders = [path for path in modules.by_path if any(_holds(path, embedding) for embedding in embeddings)]
     if modules.roles.blocks:
         # A module of embeddings alone may take ids and their mask too (ESM).
@@ -66,22 +69,34 @@ def text_stack(backbone: nn.Module) -> tuple[str, str | None]:
     return innermost[0], None
 
 
-def positions_of(backbone: nn.Module, stack: str, at: int) -> Positions:
-    """How the text stack at a path knows the positions of its tokens, read from its structure.
+class Stack(NamedTuple):
+    """What the structure of a text stack tells: how it knows positions, whether it may fill a cache, and whether what its mask
+    hides surely changes nothing."""
 
-    `at`: the place where a prompt enters. Within the text, whatever blocks count by place (windows, chunks, relative biases)
-    depends on padding there, and no position tells them.
-    """
-    if at:
-        return "unknown"
+    positions: Positions
+    caches: bool
+    hides: bool
+
+
+def stack_at(backbone: nn.Module, path: str, at: int) -> Stack:
+    """What is known of the text stack at a path, for prompts that enter at the place `at` of the text."""
     modules = Modules(backbone)
-    inside = {path: module for path, module in modules.by_path.items() if _holds(stack, path)}
-    blocks, embeddings = modules.roles.blocks, input_embeddings(backbone)
+    # Within the text, whatever blocks count by place (windows, chunks, relative biases) depends on padding there, and no
+    # position tells them.
+    positions = "unknown" if at else _positions(modules, path)
+    # All attention may say that it is not causal.
+    said = [m.is_causal for m in modules.by_path[path].modules() if hasattr(m, "is_causal")]
+    return Stack(positions, not said or any(said), _hides(modules, path))
+
+
+def _positions(modules: Modules, stack: str) -> Positions:
+    blocks, embeddings = modules.roles.blocks, _embeddings(modules)
     outside = [
-        module for path, module in inside.items() if path not in embeddings and not any(_holds(b, path) for b in blocks)
+        module
+        for path, module in modules.by_path.items()
+        if _holds(stack, path) and path not in embeddings and not any(_holds(block, path) for block in blocks)
     ]
-    tables = [module for module in outside if isinstance(module, nn.Embedding)]
-    if any(table.padding_idx is not None for table in tables):
+    if any(isinstance(module, nn.Embedding) and module.padding_idx is not None for module in outside):
         return "padding"
     if "position_ids" in names_of_arguments(modules.by_path[stack]):
         return "given"
@@ -90,26 +105,16 @@ def positions_of(backbone: nn.Module, stack: str, at: int) -> Positions:
     return "relative" if plain and not buffers else "unknown"
 
 
-def may_cache(backbone: nn.Module, stack: str) -> bool:
-    """Whether the text stack at a path may fill a cache: unless all its attention says that it is not causal."""
-    said = [m.is_causal for m in backbone.get_submodule(stack).modules() if hasattr(m, "is_causal")]
-    return not said or any(said)
-
-
-def hides(backbone: nn.Module, stack: str) -> bool:
-    """Whether the text stack at a path surely changes nothing by what its mask hides: if its blocks mix tokens by attention
-    alone, each by one that is known (measured otherwise: convolutions, Fourier transforms, recurrences)."""
-    modules = Modules(backbone)
+def _hides(modules: Modules, stack: str) -> bool:
+    """If it takes a mask, and its blocks mix tokens by attention alone, each by one that is known (measured otherwise:
+    convolutions, Fourier transforms, recurrences)."""
     blocks = [path for path in modules.roles.blocks if _holds(stack, path)]
-    mixing = [
-        path
-        for path, m in modules.by_path.items()
-        if isinstance(m, nn.modules.conv._ConvNd)
-        and any(_holds(block, path) for block in blocks)
-        and set(m.kernel_size) != {1}
-    ]
-    attention = [path for path, module in modules.by_path.items() if attends(module)]
-    return bool(blocks) and not mixing and all(any(_holds(block, path) for path in attention) for block in blocks)
+    inside = [(path, m) for path, m in modules.by_path.items() if any(_holds(block, path) for block in blocks)]
+    mixing = any(isinstance(m, nn.modules.conv._ConvNd) and set(m.kernel_size) != {1} for _, m in inside)
+    attention = [path for path, module in inside if attends(module)]
+    takes_mask = "attention_mask" in names_of_arguments(modules.by_path[stack])
+    known = all(any(_holds(block, path) for path in attention) for block in blocks)
+    return takes_mask and bool(blocks) and not mixing and known
 
 
 def _holds(path: str, other: str) -> bool:

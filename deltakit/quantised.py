@@ -16,9 +16,8 @@ Quantize = Callable[[nn.Linear], Any]
 
 
 class Rounded(NamedTuple):
-    """The quantised weight that now stands on a layer; the squared norms of what rounding lost, and of the update."""
+    """The squared norms of what rounding lost, and of the update."""
 
-    weight: nn.Parameter
     lost: float
     whole: float
 
@@ -31,7 +30,7 @@ def is_quantised(weight: Tensor) -> bool:
 def merge_quantised(
     layer: nn.Module, update: Float[Tensor, "d_out d_in"], dtype: torch.dtype, quantize: Quantize, *, path: str
 ) -> Rounded:
-    """The weight with an update, quantised again and put on the layer. `dtype`: what the layer computes in.
+    """Puts the weight with an update, quantised again, on the layer; how far it is off. `dtype`: what the layer computes in.
 
     Raises:
         TargetError: if the module is no linear layer, the quantiser gives no quantised weight, or the layer does not use it.
@@ -68,7 +67,7 @@ def merge_quantised(
         )
     weight.requires_grad_(False)
     layer._parameters["weight"] = weight
-    return Rounded(weight, float((after - wanted).square().sum()), float(update.square().sum()))
+    return Rounded(float((after - wanted).square().sum()), float(update.square().sum()))
 
 
 def _values(layer: nn.Module, d_in: int, dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from deltakit.errors import StateError
 from deltakit.paths import join
 from deltakit.sharding import fill, is_sharded, whole
-from deltakit.state import Record, Site, label_of
+from deltakit.state import Record, Site, label_of, parameters_of
 from deltakit.whole import tensors_of
 
 
@@ -31,7 +31,7 @@ def state_dict(backbone: nn.Module, record: Record, sites: Sequence[Site]) -> di
     shapes = {name: tensor.shape for name, tensor in record.whole.items()}
     for site in sites:
         state |= {_key(record, site, name): value for name, value in site.module.saved_state().items()}
-        parts |= {_key(record, site, name): tensor for name, tensor in site.module.named_parameters()}
+        parts |= {_key(record, site, name): tensor for name, tensor in parameters_of(site.module).items()}
         shapes |= {_key(record, site, name): shape for name, shape in (site.module.shapes or {}).items()}
     trained_whole = {name: tensor.detach() for name, tensor in _whole(backbone, record, sites).items()}
     state |= trained_whole

@@ -35,7 +35,8 @@ class InputGradients:
 class ReportPart:
     """Reports keys as missing when a state dict holds a delta in part.
 
-    A state dict with nothing of a delta is a base checkpoint, which loads strictly; one with a part of it is damaged.
+    A state dict with nothing of a delta is a base checkpoint, which loads strictly; one with a part of it is damaged. One with
+    weights that a delta is merged into is refused.
     """
 
     def __init__(self) -> None:

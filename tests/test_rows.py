@@ -43,6 +43,15 @@ def one(batch, row):
     return {name: value[row : row + 1] for name, value in batch.items()}
 
 
+def generates_as_alone(model, deltas, batch, options):
+    options = options | {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    with dk.rows(model, NAMES):
+        together = model.generate(**batch, **options)
+    for row, own in enumerate(NAMES):
+        single = alone(model, deltas, own).generate(**one(batch, row), **options)
+        assert torch.equal(together[row], single[0]), own
+
+
 def the_batch(model):
     tokens = torch.randint(5, 30, (len(NAMES), 7), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(tokens)
@@ -89,12 +98,7 @@ def test_gradients(kind):
 def test_generation(kind, options):
     model = build("llama", tf.AutoModelForCausalLM)
     deltas, batch = several(model, kind), the_batch(model)
-    options |= {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-    with dk.rows(model, NAMES):
-        together = model.generate(**batch, **options)
-    for row, own in enumerate(NAMES):
-        single = alone(model, deltas, own).generate(**one(batch, row), **options)
-        assert torch.equal(together[row], single[0]), own
+    generates_as_alone(model, deltas, batch, options)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 4])
@@ -304,12 +308,7 @@ class TestSoftPrompts:
         if not padded:
             # transformers drops a mask of ones on the way.
             batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
-        options |= {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-        with dk.rows(model, NAMES):
-            together = model.generate(**batch, **options)
-        for row, own in enumerate(NAMES):
-            single = alone(model, deltas, own).generate(**one(batch, row), **options)
-            assert torch.equal(together[row], single[0]), own
+        generates_as_alone(model, deltas, batch, options)
 
     def test_of_one_length_in_any_stack(self):
         model = build("bart", tf.AutoModel).double()

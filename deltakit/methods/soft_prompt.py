@@ -17,7 +17,7 @@ from deltakit.errors import OptionError, StateError, TargetError
 from deltakit.insertion import Insertion, grown_mask, insert, layout_for, trimmed
 from deltakit.method import DeltaModule, Method, Target
 from deltakit.modules import Modules
-from deltakit.prompting_ids import hides, input_embeddings, may_cache, positions_of, text_stack
+from deltakit.prompting_ids import input_embeddings, stack_at, text_stack
 from deltakit.shapes import like
 
 _FREQUENT = 5_000
@@ -225,9 +225,8 @@ class SoftPrompt(Method, name="soft_prompt"):
         stack, decoder = text_stack(backbone) if len(embeddings) < len(targets) else (None, None)
         if stack is not None:
             at = self._place_in_text(backbone, stack)
-            known, caches = positions_of(backbone, stack, at), may_cache(backbone, stack)
-            hidden = hides(backbone, stack)
-            insertion = Insertion(holder.vocabulary, self.tokens, at, known, caches, hidden, trim=decoder is None)
+            known = stack_at(backbone, stack, at)
+            insertion = Insertion(holder.vocabulary, self.tokens, at, known, trim=decoder is None)
             built[stack] = InsertPromptDelta(insertion)
             if decoder is not None:
                 built[decoder] = PromptMaskDelta(insertion)
