@@ -23,9 +23,9 @@ import transformers
 from torch import nn
 
 import deltakit as dk
-from deltakit.inference import infer_roles
-from deltakit.linears import projection_sizes
-from deltakit.roles import RoleMap, Unit
+from deltakit.core.linear import projection_sizes
+from deltakit.selection.role_inference.infer import infer_roles
+from deltakit.selection.role_inference.role_map import RoleMap, Unit
 
 METHODS = {
     "LoRA": dk.LoRA(r=1),

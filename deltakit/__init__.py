@@ -11,9 +11,8 @@ delta 'delta' on Sequential: attached, active, trainable
 """
 
 from deltakit import methods as methods
-from deltakit.attach import attach, load
-from deltakit.combine import Combination, combine
-from deltakit.delta import Delta, deltas
+from deltakit.core import METHODS, DeltaModule, Method, Target
+from deltakit.delta import Combination, Delta, Plan, attach, base_state_dict, combine, deltas, load, plan, rows
 from deltakit.errors import (
     BackboneMismatch,
     CheckpointError,
@@ -26,7 +25,6 @@ from deltakit.errors import (
     StateError,
     TargetError,
 )
-from deltakit.method import METHODS, DeltaModule, Method, Target
 from deltakit.methods.adapter import Adapter
 from deltakit.methods.bitfit import BitFit
 from deltakit.methods.lora import LoRA
@@ -41,13 +39,9 @@ from deltakit.opendelta import (
     PrefixModel,
     SoftPromptModel,
 )
-from deltakit.plan import Plan, plan
-from deltakit.role_table import RoleTable, roles
-from deltakit.rows_of_batch import rows
-from deltakit.show import View, Visualization, show
-from deltakit.targets import select
+from deltakit.selection import RoleTable, roles, select
 from deltakit.version import __version__
-from deltakit.whole import base_state_dict
+from deltakit.view import View, Visualization, show
 
 __all__ = [
     "METHODS",

@@ -70,13 +70,13 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
-    from deltakit.show import show
+    from deltakit.view import show
 
     _console().print(show(_empty(options.model), depth=options.depth))
 
 
 def _roles(options: argparse.Namespace) -> None:
-    from deltakit.role_table import roles
+    from deltakit.selection import roles
 
     print(roles(_empty(options.model)))
 

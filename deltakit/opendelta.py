@@ -11,17 +11,15 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from deltakit.attach import attach, load
-from deltakit.delta import Delta
+from deltakit.core import Method
+from deltakit.delta import Delta, attach, load
 from deltakit.errors import OptionError
-from deltakit.method import Method
 from deltakit.methods.adapter import Adapter
 from deltakit.methods.bitfit import BitFit
 from deltakit.methods.lora import LoRA
 from deltakit.methods.prefix import Prefix
 from deltakit.methods.soft_prompt import SoftPrompt
-from deltakit.report import share
-from deltakit.show import show
+from deltakit.view import share, show
 
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_orig": "gelu", "swish": "silu"}
 

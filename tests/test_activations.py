@@ -7,7 +7,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutput
 
 import deltakit as dk
-from deltakit.activations import hidden_input, hidden_output, replace_hidden
+from deltakit.core.activations import hidden_input, hidden_output, replace_hidden
 
 X, Y, IDS = torch.randn(2, 3), torch.randn(2, 3), torch.tensor([1])
 Pair = collections.namedtuple("Pair", "mask hidden")

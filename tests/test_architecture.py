@@ -1,4 +1,4 @@
-"""The shape of the package: its import order, its public names, and what importing it must not import."""
+"""The shape of the package: which room imports which, how long files and functions are, and what is public."""
 
 import ast
 import subprocess
@@ -9,123 +9,141 @@ import deltakit as dk
 
 PACKAGE = Path(dk.__file__).parent
 
-# A file imports only from files before it.
-ORDER = [
-    "version",
-    "errors",
-    "sharding",
-    "linears",
-    "compressed",
-    "factors",
-    "lowrank",
-    "role_names",
-    "rows",
-    "folding",
-    "activations",
-    "selectors",
-    "roles",
-    "inference",
-    "reads",
-    "stand_in",
-    "axes",
-    "layout",
-    "batches",
-    "method",
-    "banks",
-    "shadows",
-    "paths",
-    "readings",
-    "fused",
-    "modules",
-    "targets",
-    "role_table",
-    "shapes",
-    "attention.kernel",
-    "attention.interface",
-    "attention.mode",
-    "attention.sites",
-    "prompting_ids",
-    "insertion",
-    "methods",
-    "report",
-    "freeze",
-    "state",
-    "whole",
-    "calls",
-    "watchers",
-    "hooks",
-    "fingerprint",
-    "checkpoint",
-    "config",
-    "card",
-    "hub",
-    "quantised",
-    "merging",
-    "swapping",
-    "values",
-    "describe",
-    "delta",
-    "plan",
-    "rows_of_batch",
-    "attach",
-    "combine",
-    "tree",
-    "render",
-    "html",
-    "show",
-    "opendelta",
-    "demo",
-    "cli",
-]
+# What each room may import; every room may import `errors`.
+MAY_IMPORT = {
+    "errors": set(),
+    "version": set(),
+    "core": set(),
+    "selection": {"core"},
+    "injection": {"core"},
+    "ops": {"core", "selection"},
+    "methods": {"core", "ops", "selection"},
+    "files": {"core", "version"},
+    "view": {"core"},
+    "delta": {"core", "selection", "injection", "files", "view"},
+    "opendelta": {"core", "delta", "files", "methods", "view"},
+}
+ON_TOP = {"demo", "cli", "__main__", "__init__"}
+"""Rooms that may import all others."""
+
+FILE_LENGTH, FUNCTION_LENGTH = 310, 40
 
 
-def imports(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("deltakit"):
-            base = node.module.removeprefix("deltakit").lstrip(".")
-            for alias in node.names:
-                full = f"{base}.{alias.name}".lstrip(".")
-                yield full if (PACKAGE / (full.replace(".", "/") + ".py")).exists() else base
-
-
-def place(name):
-    parts = name.split(".")
-    return ORDER.index(name if name in ORDER else parts[0])
-
-
-def test_imports_go_one_way():
+def sources():
+    """The module name, path and syntax tree of every file of the package."""
     for path in sorted(PACKAGE.rglob("*.py")):
-        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
-        if name in ("__init__", "attention", "methods"):
-            continue
-        for other in imports(path):
-            same_package = other.split(".")[0] == name.split(".")[0] and place(other) == place(name)
-            assert same_package or place(other) < place(name), f"{name} imports {other}"
+        yield ".".join(path.relative_to(PACKAGE).with_suffix("").parts), path, ast.parse(path.read_text("utf-8"))
+
+
+def imports(tree):
+    """The modules of deltakit that a file imports, each with the names taken from it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("deltakit") for alias in node.names), "write `from deltakit... import`"
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "deltakit":
+            module = node.module.removeprefix("deltakit").lstrip(".")
+            for alias in node.names:
+                yield (module, alias.name) if module else (alias.name, None)
+
+
+def room_of(module):
+    return module.split(".")[0]
+
+
+def test_every_room_is_in_the_table():
+    assert {room_of(name) for name, *_ in sources()} == MAY_IMPORT.keys() | ON_TOP
+
+
+def test_rooms_import_only_what_the_table_allows():
+    for name, _, tree in sources():
+        room = room_of(name)
+        for module, _ in imports(tree):
+            other = room_of(module)
+            allowed = room in ON_TOP or other in {room, "errors"} | MAY_IMPORT[room]
+            assert allowed, f"{name} imports {module}: {room} may import {sorted(MAY_IMPORT[room])}"
+
+
+def test_the_table_has_no_circle():
+    left = {room: set(others) for room, others in MAY_IMPORT.items()}
+    while left:
+        free = [room for room, others in left.items() if not others & left.keys()]
+        assert free, f"a circle among {sorted(left)}"
+        for room in free:
+            del left[room]
+
+
+def offered(room):
+    """What the `__init__` of a room offers, or None for a room that is one file."""
+    path = PACKAGE / room / "__init__.py"
+    if not path.exists():
+        return None
+    lists = [n for n in ast.parse(path.read_text("utf-8")).body if isinstance(n, ast.Assign)]
+    return next((set(ast.literal_eval(n.value)) for n in lists if n.targets[0].id == "__all__"), None)
+
+
+def test_rooms_use_each_other_through_what_they_offer():
+    used = {}
+    for name, _, tree in sources():
+        for module, taken in imports(tree):
+            other = room_of(module)
+            if other != room_of(name) and offered(other) is not None:
+                assert module == other, f"{name} imports {module}: import {taken} from deltakit.{other}"
+                used.setdefault(other, set()).add(taken)
+    for room in MAY_IMPORT:
+        assert offered(room) is None or offered(room) == used.get(room, set()), f"{room} offers what no other room uses"
+
+
+def test_no_import_circles_within_a_room():
+    arrows = {name: {m for m, _ in imports(tree) if room_of(m) == room_of(name)} for name, _, tree in sources()}
+    left = {name: others for name, others in arrows.items() if not name.endswith("__init__")}
+    while left:
+        free = [name for name, others in left.items() if not others & left.keys()]
+        assert free, f"a circle among {sorted(left)}"
+        for name in free:
+            del left[name]
 
 
 def test_methods_import_no_other_method():
-    for path in (PACKAGE / "methods").glob("*.py"):
-        assert not any(other.startswith("methods") for other in imports(path)), path.name
+    for name, _, tree in sources():
+        if room_of(name) == "methods" and not name.endswith("__init__"):
+            assert not any(room_of(module) == "methods" for module, _ in imports(tree)), name
 
 
-def test_one_file_each():
-    text = {path: path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
-    for word, name in (
-        ("register_forward_", "hooks.py"),
-        ("huggingface_hub import", "hub.py"),
-        ("save_file(", "checkpoint.py"),
+def test_one_place_each():
+    text = {path: path.read_text(encoding="utf-8") for _, path, _ in sources()}
+    for word, place in (
+        ("register_forward_", "injection"),
+        ("huggingface_hub import", "files/hub.py"),
+        ("save_file(", "files/checkpoint.py"),
     ):
-        assert {path.name for path, source in text.items() if word in source} == {name}
+        users = {path.relative_to(PACKAGE).as_posix() for path, source in text.items() if word in source}
+        assert users, f"nobody uses {word}"
+        assert all(user.startswith(place) for user in users), f"{word} in {users}"
 
 
 def test_public_names_are_listed_and_there():
     assert len(set(dk.__all__)) == len(dk.__all__)
-    assert all(hasattr(dk, name) for name in dk.__all__)
+    there = {name for name in vars(dk) if not name.startswith("_") and name != "jaxtyping"} | {"__version__"}
+    modules = {room_of(name) for name, *_ in sources()}
+    assert set(dk.__all__) == there - modules
 
 
-def test_files_are_small():
-    for path in PACKAGE.rglob("*.py"):
-        assert len(path.read_text(encoding="utf-8").splitlines()) <= 300, path.name
+def test_no_module_has_the_name_of_a_public_function():
+    functions = {name for name in dk.__all__ if callable(getattr(dk, name)) and name.islower()}
+    assert "attach" in functions
+    modules = {part: name for name, *_ in sources() for part in name.split(".")}
+    assert not functions & modules.keys(), {modules[name] for name in functions & modules.keys()}
+
+
+def test_files_and_functions_are_short():
+    for name, path, tree in sources():
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert lines <= FILE_LENGTH, f"{name} has {lines} lines"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+                length = node.end_lineno - (body[0].lineno if body else node.lineno) + 1
+                assert length <= FUNCTION_LENGTH, f"{name}: {node.name} has {length} lines"
 
 
 def test_importing_is_light():

@@ -210,7 +210,7 @@ def test_an_interrupted_save_leaves_the_old_files(saved, monkeypatch):
     def fails(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr("deltakit.checkpoint.save_file", fails)
+    monkeypatch.setattr("deltakit.files.checkpoint.save_file", fails)
     with pytest.raises(OSError, match="disk full"):
         delta.save(saved)
     assert {file.name: file.read_bytes() for file in saved.iterdir()} == before

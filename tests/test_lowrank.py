@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import deltakit as dk
-from deltakit import lowrank
+from deltakit.ops import low_rank as lowrank
 
 
 def layer(kind, bias=True, dtype=torch.float64):
@@ -80,8 +80,8 @@ def test_a_weight_that_is_trained_too_gets_its_gradient():
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_parts_of_an_output(interleaved):
     module = nn.Linear(6, 18).double()
-    from deltakit.method import Target
-    from deltakit.rows import Rows
+    from deltakit.core.feature_slice import Rows
+    from deltakit.core.target import Target
 
     rows = Rows("k", 3, 6, 2, 4) if interleaved else Rows("k", 1, 18, 6, 12)
     lora = dk.LoRA(r=2).build_at(Target("0", module, rows=rows)).double()

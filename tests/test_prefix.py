@@ -363,7 +363,7 @@ def test_attention_that_was_not_entered_is_an_error():
     ],
 )
 def test_what_leaves_no_room_for_a_prefix_is_an_error(unchecked, extra, found):
-    from deltakit.attention.interface import attend
+    from deltakit.ops.attention.interface import attend
 
     model = build("bert")
     attached(model)

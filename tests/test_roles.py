@@ -7,8 +7,8 @@ from backbones import CONFIGS, build
 from torch import nn
 
 import deltakit as dk
-from deltakit.inference import infer_roles
-from deltakit.linears import linear_sizes
+from deltakit.core.linear import linear_sizes
+from deltakit.selection.role_inference.infer import infer_roles
 
 BERT = {
     "attn": {

@@ -10,7 +10,7 @@ from models import Transformer, ids, randomize
 from torch import nn
 
 import deltakit as dk
-from deltakit.banks import Bank
+from deltakit.ops.low_rank_batched import Bank
 
 METHODS = {
     "LoRA": lambda k: dk.LoRA(r=2 + k),

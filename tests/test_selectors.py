@@ -12,8 +12,8 @@ from models import Transformer
 from torch import nn
 
 import deltakit as dk
-from deltakit.folding import expand, fold, span
-from deltakit.selectors import match
+from deltakit.core.folding import expand, fold, span
+from deltakit.selection.grammar import match
 
 PATHS = ["", "enc", *(f"enc.layer.{i}.{part}" for i in range(12) for part in ("q", "k", "v", "qk")), "dec", "dec.q"]
 

@@ -17,8 +17,8 @@ from rich.console import Console
 from torch import nn
 
 import deltakit as dk
-from deltakit.tree import build as tree
-from deltakit.tree import walk
+from deltakit.view.tree import build as tree
+from deltakit.view.tree import walk
 
 GOLDEN = Path(__file__).parent / "golden"
 

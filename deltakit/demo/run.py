@@ -12,18 +12,16 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
-from deltakit.attach import attach, load
-from deltakit.delta import Delta
+from deltakit.core import Method
+from deltakit.delta import Delta, attach, load
 from deltakit.demo.data import Example, encode, intents, read
 from deltakit.demo.training import BATCH, accuracy, predict, train
 from deltakit.errors import OptionError
-from deltakit.method import Method
 from deltakit.methods.adapter import Adapter
 from deltakit.methods.bitfit import BitFit
 from deltakit.methods.lora import LoRA
 from deltakit.methods.prefix import Prefix
-from deltakit.report import share
-from deltakit.show import show
+from deltakit.view import share, show
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.axes import feature_axis, features_last
+from deltakit.core import DeltaModule, Method, Rows, Target
 from deltakit.errors import OptionError
-from deltakit.method import DeltaModule, Method, Target
-from deltakit.rows import Rows
-from deltakit.shapes import like, output_size
+from deltakit.ops import like, output_size
+from deltakit.selection import feature_axis, features_last
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,

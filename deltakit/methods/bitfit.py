@@ -12,11 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.axes import along, feature_axis
+from deltakit.core import DeltaModule, Method, Rows, Target, wide
 from deltakit.errors import OptionError, TargetError
-from deltakit.method import DeltaModule, Method, Target
-from deltakit.rows import Rows
-from deltakit.shapes import like, output_size, wide
+from deltakit.ops import like, output_size
+from deltakit.selection import along, feature_axis
 
 # The paper's smaller variant (section 3, "b_q and b_m2"): the query's bias and that of the first feed-forward layer.
 _SUBSETS = {"all": None, "query_mlp": (("attn.q", "attn.qkv"), ("ff.up", "ff.gate_up"))}

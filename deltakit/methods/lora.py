@@ -15,16 +15,19 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from deltakit.activations import hidden_input
-from deltakit.banks import add_by_rows, shared_work
-from deltakit.batches import Batch
+from deltakit.core import Batch, DeltaModule, Method, Rows, Target, hidden_input, is_conv1d, wide
 from deltakit.errors import OptionError, TargetError
-from deltakit.factors import sum_of_products
-from deltakit.linears import is_conv1d
-from deltakit.lowrank import Product, add_low_rank, fresh, of_few_tokens
-from deltakit.method import DeltaModule, Method, Target
-from deltakit.rows import Rows
-from deltakit.shapes import like, sizes, wide
+from deltakit.ops import (
+    Product,
+    add_by_rows,
+    add_low_rank,
+    fresh,
+    like,
+    of_few_tokens,
+    shared_work,
+    sizes,
+    sum_of_products,
+)
 
 
 class LoRAFactors(DeltaModule):

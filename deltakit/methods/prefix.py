@@ -15,16 +15,23 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
 
-from deltakit.activations import hidden_input
-from deltakit.attention import interface
-from deltakit.attention.kernel import AttentionPrefix, joined, joined_by_rows, live_prefixes
-from deltakit.attention.mode import PrefixMode, close
-from deltakit.attention.sites import Heads, attends, enters_by_interface, heads_of
+from deltakit.core import DeltaModule, Method, Target, hidden_input, join
 from deltakit.errors import OptionError, TargetError
-from deltakit.method import DeltaModule, Method, Target
-from deltakit.modules import Modules
-from deltakit.paths import join
-from deltakit.shapes import like
+from deltakit.ops import (
+    AttentionPrefix,
+    Heads,
+    PrefixMode,
+    attends,
+    close,
+    enters_by_interface,
+    heads_of,
+    install_prefixes,
+    joined,
+    joined_by_rows,
+    like,
+    live_prefixes,
+)
+from deltakit.selection import Modules
 
 
 class PrefixDelta(AttentionPrefix):
@@ -38,11 +45,11 @@ class PrefixDelta(AttentionPrefix):
             self.key = nn.Parameter(torch.empty(heads.count, tokens, heads.d_key, **like))
             self.value = nn.Parameter(torch.empty(heads.count, tokens, heads.d_value, **like))
             self.reset_parameters()
-        interface.install()
+        install_prefixes()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        interface.install()
+        install_prefixes()
 
     def reset_parameters(self) -> None:
         if self.up is None:

@@ -13,12 +13,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from deltakit.core import DeltaModule, Method, Target
 from deltakit.errors import OptionError, StateError, TargetError
-from deltakit.insertion import Insertion, grown_mask, insert, layout_for, trimmed
-from deltakit.method import DeltaModule, Method, Target
-from deltakit.modules import Modules
-from deltakit.prompting_ids import input_embeddings, stack_at, text_stack
-from deltakit.shapes import like
+from deltakit.ops import (
+    Insertion,
+    grown_mask,
+    input_embeddings,
+    insert,
+    layout_for,
+    like,
+    stack_at,
+    text_stack,
+    trimmed,
+)
+from deltakit.selection import Modules
 
 _FREQUENT = 5_000
 

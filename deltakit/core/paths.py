@@ -1,0 +1,127 @@
+"""Paths in a backbone: putting them together, taking them apart, and walking them with the deltas left out."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from deltakit.core.delta_module import DeltaModule
+from deltakit.errors import OptionError
+
+
+def held_at(modules: Mapping[str, nn.Module], path: str) -> tuple[nn.Module, str]:
+    """The module of a path, and the name of the parameter in it if the path is that of a parameter."""
+    base, _ = split_rows(path)
+    if base in modules:
+        return modules[base], ""
+    owner, _, name = base.rpartition(".")
+    return modules[owner], name
+
+
+def split_rows(path: str) -> tuple[str, str]:
+    """A path without its rows, and the letter of these.
+
+    >>> split_rows("h.0.attn.c_attn[q]"), split_rows("h.0")
+    (('h.0.attn.c_attn', 'q'), ('h.0', ''))
+    """
+    base, _, rows = path.partition("[")
+    return base, rows.removesuffix("]")
+
+
+def own_modules(backbone: nn.Module, *, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of the backbone without the deltas', by path, each once or under every name that it has."""
+    seen: set[int] = set()
+    # A stack and not recursion, whose generators in each other cost three times as much: this is walked at each attach.
+    ahead: list[tuple[str, nn.Module, frozenset[int]]] = [("", backbone, frozenset())]
+    while ahead:
+        path, module, around = ahead.pop()
+        if id(module) in around or (id(module) in seen and not every_name):
+            continue
+        seen.add(id(module))
+        yield path, module
+        if module._modules:
+            inside = around | {id(module)} if every_name else around
+            ahead += [
+                (join(path, name), child, inside)
+                for name, child in reversed(module._modules.items())
+                if child is not None and not isinstance(child, DeltaModule)
+            ]
+
+
+def is_of(module: nn.Module, of: Sequence[str]) -> bool:
+    """Whether a module's class, or one it derives from, has one of these names (bare or with its Python module)."""
+    names = {
+        name for kind in type(module).__mro__ for name in (kind.__name__, f"{kind.__module__}.{kind.__qualname__}")
+    }
+    return not names.isdisjoint(of)
+
+
+def name_of(path: str) -> str:
+    """The last component of a path."""
+    return path.rpartition(".")[2]
+
+
+def parent_of(path: str) -> str:
+    """The path without its last component."""
+    return path.rpartition(".")[0]
+
+
+def join(path: str, name: str) -> str:
+    """The path of what is called `name` at `path`."""
+    return f"{path}.{name}" if path else name
+
+
+def is_callable(module: nn.Module) -> bool:
+    """Whether a module has a forward of its own: lists and dictionaries of modules or parameters have none."""
+    return not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
+
+
+def above(path: str) -> Iterator[str]:
+    """The path itself and every path above it, from the inside out.
+
+    >>> list(above("a.b"))
+    ['a.b', 'a', '']
+    """
+    while path:
+        yield path
+        path = parent_of(path)
+    yield ""
+
+
+def own_parameters(backbone: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+    """The parameters of the backbone itself, without the deltas', each once, under its first name."""
+    seen: set[int] = set()
+    for path, module in own_modules(backbone):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield join(path, name), parameter
+
+
+def tensors_of(backbone: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The backbone's own parameters and saved buffers under every name that they have."""
+    for path, module in own_modules(backbone, every_name=True):
+        yield from tensors_in(path, module)
+
+
+def tensors_in(path: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and saved buffers that a module at a path holds itself."""
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None and name not in module._non_persistent_buffers_set:
+            yield join(path, name), tensor
+
+
+def type_names(
+    of: type[nn.Module] | str | Sequence[type[nn.Module] | str] | None,
+) -> tuple[str, ...] | None:
+    """The types of a `of=` as names, so that a method can be saved. None stays None (any type).
+
+    >>> type_names(nn.Linear)
+    ('torch.nn.modules.linear.Linear',)
+    """
+    if of is None:
+        return None
+    kinds = tuple(of) if isinstance(of, tuple | list) else (of,)
+    for kind in kinds:
+        if not isinstance(kind, str | type):
+            raise OptionError(f"of={kind!r}: expected a module class or its name, found {type(kind).__name__}")
+    return tuple(kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)

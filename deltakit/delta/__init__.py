@@ -1,0 +1,10 @@
+"""The handle of a delta and its verbs: attach, load, plan, merge, combine, swap, and mixed batches."""
+
+from deltakit.delta.attaching import attach, load
+from deltakit.delta.combining import Combination, combine
+from deltakit.delta.full_training import base_state_dict
+from deltakit.delta.handle import Delta, deltas
+from deltakit.delta.mixed_rows import rows
+from deltakit.delta.planning import Plan, plan
+
+__all__ = ["Combination", "Delta", "Plan", "attach", "base_state_dict", "combine", "deltas", "load", "plan", "rows"]

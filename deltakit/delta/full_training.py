@@ -1,0 +1,118 @@
+"""What of the backbone itself deltas train, and which of its parameters ask for gradients while they are attached."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from deltakit.core import (
+    Ledger,
+    Record,
+    is_compute_dtype,
+    join,
+    linear_sizes,
+    own_modules,
+    records_of,
+    tensors_in,
+    tensors_of,
+)
+from deltakit.errors import StateError
+from deltakit.selection import Modules
+
+
+def whole_names(backbone: nn.Module, paths: list[str]) -> list[str]:
+    """The names of all parameters and saved buffers at and below these paths.
+
+    Raises:
+        StateError: if one of them is tied to a parameter outside, which would be trained too, or is quantised
+            or offloaded.
+    """
+    below = tuple(join(path, "") if path else "" for path in paths)
+    inside: dict[str, Tensor] = {}
+    held: set[int] = set()
+    outside: dict[int, list[tuple[int, str]]] = {}
+    for path, module in own_modules(backbone, every_name=True):
+        for name, tensor in tensors_in(path, module):
+            if name.startswith(below):
+                _refuse_quantised(path, module)
+                _refuse_offloaded(name, tensor, module)
+                inside[name] = tensor
+                held.add(id(module))
+            else:
+                outside.setdefault(id(tensor), []).append((id(module), name))
+    for name, tensor in inside.items():
+        # Another name of the same module is no other place.
+        others = [other for module, other in outside.get(id(tensor), []) if module not in held]
+        if others:
+            raise StateError(
+                f"train: {name} is tied to {others[0]}, which would be trained with it; name both in train=, "
+                "or untie them first"
+            )
+    if not inside:
+        raise StateError(f"train: no parameters in {', '.join(paths)}; expected modules with parameters of their own")
+    return list(inside)
+
+
+def _refuse_quantised(path: str, module: nn.Module) -> None:
+    own = [parameter.dtype for parameter in module._parameters.values() if parameter is not None]
+    quantised = [dtype for dtype in own if not (is_compute_dtype(dtype) or dtype.is_complex)]
+    if quantised or (linear_sizes(module) is not None and not own):
+        found = f"in {quantised[0]}" if quantised else "packed in buffers"
+        raise StateError(
+            f"train: {path or 'the backbone'} is a {type(module).__name__} with weights {found}: expected parameters in "
+            "floating point; train a LoRA there, and leave it out of train="
+        )
+
+
+@torch.no_grad()
+def swap_whole(backbone: nn.Module, record: Record) -> None:
+    """Exchanges the values of what is trained whole: the backbone's own against the trained ones."""
+    if not record.whole:
+        return
+    tensors = dict(tensors_of(backbone))
+    # A tied tensor has several names: it is exchanged once.
+    kept: dict[int, Tensor] = {}
+    for name, other in record.whole.items():
+        here = tensors[name]
+        if id(here) not in kept:
+            kept[id(here)] = here.detach().clone()
+            here.copy_(other)
+        record.whole[name] = kept[id(here)]
+
+
+def refresh_gradients(backbone: nn.Module, ledger: Ledger) -> None:
+    """Sets `requires_grad` on the backbone's parameters as its attached deltas want it together."""
+    attached = records_of(backbone)
+    train = {name for record in attached if record.trainable for name in record.whole}
+    hold = {name for record in attached if not record.trainable for name in record.whole}
+    ledger.apply(backbone, train=train, hold=hold, freeze=any(record.freeze for record in attached))
+
+
+def freeze_but(backbone: nn.Module, record: Record, train: tuple[str, ...]) -> None:
+    """Freezes a backbone for an attached delta, which trains whole what these selectors pick."""
+    paths = Modules(backbone).select(train) if train else []
+    take_whole(backbone, record, whole_names(backbone, paths) if paths else [])
+    record.train += train
+    record.freeze = True
+    refresh_gradients(backbone, record.ledger)
+
+
+def take_whole(backbone: nn.Module, record: Record, names: Sequence[str]) -> None:
+    """Makes the delta train these whole, beside what it does: the backbone's own values of them are kept."""
+    own = dict(tensors_of(backbone))
+    record.whole |= {name: own[name].detach().clone() for name in names if name not in record.whole}
+
+
+def base_state_dict(backbone: nn.Module) -> dict[str, Tensor]:
+    """The backbone's state dict without the deltas' keys: what it would save if nothing were attached."""
+    own = dict(tensors_of(backbone))
+    bare = {id(own[name]): value.detach() for record in records_of(backbone) for name, value in record.merged.items()}
+    return {name: bare.get(id(own[name]), value) for name, value in backbone.state_dict().items() if name in own}
+
+
+def _refuse_offloaded(name: str, tensor: Tensor, module: nn.Module) -> None:
+    if tensor.is_meta and hasattr(module, "_hf_hook"):
+        raise StateError(
+            f"train: {name} is offloaded by accelerate: expected values in memory; give it a device in the device_map, or "
+            "leave it out of train="
+        )

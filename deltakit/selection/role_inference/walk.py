@@ -1,0 +1,73 @@
+"""What inference asks of a backbone's modules again and again, gathered in one walk."""
+
+from collections.abc import Mapping
+from functools import cached_property
+
+from torch import nn
+
+from deltakit.core import above, name_of, parent_of, projection_sizes
+
+
+class Walk:
+    """The modules of a backbone by path, their children, and their linear layers with input and output sizes."""
+
+    def __init__(self, backbone: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+        self.backbone = backbone
+        self.modules = dict(modules)
+        self.order = {path: place for place, path in enumerate(modules)}
+        self.linears = {path: size for path, module in modules.items() if (size := projection_sizes(module))}
+        self.children: dict[str, list[str]] = {path: [] for path in modules}
+        for path in modules:
+            if path and parent_of(path) in self.children:
+                self.children[parent_of(path)].append(path)
+
+    @cached_property
+    def _linears_below(self) -> dict[str, list[str]]:
+        below: dict[str, list[str]] = {}
+        for linear in self.linears:
+            for path in above(linear):
+                below.setdefault(path, []).append(linear)
+        return below
+
+    def linears_below(self, path: str) -> list[str]:
+        """The linear layers at and below a path."""
+        return self._linears_below.get(path, [])
+
+    def names(self, path: str) -> dict[str, str]:
+        """The linear layers that are children of a path, or alone inside one, by the name of that child."""
+        alone = {name_of(child): self.linears_below(child) for child in self.children[path]}
+        return {name: linears[0] for name, linears in alone.items() if len(linears) == 1}
+
+    @cached_property
+    def norms(self) -> list[str]:
+        """The norms with a weight for each feature."""
+        return [path for path, module in self.modules.items() if _is_norm(module)]
+
+    @cached_property
+    def norm_sizes(self) -> set[int]:
+        """The sizes of the features that norms are over."""
+        return {int(self.modules[path].weight.numel()) for path in self.norms}  # type: ignore[operator]
+
+    @cached_property
+    def repeated(self) -> set[str]:
+        """The children of lists in which some children are alike: repeated blocks.
+
+        A list whose children are all different is the inside of a block (T5's `layer`).
+        """
+        repeated: set[str] = set()
+        for path, module in self.modules.items():
+            if isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict):
+                inner = [child for child in self.children[path] if self.children[child]]
+                kinds = {type(self.modules[child]) for child in inner}
+                if len(inner) == 1 or len(kinds) < len(inner):
+                    repeated.update(inner)
+        return repeated
+
+    def block(self, path: str) -> str:
+        """The repeated block around a unit; in a backbone without any, the module around it."""
+        return next((other for other in above(parent_of(path)) if other in self.repeated), parent_of(path))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return "norm" in type(module).__name__.lower() and weight is not None and weight.ndim == 1

@@ -1,0 +1,60 @@
+"""`roles(model)`: which parts of a backbone answer which role."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from deltakit.core import fold
+from deltakit.errors import RoleError
+from deltakit.selection.index import Modules
+from deltakit.selection.role_inference.role_map import ROLES
+
+
+@dataclass(frozen=True)
+class RoleTable(Mapping[str, tuple[str, ...]]):
+    """The paths that answer each role that a backbone has, by the role as a selector writes it: `@attn.q`.
+
+    `untold`: the roles that are there but cannot be told apart, with what to write instead. Its `repr` folds the paths.
+    """
+
+    owner: str
+    answers: Mapping[str, tuple[str, ...]]
+    untold: Mapping[str, str]
+
+    def __getitem__(self, role: str) -> tuple[str, ...]:
+        return self.answers[role]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.answers)
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    def __repr__(self) -> str:
+        rows = [f"roles on {self.owner}"]
+        for role, paths in self.answers.items():
+            first, *others = [selector or "(the backbone itself)" for selector in fold(paths)]
+            rows.append(f"  {role:<13}{len(paths):>6}  {first}")
+            rows += [" " * 23 + selector for selector in others]
+        rows += [f"  {why}" for why in self.untold.values()]
+        absent = [f"@{role}" for role in ROLES if f"@{role}" not in (*self.answers, *self.untold)]
+        return "\n".join([*rows, *([f"  none of {', '.join(absent)}"] if absent else [])])
+
+
+def roles(backbone: nn.Module) -> RoleTable:
+    """What answers each role on a backbone, by role; nothing is changed, and weights may be on the meta device.
+
+    >>> table = roles(nn.TransformerEncoderLayer(6, 2, 10))
+    >>> table["@ff.up"], table["@attn.q"]
+    (('linear1',), ('self_attn.in_proj_weight[q]',))
+    """
+    modules = Modules(backbone)
+    answers: dict[str, tuple[str, ...]] = {}
+    untold: dict[str, str] = {}
+    for role in ROLES:
+        try:
+            answers[f"@{role}"] = tuple(modules.role(role))
+        except RoleError as error:
+            untold[f"@{role}"] = str(error)
+    return RoleTable(modules.owner, {role: paths for role, paths in answers.items() if paths}, untold)

@@ -1,0 +1,100 @@
+"""`show(model)`: the structure of a backbone with its deltas, in a terminal, a notebook or a file."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console, ConsoleOptions
+from rich.text import Text
+from torch import nn
+
+from deltakit.errors import OptionError
+from deltakit.view.html import html
+from deltakit.view.text import COLUMNS, text
+from deltakit.view.tree import Node, build, cut
+
+
+@dataclass(frozen=True)
+class View:
+    """A tree that shows itself: as text by `print`, in colour by `rich`, as HTML in a notebook."""
+
+    node: Node
+    columns: tuple[str, ...]
+    width: int | None = None
+    ascii: bool | None = None
+
+    def _lines(self, width: int | None, encoding: str) -> list[Text]:
+        plain = "utf" not in encoding.lower() if self.ascii is None else self.ascii
+        return text(self.node, columns=self.columns, width=width, ascii=plain)
+
+    def __str__(self) -> str:
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        return "\n".join(line.plain for line in self._lines(self.width, encoding))
+
+    __repr__ = __str__
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        for line in self._lines(self.width or options.max_width, options.encoding):
+            line.no_wrap = True
+            yield line
+
+    def html(self) -> str:
+        """The tree as one HTML element without scripts."""
+        return html(self.node)
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        return {"text/plain": str(self), "text/html": self.html()}
+
+
+def show(
+    backbone: nn.Module,
+    *,
+    depth: int | None = None,
+    fold: bool = True,
+    columns: Sequence[str] = COLUMNS,
+    all_modules: bool = False,
+    width: int | None = None,
+    ascii: bool | None = None,
+) -> View:
+    """The structure of a backbone and the deltas on it, equal parts folded.
+
+    >>> show(nn.Sequential(nn.Linear(2, 3), nn.Linear(2, 3)))
+    root                                       ● 18
+    └── 0-1(Linear) weight:[3, 2] bias:[3]  ×2 ● 18
+    18 parameters · trainable 18 (100 %) · frozen 0
+
+    Args:
+        depth: how many levels below the root get rows.
+        fold: whether equal siblings become one row.
+        columns: of "members", "state" and "count"; none for the plain structure.
+        all_modules: whether modules without parameters get a row.
+        width: in cells; rows are cut there. By default as wide as needed, or as the terminal.
+        ascii: whether only ASCII is used; by default where the output's encoding demands it.
+
+    Raises:
+        TargetError: if it is no module.
+        OptionError: if a column is unknown, or the depth or width is no positive number.
+    """
+    unknown = [column for column in columns if column not in COLUMNS]
+    if unknown:
+        raise OptionError(
+            f"show(columns={tuple(columns)!r}): expected some of {', '.join(COLUMNS)}, found {unknown[0]!r}"
+        )
+    for option, value in (("depth", depth), ("width", width)):
+        if value is not None and value < 1:
+            raise OptionError(f"show({option}={value!r}): expected at least 1")
+    return View(cut(build(backbone, fold=fold, all_modules=all_modules), depth), tuple(columns), width, ascii)
+
+
+class Visualization:
+    """OpenDelta's name for the tree: `Visualization(model).structure_graph()` prints it."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        self.backbone = backbone
+
+    def structure_graph(self, *, rootname: str = "root", columns: Sequence[str] = (), print_tree: bool = True) -> View:
+        """The tree, printed too unless told otherwise; by default in OpenDelta's form, without columns."""
+        view = View(build(self.backbone, root=rootname), tuple(columns))
+        if print_tree:
+            Console(highlight=False).print(view, soft_wrap=True)
+        return view

@@ -1,0 +1,94 @@
+"""What is attached where, in words: the text of plans and of deltas' `repr`."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from deltakit.core import Record, Site, fold, own_parameters
+
+
+class Line(NamedTuple):
+    """One method of a delta: its name and configuration, its targets' paths, and its number of parameters."""
+
+    method: str
+    summary: str
+    paths: Sequence[str]
+    parameters: int
+    by_weight: Sequence[str] = ()
+    """Those of the paths where it works by the weight."""
+    left_out: Sequence[str] = ()
+    """Default positions that the method cannot serve."""
+    aliases: Sequence[str] = ()
+    """Other names of the targets: the same instances."""
+
+
+def report(head: str, lines: Iterable[Line], whole: Mapping[str, Tensor], foot: str) -> str:
+    """The text of a report: for each method its size and its targets, folded; then what is trained whole."""
+    rows = [head]
+    for line in lines:
+        places = f"{len(line.paths)} target{'s' if len(line.paths) != 1 else ''}"
+        rows.append(f"  {' '.join((line.method, line.summary)).strip():<32} {places:>12}  +{line.parameters:,}")
+        by_output = [path for path in line.paths if path not in set(line.by_weight)]
+        rows += [f"      {selector or '(the backbone itself)'}" for selector in fold(by_output)]
+        rows += [f"      {selector}  by weight" for selector in fold(line.by_weight)]
+        rows += [f"      {selector}  the same instances" for selector in fold(line.aliases)]
+        rows += [f"      {selector}  left out: read by weight, not called" for selector in fold(line.left_out)]
+    if whole:
+        rows.append(f"  {'trained whole':<32} {'':>12}   {sum(tensor.numel() for tensor in whole.values()):,}")
+        rows += [f"      {selector}" for selector in fold(whole)]
+    return "\n".join([*rows, foot])
+
+
+def share(part: int, total: int) -> str:
+    """A share in percent with three significant digits.
+
+    >>> share(147_456, 22_860_672)
+    '0.645 %'
+    """
+    return f"{100 * part / total:.3g} %" if total else "0 %"
+
+
+def described(
+    backbone: nn.Module,
+    record: Record,
+    sites: Sequence[Site],
+    *,
+    attached: bool,
+    trained: int,
+    names: Mapping[int, list[str]],
+) -> str:
+    """A delta as a report: its states, each method with its targets, and how many parameters it trains.
+
+    `trained`: that number. `names`: all paths of each module of the backbone, by the module's id.
+    """
+    own = dict(own_parameters(backbone))
+    total = sum(parameter.numel() for parameter in own.values())
+    return report(
+        f"delta {record.name!r} on {type(backbone).__name__}: {states(record, attached=attached)}",
+        [_line(record, sites, index, names) for index in range(len(record.methods))],
+        {name: own[name] for name in record.whole if name in own},
+        f"{trained:,} parameters, {share(trained, total)} of the backbone's {total:,}",
+    )
+
+
+def states(record: Record, *, attached: bool) -> str:
+    """The states of a delta: `attached, active, not trainable`."""
+    words = [
+        word if on else f"not {word}"
+        for word, on in (("attached", attached), ("active", record.active), ("trainable", record.trainable))
+    ]
+    words += [f"scale {record.scale:g}"] if record.scale != 1 else []
+    return ", ".join(words + (["merged"] if record.merged else []))
+
+
+def _line(record: Record, sites: Sequence[Site], index: int, names: Mapping[int, list[str]]) -> Line:
+    own = [site for site in sites if site.method == index]
+    return Line(
+        record.methods[index].name,
+        next((site.module.summary() for site in own), ""),
+        [site.path for site in own],
+        sum(p.numel() for site in own for p in site.module.parameters()),
+        by_weight=[site.path for site in own if site.module.reading is not None],
+        aliases=list(dict.fromkeys(name for site in own for name in names.get(id(site.target), [])[1:])),
+    )

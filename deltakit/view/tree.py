@@ -1,0 +1,231 @@
+"""A backbone's structure as plain data, with equal parts folded. Printers are elsewhere.
+
+Equal means exactly equal in everything that a row shows: types, parameters' names, shapes, dtypes, whether they are
+trained, what they are tied to, and the deltas. Every subtree is interned under a key of just that, its children by the
+number of their own key, so the whole takes one pass and no two different subtrees can be confused.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from deltakit.core import DeltaModule, join, span, word_of
+from deltakit.errors import TargetError
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter: name, shape (None while torch has not made it yet), dtype, and what it is tied to, if it is."""
+
+    name: str
+    shape: tuple[int, ...] | None
+    dtype: str
+    trainable: bool
+    tied: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}:{list(self.shape) if self.shape is not None else '?'}"
+
+
+@dataclass(frozen=True)
+class DeltaLine:
+    """One delta module at its target: what it is called, its configuration, its parameters."""
+
+    label: str
+    summary: str
+    weights: tuple[Weight, ...]
+    active: bool
+
+    @property
+    def count(self) -> int:
+        return sum(_size(weight) for weight in self.weights)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One row: the modules it stands for, and what is in each of them.
+
+    `count` and `trained` are parameters in one of the modules, each counted once; `delta` those of its deltas, not in
+    `count`. `alias` is the path of the module of which this is another name.
+    """
+
+    names: tuple[str, ...]
+    types: tuple[str, ...]
+    weights: tuple[Weight, ...]
+    deltas: tuple[DeltaLine, ...]
+    children: tuple["Node", ...]
+    count: int
+    trained: int
+    delta: int
+    delta_trained: int
+    alias: str = ""
+    hidden: int = 0
+    """How many rows a depth limit left out."""
+
+    @property
+    def members(self) -> int:
+        return len(self.names)
+
+    @property
+    def title(self) -> str:
+        """The names with their types, such as `encoder (T5Stack)`, `q,k,v(Linear)` or `1-23(T5Block)`."""
+        if len(set(self.types)) > 1:
+            return ",".join(f"{name}({kind})" for name, kind in zip(self.names, self.types, strict=True))
+        if self.members > 1:
+            return f"{span(self.names)}({self.types[0]})"
+        return f"{self.names[0]} ({self.types[0]})"
+
+
+def build(backbone: nn.Module, *, fold: bool = True, root: str = "root", all_modules: bool = False) -> Node:
+    """The tree of a backbone.
+
+    Args:
+        fold: whether equal siblings become one row.
+        root: the name of the first row.
+        all_modules: whether modules without any parameter get a row.
+
+    Raises:
+        TargetError: if it is no module.
+    """
+    if not isinstance(backbone, nn.Module):
+        raise TargetError(f"expected a torch.nn.Module to show, found {type(backbone).__name__}; pass the model itself")
+    node, _ = _Builder(fold, all_modules).node(backbone, root, "")
+    return node
+
+
+def cut(node: Node, depth: int | None) -> Node:
+    """The tree down to a depth; below it only the number of rows that were left out."""
+    if depth is None:
+        return node
+    if depth <= 0:
+        return replace(node, children=(), hidden=sum(1 for child in node.children for _ in walk(child)))
+    return replace(node, children=tuple(cut(child, depth - 1) for child in node.children))
+
+
+def walk(node: Node) -> Iterator[Node]:
+    """The node and all nodes below it."""
+    yield node
+    for child in node.children:
+        yield from walk(child)
+
+
+@dataclass
+class _Builder:
+    fold: bool
+    all_modules: bool
+    classes: dict[object, int] = field(default_factory=dict)
+    weights: dict[int, str] = field(default_factory=dict)
+    modules: dict[int, str] = field(default_factory=dict)
+
+    def node(self, module: nn.Module, name: str, path: str) -> tuple[Node, int]:
+        """The node of a module, and the number of its class of equal subtrees."""
+        kind = type(module).__name__
+        if id(module) in self.modules:
+            first = self.modules[id(module)]
+            node = Node((name,), (kind,), (), (), (), 0, 0, 0, 0, alias=first or "root")
+            return node, self._class(("alias", kind, _relative(first, path)))
+        self.modules[id(module)] = path
+        weights = [self._weight(n, p, path) for n, p in module._parameters.items() if p is not None]
+        lines = [_delta_line(key, child) for key, child in module._modules.items() if isinstance(child, DeltaModule)]
+        found = [
+            self.node(child, child_name, join(path, child_name))
+            for child_name, child in module._modules.items()
+            if child is not None and not isinstance(child, DeltaModule)
+        ]
+        shown = [(node, number) for node, number in found if self.all_modules or _has_rows(node)]
+        children = (
+            self._folded(shown, contiguous=isinstance(module, nn.Sequential)) if self.fold else [n for n, _ in shown]
+        )
+        key = (kind, tuple(key for _, key in weights), tuple(lines), tuple((n.names, number) for n, number in shown))
+        return _sum(name, kind, [w for w, _ in weights], lines, children), self._class(key)
+
+    def _class(self, key: object) -> int:
+        return self.classes.setdefault(key, len(self.classes))
+
+    def _weight(self, name: str, parameter: nn.Parameter, path: str) -> tuple[Weight, object]:
+        shape = None if torch.nn.parameter.is_lazy(parameter) else tuple(parameter.shape)
+        own = join(path, name)
+        owner = self.weights.setdefault(id(parameter), own)
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        weight = Weight(name, shape, dtype, parameter.requires_grad, tied="" if owner == own else owner)
+        return weight, (replace(weight, tied=""), _relative(owner, own) if weight.tied else None)
+
+    def _folded(self, found: Sequence[tuple[Node, int]], *, contiguous: bool) -> list[Node]:
+        """Equal siblings as one row, where the first of them stands; in a Sequential only neighbours, as order is meaning."""
+        groups: list[tuple[object, list[Node]]] = []
+        for node, number in found:
+            tie = _tied_whole(node)
+            for key, members in groups[-1:] if contiguous else groups:
+                if key == number or (tie is not None and tie == members[0].names[0]):
+                    members.append(node)
+                    break
+            else:
+                groups.append((number, [node]))
+        return [_together(members) for _, members in groups]
+
+
+def _relative(owner: str, path: str) -> tuple[int, tuple[str, ...]]:
+    """A path as seen from another one: levels up, and the way down; equal for equal places in different blocks."""
+    there, here = owner.split("."), path.split(".")
+    common = 0
+    while common < min(len(there), len(here)) and there[common] == here[common]:
+        common += 1
+    return len(here) - common, tuple(there[common:])
+
+
+def _tied_whole(node: Node) -> str | None:
+    """The sibling at the root that owns all weights of a leaf, if there is one: T5's `shared` for `lm_head`."""
+    owners = {weight.tied.rpartition(".")[0] for weight in node.weights}
+    return owners.pop() if len(owners) == 1 and not node.children and not node.deltas else None
+
+
+def _together(members: Sequence[Node]) -> Node:
+    first = members[0]
+    if len(members) == 1:
+        return first
+    types = tuple(kind for node in members for kind in node.types)
+    return replace(first, names=tuple(name for node in members for name in node.names), types=types)
+
+
+def _delta_line(key: str, module: DeltaModule) -> DeltaLine:
+    record = module.record
+    label = key.removeprefix(f"{record.name}_") if record is not None else key
+    if record is not None and record.named:
+        label = f"{record.name}:{label}"
+    if module.place:
+        label = label.removesuffix(f"_{word_of(module.place)}")
+        label += module.place if module.place.startswith("[") else f" {module.place}"
+    weights = tuple(
+        Weight(name, tuple(p.shape), str(p.dtype).removeprefix("torch."), p.requires_grad)
+        for name, p in module.named_parameters()
+    )
+    by_weight = " by weight" if module.reading is not None else ""
+    return DeltaLine(label, f"{module.summary()}{by_weight}".strip(), weights, module.live)
+
+
+def _sum(name: str, kind: str, weights: list[Weight], lines: list[DeltaLine], children: list[Node]) -> Node:
+    own = [weight for weight in weights if not weight.tied]
+    # A row of modules that are tied as a whole holds its parameters once, in the first of them.
+    times = {id(child): 1 if len(set(child.types)) > 1 else child.members for child in children}
+    return Node(
+        names=(name,),
+        types=(kind,),
+        weights=tuple(weights),
+        deltas=tuple(lines),
+        children=tuple(children),
+        count=sum(map(_size, own)) + sum(times[id(c)] * c.count for c in children),
+        trained=sum(_size(w) for w in own if w.trainable) + sum(times[id(c)] * c.trained for c in children),
+        delta=sum(line.count for line in lines) + sum(times[id(c)] * c.delta for c in children),
+        delta_trained=sum(_size(w) for line in lines for w in line.weights if w.trainable)
+        + sum(times[id(c)] * c.delta_trained for c in children),
+    )
+
+
+def _size(weight: Weight) -> int:
+    return torch.Size(weight.shape).numel() if weight.shape is not None else 0
+
+
+def _has_rows(node: Node) -> bool:
+    return bool(node.weights or node.deltas or node.children or node.alias)
