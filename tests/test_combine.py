@@ -108,7 +108,7 @@ def test_bad_input(method, weights, error, message):
 def test_what_is_trained_whole_has_no_sum():
     model = Transformer().eval()
     dk.attach(model, dk.LoRA(r=2), name="a", train="norm")
-    with pytest.raises(dk.StateError, match=r"trains norm\.weight whole"):
+    with pytest.raises(dk.StateError, match=r"fully trains norm\.weight"):
         dk.combine(model, {"a": 1.0})
 
 

@@ -80,10 +80,10 @@ def test_a_weight_that_is_trained_too_gets_its_gradient():
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_parts_of_an_output(interleaved):
     module = nn.Linear(6, 18).double()
-    from deltakit.core.feature_slice import Rows
+    from deltakit.core.feature_slice import FeatureSlice
     from deltakit.core.target import Target
 
-    rows = Rows("k", 3, 6, 2, 4) if interleaved else Rows("k", 1, 18, 6, 12)
+    rows = FeatureSlice("k", 3, 6, 2, 4) if interleaved else FeatureSlice("k", 1, 18, 6, 12)
     lora = dk.LoRA(r=2).build_at(Target("0", module, rows=rows)).double()
     nn.init.normal_(lora.B)
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)

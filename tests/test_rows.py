@@ -131,7 +131,7 @@ def test_trained_factors_are_used_at_once():
 def test_bad_input(tmp_path):
     model = Transformer().eval()
     delta = dk.attach(model, dk.LoRA(r=2), name="a", train="^layers.0.norm_1")
-    with pytest.raises(dk.StateError, match=r"delta 'a' trains layers\.0\.norm_1\.weight whole"), dk.rows(model, ["a"]):
+    with pytest.raises(dk.StateError, match=r"delta 'a' fully trains layers\.0\.norm_1\.weight"), dk.rows(model, ["a"]):
         pass
     delta.detach()
     delta = dk.attach(model, dk.LoRA(r=2), name="b")
@@ -243,7 +243,7 @@ def test_what_all_rows_share_is_refused_named_or_not():
     ):
         pass
     one.unmerge().freeze(train="1")
-    with pytest.raises(dk.StateError, match=r"delta 'd0' trains 1\.weight whole"), dk.rows(model, ["d1"]):
+    with pytest.raises(dk.StateError, match=r"delta 'd0' fully trains 1\.weight"), dk.rows(model, ["d1"]):
         pass
 
 

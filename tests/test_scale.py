@@ -93,7 +93,5 @@ class TestScale:
 
     def test_what_is_trained_whole_has_none(self):
         delta = dk.attach(Transformer().eval(), dk.LoRA(r=2), train="norm")
-        with pytest.raises(
-            dk.StateError, match=r"trains norm\.weight whole, which is in the backbone at its full effect"
-        ):
+        with pytest.raises(dk.StateError, match=r"fully trains norm\.weight, whose values are in the backbone itself"):
             delta.scale = 0.5

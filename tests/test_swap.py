@@ -87,5 +87,5 @@ def test_not_now():
     ):
         one.swap(other)
     one.freeze(train="norm")
-    with pytest.raises(dk.StateError, match=r"swap: delta 'one' trains norm\.weight whole"):
+    with pytest.raises(dk.StateError, match=r"swap: delta 'one' fully trains norm\.weight"):
         one.swap(other)

@@ -82,7 +82,7 @@ def test_the_fast_path_of_torch_does_not_pass_a_delta_by():
     torch.testing.assert_close(fast, model(x))
     torch.testing.assert_close(fast, changed(model, delta)(x))
     assert [
-        m.reading is not None
+        m.weight_read is not None
         for m in (delta.modules["layers.0.linear1"][0], delta.modules["layers.0.self_attn.out_proj"][0])
     ] == [False, True]
 

@@ -6,12 +6,12 @@ and what a linear layer is. Imports nothing but `errors`.
 
 from deltakit.core.activations import hidden_input, hidden_output
 from deltakit.core.delta_module import DeltaModule, can_scale
-from deltakit.core.feature_slice import Rows, rows_where
+from deltakit.core.feature_slice import FeatureSlice, slice_where
 from deltakit.core.folding import expand, fold, span
-from deltakit.core.grad_ledger import Ledger
+from deltakit.core.grad_ledger import GradLedger
 from deltakit.core.linear import is_compute_dtype, is_conv1d, linear_sizes, projection_sizes, wide
 from deltakit.core.method import METHODS, Method, Selector
-from deltakit.core.mixed_batch import Batch, holding
+from deltakit.core.mixed_batch import MixedBatch, holding
 from deltakit.core.paths import (
     above,
     held_at,
@@ -22,33 +22,45 @@ from deltakit.core.paths import (
     own_modules,
     own_parameters,
     parent_of,
-    split_rows,
+    split_slice,
     tensors_in,
     tensors_of,
     type_names,
 )
-from deltakit.core.record import Record, Site, key_of, label_of, parameters_of, records_of, shapes_of, sites_of, word_of
-from deltakit.core.sharding import class_name, fill, is_first, is_sharded, wait_for_all, whole
-from deltakit.core.target import Reading, Target
+from deltakit.core.record import (
+    Attachment,
+    Record,
+    Site,
+    attachments_of,
+    key_of,
+    parameters_of,
+    records_of,
+    shapes_of,
+    word_of,
+)
+from deltakit.core.sharding import class_name, gathered, is_first, is_sharded, scatter, wait_for_all
+from deltakit.core.target import Target, WeightRead
 
 __all__ = [
     "METHODS",
-    "Batch",
+    "Attachment",
     "DeltaModule",
-    "Ledger",
+    "FeatureSlice",
+    "GradLedger",
     "Method",
-    "Reading",
+    "MixedBatch",
     "Record",
-    "Rows",
     "Selector",
     "Site",
     "Target",
+    "WeightRead",
     "above",
+    "attachments_of",
     "can_scale",
     "class_name",
     "expand",
-    "fill",
     "fold",
+    "gathered",
     "held_at",
     "hidden_input",
     "hidden_output",
@@ -61,7 +73,6 @@ __all__ = [
     "is_sharded",
     "join",
     "key_of",
-    "label_of",
     "linear_sizes",
     "name_of",
     "own_modules",
@@ -70,16 +81,15 @@ __all__ = [
     "parent_of",
     "projection_sizes",
     "records_of",
-    "rows_where",
+    "scatter",
     "shapes_of",
-    "sites_of",
+    "slice_where",
     "span",
-    "split_rows",
+    "split_slice",
     "tensors_in",
     "tensors_of",
     "type_names",
     "wait_for_all",
-    "whole",
     "wide",
     "word_of",
 ]

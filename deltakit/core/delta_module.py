@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from deltakit.core.activations import hidden_input, hidden_output, replace_hidden
-from deltakit.core.target import Reading
+from deltakit.core.target import WeightRead
 from deltakit.errors import TargetError
 
 
@@ -21,10 +21,10 @@ class DeltaModule(nn.Module):
     always_after: ClassVar[bool] = False
     """Whether `after` runs even when the target's forward raises (to close what `before` opened)."""
 
-    place: str = ""
+    part: str = ""
     """What of the module it stands on: nothing for the module, a parameter's name, and rows in brackets."""
 
-    reading: Reading | None = None
+    weight_read: WeightRead | None = None
     """Set where it works by the weight: during the forward at that scope the weight has the update added."""
 
     record: Any = None
@@ -130,4 +130,4 @@ def can_scale(delta: DeltaModule) -> bool:
     """Whether the effect of a delta module can be scaled: what it adds to an output, or to a weight."""
     kind = type(delta)
     added = kind.after is DeltaModule.after and kind.forward is not DeltaModule.forward
-    return delta.reading is not None or (added if kind.scales is None else kind.scales)
+    return delta.weight_read is not None or (added if kind.scales is None else kind.scales)

@@ -9,10 +9,10 @@ from deltakit.core.paths import own_parameters
 
 
 @dataclass
-class Ledger:
+class GradLedger:
     """What was changed in `requires_grad`: for each parameter's name, how the user had it and how we set it.
 
-    All deltas attached to one backbone share one ledger, so that the last one to leave restores everything.
+    All deltas attached to one backbone share one grad_ledger, so that the last one to leave restores everything.
     """
 
     original: dict[str, bool] = field(default_factory=dict)

@@ -79,11 +79,11 @@ class Method:
 
     def serves(self, target: Target) -> bool:
         """Whether a default position that was found is one for this method; what is not, the plan says."""
-        return self.weights or not (target.parameter or (target.reading and target.reading.never_called))
+        return self.weights or not (target.parameter or (target.weight_read and target.weight_read.never_called))
 
     def by_weight(self, target: Target) -> bool:
         """Whether the delta module at a target works by the weight instead of by the output."""
-        return self.weights and target.reading is not None
+        return self.weights and target.weight_read is not None
 
     def build(self, backbone: nn.Module, targets: Sequence[Target]) -> dict[str, DeltaModule]:
         """One delta module for each target's path. All targets are given, so that they may share parameters."""

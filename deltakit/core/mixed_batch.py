@@ -13,7 +13,7 @@ from deltakit.errors import OptionError, StateError, no_such_delta
 
 
 @dataclass(eq=False)
-class Batch:
+class MixedBatch:
     """The name of each row's delta, or None. The deltas of one backbone share it while it holds.
 
     `kept`: what methods computed for this composition and may use again, by the module that it is for.
@@ -51,7 +51,7 @@ class Batch:
 
 
 @contextmanager
-def holding(records: Sequence[Any], names: Sequence[str | None]) -> Iterator[Batch]:
+def holding(records: Sequence[Any], names: Sequence[str | None]) -> Iterator[MixedBatch]:
     """Lets the rows of batches belong to these deltas for the time of a `with` block.
 
     Raises:
@@ -72,7 +72,7 @@ def holding(records: Sequence[Any], names: Sequence[str | None]) -> Iterator[Bat
             )
     if any(record.batch is not None for record in records):
         raise StateError("rows: another rows() block holds on this backbone; leave it first")
-    batch = Batch(tuple(names))
+    batch = MixedBatch(tuple(names))
     for record in records:
         record.batch = batch
     try:

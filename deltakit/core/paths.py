@@ -10,17 +10,17 @@ from deltakit.errors import OptionError
 
 def held_at(modules: Mapping[str, nn.Module], path: str) -> tuple[nn.Module, str]:
     """The module of a path, and the name of the parameter in it if the path is that of a parameter."""
-    base, _ = split_rows(path)
+    base, _ = split_slice(path)
     if base in modules:
         return modules[base], ""
     owner, _, name = base.rpartition(".")
     return modules[owner], name
 
 
-def split_rows(path: str) -> tuple[str, str]:
+def split_slice(path: str) -> tuple[str, str]:
     """A path without its rows, and the letter of these.
 
-    >>> split_rows("h.0.attn.c_attn[q]"), split_rows("h.0")
+    >>> split_slice("h.0.attn.c_attn[q]"), split_slice("h.0")
     (('h.0.attn.c_attn', 'q'), ('h.0', ''))
     """
     base, _, rows = path.partition("[")

@@ -11,14 +11,14 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gathered(tensor: Tensor) -> Tensor:
     """The tensor put together, the same on every process; every process must ask for it."""
     sharded: Any = tensor
     together: Tensor = sharded.full_tensor() if is_sharded(tensor) else tensor
     return together
 
 
-def fill(tensor: Tensor, values: Tensor) -> None:
+def scatter(tensor: Tensor, values: Tensor) -> None:
     """Copies values into a tensor, each process its part of them if the tensor is spread over processes."""
     sharded: Any = tensor
     if is_sharded(tensor):

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from deltakit.core.feature_slice import Rows
+from deltakit.core.feature_slice import FeatureSlice
 
 
 @dataclass(frozen=True)
-class Reading:
+class WeightRead:
     """Where a weight is read: the module at `scope` uses its values in its forward.
 
     `holder` is the path below the scope of the module that holds it, by `name` if that is not the target's own. `also` are
@@ -20,7 +20,7 @@ class Reading:
     scope: str
     holder: str
     name: str = ""
-    also: tuple["Reading", ...] = ()
+    also: tuple["WeightRead", ...] = ()
     never_called: bool = False
 
     @property
@@ -44,7 +44,7 @@ class Target:
     aliases: tuple[str, ...] = ()
     width: int | None = None
     parameter: str = ""
-    rows: Rows | None = None
-    reading: Reading | None = None
+    feature_slice: FeatureSlice | None = None
+    weight_read: WeightRead | None = None
     tied: tuple[str, ...] = ()
     around: torch.dtype | None = None

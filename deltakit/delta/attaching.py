@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from deltakit.core import Method, Record, Selector, Site, records_of, sites_of, tensors_of
-from deltakit.delta.full_training import take_whole
+from deltakit.core import Attachment, Method, Record, Selector, Site, attachments_of, records_of, tensors_of
+from deltakit.delta.full_training import current_values
 from deltakit.delta.handle import Delta
 from deltakit.delta.planning import Plan, build, original, plan
 from deltakit.errors import BackboneMismatch, CheckpointError, DeltaWarning, StateError
 from deltakit.files import backbone_identity, differences, expanded, find_folder, methods_of, read_folder
-from deltakit.selection import Modules
+from deltakit.selection import BackboneIndex
 
 AUTOMATIC_NAME = "delta"
 
@@ -39,8 +39,8 @@ def attach(
     planned = plan(backbone, *methods, train=train)
     _refuse_stacking(planned, name)
     record = _record(planned.backbone, planned.methods, name, freeze, planned.train)
-    take_whole(planned.backbone, record, planned.whole)
-    return Delta(planned.backbone, record, _sites(planned.modules, planned.built)).attach()
+    record.trained_values = current_values(planned.backbone, planned.fully_trained, record)
+    return Delta(Attachment(planned.backbone, record, _sites(planned.index, planned.built))).attach()
 
 
 def load(
@@ -67,7 +67,7 @@ def load(
         HubError: if the repository cannot be read.
     """
     backbone = original(backbone)
-    modules = Modules(backbone)
+    index = BackboneIndex(backbone)
     folder = find_folder(source, revision=revision, token=token)
     # Other formats enter here: what is in the folder says which reader turns it into a config and tensors.
     config, tensors = read_folder(folder)
@@ -75,20 +75,20 @@ def load(
     _check_backbone(config, backbone, where, check)
     found = methods_of(config)
     for _, paths in found:
-        _check_paths(modules, paths, where)
-    built = [build(modules, method, [modules.target(path) for path in paths]) for method, paths in found]
+        _check_paths(index, paths, where)
+    built = [build(index, method, [index.target(path) for path in paths]) for method, paths in found]
     record = _record(backbone, [m for m, _ in found], name or config["name"], freeze, config["train"]["selectors"])
-    whole = expanded(config["train"]["names"])
-    _check_paths(dict(tensors_of(backbone)), whole, where)
-    take_whole(backbone, record, whole)
-    delta = Delta(backbone, record, _sites(modules, built))
+    full = expanded(config["train"]["names"])
+    _check_paths(dict(tensors_of(backbone)), full, where)
+    record.trained_values = current_values(backbone, full, record)
+    delta = Delta(Attachment(backbone, record, _sites(index, built)))
     delta.load_state_dict(tensors, where=where)
     return delta.attach() if attach else delta
 
 
 def new_delta(backbone: nn.Module, methods: Sequence[Method], name: str | None, sites: list[Site]) -> Delta:
     """The handle of delta modules that were made and not attached."""
-    return Delta(backbone, _record(backbone, methods, name, True, ()), sites)
+    return Delta(Attachment(backbone, _record(backbone, methods, name, True, ()), sites))
 
 
 def _record(backbone: nn.Module, methods: Any, name: str | None, freeze: bool, train: Any) -> Record:
@@ -99,10 +99,10 @@ def _record(backbone: nn.Module, methods: Any, name: str | None, freeze: bool, t
     return Record(name or AUTOMATIC_NAME, tuple(methods), order, freeze, named=name is not None, train=tuple(train))
 
 
-def _sites(modules: Modules, built: Any) -> list[Site]:
+def _sites(index: BackboneIndex, built: Any) -> list[Site]:
     return [
-        Site(path, modules.module_at(path)[0], module, index)
-        for index, of_method in enumerate(built)
+        Site(path, index.module_at(path)[0], module, number)
+        for number, of_method in enumerate(built)
         for path, module in of_method.items()
     ]
 
@@ -111,9 +111,9 @@ def _refuse_stacking(planned: Plan, name: str | None) -> None:
     if name is not None:
         return
     taken = {
-        (site.path, record.methods[site.method].name): record.name
-        for record, sites in sites_of(planned.backbone).values()
-        for site in sites
+        (site.path, other.record.methods[site.method].name): other.record.name
+        for other in attachments_of(planned.backbone)
+        for site in other.sites
     }
     for method, built in zip(planned.methods, planned.built, strict=True):
         for path in built:
@@ -136,7 +136,7 @@ def _check_backbone(config: Mapping[str, Any], backbone: nn.Module, where: str, 
     warnings.warn(message, DeltaWarning, stacklevel=3)
 
 
-def _check_paths(known: Modules | Mapping[str, Tensor], paths: list[str], where: str) -> None:
+def _check_paths(known: BackboneIndex | Mapping[str, Tensor], paths: list[str], where: str) -> None:
     missing = [path for path in paths if path not in known]
     if missing:
         raise CheckpointError(

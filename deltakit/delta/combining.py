@@ -11,7 +11,7 @@ from deltakit.delta.attaching import new_delta
 from deltakit.delta.handle import Delta, deltas
 from deltakit.delta.planning import build, original
 from deltakit.errors import OptionError, StateError, no_such_delta
-from deltakit.selection import Modules
+from deltakit.selection import BackboneIndex
 
 
 class Combination(NamedTuple):
@@ -42,11 +42,11 @@ def combine(
     if not parts or not all(math.isfinite(weight) for weight, _ in parts):
         raise OptionError(f"combine({weights!r}): expected at least one delta, each with a finite number")
     for _, delta in parts:
-        if delta.trained_whole:
+        if delta.fully_trained:
             raise StateError(
-                f"combine: delta {delta.name!r} trains {delta.trained_whole[0]} whole; sums are of delta modules"
+                f"combine: delta {delta.name!r} fully trains {delta.fully_trained[0]}; only delta modules can be summed"
             )
-    modules, methods, sites = Modules(backbone), list[Method](), list[Site]()
+    modules, methods, sites = BackboneIndex(backbone), list[Method](), list[Site]()
     lost = whole = 0.0
     for kind in dict.fromkeys(method.name for _, delta in parts for method in delta.methods):
         own = [(weight, delta.modules_of(kind)) for weight, delta in parts]

@@ -1,12 +1,13 @@
 """What of the backbone itself deltas train, and which of its parameters ask for gradients while they are attached."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from deltakit.core import (
-    Ledger,
+    Attachment,
+    GradLedger,
     Record,
     is_compute_dtype,
     join,
@@ -17,10 +18,10 @@ from deltakit.core import (
     tensors_of,
 )
 from deltakit.errors import StateError
-from deltakit.selection import Modules
+from deltakit.selection import BackboneIndex
 
 
-def whole_names(backbone: nn.Module, paths: list[str]) -> list[str]:
+def full_training_names(backbone: nn.Module, paths: list[str]) -> list[str]:
     """The names of all parameters and saved buffers at and below these paths.
 
     Raises:
@@ -64,49 +65,65 @@ def _refuse_quantised(path: str, module: nn.Module) -> None:
         )
 
 
+def put_trained_values(attachment: Attachment) -> None:
+    """Copies the trained values into the backbone, and keeps the backbone's own."""
+    record = attachment.record
+    record.backbone_values = _exchanged(attachment.backbone, record.trained_values)
+    record.trained_values = {}
+
+
+def put_backbone_values(attachment: Attachment) -> None:
+    """Copies the backbone's own values back into it, and keeps the trained ones."""
+    record = attachment.record
+    record.trained_values = _exchanged(attachment.backbone, record.backbone_values)
+    record.backbone_values = {}
+
+
 @torch.no_grad()
-def swap_whole(backbone: nn.Module, record: Record) -> None:
-    """Exchanges the values of what is trained whole: the backbone's own against the trained ones."""
-    if not record.whole:
-        return
-    tensors = dict(tensors_of(backbone))
+def _exchanged(backbone: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the backbone held under these names, before the values were copied into it."""
+    tensors = dict(tensors_of(backbone)) if values else {}
     # A tied tensor has several names: it is exchanged once.
     kept: dict[int, Tensor] = {}
-    for name, other in record.whole.items():
+    before: dict[str, Tensor] = {}
+    for name, value in values.items():
         here = tensors[name]
         if id(here) not in kept:
             kept[id(here)] = here.detach().clone()
-            here.copy_(other)
-        record.whole[name] = kept[id(here)]
+            here.copy_(value)
+        before[name] = kept[id(here)]
+    return before
 
 
-def refresh_gradients(backbone: nn.Module, ledger: Ledger) -> None:
+def refresh_gradients(backbone: nn.Module, grad_ledger: GradLedger) -> None:
     """Sets `requires_grad` on the backbone's parameters as its attached deltas want it together."""
     attached = records_of(backbone)
-    train = {name for record in attached if record.trainable for name in record.whole}
-    hold = {name for record in attached if not record.trainable for name in record.whole}
-    ledger.apply(backbone, train=train, hold=hold, freeze=any(record.freeze for record in attached))
+    train = {name for record in attached if record.trainable for name in record.fully_trained}
+    hold = {name for record in attached if not record.trainable for name in record.fully_trained}
+    grad_ledger.apply(backbone, train=train, hold=hold, freeze=any(record.freeze for record in attached))
 
 
-def freeze_but(backbone: nn.Module, record: Record, train: tuple[str, ...]) -> None:
-    """Freezes a backbone for an attached delta, which trains whole what these selectors pick."""
-    paths = Modules(backbone).select(train) if train else []
-    take_whole(backbone, record, whole_names(backbone, paths) if paths else [])
+def freeze_but(attachment: Attachment, train: tuple[str, ...]) -> None:
+    """Freezes the backbone of an attached delta, except for what these selectors pick: the delta trains it fully."""
+    backbone, record = attachment.backbone, attachment.record
+    paths = BackboneIndex(backbone).select(train) if train else []
+    record.backbone_values |= current_values(backbone, full_training_names(backbone, paths) if paths else [], record)
     record.train += train
     record.freeze = True
-    refresh_gradients(backbone, record.ledger)
+    refresh_gradients(backbone, record.grad_ledger)
 
 
-def take_whole(backbone: nn.Module, record: Record, names: Sequence[str]) -> None:
-    """Makes the delta train these whole, beside what it does: the backbone's own values of them are kept."""
-    own = dict(tensors_of(backbone))
-    record.whole |= {name: own[name].detach().clone() for name in names if name not in record.whole}
+def current_values(backbone: nn.Module, names: Sequence[str], record: Record) -> dict[str, Tensor]:
+    """Copies of the backbone's values of what a delta is to train fully and does not yet."""
+    own = dict(tensors_of(backbone)) if names else {}
+    return {name: own[name].detach().clone() for name in names if name not in record.fully_trained}
 
 
 def base_state_dict(backbone: nn.Module) -> dict[str, Tensor]:
     """The backbone's state dict without the deltas' keys: what it would save if nothing were attached."""
     own = dict(tensors_of(backbone))
-    bare = {id(own[name]): value.detach() for record in records_of(backbone) for name, value in record.merged.items()}
+    unmerged = [item for record in records_of(backbone) for item in record.weights_before_merge.items()]
+    bare = {id(own[name]): value.detach() for name, value in unmerged}
     return {name: bare.get(id(own[name]), value) for name, value in backbone.state_dict().items() if name in own}
 
 

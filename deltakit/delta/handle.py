@@ -9,73 +9,76 @@ from tempfile import TemporaryDirectory
 from torch import Tensor, nn
 
 from deltakit.core import (
+    Attachment,
     DeltaModule,
     Method,
-    Record,
     Selector,
-    Site,
+    attachments_of,
     is_first,
     is_sharded,
     key_of,
     shapes_of,
-    sites_of,
     wait_for_all,
 )
 from deltakit.delta import merging, swapping, tensors
-from deltakit.delta.claims import check_scale, claim, refuse_in_rows
-from deltakit.delta.full_training import freeze_but, refresh_gradients, swap_whole
+from deltakit.delta.claims import check_scale, claim, refuse_in_rows, refuse_merged, refuse_scaled
+from deltakit.delta.full_training import freeze_but, put_backbone_values, put_trained_values, refresh_gradients
 from deltakit.delta.quantized import Quantize
 from deltakit.errors import StateError
 from deltakit.files import check_tensors, delta_config, model_card, upload, write_folder
 from deltakit.injection import put, take, watch, watch_first_forward
-from deltakit.selection import Modules
+from deltakit.selection import BackboneIndex
 from deltakit.view import described, states
 
 
 class Delta:
     """One or more methods on one backbone, with all their delta modules.
 
-    `attached`, `active` and `trainable` are independent: no call changes one through another.
+    `attached`, `active` and `trainable` are independent: no call changes one through another. The verbs (`attach`, `detach`,
+    `freeze`, `merge`, `unmerge`, `swap`) return the delta itself.
     """
 
-    def __init__(self, backbone: nn.Module, record: Record, sites: list[Site]) -> None:
-        self.backbone = backbone
-        self._record = record
-        self._sites = sites
+    def __init__(self, attachment: Attachment) -> None:
+        self._attachment = attachment
+        self._record = attachment.record
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The model that the delta belongs to."""
+        return self._attachment.backbone
 
     @property
     def name(self) -> str:
+        """The delta's name among those on its backbone."""
         return self._record.name
 
     @property
     def methods(self) -> tuple[Method, ...]:
+        """The methods that the delta was made of, with their options."""
         return self._record.methods
 
     @property
     def modules(self) -> dict[str, list[DeltaModule]]:
-        """The delta modules at each target's path."""
-        modules: dict[str, list[DeltaModule]] = {}
-        for site in self._sites:
-            modules.setdefault(site.path, []).append(site.module)
-        return modules
+        """The delta modules by the path of their target."""
+        return self.modules_of(None)
 
-    def modules_of(self, method: str) -> dict[str, list[DeltaModule]]:
-        """The delta modules of the methods of one name, at each target's path."""
+    def modules_of(self, method: str | None) -> dict[str, list[DeltaModule]]:
+        """The delta modules of the methods of one name, by the path of their target; of all methods for None."""
         found: dict[str, list[DeltaModule]] = {}
-        for site in self._sites:
-            if self.methods[site.method].name == method:
+        for site in self._attachment.sites:
+            if method in (None, self.methods[site.method].name):
                 found.setdefault(site.path, []).append(site.module)
         return found
 
     @property
-    def trained_whole(self) -> list[str]:
-        """The names of the backbone's tensors that the delta trains whole."""
-        return list(self._record.whole)
+    def fully_trained(self) -> list[str]:
+        """The names of the backbone's tensors that the delta trains fully and saves."""
+        return self._record.fully_trained
 
     @property
     def attached(self) -> bool:
         """Whether the delta modules are in the backbone."""
-        return self._sites[0].key is not None
+        return self._attachment.attached
 
     @property
     def active(self) -> bool:
@@ -86,13 +89,12 @@ class Delta:
     def active(self, active: bool) -> None:
         if bool(active) != self.active:
             refuse_in_rows(self.name, self._record, "changing active")
-        if self.merged and bool(active) != self.active:
-            raise StateError(f"delta {self.name!r} is merged into the weights: unmerge() it before changing active")
+            refuse_merged(self._record, "changing active")
         self._record.active = bool(active)
 
     @property
     def scale(self) -> float:
-        """How much of its effect the delta has in forwards: 1 is all of it, 0 none. Can be set, to any finite number.
+        """Multiplies the delta's effect in forwards: 0.5 is half, -1 the opposite. Can be set to any finite number.
 
         It is a state of use, as `active` is: no file holds it, and `combine` takes deltas as they were trained.
         """
@@ -101,41 +103,41 @@ class Delta:
     @scale.setter
     def scale(self, scale: float) -> None:
         if scale != self.scale:
-            check_scale(self._record, self._sites, scale)
+            check_scale(self._attachment, scale)
         self._record.scale = float(scale)
 
     @property
     def trainable(self) -> bool:
-        """Whether the delta's parameters ask for gradients. Can be set."""
+        """Whether the delta's parameters require gradients. Can be set."""
         return self._record.trainable
 
     @trainable.setter
     def trainable(self, trainable: bool) -> None:
         self._record.trainable = bool(trainable)
-        for site in self._sites:
+        for site in self._attachment.sites:
             site.module.requires_grad_(bool(trainable))
         if self.attached:
-            refresh_gradients(self.backbone, self._record.ledger)
+            refresh_gradients(self.backbone, self._record.grad_ledger)
 
     def freeze(self, *, train: Selector = ()) -> "Delta":
-        """The delta itself; the backbone is frozen but for what `train` selects, which the delta trains and saves whole.
+        """Freezes the backbone except for what `train` selects, which the delta then trains fully and saves.
 
         Raises:
-            SelectorError: if a selector picks nothing.
+            SelectorError: if a selector matches nothing.
             StateError: if the delta is not attached, or what is to be trained is tied to what is not.
         """
         if not self.attached:
             raise StateError(f"delta {self.name!r} is not attached: attach() it before freezing its backbone")
-        freeze_but(self.backbone, self._record, (train,) if isinstance(train, str) else tuple(train))
+        freeze_but(self._attachment, (train,) if isinstance(train, str) else tuple(train))
         return self
 
     @property
     def merged(self) -> bool:
         """Whether the delta is merged into the backbone's weights."""
-        return bool(self._record.merged)
+        return self._record.merged
 
     def attach(self) -> "Delta":
-        """The delta itself, put back: at each target deltas apply in the order in which they were first attached.
+        """Attaches the delta again. At each target deltas apply in the order in which they were first attached.
 
         Raises:
             StateError: if it is attached, or if another delta took its name meanwhile.
@@ -143,80 +145,79 @@ class Delta:
         record = self._record
         if self.attached:
             raise StateError(f"delta {self.name!r} is attached already; detach() it before attaching it again")
-        claim(self.backbone, record, self._sites)
-        for site in self._sites:
+        claim(self._attachment)
+        for site in self._attachment.sites:
             if site.module.record is not record:
                 site.module.record = record
             if site.module.shapes is None:
                 site.module.shapes = shapes_of(site.module)
-            put(self.backbone, site.target, key_of(record, site.method, site.module.place), site.module)
-        swap_whole(self.backbone, record)
+            put(self.backbone, site.target, key_of(record, site.method, site.module.part), site.module)
+        put_trained_values(self._attachment)
         self._settle()
         return self
 
     def detach(self) -> "Delta":
-        """The delta itself, taken off: the backbone is bit for bit as it was. A detached delta is left as it is."""
+        """Removes the delta; the backbone is bit-exact as it was. A detached delta stays as it is.
+
+        Raises:
+            StateError: inside a `rows` block.
+        """
         if not self.attached:
             return self
         refuse_in_rows(self.name, self._record)
         if self.merged:
             self.unmerge()
-        swap_whole(self.backbone, self._record)
-        for site in self._sites:
+        put_backbone_values(self._attachment)
+        for site in self._attachment.sites:
             take(self.backbone, site.target, str(site.key))
         self._settle()
         return self
 
     def _settle(self) -> None:
-        refresh_gradients(self.backbone, self._record.ledger)
+        refresh_gradients(self.backbone, self._record.grad_ledger)
         watch(self.backbone)
         watch_first_forward(self.backbone, self._record, attached=self.attached)
 
     @contextmanager
     def detached(self) -> Iterator[nn.Module]:
-        """The bare backbone for the time of a `with` block; the delta is as before afterwards, whatever happens."""
-        was = self.attached
-        merged = merging.merged_weights(self.backbone, self._record)
+        """The bare backbone inside a `with` block. Behind it the delta is as before, also after an exception."""
+        was, merged = self.attached, merging.merged_weights(self._attachment)
         self.detach()
         try:
             yield self.backbone
         finally:
             if was and not self.attached:
                 self.attach()
-                merging.put_back(self.backbone, self._record, merged)
+                merging.merge_again(self._attachment, merged)
 
     def merge(self, *, quantize: Quantize | None = None) -> "Delta":
-        """The delta itself, added to the backbone's weights: no cost in forwards. Saving stays as before.
+        """Adds the delta to the backbone's weights, so that forwards cost nothing extra. Saving works as before.
 
         Args:
-            quantize: how to make a quantised weight again, where there are such. It is given an `nn.Linear` with the sum, and
-                quantises it in place or returns another layer. What the rounding loses of the update is said in a warning.
+            quantize: how to quantize a weight again, where weights are quantized. It is given an `nn.Linear` with the sum, and
+                quantizes it in place or returns another layer. A warning says how much of the update the rounding loses.
 
         Raises:
             StateError: if it is not attached and active, if a weight is tied, or another delta is merged into it.
-            TargetError: if one of its methods is no change of weights, or a weight is quantised and `quantize` is not given.
+            TargetError: if one of its methods cannot be merged, or a weight is quantized and `quantize` is not given.
         """
-        refuse_in_rows(self.name, self._record, "merge")
-        if not (self.attached and self.active) or self.merged:
-            now = states(self._record, attached=self.attached)
-            raise StateError(f"delta {self.name!r}: merging expects it attached, active and not merged; it is {now}")
-        merging.merge(self.backbone, self._record, self._sites, quantize)
+        merging.merge(self._attachment, quantize)
         return self
 
     def unmerge(self) -> "Delta":
-        """The delta itself, out of the weights again: they are bit for bit as they were.
+        """Takes the delta out of the weights again: they are bit-exact as they were.
 
         Raises:
             StateError: if it is not merged.
         """
         if not self.merged:
-            raise StateError(f"delta {self.name!r} is not merged: it is {states(self._record, attached=self.attached)}")
-        merging.unmerge(self.backbone, self._record)
+            raise StateError(f"delta {self.name!r} is not merged: it is {states(self._attachment)}")
+        merging.unmerge(self._attachment)
         return self
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Everything the delta trains, by the names of its file: its modules' parameters and what it trains whole."""
-        return tensors.named_parameters(self.backbone, self._record, self._sites)
+        """Everything the delta trains, by the names of its file: its modules' parameters and what it trains fully."""
+        return tensors.named_parameters(self._attachment)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Everything the delta trains: what an optimiser takes."""
@@ -224,7 +225,7 @@ class Delta:
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers the delta trains, those of modules trained whole among them."""
+        """How many numbers the delta trains, those of fully trained modules included."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -233,75 +234,67 @@ class Delta:
         Raises:
             StateError: if this process has only a part of the delta (FSDP1, DeepSpeed ZeRO-3).
         """
-        return tensors.state_dict(self.backbone, self._record, self._sites)
+        return tensors.state_dict(self._attachment)
 
     def load_state_dict(self, state: Mapping[str, Tensor], *, where: str = "the state dict") -> None:
-        """Takes over all tensors of a `state_dict()`.
+        """Loads all tensors of a `state_dict()`. `where` says in errors where they come from.
 
         Raises:
             CheckpointError: if a name is missing or left over, or a shape differs; nothing is changed then.
             StateError: if the delta is merged into the weights.
         """
-        if self.merged:
-            raise StateError(f"delta {self.name!r} is merged into the weights: unmerge() it before loading others")
+        refuse_merged(self._record, "loading others")
         check_tensors(state, self.state_dict(), where=where)
-        tensors.load_state_dict(self.backbone, self._record, self._sites, state)
+        tensors.load_state_dict(self._attachment, state)
 
     def swap(self, other: "Delta") -> "Delta":
-        """The delta itself, now with the values of another of the same methods, places and shapes, which has its own instead.
+        """Exchanges values with another delta of the same methods, targets and shapes; the names stay.
 
-        The fastest way to another task, and free of recompilation: no tensor is copied, and nothing of the modules changes.
-        The other delta may wait (`load(..., attach=False)`). The names stay.
+        The fastest way to another task: no tensor is copied, and compiled models are not compiled again. The other delta
+        may be loaded but not attached (`load(..., attach=False)`).
 
         Raises:
-            StateError: if the two differ, or one is merged, in a `rows` block, or trains parts of the backbone whole.
+            StateError: if the two differ, or one is merged, in a `rows` block, or fully trains parts of the backbone.
         """
-        swapping.swap((self._record, self._sites), (other._record, other._sites))
+        swapping.swap(self._attachment, other._attachment)
         return self
 
     def save(self, folder: str | PathLike[str]) -> Path:
-        """The folder, which now holds the delta: its config, its tensors and a model card (a few hundred KB).
+        """Writes the delta's config, its tensors and a model card (a few hundred kB) into a folder, and returns the folder.
 
-        Where the delta is spread over processes (FSDP2), every process must call it; the first one writes.
+        Where the delta is sharded over processes (FSDP2), every process must call it; the first one writes.
 
         Raises:
             StateError: if its scale is not 1, or this process has only a part of it (FSDP1, DeepSpeed ZeRO-3) or, where it was
                 offloaded, none.
         """
-        if self.scale != 1:
-            raise StateError(
-                f"delta {self.name!r} has the scale {self.scale:g}, which no file holds: set scale = 1 to save it as it was "
-                f"trained, or, of LoRA and BitFit, save combine(model, {{{self.name!r}: {self.scale:g}}}).delta"
-            )
-        path = Path(folder)
-        config = delta_config(self.backbone, self._record, self._sites, self.num_parameters)
+        refuse_scaled(self._record)
+        config = delta_config(self._attachment, self.num_parameters)
         sharded = any(map(is_sharded, self.parameters()))
         state = self.state_dict()
         tensors.refuse_absent(state)
         if not sharded or is_first():
-            write_folder(path, config, state, model_card(config))
+            write_folder(Path(folder), config, state, model_card(config))
         if sharded:
             wait_for_all()
-        return path
+        return Path(folder)
 
     def push(
         self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, message: str | None = None
     ) -> str:
-        """The URL of the Hub repository to which the delta was uploaded, created if it is not there.
+        """Uploads the delta to a Hub repository, which is created if it does not exist, and returns its URL.
 
         Raises:
             HubError: if the Hub cannot be reached or refuses.
+            StateError: as `save` does.
         """
         with TemporaryDirectory() as folder:
             return upload(self.save(folder), repo_id, private=private, token=token, commit_message=message)
 
     def __repr__(self) -> str:
-        names = Modules(self.backbone).names
-        return described(
-            self.backbone, self._record, self._sites, attached=self.attached, trained=self.num_parameters, names=names
-        )
+        return described(self._attachment, trained=self.num_parameters, names=BackboneIndex(self.backbone).names)
 
 
 def deltas(backbone: nn.Module) -> list[Delta]:
     """The deltas attached to a backbone, in their order: in a deepcopy or an unpickled model, the copies."""
-    return [Delta(backbone, record, sites) for record, sites in sites_of(backbone).values()]
+    return [Delta(attachment) for attachment in attachments_of(backbone)]

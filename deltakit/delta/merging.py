@@ -2,18 +2,20 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from deltakit.core import Record, Site, join, records_of, tensors_of, wide
-from deltakit.delta.quantized import Quantize, Rounded, is_quantised, merge_quantised
+from deltakit.core import Attachment, Record, Site, join, records_of, tensors_of, wide
+from deltakit.delta.claims import refuse_in_rows
+from deltakit.delta.quantized import Quantize, Rounded, is_quantized, merge_quantized
 from deltakit.errors import DeltaWarning, StateError, TargetError
+from deltakit.view import states
 
 
 @torch.no_grad()
-def merge(backbone: nn.Module, record: Record, sites: Sequence[Site], quantize: Quantize | None = None) -> None:
+def merge(attachment: Attachment, quantize: Quantize | None = None) -> None:
     """Adds the weight updates of a delta to the weights, in float32 or wider, and keeps the weights as they were.
 
     Subtracting instead of keeping a copy would leave one in eight bfloat16 weights changed (measured).
@@ -22,32 +24,37 @@ def merge(backbone: nn.Module, record: Record, sites: Sequence[Site], quantize: 
         TargetError: if a method is no change of weights, or the weights are not in floating point and `quantize` is not given.
         StateError: if a weight is tied, or another delta is merged into it.
     """
+    backbone, record = attachment.backbone, attachment.record
+    refuse_in_rows(record.name, record, "merge")
+    if not (attachment.attached and record.active) or record.merged:
+        now = states(attachment)
+        raise StateError(f"delta {record.name!r}: merging expects it attached, active and not merged; it is {now}")
     parameters = dict(tensors_of(backbone))
     updates: dict[str, Tensor] = {}
     together: set[str] = set()
     dtypes: dict[str, torch.dtype] = {}
-    for site in sites:
+    for site in attachment.sites:
         for name, update in _update(site).items():
             updates[name] = updates[name] + update if name in updates else update
             dtypes[name] = next(site.module.parameters()).dtype
-            reading = site.module.reading
+            reading = site.module.weight_read
             tied = reading is not None and any(other.owner != reading.owner for other in reading.also)
             together |= {name} if tied else set()
     _check(backbone, record, updates, parameters, together, quantised_too=quantize is not None)
-    rounded = [name for name in updates if is_quantised(parameters[name])]
+    rounded = [name for name in updates if is_quantized(parameters[name])]
     plain = [name for name in updates if name not in rounded]
     merged = {name: (wide(parameters[name]) + updates[name]).to(parameters[name].dtype) for name in plain}
     found: dict[str, Rounded] = {}
     if quantize is not None and rounded:
         found = _merge_rounded(backbone, record, {name: (updates[name], dtypes[name]) for name in rounded}, quantize)
-    record.merged |= {name: _kept(parameters[name]) for name in plain}
+    record.weights_before_merge |= {name: _kept(parameters[name]) for name in plain}
     for name, value in merged.items():
         parameters[name].copy_(value)
     if found:
         try:
             _say_lost(record, found)
         except DeltaWarning:
-            unmerge(backbone, record)
+            unmerge(attachment)
             raise
 
 
@@ -59,12 +66,12 @@ def _merge_rounded(
     was = {name: _holder(backbone, name)._parameters["weight"] for name in updates}
     try:
         for name, (update, dtype) in updates.items():
-            found[name] = merge_quantised(_holder(backbone, name), update, dtype, quantize, path=name)
+            found[name] = merge_quantized(_holder(backbone, name), update, dtype, quantize, path=name)
     except BaseException:
         for name, weight in was.items():
             _holder(backbone, name)._parameters["weight"] = weight
         raise
-    record.merged = {name: weight for name, weight in was.items() if weight is not None}
+    record.weights_before_merge = {name: weight for name, weight in was.items() if weight is not None}
     return found
 
 
@@ -80,28 +87,30 @@ def _say_lost(record: Record, found: Mapping[str, Rounded]) -> None:
     )
 
 
-def merged_weights(backbone: nn.Module, record: Record) -> dict[str, Tensor]:
+def merged_weights(attachment: Attachment) -> dict[str, Tensor]:
     """The weights with the delta in them, by name; empty where it is not merged."""
-    parameters = dict(tensors_of(backbone)) if record.merged else {}
-    return {name: _kept(parameters[name]) for name in record.merged}
+    names = attachment.record.weights_before_merge
+    parameters = dict(tensors_of(attachment.backbone)) if names else {}
+    return {name: _kept(parameters[name]) for name in names}
 
 
 @torch.no_grad()
-def put_back(backbone: nn.Module, record: Record, merged: Mapping[str, Tensor]) -> None:
+def merge_again(attachment: Attachment, merged: Mapping[str, Tensor]) -> None:
     """Merges again, by weights that `merged_weights` gave."""
+    backbone = attachment.backbone
     parameters = dict(tensors_of(backbone)) if merged else {}
-    record.merged = {name: _kept(parameters[name]) for name in merged}
+    attachment.record.weights_before_merge = {name: _kept(parameters[name]) for name in merged}
     for name, value in merged.items():
         _put(backbone, name, parameters[name], value)
 
 
 def _kept(weight: Tensor) -> Tensor:
     """A weight as it is now: quantised ones are exchanged whole, of others the values change."""
-    return weight if is_quantised(weight) else weight.detach().clone()
+    return weight if is_quantized(weight) else weight.detach().clone()
 
 
 def _put(backbone: nn.Module, name: str, weight: Tensor, value: Tensor) -> None:
-    if is_quantised(value):
+    if is_quantized(value):
         _holder(backbone, name)._parameters["weight"] = value  # type: ignore[assignment]
     else:
         weight.copy_(value)
@@ -112,12 +121,12 @@ def _holder(backbone: nn.Module, name: str) -> nn.Module:
 
 
 @torch.no_grad()
-def unmerge(backbone: nn.Module, record: Record) -> None:
+def unmerge(attachment: Attachment) -> None:
     """Puts back the weights as they were before merging, bit for bit."""
-    parameters = dict(tensors_of(backbone))
-    for name, value in record.merged.items():
-        _put(backbone, name, parameters[name], value)
-    record.merged = {}
+    parameters = dict(tensors_of(attachment.backbone))
+    for name, value in attachment.record.weights_before_merge.items():
+        _put(attachment.backbone, name, parameters[name], value)
+    attachment.record.weights_before_merge = {}
 
 
 def _update(site: Site) -> dict[str, Tensor]:
@@ -149,7 +158,7 @@ def _check(
                 f"{name}: expected a weight to merge into, found one on the meta device: it has no values here, or is "
                 "offloaded by accelerate; merge before offloading, or leave the delta attached"
             )
-        quantised = is_quantised(weight)
+        quantised = is_quantized(weight)
         if quantised and quantised_too and name.rpartition(".")[2] == "weight":
             continue
         if quantised or weight.shape != update.shape:
@@ -164,6 +173,6 @@ def _check(
         if tied and name not in together:
             raise StateError(f"{name} is tied to {tied[0]}: merging would change both; leave the delta attached")
     for other in records_of(backbone):
-        both = sorted(other.merged.keys() & updates.keys())
+        both = sorted(other.weights_before_merge.keys() & updates.keys())
         if both and other is not record:
             raise StateError(f"{both[0]}: delta {other.name!r} is merged into it; unmerge {other.name!r} first")

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from deltakit.core import DeltaModule, Record, Site, holding, sites_of
+from deltakit.core import Attachment, DeltaModule, attachments_of, holding
 from deltakit.delta.planning import original
 from deltakit.errors import StateError
 
@@ -28,10 +28,10 @@ def rows(backbone: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module
     """
     backbone = original(backbone)
     _refuse_batch_second(backbone)
-    attached = list(sites_of(backbone).values())
-    for record, sites in attached:
-        _refuse_shared(record, sites, named=record.name in names)
-    with holding([record for record, _ in attached], names):
+    attached = attachments_of(backbone)
+    for attachment in attached:
+        _refuse_shared(attachment, named=attachment.record.name in names)
+    with holding([attachment.record for attachment in attached], names):
         yield backbone
 
 
@@ -45,13 +45,14 @@ def _refuse_batch_second(backbone: nn.Module) -> None:
             )
 
 
-def _refuse_shared(record: Record, sites: Sequence[Site], *, named: bool) -> None:
+def _refuse_shared(attachment: Attachment, *, named: bool) -> None:
+    record = attachment.record
     shared = f"rows: delta {record.name!r} "
-    if record.whole:
-        raise StateError(f"{shared}trains {next(iter(record.whole))} whole, which all rows share; leave train= away")
+    if record.fully_trained:
+        raise StateError(f"{shared}fully trains {record.fully_trained[0]}, which all examples share; omit train=")
     if record.merged:
         raise StateError(f"{shared}is merged into the weights, which all rows share; unmerge() it")
-    for site in sites if named else ():
+    for site in attachment.sites if named else ():
         if "experts" in site.path.split("."):
             raise StateError(
                 f"{shared}stands on an expert, {site.path}, which is given tokens of all rows together; leave experts out "
@@ -59,8 +60,8 @@ def _refuse_shared(record: Record, sites: Sequence[Site], *, named: bool) -> Non
             )
         kind = type(site.module)
         behind = kind.before is DeltaModule.before if kind.by_rows is None else kind.by_rows
-        if site.module.reading is not None or not behind:
-            why = "works by the weight" if site.module.reading is not None else "acts on the whole batch"
+        if site.module.weight_read is not None or not behind:
+            why = "works by the weight" if site.module.weight_read is not None else "acts on the whole batch"
             raise StateError(
                 f"{shared}{why} at {site.path} ({kind.__name__}), which all rows share; run such rows in a batch of their own"
             )

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from deltakit.core import DeltaModule, Method, Reading, Selector, Target, is_sharded, own_parameters
-from deltakit.delta.full_training import whole_names
+from deltakit.core import DeltaModule, Method, Selector, Target, WeightRead, is_sharded, own_parameters
+from deltakit.delta.full_training import full_training_names
 from deltakit.errors import OptionError, StateError, TargetError
-from deltakit.selection import Modules, find_targets
+from deltakit.selection import BackboneIndex, find_targets
 from deltakit.view import Line, report, share
 
 
@@ -21,8 +21,8 @@ class Plan:
     built: tuple[dict[str, DeltaModule], ...]
     left_out: tuple[tuple[Target, ...], ...]
     train: tuple[str, ...]
-    whole: tuple[str, ...]
-    modules: Modules
+    fully_trained: tuple[str, ...]
+    index: BackboneIndex
 
     @property
     def paths(self) -> dict[str, list[str]]:
@@ -44,9 +44,9 @@ class Plan:
                 next(iter(built.values())).summary(),
                 list(built),
                 sum(p.numel() for p in _parameters(built)),
-                [path for path, module in built.items() if module.reading is not None],
+                [path for path, module in built.items() if module.weight_read is not None],
                 [target.path for target in left_out],
-                [alias for path in built for alias in self.modules.target(path).aliases],
+                [alias for path in built for alias in self.index.target(path).aliases],
             )
             for method, built, left_out in zip(self.methods, self.built, self.left_out, strict=True)
         ]
@@ -54,9 +54,9 @@ class Plan:
         total = sum(parameter.numel() for parameter in own.values())
         count = self.num_parameters
         return report(
-            f"plan for {self.modules.owner}",
+            f"plan for {self.index.owner}",
             lines,
-            {name: own[name] for name in self.whole if name in own},
+            {name: own[name] for name in self.fully_trained if name in own},
             f"nothing is changed; +{count:,} parameters, {share(count, total)} of {total:,}",
         )
 
@@ -70,8 +70,8 @@ def plan(backbone: nn.Module, *methods: Method, train: Selector = ()) -> Plan:
         TargetError: if a method cannot serve a module that was picked.
         OptionError: if there is no method, or an option does not fit a target.
     """
-    modules = Modules(original(backbone))
-    if isinstance(modules.backbone, DeltaModule):
+    index = BackboneIndex(original(backbone))
+    if isinstance(index.backbone, DeltaModule):
         raise TargetError(
             "the backbone is itself a delta module: deltas are not nested; attach to the model it sits on"
         )
@@ -82,14 +82,14 @@ def plan(backbone: nn.Module, *methods: Method, train: Selector = ()) -> Plan:
             raise OptionError(f"expected methods such as LoRA(r=8), found {method!r}")
     built, left_out = [], []
     for method in methods:
-        targets, unserved = find_targets(modules, method)
-        built.append(build(modules, method, targets))
+        targets, unserved = find_targets(index, method)
+        built.append(build(index, method, targets))
         left_out.append(tuple(unserved))
     _refuse_twice(methods, built)
     selectors = (train,) if isinstance(train, str) else tuple(train)
     selectors += tuple(selector for method in methods for selector in method.train_also())
-    whole = whole_names(modules.backbone, modules.select(selectors)) if selectors else []
-    return Plan(modules.backbone, methods, tuple(built), tuple(left_out), selectors, tuple(whole), modules)
+    full = full_training_names(index.backbone, index.select(selectors)) if selectors else []
+    return Plan(index.backbone, methods, tuple(built), tuple(left_out), selectors, tuple(full), index)
 
 
 def _refuse_twice(methods: Sequence[Method], built: Sequence[dict[str, DeltaModule]]) -> None:
@@ -104,7 +104,7 @@ def _refuse_twice(methods: Sequence[Method], built: Sequence[dict[str, DeltaModu
             seen.add((path, method.name))
 
 
-def build(modules: Modules, method: Method, targets: Sequence[Target]) -> dict[str, DeltaModule]:
+def build(index: BackboneIndex, method: Method, targets: Sequence[Target]) -> dict[str, DeltaModule]:
     """The delta modules of a method for its targets, by their paths; each knows its place and where it is read.
 
     Raises:
@@ -113,16 +113,16 @@ def build(modules: Modules, method: Method, targets: Sequence[Target]) -> dict[s
     """
     for target in targets:
         _refuse_unserved(method, target)
-    built = method.build(modules.backbone, targets)
+    built = method.build(index.backbone, targets)
     for target in targets:
         module = built.get(target.path)
         if module is None:
             continue
-        rows = f"[{target.rows.name}]" if target.rows is not None else ""
-        module.place = target.parameter + rows
+        rows = f"[{target.feature_slice.name}]" if target.feature_slice is not None else ""
+        module.part = target.parameter + rows
         if method.by_weight(target):
-            owner = target.path.removesuffix(module.place).removesuffix(".") if module.place else target.path
-            module.reading = target.reading or Reading(owner, "")
+            owner = target.path.removesuffix(module.part).removesuffix(".") if module.part else target.path
+            module.weight_read = target.weight_read or WeightRead(owner, "")
     return built
 
 
@@ -159,10 +159,10 @@ def _refuse_unserved(method: Method, target: Target) -> None:
             f"{target.path}: this is a parameter, and {method.name} has no form that works by the weight: it changes what "
             "a module gives; name a module, or leave this out with exclude="
         )
-    if target.reading is not None and target.reading.never_called:
+    if target.weight_read is not None and target.weight_read.never_called:
         raise TargetError(
             f"{target.path}: what is around it reads this module's weight and never calls it, and {method.name} has no "
-            f"form that works by the weight; name '{target.reading.scope or '^'}', or leave this one out with exclude="
+            f"form that works by the weight; name '{target.weight_read.scope or '^'}', or leave this one out with exclude="
         )
 
 

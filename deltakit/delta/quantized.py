@@ -21,12 +21,12 @@ class Rounded(NamedTuple):
     whole: float
 
 
-def is_quantised(weight: Tensor) -> bool:
+def is_quantized(weight: Tensor) -> bool:
     """Whether a weight is held as something else than plain numbers that one computes with."""
     return type(weight) not in (Tensor, nn.Parameter) or not is_compute_dtype(weight.dtype)
 
 
-def merge_quantised(
+def merge_quantized(
     layer: nn.Module, update: Float[Tensor, "d_out d_in"], dtype: torch.dtype, quantize: Quantize, *, path: str
 ) -> Rounded:
     """Puts the weight with an update, quantised again, on the layer; how far it is off. `dtype`: what the layer computes in.
@@ -47,7 +47,7 @@ def merge_quantised(
     made = quantize(sum_of_both)
     made = sum_of_both if made is None else made
     weight = made.weight
-    if not isinstance(weight, nn.Parameter) or not is_quantised(weight):
+    if not isinstance(weight, nn.Parameter) or not is_quantized(weight):
         raise TargetError(
             f"{path}: quantize= left the weight as it is, in {weight.dtype}; expected it to quantise a linear layer"
         )

@@ -1,26 +1,22 @@
 """Two deltas of one kind exchanging their values: the tensors behind standing hooks, without a copy."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
-from deltakit.core import Record, Site, is_sharded, parameters_of
+from deltakit.core import Attachment, Record, is_sharded, parameters_of
 from deltakit.errors import StateError
-
-Part = tuple[Record, Sequence[Site]]
 
 _WHERE = ("at", "of", "exclude")
 
 
-def swap(one: Part, other: Part) -> None:
+def swap(one: Attachment, other: Attachment) -> None:
     """Exchanges the values of two deltas; what is compiled stays, for nothing of the modules changes.
 
     Raises:
         StateError: if they differ in options, places or shapes, or one cannot be changed now.
     """
-    for record, _ in (one, other):
-        _refuse(record)
+    _refuse(one.record)
+    _refuse(other.record)
     pairs = _pairs(one, other)
     for mine, theirs in pairs:
         mine.data, theirs.data = theirs.data, mine.data
@@ -29,19 +25,19 @@ def swap(one: Part, other: Part) -> None:
 
 
 def _refuse(record: Record) -> None:
-    whole = next(iter(record.whole), "")
+    full = next(iter(record.fully_trained), "")
     found = {
-        "is merged into the weights: unmerge() it": bool(record.merged),
+        "is merged into the weights: unmerge() it": record.merged,
         "is in a rows() block: leave it": record.batch is not None,
-        f"trains {whole} whole, which it has in one place: use load_state_dict()": bool(whole),
+        f"fully trains {full}, which it has in one place: use load_state_dict()": bool(full),
     }
     for why, so in found.items():
         if so:
             raise StateError(f"swap: delta {record.name!r} {why}")
 
 
-def _pairs(one: Part, other: Part) -> list[tuple[nn.Parameter, nn.Parameter]]:
-    (record, sites), (another, others) = one, other
+def _pairs(one: Attachment, other: Attachment) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    record, another = one.record, other.record
     mine, theirs = (
         [{k: v for k, v in method.to_dict().items() if k not in _WHERE} for method in r.methods]
         for r in (record, another)
@@ -49,9 +45,9 @@ def _pairs(one: Part, other: Part) -> list[tuple[nn.Parameter, nn.Parameter]]:
     both = f"swap: deltas {record.name!r} and {another.name!r}"
     if mine != theirs:
         raise StateError(f"{both} must have the same methods with the same options; found {mine} and {theirs}")
-    places = {(site.path, site.method): site.module for site in others}
+    places = {(site.path, site.method): site.module for site in other.sites}
     pairs = []
-    for site in sites:
+    for site in one.sites:
         found = places.pop((site.path, site.method), None)
         if found is None:
             raise StateError(f"{both} must stand at the same places; at {site.path} there is one alone")

@@ -6,17 +6,18 @@ from typing import Any
 
 from torch import nn
 
-from deltakit.core import Method, Record, Site, class_name, expand, fold, records_of
+from deltakit.core import Attachment, Method, Record, class_name, expand, fold, records_of
 from deltakit.errors import CheckpointError
 from deltakit.files.checkpoint import FORMAT_VERSION
 from deltakit.files.fingerprint import fingerprint
 from deltakit.version import __version__
 
 
-def delta_config(backbone: nn.Module, record: Record, sites: Sequence[Site], num_parameters: int) -> dict[str, Any]:
+def delta_config(attachment: Attachment, num_parameters: int) -> dict[str, Any]:
     """The config of a delta as plain data: the selectors as written, and the paths that they resolved to."""
+    backbone, record = attachment.backbone, attachment.record
     methods = [
-        {**method.to_dict(), "targets": compact([site.path for site in sites if site.method == index])}
+        {**method.to_dict(), "targets": compact([site.path for site in attachment.sites if site.method == index])}
         for index, method in enumerate(record.methods)
     ]
     details = getattr(backbone, "config", None)
@@ -25,7 +26,7 @@ def delta_config(backbone: nn.Module, record: Record, sites: Sequence[Site], num
         "deltakit_version": __version__,
         "name": record.name if record.named else None,
         "methods": methods,
-        "train": {"selectors": list(record.train), "names": compact(list(record.whole))},
+        "train": {"selectors": list(record.train), "names": compact(record.fully_trained)},
         "backbone": {
             "id": getattr(details, "_name_or_path", None) or None,
             "commit": getattr(details, "_commit_hash", None),
@@ -37,9 +38,9 @@ def delta_config(backbone: nn.Module, record: Record, sites: Sequence[Site], num
 
 def backbone_identity(backbone: nn.Module, record: Record | None = None) -> dict[str, Any]:
     """The class and the fingerprint of a backbone, without the values that its deltas changed."""
-    changed = set(record.whole) if record else set()
+    changed = set(record.fully_trained) if record else set()
     for other in records_of(backbone):
-        changed |= other.whole.keys() | other.merged.keys()
+        changed |= {*other.fully_trained, *other.weights_before_merge}
     return {"class": class_name(backbone), "fingerprint": fingerprint(backbone, leave_out=changed)}
 
 

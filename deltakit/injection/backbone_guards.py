@@ -59,7 +59,7 @@ class ReportPart:
             f"{prefix}{name}": module.record.name
             for module in backbone.modules()
             if isinstance(module, DeltaModule) and module.record is not None
-            for name in module.record.merged
+            for name in module.record.weights_before_merge
         }
         for name in (name for name in merged if name in state):
             raise StateError(

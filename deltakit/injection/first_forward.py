@@ -88,7 +88,7 @@ class FirstForward:
             f"{path}: delta {self.record.name!r} did nothing here{more}: the module around it ran in the first forward "
             f"and never called this {type(module).__name__}; it may read its weight itself. Detach the delta, and "
         )
-        if type(delta).weight_update is not DeltaModule.weight_update and delta.reading is None:
+        if type(delta).weight_update is not DeltaModule.weight_update and delta.weight_read is None:
             return head + f"name the parameter '{path}.weight' instead, or leave it out with exclude="
         return head + f"leave it out with exclude=, for {type(delta).__name__} has no form that works by the weight"
 

@@ -15,19 +15,19 @@ def put(backbone: nn.Module, target: nn.Module, key: str, delta: DeltaModule) ->
     if delta.training is not target.training:
         delta.train(target.training)
     target.add_module(key, delta)
-    if delta.reading is None:
+    if delta.weight_read is None:
         _stand_on(target)
         return
-    _replace(backbone.get_submodule(delta.reading.scope), key, delta.reading.holder)
-    for other in delta.reading.also:
-        source = None if other.owner == delta.reading.owner else delta
+    _replace(backbone.get_submodule(delta.weight_read.scope), key, delta.weight_read.holder)
+    for other in delta.weight_read.also:
+        source = None if other.owner == delta.weight_read.owner else delta
         _replace(backbone.get_submodule(other.scope), key, other.holder, source, other.name)
 
 
 def take(backbone: nn.Module, target: nn.Module, key: str) -> None:
     """Takes a delta module and its hooks away from its target."""
     delta = target._modules[key]
-    reading = delta.reading if isinstance(delta, DeltaModule) else None
+    reading = delta.weight_read if isinstance(delta, DeltaModule) else None
     scopes = [reading.scope, *(other.scope for other in reading.also)] if reading is not None else []
     for scope in map(backbone.get_submodule, dict.fromkeys(scopes)):
         for hook in ours(scope, Replace):
@@ -47,7 +47,7 @@ def _stand_on(target: nn.Module) -> None:
     for hook in ours(target, Ahead):
         hook.handle.remove()
     there = [(key, child) for key, child in target._modules.items() if isinstance(child, DeltaModule)]
-    held = sorted(((key, child) for key, child in there if child.reading is None), key=lambda item: _order(item[1]))
+    held = sorted(((key, child) for key, child in there if child.weight_read is None), key=lambda item: _order(item[1]))
     ahead = tuple(key for key, child in held if type(child).before is not DeltaModule.before)
     behind = tuple(key for key, child in held if _acts_behind(type(child)))
     if ahead:

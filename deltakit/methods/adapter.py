@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import DeltaModule, Method, Rows, Target
+from deltakit.core import DeltaModule, FeatureSlice, Method, Target
 from deltakit.errors import OptionError
 from deltakit.ops import like, output_size
 from deltakit.selection import feature_axis, features_last
@@ -36,10 +36,10 @@ class AdapterDelta(DeltaModule):
     """
 
     def __init__(
-        self, d: int, size: int, activation: str, axis: int = -1, rows: Rows | None = None, **like: Any
+        self, d: int, size: int, activation: str, axis: int = -1, feature_slice: FeatureSlice | None = None, **like: Any
     ) -> None:
         super().__init__()
-        self.activation, self.axis, self.rows = activation, axis, rows
+        self.activation, self.axis, self.feature_slice = activation, axis, feature_slice
         self.down = nn.Linear(d, size, **like)
         self.up = nn.Linear(size, d, **like)
         self.reset_parameters()
@@ -51,11 +51,11 @@ class AdapterDelta(DeltaModule):
             nn.init.zeros_(zero)
 
     def forward(self, x: Tensor, y: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        size = self.rows.whole if self.rows else self.down.in_features
+        size = self.feature_slice.total if self.feature_slice else self.down.in_features
         last = features_last(y, self.axis, size)
-        part = self.rows.take(last) if self.rows else last
+        part = self.feature_slice.take(last) if self.feature_slice else last
         update = self.up(ACTIVATIONS[self.activation](self.down(part.to(self.down.weight.dtype))))
-        update = self.rows.spread(update) if self.rows else update
+        update = self.feature_slice.spread(update) if self.feature_slice else update
         return y + features_last(update, self.axis, y.shape[-1]).to(y.dtype)
 
     def summary(self) -> str:
@@ -90,7 +90,7 @@ class Adapter(Method, name="adapter"):
     def build_at(self, target: Target) -> DeltaModule:
         d = output_size(target, self.name)
         size = max(1, d // self.reduction) if self.reduction else self.size or 64
-        return AdapterDelta(d, size, self.activation, feature_axis(target.module), target.rows, **like(target))
+        return AdapterDelta(d, size, self.activation, feature_axis(target.module), target.feature_slice, **like(target))
 
     def train_also(self) -> tuple[str, ...]:
         return ("@norm",) if self.norms else ()

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import DeltaModule, Method, Rows, Target, wide
+from deltakit.core import DeltaModule, FeatureSlice, Method, Target, wide
 from deltakit.errors import OptionError, TargetError
 from deltakit.ops import like, output_size
 from deltakit.selection import along, feature_axis
@@ -29,10 +29,15 @@ class BitFitDelta(DeltaModule):
     """
 
     def __init__(
-        self, shape: Sequence[int], axis: int = -1, rows: Rows | None = None, name: str = "bias", **like: Any
+        self,
+        shape: Sequence[int],
+        axis: int = -1,
+        feature_slice: FeatureSlice | None = None,
+        name: str = "bias",
+        **like: Any,
     ) -> None:
         super().__init__()
-        self.axis, self.rows, self.name = axis, rows, name
+        self.axis, self.feature_slice, self.name = axis, feature_slice, name
         self.bias = nn.Parameter(torch.empty(*shape, **like))
         self.reset_parameters()
 
@@ -40,7 +45,7 @@ class BitFitDelta(DeltaModule):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, y: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        bias = self.rows.spread(self.bias) if self.rows else self.bias
+        bias = self.feature_slice.spread(self.bias) if self.feature_slice else self.bias
         return y + along(bias, self.axis, y.ndim).to(y.dtype)
 
     @torch.no_grad()
@@ -54,7 +59,7 @@ class BitFitDelta(DeltaModule):
             raise TargetError(
                 f"a {type(target).__name__} without a bias has nothing to merge BitFit into; leave it attached"
             )
-        return {self.name: wide(self.rows.spread(self.bias) if self.rows else self.bias)}
+        return {self.name: wide(self.feature_slice.spread(self.bias) if self.feature_slice else self.bias)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +94,7 @@ class BitFit(Method, name="bitfit"):
         return bool(target.parameter) or (super().by_weight(target) and bool(_bias_name(target)))
 
     def _is_read(self, target: Target) -> bool:
-        return bool(target.parameter or (target.reading and target.reading.never_called))
+        return bool(target.parameter or (target.weight_read and target.weight_read.never_called))
 
     def build_at(self, target: Target) -> DeltaModule:
         module = target.module
@@ -100,11 +105,11 @@ class BitFit(Method, name="bitfit"):
                     f"{target.path}: its {type(module).__name__} reads this weight and has no bias of its own: there is "
                     "nothing that BitFit could be added to; leave it out with exclude="
                 )
-            rows = _bias_rows(target)
+            rows = _bias_slice(target)
             bias = module._parameters[name]
             shape = [rows.size] if rows else list(bias.shape) if bias is not None else []
             return BitFitDelta(shape, -1, rows, name, **like(target))
-        return BitFitDelta([output_size(target, self.name)], feature_axis(module), target.rows, **like(target))
+        return BitFitDelta([output_size(target, self.name)], feature_axis(module), target.feature_slice, **like(target))
 
 
 def _bias_name(target: Target) -> str:
@@ -120,10 +125,10 @@ def _bias_name(target: Target) -> str:
     return next((name for name in names if own.get(name) is not None), "")
 
 
-def _bias_rows(target: Target) -> Rows | None:
+def _bias_slice(target: Target) -> FeatureSlice | None:
     """Torch's attention keeps the biases of queries, keys and values in one, also where the weights stand alone."""
     module, first = target.module, target.parameter[:1]
-    if target.rows is not None or not isinstance(module, nn.MultiheadAttention) or first not in "qkv":
-        return target.rows
+    if target.feature_slice is not None or not isinstance(module, nn.MultiheadAttention) or first not in "qkv":
+        return target.feature_slice
     size, place = module.embed_dim, "qkv".index(first)
-    return Rows(first, 1, 3 * size, place * size, (place + 1) * size)
+    return FeatureSlice(first, 1, 3 * size, place * size, (place + 1) * size)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from deltakit.core import Batch, DeltaModule, Method, Rows, Target, hidden_input, is_conv1d, wide
+from deltakit.core import DeltaModule, FeatureSlice, Method, MixedBatch, Target, hidden_input, is_conv1d, wide
 from deltakit.errors import OptionError, TargetError
 from deltakit.ops import (
     Product,
@@ -36,9 +36,16 @@ class LoRAFactors(DeltaModule):
     On a parameter that is a stack of matrices (the experts of a mixture) both have the stack's dimensions in front.
     """
 
-    def __init__(self, d_in: int, d_out: int, options: "LoRA", rows: Rows | None = None, **like: Any) -> None:
+    def __init__(
+        self, d_in: int, d_out: int, options: "LoRA", feature_slice: FeatureSlice | None = None, **like: Any
+    ) -> None:
         super().__init__()
-        self.scale, self.dropout, self.rows, self.keep = options.scale, options.dropout, rows, options.keep
+        self.scale, self.dropout, self.feature_slice, self.keep = (
+            options.scale,
+            options.dropout,
+            feature_slice,
+            options.keep,
+        )
         stack = like.pop("stack", ())
         self.A = nn.Parameter(torch.empty(*stack, options.r, d_in, **like))
         self.B = nn.Parameter(torch.empty(*stack, d_out, options.r, **like))
@@ -58,7 +65,7 @@ class LoRAFactors(DeltaModule):
     def update(self) -> Float[Tensor, "*stack d_out d_in"]:
         """What is added to a weight of the shape [d_out, d_in], in float32 or wider."""
         update = self.scale * wide(self.B) @ wide(self.A)
-        return self.rows.spread(update.mT).mT if self.rows else update
+        return self.feature_slice.spread(update.mT).mT if self.feature_slice else update
 
     @torch.no_grad()
     def take_sum(self, parts: Sequence[tuple[float, DeltaModule]]) -> tuple[float, float]:
@@ -88,7 +95,7 @@ class LoRADelta(LoRAFactors):
         if type(output) is not Tensor:
             return super().after(target, args, kwargs, output)
         x = args[0] if args else hidden_input(args, kwargs)
-        if self.rows is None and not (self.dropout and self.training):
+        if self.feature_slice is None and not (self.dropout and self.training):
             scale = self.scale if self.record is None else self.scale * self.record.scale
             few = of_few_tokens(target, self, x, output, scale)
             if few is not None:
@@ -97,7 +104,7 @@ class LoRADelta(LoRAFactors):
         return self(x, output, layer, alone)
 
     def after_rows(
-        self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, batch: Batch
+        self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, batch: MixedBatch
     ) -> Any:
         if type(output) is Tensor and not (self.dropout and self.training):
             plan = shared_work(self, target, batch)
@@ -110,7 +117,7 @@ class LoRADelta(LoRAFactors):
 
     def factors(self) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]:
         """A, and B with the scale in it and zeros for the rows that are none of its own."""
-        b = self.rows.spread(self.B.mT).mT if self.rows is not None else self.B
+        b = self.feature_slice.spread(self.B.mT).mT if self.feature_slice is not None else self.B
         return self.A, self.scale * self.strength * b
 
     def forward(
@@ -127,9 +134,13 @@ class LoRADelta(LoRAFactors):
         a: Tensor = self.A
         b: Tensor = self.B
         start = 0
-        if self.rows is not None:
-            # Rows that stand together are a part of the output; interleaved ones are spread over it with zeros between.
-            b, start = (b, self.rows.start) if self.rows.groups == 1 else (self.rows.spread(b.mT).mT, 0)
+        if self.feature_slice is not None:
+            # FeatureSlice that stand together are a part of the output; interleaved ones are spread over it with zeros between.
+            b, start = (
+                (b, self.feature_slice.start)
+                if self.feature_slice.groups == 1
+                else (self.feature_slice.spread(b.mT).mT, 0)
+            )
         return add_low_rank(y, x, a, b, Product(self.scale * self.strength, start, self.keep), layer, alone)
 
 
@@ -148,7 +159,7 @@ class LoRAParameterDelta(LoRAFactors):
         stack = tuple(weight.shape[:-2]) if weight is not None else ()
         if self.flipped:
             d_in, d_out = d_out, d_in
-        super().__init__(d_in, d_out, options, target.rows, stack=stack, **like)
+        super().__init__(d_in, d_out, options, target.feature_slice, stack=stack, **like)
 
     def weight_update(self, target: nn.Module) -> Mapping[str, Tensor]:
         return {self.name: self.update().mT if self.flipped else self.update()}
@@ -261,7 +272,7 @@ class LoRA(Method, name="lora"):
             delta = LoRAEmbeddingDelta(d_in, d_out, self, **new)
             delta.padding = module.padding_idx
             return delta
-        return LoRADelta(d_in, d_out, self, target.rows, **new)
+        return LoRADelta(d_in, d_out, self, target.feature_slice, **new)
 
     def _check(self, target: Target, d_in: int, d_out: int) -> None:
         if self.r > min(d_in, d_out):

@@ -31,7 +31,7 @@ from deltakit.ops import (
     like,
     live_prefixes,
 )
-from deltakit.selection import Modules
+from deltakit.selection import BackboneIndex
 
 
 class PrefixDelta(AttentionPrefix):
@@ -164,10 +164,10 @@ class Prefix(Method, name="prefix"):
                 raise OptionError(f"Prefix({option}={value!r}): an integer of at least 1")
 
     def default_targets(self, backbone: nn.Module) -> Sequence[str]:
-        return [path for path, module in Modules(backbone).by_path.items() if attends(module)]
+        return [path for path, module in BackboneIndex(backbone).by_path.items() if attends(module)]
 
     def place(self, backbone: nn.Module, selected: Sequence[Target]) -> Sequence[Target]:
-        modules = Modules(backbone)
+        modules = BackboneIndex(backbone)
         sites = self.default_targets(backbone)
         placed = []
         for target in selected:

@@ -1,7 +1,7 @@
 """Soft prompt: trained rows P among the input embeddings.  Lester et al. 2021, https://arxiv.org/abs/2104.08691, section 2.
 
 The rows have token ids of their own, from the vocabulary's size on, so they may stand anywhere in a text; by default the
-delta puts them in front of every text itself. Rows start as embeddings of the 5,000 first, most frequent tokens (section
+delta puts them in front of every text itself. FeatureSlice start as embeddings of the 5,000 first, most frequent tokens (section
 3.2). Twenty tokens are the default: the paper sees little gain beyond (figure 3a). Attached, it is not the identity.
 """
 
@@ -26,7 +26,7 @@ from deltakit.ops import (
     text_stack,
     trimmed,
 )
-from deltakit.selection import Modules
+from deltakit.selection import BackboneIndex
 
 _FREQUENT = 5_000
 
@@ -219,7 +219,7 @@ class SoftPrompt(Method, name="soft_prompt"):
                 )
         if not self.prepend:
             return selected
-        modules = Modules(backbone)
+        modules = BackboneIndex(backbone)
         return [*selected, *(modules.target(path) for path in text_stack(backbone) if path is not None)]
 
     def build(self, backbone: nn.Module, targets: Sequence[Target]) -> dict[str, DeltaModule]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from deltakit.core import Batch, DeltaModule
+from deltakit.core import DeltaModule, MixedBatch
 
 # Measured on two cores, 768 features, ranks of 8: gathered factors win from four tokens a row on, and with fewer than eight
 # rows a delta. 64 rows with 1, 8 and 64 deltas: 1.19, 1.23 and 1.47 of the bare backbone, and by the mask 1.07, 1.21 and 2.31.
@@ -37,7 +37,7 @@ class Shared(NamedTuple):
     places: list[int]
 
 
-def shared_work(delta: DeltaModule, target: nn.Module, batch: Batch) -> Shared | None:
+def shared_work(delta: DeltaModule, target: nn.Module, batch: MixedBatch) -> Shared | None:
     """The plan for a target; None if others than its own kind stand there: then each works for itself, in its turn."""
     key = (target, "plan")
     if key not in batch.kept:
@@ -54,7 +54,7 @@ def shared_work(delta: DeltaModule, target: nn.Module, batch: Batch) -> Shared |
 
 
 def add_by_rows(
-    delta: DeltaModule, plan: Shared, target: nn.Module, x: Tensor, y: Tensor, batch: Batch, *, in_place: bool
+    delta: DeltaModule, plan: Shared, target: nn.Module, x: Tensor, y: Tensor, batch: MixedBatch, *, in_place: bool
 ) -> Tensor | None:
     """y with each row's product added, for all deltas that stand on the target; None for all but the first of them."""
     if not plan.modules or plan.modules[0][0] is not delta:
@@ -106,7 +106,7 @@ def add_bank(y: Tensor, x: Tensor, bank: Bank, names: int, *, in_place: bool) ->
     return (out.baddbmm_(h, bank.high) if in_place else torch.baddbmm(out, h, bank.high)).view(y.shape)
 
 
-def kept_or_made(batch: Batch, key: Any, parameters: Sequence[Tensor], make: Callable[[], Any]) -> Any:
+def kept_or_made(batch: MixedBatch, key: Any, parameters: Sequence[Tensor], make: Callable[[], Any]) -> Any:
     """What `make` gives, made again only when a parameter changed; with gradients always, for they go through it."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or parameters[0].is_inference():
         return make()

@@ -27,7 +27,7 @@ def sizes(target: Target, method: str) -> tuple[int, int]:
         return module.in_channels // module.groups * math.prod(module.kernel_size), module.out_channels
     linear = linear_sizes(module)
     if linear is not None:
-        return linear[0], target.rows.size if target.rows else linear[1]
+        return linear[0], target.feature_slice.size if target.feature_slice else linear[1]
     own = [name for name, parameter in module._parameters.items() if parameter is not None and parameter.ndim > 1]
     named = f", or the parameter '{target.path}.{own[0]}'" if own and target.path else ""
     raise TargetError(
@@ -44,7 +44,7 @@ def _parameter_sizes(target: Target, method: str) -> tuple[int, int]:
             f"{tuple(tensor.shape) if tensor is not None else ()}; leave it out with exclude="
         )
     out, d_in = (int(size) for size in tensor.shape[-2:])
-    return d_in, target.rows.size if target.rows else out
+    return d_in, target.feature_slice.size if target.feature_slice else out
 
 
 def output_size(target: Target, method: str) -> int:

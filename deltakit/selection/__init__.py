@@ -5,7 +5,7 @@ of fused projections, and the weights that a forward reads directly.
 """
 
 from deltakit.selection.feature_axis import along, feature_axis, features_last
-from deltakit.selection.index import Modules
+from deltakit.selection.index import BackboneIndex
 from deltakit.selection.role_inference.names import FUSED, FUSED_KV, PROJECTIONS, says_attention
 from deltakit.selection.role_table import RoleTable, roles
 from deltakit.selection.targets import find_targets, select
@@ -14,7 +14,7 @@ __all__ = [
     "FUSED",
     "FUSED_KV",
     "PROJECTIONS",
-    "Modules",
+    "BackboneIndex",
     "RoleTable",
     "along",
     "feature_axis",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from deltakit.core import projection_sizes
 
 
-def stand_in(module: nn.Module) -> nn.Module:
+def dry_run(module: nn.Module) -> nn.Module:
     """A module of the same class and attributes, whose linear layers give ones and whose other weights are ones.
 
     It computes in float64 on the CPU. Nothing of the original is touched, and nothing large is copied: the original may be
@@ -30,7 +30,7 @@ def stand_in(module: nn.Module) -> nn.Module:
     new.__dict__["training"] = False
     new.__dict__["_parameters"] = {n: None if p is None else _filled(p) for n, p in module._parameters.items()}
     new.__dict__["_buffers"] = {n: None if b is None else _plain(b) for n, b in module._buffers.items()}
-    new.__dict__["_modules"] = {n: None if c is None else stand_in(c) for n, c in module._modules.items()}
+    new.__dict__["_modules"] = {n: None if c is None else dry_run(c) for n, c in module._modules.items()}
     config = module.__dict__.get("config")
     if config is not None and hasattr(config, "_attn_implementation"):
         config = copy.deepcopy(config)

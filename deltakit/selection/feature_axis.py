@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from deltakit.core import linear_sizes
 from deltakit.errors import TargetError
-from deltakit.selection.dry_run import stand_in
+from deltakit.selection.dry_run import dry_run
 
 _CHANNELS_FIRST = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
@@ -34,7 +34,7 @@ def _tried(module: nn.Module, size: int) -> int:
     a, b = (other for other in (2, 3, 5) if other != size) if size in (2, 3, 5) else (3, 5)
     for axis, shape in ((-1, (2, a, size)), (-1, (2, a, b, size)), (1, (2, size, a)), (1, (2, size, a, b))):
         try:
-            given = stand_in(module)(torch.ones(shape, dtype=torch.float64))
+            given = dry_run(module)(torch.ones(shape, dtype=torch.float64))
         except Exception:
             # Whatever a forward that we know nothing of raises: it does not take this shape.
             continue

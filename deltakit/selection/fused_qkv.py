@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from deltakit.core import Rows, above, held_at, join
+from deltakit.core import FeatureSlice, above, held_at, join
 from deltakit.selection.qkv_layout import measure
 from deltakit.selection.role_inference.names import says_attention
 from deltakit.selection.role_inference.role_map import Unit
@@ -17,29 +17,29 @@ class Fused:
 
     modules: Mapping[str, nn.Module]
     units: Sequence[Unit]
-    _known: dict[object, dict[str, Rows] | None] = field(default_factory=dict)
+    _known: dict[object, dict[str, FeatureSlice] | None] = field(default_factory=dict)
 
-    def rows_of(self, unit: Unit) -> dict[str, str]:
+    def slices_of(self, unit: Unit) -> dict[str, str]:
         """The paths of queries, keys and values in the fused projection of a unit; empty where it cannot be told."""
         fused = unit.parts.get("qkv") or unit.parts.get("kv")
         if fused is None or fused not in self.modules:
             return {}
         missing = [letter for letter in "qkv" if letter not in unit.parts]
-        return {letter: f"{fused}[{letter}]" for letter in missing if self.rows_at(fused, letter) is not None}
+        return {letter: f"{fused}[{letter}]" for letter in missing if self.slice_at(fused, letter) is not None}
 
-    def rows_at(self, base: str, letter: str) -> Rows | None:
+    def slice_at(self, base: str, letter: str) -> FeatureSlice | None:
         module, parameter = held_at(self.modules, base)
         if isinstance(module, nn.MultiheadAttention) and parameter == "in_proj_weight":
             # torch.nn.functional.multi_head_attention_forward: queries, keys and values one after the other.
             size, place = module.embed_dim, "qkv".find(letter)
-            return Rows(letter, 1, 3 * size, place * size, (place + 1) * size) if place >= 0 else None
+            return FeatureSlice(letter, 1, 3 * size, place * size, (place + 1) * size) if place >= 0 else None
         unit = next((u for u in self.units if base in (u.parts.get("qkv"), u.parts.get("kv"))), None)
         if unit is None or parameter:
             return None
         attention = next((path for path in above(base) if says_attention(type(self.modules[path]).__name__)), None)
         return (self._measured(attention or unit.path, base, unit) or {}).get(letter)
 
-    def _measured(self, path: str, fused: str, unit: Unit) -> dict[str, Rows] | None:
+    def _measured(self, path: str, fused: str, unit: Unit) -> dict[str, FeatureSlice] | None:
         attention = self.modules[path]
         inside = join(path, "") if path else ""
         output = unit.parts.get("o", "")

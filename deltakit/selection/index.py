@@ -7,17 +7,17 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from deltakit.core import Selector, Target, above, held_at, is_compute_dtype, is_of, join, own_modules, split_rows
+from deltakit.core import Selector, Target, above, held_at, is_compute_dtype, is_of, join, own_modules, split_slice
 from deltakit.errors import RoleError, SelectorError, TargetError
 from deltakit.selection.fused_qkv import Fused
 from deltakit.selection.grammar import select_paths
 from deltakit.selection.role_inference.infer import infer_roles
 from deltakit.selection.role_inference.role_map import RoleMap, Unit
-from deltakit.selection.weight_reads import Readings
+from deltakit.selection.weight_reads import WeightReads
 
 
 @dataclass
-class Modules:
+class BackboneIndex:
     """What selectors pick from on one backbone, and what is known of each path.
 
     A path is that of a module, of a parameter, or of the rows of a fused projection: `h.0.attn.c_attn[q]`.
@@ -78,17 +78,17 @@ class Modules:
         return Fused(self.by_path, self.roles.units)
 
     @cached_property
-    def readings(self) -> Readings:
-        return Readings(self.by_path, self.parameter_names)
+    def weight_reads(self) -> WeightReads:
+        return WeightReads(self.by_path, self.parameter_names)
 
     @cached_property
     def _widths(self) -> dict[str, int | None]:
         return {unit.path: unit.width for unit in self.roles.units}
 
     def __contains__(self, path: str) -> bool:
-        base, letter = split_rows(path)
+        base, letter = split_slice(path)
         return (base in self.by_path or base in self.parameters) and (
-            not letter or self.fused.rows_at(base, letter) is not None
+            not letter or self.fused.slice_at(base, letter) is not None
         )
 
     def module_at(self, path: str) -> tuple[nn.Module, str]:
@@ -97,7 +97,7 @@ class Modules:
 
     def first_name(self, path: str) -> str:
         """The path by which the same module or parameter is known: the first of all that it has."""
-        base, letter = split_rows(path)
+        base, letter = split_slice(path)
         if base in self.by_path:
             first = self.names[id(self.by_path[base])][0]
         else:
@@ -107,7 +107,7 @@ class Modules:
     def target(self, path: str) -> Target:
         """The target at a path, under the first path of its module instance."""
         first = self.first_name(path)
-        base, letter = split_rows(first)
+        base, letter = split_slice(first)
         module, parameter = self.module_at(first)
         owner = base.rpartition(".")[0] if parameter else base
         tensor = module._parameters.get(parameter or "weight")
@@ -117,9 +117,9 @@ class Modules:
             tuple(self.names[id(module)][1:]),
             self._width(owner),
             parameter=parameter,
-            rows=self.fused.rows_at(base, letter) if letter else None,
-            reading=self.readings.of(owner, parameter),
-            tied=tuple(self.readings.other_names(owner, parameter or "weight")) if tensor is not None else (),
+            feature_slice=self.fused.slice_at(base, letter) if letter else None,
+            weight_read=self.weight_reads.of(owner, parameter),
+            tied=tuple(self.weight_reads.other_names(owner, parameter or "weight")) if tensor is not None else (),
             # Asked only where the weight does not tell: it is a walk for each target.
             around=None if tensor is not None and is_compute_dtype(tensor.dtype) else self._dtype_around(owner),
         )
@@ -163,7 +163,7 @@ class Modules:
         """The hits that are not out, nor in a fused projection that is, nor a parameter of a module that is."""
         left = []
         for path in hits:
-            base, _ = split_rows(path)
+            base, _ = split_slice(path)
             owner = base if base in self.by_path else base.rpartition(".")[0]
             if out.isdisjoint((path, base, owner)):
                 left.append(path)
@@ -176,7 +176,7 @@ class Modules:
         """What is picked only where a selector writes it out: parameters, and the rows of fused projections."""
         if not rows:
             return list(self.parameters)
-        fused = [path for unit in self.roles.units for path in self.fused.rows_of(unit).values()]
+        fused = [path for unit in self.roles.units for path in self.fused.slices_of(unit).values()]
         return fused + [path for unit in self.roles.units for path in unit.parts.values() if "[" in path]
 
     def role(self, role: str) -> Sequence[str]:
@@ -191,7 +191,7 @@ class Modules:
             for unit in self.roles.units:
                 if unit.kind != "attn" or part in unit.parts or not {"qkv", "kv"} & unit.parts.keys():
                     continue
-                rows = self.fused.rows_of(unit)
+                rows = self.fused.slices_of(unit)
                 if part not in rows:
                     raise RoleError(self._untold(role, unit))
                 hits.append(rows[part])

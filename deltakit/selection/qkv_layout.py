@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltakit.core import Rows, hidden_output, projection_sizes, rows_where
-from deltakit.selection.dry_run import Ones, stand_in
+from deltakit.core import FeatureSlice, hidden_output, projection_sizes, slice_where
+from deltakit.selection.dry_run import Ones, dry_run
 
 
-def measure(attention: nn.Module, fused: str, output: str | None) -> dict[str, Rows] | None:
+def measure(attention: nn.Module, fused: str, output: str | None) -> dict[str, FeatureSlice] | None:
     """The rows of the projection at `fused` by letter (`q`, `k`, `v`), or None where they cannot be told.
 
     Args:
@@ -33,7 +33,7 @@ def measure(attention: nn.Module, fused: str, output: str | None) -> dict[str, R
         torch.random.set_rng_state(state)
 
 
-def _measure(attention: nn.Module, fused: str, output: str | None) -> dict[str, Rows] | None:
+def _measure(attention: nn.Module, fused: str, output: str | None) -> dict[str, FeatureSlice] | None:
     together = _gradients(attention, fused, output, tokens=2)
     alone = _gradients(attention, fused, output, tokens=1)
     if together is None or alone is None:
@@ -43,7 +43,7 @@ def _measure(attention: nn.Module, fused: str, output: str | None) -> dict[str, 
     masks = {"v": values, "k": other & ~values, "q": own & ~other}
     if not bool((values | other | own).all()) or bool((values & ~other).any()):
         return None
-    found = {letter: rows_where(letter, mask) for letter, mask in masks.items() if bool(mask.any())}
+    found = {letter: slice_where(letter, mask) for letter, mask in masks.items() if bool(mask.any())}
     return None if not found or None in found.values() else found  # type: ignore[return-value]
 
 
@@ -54,7 +54,7 @@ def _gradients(attention: nn.Module, fused: str, output: str | None, *, tokens: 
         return None
     for x, keywords in _calls(attention, sizes[0], tokens):
         torch.manual_seed(0)
-        copy = stand_in(attention)
+        copy = dry_run(attention)
         features = torch.randn(*x.shape[:-1], sizes[1], dtype=torch.float64, requires_grad=True)
         _set(copy, fused, _Feed(features))
         catch = _Catch(_size(attention, output)) if output is not None else None

@@ -7,7 +7,7 @@ from torch import nn
 
 from deltakit.core import fold
 from deltakit.errors import RoleError
-from deltakit.selection.index import Modules
+from deltakit.selection.index import BackboneIndex
 from deltakit.selection.role_inference.role_map import ROLES
 
 
@@ -49,7 +49,7 @@ def roles(backbone: nn.Module) -> RoleTable:
     >>> table["@ff.up"], table["@attn.q"]
     (('linear1',), ('self_attn.in_proj_weight[q]',))
     """
-    modules = Modules(backbone)
+    modules = BackboneIndex(backbone)
     answers: dict[str, tuple[str, ...]] = {}
     untold: dict[str, str] = {}
     for role in ROLES:

@@ -6,7 +6,7 @@ from torch import nn
 
 from deltakit.core import Method, Selector, Target, type_names
 from deltakit.errors import RoleError
-from deltakit.selection.index import Modules
+from deltakit.selection.index import BackboneIndex
 
 
 def select(
@@ -25,14 +25,14 @@ def select(
         SelectorError: if a selector is malformed or picks nothing; nearest paths are named.
         RoleError: if a role has no sure answer on this backbone.
     """
-    modules = Modules(backbone)
+    modules = BackboneIndex(backbone)
     paths = modules.select(at, of=type_names(of), exclude=exclude)
     return {
         path: modules.parameters[path] if path in modules.parameters else modules.module_at(path)[0] for path in paths
     }
 
 
-def find_targets(modules: Modules, method: Method) -> tuple[list[Target], list[Target]]:
+def find_targets(modules: BackboneIndex, method: Method) -> tuple[list[Target], list[Target]]:
     """The targets of a method, by its selectors or by its default positions; and those that a default leaves out.
 
     Raises:
@@ -51,7 +51,7 @@ def find_targets(modules: Modules, method: Method) -> tuple[list[Target], list[T
     return list({target.path: target for target in placed}.values()), left_out
 
 
-def _default_paths(modules: Modules, method: Method) -> tuple[list[str], list[Target]]:
+def _default_paths(modules: BackboneIndex, method: Method) -> tuple[list[str], list[Target]]:
     paths = method.default_targets(modules.backbone)
     left_out: dict[str, Target] = {}
     if paths is None:
@@ -73,7 +73,7 @@ def _default_paths(modules: Modules, method: Method) -> tuple[list[str], list[Ta
     return found, [target for path, target in left_out.items() if path not in found]
 
 
-def _first_role(modules: Modules, method: Method, roles: Sequence[str], left_out: dict[str, Target]) -> list[str]:
+def _first_role(modules: BackboneIndex, method: Method, roles: Sequence[str], left_out: dict[str, Target]) -> list[str]:
     """In each unit, what answers the first role that the unit has; for roles without units, all that answer."""
     kind, _, _ = roles[0].partition(".")
     if kind not in ("attn", "ff"):
@@ -87,7 +87,7 @@ def _first_role(modules: Modules, method: Method, roles: Sequence[str], left_out
         if unit.path in whole:
             own[kind] = unit.path
         if not own.keys() >= set(roles[:1]):
-            own = {**{f"attn.{letter}": path for letter, path in modules.fused.rows_of(unit).items()}, **own}
+            own = {**{f"attn.{letter}": path for letter, path in modules.fused.slices_of(unit).items()}, **own}
         there = [modules.target(own[role]) for role in roles if role in own]
         served = next((target for target in there if method.serves(target)), None)
         if served is not None:

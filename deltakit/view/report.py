@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from deltakit.core import Record, Site, fold, own_parameters
+from deltakit.core import Attachment, fold, own_parameters
 
 
 class Line(NamedTuple):
@@ -50,11 +50,8 @@ def share(part: int, total: int) -> str:
 
 
 def described(
-    backbone: nn.Module,
-    record: Record,
-    sites: Sequence[Site],
+    attachment: Attachment,
     *,
-    attached: bool,
     trained: int,
     names: Mapping[int, list[str]],
 ) -> str:
@@ -62,33 +59,35 @@ def described(
 
     `trained`: that number. `names`: all paths of each module of the backbone, by the module's id.
     """
-    own = dict(own_parameters(backbone))
+    record = attachment.record
+    own = dict(own_parameters(attachment.backbone))
     total = sum(parameter.numel() for parameter in own.values())
     return report(
-        f"delta {record.name!r} on {type(backbone).__name__}: {states(record, attached=attached)}",
-        [_line(record, sites, index, names) for index in range(len(record.methods))],
-        {name: own[name] for name in record.whole if name in own},
+        f"delta {record.name!r} on {type(attachment.backbone).__name__}: {states(attachment)}",
+        [_line(attachment, index, names) for index in range(len(record.methods))],
+        {name: own[name] for name in record.fully_trained if name in own},
         f"{trained:,} parameters, {share(trained, total)} of the backbone's {total:,}",
     )
 
 
-def states(record: Record, *, attached: bool) -> str:
+def states(attachment: Attachment) -> str:
     """The states of a delta: `attached, active, not trainable`."""
+    record = attachment.record
     words = [
         word if on else f"not {word}"
-        for word, on in (("attached", attached), ("active", record.active), ("trainable", record.trainable))
+        for word, on in (("attached", attachment.attached), ("active", record.active), ("trainable", record.trainable))
     ]
     words += [f"scale {record.scale:g}"] if record.scale != 1 else []
     return ", ".join(words + (["merged"] if record.merged else []))
 
 
-def _line(record: Record, sites: Sequence[Site], index: int, names: Mapping[int, list[str]]) -> Line:
-    own = [site for site in sites if site.method == index]
+def _line(attachment: Attachment, index: int, names: Mapping[int, list[str]]) -> Line:
+    own = [site for site in attachment.sites if site.method == index]
     return Line(
-        record.methods[index].name,
+        attachment.record.methods[index].name,
         next((site.module.summary() for site in own), ""),
         [site.path for site in own],
         sum(p.numel() for site in own for p in site.module.parameters()),
-        by_weight=[site.path for site in own if site.module.reading is not None],
+        by_weight=[site.path for site in own if site.module.weight_read is not None],
         aliases=list(dict.fromkeys(name for site in own for name in names.get(id(site.target), [])[1:])),
     )

@@ -194,14 +194,14 @@ def _delta_line(key: str, module: DeltaModule) -> DeltaLine:
     label = key.removeprefix(f"{record.name}_") if record is not None else key
     if record is not None and record.named:
         label = f"{record.name}:{label}"
-    if module.place:
-        label = label.removesuffix(f"_{word_of(module.place)}")
-        label += module.place if module.place.startswith("[") else f" {module.place}"
+    if module.part:
+        label = label.removesuffix(f"_{word_of(module.part)}")
+        label += module.part if module.part.startswith("[") else f" {module.part}"
     weights = tuple(
         Weight(name, tuple(p.shape), str(p.dtype).removeprefix("torch."), p.requires_grad)
         for name, p in module.named_parameters()
     )
-    by_weight = " by weight" if module.reading is not None else ""
+    by_weight = " by weight" if module.weight_read is not None else ""
     return DeltaLine(label, f"{module.summary()}{by_weight}".strip(), weights, module.live)
 
 

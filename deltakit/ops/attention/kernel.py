@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from deltakit.core import Batch, DeltaModule
+from deltakit.core import DeltaModule, MixedBatch
 from deltakit.errors import StateError
 
 
@@ -32,7 +32,7 @@ def joined(prefixes: Sequence[AttentionPrefix]) -> tuple[Tensor, Tensor]:
 
 
 def joined_by_rows(
-    prefixes: Sequence[AttentionPrefix], batch: Batch, times: int
+    prefixes: Sequence[AttentionPrefix], batch: MixedBatch, times: int
 ) -> tuple[Float[Tensor, "rows heads prefix d_k"], Float[Tensor, "rows heads prefix d_v"], Bool[Tensor, "rows prefix"]]:
     """Each row's own keys and values, with zeros up to the longest prefix, and which of them a row sees.
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from deltakit.core import Batch
+from deltakit.core import MixedBatch
 from deltakit.errors import StateError
 from deltakit.ops.prompt.text_stack import Stack, names_of_arguments
 
@@ -82,7 +82,7 @@ class Insertion(NamedTuple):
 def layout_for(
     wanted: Insertion,
     lengths: int | tuple[int, ...],
-    batch: Batch | None,
+    batch: MixedBatch | None,
     module: nn.Module,
     rows: Tensor,
     *,
@@ -108,7 +108,7 @@ def insert(
     kwargs: Mapping[str, Any],
     wanted: Insertion,
     lengths: int | tuple[int, ...],
-    batch: Batch | None,
+    batch: MixedBatch | None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call with the ids of prompts put in, and all that goes by length.
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from deltakit.errors import TargetError
 from deltakit.ops.attention.sites import attends
-from deltakit.selection import Modules
+from deltakit.selection import BackboneIndex
 
 Positions = Literal["given", "padding", "relative", "unknown"]
 """How a text stack knows positions: it takes them as an argument, counts the ids that are not padding, has relative ones in
@@ -20,10 +20,10 @@ def input_embeddings(backbone: nn.Module) -> list[str]:
     Raises:
         TargetError: if the backbone has no embedding of token ids.
     """
-    return _embeddings(Modules(backbone))
+    return _embeddings(BackboneIndex(backbone))
 
 
-def _embeddings(modules: Modules) -> list[str]:
+def _embeddings(modules: BackboneIndex) -> list[str]:
     found = [path for path in modules.roles.embed if isinstance(modules.by_path[path], nn.Embedding)]
     if not found:
         raise TargetError(
@@ -42,7 +42,7 @@ def text_stack(backbone: nn.Module) -> tuple[str, str | None]:
     Raises:
         TargetError: if no such module takes `input_ids`.
     """
-    modules = Modules(backbone)
+    modules = BackboneIndex(backbone)
     embeddings = _embeddings(modules)
     holders = [path for path in modules.by_path if any(_holds(path, embedding) for embedding in embeddings)]
     if modules.roles.blocks:
@@ -80,7 +80,7 @@ class Stack(NamedTuple):
 
 def stack_at(backbone: nn.Module, path: str, at: int) -> Stack:
     """What is known of the text stack at a path, for prompts that enter at the place `at` of the text."""
-    modules = Modules(backbone)
+    modules = BackboneIndex(backbone)
     # Within the text, whatever blocks count by place (windows, chunks, relative biases) depends on padding there, and no
     # position tells them.
     positions = "unknown" if at else _positions(modules, path)
@@ -89,7 +89,7 @@ def stack_at(backbone: nn.Module, path: str, at: int) -> Stack:
     return Stack(positions, not said or any(said), _hides(modules, path))
 
 
-def _positions(modules: Modules, stack: str) -> Positions:
+def _positions(modules: BackboneIndex, stack: str) -> Positions:
     blocks, embeddings = modules.roles.blocks, _embeddings(modules)
     outside = [
         module
@@ -105,7 +105,7 @@ def _positions(modules: Modules, stack: str) -> Positions:
     return "relative" if plain and not buffers else "unknown"
 
 
-def _hides(modules: Modules, stack: str) -> bool:
+def _hides(modules: BackboneIndex, stack: str) -> bool:
     """If it takes a mask, and its blocks mix tokens by attention alone, each by one that is known (measured otherwise:
     convolutions, Fourier transforms, recurrences)."""
     blocks = [path for path in modules.roles.blocks if _holds(stack, path)]
