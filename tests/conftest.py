@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite: one seed, one thread, and backbones of unequal prime sizes."""
+"""What the whole suite needs: one thread, one seed for each test, and fixtures that several folders use."""
 
 import os
 
@@ -22,3 +22,24 @@ def seed():
 def unchecked(monkeypatch):
     """Without the checks of types and shapes that only the test run has: bad input must meet our own errors."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """A folder with a tiny random classifier backbone and a tokenizer of SNIPS' words."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from deltakit.demo.data import read
+    from support.tiny_transformers import COMMON, SIZES
+
+    words = sorted({word for text, _ in read("train")[:200] for word in text.lower().split()})
+    vocabulary = {word: place for place, word in enumerate(["[PAD]", "[UNK]", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder = tmp_path / "toy"
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    fast.save_pretrained(folder)
+    config = transformers.BertConfig(**SIZES, **{**COMMON, "vocab_size": len(vocabulary)})
+    transformers.BertModel(config).save_pretrained(folder)
+    return folder
