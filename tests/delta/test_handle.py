@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
+import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import deltakit as dk
 from support.models import Transformer, ids, randomize, same, snapshot
+from support.tiny_transformers import build
 
 
 @pytest.fixture
@@ -230,7 +232,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(steps=STEPS)
 def test_any_sequence_of_calls_is_undone_bit_for_bit(steps, tmp_path_factory):
     torch.manual_seed(0)
@@ -271,10 +273,6 @@ def test_any_sequence_of_calls_is_undone_bit_for_bit(steps, tmp_path_factory):
 
 
 def test_tied_weights_that_are_trained_whole_come_and_go_exactly(tmp_path):
-    import transformers as tf
-
-    from support.tiny_transformers import build
-
     model = build("gpt2", tf.AutoModelForCausalLM)
     weight = model.lm_head.weight
     assert weight is model.transformer.wte.weight

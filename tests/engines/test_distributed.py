@@ -5,17 +5,24 @@ import socket
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
 
-from support.sharded_training import losses, to_train, worker
+import deltakit as dk
+from support.models import Transformer
+from support.sharded_training import batch, losses, to_train, worker
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def run(size, engine, steps, out, start=None):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     results = torch.multiprocessing.Manager().dict()
-    torch.multiprocessing.spawn(worker, (size, port, engine, steps, start, str(out), results), nprocs=size)
+    torch.multiprocessing.spawn(worker, (size, free_port(), engine, steps, start, str(out), results), nprocs=size)
     return dict(results)
 
 
@@ -54,3 +61,38 @@ def test_resumed_with_another_number_of_processes(tmp_path):
     run(2, "fsdp2", range(2), tmp_path / "first")
     results = run(4, "fsdp2", range(2, 4), tmp_path / "second", start=str(tmp_path / "first"))
     agree(results[0][1], delta)
+
+
+def train_by_ddp(rank, port, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model, delta = with_trained_head()
+    parallel = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(delta.parameters(), lr=0.1)
+    for step in range(3):
+        half = batch(step).chunk(2)[rank]
+        parallel(half).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    results[rank] = {name: value.clone() for name, value in delta.state_dict().items()}
+    dist.destroy_process_group()
+
+
+def with_trained_head():
+    torch.manual_seed(3)
+    model = Transformer()
+    return model, dk.attach(model, dk.LoRA(r=3), dk.Adapter(size=2), dk.Prefix(tokens=2), train="@head")
+
+
+def test_two_processes_train_in_step_with_one():
+    results = torch.multiprocessing.Manager().dict()
+    torch.multiprocessing.spawn(train_by_ddp, (free_port(), results), nprocs=2)
+    model, delta = with_trained_head()
+    optimizer = torch.optim.SGD(delta.parameters(), lr=0.1)
+    for step in range(3):
+        model(batch(step)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, value in delta.state_dict().items():
+        assert torch.equal(results[0][name], results[1][name])
+        torch.testing.assert_close(results[0][name], value, rtol=1e-4, atol=1e-6)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import deltakit as dk
+from support.backbone_inputs import hidden, inputs
 from support.models import Transformer, ids, randomize, same, snapshot
 from support.paths import CHECKPOINTS
 from support.tiny_transformers import build
@@ -223,3 +224,18 @@ def test_transformers_loads_its_own_folder_beside_a_delta(tmp_path):
     again = tf.AutoModel.from_pretrained(tmp_path)
     dk.load(tmp_path, again)
     shutil.rmtree(tmp_path)
+
+
+def test_files_hold_rows_and_parameters(tmp_path):
+    for kind, at in (("bloom", "@attn.{q,v}"), ("mixtral", ["@ff.down", "@attn.v"])):
+        model = build(kind)
+        batch = inputs(kind, model)
+        delta = randomize(dk.attach(model, dk.LoRA(r=2, at=at)))
+        adapted = hidden(model(**batch))
+        delta.save(tmp_path / kind)
+        delta.detach()
+        again = dk.load(tmp_path / kind, build(kind))
+        assert torch.equal(hidden(again.backbone(**batch)), adapted)
+        assert sorted(again.state_dict()) == sorted(delta.state_dict())
+        with pytest.raises(dk.BackboneMismatch):
+            dk.load(tmp_path / kind, build("bert"))

@@ -7,6 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import deltakit as dk
+from deltakit.core import Rows, Target
 from deltakit.ops import low_rank as lowrank
 from support.models import randomize
 
@@ -80,9 +81,6 @@ def test_a_weight_that_is_trained_too_gets_its_gradient():
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_parts_of_an_output(interleaved):
     module = nn.Linear(6, 18).double()
-    from deltakit.core.feature_slice import Rows
-    from deltakit.core.target import Target
-
     rows = Rows("k", 3, 6, 2, 4) if interleaved else Rows("k", 1, 18, 6, 12)
     lora = dk.LoRA(r=2).build_at(Target("0", module, rows=rows)).double()
     nn.init.normal_(lora.B)

@@ -7,6 +7,8 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.pytorch_utils import Conv1D
 
+import deltakit as dk
+
 WIDTH, INNER, VOCAB, CLASSES = 20, 28, 31, 3
 
 
@@ -115,6 +117,8 @@ STYLES = ("tensor", "keyword", "tuple", "list", "pair", "dict", "model_output")
 class Kinds(nn.Module):
     """One target of each type that LoRA serves."""
 
+    NAMES = ("embedding", "conv", "linear", "conv1d")
+
     def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(13, 12)
@@ -126,6 +130,12 @@ class Kinds(nn.Module):
         x = self.embedding(ids).unflatten(-1, (3, 4)).movedim(-2, -3)
         x = self.conv(x).flatten(2).transpose(1, 2)
         return self.conv1d(self.linear(x))
+
+
+def a_layer_of_each_kind():
+    """A model of `Kinds` in float64, and its input."""
+    torch.manual_seed(2)
+    return Kinds().double().eval(), torch.randint(0, 13, (3, 5))
 
 
 def ids(rows=3, length=11):
@@ -160,3 +170,8 @@ def randomize(delta, scale=0.3):
         for parameter in delta.parameters():
             parameter.add_(torch.randn_like(parameter) * scale)
     return delta
+
+
+def attached(model, *methods, **options):
+    """A delta with a value that shows in every parameter: of the methods given, or a LoRA."""
+    return randomize(dk.attach(model, *(methods or (dk.LoRA(r=3),)), **options))
