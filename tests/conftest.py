@@ -6,9 +6,17 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import jaxtyping
 import pytest
 import torch
+
+# Their asserts shall say what they compared, as those of the tests do.
+pytest.register_assert_rewrite("support")
+
+# Examples of any length: no test depends on the clock.
+hypothesis.settings.register_profile("no clock", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("no clock")
 
 torch.set_num_threads(1)
 

@@ -53,7 +53,10 @@ CONFIGS = {
 }
 
 
-def build(kind, auto=tf.AutoModel):
-    """A tiny model of a model type, in evaluation mode; `auto` picks the head."""
+def build(kind, auto=tf.AutoModel, **changes):
+    """A tiny model of a model type, in evaluation mode; `auto` picks the head, `changes` are made to its config."""
     torch.manual_seed(1)
-    return auto.from_config(CONFIGS[kind]()).eval()
+    config = CONFIGS[kind]()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return auto.from_config(config).eval()

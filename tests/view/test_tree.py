@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import time
 from html.parser import HTMLParser
 
 import pytest
@@ -227,13 +226,11 @@ def test_bad_input(unchecked, call, message):
         call()
 
 
-def test_a_large_model_appears_at_once(unchecked):
+def test_a_large_model_on_the_meta_device_is_a_short_tree(unchecked):
     config = tf.LlamaConfig(
         hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8
     )
     with torch.device("meta"):
         model = tf.AutoModel.from_config(config)
-    start = time.perf_counter()
     text = str(dk.show(model))
-    assert time.perf_counter() - start < 1
     assert len(text.splitlines()) < 20
