@@ -17,15 +17,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-import matrix
 import torch
 import transformers
-import zoo
+
+from support import backbone_zoo, method_matrix
 
 SIGNS = {"pass": "✓", "does not apply": "–", "fail": "✗"}
 
 
-def table(results: list[matrix.Result]) -> str:
+def table(results: list[method_matrix.Result]) -> str:
     """The table as Markdown, with the reasons below."""
     counts = Counter(result.status for result in results)
     cells = {(result.backbone, result.method): result for result in results}
@@ -34,20 +34,20 @@ def table(results: list[matrix.Result]) -> str:
         f"transformers {transformers.__version__}, torch {torch.__version__}, Python {platform.python_version()}: "
         f"{len(names)} backbones, {counts['pass']} pass, {counts['does not apply']} do not apply, {counts['fail']} fail.",
         "",
-        f"| backbone | kind | {' | '.join(matrix.METHODS)} |",
-        "|---|---|" + "---|" * len(matrix.METHODS),
+        f"| backbone | kind | {' | '.join(method_matrix.METHODS)} |",
+        "|---|---|" + "---|" * len(method_matrix.METHODS),
     ]
     for name in names:
-        signs = " | ".join(SIGNS[cells[name, method].status] for method in matrix.METHODS)
-        lines.append(f"| {name} | {zoo.ZOO[name].kind} | {signs} |")
+        signs = " | ".join(SIGNS[cells[name, method].status] for method in method_matrix.METHODS)
+        lines.append(f"| {name} | {backbone_zoo.ZOO[name].kind} | {signs} |")
     lines += ["", "| does not apply, or fails | why |", "|---|---|"]
     lines += [f"| {r.backbone}, {r.method} | {r.reason.replace('|', '/')} |" for r in results if r.status != "pass"]
     return "\n".join(lines)
 
 
-def one(name: str) -> list[matrix.Result]:
+def one(name: str) -> list[method_matrix.Result]:
     torch.set_num_threads(1)
-    return [matrix.cell(name, method) for method in matrix.METHODS]
+    return [method_matrix.cell(name, method) for method in method_matrix.METHODS]
 
 
 def main() -> int:
@@ -59,7 +59,7 @@ def main() -> int:
     options = parser.parse_args()
     start = time.perf_counter()
     with ProcessPoolExecutor(options.workers) as pool:
-        results = [result for row in pool.map(one, options.backbones or zoo.ZOO) for result in row]
+        results = [result for row in pool.map(one, options.backbones or backbone_zoo.ZOO) for result in row]
     wall = time.perf_counter() - start
     text = table(results)
     print(text)

@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite: one seed, one thread, and backbones of unequal prime sizes."""
+"""What the whole suite needs: one thread, one seed for each test, and fixtures that several folders use."""
 
 import os
 
@@ -6,9 +6,17 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import jaxtyping
 import pytest
 import torch
+
+# Their asserts shall say what they compared, as those of the tests do.
+pytest.register_assert_rewrite("support")
+
+# Examples of any length: no test depends on the clock.
+hypothesis.settings.register_profile("no clock", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("no clock")
 
 torch.set_num_threads(1)
 
@@ -22,3 +30,24 @@ def seed():
 def unchecked(monkeypatch):
     """Without the checks of types and shapes that only the test run has: bad input must meet our own errors."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """A folder with a tiny random classifier backbone and a tokenizer of SNIPS' words."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from deltakit.demo.data import read
+    from support.tiny_transformers import COMMON, SIZES
+
+    words = sorted({word for text, _ in read("train")[:200] for word in text.lower().split()})
+    vocabulary = {word: place for place, word in enumerate(["[PAD]", "[UNK]", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder = tmp_path / "toy"
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    fast.save_pretrained(folder)
+    config = transformers.BertConfig(**SIZES, **{**COMMON, "vocab_size": len(vocabulary)})
+    transformers.BertModel(config).save_pretrained(folder)
+    return folder

@@ -6,10 +6,10 @@ import pickle
 
 import pytest
 import torch
-from models import STYLES, Calls, Transformer, ids, randomize, same, snapshot
 from torch import nn
 
 import deltakit as dk
+from support.models import STYLES, Calls, Transformer, ids, randomize, same, snapshot
 
 ALL = sorted(dk.METHODS)
 IDENTITY = [name for name in ALL if dk.METHODS[name].identity]

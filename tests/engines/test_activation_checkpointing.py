@@ -1,0 +1,46 @@
+"""Gradients where activations are computed again in the backward pass."""
+
+import pytest
+import torch
+from torch import nn
+
+import deltakit as dk
+from support.backbone_inputs import hidden, inputs
+from support.models import attached
+from support.tiny_transformers import build
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "t5", "vit"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_of_transformers(kind, reentrant):
+    model = build(kind)
+    batch = inputs(kind, model)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.train()
+    for module in model.modules():
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    model.config.use_cache = False
+    delta = attached(model, dk.LoRA(r=3), dk.Adapter(size=2))
+    first = hidden(model(**batch))
+    # A fixed direction: the squares of normalised states add up to a constant, whose gradient is rounding alone.
+    direction = torch.randn(first.shape, generator=torch.Generator().manual_seed(5))
+    (first * direction).sum().backward()
+    gradients = [parameter.grad.clone() for parameter in delta.parameters()]
+    for parameter in delta.parameters():
+        parameter.grad = None
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    (hidden(model(**batch)) * direction).sum().backward()
+    for parameter, gradient in zip(delta.parameters(), gradients, strict=True):
+        assert (parameter.grad - gradient).abs().max() <= 1e-4 * max(g.abs().max() for g in gradients)
+
+
+def test_gradients_stop_at_the_lowest_delta():
+    model = build("bert")
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    model.train()
+    dk.attach(model, dk.LoRA(r=3, at="encoder.layer.1/@attn.q"))
+    hooks = [len(layer._forward_pre_hooks) for layer in model.encoder.layer]
+    assert hooks == [0, 1]

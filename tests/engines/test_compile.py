@@ -1,0 +1,30 @@
+"""Compiled models follow attach, detach, active and swap, for every method, without graph breaks."""
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+from support.compiled_models import CASES, failure, follows, start, swaps
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    """One process for all cases, for starting one takes longer than most cases. `compiled_models.py` says why another."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=start) as pool:
+        yield pool
+
+
+# Adapters and BitFit hook layers as LoRA does, which runs in both of these backbones: one of them is enough for each.
+SLOW = {"adapter-bert", "bitfit-llama"}
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] if c in SLOW else []) for c in CASES])
+def test_a_compiled_model_follows_its_delta(compiler, case):
+    failed = compiler.submit(failure, follows, case).result()
+    assert failed is None, failed
+
+
+def test_a_swap_compiles_nothing_anew(compiler):
+    failed = compiler.submit(failure, swaps).result()
+    assert failed is None, failed

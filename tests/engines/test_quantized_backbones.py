@@ -1,0 +1,205 @@
+"""Deltas on quantised backbones, whatever quantised them, and in the dtype that these compute in."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import deltakit as dk
+from support.backbone_inputs import hidden, inputs
+from support.models import randomize, same, snapshot
+from support.quantized_layers import KINDS, PackedLinear, quantized_backbone
+
+METHODS = (dk.LoRA(r=2), dk.Adapter(size=3), dk.BitFit())
+BOTH = pytest.mark.parametrize("architecture", ["bert", "llama"])
+
+
+def run(model, architecture):
+    return hidden(model(**inputs(architecture, model)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@BOTH
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_untrained_is_the_backbone_and_detach_is_exact(kind, architecture, method):
+    model = quantized_backbone(kind, architecture)
+    bare = run(model, architecture)
+    before = snapshot(model)
+    delta = dk.attach(model, method)
+    assert torch.equal(run(model, architecture), bare)
+    randomize(delta)
+    assert not torch.equal(run(model, architecture), bare)
+    out = run(model, architecture)
+    (out * torch.randn(out.shape)).sum().backward()
+    assert all(parameter.grad.any() for parameter in delta.parameters())
+    delta.detach()
+    same(before, snapshot(model))
+    assert torch.equal(run(model, architecture), bare)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@BOTH
+def test_trained_is_the_formula_on_top_of_what_the_quantised_layer_gives(kind, architecture):
+    model = quantized_backbone(kind, architecture)
+    layer = model.get_submodule(dk.roles(model)["@ff.up"][0])
+    x, direction = torch.randn(2, 5, 24), torch.randn(2, 5, 52)
+    given = x.clone().requires_grad_()
+    bare = layer(given)
+    bare.backward(direction)
+    delta = randomize(dk.attach(model, *(type(m)(**vars(m) | {"at": "@ff.up"}) for m in METHODS)), 0.1)
+    lora, adapter, bitfit = delta.modules[dk.roles(model)["@ff.up"][0]]
+    expected = bare.detach() + lora.scale * x @ lora.A.T @ lora.B.T
+    expected = expected + F.linear(
+        F.gelu(F.linear(expected, adapter.down.weight, adapter.down.bias)), adapter.up.weight, adapter.up.bias
+    )
+    torch.testing.assert_close(layer(x), expected + bitfit.bias)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected + bitfit.bias)
+    # With LoRA alone the gradient of the input is known too.
+    delta.detach()
+    delta = randomize(dk.attach(model, dk.LoRA(r=2, at="@ff.up")))
+    ((lora,), *_) = delta.modules.values()
+    again = x.clone().requires_grad_()
+    layer(again).backward(direction)
+    torch.testing.assert_close(again.grad, given.grad + lora.scale * direction @ lora.B @ lora.A)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@BOTH
+def test_saved_and_loaded(kind, architecture, tmp_path):
+    model = quantized_backbone(kind, architecture)
+    randomize(dk.attach(model, *METHODS, dk.Prefix(tokens=2))).save(tmp_path)
+    fresh = quantized_backbone(kind, architecture)
+    assert not torch.equal(run(fresh, architecture), run(model, architecture))
+    dk.load(tmp_path, fresh)
+    assert torch.equal(run(fresh, architecture), run(model, architecture))
+
+
+MERGES = {
+    "gptq": r"q.*\.weight: expected a parameter to merge into, found none of that name \(is it packed by a quantiser",
+    "awq": r"q.*\.weight: expected a parameter to merge into, found none of that name \(is it packed by a quantiser",
+    "bitsandbytes_8bit": r"q.*\.weight: expected a floating-point weight .* found torch.int8 .* as Int8Params; leave the",
+    "bitsandbytes_4bit": r"q.*\.weight: expected a floating-point weight .* found torch.uint8 .* as Params4bit; leave the",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@BOTH
+def test_merging_into_quantised_weights_is_an_error(kind, architecture):
+    model = quantized_backbone(kind, architecture)
+    for method, message in ((dk.LoRA(r=2), MERGES[kind]), (dk.Adapter(size=3), "is not a change of weights")):
+        delta = randomize(dk.attach(model, method))
+        trained = run(model, architecture)
+        with pytest.raises(dk.TargetError, match=message):
+            delta.merge()
+        assert torch.equal(run(model, architecture), trained)
+        delta.detach()
+
+
+@BOTH
+def test_merging_into_quantised_weights_by_their_quantiser(architecture):
+    model = quantized_backbone("bitsandbytes_4bit", architecture)
+    bare = run(model, architecture)
+    delta = randomize(dk.attach(model, dk.LoRA(r=2)), 0.3)
+    trained = run(model, architecture)
+    with pytest.warns(dk.DeltaWarning, match="quantised weights: rounding moved them by"):
+        delta.merge(quantize=lambda linear: KINDS["bitsandbytes_4bit"](linear, torch.float32))
+    merged = run(model, architecture)
+    assert (merged - trained).norm() < 0.3 * (bare - trained).norm()
+    assert torch.equal(run(delta.unmerge().backbone, architecture), trained)
+    model = quantized_backbone("bitsandbytes_8bit", architecture)
+    delta = randomize(dk.attach(model, dk.LoRA(r=2)), 0.3)
+    with pytest.raises(dk.TargetError, match="Linear8bitLt does not compute with the weight that quantize= made"):
+        delta.merge(quantize=lambda linear: KINDS["bitsandbytes_8bit"](linear, torch.float32))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bias_beside_quantised_weights_is_merged_into(kind):
+    model = quantized_backbone(kind, "bert")
+    bare = run(model, "bert")
+    delta = randomize(dk.attach(model, dk.BitFit()))
+    trained = run(model, "bert")
+    torch.testing.assert_close(run(delta.merge().backbone, "bert"), trained)
+    delta.detach()
+    assert torch.equal(run(model, "bert"), bare)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_deltas_are_in_the_dtype_that_is_computed_in(kind, architecture, dtype):
+    model = quantized_backbone(kind, architecture, dtype)
+    delta = randomize(dk.attach(model, *METHODS, dk.Prefix(tokens=2)), 0.1)
+    assert {parameter.dtype for parameter in delta.parameters()} == {dtype}
+    out = run(model, architecture)
+    assert out.dtype is dtype
+    # A fixed direction: the squares of normalised states add up to a constant, whose gradient is rounding alone.
+    (out.float() * torch.randn(out.shape)).sum().backward()
+    assert all(parameter.grad.isfinite().all() and parameter.grad.any() for parameter in delta.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_quantised_weights_whole_is_an_error(kind):
+    model = quantized_backbone(kind, "bert")
+    before = snapshot(model)
+    with pytest.raises(
+        dk.StateError,
+        match=r"train: encoder\.layer\.0\.intermediate\.dense is a \w+ with weights (in torch|packed in b)",
+    ):
+        dk.attach(model, dk.LoRA(r=2), train="@ff.up")
+    same(before, snapshot(model))
+
+
+class Weights(nn.Module):
+    """A linear layer with nothing but a weight in few bits, and what it is given as attributes."""
+
+    def __init__(self, dtype, **attributes):
+        super().__init__()
+        self.in_features, self.out_features = 7, 5
+        self.weight = nn.Parameter(torch.randn(5, 7).to(dtype), requires_grad=False)
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    ("attributes", "expected"),
+    [
+        ({}, torch.bfloat16),
+        ({"compute_dtype": torch.float16}, torch.float16),
+        ({"bias": nn.Parameter(torch.zeros(5, dtype=torch.float16))}, torch.float16),
+        ({"scale": nn.Buffer(torch.ones(1, dtype=torch.float64))}, torch.float64),
+        ({"scale": nn.Buffer(torch.ones(1, dtype=torch.float64), persistent=False)}, torch.bfloat16),
+    ],
+    ids=["around", "compute_dtype", "bias", "scale", "unsaved"],
+)
+def test_what_says_the_dtype_of_a_quantised_layer(dtype, attributes, expected):
+    model = nn.ModuleDict({"block": nn.ModuleDict({"q": Weights(dtype, **attributes), "norm": nn.LayerNorm(3)})})
+    model["block"]["norm"].to(torch.bfloat16)
+    model["last"] = nn.Linear(2, 2)
+    delta = dk.attach(model, dk.LoRA(r=2, at="q"))
+    assert {parameter.dtype for parameter in delta.parameters()} == {expected}
+    with pytest.raises(dk.TargetError, match=r"block\.q\.weight: expected a floating-point weight of shape \(5, 7\)"):
+        delta.merge()
+    delta.detach()
+    with pytest.raises(
+        dk.TargetError, match=r"block\.q\.weight: expected a parameter in floating point of at least 16"
+    ):
+        dk.attach(model, dk.LoRA(r=2, at="block.q.weight"))
+
+
+def test_nothing_says_the_dtype():
+    with pytest.raises(dk.TargetError, match=r"q: the weight of this Weights is torch.float8_e4m3fn and it has no"):
+        dk.attach(nn.ModuleDict({"q": Weights(torch.float8_e4m3fn)}), dk.LoRA(r=2, at="q"))
+
+
+def test_packing_loses_no_more_than_its_steps():
+    linear = nn.Linear(11, 5)
+    for packed in (kind(linear, torch.float32) for kind in PackedLinear.__subclasses__()):
+        x = torch.randn(3, 11)
+        step = packed.scales.max()
+        assert packed.qweight.dtype is torch.int32
+        assert (packed(x) - linear(x)).abs().max() <= step / 2 * x.abs().sum(-1).max() * 1.01

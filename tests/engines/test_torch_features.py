@@ -1,0 +1,81 @@
+"""What torch and transformers do around hooks: copies, export, autocast, moves between devices. Each once broke a hook library."""
+
+import copy
+import gc
+import weakref
+
+import torch
+import transformers as tf
+from safetensors.torch import load_file
+
+import deltakit as dk
+from support.backbone_inputs import inputs
+from support.models import Transformer, attached, ids
+from support.tiny_transformers import build
+
+
+def test_hidden_states_hold_a_delta_attached_after_they_were_first_asked_for():
+    model = build("bert")
+    batch = inputs("bert", model)
+    model(**batch, output_hidden_states=True)
+    attached(model, dk.BitFit(at="^encoder.layer.0.output.LayerNorm"))
+    late = model(**batch, output_hidden_states=True).hidden_states[1]
+    fresh = build("bert")
+    dk.attach(fresh, dk.BitFit(at="^encoder.layer.0.output.LayerNorm")).load_state_dict(
+        dk.deltas(model)[0].state_dict()
+    )
+    torch.testing.assert_close(late, fresh(**batch, output_hidden_states=True).hidden_states[1])
+
+
+def test_a_reference_taken_before_attach_sees_the_delta():
+    model = Transformer().eval()
+    projection, x = model.layers[0].self_attn.q_proj, torch.randn(2, 20)
+    before = projection(x)
+    attached(model)
+    assert not torch.equal(projection(x), before)
+
+
+def test_copying_a_part_does_not_drag_the_whole_along():
+    model = Transformer().eval()
+    attached(model)
+    part = copy.deepcopy(model.layers[0])
+    x = torch.randn(2, 5, 20)
+    assert torch.equal(part(x), model.layers[0](x))
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    part(x)
+
+
+def test_jit_trace_and_export():
+    model = Transformer().eval()
+    attached(model, dk.LoRA(r=3), dk.Adapter(size=2))
+    exported = torch.export.export(model, (ids(),)).module()
+    torch.testing.assert_close(exported(ids()), model(ids()))
+
+
+def test_autocast():
+    model = Transformer().eval()
+    attached(model, dk.LoRA(r=3), dk.Adapter(size=2), dk.BitFit())
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(ids())
+    torch.testing.assert_close(out.float(), model(ids()), rtol=0.1, atol=0.1)
+
+
+def test_to_a_device_and_back():
+    model = Transformer().eval()
+    delta = attached(model, dk.LoRA(r=3), train="@head")
+    output, before = model(ids()), copy.deepcopy(delta.state_dict())
+    model.to("meta")
+    assert all(parameter.is_meta for parameter in delta.parameters())
+    assert output.shape == model.to_empty(device="cpu")(ids()).shape
+    assert before.keys() == delta.state_dict().keys()
+
+
+def test_trainer_loop_saves_what_was_trained(tmp_path):
+    model = build("bert", tf.AutoModelForSequenceClassification)
+    delta = attached(model, dk.LoRA(r=3), train="@head")
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert sum("delta_lora" in name for name in saved) == len(list(delta.modules)) * 2

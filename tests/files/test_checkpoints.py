@@ -1,0 +1,241 @@
+"""A delta's files: what is in them, strict loading, and every way in which they can be wrong."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import deltakit as dk
+from support.backbone_inputs import hidden, inputs
+from support.models import Transformer, ids, randomize, same, snapshot
+from support.paths import CHECKPOINTS
+from support.tiny_transformers import build
+
+STORED = CHECKPOINTS / "format_1"
+
+
+def backbone():
+    torch.manual_seed(7)
+    return Transformer().eval()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    delta = dk.attach(backbone(), dk.LoRA(r=3), train="@head")
+    randomize(delta)
+    return delta.save(tmp_path / "saved")
+
+
+def test_what_is_in_the_files(saved):
+    config = json.loads((saved / "delta_config.json").read_text())
+    assert config["format_version"] == 1
+    (method,) = config["methods"]
+    assert (method["method"], method["r"], method["at"]) == ("lora", 3, None)
+    assert method["targets"] == ["layers.{0-1}.self_attn.{q_proj,v_proj}"]
+    assert config["train"] == {"selectors": ["@head"], "names": ["classifier.{weight,bias}"]}
+    assert config["backbone"]["class"] == "Transformer"
+    names = set(load_file(saved / "delta_model.safetensors"))
+    assert "layers.0.self_attn.q_proj.lora.A" in names
+    assert {"classifier.weight", "classifier.bias"} < names
+    assert sorted(file.name for file in saved.iterdir()) == [
+        "README.md",
+        "delta_config.json",
+        "delta_model.safetensors",
+    ]
+    assert 'tags: ["deltakit", "lora"]' in (saved / "README.md").read_text()
+
+
+def test_a_card_of_the_user_s_own_is_kept(saved):
+    delta = dk.load(saved, backbone())
+    (saved / "README.md").write_text("my words")
+    delta.save(saved)
+    assert (saved / "README.md").read_text() == "my words"
+    assert len(list(saved.iterdir())) == 3
+
+
+def test_the_card_names_a_base_on_the_hub_and_no_folder(tmp_path):
+    model = build("bert")
+    model.config._name_or_path = "someone/a-model"
+    card = (dk.attach(model, dk.LoRA(r=3)).save(tmp_path) / "README.md").read_text()
+    assert 'base_model: "someone/a-model"' in card
+    model.config._name_or_path = "/a/folder"
+    dk.deltas(model)[0].save(tmp_path)
+    assert "base_model:" not in (tmp_path / "README.md").read_text()
+
+
+def test_a_stored_checkpoint_of_each_format_still_loads():
+    model = backbone()
+    delta = dk.load(STORED, model)
+    assert delta.methods[0].r == 3
+    assert set(delta.state_dict()) == set(load_file(STORED / "delta_model.safetensors"))
+    torch.testing.assert_close(model(ids())[0], torch.tensor(json.loads((STORED / "expected.json").read_text())))
+
+
+def break_config(folder, change):
+    config = json.loads((folder / "delta_config.json").read_text())
+    change(config)
+    (folder / "delta_config.json").write_text(json.dumps(config))
+
+
+def break_tensors(folder, change):
+    tensors = load_file(folder / "delta_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "delta_model.safetensors")
+
+
+BROKEN = {
+    "no config": (lambda f: (f / "delta_config.json").unlink(), "holds no delta: expected delta_config.json, found"),
+    "no tensors": (lambda f: (f / "delta_model.safetensors").unlink(), "expected delta_model.safetensors"),
+    "cut off": (
+        lambda f: (f / "delta_model.safetensors").write_bytes((f / "delta_model.safetensors").read_bytes()[:-9]),
+        "is damaged or cut off",
+    ),
+    "not json": (lambda f: (f / "delta_config.json").write_text("{"), "delta_config.json is damaged"),
+    "newer": (lambda f: break_config(f, lambda c: c.update(format_version=99)), "format version 99, this deltakit reads"),
+    "no methods": (lambda f: break_config(f, lambda c: c.pop("methods")), "it has no methods"),
+    "no targets": (lambda f: break_config(f, lambda c: c["methods"][0].pop("targets")), "expected a method with its targets"),
+    "other method": (
+        lambda f: break_config(f, lambda c: c["methods"][0].update(method="magic")),
+        "unknown method 'magic': expected one of adapter, bitfit, lora",
+    ),
+    "unknown option": (lambda f: break_config(f, lambda c: c["methods"][0].update(zeta=1)), "has no option zeta"),
+    "wrong method": (
+        lambda f: break_config(f, lambda c: c.update(methods=[{"method": "bitfit", "targets": ["norm"]}])),
+        r"norm\.bitfit\.bias is missing.*lora\.A belongs to nothing",
+    ),
+    "wrong rank": (
+        lambda f: break_config(f, lambda c: c["methods"][0].update(r=2)),
+        r"q_proj\.lora\.A: the file has \(3, 20\), the backbone needs \(2, 20\)",
+    ),
+    "a tensor missing": (lambda f: break_tensors(f, lambda t: t.pop("classifier.bias")), r"1 of its tensors do not fit: classifier\.bias is missing"),
+    "a tensor too many": (lambda f: break_tensors(f, lambda t: t.update(x=torch.zeros(1))), "x belongs to nothing in this delta"),
+    "elsewhere": (
+        lambda f: break_config(f, lambda c: c["methods"][0].update(targets=["layers.7.q"])),
+        r"1 of its 1 places are not in this backbone, such as layers\.7\.q",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_files_change_nothing(saved, case):
+    spoil, message = BROKEN[case]
+    spoil(saved)
+    model = backbone()
+    before = snapshot(model)
+    with pytest.raises(dk.CheckpointError, match=message):
+        dk.load(saved, model)
+    same(before, snapshot(model))
+
+
+def test_another_backbone(saved, unchecked):
+    other = backbone()
+    with torch.no_grad():
+        other.layers[1].mlp.up_proj.weight.mul_(1.5)
+    before = snapshot(other)
+    with pytest.raises(
+        dk.BackboneMismatch, match=r"the weights differ in 1 of \d+ tensors compared, such as layers\.1\.mlp"
+    ):
+        dk.load(saved, other)
+    same(before, snapshot(other))
+    with pytest.warns(dk.DeltaWarning, match="this is not the backbone the delta was trained on"):
+        dk.load(saved, other, check="warn")
+    with pytest.raises(
+        dk.BackboneMismatch, match="trained on a Transformer with .* their parameters' names or shapes differ"
+    ):
+        dk.load(saved, Transformer(blocks=3))
+    with pytest.raises(dk.CheckpointError, match="check='no': expected 'error' or 'warn'"):
+        dk.load(saved, backbone(), check="no")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_same_backbone_in_half_precision_is_the_same(saved, dtype):
+    model = backbone().to(dtype)
+    delta = dk.load(saved, model)
+    assert {parameter.dtype for parameter in delta.parameters()} == {dtype}
+
+
+def test_a_fresh_head_that_was_not_trained_is_noticed(tmp_path):
+    dk.attach(backbone(), dk.LoRA(r=3)).save(tmp_path)
+    other = backbone()
+    other.classifier = nn.Linear(20, 3)
+    with pytest.raises(dk.BackboneMismatch, match=r"such as classifier\.weight"):
+        dk.load(tmp_path, other)
+
+
+def test_a_fresh_head_that_is_in_the_file_is_not(saved):
+    other = backbone()
+    other.classifier = nn.Linear(20, 3)
+    dk.load(saved, other)
+
+
+def test_the_fingerprint_is_that_of_the_bare_backbone(saved, tmp_path):
+    model = backbone()
+    one = dk.load(saved, model)
+    randomize(one)
+    two = dk.attach(model, dk.BitFit(at="norm"))
+    one.merge()
+    two.save(tmp_path)
+    dk.load(tmp_path, backbone())
+
+
+def test_load_under_a_name_and_from_where_it_was_saved(saved):
+    model = backbone()
+    assert dk.load(saved, model).name == "delta"
+    assert dk.load(str(saved), backbone(), name="again").name == "again"
+    with pytest.raises(dk.StateError, match=r"classifier\.bias: delta 'delta' trains it whole already"):
+        dk.load(saved, model)
+    named = dk.attach(backbone(), dk.BitFit(), name="biases").save(saved)
+    assert dk.load(named, backbone()).name == "biases"
+
+
+def test_paths_that_cannot_be_folded(tmp_path):
+    model = nn.ModuleDict({"a,b": nn.Linear(3, 2), "0": nn.Linear(3, 2), "00": nn.Linear(3, 2)})
+    delta = dk.attach(model, dk.LoRA(r=1, at="*"))
+    randomize(delta)
+    twin = copy.deepcopy(model)
+    dk.deltas(twin)[0].detach()
+    loaded = dk.load(delta.save(tmp_path), twin)
+    assert list(loaded.modules) == list(delta.modules)
+
+
+def test_an_interrupted_save_leaves_the_old_files(saved, monkeypatch):
+    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+    delta = dk.load(saved, backbone())
+    randomize(delta)
+
+    def fails(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("deltakit.files.checkpoint.save_file", fails)
+    with pytest.raises(OSError, match="disk full"):
+        delta.save(saved)
+    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+
+
+def test_transformers_loads_its_own_folder_beside_a_delta(tmp_path):
+    model = build("bert")
+    model.save_pretrained(tmp_path)
+    dk.attach(model, dk.LoRA(r=3)).save(tmp_path)
+    again = tf.AutoModel.from_pretrained(tmp_path)
+    dk.load(tmp_path, again)
+    shutil.rmtree(tmp_path)
+
+
+def test_files_hold_rows_and_parameters(tmp_path):
+    for kind, at in (("bloom", "@attn.{q,v}"), ("mixtral", ["@ff.down", "@attn.v"])):
+        model = build(kind)
+        batch = inputs(kind, model)
+        delta = randomize(dk.attach(model, dk.LoRA(r=2, at=at)))
+        adapted = hidden(model(**batch))
+        delta.save(tmp_path / kind)
+        delta.detach()
+        again = dk.load(tmp_path / kind, build(kind))
+        assert torch.equal(hidden(again.backbone(**batch)), adapted)
+        assert sorted(again.state_dict()) == sorted(delta.state_dict())
+        with pytest.raises(dk.BackboneMismatch):
+            dk.load(tmp_path / kind, build("bert"))

@@ -1,0 +1,140 @@
+"""Push and load through the real `huggingface_hub` client, against a Hub on loopback."""
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import constants
+
+import deltakit as dk
+from support.loopback_hub import LoopbackHub
+from support.models import Transformer, ids, randomize, same, snapshot
+
+TOKEN = LoopbackHub.TOKEN
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    server = LoopbackHub()
+    # The client froze its settings when it was imported.
+    for name, value in {
+        "ENDPOINT": server.endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_TOKEN_PATH": str(tmp_path / "token"),
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": True,
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    huggingface_hub.utils.disable_progress_bars()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def delta():
+    torch.manual_seed(3)
+    delta = dk.attach(Transformer().eval(), dk.LoRA(r=3), train="@head")
+    randomize(delta)
+    return delta
+
+
+def fresh():
+    torch.manual_seed(3)
+    return Transformer().eval()
+
+
+def test_push_and_load(hub, delta, tmp_path):
+    url = delta.push("me/lora", token=TOKEN)
+    assert url == f"{hub.endpoint}/me/lora"
+    model = fresh()
+    dk.load("me/lora", model)
+    assert torch.equal(model(ids()), delta.backbone(ids()))
+    files = hub.repos["me/lora"].commits[-1][1]
+    saved = delta.save(tmp_path / "saved")
+    assert {name: (saved / name).read_bytes() for name in files if name != ".gitattributes"} == {
+        name: data for name, data in files.items() if name != ".gitattributes"
+    }
+    assert len(hub.repos["me/lora"].commits) == 1
+
+
+def test_only_loopback_was_asked(hub, delta):
+    delta.push("me/lora", token=TOKEN, private=True)
+    assert hub.repos["me/lora"].private
+    assert any(request.startswith("PUT /lfs/") for request in hub.requests)
+
+
+def test_revisions(hub, delta):
+    delta.push("me/lora", token=TOKEN)
+    first = hub.repos["me/lora"].commits[-1][0]
+    before = delta.backbone(ids())
+    randomize(delta)
+    delta.push("me/lora", token=TOKEN, message="Second")
+    one, two = fresh(), fresh()
+    dk.load("me/lora", one, revision=first)
+    dk.load("me/lora", two)
+    assert torch.equal(one(ids()), before)
+    assert torch.equal(two(ids()), delta.backbone(ids()))
+
+
+def test_the_cache_serves_when_the_hub_is_gone(hub, delta):
+    delta.push("me/lora", token=TOKEN)
+    dk.load("me/lora", fresh())
+    hub.stop()
+    model = fresh()
+    dk.load("me/lora", model)
+    assert torch.equal(model(ids()), delta.backbone(ids()))
+
+
+@pytest.mark.parametrize(
+    ("repo", "options", "message"),
+    [
+        ("me/missing", {}, r"me/missing: no such repository, or a private one: check the spelling"),
+        ("me/private", {}, r"me/private: no such repository, or a private one: .* log in with `hf auth login`"),
+        ("me/gated", {"token": LoopbackHub.READER}, r"me/gated: the repository is gated: ask for access"),
+        ("me/other", {}, r"me/other: the repository holds no delta: expected delta_config.json, found a.txt, b.txt"),
+        ("me/other", {"revision": "v9"}, r"me/other: the repository has no revision 'v9'"),
+        ("me/other", {"token": "hf_wrong"}, r"me/other: the token is not valid"),
+    ],
+)
+def test_each_refusal_is_one_clear_line(hub, repo, options, message):
+    hub.add_repo("me/other", {"a.txt": b"1", "b.txt": b"2"})
+    hub.add_repo("me/private", {}, private=True)
+    hub.add_repo("me/gated", {}, gated=True)
+    model = fresh()
+    before = snapshot(model)
+    with pytest.raises(dk.HubError, match=message) as caught:
+        dk.load(repo, model, **options)
+    assert "\n" not in str(caught.value)
+    same(before, snapshot(model))
+
+
+def test_no_network(hub, delta, monkeypatch):
+    hub.stop()
+    with pytest.raises(dk.HubError, match="me/lora: the Hub cannot be reached and there is no copy in the cache"):
+        dk.load("me/lora", fresh())
+    with pytest.raises(dk.HubError, match="me/lora: the Hub cannot be reached"):
+        delta.push("me/lora", token=TOKEN)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(dk.HubError, match="unset HF_HUB_OFFLINE"):
+        dk.load("me/lora", fresh())
+
+
+def test_no_right_to_write(hub, delta):
+    with pytest.raises(dk.HubError, match="me/lora: this token gives no right for it to be written"):
+        delta.push("me/lora", token=LoopbackHub.READER)
+
+
+@pytest.mark.parametrize("source", ["./missing", "/a/b/c", "a/b/c", ""])
+def test_neither_a_folder_nor_a_repository(source):
+    with pytest.raises(dk.CheckpointError, match="expected a folder with a delta, or a Hub repository"):
+        dk.load(source, fresh())
+
+
+def test_private_repository_with_a_token(hub, delta):
+    delta.push("me/lora", token=TOKEN, private=True)
+    model = fresh()
+    dk.load("me/lora", model, token=LoopbackHub.READER)
+    assert torch.equal(model(ids()), delta.backbone(ids()))

@@ -1,0 +1,64 @@
+"""The check in the first forward that every target was called."""
+
+import pytest
+import torch
+from torch import nn
+
+import deltakit as dk
+from support.models import randomize
+
+
+def hidden_read(model, x):
+    return nn.functional.linear(x, model.read.weight)
+
+
+class Reads(nn.Module):
+    """Reads the weight of one of its layers where its own code does not show it, and never calls that layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.called = nn.Linear(7, 5), nn.Linear(7, 5)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(7, 5)) for _ in range(2))
+
+    def forward(self, x, expert=None):
+        y = hidden_read(self, x) + self.called(x)
+        return y if expert is None else y + self.experts[expert](x)
+
+
+def test_a_target_that_is_never_called_is_an_error_until_it_is_detached():
+    model, x = Reads(), torch.ones(1, 7)
+    bare = model(x)
+    delta = dk.attach(model, dk.LoRA(r=2, at=["read", "called"]))
+    for _ in range(2):
+        with pytest.raises(
+            dk.TargetError, match="read: delta 'delta' did nothing here: .* name the parameter 'read.weight'"
+        ):
+            model(x)
+    delta.detach()
+    assert torch.equal(model(x), bare)
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+    dk.attach(model, dk.Adapter(size=2, at="read"))
+    with pytest.raises(dk.TargetError, match="for AdapterDelta has no form that works by the weight"):
+        model(x)
+    dk.deltas(model)[0].detach()
+    delta = randomize(dk.attach(model, dk.LoRA(r=2, at=["read.weight", "called"])))
+    update = delta.modules["read.weight"][0].update()
+    assert not torch.equal(model(x), bare)
+    delta.detach()
+    delta = randomize(dk.attach(model, dk.LoRA(r=2, at="read.weight")))
+    torch.testing.assert_close(model(x), bare + x @ delta.modules["read.weight"][0].update().T)
+    assert update.shape == (5, 7)
+
+
+def test_a_target_whose_surroundings_did_not_run_is_a_warning():
+    model = Reads()
+    delta = dk.attach(model, dk.LoRA(r=2, at=["called", "experts.{0,1}.0"]))
+    with pytest.warns(
+        dk.DeltaWarning, match="1 of its targets were not called in the first forward, such as experts.1.0"
+    ):
+        model(torch.ones(1, 7), expert=0)
+    model(torch.ones(1, 7), expert=0)
+    delta.detach().attach()
+    model(torch.ones(1, 7))
+    assert not model._forward_hooks

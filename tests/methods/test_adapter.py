@@ -1,0 +1,46 @@
+"""Adapters against their paper's formula in float64, their sizes and their places."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import deltakit as dk
+from support.models import Transformer, attached
+from support.tiny_transformers import build
+
+
+@pytest.mark.parametrize(
+    ("activation", "f"),
+    [
+        ("gelu", F.gelu),
+        ("relu", torch.relu),
+        ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh")),
+        ("tanh", torch.tanh),
+    ],
+)
+def test_adapter_is_its_formula(activation, f):
+    layer = nn.Linear(7, 11).double()
+    x = torch.randn(2, 5, 7, dtype=torch.float64)
+    y = layer(x)
+    attached(nn.ModuleDict({"layer": layer}), dk.Adapter(size=3, activation=activation, at="layer"))
+    adapter = layer.delta_adapter
+    wd, bd, wu, bu = (adapter.down.weight, adapter.down.bias, adapter.up.weight, adapter.up.bias)
+    assert (wd.shape, wu.shape) == ((3, 11), (11, 3))
+    torch.testing.assert_close(layer(x), y + f(y @ wd.T + bd) @ wu.T + bu, rtol=1e-12, atol=1e-12)
+
+
+def test_adapter_sizes_and_norms():
+    model = Transformer()
+    assert dk.attach(model, dk.Adapter(reduction=7)).modules["layers.0.mlp.down_proj"][0].down.out_features == 2
+    delta = dk.attach(Transformer(), dk.Adapter(size=3, norms=True))
+    trained = [name for name, p in delta.backbone.named_parameters() if p.requires_grad and "adapter" not in name]
+    assert trained == [name for name, _ in delta.backbone.named_parameters() if "norm" in name]
+
+
+def test_adapter_after_experts_without_projections():
+    model = build("mixtral")
+    delta = dk.attach(model, dk.Adapter(size=3))
+    assert list(delta.modules) == [
+        *(f"layers.{i}.{part}" for i in (0, 1) for part in ("self_attn.o_proj", "mlp")),
+    ] or set(delta.modules) == {f"layers.{i}.{part}" for i in (0, 1) for part in ("self_attn.o_proj", "mlp")}

@@ -1,0 +1,77 @@
+"""LoRA against its paper's formula in float64, against PEFT, and against its authors' starting values."""
+
+import copy
+import math
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import deltakit as dk
+from support.models import Kinds, Transformer, a_layer_of_each_kind, attached, ids, randomize
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_lora_equals_peft_on_the_same_weights(rslora):
+    model, x = a_layer_of_each_kind()
+    twin = copy.deepcopy(model)
+    delta = attached(model, dk.LoRA(r=3, alpha=5, rslora=rslora, at=Kinds.NAMES))
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, use_rslora=rslora, target_modules=list(Kinds.NAMES), fan_in_fan_out=False
+    )
+    with pytest.warns(UserWarning, match="fan_in_fan_out"):
+        other = peft.get_peft_model(twin, config).eval().double()
+    state = {name: value.detach() for name, value in delta.state_dict().items()}
+    layers = other.base_model.model
+    with torch.no_grad():
+        for name in Kinds.NAMES:
+            layer, a, b = getattr(layers, name), state[f"{name}.lora.A"], state[f"{name}.lora.B"]
+            if name == "embedding":
+                layer.lora_embedding_A["default"].copy_(a)
+                layer.lora_embedding_B["default"].copy_(b)
+            else:
+                layer.lora_A["default"].weight.copy_(a.view_as(layer.lora_A["default"].weight))
+                layer.lora_B["default"].weight.copy_(b.view_as(layer.lora_B["default"].weight))
+    assert not torch.allclose(model(x), delta.detach().backbone(x))
+    torch.testing.assert_close(delta.attach().backbone(x), other(x), rtol=1e-12, atol=1e-12)
+
+
+def test_lora_is_its_formula():
+    layer = nn.Linear(7, 11).double()
+    x = torch.randn(2, 5, 7, dtype=torch.float64)
+    plain = layer(x)
+    delta = attached(nn.ModuleDict({"layer": layer}), dk.LoRA(r=3, alpha=5, at="layer"))
+    a, b = delta.state_dict().values()
+    assert (a.shape, b.shape) == ((3, 7), (11, 3))
+    torch.testing.assert_close(layer(x), plain + 5 / 3 * x @ a.T @ b.T, rtol=1e-12, atol=1e-12)
+
+
+def test_lora_starts_as_the_authors_code_does():
+    layers = nn.ModuleDict({"linear": nn.Linear(700, 300), "embedding": nn.Embedding(500, 300)})
+    state = dk.attach(layers, dk.LoRA(r=8, at="*")).state_dict()
+    assert not state["linear.lora.B"].any()
+    assert not state["embedding.lora.A"].any()
+    bound = math.sqrt(1 / 700)
+    assert state["linear.lora.A"].abs().max() == pytest.approx(bound, rel=0.01)
+    assert state["linear.lora.A"].std() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+    assert state["embedding.lora.B"].std() == pytest.approx(1, rel=0.05)
+
+
+def test_dropout_is_on_the_update_and_in_training_only():
+    model = Transformer().eval()
+    delta = attached(model, dk.LoRA(r=3, dropout=0.5))
+    still = model(ids())
+    assert torch.equal(model(ids()), still)
+    model.train()
+    assert not torch.equal(model(ids()), model(ids()))
+    assert "dropout=0.5" in repr(delta)
+
+
+def test_the_padding_of_an_embedding_is_not_trained():
+    model = nn.Sequential(nn.Embedding(7, 6, padding_idx=2))
+    delta = randomize(dk.attach(model, dk.LoRA(r=2, at="0")))
+    model(torch.tensor([[1, 2, 3]])).sum().backward()
+    (lora,) = delta.modules["0"]
+    assert not lora.A.grad[:, 2].any()
+    assert lora.A.grad[:, 1].all()

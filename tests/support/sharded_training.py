@@ -1,0 +1,68 @@
+"""What each process of `test_distributed.py` does: trains a delta under FSDP2 or DDP on its share of the batch."""
+
+import torch
+import torch.distributed as dist
+
+import deltakit as dk
+from support.models import Transformer
+
+
+def to_train(start=None):
+    torch.manual_seed(3)
+    model = Transformer()
+    if start is not None:
+        return model, dk.load(start, model)
+    methods = (dk.LoRA(r=3), dk.Adapter(size=2), dk.BitFit(at="@ff.up"), dk.Prefix(tokens=2))
+    return model, dk.attach(model, *methods, train="norm")
+
+
+def batch(step):
+    return torch.randint(2, 31, (4, 5), generator=torch.Generator().manual_seed(step))
+
+
+def losses(model, delta, steps, rank=0, size=1):
+    """Three things an engine could get wrong: the loss, the gradients (by what they lead to), and the order of steps."""
+    optimizer = torch.optim.SGD(delta.parameters(), lr=0.1)
+    found = []
+    for step in steps:
+        loss = model(batch(step).chunk(size)[rank]).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.detach().clone())
+    return found
+
+
+def shard(model, engine):
+    if engine == "ddp":
+        return torch.nn.parallel.DistributedDataParallel(model)
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def worker(rank, size, port, engine, steps, start, out, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    model, delta = to_train(start)
+    sharded = shard(model, engine)
+    found = losses(sharded, delta, steps, rank, size)
+    means = []
+    for loss in found:
+        dist.all_reduce(loss)
+        means.append(float(loss) / size)
+    state = {name: value.clone() for name, value in delta.state_dict().items()}
+    if engine == "fsdp2" or rank == 0:
+        delta.save(out)
+    try:
+        dk.attach(sharded, dk.LoRA(r=2), name="late")
+        late = "attached"
+    except dk.StateError as error:
+        late = str(error)
+    if engine == "fsdp2":
+        delta.load_state_dict({name: torch.zeros_like(value) for name, value in state.items()})
+        assert all(not value.any() for value in delta.state_dict().values())
+    results[rank] = (means, state, late)
+    dist.destroy_process_group()
