@@ -1,6 +1,8 @@
-"""An `accelerate` loop with a delta: attach before `prepare`, and three lines are new, marked `# 1` to `# 3`.
+"""Train a delta in an `accelerate` loop. Three lines are new, marked `# 1` to `# 3`.
 
-accelerate launch examples/accelerate_loop.py [--model FOLDER_OR_HUB_ID] [--rows N] [--epochs N] [--out FOLDER]
+Attach before `accelerator.prepare`, so that DDP or FSDP2 synchronises the delta's gradients.
+
+    accelerate launch examples/accelerate_loop.py [--model FOLDER_OR_HUB_ID] [--rows N] [--epochs N] [--out FOLDER]
 """
 
 import torch
@@ -25,6 +27,7 @@ def main():
     prepared, optimizer = accelerator.prepare(model, optimizer)
     prepared.train()
     for epoch in range(options.epochs):
+        # Each process trains on its own share of the examples.
         rows = train[accelerator.process_index :: accelerator.num_processes]
         for batch in batches(rows, 32, tokenizer.pad_token_id, seed=epoch):
             batch = {name: value.to(accelerator.device) for name, value in batch.items()}
@@ -32,7 +35,8 @@ def main():
             optimizer.step()
             optimizer.zero_grad()
 
-    delta.save(options.out)  # 3, by every process: sharded, each has only a part
+    # Every process must call save: with FSDP2 each holds only a shard of the delta.
+    delta.save(options.out)  # 3
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         report(model.cpu(), options, valid, tokenizer.pad_token_id)

@@ -1,4 +1,4 @@
-"""What the examples share: their options, a fresh classifier, and a check of the saved delta on it."""
+"""Helpers for the examples: command-line options, a new classifier, and a check of the saved delta."""
 
 import argparse
 from pathlib import Path
@@ -18,10 +18,10 @@ logging.set_verbosity_error()
 
 def arguments(out):
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", help="a folder or Hub id; by default the encoder that the demo extra brings")
-    parser.add_argument("--rows", type=int, default=800)
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path(out))
+    parser.add_argument("--model", help="a folder or Hub id (default: the encoder that the demo extra installs)")
+    parser.add_argument("--rows", type=int, default=800, help="number of training examples (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=2, help="number of epochs (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path(out), help="folder for the saved delta (default: %(default)s)")
     options = parser.parse_args()
     options.model = options.model or bundled_model()
     return options
@@ -32,15 +32,16 @@ def tokenizer_of(model):
 
 
 def fresh_model(model):
-    # The classifier is new, so it is seeded: a delta is loaded onto the backbone that it was trained on.
+    # The classifier's weights are random. The fixed seed makes them equal in each call: `dk.load` refuses a model with
+    # weights other than those that the delta was trained on.
     torch.manual_seed(0)
     return AutoModelForSequenceClassification.from_pretrained(model, num_labels=len(intents()))
 
 
 def report(model, options, valid, pad):
-    """Prints the accuracy, then loads the saved delta onto a fresh backbone and compares predictions."""
+    """Print the accuracy, load the saved delta onto a new copy of the model, and compare the predictions."""
     other = fresh_model(options.model)
-    print(f"accuracy before {accuracy(other, valid, pad):.3f} after {accuracy(model, valid, pad):.3f}")
+    print(f"accuracy before: {accuracy(other, valid, pad):.3f}, after: {accuracy(model, valid, pad):.3f}")
     dk.load(options.out, other)
     print(
         "loaded onto a fresh backbone, same predictions:", predict(other, valid, pad).equal(predict(model, valid, pad))

@@ -1,10 +1,12 @@
-"""A delta on a backbone that `fully_shard` spreads over processes, on one machine or several.
+"""Train a delta on a model that `fully_shard` (FSDP2) shards over several processes.
 
-torchrun --nproc-per-node 2 examples/fsdp2.py [--model FOLDER_OR_HUB_ID] [--rows N] [--epochs N] [--out FOLDER]
+Two processes on one machine:
 
-On two machines of eight GPUs, the same on both, with the first one's address:
+    torchrun --nproc-per-node 2 examples/fsdp2.py [--model FOLDER_OR_HUB_ID] [--rows N] [--epochs N] [--out FOLDER]
 
-torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 examples/fsdp2.py
+Two machines with eight GPUs each. Run this on both; HOST is the address of the first machine:
+
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 examples/fsdp2.py
 """
 
 import torch
@@ -27,7 +29,9 @@ def main():
     train, valid = (encode(read(split)[: options.rows], tokenizer) for split in ("train", "valid"))
     model = fresh_model(options.model).to(device)
 
-    delta = dk.attach(model, dk.LoRA(r=8), train="@head")  # before sharding: afterwards it is an error
+    # Attach before sharding. Attaching to a sharded model raises an error.
+    delta = dk.attach(model, dk.LoRA(r=8), train="@head")
+    # Shard block by block, so that only one block is gathered at a time.
     for path in dk.roles(model)["@block"]:
         fully_shard(model.get_submodule(path))
     fully_shard(model)
@@ -35,7 +39,7 @@ def main():
     optimizer = torch.optim.AdamW(delta.parameters(), lr=5e-3)
     model.train()
     for epoch in range(options.epochs):
-        # Every process must take equally many steps.
+        # All processes must take the same number of steps, or the collective calls hang.
         rows = train[: len(train) // size * size][rank::size]
         for batch in batches(rows, 32, tokenizer.pad_token_id, seed=epoch):
             loss = model(**{name: value.to(device) for name, value in batch.items()}).loss
@@ -43,14 +47,15 @@ def main():
             optimizer.step()
             optimizer.zero_grad()
 
-    delta.save(options.out)  # on every process: shards are put together, the first process writes
+    # Every process must call save: it gathers the shards, and the first process writes the files.
+    delta.save(options.out)
     if rank == 0:
         print(delta)
         alone = fresh_model(options.model)
         before = accuracy(alone, valid, tokenizer.pad_token_id)
         dk.load(options.out, alone)
         print(
-            f"accuracy before {before:.3f} after {accuracy(alone, valid, tokenizer.pad_token_id):.3f}, in one process"
+            f"accuracy in one process, before: {before:.3f}, after: {accuracy(alone, valid, tokenizer.pad_token_id):.3f}"
         )
     dist.destroy_process_group()
 

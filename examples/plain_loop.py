@@ -1,4 +1,4 @@
-"""A plain PyTorch training loop with a delta: three lines are new, marked `# 1` to `# 3`.
+"""Train a delta in a plain PyTorch loop. Three lines are new, marked `# 1` to `# 3`.
 
 python examples/plain_loop.py [--model FOLDER_OR_HUB_ID] [--rows N] [--epochs N] [--out FOLDER]
 """

@@ -1,9 +1,9 @@
-"""A transformers `Trainer` script with a delta: three lines are new, marked `# 1` to `# 3`.
+"""Train a delta with the transformers `Trainer`. Three lines are new, marked `# 1` to `# 3`.
 
     python examples/trainer.py [--model FOLDER_OR_HUB_ID] [--rows N] [--epochs N] [--out FOLDER]
 
-The Trainer's own checkpoints hold the whole model with the delta's tensors beside the base's; `delta.save` writes the small
-folder that `dk.load` reads.
+The Trainer's own checkpoints hold the whole model, with the delta's tensors beside the model's own.
+`delta.save` writes a small folder with the delta alone, which `dk.load` reads.
 """
 
 from tempfile import TemporaryDirectory
