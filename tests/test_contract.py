@@ -13,7 +13,7 @@ from support.models import STYLES, Calls, Transformer, ids, randomize, same, sna
 
 ALL = sorted(dk.METHODS)
 IDENTITY = [name for name in ALL if dk.METHODS[name].identity]
-ON_OUTPUTS = [name for name in ALL if dk.METHODS[name].default_at]
+ON_OUTPUTS = [name for name in ALL if dk.METHODS[name]().positions()]
 
 every_method = pytest.mark.parametrize("name", ALL)
 
@@ -206,7 +206,7 @@ def test_a_selector_that_misses_changes_nothing(model, name, at):
 @every_method
 def test_a_failure_after_building_changes_nothing(model, name):
     before = snapshot(model)
-    with pytest.raises(dk.StateError, match="without dots"):
+    with pytest.raises(dk.OptionError, match="without dots"):
         dk.attach(model, method(name), name="a.b")
     with pytest.raises(dk.SelectorError, match="nowhere"):
         dk.attach(model, method(name), train="nowhere")

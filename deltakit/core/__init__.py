@@ -4,13 +4,15 @@ Method, Target and DeltaModule; the record of a delta and the mixed batch that i
 and what a linear layer is. Imports nothing but `errors`.
 """
 
-from deltakit.core.activations import hidden_input, hidden_output
-from deltakit.core.delta_module import DeltaModule, can_scale
+from deltakit.core.activations import hidden_input, hidden_output, replace_hidden, replace_input
+from deltakit.core.bare_weight import BareLayer, WeightView, bare_weight, dequantized, is_quantized, weight_view
+from deltakit.core.current_call import CurrentCall, set_current_call
+from deltakit.core.delta_module import FROZEN, DeltaModule
 from deltakit.core.feature_slice import FeatureSlice, slice_where
 from deltakit.core.folding import expand, fold, span
 from deltakit.core.grad_ledger import GradLedger
 from deltakit.core.linear import is_compute_dtype, is_conv1d, linear_sizes, projection_sizes, wide
-from deltakit.core.method import METHODS, Method, Selector
+from deltakit.core.method import METHODS, BackboneView, Method, Selector
 from deltakit.core.mixed_batch import MixedBatch, holding
 from deltakit.core.paths import (
     above,
@@ -42,8 +44,12 @@ from deltakit.core.sharding import class_name, gathered, is_first, is_sharded, s
 from deltakit.core.target import Target, WeightRead
 
 __all__ = [
+    "FROZEN",
     "METHODS",
     "Attachment",
+    "BackboneView",
+    "BareLayer",
+    "CurrentCall",
     "DeltaModule",
     "FeatureSlice",
     "GradLedger",
@@ -54,10 +60,12 @@ __all__ = [
     "Site",
     "Target",
     "WeightRead",
+    "WeightView",
     "above",
     "attachments_of",
-    "can_scale",
+    "bare_weight",
     "class_name",
+    "dequantized",
     "expand",
     "fold",
     "gathered",
@@ -70,6 +78,7 @@ __all__ = [
     "is_conv1d",
     "is_first",
     "is_of",
+    "is_quantized",
     "is_sharded",
     "join",
     "key_of",
@@ -81,7 +90,10 @@ __all__ = [
     "parent_of",
     "projection_sizes",
     "records_of",
+    "replace_hidden",
+    "replace_input",
     "scatter",
+    "set_current_call",
     "shapes_of",
     "slice_where",
     "span",
@@ -90,6 +102,7 @@ __all__ = [
     "tensors_of",
     "type_names",
     "wait_for_all",
+    "weight_view",
     "wide",
     "word_of",
 ]

@@ -20,12 +20,32 @@ def hidden_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """
     if args and isinstance(args[0], Tensor):
         return args[0]
+    key = _input_key(args, kwargs)
+    found: Tensor = args[key] if isinstance(key, int) else kwargs[key]
+    return found
+
+
+def replace_input(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], new: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with other hidden states, where `hidden_input` found them."""
+    key = _input_key(args, kwargs)
+    if isinstance(key, int):
+        return (*args[:key], new, *args[key + 1 :]), dict(kwargs)
+    return args, {**kwargs, key: new}
+
+
+def _input_key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:
+    """The place of the hidden states among the arguments: a number or a keyword."""
+    if args and isinstance(args[0], Tensor):
+        return 0
     for name in _INPUT_NAMES:
         if isinstance(kwargs.get(name), Tensor):
-            return kwargs[name]
-    for value in (*args, *kwargs.values()):
+            return name
+    places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    for key, value in places:
         if isinstance(value, Tensor):
-            return value
+            return key
     raise TargetError(
         f"no tensor among the arguments of the target: expected hidden states, found {_kinds(args, kwargs)}; "
         "attach to a module that takes its hidden states as an argument"

@@ -48,6 +48,18 @@ class FeatureSlice:
         apart = part.unflatten(-1, (self.groups, self.stop - self.start))
         return F.pad(apart, (self.start, self.stride - self.stop)).flatten(-2)
 
+    def replaced(
+        self, whole: Float[Tensor, "*batch d_whole"], part: Float[Tensor, "*batch d_part"]
+    ) -> Float[Tensor, "*batch d_whole"]:
+        """The whole output with these features replaced, and all others as they are.
+
+        >>> FeatureSlice("k", groups=2, stride=3, start=1, stop=2).replaced(torch.zeros(6), torch.tensor([1.0, 4]))
+        tensor([0., 1., 0., 0., 4., 0.])
+        """
+        groups = whole.unflatten(-1, (self.groups, self.stride))
+        apart = part.unflatten(-1, (self.groups, self.stop - self.start))
+        return torch.cat([groups[..., : self.start], apart, groups[..., self.stop :]], -1).flatten(-2)
+
 
 def slice_where(name: str, hits: Tensor) -> FeatureSlice | None:
     """The rows that a mask over an output's features picks; None if they are not the same in equal groups.

@@ -1,12 +1,12 @@
 """What a method is: a frozen dataclass of options that builds one delta module for each of its targets.
 
-A new method is one file in `deltakit/methods/`: a `Method` subclass with a name, and the `DeltaModule` it builds.
+A new method is one file in `deltakit/methods/`: a `Method` subclass with a name, and the delta module that it builds.
 Nothing else is edited; matching, attaching, saving, drawing and the contract tests find it by its name.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -21,11 +21,29 @@ METHODS: dict[str, type["Method"]] = {}
 Selector = str | Sequence[str]
 
 
+@runtime_checkable
+class BackboneView(Protocol):
+    """What methods may ask of a backbone (`selection.BackboneIndex`)."""
+
+    backbone: nn.Module
+    by_path: dict[str, nn.Module]
+
+    @property
+    def owner(self) -> str:
+        """The name of the backbone's class."""
+
+    def target(self, path: str) -> Target:
+        """The target at a path."""
+
+    def role(self, role: str) -> Sequence[str]:
+        """The paths that answer a role such as `attn.q`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """What to attach and where. `at`: selectors, by default the positions of the method's paper.
 
-    `of` narrows the targets to modules of a type (a class, or its name), `exclude` takes selectors out again.
+    `of` narrows the targets to modules of a type (a class, or its name), `exclude` removes what its selectors match.
     """
 
     at: Selector | None = None
@@ -33,19 +51,12 @@ class Method:
     exclude: Selector | None = None
 
     name: ClassVar[str]
-    default_at: ClassVar[tuple[tuple[str, ...], ...]] = ()
-    """Default positions as roles. Of each inner tuple the first role that a unit (one attention or one
-    feed-forward part) has is taken in that unit."""
 
-    default_words: ClassVar[str] = "its own positions"
-    """What a method without default roles stands on, in the words of an error."""
-
-    weights: ClassVar[bool] = False
-    """Whether its delta modules have a weight form (`weight_update`), which works where a weight is read and its module
-    is not called."""
+    kind: ClassVar[type[DeltaModule]] = DeltaModule
+    """The class of its delta modules. A method with several overrides `kind_at`."""
 
     identity: ClassVar[bool] = True
-    """Whether attached and untrained is bit for bit the backbone alone."""
+    """Whether an attached and untrained delta changes nothing, bit for bit."""
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -64,47 +75,57 @@ class Method:
     def validate(self) -> None:
         """Raises `OptionError` if an option is out of its range. Overridden by each method with options."""
 
-    @property
-    def default_roles(self) -> tuple[tuple[str, ...], ...]:
-        """The default positions with these options; `default_at` unless an option changes them."""
-        return self.default_at
+    def positions(self) -> tuple[tuple[str, ...], ...]:
+        """The default positions as roles. Of each inner tuple the first role that a unit has is taken in that unit.
 
-    def default_targets(self, backbone: nn.Module) -> Sequence[str] | None:
-        """The default paths where roles cannot say them; None to use `default_at`."""
-        return None
+        A unit is one attention or one feed-forward part of a block.
+        """
+        return ()
 
-    def place(self, backbone: nn.Module, selected: Sequence[Target]) -> Sequence[Target]:
-        """The modules that get a delta module when `selected` were picked; by default the same."""
-        return selected
+    def targets(self, index: BackboneView, selected: Sequence[Target] | None) -> Sequence[Target]:
+        """The targets for what `at` or the default positions selected; None if there is neither.
 
-    def serves(self, target: Target) -> bool:
-        """Whether a default position that was found is one for this method; what is not, the plan says."""
-        return self.weights or not (target.parameter or (target.weight_read and target.weight_read.never_called))
+        Raises:
+            TargetError: if something else was selected than the method can start from.
+            RoleError: if a method without default positions finds no target of its own.
+        """
+        return selected or ()
 
-    def by_weight(self, target: Target) -> bool:
-        """Whether the delta module at a target works by the weight instead of by the output."""
-        return self.weights and target.weight_read is not None
-
-    def build(self, backbone: nn.Module, targets: Sequence[Target]) -> dict[str, DeltaModule]:
-        """One delta module for each target's path. All targets are given, so that they may share parameters."""
-        return {target.path: self.build_at(target) for target in targets}
+    def kind_at(self, target: Target) -> type[DeltaModule] | None:
+        """The class of delta module that serves a target; None if the method has none for it."""
+        return self.kind if self.kind.patches_weight(target) or not target.never_called else None
 
     def build_at(self, target: Target) -> DeltaModule:
-        """The delta module for one target, on its device and in its dtype.
+        """The delta module for one target, on its device and in its dtype. By default `kind(target)`.
 
         Raises:
             TargetError: if the method cannot serve this type of module.
+            OptionError: if an option does not fit this target.
         """
-        raise NotImplementedError(f"{type(self).__name__} overrides neither build nor build_at")
+        build: Any = self.kind
+        module: DeltaModule = build(target)
+        return module
+
+    def build_shared(self, index: BackboneView, targets: Sequence[Target]) -> nn.Module | None:
+        """A module that all delta modules of this method share as `self.shared`; None if they share nothing.
+
+        The first of them holds it, so that it is counted, moved and saved once.
+        """
+        return None
+
+    def build(self, index: BackboneView, targets: Sequence[Target]) -> dict[str, DeltaModule]:
+        """The delta modules by the path of their target."""
+        shared = self.build_shared(index, targets)
+        built = {target.path: self.build_at(target) for target in targets}
+        if shared is not None:
+            for place, module in enumerate(built.values()):
+                module.share(shared, holds=place == 0)
+        return built
 
     @classmethod
     def combination(cls, methods: Sequence["Method"], rank: int | None) -> "Method":
         """The method whose delta modules can hold weighted sums of these methods'. `rank`: to hold them in, if it has one."""
         return cls()
-
-    def train_also(self) -> tuple[str, ...]:
-        """Selectors of backbone modules that are trained whole beside the delta modules."""
-        return ()
 
     def to_dict(self) -> dict[str, Any]:
         """The method as plain data, as a delta's file holds it: `{"method": name, option: value}`."""

@@ -8,11 +8,21 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from deltakit.core import Attachment, Method, Record, Selector, Site, attachments_of, records_of, tensors_of
+from deltakit.core import (
+    Attachment,
+    DeltaModule,
+    Method,
+    Record,
+    Selector,
+    Site,
+    attachments_of,
+    records_of,
+    tensors_of,
+)
 from deltakit.delta.full_training import current_values
 from deltakit.delta.handle import Delta
 from deltakit.delta.planning import Plan, build, original, plan
-from deltakit.errors import BackboneMismatch, CheckpointError, DeltaWarning, StateError
+from deltakit.errors import BackboneMismatch, CheckpointError, DeltaWarning, OptionError, StateError
 from deltakit.files import backbone_identity, differences, expanded, find_folder, methods_of, read_folder
 from deltakit.selection import BackboneIndex
 
@@ -76,7 +86,7 @@ def load(
     found = methods_of(config)
     for _, paths in found:
         _check_paths(index, paths, where)
-    built = [build(index, method, [index.target(path) for path in paths]) for method, paths in found]
+    built = [_rebuilt(index, method, paths, where) for method, paths in found]
     record = _record(backbone, [m for m, _ in found], name or config["name"], freeze, config["train"]["selectors"])
     full = expanded(config["train"]["names"])
     _check_paths(dict(tensors_of(backbone)), full, where)
@@ -93,7 +103,7 @@ def new_delta(backbone: nn.Module, methods: Sequence[Method], name: str | None, 
 
 def _record(backbone: nn.Module, methods: Any, name: str | None, freeze: bool, train: Any) -> Record:
     if name is not None and (not name or "." in name):
-        raise StateError(f"name={name!r}: expected a word without dots, for it becomes part of parameters' names")
+        raise OptionError(f"name={name!r}: expected a word without dots, for it becomes part of parameters' names")
     # The order of first attachment must hold between deltas that were never attached at one time: so it is a clock.
     order = max([time.time_ns(), *(record.order + 1 for record in records_of(backbone))])
     return Record(name or AUTOMATIC_NAME, tuple(methods), order, freeze, named=name is not None, train=tuple(train))
@@ -105,6 +115,18 @@ def _sites(index: BackboneIndex, built: Any) -> list[Site]:
         for number, of_method in enumerate(built)
         for path, module in of_method.items()
     ]
+
+
+def _rebuilt(index: BackboneIndex, method: Method, paths: Sequence[str], where: str) -> dict[str, DeltaModule]:
+    """The delta modules of a saved method, at exactly the paths that its file names."""
+    built = build(index, method, [index.target(path) for path in paths])
+    other = sorted(built.keys() ^ set(paths))
+    if other:
+        raise CheckpointError(
+            f"{where}: {method.name} stands at {len(paths)} places in the file, and would stand at {len(built)} here; they "
+            f"differ at {other[0]}; was it trained on another backbone?"
+        )
+    return built
 
 
 def _refuse_stacking(planned: Plan, name: str | None) -> None:
@@ -126,7 +148,7 @@ def _refuse_stacking(planned: Plan, name: str | None) -> None:
 
 def _check_backbone(config: Mapping[str, Any], backbone: nn.Module, where: str, check: str) -> None:
     if check not in ("error", "warn"):
-        raise CheckpointError(f"check={check!r}: expected 'error' or 'warn'")
+        raise OptionError(f"check={check!r}: expected 'error' or 'warn'")
     other = differences(config["backbone"]["fingerprint"], backbone_identity(backbone)["fingerprint"])
     if not other:
         return

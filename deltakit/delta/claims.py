@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from deltakit.core import Attachment, GradLedger, Record, can_scale, key_of, records_of
+from deltakit.core import Attachment, GradLedger, Record, key_of, records_of
 from deltakit.errors import OptionError, StateError
 
 
@@ -56,7 +56,7 @@ def check_scale(attachment: Attachment, scale: float) -> None:
             "such a delta cannot be scaled"
         )
     for site in attachment.sites:
-        if not can_scale(site.module):
+        if not site.module.scalable:
             raise StateError(
                 f"{site.path}: a {type(site.module).__name__} is not a change that is added to an output, so it has no scale; "
                 "switch it off by active, or leave it as it is"

@@ -9,9 +9,6 @@ from tempfile import TemporaryDirectory
 from torch import Tensor, nn
 
 from deltakit.core import (
-    Attachment,
-    DeltaModule,
-    Method,
     Selector,
     attachments_of,
     is_first,
@@ -22,63 +19,21 @@ from deltakit.core import (
 )
 from deltakit.delta import merging, swapping, tensors
 from deltakit.delta.claims import check_scale, claim, refuse_in_rows, refuse_merged, refuse_scaled
+from deltakit.delta.contents import DeltaContents
 from deltakit.delta.full_training import freeze_but, put_backbone_values, put_trained_values, refresh_gradients
 from deltakit.delta.quantized import Quantize
 from deltakit.errors import StateError
 from deltakit.files import check_tensors, delta_config, model_card, upload, write_folder
 from deltakit.injection import put, take, watch, watch_first_forward
-from deltakit.selection import BackboneIndex
-from deltakit.view import described, states
+from deltakit.view import states
 
 
-class Delta:
+class Delta(DeltaContents):
     """One or more methods on one backbone, with all their delta modules.
 
     `attached`, `active` and `trainable` are independent: no call changes one through another. The verbs (`attach`, `detach`,
     `freeze`, `merge`, `unmerge`, `swap`) return the delta itself.
     """
-
-    def __init__(self, attachment: Attachment) -> None:
-        self._attachment = attachment
-        self._record = attachment.record
-
-    @property
-    def backbone(self) -> nn.Module:
-        """The model that the delta belongs to."""
-        return self._attachment.backbone
-
-    @property
-    def name(self) -> str:
-        """The delta's name among those on its backbone."""
-        return self._record.name
-
-    @property
-    def methods(self) -> tuple[Method, ...]:
-        """The methods that the delta was made of, with their options."""
-        return self._record.methods
-
-    @property
-    def modules(self) -> dict[str, list[DeltaModule]]:
-        """The delta modules by the path of their target."""
-        return self.modules_of(None)
-
-    def modules_of(self, method: str | None) -> dict[str, list[DeltaModule]]:
-        """The delta modules of the methods of one name, by the path of their target; of all methods for None."""
-        found: dict[str, list[DeltaModule]] = {}
-        for site in self._attachment.sites:
-            if method in (None, self.methods[site.method].name):
-                found.setdefault(site.path, []).append(site.module)
-        return found
-
-    @property
-    def fully_trained(self) -> list[str]:
-        """The names of the backbone's tensors that the delta trains fully and saves."""
-        return self._record.fully_trained
-
-    @property
-    def attached(self) -> bool:
-        """Whether the delta modules are in the backbone."""
-        return self._attachment.attached
 
     @property
     def active(self) -> bool:
@@ -115,7 +70,8 @@ class Delta:
     def trainable(self, trainable: bool) -> None:
         self._record.trainable = bool(trainable)
         for site in self._attachment.sites:
-            site.module.requires_grad_(bool(trainable))
+            for _, parameter, _ in site.module.trained_parameters():
+                parameter.requires_grad_(bool(trainable))
         if self.attached:
             refresh_gradients(self.backbone, self._record.grad_ledger)
 
@@ -130,11 +86,6 @@ class Delta:
             raise StateError(f"delta {self.name!r} is not attached: attach() it before freezing its backbone")
         freeze_but(self._attachment, (train,) if isinstance(train, str) else tuple(train))
         return self
-
-    @property
-    def merged(self) -> bool:
-        """Whether the delta is merged into the backbone's weights."""
-        return self._record.merged
 
     def attach(self) -> "Delta":
         """Attaches the delta again. At each target deltas apply in the order in which they were first attached.
@@ -215,27 +166,6 @@ class Delta:
         merging.unmerge(self._attachment)
         return self
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Everything the delta trains, by the names of its file: its modules' parameters and what it trains fully."""
-        return tensors.named_parameters(self._attachment)
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Everything the delta trains: what an optimiser takes."""
-        return (parameter for _, parameter in self.named_parameters())
-
-    @property
-    def num_parameters(self) -> int:
-        """How many numbers the delta trains, those of fully trained modules included."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The delta's tensors as its file holds them: path, method and parameter name; never the delta's name.
-
-        Raises:
-            StateError: if this process has only a part of the delta (FSDP1, DeepSpeed ZeRO-3).
-        """
-        return tensors.state_dict(self._attachment)
-
     def load_state_dict(self, state: Mapping[str, Tensor], *, where: str = "the state dict") -> None:
         """Loads all tensors of a `state_dict()`. `where` says in errors where they come from.
 
@@ -290,9 +220,6 @@ class Delta:
         """
         with TemporaryDirectory() as folder:
             return upload(self.save(folder), repo_id, private=private, token=token, commit_message=message)
-
-    def __repr__(self) -> str:
-        return described(self._attachment, trained=self.num_parameters, names=BackboneIndex(self.backbone).names)
 
 
 def deltas(backbone: nn.Module) -> list[Delta]:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from deltakit.core import Attachment, Record, Site, join, records_of, tensors_of, wide
+from deltakit.core import Attachment, Record, Site, is_quantized, join, records_of, tensors_of, wide
 from deltakit.delta.claims import refuse_in_rows
-from deltakit.delta.quantized import Quantize, Rounded, is_quantized, merge_quantized
+from deltakit.delta.quantized import Quantize, Rounded, merge_quantized
 from deltakit.errors import DeltaWarning, StateError, TargetError
 from deltakit.view import states
 
@@ -131,7 +131,7 @@ def unmerge(attachment: Attachment) -> None:
 
 def _update(site: Site) -> dict[str, Tensor]:
     try:
-        update = site.module.scaled_update(site.target)
+        update = site.module.scaled_updates(site.target)
     except TargetError as error:
         raise TargetError(f"{site.path}: {error}") from error
     return {join(site.owner, name): value for name, value in update.items()}

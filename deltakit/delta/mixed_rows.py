@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from deltakit.core import Attachment, DeltaModule, attachments_of, holding
+from deltakit.core import Attachment, attachments_of, holding
 from deltakit.delta.planning import original
 from deltakit.errors import StateError
 
@@ -58,10 +58,9 @@ def _refuse_shared(attachment: Attachment, *, named: bool) -> None:
                 f"{shared}stands on an expert, {site.path}, which is given tokens of all rows together; leave experts out "
                 "with exclude="
             )
-        kind = type(site.module)
-        behind = kind.before is DeltaModule.before if kind.by_rows is None else kind.by_rows
-        if site.module.weight_read is not None or not behind:
-            why = "works by the weight" if site.module.weight_read is not None else "acts on the whole batch"
+        if site.module.weight_read is not None or not site.module.mixable:
+            why = "patches the weight" if site.module.weight_read is not None else "acts on the whole batch"
             raise StateError(
-                f"{shared}{why} at {site.path} ({kind.__name__}), which all rows share; run such rows in a batch of their own"
+                f"{shared}{why} at {site.path} ({type(site.module).__name__}), which all examples share; run such examples in "
+                "a batch of their own"
             )

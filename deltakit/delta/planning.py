@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from deltakit.core import DeltaModule, Method, Selector, Target, WeightRead, is_sharded, own_parameters
+from deltakit.core import FROZEN, DeltaModule, Method, Selector, Target, WeightRead, is_sharded, own_parameters
 from deltakit.delta.full_training import full_training_names
 from deltakit.errors import OptionError, StateError, TargetError
 from deltakit.selection import BackboneIndex, find_targets
@@ -87,7 +87,6 @@ def plan(backbone: nn.Module, *methods: Method, train: Selector = ()) -> Plan:
         left_out.append(tuple(unserved))
     _refuse_twice(methods, built)
     selectors = (train,) if isinstance(train, str) else tuple(train)
-    selectors += tuple(selector for method in methods for selector in method.train_also())
     full = full_training_names(index.backbone, index.select(selectors)) if selectors else []
     return Plan(index.backbone, methods, tuple(built), tuple(left_out), selectors, tuple(full), index)
 
@@ -112,17 +111,18 @@ def build(index: BackboneIndex, method: Method, targets: Sequence[Target]) -> di
         OptionError: if an option does not fit a target.
     """
     for target in targets:
-        _refuse_unserved(method, target)
-    built = method.build(index.backbone, targets)
-    for target in targets:
-        module = built.get(target.path)
-        if module is None:
-            continue
-        rows = f"[{target.feature_slice.name}]" if target.feature_slice is not None else ""
-        module.part = target.parameter + rows
-        if method.by_weight(target):
-            owner = target.path.removesuffix(module.part).removesuffix(".") if module.part else target.path
-            module.weight_read = target.weight_read or WeightRead(owner, "")
+        if method.kind_at(target) is None:
+            raise TargetError(_unserved(method, target))
+    built = method.build(index, targets)
+    at = {target.path: target for target in targets}
+    for path, module in built.items():
+        target = at.get(path) or index.target(path)
+        module.part = target.part
+        if type(module).patches_weight(target):
+            module.weight_read = target.weight_read or WeightRead(target.owner, "")
+        for name, parameter in module.named_parameters():
+            if module.tag_of(name) == FROZEN:
+                parameter.requires_grad_(False)
     return built
 
 
@@ -151,19 +151,17 @@ def original(backbone: nn.Module) -> nn.Module:
     return backbone
 
 
-def _refuse_unserved(method: Method, target: Target) -> None:
-    if method.weights:
-        return
+def _unserved(method: Method, target: Target) -> str:
     if target.parameter:
-        raise TargetError(
-            f"{target.path}: this is a parameter, and {method.name} has no form that works by the weight: it changes what "
-            "a module gives; name a module, or leave this out with exclude="
+        return (
+            f"{target.path}: this is a parameter, and {method.name} has nothing to patch there (it changes what a module "
+            "takes or returns, or adds to a bias); name a module, or leave this out with exclude="
         )
-    if target.weight_read is not None and target.weight_read.never_called:
-        raise TargetError(
-            f"{target.path}: what is around it reads this module's weight and never calls it, and {method.name} has no "
-            f"form that works by the weight; name '{target.weight_read.scope or '^'}', or leave this one out with exclude="
-        )
+    scope = target.weight_read.scope if target.weight_read is not None else ""
+    return (
+        f"{target.path}: the module around it reads this module's weight directly and never calls it, and {method.name} has "
+        f"nothing to patch there; name '{scope or '^'}', or leave this one out with exclude="
+    )
 
 
 def _parameters(built: dict[str, DeltaModule]) -> Sequence[nn.Parameter]:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import is_compute_dtype, linear_sizes, wide
+from deltakit.core import dequantized, is_quantized, linear_sizes
 from deltakit.errors import TargetError
 
 Quantize = Callable[[nn.Linear], Any]
@@ -19,11 +19,6 @@ class Rounded(NamedTuple):
 
     lost: float
     whole: float
-
-
-def is_quantized(weight: Tensor) -> bool:
-    """Whether a weight is held as something else than plain numbers that one computes with."""
-    return type(weight) not in (Tensor, nn.Parameter) or not is_compute_dtype(weight.dtype)
 
 
 def merge_quantized(
@@ -40,7 +35,7 @@ def merge_quantized(
             f"{path}: expected a quantised linear layer of {update.shape[1]} to {update.shape[0]} to merge into, found a "
             f"{type(layer).__name__}; leave the delta attached"
         )
-    before = _values(layer, sizes[0], dtype)
+    before = dequantized(layer, dtype)
     wanted = before + update.to(before)
     sum_of_both = nn.Linear(*sizes, bias=False, dtype=dtype, device=before.device).requires_grad_(False)
     sum_of_both.weight.copy_(wanted)
@@ -52,13 +47,13 @@ def merge_quantized(
             f"{path}: quantize= left the weight as it is, in {weight.dtype}; expected it to quantise a linear layer"
         )
     # On copies, for some layers take their weight apart when they are first called, and keep it (bitsandbytes in 8 bits).
-    made_of_it, twin = _values(copy.deepcopy(made), sizes[0], dtype), copy.deepcopy(layer)
+    made_of_it, twin = dequantized(copy.deepcopy(made), dtype), copy.deepcopy(layer)
     original = twin._parameters["weight"]
     twin._parameters["weight"] = copy.deepcopy(weight)
-    after = _values(twin, sizes[0], dtype)
+    after = dequantized(twin, dtype)
     twin._parameters["weight"] = original
     used = (after - made_of_it).norm() <= 0.1 * (made_of_it - before).norm()
-    if not used or not torch.equal(_values(twin, sizes[0], dtype), before):
+    if not used or not torch.equal(dequantized(twin, dtype), before):
         raise TargetError(
             f"{path}: this {type(layer).__name__} does not compute with the weight that quantize= made as the layer does that "
             "quantize= made, or not with its own again when that is put back; is it quantised in another way, or does it keep "
@@ -67,10 +62,3 @@ def merge_quantized(
     weight.requires_grad_(False)
     layer._parameters["weight"] = weight
     return Rounded(float((after - wanted).square().sum()), float(update.square().sum()))
-
-
-def _values(layer: nn.Module, d_in: int, dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:
-    """What the layer computes with, in float32 or wider: what its forward, without hooks, makes of each unit vector."""
-    units = torch.eye(d_in, dtype=dtype, device=layer.weight.device)  # type: ignore[arg-type]
-    made, bias = layer.forward(units), getattr(layer, "bias", None)
-    return wide(made if bias is None else made - bias).mT

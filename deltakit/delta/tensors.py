@@ -1,18 +1,22 @@
 """The values of a delta by the names of its file: `path.method.parameter`, and plain names for what it trains fully."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deltakit.core import Attachment, gathered, is_sharded, parameters_of, scatter, tensors_of
-from deltakit.errors import StateError
+from deltakit.errors import OptionError, StateError
+
+FULLY_TRAINED = "fully_trained"
+"""The tag of the backbone's own parameters that a delta trains."""
 
 
 def named_parameters(attachment: Attachment) -> Iterator[tuple[str, nn.Parameter]]:
     """Every parameter that a delta trains."""
     for site in attachment.sites:
-        for name, parameter in site.module.named_parameters():
+        for name, parameter, _ in site.module.trained_parameters():
             yield attachment.named(site, name), parameter
     names = attachment.record.fully_trained
     own = dict(tensors_of(attachment.backbone)) if names else {}
@@ -20,6 +24,29 @@ def named_parameters(attachment: Attachment) -> Iterator[tuple[str, nn.Parameter
         tensor = own[name]
         if isinstance(tensor, nn.Parameter):
             yield name, tensor
+
+
+def parameter_groups(attachment: Attachment, options: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What a delta trains, as an optimiser's groups: one for each tag with options, and one for all else.
+
+    Raises:
+        OptionError: if no parameter has a tag that is named.
+    """
+    groups: dict[str, list[nn.Parameter]] = {}
+    tags: dict[str, None] = {}
+    tagged = {id(p): tag for site in attachment.sites for _, p, tag in site.module.trained_parameters()}
+    for _, parameter in named_parameters(attachment):
+        tag = tagged.get(id(parameter), FULLY_TRAINED)
+        tags[tag] = None
+        groups.setdefault(tag if tag in options else "", []).append(parameter)
+    unknown = sorted(options.keys() - tags.keys())
+    if unknown:
+        there = ", ".join(repr(tag) for tag in tags if tag) or "none"
+        raise OptionError(
+            f"parameter_groups({unknown[0]}=...): no parameter of delta {attachment.record.name!r} has this tag; its tags are "
+            f"{there}"
+        )
+    return [{"params": found, **options.get(tag, {}), "tag": tag} for tag, found in groups.items()]
 
 
 def state_dict(attachment: Attachment) -> dict[str, Tensor]:

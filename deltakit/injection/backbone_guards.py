@@ -1,4 +1,4 @@
-"""What stands on a backbone beside the deltas' own hooks, while deltas are attached: called by hooks of `hooks.py`."""
+"""Guards: what stands on a backbone beside the deltas' own hooks while deltas are attached."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -9,14 +9,17 @@ from torch import nn
 
 from deltakit.core import DeltaModule
 from deltakit.errors import StateError
+from deltakit.injection.call_observer import CallObserver
 from deltakit.injection.hooks import follow_hooks_when_compiled
+
+_NESTED = "_deltakit_nested"
 
 
 class InputGradients:
     """Lets gradients reach the deltas of a block under reentrant checkpointing.
 
-    Reentrant checkpointing gives no gradients at all when none of its inputs asks for one, which is so when everything
-    below is frozen. The hook stands only on blocks that hold deltas: nothing is forced to carry gradients below them.
+    Reentrant checkpointing gives no gradients at all when none of its inputs requires one, as when everything below is
+    frozen. The hook stands only on blocks that hold deltas: nothing is forced to carry gradients below them.
     """
 
     def __init__(self) -> None:
@@ -88,56 +91,37 @@ class Ran:
         self.fired = True
 
 
-class Unnested:
-    """Keeps torch's encoder from making nested tensors of padded batches, for the time of its forward.
-
-    It makes them in evaluation for its fused layers alone (`nn.TransformerEncoder.forward`); a layer with a delta on it goes
-    the usual way, which takes none.
-    """
-
-    def __init__(self) -> None:
-        self.handles: list[Any] = []
-
-    def begin(self, encoder: nn.Module, args: Any) -> None:
-        if encoder.__dict__.get("use_nested_tensor") is True:
-            encoder.__dict__["use_nested_tensor"] = _Was()
-
-    def end(self, encoder: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(encoder.__dict__.get("use_nested_tensor"), _Was):
-            encoder.__dict__["use_nested_tensor"] = True
-
-
-class _Was:
-    """Stands for a True that counts as False for now."""
-
-    def __bool__(self) -> bool:
-        return False
-
-
 def watch(backbone: nn.Module) -> None:
-    """Puts on a backbone what must stand there while it holds delta modules, and takes off what need not any more."""
+    """Puts the guards on a backbone that it needs for the delta modules in it, and removes those that it does not need."""
     follow_hooks_when_compiled()
+    found: list[DeltaModule] = []
+    holds = _watch_inside(backbone, {}, found)
     _stand(
         ReportPart,
         backbone._load_state_dict_pre_hooks,
         lambda watcher: [backbone.register_load_state_dict_pre_hook(watcher)],
-        wanted=_watch_inside(backbone, {}),
+        wanted=holds,
     )
+    observe = partial(register_around, backbone, with_kwargs=True)
+    _stand(CallObserver, backbone._forward_pre_hooks, observe, wanted=any(delta.reads_call for delta in found))
 
 
-def _watch_inside(module: nn.Module, known: dict[int, bool]) -> bool:
-    """Whether there are delta modules in a module. It is watched as they need it, and so are the modules in it."""
+def _watch_inside(module: nn.Module, known: dict[int, bool], deltas: list[DeltaModule]) -> bool:
+    """Whether there are delta modules in a module; they are added to `deltas`. It and the modules in it get their guards."""
     if id(module) in known:
         return known[id(module)]
     found = known[id(module)] = False
     for child in module._modules.values():
-        if isinstance(child, DeltaModule) or (child is not None and _watch_inside(child, known)):
+        if isinstance(child, DeltaModule):
+            deltas.append(child)
+            found = True
+        elif child is not None and _watch_inside(child, known, deltas):
             found = True
     known[id(module)] = found
     if hasattr(type(module), "gradient_checkpointing"):
         _stand(InputGradients, module._forward_pre_hooks, partial(_ahead, module), wanted=found)
     if isinstance(module, nn.TransformerEncoder):
-        _stand(Unnested, module._forward_pre_hooks, partial(register_around, module), wanted=found)
+        _keep_unnested(module, wanted=found)
     return found
 
 
@@ -159,6 +143,7 @@ def _stand(
 
 
 def watcher_of(hook: Any) -> Any:
+    """The object that a hook calls."""
     # Torch wraps what is called before loading; of a bound method the object is meant.
     hook = getattr(hook, "hook", hook)
     return getattr(hook, "__self__", hook)
@@ -168,6 +153,20 @@ def _ahead(module: nn.Module, watcher: Any) -> list[Any]:
     return [module.register_forward_pre_hook(watcher)]
 
 
-def register_around(module: nn.Module, watcher: Any) -> list[Any]:
-    begin = module.register_forward_pre_hook(watcher.begin)
+def register_around(module: nn.Module, watcher: Any, *, with_kwargs: bool = False) -> list[Any]:
+    """Calls the `begin` and `end` of a watcher around the forwards of a module; the handles."""
+    begin = module.register_forward_pre_hook(watcher.begin, with_kwargs=with_kwargs)
     return [begin, module.register_forward_hook(watcher.end, always_call=True)]
+
+
+def _keep_unnested(encoder: nn.TransformerEncoder, *, wanted: bool) -> None:
+    """Keeps torch's encoder from making nested tensors of padded batches while it holds delta modules.
+
+    It makes them in evaluation for its fused layers alone (`nn.TransformerEncoder.forward`). A layer with a delta is not
+    fused, and takes none.
+    """
+    if wanted and getattr(encoder, "use_nested_tensor", False):
+        encoder.use_nested_tensor = False
+        encoder.__dict__[_NESTED] = True
+    elif not wanted and encoder.__dict__.pop(_NESTED, False):
+        encoder.use_nested_tensor = True

@@ -10,8 +10,10 @@ from torch import nn
 from deltakit.core import DeltaModule, above, is_callable
 from deltakit.errors import DeltaWarning, StateError, TargetError
 from deltakit.injection.backbone_guards import Ran, register_around, watcher_of
-from deltakit.injection.output_hooks import Behind, ours
-from deltakit.injection.weight_patch import Replace, Restore
+from deltakit.injection.output_hooks import InputHook, OutputHook, ours
+from deltakit.injection.weight_patch import PatchHook, UnpatchHook
+
+Hook = InputHook | OutputHook | PatchHook
 
 
 class FirstForward:
@@ -25,19 +27,18 @@ class FirstForward:
     def __init__(self, record: Any) -> None:
         self.record = record
         self.handles: list[Any] = []
-        self.watched: list[tuple[str, nn.Module, DeltaModule, Behind | Replace, Ran]] = []
+        self.watched: list[tuple[str, nn.Module, DeltaModule, Hook, Ran]] = []
 
     def begin(self, backbone: nn.Module, args: Any) -> None:
         """Watches the modules around the targets for the time of this forward."""
-        if torch.compiler.is_compiling() or not (self.record.active and not self.record.merged):
+        if torch.compiler.is_compiling() or not self.record.live:
             return
         self._refuse_offloaded(backbone)
         self.watched = []
         around: dict[nn.Module, Ran] = {}
         for path, module in backbone.named_modules():
             for hook, delta in _served(module):
-                # A method that also acts ahead of its target says itself what it needs to see.
-                if delta.record is not self.record or type(delta).before is not DeltaModule.before:
+                if delta.record is not self.record or not delta.must_be_called:
                     continue
                 parent = _caller(backbone, path)
                 if parent not in around:
@@ -51,7 +52,7 @@ class FirstForward:
         for *_, around in watched:
             around.handle.remove()
         # Behind a forward that raised, torch calls with no result what it must always call.
-        if torch.compiler.is_compiling() or output is None or not (self.record.active and not self.record.merged):
+        if torch.compiler.is_compiling() or output is None or not self.record.live:
             return
         # A weight that is read in several places works if one of them was called.
         alive = {id(delta) for _, _, delta, hook, _ in watched if hook.fired}
@@ -75,10 +76,11 @@ class FirstForward:
         """A delta that was offloaded with its backbone is copied in for each forward: the copies get the gradients."""
         if not (backbone.training and torch.is_grad_enabled()):
             return
+        name = self.record.name
         for path, module in backbone.named_modules():
             if isinstance(module, DeltaModule) and module.record is self.record and _offloaded(module):
                 raise StateError(
-                    f"{path}: delta {self.record.name!r} was offloaded with its backbone, and would not be "
+                    f"{path}: delta {name!r} was offloaded with its backbone, and would not be "
                     "trained: no gradients reach what is offloaded; offload the backbone first, and attach afterwards"
                 )
 
@@ -88,7 +90,7 @@ class FirstForward:
             f"{path}: delta {self.record.name!r} did nothing here{more}: the module around it ran in the first forward "
             f"and never called this {type(module).__name__}; it may read its weight itself. Detach the delta, and "
         )
-        if type(delta).weight_update is not DeltaModule.weight_update and delta.weight_read is None:
+        if delta.has_weight_form and delta.weight_read is None:
             return head + f"name the parameter '{path}.weight' instead, or leave it out with exclude="
         return head + f"leave it out with exclude=, for {type(delta).__name__} has no form that works by the weight"
 
@@ -103,12 +105,13 @@ def _offloaded(delta: DeltaModule) -> bool:
     )
 
 
-def _served(module: nn.Module) -> Iterator[tuple[Behind | Replace, DeltaModule]]:
-    """The delta modules that hooks on a module call behind it, or add to a weight that it reads, with these hooks."""
-    for hook in (*ours(module, Behind), *ours(module, Replace)):
-        held = [module._modules[key] for key in hook.delta_keys] if isinstance(hook, Behind) else [hook.delta(module)]
-        if not isinstance(hook, Restore):
-            yield from ((hook, delta) for delta in held)
+def _served(module: nn.Module) -> Iterator[tuple[Hook, DeltaModule]]:
+    """The delta modules that hooks on a module call or add to a weight that it reads, with these hooks."""
+    for hook in (*ours(module, InputHook), *ours(module, OutputHook)):
+        yield from ((hook, module._modules[key]) for key in hook.delta_keys)
+    for hook in ours(module, PatchHook):
+        if not isinstance(hook, UnpatchHook):
+            yield hook, hook.delta(module)
 
 
 def _caller(backbone: nn.Module, path: str) -> nn.Module:

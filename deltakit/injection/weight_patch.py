@@ -1,4 +1,4 @@
-"""Sums in the place of parameters: what a forward reads while a delta works by the weight.
+"""Weight patches: sums in the place of parameters, for forwards that read a weight directly instead of calling its module.
 
 A sum shadows its parameter in the instance's `__dict__`, where attribute access looks first: so the parameter stays
 registered, and state dicts, optimisers and other hooks see nothing of it. Forwards nest (a module that calls itself, a layer
@@ -26,8 +26,8 @@ def _alone() -> AbstractContextManager[Any]:
     return nullcontext() if torch.compiler.is_compiling() else _LOCK
 
 
-def enter(holder: nn.Module, name: str, key: str, update: Callable[[Tensor], Tensor]) -> None:
-    """Lets reads of a parameter find it with the update of the delta `key` added, until `leave` was called as often."""
+def show_sum(holder: nn.Module, name: str, key: str, update: Callable[[Tensor], Tensor]) -> None:
+    """Lets reads of a parameter find it with the update of the delta `key` added, until `hide_sum` was called as often."""
     with _alone():
         _enter(holder, name, key, update)
 
@@ -47,8 +47,8 @@ def _enter(holder: nn.Module, name: str, key: str, update: Callable[[Tensor], Te
         entry["parts"][key] = (update_there, depth + 1)
 
 
-def leave(holder: nn.Module, key: str) -> None:
-    """Takes back one `enter` of a delta; behind the last of all deltas the parameters are read themselves again."""
+def hide_sum(holder: nn.Module, key: str) -> None:
+    """Takes back one `show_sum` of a delta; after the last one the parameters are read themselves again."""
     with _alone():
         _leave(holder, key)
 
@@ -81,7 +81,7 @@ def _show(holder: nn.Module, name: str, entry: dict[str, Any]) -> None:
         holder.__dict__[name] = entry["was"]
 
 
-class Replace:
+class PatchHook:
     """Puts weights with their update added in the place of weights, ahead of the forward that reads them.
 
     `holder` is the path from the hooked module to that of the delta. `source`: the delta module, where it does not stand on
@@ -110,8 +110,8 @@ class Replace:
             return
         holder = scope.get_submodule(self.holder) if self.holder else scope
         _refuse_recomputing(scope, self.holder)
-        for name, update in delta.scaled_update(holder).items():
-            enter(holder, self.name or name, self.key, partial(self._fitting, scope, update))
+        for name, update in delta.scaled_updates(holder).items():
+            show_sum(holder, self.name or name, self.key, partial(self._fitting, scope, update))
 
     def _fitting(self, scope: nn.Module, update: Tensor, weight: Tensor) -> Tensor:
         if weight.is_meta and not update.is_meta:
@@ -122,14 +122,14 @@ class Replace:
         return update.to(weight.dtype)
 
 
-class Restore(Replace):
+class UnpatchHook(PatchHook):
     """Takes the sums away again, behind the forward that reads them and also when it raises."""
 
     def __call__(  # type: ignore[override]
         self, scope: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         holder = scope.get_submodule(self.holder) if self.holder else scope
-        leave(holder, self.key)
+        hide_sum(holder, self.key)
 
 
 def _refuse_recomputing(scope: nn.Module, holder: str) -> None:

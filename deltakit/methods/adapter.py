@@ -2,23 +2,21 @@
 
 It stands after the output projection of the attention and of the feed-forward part, before the residual is added
 (figure 2). The authors initialise both weights near zero; here W_u is exactly zero, so that an untrained adapter is the
-identity. Size 64 and GELU are the defaults of the authors' code; they train the layer norms too: `norms=True`.
+identity. Size 64 and GELU are the defaults of the authors' code. They train the layer norms too: attach with `train="@norm"`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import DeltaModule, FeatureSlice, Method, Target
+from deltakit.core import DeltaModule, Method, Target
 from deltakit.errors import OptionError
-from deltakit.ops import like, output_size
-from deltakit.selection import feature_axis, features_last
+from deltakit.ops import OutputMap, like
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -29,19 +27,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class AdapterDelta(DeltaModule):
-    """A bottleneck: `down` [size, d] and `up` [d, size], with biases, and an activation between.
+class AdapterDelta(OutputMap):
+    """A bottleneck: `down` [size, d] and `up` [d, size], with biases, and an activation between."""
 
-    `axis`: the dimension of the features in what the target gives.
-    """
-
-    def __init__(
-        self, d: int, size: int, activation: str, axis: int = -1, feature_slice: FeatureSlice | None = None, **like: Any
-    ) -> None:
-        super().__init__()
-        self.activation, self.axis, self.feature_slice = activation, axis, feature_slice
-        self.down = nn.Linear(d, size, **like)
-        self.up = nn.Linear(size, d, **like)
+    def __init__(self, target: Target, options: "Adapter") -> None:
+        super().__init__(target)
+        self.activation = options.activation
+        size = max(1, self.size // options.reduction) if options.reduction else options.size or 64
+        self.down = nn.Linear(self.size, size, **like(target))
+        self.up = nn.Linear(size, self.size, **like(target))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -50,13 +44,8 @@ class AdapterDelta(DeltaModule):
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
 
-    def forward(self, x: Tensor, y: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        size = self.feature_slice.total if self.feature_slice else self.down.in_features
-        last = features_last(y, self.axis, size)
-        part = self.feature_slice.take(last) if self.feature_slice else last
-        update = self.up(ACTIVATIONS[self.activation](self.down(part.to(self.down.weight.dtype))))
-        update = self.feature_slice.spread(update) if self.feature_slice else update
-        return y + features_last(update, self.axis, y.shape[-1]).to(y.dtype)
+    def forward(self, x: Tensor, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        return y + self.up(ACTIVATIONS[self.activation](self.down(y)))
 
     def summary(self) -> str:
         return f"size={self.down.out_features} {self.activation}"
@@ -67,15 +56,12 @@ class Adapter(Method, name="adapter"):
     """Bottleneck adapters in sequence with what they adapt.
 
     `size`: the bottleneck in elements, at least 1; or `reduction`: the features' size divided by this number.
-    `activation`: gelu, gelu_tanh, relu, silu or tanh. `norms`: train the backbone's layer norms whole beside the adapters.
+    `activation`: gelu, gelu_tanh, relu, silu or tanh.
     """
 
     size: int | None = None
     reduction: int | None = None
     activation: str = "gelu"
-    norms: bool = False
-
-    default_at: ClassVar = (("attn.o", "attn"), ("ff.down", "ff"))
 
     def validate(self) -> None:
         if self.size is not None and self.reduction is not None:
@@ -87,10 +73,8 @@ class Adapter(Method, name="adapter"):
         if self.activation not in ACTIVATIONS:
             raise OptionError(f"Adapter(activation={self.activation!r}): one of {', '.join(ACTIVATIONS)}")
 
-    def build_at(self, target: Target) -> DeltaModule:
-        d = output_size(target, self.name)
-        size = max(1, d // self.reduction) if self.reduction else self.size or 64
-        return AdapterDelta(d, size, self.activation, feature_axis(target.module), target.feature_slice, **like(target))
+    def positions(self) -> tuple[tuple[str, ...], ...]:
+        return (("attn.o", "attn"), ("ff.down", "ff"))
 
-    def train_also(self) -> tuple[str, ...]:
-        return ("@norm",) if self.norms else ()
+    def build_at(self, target: Target) -> DeltaModule:
+        return AdapterDelta(target, self)

@@ -1,11 +1,11 @@
-"""Soft prompt: trained rows P among the input embeddings.  Lester et al. 2021, https://arxiv.org/abs/2104.08691, section 2.
+"""Soft prompt: trained vectors P among the input embeddings.  Lester et al. 2021, https://arxiv.org/abs/2104.08691, section 2.
 
-The rows have token ids of their own, from the vocabulary's size on, so they may stand anywhere in a text; by default the
-delta puts them in front of every text itself. FeatureSlice start as embeddings of the 5,000 first, most frequent tokens (section
+The vectors have token ids of their own, from the vocabulary's size on, so they may stand anywhere in a text; by default the
+delta puts them in front of every text itself. They start as embeddings of the 5,000 first, most frequent tokens (section
 3.2). Twenty tokens are the default: the paper sees little gain beyond (figure 3a). Attached, it is not the identity.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import DeltaModule, Method, Target
+from deltakit.core import BackboneView, DeltaModule, Method, Target
 from deltakit.errors import OptionError, StateError, TargetError
 from deltakit.ops import (
+    CallContext,
     Insertion,
     grown_mask,
     input_embeddings,
@@ -26,122 +27,102 @@ from deltakit.ops import (
     text_stack,
     trimmed,
 )
-from deltakit.selection import BackboneIndex
 
 _FREQUENT = 5_000
 
 
-class PromptDelta(DeltaModule):
-    """What all parts of a soft prompt share: where rows of a batch have prompts of their own, the first works for all."""
+class PromptVectors(nn.Module):
+    """The vectors `prompt` [tokens, d], shared by all embeddings that share the input embedding's weight (T5 has three)."""
 
-    by_rows: ClassVar[bool | None] = True
+    def __init__(self, start: Float[Tensor, "tokens d"]) -> None:
+        super().__init__()
+        self.prompt = nn.Parameter(start)
+
+
+class PromptDelta(CallContext):
+    """What all parts of a soft prompt share: where examples of a batch have prompts of their own, the first works for all."""
+
+    mixable: ClassVar[bool] = True
     tokens: int
 
-    def peers(self, target: nn.Module) -> list[Any]:
-        """The parts of its kind on a target that take part in a call; itself where no batch is held by rows."""
-        if self.record is None or self.record.batch is None:
-            return [self]
-        there = [m for m in target._modules.values() if type(m) is type(self)]
-        return [m for m in there if isinstance(m, PromptDelta) and m.live and m.takes_part]
-
-    def first_of(self, target: nn.Module) -> bool:
-        """Whether it is the part that works for all."""
-        return next(iter(self.peers(target)), None) is self
-
-    def after_rows(
-        self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, batch: Any
-    ) -> Any:
-        acts = type(self).after is not DeltaModule.after and self.first_of(target)
-        return self.after(target, args, kwargs, output) if acts else None
-
     def lengths(self, target: nn.Module) -> int | tuple[int, ...]:
-        """How long the prompt is; by rows of a batch, that of each name."""
-        if self.record is None or self.record.batch is None:
+        """How long the prompt is; in a mixed batch, that of each example."""
+        if self.batch is None:
             return self.tokens
         own = {peer.record.name: peer.tokens for peer in self.peers(target)}
-        return tuple(own.get(name, 0) for name in self.record.batch.names)
+        return tuple(own.get(name, 0) for name in self.batch.names)
 
 
-class PromptRowsDelta(PromptDelta):
-    """The rows `prompt` [tokens, d] on one of the embeddings that share the input embedding's weight.
+class PromptVectorsDelta(PromptDelta):
+    """Puts the shared vectors in the place of the ids that stand for them, at one embedding."""
 
-    The first of them holds the parameter; the others refer to it, so that it is counted, moved and saved once.
-    """
+    shared: PromptVectors
 
-    prompt: nn.Parameter
-    _holder: tuple["PromptRowsDelta"]
-
-    def __init__(self, holder: "PromptRowsDelta | None", tokens: int, vocabulary: int, start: Tensor | None) -> None:
+    def __init__(self, tokens: int, vocabulary: int) -> None:
         super().__init__()
         self.tokens, self.vocabulary = tokens, vocabulary
-        if start is not None:
-            self.prompt = nn.Parameter(start)
-        self.__dict__["_holder"] = (holder or self,)
 
-    @property
-    def rows(self) -> Float[Tensor, "tokens d"]:
-        return self._holder[0].prompt
-
-    def before(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self.first_of(target):
-            return None
+    def enter(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ids = args[0] if args else kwargs["input"]
-        if hasattr(ids, "prompt_rows"):
+        if self.batch is None and len(self.peers(target)) > 1:
             raise StateError("two soft prompts are active on one embedding, with the same ids: detach() one of them")
         places = ids - self.vocabulary
         start, tokens = self._own(target, ids)
         mine = (places >= 0) & (places < tokens)
         known = torch.where(mine, 0, ids)
         # It goes with the call's own tensor: right under threads, recomputation and exceptions.
-        known.prompt_rows = (torch.where(mine, places + start, 0), mine)  # type: ignore[attr-defined]
+        known.prompt_places = (torch.where(mine, places + start, 0), mine)  # type: ignore[attr-defined]
         return ((known, *args[1:]), kwargs) if args else (args, {**kwargs, "input": known})
 
     def _own(self, target: nn.Module, ids: Tensor) -> tuple[int | Tensor, int | Tensor]:
-        """Where a row's prompt starts among the rows of all, and how long it is."""
+        """Where an example's prompt starts among the vectors of all peers, and how long it is."""
         tokens = self.lengths(target)
-        if isinstance(tokens, int):
-            return 0, tokens
-        batch, starts, total = self.record.batch, {}, 0
+        if isinstance(tokens, int) or self.batch is None:
+            return 0, self.tokens
+        starts, total = {}, 0
         for peer in self.peers(target):
             starts[peer.record.name] = total
             total += peer.tokens
-        times = batch.times(ids.unsqueeze(-1), target)
-        both = torch.tensor([[starts.get(name, 0), n] for name, n in zip(batch.names, tokens, strict=True)])
+        times = self.batch.times(ids.unsqueeze(-1), target)
+        both = torch.tensor([[starts.get(name, 0), n] for name, n in zip(self.batch.names, tokens, strict=True)])
         both = both.to(ids.device).repeat_interleave(times, 0)
         return both[:, :1], both[:, 1:]
 
-    def after(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def leave(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         ids = args[0] if args else kwargs["input"]
-        index, mine = ids.prompt_rows
-        peers = self.peers(target)
-        table = self.rows if len(peers) == 1 else torch.cat([peer.rows.to(output.dtype) for peer in peers])
-        # Embeddings that scale their rows (Gemma, BART) do so with these too.
-        rows = table[index].to(output.dtype) * getattr(target, "embed_scale", 1.0)
-        return torch.where(mine.unsqueeze(-1), rows.to(output.dtype), output)
+        index, mine = ids.prompt_places
+        tables = [peer.shared.prompt.to(output.dtype) for peer in self.peers(target)]
+        table = tables[0] if len(tables) == 1 else torch.cat(tables)
+        # Embeddings that scale their vectors (Gemma, BART) do so with these too.
+        vectors = table[index].to(output.dtype) * getattr(target, "embed_scale", 1.0)
+        return torch.where(mine.unsqueeze(-1), vectors.to(output.dtype), output)
 
+    # In a file the vectors stand at the first of the embeddings, as `prompt`.
     def saved_state(self) -> dict[str, Tensor]:
-        return {"prompt": self.prompt.detach()} if self._holder[0] is self else {}
+        return {"prompt": self.shared.prompt.detach()} if "shared" in self._modules else {}
+
+    def load_saved(self, state: Mapping[str, Tensor]) -> None:
+        if "shared" in self._modules:
+            self.shared.load_state_dict(dict(state))
 
     def summary(self) -> str:
         return f"tokens={self.tokens}"
 
 
 class InsertPromptDelta(PromptDelta):
-    """Puts the prompt's ids into every call of the text stack, and takes its rows out of the result."""
+    """Puts the prompt's ids into every call of the text stack, and takes their vectors out of the result."""
 
     def __init__(self, insertion: Insertion) -> None:
         super().__init__()
         self.insertion, self.tokens = insertion, insertion.width
 
-    def before(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self.first_of(target):
-            return None
+    def enter(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         places = sorted({peer.insertion.at for peer in self.peers(target)})
         if len(places) > 1:
             raise StateError(f"rows: soft prompts at the places {places} of the text; expected one place for all rows")
-        return insert(target, args, kwargs, self.insertion, self.lengths(target), self.record and self.record.batch)
+        return insert(target, args, kwargs, self.insertion, self.lengths(target), self.batch)
 
-    def after(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def leave(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         layout = getattr(kwargs["input_ids"], "with_prompt", None)
         if layout is None or not self.insertion.trim:
             return output
@@ -155,12 +136,11 @@ class PromptMaskDelta(PromptDelta):
         super().__init__()
         self.insertion, self.tokens = insertion, insertion.width
 
-    def before(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def enter(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
-        if not self.first_of(target) or not isinstance(hidden, Tensor):
+        if not isinstance(hidden, Tensor):
             return None
-        batch = self.record.batch if self.record is not None else None
-        layout = layout_for(self.insertion, self.lengths(target), batch, target, hidden[:, :, 0], cache=False)
+        layout = layout_for(self.insertion, self.lengths(target), self.batch, target, hidden[:, :, 0], cache=False)
         if mask is None and layout.lengths is not None:
             mask = hidden.new_ones(hidden.shape[0], hidden.shape[1] - layout.width, dtype=torch.long)
         if not isinstance(mask, Tensor) or mask.shape[-1] >= hidden.shape[1]:
@@ -206,59 +186,58 @@ class SoftPrompt(Method, name="soft_prompt"):
                 raise OptionError(f"SoftPrompt(init_ids={self.init_ids!r}): a list of token ids, not empty")
             object.__setattr__(self, "init_ids", tuple(self.init_ids))
 
-    def default_targets(self, backbone: nn.Module) -> Sequence[str]:
-        return input_embeddings(backbone)
-
-    def place(self, backbone: nn.Module, selected: Sequence[Target]) -> Sequence[Target]:
-        embeddings = input_embeddings(backbone)
-        for target in selected:
+    def targets(self, index: BackboneView, selected: Sequence[Target] | None) -> Sequence[Target]:
+        embeddings = input_embeddings(index)
+        for target in selected or ():
             if target.path not in embeddings:
                 raise TargetError(
                     f"{target.path}: soft_prompt expects the embedding of the input ids, found a "
-                    f"{type(target.module).__name__}; leave at= away"
+                    f"{type(target.module).__name__}; omit at="
                 )
-        if not self.prepend:
-            return selected
-        modules = BackboneIndex(backbone)
-        return [*selected, *(modules.target(path) for path in text_stack(backbone) if path is not None)]
+        return [index.target(path) for path in embeddings] if selected is None else selected
 
-    def build(self, backbone: nn.Module, targets: Sequence[Target]) -> dict[str, DeltaModule]:
+    def kind_at(self, target: Target) -> type[DeltaModule]:
+        return PromptVectorsDelta
+
+    def build(self, index: BackboneView, targets: Sequence[Target]) -> dict[str, DeltaModule]:
+        """The delta modules at the embeddings and, with `prepend`, at the text stack and at a decoder that attends to it."""
         embeddings = [target for target in targets if isinstance(target.module, nn.Embedding)]
-        first = embeddings[0]
-        vocabulary = first.module.num_embeddings
-        holder = PromptRowsDelta(None, self.tokens, int(vocabulary), self._start(first))  # type: ignore[arg-type]
-        built: dict[str, DeltaModule] = {first.path: holder}
-        for target in embeddings[1:]:
-            built[target.path] = PromptRowsDelta(holder, self.tokens, holder.vocabulary, None)
-        stack, decoder = text_stack(backbone) if len(embeddings) < len(targets) else (None, None)
-        if stack is not None:
-            at = self._place_in_text(backbone, stack)
-            known = stack_at(backbone, stack, at)
-            insertion = Insertion(holder.vocabulary, self.tokens, at, known, trim=decoder is None)
+        vectors = PromptVectors(self._start(embeddings[0]))
+        vocabulary: Any = embeddings[0].module.num_embeddings
+        built: dict[str, DeltaModule] = {}
+        for target in embeddings:
+            built[target.path] = PromptVectorsDelta(self.tokens, int(vocabulary))
+            built[target.path].share(vectors, holds=len(built) == 1)
+        if self.prepend:
+            stack, decoder = text_stack(index)
+            at = self._place_in_text(index, stack)
+            known = stack_at(index, stack, at)
+            insertion = Insertion(int(vocabulary), self.tokens, at, known, trim=decoder is None)
             built[stack] = InsertPromptDelta(insertion)
             if decoder is not None:
                 built[decoder] = PromptMaskDelta(insertion)
         return built
 
-    def _place_in_text(self, backbone: nn.Module, stack: str) -> int:
+    def _place_in_text(self, index: BackboneView, stack: str) -> int:
         if self.where is not None:
             return int(self.where == "after_first")
-        # A pooler inside the stack takes the first row, before the prompt's rows are taken out of the result.
-        return int(getattr(backbone.get_submodule(stack), "pooler", None) is not None)
+        # A pooler inside the stack takes the first vector, before the prompt's are taken out of the result.
+        return int(getattr(index.by_path[stack], "pooler", None) is not None)
 
-    def _start(self, target: Target) -> Tensor:
+    def _start(self, target: Target) -> Float[Tensor, "tokens d"]:
         weight = target.module.weight
         assert isinstance(weight, Tensor)
         new = like(target)
+        if self.init == "random" and self.init_ids is None:
+            return torch.empty(self.tokens, weight.shape[1], **new).uniform_(-0.5, 0.5)
         if self.init_ids is not None:
             outside = [i for i in self.init_ids if i >= weight.shape[0]]
             if outside:
-                raise StateError(
-                    f"{target.path}: init_ids holds {outside[0]}, beyond the vocabulary of {weight.shape[0]}"
+                raise OptionError(
+                    f"{target.path}: SoftPrompt(init_ids=...) holds the id {outside[0]}, beyond the vocabulary of "
+                    f"{weight.shape[0]}; use this backbone's own tokenizer"
                 )
-            rows = torch.tensor([self.init_ids[i % len(self.init_ids)] for i in range(self.tokens)])
-            return weight.detach()[rows.to(weight.device)].to(**new).clone()
-        if self.init == "random":
-            return torch.empty(self.tokens, weight.shape[1], **new).uniform_(-0.5, 0.5)
-        rows = torch.randint(min(_FREQUENT, weight.shape[0]), (self.tokens,))
-        return weight.detach()[rows.to(weight.device)].to(**new).clone()
+            ids = torch.tensor([self.init_ids[i % len(self.init_ids)] for i in range(self.tokens)])
+        else:
+            ids = torch.randint(min(_FREQUENT, weight.shape[0]), (self.tokens,))
+        return weight.detach()[ids.to(weight.device)].to(**new).clone()

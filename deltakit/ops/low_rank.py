@@ -21,12 +21,13 @@ from deltakit.errors import StateError
 from deltakit.ops.int8_inputs import packed_once, unpacked
 
 _FEW = 16
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 # Torch's hooks on all modules, which see an output before any other.
 _EVERYWHERE = torch.nn.modules.module._global_forward_hooks
 
-# By their names here: each is asked in each call of each target.
-_is_compiling, _tracing = torch.compiler.is_compiling, torch._C._get_tracing_state
-_autocast, _transforms = torch._C._is_any_autocast_enabled, torch._C._are_functorch_transforms_active
+# By their names here: each is asked in each call of each target. For functional transforms torch has no public question.
+_is_compiling, _is_tracing, _autocast = torch.compiler.is_compiling, torch.jit.is_tracing, torch.is_autocast_enabled  # type: ignore[attr-defined]
+_transforms = torch._C._are_functorch_transforms_active
 
 
 class Product(NamedTuple):
@@ -80,37 +81,45 @@ def _only_plain(x: Tensor, y: Tensor, a: Tensor) -> bool:
         or type(a) not in (nn.Parameter, Tensor)
         or x.dtype is not y.dtype
         or not y.is_contiguous()
-        or _autocast()
+        or _autocast(y.device.type)
         or _transforms()
-        or _tracing() is not None
+        or _is_tracing()
         or forward_ad._current_level >= 0
     )
 
 
-def of_few_tokens(target: nn.Module, delta: nn.Module, x: Tensor, y: Tensor, scale: float) -> Tensor | None:
-    """y with the product of the delta's factors added in it, without a graph, for a token or a few; None where another way
-    serves.
+def add_few_tokens(target: nn.Module, delta: Any, x: Tensor, y: Tensor, scale: float) -> Tensor | None:
+    """y with the product of the delta's factors added in place, for a token or a few without gradients (decoding).
 
-    There the calls cost more than the arithmetic (decoding), and these are the fewest. So all that must be asked is asked
-    here, what is most often against it first.
+    There the calls cost more than the arithmetic, and these are the fewest. Everything that must be asked is asked here, what
+    rules it out most often first. None if one of the answers does, so that the caller takes the usual way.
     """
-    if torch.is_grad_enabled() or x.numel() > _FEW * x.shape[-1]:
+    # Whether it compiles comes before the number of tokens: a guard on that number would cost a second graph.
+    if torch.is_grad_enabled() or _is_compiling() or x.numel() > _FEW * x.shape[-1] or _must_be_called(delta):
         return None
-    parameters = delta._parameters
-    a, b = parameters.get("A"), parameters.get("B")
-    if a is None or b is None or a.dtype is not x.dtype or _only_plain(x, y, a) or _seen(delta):
+    a, b = delta.factors()
+    if a.dtype is not x.dtype or _only_plain(x, y, a) or fresh(target, delta)[0] is None:
         return None
-    if fresh(target, delta)[0] is None:
-        return None
-    if x.numel() == x.shape[-1] and x.dtype.itemsize > 2:
-        # Two products with vectors: 5.2 us where the line below takes 6.9 (768 features); in 16 bits they are slower.
-        y.view(-1).addmv_(b, a.mv(x.view(-1)), alpha=scale)
-        return y
     return y.add_(F.linear(F.linear(x, a), b), alpha=scale)
 
 
-def _seen(delta: nn.Module) -> bool:
-    """Whether somebody must see a delta module called: an engine that shards or offloads its parameters."""
+def convolved(
+    y: Tensor, x: Tensor, a: Tensor, b: Float[Tensor, "d_out r"], product: Product, layer: nn.Module
+) -> Tensor:
+    """y with the product of a convolution added: A [r, channels of a group, *kernel] with the layer's own geometry, then B
+    with kernel size 1.
+
+    Each group has A of its own input and its own rows of B; both together are the convolution with the weight B A.
+    """
+    layer_any: Any = layer
+    kernel = a.ndim - 2
+    down = a.repeat(layer_any.groups, *[1] * (kernel + 1))
+    h = layer_any._conv_forward(x.to(a.dtype), down, None) * product.scale
+    return y + _CONVOLUTIONS[kernel - 1](h, b[(..., *[None] * kernel)], groups=layer_any.groups).to(y.dtype)
+
+
+def _must_be_called(delta: nn.Module) -> bool:
+    """Whether it must go through `__call__`, so that hooks of FSDP2 and accelerate bring its parameters in."""
     return bool(delta._forward_pre_hooks or delta._forward_hooks or "forward" in delta.__dict__)
 
 

@@ -44,6 +44,9 @@ def _parameter_sizes(target: Target, method: str) -> tuple[int, int]:
             f"{tuple(tensor.shape) if tensor is not None else ()}; leave it out with exclude="
         )
     out, d_in = (int(size) for size in tensor.shape[-2:])
+    if getattr(target.module, "is_transposed", False):
+        # transformers' expert modules say whether their stacks are [in, out].
+        out, d_in = d_in, out
     return d_in, target.feature_slice.size if target.feature_slice else out
 
 
@@ -71,6 +74,25 @@ def output_size(target: Target, method: str) -> int:
         f"{target.path or 'the backbone'}: cannot tell the size of what a {type(module).__name__} gives; {method} "
         "expects a linear map, a norm, or a part of a block; name a module inside it"
     )
+
+
+def input_size(target: Target, method: str) -> int:
+    """The size of the features that a target takes, in elements: of a linear map, a convolution (its channels), a norm.
+
+    Raises:
+        TargetError: if the structure does not tell, or it takes ids.
+    """
+    module = target.module
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return module.in_channels
+    if linear_sizes(module) is not None and not target.parameter:
+        return sizes(target, method)[0]
+    if isinstance(module, nn.Embedding):
+        raise TargetError(
+            f"{target.path}: {method} changes the features that a module takes, and an embedding takes ids; leave it out with "
+            "exclude="
+        )
+    return output_size(target, method)
 
 
 def dtype_of(target: Target) -> torch.dtype:

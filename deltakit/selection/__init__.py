@@ -4,7 +4,7 @@ The grammar of selectors, the index of a backbone's modules and parameters, the 
 of fused projections, and the weights that a forward reads directly.
 """
 
-from deltakit.selection.feature_axis import along, feature_axis, features_last
+from deltakit.selection.feature_axis import feature_axis, features_last
 from deltakit.selection.index import BackboneIndex
 from deltakit.selection.role_inference.names import FUSED, FUSED_KV, PROJECTIONS, says_attention
 from deltakit.selection.role_table import RoleTable, roles
@@ -16,7 +16,6 @@ __all__ = [
     "PROJECTIONS",
     "BackboneIndex",
     "RoleTable",
-    "along",
     "feature_axis",
     "features_last",
     "find_targets",

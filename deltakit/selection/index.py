@@ -82,6 +82,14 @@ class BackboneIndex:
         return WeightReads(self.by_path, self.parameter_names)
 
     @cached_property
+    def _roles_of(self) -> dict[str, frozenset[str]]:
+        found: dict[str, set[str]] = {}
+        for unit in self.roles.units:
+            for part, path in unit.parts.items():
+                found.setdefault(path, set()).add(f"{unit.kind}.{part}")
+        return {path: frozenset(roles) for path, roles in found.items()}
+
+    @cached_property
     def _widths(self) -> dict[str, int | None]:
         return {unit.path: unit.width for unit in self.roles.units}
 
@@ -121,6 +129,7 @@ class BackboneIndex:
             weight_read=self.weight_reads.of(owner, parameter),
             tied=tuple(self.weight_reads.other_names(owner, parameter or "weight")) if tensor is not None else (),
             # Asked only where the weight does not tell: it is a walk for each target.
+            roles=self._roles_of.get(first, frozenset()),
             around=None if tensor is not None and is_compute_dtype(tensor.dtype) else self._dtype_around(owner),
         )
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
-from deltakit.core import Method, Selector, Target, type_names
-from deltakit.errors import RoleError
+from deltakit.core import Method, Selector, Target, fold, linear_sizes, type_names
+from deltakit.errors import DeltaError, RoleError
 from deltakit.selection.index import BackboneIndex
 
 
@@ -32,64 +33,84 @@ def select(
     }
 
 
-def find_targets(modules: BackboneIndex, method: Method) -> tuple[list[Target], list[Target]]:
+def find_targets(index: BackboneIndex, method: Method) -> tuple[list[Target], list[Target]]:
     """The targets of a method, by its selectors or by its default positions; and those that a default leaves out.
 
     Raises:
         SelectorError: if a selector picks nothing.
         RoleError: if the default positions are not found on this backbone.
     """
-    of, exclude = type_names(method.of), method.exclude
     left_out: list[Target] = []
+    selected: list[Target] | None = None
     if method.at is not None:
-        paths = modules.select(method.at, of=of, exclude=exclude)
-    else:
-        wanted = f"the default of {method.name}"
-        found, left_out = _default_paths(modules, method)
-        paths = modules.narrow(found, of=of, exclude=exclude, wanted=wanted)
-    placed = method.place(modules.backbone, [modules.target(path) for path in paths])
-    return list({target.path: target for target in placed}.values()), left_out
+        selected = [index.target(path) for path in index.select(method.at)]
+    elif method.positions():
+        found, left_out = _default_paths(index, method)
+        selected = [index.target(path) for path in found]
+    # Narrowed behind the method's own choice: of a whole encoder, Prefix takes its attention, from which `exclude` removes.
+    chosen = {target.path: target for target in method.targets(index, selected)}
+    wanted = f"the default of {method.name}" if method.at is None else repr(method.at)
+    paths = index.narrow(list(chosen), of=type_names(method.of), exclude=method.exclude, wanted=wanted)
+    return [chosen.get(path) or index.target(path) for path in paths], left_out
 
 
-def _default_paths(modules: BackboneIndex, method: Method) -> tuple[list[str], list[Target]]:
-    paths = method.default_targets(modules.backbone)
+def _default_paths(index: BackboneIndex, method: Method) -> tuple[list[str], list[Target]]:
     left_out: dict[str, Target] = {}
-    if paths is None:
-        paths = [path for roles in method.default_roles for path in _first_role(modules, method, roles, left_out)]
+    paths = [path for roles in method.positions() for path in _first_role(index, method, roles, left_out)]
     if not paths:
-        asked = ["@" + role for role in dict.fromkeys(roles[0] for roles in method.default_roles)]
-        wanted = ", ".join(asked) or method.default_words
+        asked = ", ".join("@" + role for role in dict.fromkeys(roles[0] for roles in method.positions()))
         why = ""
         if left_out:
-            why = (
-                f" but {next(iter(left_out))}, which {method.name} cannot serve, for its weight is read and not called"
-            )
+            why = f" except {next(iter(left_out))}, whose weight is read directly: {method.name} cannot serve it"
         raise RoleError(
-            f"{method.name}: no default position: nothing in {modules.owner} answers {wanted}{why}; "
-            f"say where with at=, for example at='**' with of=nn.Linear"
+            f"{method.name}: no default position: nothing in {index.owner} answers {asked}{why}; {_hint(index, method)}"
         )
-    order = {path: place for place, path in enumerate(modules.by_path)}
-    found = sorted(dict.fromkeys(paths), key=lambda path: order.get(path, modules.roles.rank(path)))
+    order = {path: place for place, path in enumerate(index.by_path)}
+    found = sorted(dict.fromkeys(paths), key=lambda path: order.get(path, index.roles.rank(path)))
     return found, [target for path, target in left_out.items() if path not in found]
 
 
-def _first_role(modules: BackboneIndex, method: Method, roles: Sequence[str], left_out: dict[str, Target]) -> list[str]:
+def _hint(index: BackboneIndex, method: Method) -> str:
+    """What to write for `at=`: the linear layers and convolutions that the method can serve with these options, tried out."""
+    served = []
+    with torch.random.fork_rng(devices=[]):
+        for path, module in index.by_path.items():
+            if linear_sizes(module) is None and not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+                continue
+            try:
+                target = index.target(path)
+                if method.kind_at(target) is not None:
+                    method.build_at(target)
+                    served.append(target.path)
+            except DeltaError:
+                # This one it cannot serve, such as a layer that is smaller than the rank.
+                continue
+    if not served:
+        return (
+            "no linear layer or convolution there can be served with these options either; name another target with at="
+        )
+    folded = fold(served)
+    more = f" and {len(folded) - 3} more" if len(folded) > 3 else ""
+    return f"name targets with at=, such as at={folded[0]!r}; it can serve {', '.join(folded[:3])}{more}"
+
+
+def _first_role(index: BackboneIndex, method: Method, roles: Sequence[str], left_out: dict[str, Target]) -> list[str]:
     """In each unit, what answers the first role that the unit has; for roles without units, all that answer."""
     kind, _, _ = roles[0].partition(".")
     if kind not in ("attn", "ff"):
-        return list(modules.roles.paths(roles[0]))
-    whole = set(modules.roles.paths(kind))
+        return list(index.roles.paths(roles[0]))
+    whole = set(index.roles.paths(kind))
     hits = []
-    for unit in modules.roles.units:
+    for unit in index.roles.units:
         if unit.kind != kind:
             continue
         own = {f"{kind}.{part}": path for part, path in unit.parts.items()}
         if unit.path in whole:
             own[kind] = unit.path
         if not own.keys() >= set(roles[:1]):
-            own = {**{f"attn.{letter}": path for letter, path in modules.fused.slices_of(unit).items()}, **own}
-        there = [modules.target(own[role]) for role in roles if role in own]
-        served = next((target for target in there if method.serves(target)), None)
+            own = {**{f"attn.{letter}": path for letter, path in index.fused.slices_of(unit).items()}, **own}
+        there = [index.target(own[role]) for role in roles if role in own]
+        served = next((target for target in there if method.kind_at(target) is not None), None)
         if served is not None:
             hits.append(served.path)
         else:

@@ -11,7 +11,7 @@ def updates(delta):
     found = {}
     for path, modules in delta.modules.items():
         for module in modules:
-            for name, value in module.weight_update(delta.backbone.get_submodule(path)).items():
+            for name, value in module.weight_updates(delta.backbone.get_submodule(path)).items():
                 found[f"{path}.{name}"] = found.get(f"{path}.{name}", 0) + value.double()
     return found
 

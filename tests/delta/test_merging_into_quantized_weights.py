@@ -21,7 +21,7 @@ def test_a_quantised_backbone():
     randomize(delta, 0.1)
     y = x
     for layer, weight, (lora,) in zip(model, weights, delta.modules.values(), strict=True):
-        y = torch.nn.functional.linear(y, weight, layer.bias) + lora.scale * (y @ lora.A.T) @ lora.B.T
+        y = torch.nn.functional.linear(y, weight, layer.bias) + lora.scaling * (y @ lora.A.T) @ lora.B.T
     torch.testing.assert_close(model(x), y)
     model(x).square().sum().backward()
     assert all(parameter.grad.any() for parameter in delta.parameters())

@@ -8,7 +8,7 @@ import transformers as tf
 from torch import nn
 
 import deltakit as dk
-from deltakit.ops.low_rank_batched import Bank
+from deltakit.ops.low_rank_batched import Gathered
 from support.models import Transformer, ids, randomize
 from support.tiny_transformers import build
 
@@ -104,7 +104,6 @@ def test_generation(kind, options):
 @pytest.mark.parametrize("tokens", [1, 3, 4])
 @pytest.mark.parametrize("grad", [False, True])
 def test_many_rows_of_few_deltas(tokens, grad):
-    """There one product with all factors and a mask is the faster way, for up to three tokens a row."""
     model = Transformer().double().eval()
     deltas = {name: randomize(dk.attach(model, dk.LoRA(r=2 + k), name=name), 0.3) for k, name in enumerate("ab")}
     names = ["a", None, "b", "b"] * 5
@@ -112,9 +111,8 @@ def test_many_rows_of_few_deltas(tokens, grad):
     with torch.set_grad_enabled(grad), dk.rows(model, names):
         together = model(batch)
         kept = deltas["a"]._record.batch.kept.values()
-        banks = [value[1] for value in kept if isinstance(value, tuple) and isinstance(value[1], Bank)]
-        assert [bank.mask is not None for bank in banks] == [tokens < 4 and not grad] * len(banks)
-        assert bool(banks) is not grad
+        gathered = [value for value in kept if isinstance(value, tuple) and isinstance(value[1], Gathered)]
+        assert bool(gathered) is not grad
     for row, own in enumerate(names):
         torch.testing.assert_close(together[row], alone(model, deltas, own)(batch[row : row + 1])[0])
 
@@ -213,7 +211,7 @@ def test_batch_second_is_refused():
 def test_by_weight_is_shared():
     model = nn.Sequential(nn.TransformerEncoderLayer(12, 2, 20, batch_first=True))
     dk.attach(model, dk.LoRA(r=2), name="a")
-    with pytest.raises(dk.StateError, match="works by the weight"), dk.rows(model, ["a", None]):
+    with pytest.raises(dk.StateError, match="patches the weight"), dk.rows(model, ["a", None]):
         pass
 
 

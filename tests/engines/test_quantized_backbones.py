@@ -48,7 +48,7 @@ def test_trained_is_the_formula_on_top_of_what_the_quantised_layer_gives(kind, a
     bare.backward(direction)
     delta = randomize(dk.attach(model, *(type(m)(**vars(m) | {"at": "@ff.up"}) for m in METHODS)), 0.1)
     lora, adapter, bitfit = delta.modules[dk.roles(model)["@ff.up"][0]]
-    expected = bare.detach() + lora.scale * x @ lora.A.T @ lora.B.T
+    expected = bare.detach() + lora.scaling * x @ lora.A.T @ lora.B.T
     expected = expected + F.linear(
         F.gelu(F.linear(expected, adapter.down.weight, adapter.down.bias)), adapter.up.weight, adapter.up.bias
     )
@@ -61,7 +61,7 @@ def test_trained_is_the_formula_on_top_of_what_the_quantised_layer_gives(kind, a
     ((lora,), *_) = delta.modules.values()
     again = x.clone().requires_grad_()
     layer(again).backward(direction)
-    torch.testing.assert_close(again.grad, given.grad + lora.scale * direction @ lora.B @ lora.A)
+    torch.testing.assert_close(again.grad, given.grad + lora.scaling * direction @ lora.B @ lora.A)
 
 
 @pytest.mark.parametrize("kind", KINDS)

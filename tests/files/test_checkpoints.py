@@ -101,7 +101,7 @@ BROKEN = {
     "no targets": (lambda f: break_config(f, lambda c: c["methods"][0].pop("targets")), "expected a method with its targets"),
     "other method": (
         lambda f: break_config(f, lambda c: c["methods"][0].update(method="magic")),
-        "unknown method 'magic': expected one of adapter, bitfit, lora",
+        "unknown method 'magic': expected one of adapter, bitfit, ia3, lora",
     ),
     "unknown option": (lambda f: break_config(f, lambda c: c["methods"][0].update(zeta=1)), "has no option zeta"),
     "wrong method": (
@@ -148,7 +148,7 @@ def test_another_backbone(saved, unchecked):
         dk.BackboneMismatch, match="trained on a Transformer with .* their parameters' names or shapes differ"
     ):
         dk.load(saved, Transformer(blocks=3))
-    with pytest.raises(dk.CheckpointError, match="check='no': expected 'error' or 'warn'"):
+    with pytest.raises(dk.OptionError, match="check='no': expected 'error' or 'warn'"):
         dk.load(saved, backbone(), check="no")
 
 

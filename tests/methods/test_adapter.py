@@ -33,7 +33,7 @@ def test_adapter_is_its_formula(activation, f):
 def test_adapter_sizes_and_norms():
     model = Transformer()
     assert dk.attach(model, dk.Adapter(reduction=7)).modules["layers.0.mlp.down_proj"][0].down.out_features == 2
-    delta = dk.attach(Transformer(), dk.Adapter(size=3, norms=True))
+    delta = dk.attach(Transformer(), dk.Adapter(size=3), train="@norm")
     trained = [name for name, p in delta.backbone.named_parameters() if p.requires_grad and "adapter" not in name]
     assert trained == [name for name, _ in delta.backbone.named_parameters() if "norm" in name]
 

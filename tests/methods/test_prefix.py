@@ -271,11 +271,11 @@ def test_reparam_is_the_paper_s_mlp_and_is_dropped_at_save(tmp_path):
     fresh = copy.deepcopy(model)
     delta = dk.attach(model, dk.Prefix(tokens=3, reparam=True, hidden=11))
     modules = [found[0] for found in delta.modules.values()]
-    shared = modules[0].up.shared
+    shared = modules[0].shared
     rows = torch.tanh(shared.embedding @ shared.inner.weight.T + shared.inner.bias)
     for module in modules:
         key, value = module.key_value()
-        flat = rows @ module.up.out.weight.T + module.up.out.bias
+        flat = rows @ module.out.weight.T + module.out.bias
         torch.testing.assert_close(torch.cat([key, value], -1).transpose(0, 1).flatten(1), flat)
     model(ids()).square().sum().backward()
     assert all(parameter.grad is not None for parameter in delta.parameters())

@@ -7,7 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import deltakit as dk
-from deltakit.core import Rows, Target
+from deltakit.core import FeatureSlice, Target
 from deltakit.ops import low_rank as lowrank
 from support.models import randomize
 
@@ -27,7 +27,7 @@ def attached(module, **options):
 def formula(module, lora, x):
     """Section 4.1 of the paper, as it is written."""
     weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-    return F.linear(x, weight, module.bias) + lora.scale * (x @ lora.A.T) @ lora.B.T
+    return F.linear(x, weight, module.bias) + lora.scaling * (x @ lora.A.T) @ lora.B.T
 
 
 def fast(monkeypatch):
@@ -81,12 +81,12 @@ def test_a_weight_that_is_trained_too_gets_its_gradient():
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_parts_of_an_output(interleaved):
     module = nn.Linear(6, 18).double()
-    rows = Rows("k", 3, 6, 2, 4) if interleaved else Rows("k", 1, 18, 6, 12)
-    lora = dk.LoRA(r=2).build_at(Target("0", module, rows=rows)).double()
+    rows = FeatureSlice("k", 3, 6, 2, 4) if interleaved else FeatureSlice("k", 1, 18, 6, 12)
+    lora = dk.LoRA(r=2).build_at(Target("0", module, feature_slice=rows)).double()
     nn.init.normal_(lora.B)
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     y = torch.randn(4, 18, dtype=torch.float64)
-    wanted = y + rows.spread(lora.scale * (x @ lora.A.T) @ lora.B.T)
+    wanted = y + rows.spread(lora.scaling * (x @ lora.A.T) @ lora.B.T)
     torch.testing.assert_close(lora(x, y.clone(), module, False), wanted)
     inputs = [x, lora.A, lora.B]
     found = torch.autograd.grad(lora(x, y.clone(), module, False).square().sum(), inputs)
@@ -99,7 +99,7 @@ def test_several_deltas_on_one_layer(monkeypatch):
     model, first = attached(module)
     (second,) = randomize(dk.attach(model, dk.LoRA(r=2, at="0"), name="second")).modules["0"]
     x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
-    wanted = formula(module, first, x) + second.scale * (x @ second.A.T) @ second.B.T
+    wanted = formula(module, first, x) + second.scaling * (x @ second.A.T) @ second.B.T
     inputs = [x, first.A, first.B, second.A, second.B]
     found = torch.autograd.grad(model(x).square().sum(), inputs)
     torch.testing.assert_close(found, torch.autograd.grad(wanted.square().sum(), inputs))
@@ -123,7 +123,7 @@ def test_in_half_precision_it_is_as_near_as_the_formula():
     inputs = [x, lora.A, lora.B]
     wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
     exact = F.linear(wide[0], module.weight.double(), module.bias.double())
-    exact = exact + lora.scale * (wide[0] @ wide[1].T) @ wide[2].T
+    exact = exact + lora.scaling * (wide[0] @ wide[1].T) @ wide[2].T
     found, plain = model(x), formula(module, lora, x)
     assert (found - exact).abs().max() <= 1.1 * (plain - exact).abs().max()
     exact.sum().backward()
@@ -224,7 +224,7 @@ def test_beside_a_delta_by_weight(again):
     parameters = [x, *first.parameters(), *second.parameters()]
     found = torch.autograd.grad(model(x).square().sum(), parameters)
     (one,), (two,) = (next(iter(delta.modules.values())) for delta in (first, second))
-    weight = model[0].weight + one.scale * one.B @ one.A + two.scale * two.B @ two.A
+    weight = model[0].weight + one.scaling * one.B @ one.A + two.scaling * two.B @ two.A
     torch.testing.assert_close(model(x), F.linear(x, weight, model[0].bias))
     wanted = torch.autograd.grad(F.linear(x, weight, model[0].bias).square().sum(), parameters)
     torch.testing.assert_close(found, wanted)

@@ -67,7 +67,7 @@ def test_rows_of_fused_projections(name, letter):
         blocks = weight.detach().clone().view(groups, -1, weight.shape[1])
         start = sum(size for part, size in order[: [part for part, _ in order].index(letter)])
         size = dict(order)[letter]
-        update = (lora.scale * lora.B @ lora.A).view(groups, size, -1)
+        update = (lora.scaling * lora.B @ lora.A).view(groups, size, -1)
         blocks[:, start : start + size] += update
         module.weight.data = blocks.view_as(weight).T if transposed else blocks.view_as(weight)
     torch.testing.assert_close(model(input_ids=ids).last_hidden_state, adapted)

@@ -15,8 +15,8 @@ def changed_by_hand(model, delta):
     dk.deltas(other)[0].detach()
     for path, modules in delta.modules.items():
         for module in modules:
-            owner = other.get_submodule(path.removesuffix(module.place).removesuffix("."))
-            for name, update in module.weight_update(owner).items():
+            owner = other.get_submodule(path.removesuffix(module.part).removesuffix("."))
+            for name, update in module.weight_updates(owner).items():
                 with torch.no_grad():
                     owner._parameters[name].add_(update)
     return other

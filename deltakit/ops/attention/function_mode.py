@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from deltakit.errors import StateError
-from deltakit.ops.attention.kernel import causal, prepend, widen, widen_by_rows
+from deltakit.ops.attention.kernel import causal, prepend, widen, widen_per_example
 
 _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
 _PRODUCTS_ADDED = (torch.baddbmm, Tensor.baddbmm)
@@ -39,6 +39,19 @@ class PrefixMode(TorchFunctionMode):
         self.attended: int | None = None
         """The number of keys of the last attention written out that is done."""
         self.finished = 0
+
+    def check(self) -> None:
+        """Checks that the forward attended with the prefix.
+
+        Raises:
+            StateError: if no attention was recognised, or one was not recognised to its end.
+        """
+        if self.finished and self.keys is None:
+            return
+        raise StateError(
+            f"{type(self.module).__name__}: its forward holds no attention that a prefix could enter (a call of "
+            "scaled_dot_product_attention, or softmax(q k^T) v written out); leave this module out with exclude="
+        )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -74,7 +87,7 @@ class PrefixMode(TorchFunctionMode):
             attn_mask = widen(attn_mask, length)
         if self.seen is not None:
             attn_mask = query.new_zeros(query.shape[-2], key.shape[-2]) if attn_mask is None else attn_mask
-            attn_mask = widen_by_rows(attn_mask[(None,) * (4 - attn_mask.ndim)], self.seen)
+            attn_mask = widen_per_example(attn_mask[(None,) * (4 - attn_mask.ndim)], self.seen)
             attn_mask = attn_mask.squeeze(1) if query.ndim == 3 else attn_mask
         self.finished += 1
         key, value = prepend(self.key, key, self.module), prepend(self.value, value, self.module)
@@ -155,18 +168,10 @@ class PrefixMode(TorchFunctionMode):
         return args
 
 
-def close(mode: PrefixMode) -> None:
-    """Checks that a forward attended with the prefix.
-
-    Raises:
-        StateError: if no attention was recognised, or one was not recognised to its end.
-    """
-    if mode.finished and mode.keys is None:
-        return
-    raise StateError(
-        f"{type(mode.module).__name__}: its forward holds no attention that a prefix could enter (a call of "
-        "scaled_dot_product_attention, or softmax(q k^T) v written out); leave this module out with exclude="
-    )
+def current_prefix_mode(module: nn.Module) -> PrefixMode | None:
+    """The mode that watches the forward of a module now: torch's own stack of modes holds it, for this thread and call."""
+    mode = _get_current_function_mode()
+    return mode if isinstance(mode, PrefixMode) and mode.module is module else None
 
 
 # torch's own code, run under the mode instead of being handed to it as one call.

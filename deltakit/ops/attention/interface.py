@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from deltakit.errors import StateError
-from deltakit.ops.attention.kernel import causal, joined, joined_by_rows, live_prefixes, prepend, widen, widen_by_rows
+from deltakit.ops.attention.kernel import (
+    causal,
+    joined,
+    joined_per_example,
+    live_prefixes,
+    prepend,
+    widen,
+    widen_per_example,
+)
 
 # These say which keys a query may see by place or by page; a prefix has neither.
 _BY_PLACE = ("indices", "block_indices", "cache", "block_table", "cu_seq_lens_q", "cu_seq_lens_k")
@@ -68,12 +76,12 @@ def attend(
         length = prefix_key.shape[1]
         mask = _mask(module, implementation, query, key, attention_mask, length, kwargs)
     else:
-        prefix_key, prefix_value, seen = joined_by_rows(prefixes, batch, batch.times(query, module))
+        prefix_key, prefix_value, seen = joined_per_example(prefixes, batch, batch.times(query, module))
         length = seen.shape[1]
         mask = _mask(module, implementation, query, key, attention_mask, 0, kwargs)
         if mask is None:
             mask = query.new_zeros(1, 1, query.shape[-2], key.shape[-2])
-        mask = widen_by_rows(mask, seen)
+        mask = widen_per_example(mask, seen)
     if isinstance(kwargs.get("position_bias"), Tensor):
         kwargs["position_bias"] = widen(kwargs["position_bias"], length)
     key, value = prepend(prefix_key, key, module), prepend(prefix_value, value, module)

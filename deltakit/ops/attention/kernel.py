@@ -1,18 +1,22 @@
 """Attention over a prefix: K' = [P_k; K], V' = [P_v; V], and a mask in which every query sees the prefix."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from deltakit.core import DeltaModule, MixedBatch
+from deltakit.core import MixedBatch
 from deltakit.errors import StateError
+from deltakit.ops.kinds.call_context import CallContext
 
 
-class AttentionPrefix(DeltaModule):
+class AttentionPrefix(CallContext):
     """What a prefix offers to the attention module that it is a child of."""
+
+    mixable: ClassVar[bool] = True
 
     def key_value(self) -> tuple[Float[Tensor, "heads prefix d_k"], Float[Tensor, "heads prefix d_v"]]:
         """The keys and values that every query sees before the module's own."""
@@ -31,14 +35,18 @@ def joined(prefixes: Sequence[AttentionPrefix]) -> tuple[Tensor, Tensor]:
     return torch.cat([key for key, _ in pairs], dim=1), torch.cat([value for _, value in pairs], dim=1)
 
 
-def joined_by_rows(
+def joined_per_example(
     prefixes: Sequence[AttentionPrefix], batch: MixedBatch, times: int
 ) -> tuple[Float[Tensor, "rows heads prefix d_k"], Float[Tensor, "rows heads prefix d_v"], Bool[Tensor, "rows prefix"]]:
     """Each row's own keys and values, with zeros up to the longest prefix, and which of them a row sees.
 
     `times`: how many rows stand for each name of the batch.
     """
-    own = {name: [p for p in prefixes if p.record.name == name] for name in dict.fromkeys(batch.names) if name}
+    own = {
+        name: [p for p in prefixes if p.record is not None and p.record.name == name]
+        for name in dict.fromkeys(batch.names)
+        if name
+    }
     pairs = {name: joined(mine) for name, mine in own.items() if mine}
     longest = max(key.shape[1] for key, _ in pairs.values())
     some_key, some_value = next(iter(pairs.values()))
@@ -56,7 +64,7 @@ def _padded(part: Tensor, length: int) -> Tensor:
     return F.pad(part, (0, 0, 0, length - part.shape[1]))
 
 
-def widen_by_rows(mask: Tensor, seen: Bool[Tensor, "rows prefix"]) -> Tensor:
+def widen_per_example(mask: Tensor, seen: Bool[Tensor, "rows prefix"]) -> Tensor:
     """A mask [rows or 1, heads or 1, queries, keys] with columns in front in which each row sees its own prefix."""
     sizes = (seen.shape[0], *mask.shape[1:-1], seen.shape[1])
     front = seen[:, None, None].expand(sizes)
@@ -79,7 +87,7 @@ def prepend(
         StateError: if the sizes of the prefix do not fit.
     """
     if prefix.ndim == 4:
-        return _prepend_by_rows(prefix, own, module)
+        return _prepend_per_example(prefix, own, module)
     heads, length, d = prefix.shape
     many = own.shape[-3]
     flat = own.ndim == 3
@@ -96,7 +104,7 @@ def prepend(
     return torch.cat([front.to(own.dtype), own], dim=-2)
 
 
-def _prepend_by_rows(prefix: Tensor, own: Tensor, module: nn.Module) -> Tensor:
+def _prepend_per_example(prefix: Tensor, own: Tensor, module: nn.Module) -> Tensor:
     rows, heads = prefix.shape[:2]
     many = own.shape[1] if own.ndim == 4 else own.shape[0] // rows
     fits = own.shape[0] == (rows if own.ndim == 4 else rows * many)

@@ -1,0 +1,78 @@
+"""IA3: learned scales on keys, values and the inner features of feed-forward parts.
+
+Liu et al. 2022, https://arxiv.org/abs/2205.05638, section 3.3: softmax(q (l_k * k)^T) (l_v * v), and (l_ff * f(W_1 x)) W_2.
+The third scale is on the input of the feed-forward part's output projection, behind the activation and the gate.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from deltakit.core import BareLayer, DeltaModule, Method, Target
+from deltakit.errors import OptionError, TargetError
+from deltakit.ops import InputMap, OutputMap, like
+
+
+class IA3Delta(OutputMap):
+    """A `scale` [d] on what the target returns, one at the start."""
+
+    def __init__(self, target: Target) -> None:
+        super().__init__(target)
+        self.scale = nn.Parameter(torch.ones(self.size, **like(target)))
+
+    def forward(self, x: Tensor, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        return y * self.scale
+
+    def linear_update(self, layer: BareLayer) -> tuple[Tensor, Tensor | None]:
+        change = self.scale - 1
+        return change[:, None] * layer.weight, None if layer.bias is None else change * layer.bias
+
+
+class IA3InputDelta(InputMap):
+    """A `scale` [d] on what the target is called with, one at the start."""
+
+    def __init__(self, target: Target) -> None:
+        super().__init__(target)
+        self.scale = nn.Parameter(torch.ones(self.size, **like(target)))
+
+    def into(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        return x * self.scale
+
+    def linear_update(self, layer: BareLayer) -> tuple[Tensor, None]:
+        weight = layer.weight
+        # A convolution has a weight for each place of its kernel; one in groups takes a part of the channels in each row.
+        places, rest = divmod(weight.shape[-1], self.size)
+        if rest or not places:
+            raise TargetError(
+                f"IA3 on the input of a {type(layer.module).__name__} in groups cannot be merged; leave it attached"
+            )
+        return weight * (self.scale - 1).repeat_interleave(places), None
+
+
+@dataclass(frozen=True, kw_only=True)
+class IA3(Method, name="ia3"):
+    """Scales on keys and values, and on the input of the feed-forward output projection.
+
+    `side`: "auto" scales the input of targets that answer @ff.down and the output of all others; "input" or "output" decides
+    it for all targets.
+    """
+
+    side: str = "auto"
+
+    def validate(self) -> None:
+        if self.side not in ("auto", "input", "output"):
+            raise OptionError(f"IA3(side={self.side!r}): 'auto', 'input' or 'output'")
+
+    def positions(self) -> tuple[tuple[str, ...], ...]:
+        return (("attn.k",), ("attn.v",), ("ff.down",))
+
+    def kind_at(self, target: Target) -> type[DeltaModule] | None:
+        if target.never_called:
+            return None
+        into = "ff.down" in target.roles if self.side == "auto" else self.side == "input"
+        return IA3InputDelta if into else IA3Delta
+
+    def build_at(self, target: Target) -> DeltaModule:
+        return IA3InputDelta(target) if self.kind_at(target) is IA3InputDelta else IA3Delta(target)

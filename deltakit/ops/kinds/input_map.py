@@ -1,0 +1,72 @@
+"""Input maps: the target is called with x' = f(x)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from deltakit.core import BareLayer, DeltaModule, Target, hidden_input, replace_input, weight_view
+from deltakit.errors import TargetError
+from deltakit.ops.kinds.output_map import in_own_dtype
+from deltakit.ops.sizes import input_size
+from deltakit.selection import feature_axis, features_last
+
+
+class InputMap(DeltaModule):
+    """Changes what its target is called with. The author writes `into(x) -> x'`, and `linear_update` if it can be merged.
+
+    `x` is given with its features in the last dimension; `size` is their number. It must not be changed in place.
+    """
+
+    def __init__(self, target: Target) -> None:
+        super().__init__()
+        if target.feature_slice is not None:
+            raise TargetError(
+                f"{target.path}: {type(self).__name__} changes the input, which all parts of a fused projection share; "
+                f"name '{target.owner}' to change it for all of them"
+            )
+        self.size = input_size(target, self.word())
+        self.view = weight_view(target)
+        self.axis = feature_axis(target.module)
+
+    def into(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """What the target is called with instead of x."""
+        raise NotImplementedError(f"{type(self).__name__} does not override into(x)")
+
+    def linear_update(self, layer: BareLayer) -> tuple[Tensor | None, Tensor | None]:
+        """What merging adds to the target's weight [d_out, d_in] and to its bias [d_out]; None where nothing.
+
+        Raises:
+            TargetError: by default: a map that is no change of weight and bias cannot be merged.
+        """
+        raise TargetError(f"{type(self).__name__} is not a change of weights: it cannot be merged; leave it attached")
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Through __call__ and not `into` itself: FSDP2 and accelerate bring parameters in by hooks on the module.
+        return self.into(x)
+
+    def before_call(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.takes_part:
+            return None
+        x = hidden_input(args, kwargs)
+        if not x.is_floating_point():
+            raise TargetError(
+                f"{type(self).__name__}: expected hidden states as the input of this {type(target).__name__}, found "
+                f"{x.dtype} of shape {tuple(x.shape)}; leave it out with exclude="
+            )
+        batch = self.batch
+        if batch is None or self.record is None:
+            return replace_input(args, kwargs, self._applied(x))
+        rows = batch.of(self.record.name, x, target)
+        return replace_input(args, kwargs, x.index_copy(0, rows, self._applied(x.index_select(0, rows))))
+
+    def _applied(self, x: Tensor) -> Tensor:
+        new = features_last(in_own_dtype(self, features_last(x, self.axis, self.size)), self.axis, x.shape[-1])
+        return new if self.strength == 1 else torch.lerp(x, new, self.strength)
+
+    def weight_updates(self, target: nn.Module) -> Mapping[str, Tensor]:
+        weight, bias = self.linear_update(BareLayer(target, self.view))
+        found = {"weight": None if weight is None else self.view.stored(weight), "bias": bias}
+        return {name: update for name, update in found.items() if update is not None}

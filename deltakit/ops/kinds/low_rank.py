@@ -1,0 +1,139 @@
+"""Low-rank updates: y' = y + scaling * B A x, and the same update of a weight."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from deltakit.core import (
+    DeltaModule,
+    MixedBatch,
+    Target,
+    hidden_input,
+    hidden_output,
+    replace_hidden,
+    weight_view,
+    wide,
+)
+from deltakit.ops.kinds.output_map import OutputMap
+from deltakit.ops.low_rank import Product, add_few_tokens, add_low_rank, convolved, fresh
+from deltakit.ops.low_rank_batched import add_per_example, shared_work
+from deltakit.ops.sizes import sizes
+
+
+class LowRank(OutputMap):
+    """Adds a product of two thin factors. The author writes `factors() -> (A, B)`, A [*stack, r, d_in], B [*stack, d_out, r].
+
+    It serves linear layers, feature slices of fused projections, embeddings (d_in is the vocabulary), convolutions (d_in is
+    the channels of a group times the kernel's size), parameters (experts as stacks), and weights that are read directly.
+
+    Args:
+        scaling: what the product is multiplied by.
+        dropout: the probability with which inputs of the update are dropped in training.
+        keep: "exact", or "int8" to keep the inputs for the backward pass in one byte a value.
+    """
+
+    has_weight_form: ClassVar[bool] = True
+
+    def __init__(self, target: Target, *, scaling: float = 1.0, dropout: float = 0.0, keep: str = "exact") -> None:
+        # Not OutputMap's own: what it asks of a target (features, axis) only modules that are called have.
+        DeltaModule.__init__(self)
+        module = None if target.parameter else target.module
+        self.d_in, self.d_out = sizes(target, self.word())
+        self.view, self.feature_slice = weight_view(target), target.feature_slice
+        self.scaling, self.dropout, self.keep = scaling, dropout, keep
+        self.groups = module.groups if isinstance(module, nn.modules.conv._ConvNd) else 0
+        self.padding_idx = module.padding_idx if isinstance(module, nn.Embedding) else None
+        self.embeds = isinstance(module, nn.Embedding)
+        self.linear = not self.groups and not self.embeds
+
+    def factors(self) -> tuple[Float[Tensor, "*stack r d_in"], Float[Tensor, "*stack d_out r"]]:
+        """A and B. The gradient goes through whatever they are computed from."""
+        raise NotImplementedError(f"{type(self).__name__} does not override factors()")
+
+    @classmethod
+    def patches_weight(cls, target: Target) -> bool:
+        return target.weight_read is not None or bool(target.parameter)
+
+    @property
+    def drops(self) -> bool:
+        """Whether inputs are dropped in this call."""
+        return bool(self.dropout) and self.training
+
+    def whole_factors(self) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]:
+        """A, and B with the scaling in it and zeros for the features outside the slice."""
+        a, b = self.factors()
+        b = self.feature_slice.spread(b.mT).mT if self.feature_slice is not None else b
+        return a, self.scaling * self.strength * b
+
+    def after_call(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        x = args[0] if args else hidden_input(args, kwargs)
+        if type(output) is not Tensor:
+            return replace_hidden(output, self(hidden_input(args, kwargs), hidden_output(output), target))
+        if not self.linear:
+            return self(x, output, target)
+        if self.feature_slice is None and not self.drops:
+            few = add_few_tokens(target, self, x, output, self.scaling * self.strength)
+            if few is not None:
+                return few
+        layer, alone = fresh(target, self)
+        # Through __call__: FSDP2 and accelerate bring parameters in by hooks on the module.
+        return self(x, output, layer, alone)
+
+    def after_call_mixed(
+        self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, batch: MixedBatch
+    ) -> Any:
+        if self.linear and type(output) is Tensor and not self.drops:
+            work = shared_work(self, target, batch)
+            if work is not None:
+                x = args[0] if args else hidden_input(args, kwargs)
+                in_place = not torch.is_grad_enabled() and fresh(target, self)[0] is not None
+                return add_per_example(self, work, target, x, output, batch, in_place=in_place)
+        batch.first.pop(target, None)
+        return super().after_call_mixed(target, args, kwargs, output, batch)
+
+    def forward(self, x: Tensor, y: Tensor, layer: nn.Module | None = None, alone: bool = False) -> Tensor:
+        """y with the product added.
+
+        `layer`: the linear layer that made y of x, if y may be changed in place; any convolution. `alone`: y is what the layer
+        made, and no other delta has been added to it.
+        """
+        a, b = self.factors()
+        product = Product(self.scaling * self.strength, keep=self.keep)
+        if self.groups and layer is not None:
+            return convolved(y, self._dropped(x), a.unflatten(-1, self.view.kernel), b, product, layer)
+        if self.embeds:
+            # The row of A^T that belongs to each id stands for the product with a one-hot vector.
+            h = self._dropped(F.embedding(x, a.mT, padding_idx=self.padding_idx))
+            return y + (F.linear(h, b) * product.scale).to(y.dtype)
+        if self.drops:
+            # What is dropped is another input than the layer's.
+            x, alone = self._dropped(x), False
+        if self.feature_slice is not None:
+            # A slice in one piece is a part of the output. One that is interleaved by heads is spread, with zeros between.
+            if self.feature_slice.groups == 1:
+                product = product._replace(start=self.feature_slice.start)
+            else:
+                b = self.feature_slice.spread(b.mT).mT
+        return add_low_rank(y, x, a, b, product, layer, alone)
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+    def update(self) -> Float[Tensor, "*stack d_out d_in"]:
+        """What is added to the weight, as a matrix, in float32 or wider."""
+        a, b = self.factors()
+        return self.scaling * wide(b) @ wide(a)
+
+    def weight_updates(self, target: nn.Module) -> Mapping[str, Tensor]:
+        return {self.view.name: self.view.stored(self.update())}
+
+
+def kaiming_uniform(factor: Tensor) -> None:
+    """Fills a factor A [*stack, r, d_in] as nn.Linear fills its own weight: uniform within 1 / sqrt(d_in) of 0."""
+    bound = 1 / math.sqrt(factor.shape[-1])
+    nn.init.uniform_(factor, -bound, bound)

@@ -1,0 +1,103 @@
+"""Output maps: y' = f(x, y)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from deltakit.core import (
+    BareLayer,
+    DeltaModule,
+    MixedBatch,
+    Target,
+    hidden_input,
+    hidden_output,
+    replace_hidden,
+    weight_view,
+)
+from deltakit.errors import TargetError
+from deltakit.ops.sizes import output_size
+from deltakit.selection import feature_axis, features_last
+
+
+class OutputMap(DeltaModule):
+    """Changes what its target returns. The author writes `forward(x, y) -> y'`, and `linear_update` if it can be merged.
+
+    `y` is given with its features in the last dimension, and of a feature slice only that; `size` is their number. It must
+    not be changed in place.
+    """
+
+    def __init__(self, target: Target) -> None:
+        super().__init__()
+        self.size = output_size(target, self.word())
+        self.view = weight_view(target)
+        self.feature_slice = target.feature_slice
+        self.axis = feature_axis(target.module)
+        self.width = self.feature_slice.total if self.feature_slice is not None else self.size
+
+    def forward(self, x: Tensor, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """What the target returns for the input x instead of y."""
+        raise NotImplementedError(f"{type(self).__name__} does not override forward(x, y)")
+
+    def linear_update(self, layer: BareLayer) -> tuple[Tensor | None, Tensor | None]:
+        """What merging adds to the target's weight [d_out, d_in] and to its bias [d_out]; None where nothing.
+
+        Raises:
+            TargetError: by default: a map that is no change of weight and bias cannot be merged.
+        """
+        raise TargetError(f"{type(self).__name__} is not a change of weights: it cannot be merged; leave it attached")
+
+    def after_call(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        y = hidden_output(output)
+        new = self._applied(hidden_input(args, kwargs), y)
+        return replace_hidden(output, new if self.strength == 1 else torch.lerp(y, new, self.strength))
+
+    def _applied(self, x: Tensor, y: Tensor) -> Tensor:
+        last = features_last(y, self.axis, self.width)
+        part = last if self.feature_slice is None else self.feature_slice.take(last)
+        new = in_own_dtype(self, x, part)
+        if self.feature_slice is not None:
+            new = self.feature_slice.replaced(last, new)
+        return features_last(new, self.axis, y.shape[-1])
+
+    def after_call_mixed(
+        self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, batch: MixedBatch
+    ) -> Any:
+        if not self.takes_part or self.record is None:
+            return None
+        y = hidden_output(output)
+        rows = batch.of(self.record.name, y, target)
+        if len(rows) == y.shape[0]:
+            return self.after_call(target, args, kwargs, output)
+        x = hidden_input(args, kwargs)
+        part = self.after_call(target, (x.index_select(0, rows),), {}, y.index_select(0, rows))
+        return replace_hidden(output, y.index_copy(0, rows, part))
+
+    def weight_updates(self, target: nn.Module) -> Mapping[str, Tensor]:
+        weight, bias = self.linear_update(BareLayer(target, self.view))
+        if bias is not None and not isinstance(getattr(target, "bias", None), Tensor):
+            raise TargetError(
+                f"a {type(target).__name__} without a bias has nothing to merge {self.word()} into; leave it attached"
+            )
+        found = {} if weight is None else {"weight": self.view.stored(weight)}
+        if bias is None:
+            return found
+        return {**found, "bias": bias if self.feature_slice is None else self.feature_slice.spread(bias)}
+
+
+def in_own_dtype(module: DeltaModule, *given: Tensor) -> Tensor:
+    """What a map makes of tensors, the last of which it changes: computed in the dtype of its parameters.
+
+    A layer may return another dtype than its delta has: under autocast, and where weights are quantized.
+    """
+    own, last = next(module.parameters()).dtype, given[-1]
+    if own is last.dtype:
+        return module(*given)
+    cast = [tensor.to(own) if tensor.is_floating_point() else tensor for tensor in given]
+    new: Tensor = module(*cast)
+    if torch.promote_types(own, last.dtype) is own:
+        return new.to(last.dtype)
+    # In a narrower dtype only the change is rounded: an untrained map stays the identity.
+    return last + (new - cast[-1]).to(last.dtype)

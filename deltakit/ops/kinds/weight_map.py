@@ -1,0 +1,79 @@
+"""Weight maps: W' = W + dW(W), or W' = f(W)."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from deltakit.core import (
+    DeltaModule,
+    MixedBatch,
+    Target,
+    WeightView,
+    bare_weight,
+    hidden_input,
+    hidden_output,
+    linear_sizes,
+    replace_hidden,
+    weight_view,
+    wide,
+)
+from deltakit.ops.recompute import linear_with
+
+
+class WeightMap(DeltaModule):
+    """Changes a weight of its target. The author writes `weight_update(W) -> dW`, or `new_weight(W) -> W'`.
+
+    W is the bare weight [*stack, d_out, d_in] of the target, or of its feature slice, however the module stores it:
+    dequantized, gathered, and never with another delta in it. So several weight maps on one weight add up.
+
+    On a linear layer that is called, the product with dW is added to the output, and dW is computed again in the backward
+    pass instead of being kept. Elsewhere W + dW takes the weight's place during the forward that reads it.
+    """
+
+    has_weight_form: ClassVar[bool] = True
+
+    def __init__(self, target: Target, view: WeightView | None = None) -> None:
+        super().__init__()
+        self.view = weight_view(target) if view is None else view
+
+    def weight_update(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """What is added to the bare weight, of its shape."""
+        return self.new_weight(weight) - weight
+
+    def new_weight(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """What stands for the bare weight, of its shape."""
+        raise NotImplementedError(f"{type(self).__name__} overrides neither weight_update nor new_weight")
+
+    def forward(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        # Through __call__: FSDP2 and accelerate bring parameters in by hooks on the module.
+        return self.weight_update(weight)
+
+    @classmethod
+    def patches_weight(cls, target: Target) -> bool:
+        return target.weight_read is not None or bool(target.parameter) or linear_sizes(target.module) is None
+
+    def after_call(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        x, y = hidden_input(args, kwargs), hidden_output(output)
+        weight = bare_weight(target, self.view)
+        update = linear_with(x, lambda: self(weight), tuple(self.parameters()))
+        if self.view.feature_slice is not None:
+            update = self.view.feature_slice.spread(update)
+        return replace_hidden(output, y + (update * self.strength).to(y.dtype))
+
+    def after_call_mixed(
+        self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, batch: MixedBatch
+    ) -> Any:
+        if not self.takes_part or self.record is None:
+            return None
+        y = hidden_output(output)
+        rows = batch.of(self.record.name, y, target)
+        part = self.after_call(target, (hidden_input(args, kwargs).index_select(0, rows),), {}, y.index_select(0, rows))
+        return replace_hidden(output, y.index_copy(0, rows, part))
+
+    def weight_updates(self, target: nn.Module) -> Mapping[str, Tensor]:
+        weight = bare_weight(target, self.view)
+        update: Tensor = self(wide(weight) if not torch.is_grad_enabled() else weight)
+        return {self.view.name: self.view.stored(update)}

@@ -1,0 +1,52 @@
+"""Products with a full weight update that is computed again in the backward pass.
+
+Methods whose update is no product of thin factors (LoHa, FourierFT) make a matrix [d_out, d_in] for each layer. Kept for
+the backward pass, these would take as much memory as the backbone's own weights.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+
+def linear_with(
+    x: Float[Tensor, "*batch d_in"], build: Callable[[], Tensor], parameters: tuple[Tensor, ...]
+) -> Float[Tensor, "*batch d_out"]:
+    """x times the transposed matrix [d_out, d_in] that `build` makes; the graph keeps x alone.
+
+    Args:
+        parameters: the tensors that `build` reads and that require gradients. It must make the same matrix each time.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.linear(x, build().to(x.dtype))
+    return _Recomputed.apply(x, build, *parameters)
+
+
+class _Recomputed(torch.autograd.Function):
+    """F.linear with a weight that is made anew for the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, build: Callable[[], Tensor], *parameters: Tensor) -> Tensor:
+        ctx.build, ctx.count = build, len(parameters)
+        ctx.save_for_backward(x, *parameters)
+        return F.linear(x, build().to(x.dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, *parameters = ctx.saved_tensors
+        needs_x, _, *needed = ctx.needs_input_grad
+        asked = [parameter for parameter, need in zip(parameters, needed, strict=True) if need]
+        with torch.enable_grad():
+            weight = ctx.build()
+        gx = g @ weight.detach().to(g.dtype) if needs_x else None
+        found: list[Tensor | None] = []
+        if asked:
+            rows = g.reshape(-1, g.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
+            found = list(torch.autograd.grad(weight, asked, rows.to(weight.dtype), allow_unused=True))
+        gradients = iter(found)
+        return gx, None, *(next(gradients) if need else None for need in needed)
