@@ -243,9 +243,9 @@ class Quantised(nn.Module):
         (Transformer, dk.Prefix(at="mlp"), r"layers\.0\.mlp: no attention at or below this MLP"),
         (Transformer, dk.SoftPrompt(at="classifier"), "classifier: soft_prompt expects the embedding of the input ids"),
         (lambda: build("vit"), dk.SoftPrompt(), "ViTModel has no embedding of token ids"),
-        (lambda: nn.Sequential(nn.Linear(2, 3)), dk.LoRA(r=1), "lora: no default position: nothing in Sequential answers @attn.q"),
-        (nn.Identity, dk.LoRA(r=1), "lora: no default position: nothing in Identity"),
-        (lambda: "model", dk.LoRA(), "expected a torch.nn.Module as the backbone, found str"),
+        (lambda: nn.Sequential(nn.Linear(2, 3)), dk.LoRA(r=1), "lora: no default position: Sequential has no @attn.q, @attn.v; select layers by name with at="),
+        (nn.Identity, dk.LoRA(r=1), "lora: no default position: Identity has no @attn.q"),
+        (lambda: "model", dk.LoRA(), "backbone: expected a torch.nn.Module, found str"),
     ],
 )  # fmt: skip
 def test_bad_targets_change_nothing(unchecked, make, method, message):

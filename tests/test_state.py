@@ -106,7 +106,7 @@ def test_two_deltas_cannot_train_one_head(model):
 
 def test_deltas_are_not_nested(model):
     delta = dk.attach(model, dk.Adapter(size=3))
-    with pytest.raises(dk.SelectorError, match=r"'delta_adapter\.down' selects none"):
+    with pytest.raises(dk.SelectorError, match=r"'delta_adapter\.down' matches none"):
         dk.attach(model, dk.LoRA(r=2, at="delta_adapter.down"), name="inner")
     with pytest.raises(dk.TargetError, match="the backbone is itself a delta module"):
         dk.attach(model.layers[0].mlp.down_proj.delta_adapter, dk.LoRA(r=2, at="down"))

@@ -1,4 +1,4 @@
-"""Bytes in and out: a delta's folder, its config and model card, the fingerprint of its backbone, and the Hub."""
+"""Reads and writes deltas: the folder, its config and model card, the fingerprint of the backbone, and the Hub."""
 
 from deltakit.files.card import model_card
 from deltakit.files.checkpoint import check_tensors, read_folder, write_folder

@@ -1,7 +1,7 @@
-"""Text and structure become targets.
+"""Turns selectors and the structure of a backbone into targets.
 
-The grammar of selectors, the index of a backbone's modules and parameters, the roles inferred from its structure, the parts
-of fused projections, and the weights that a forward reads directly.
+Holds the selector grammar, the index of a backbone's modules and parameters, the roles inferred from its structure, the
+feature slices of fused projections, and the weights that a forward reads directly.
 """
 
 from deltakit.selection.feature_axis import along, feature_axis, features_last
