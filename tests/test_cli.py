@@ -32,8 +32,10 @@ def test_the_demo_at_toy_size(toy, tmp_path, capsys):
     out = capsys.readouterr().out
     for row in ("linear probe", "LoRA", "Adapter", "BitFit", "Prefix", "full fine-tuning"):
         assert row in out
-    assert "the same 700 predictions: True" in out
-    assert "bit for bit as before: True; the bare backbone's predictions: True" in " ".join(out.split())
+    assert "all 700 predictions are the same: True" in out
+    assert "every weight is bit-exact as before: True; the predictions are the bare backbone's: True" in " ".join(
+        out.split()
+    )
     assert sorted(folder.name for folder in (tmp_path / "out").iterdir()) == ["adapter", "bitfit", "lora", "prefix"]
 
 
@@ -54,7 +56,7 @@ def test_roles(toy, capsys):
     assert main(["roles", str(toy)]) == 0
     assert "@attn.q" in capsys.readouterr().out
     assert main(["roles", str(toy / "nothing")]) == 1
-    assert "expected a folder or Hub id with a config.json" in capsys.readouterr().err
+    assert "pass a folder or Hub id with a config.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["demo", "--rows", "0"], ["nothing"]])

@@ -69,7 +69,7 @@ def test_a_head_trained_whole_belongs_to_the_delta(model, tmp_path):
     assert torch.equal(model(ids()), output)
     randomize(delta)
     trained = model(ids())
-    assert "trained whole" in repr(delta)
+    assert "fully trained" in repr(delta)
     assert "classifier.{weight,bias}" in repr(delta)
     delta.detach()
     same(before, snapshot(model))

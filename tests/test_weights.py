@@ -22,7 +22,7 @@ def changed(model, delta):
     dk.deltas(other)[0].detach()
     for path, modules in delta.modules.items():
         for module in modules:
-            owner = other.get_submodule(path.removesuffix(module.place).removesuffix("."))
+            owner = other.get_submodule(path.removesuffix(module.part).removesuffix("."))
             for name, update in module.weight_update(owner).items():
                 with torch.no_grad():
                     owner._parameters[name].add_(update)
@@ -118,7 +118,7 @@ def test_experts_merge_and_come_out_again_exactly():
     torch.testing.assert_close(hidden(model(**batch)), attached, rtol=1e-4, atol=1e-5)
     delta.unmerge()
     same(before, snapshot(model))
-    assert "by weight" in repr(delta)
+    assert "weight patch" in repr(delta)
 
 
 def test_what_a_class_reads_itself_is_adapted_by_weight():
@@ -129,7 +129,7 @@ def test_what_a_class_reads_itself_is_adapted_by_weight():
     method = dk.LoRA(r=2, at="{out_proj,x_proj,conv1d,in_proj}")
     check(model, lambda m: m(ids).last_hidden_state, method, targets)
     plan = repr(dk.plan(model, method))
-    assert "mixer.{out_proj,x_proj,conv1d}  by weight" in plan.replace(
+    assert "mixer.{out_proj,x_proj,conv1d}  weight patch" in plan.replace(
         "conv1d,x_proj,out_proj", "out_proj,x_proj,conv1d"
     )
     assert "layers.{0-1}.mixer.in_proj\n" in plan
@@ -510,7 +510,7 @@ def test_layers_of_one_class_that_differ_are_measured_apart():
 
     model = nn.Sequential(Attention("qkv"), Attention("kvq"))
     delta = dk.attach(model, dk.LoRA(r=2, at="@attn.q"))
-    assert [modules[0].rows.start for modules in delta.modules.values()] == [0, 24]
+    assert [modules[0].feature_slice.start for modules in delta.modules.values()] == [0, 24]
 
 
 def test_the_padding_of_an_embedding_is_not_trained():

@@ -1,4 +1,4 @@
-"""Reports, trees, text and HTML: everything that is printed."""
+"""Builds everything that deltakit prints: reports, trees, text and HTML."""
 
 from deltakit.view.display import View, Visualization, show
 from deltakit.view.report import Line, described, report, share, states
