@@ -43,8 +43,8 @@ class FusedProjections:
         unit = next((u for u in self.units if base in (u.parts.get("qkv"), u.parts.get("kv"))), None)
         if unit is None or parameter:
             return None
-        # The unit's path may be the block around attention. The measurement runs the forward of the attention class
-        # itself, because a whole block also mixes features through its residuals and its feed-forward part.
+        # The unit's path may be a wrapper around attention or the whole block, whose forwards have other signatures. The
+        # measurement knows how to call a class that is named attention.
         attention = next((path for path in above(base) if says_attention(type(self.modules[path]).__name__)), None)
         return (self._slices(attention or unit.path, base, unit) or {}).get(letter)
 
@@ -52,7 +52,7 @@ class FusedProjections:
         attention = self.modules[path]
         inside = join(path, "") if path else ""
         output = unit.parts.get("o", "")
-        # A measurement runs the forward many times. Equal layers share one, so a deep model costs no more than one layer.
+        # A measurement runs the forward several times. Equal layers share one, so a deep model costs no more than one layer.
         key = (_forward_key(attention), self.modules[fused].__class__, fused[len(inside) :], *self._shape(fused))
         if key not in self._measured:
             # BERT-like models keep the output projection in a sibling; then the attention's own result is measured.

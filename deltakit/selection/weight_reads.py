@@ -140,7 +140,7 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
 def _chains(code: CodeType) -> Iterator[list[str]]:
     """Every attribute chain that a code object loads from `self`, except arguments of `isinstance`, `hasattr` and the like.
 
-    Byte code is searched and not source text, because models from a notebook or an archive have no source file.
+    Byte code is searched and not source text, because classes made by `exec` or shipped without sources have no text.
     """
     steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL")]
     for place, step in enumerate(steps):

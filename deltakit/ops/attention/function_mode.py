@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -25,7 +25,7 @@ _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.b
 _PRODUCTS_ADDED = (torch.baddbmm, Tensor.baddbmm)
 _MASKING = (torch.masked_fill, Tensor.masked_fill, Tensor.masked_fill_)
 _SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__, torch.sub, Tensor.sub)
-# MPT and BLOOM reshape scores and probabilities with sizes that they computed before, so those need the columns too.
+# Forwards reshape scores with sizes that they computed before, so those sizes need the new number of columns.
 _SHAPINGS = (Tensor.view, Tensor.reshape, torch.reshape)
 
 
@@ -79,18 +79,18 @@ class PrefixMode(TorchFunctionMode):
 
     def _fused(
         self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
+        query: Float[Tensor, "*query_batch queries d_k"],
+        key: Float[Tensor, "*batch keys d_k"],
+        value: Float[Tensor, "*batch keys d_v"],
+        attn_mask: Shaped[Tensor, "*mask_batch keys"] | None = None,
         dropout_p: float = 0.0,
         is_causal: bool = False,
         **kwargs: Any,
     ) -> Tensor:
         # With per-example prefixes the mask gets its columns at once from `seen`, so the others add none.
         length = self.length if self.seen is None else 0
-        # `is_causal` aligns its triangle to the upper left corner, which would hide the prefix from early queries and
-        # later keys from all. So the mask is written out, and the flag is not passed on.
+        # `is_causal` lets query i see the first i + 1 columns, which would be mostly the prefix's. So the mask is written
+        # out, and the flag is not passed on.
         if is_causal:
             attn_mask = causal(query.shape[-2], key.shape[-2], length, query.device)
         elif attn_mask is not None:
@@ -127,7 +127,7 @@ class PrefixMode(TorchFunctionMode):
         product = func(bias, batch1, batch2, beta=beta, alpha=alpha)
         return self._hidden(product) if scores else product
 
-    def _hidden(self, scores: Tensor) -> Tensor:
+    def _hidden(self, scores: Float[Tensor, "*batch queries both"]) -> Float[Tensor, "*batch queries both"]:
         """The scores, with the lowest finite number at prefix positions that an example does not see.
 
         Minus infinity would give NaN in rows that see nothing.

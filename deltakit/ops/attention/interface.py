@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from deltakit.errors import StateError
@@ -47,9 +48,9 @@ def attend(
     kernel: Callable[..., Any],
     implementation: str | None,
     module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Float[Tensor, "*query_batch queries d_k"],
+    key: Float[Tensor, "*batch keys d_k"],
+    value: Float[Tensor, "*batch keys d_v"],
     attention_mask: Any = None,
     *args: Any,
     **kwargs: Any,

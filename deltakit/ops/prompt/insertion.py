@@ -61,6 +61,7 @@ def layout_for(
         return Layout(wanted.width, wanted.at)
     if min(lengths) == max(lengths):
         return Layout(lengths[0], wanted.at)
+    # Beam search repeats each example, so one name may stand for several of them.
     times = batch.times(rows.unsqueeze(-1), module)
     behind = not (cache and wanted.trim)
     return Layout(max(lengths), wanted.at, tuple(n for n in lengths for _ in range(times)), behind)
@@ -98,21 +99,25 @@ def insert(
             f"{type(module).__name__}: a soft prompt cannot be inserted with a static cache, because the length of that is "
             "fixed; use a dynamic cache"
         )
+    # Checked before anything changes: a filled cache holds the prompt already, and it must not be inserted twice.
     cached = _cached(call)
     layout = layout_for(wanted, lengths, batch, module, ids, cache=_may_cache(module, call, wanted))
     mask = call.get("attention_mask")
     if layout.lengths is not None:
         _check_hidden(module, wanted, layout)
-        _tell_positions(module, call, wanted, layout, cached=cached)
+        # Padding needs a mask, and positions must be known, so both are made here if the caller passed none.
+        _add_positions(module, call, wanted, layout, cached=cached)
         mask = _ones(call, ids, layout, cached=cached) if mask is None else mask
     if isinstance(mask, Tensor):
         call["attention_mask"] = grown_mask(module, mask, layout)
     if isinstance(call.get("position_ids"), Tensor):
         call["position_ids"] = _positions(call["position_ids"], layout, cached)
+    # One `cache_position` serves all examples: it counts slots of the cache, padding included.
     if isinstance(call.get("cache_position"), Tensor):
         call["cache_position"] = _positions(call["cache_position"], Layout(layout.width, layout.at), cached)
     if cached:
         return (), call
+    # The prompt's ids start at the size of the vocabulary. A hook on the embedding writes their vectors.
     prompt = wanted.first + torch.arange(layout.width, device=ids.device)
     call["input_ids"] = layout.spread(ids, prompt, _padding(module))
     # The trimming hook at the end of this forward reads the layout from the ids: a field on the module would be shared by
@@ -188,13 +193,12 @@ def _may_cache(module: nn.Module, call: Mapping[str, Any], wanted: Insertion) ->
         return True
     if not wanted.stack.caches:
         return False
+    # transformers uses the config's setting if the caller passes none.
     asked = call.get("use_cache")
     return bool(getattr(getattr(module, "config", None), "use_cache", False) if asked is None else asked)
 
 
-def _tell_positions(
-    module: nn.Module, call: dict[str, Any], wanted: Insertion, layout: Layout, *, cached: bool
-) -> None:
+def _add_positions(module: nn.Module, call: dict[str, Any], wanted: Insertion, layout: Layout, *, cached: bool) -> None:
     """Adds positions to a call with padding ahead of prompts, if the text stack does not derive the right ones itself.
 
     Raises:
@@ -229,6 +233,7 @@ def _positions(positions: Tensor, layout: Layout, cached: bool) -> Tensor:
     if cached:
         moved = rows + own
     else:
+        # The prompt continues the positions of the text before it, and the text after it moves on by its length.
         start = rows[:, layout.at - 1 : layout.at] + 1 if layout.at else torch.zeros_like(rows[:, :1])
         later = torch.arange(rows.shape[1], device=rows.device) >= layout.at
         moved = layout.spread(rows + own * later, start + torch.arange(layout.width, device=rows.device), 0)
@@ -236,6 +241,7 @@ def _positions(positions: Tensor, layout: Layout, cached: bool) -> Tensor:
 
 
 def _padding(module: nn.Module) -> int:
+    # Text stacks that derive positions from padding need their own padding id. For all others the mask hides any id.
     padding = getattr(getattr(module, "config", None), "pad_token_id", None)
     return padding if isinstance(padding, int) and padding >= 0 else 0
 
