@@ -242,7 +242,7 @@ class Quantised(nn.Module):
         (lambda: build("gpt2", tf.AutoModelForCausalLM), dk.LoRA(r=2, at="lm_head"), "wte.weight: an update here alone"),
         (Transformer, dk.Prefix(at="mlp"), r"layers\.0\.mlp: no attention at or below this MLP"),
         (Transformer, dk.SoftPrompt(at="classifier"), "classifier: soft_prompt expects the embedding of the input ids"),
-        (lambda: build("vit"), dk.SoftPrompt(), "ViTModel has no embedding of token ids"),
+        (lambda: build("vit"), dk.SoftPrompt(), "ViTModel: it has no embedding of token ids"),
         (lambda: nn.Sequential(nn.Linear(2, 3)), dk.LoRA(r=1), "lora: no default position: Sequential has no @attn.q, @attn.v; select layers by name with at="),
         (nn.Identity, dk.LoRA(r=1), "lora: no default position: Identity has no @attn.q"),
         (lambda: "model", dk.LoRA(), "backbone: expected a torch.nn.Module, found str"),

@@ -177,6 +177,8 @@ def _miss(selector: str, paths: Sequence[str], owner: str) -> str:
         message += f"; nearest: {', '.join(near)}"
     names = [name for name in leaves if not name.isdigit()]
     more = f" and {len(names) - 24} more" if len(names) > 24 else ""
+    if not names:
+        return f"{message}; print(dk.show(model)) lists its paths"
     return f"{message}; last components of its paths: {', '.join(names[:24])}{more}"
 
 
