@@ -1,9 +1,9 @@
-"""Attach, switch, detach, attach again and draw, beside PEFT, on the shape of a large model without its weights.
+"""Times attach, switch, detach, attach again and draw against PEFT, on a large model without its weights.
 
     python benchmarks/attach.py [--layers 80] [--rounds 5] [--out attach.json]
 
-Both run in one process, turn by turn; medians and ranges of the rounds are printed in milliseconds, and the medians' ratio.
-PEFT has no way back to an adapter that was taken off: its "detach and attach again" is `unload` and `get_peft_model` anew.
+Both run in one process and take turns. It prints the median and the range of all rounds in milliseconds, and the ratio of
+the medians. PEFT cannot attach a removed adapter again: for it, "detach and attach again" is `unload` and `get_peft_model`.
 """
 
 import argparse
@@ -23,7 +23,7 @@ Times = dict[str, list[float]]
 
 
 def backbone(layers: int) -> Any:
-    """A Llama of 70 billion parameters' widths, on the meta device."""
+    """Returns a Llama with the widths of the 70-billion-parameter model, on the meta device."""
     config = transformers.LlamaConfig(
         hidden_size=8192,
         intermediate_size=28672,

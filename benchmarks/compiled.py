@@ -1,4 +1,4 @@
-"""Compilations while deltas come, go and change: how many graphs torch makes, breaks, and whether outputs are right.
+"""Counts the graphs that torch compiles while deltas are attached, changed and removed, and checks the outputs.
 
 python benchmarks/compiled.py [--out compiled.json]
 """
@@ -24,17 +24,20 @@ def backbone() -> Any:
 
 
 class Watched:
-    """A model compiled in one graph, and how often that was done."""
+    """A compiled model and the number of graphs that were compiled for it.
 
-    def __init__(self, model: Any, *, whole: bool = True) -> None:
+    `one_graph=False` allows graph breaks, which PEFT's models have.
+    """
+
+    def __init__(self, model: Any, *, one_graph: bool = True) -> None:
         torch.compiler.reset()
         counters.clear()
         self.model = model
-        self.compiled = torch.compile(model, backend="eager", fullgraph=whole)
+        self.compiled = torch.compile(model, backend="eager", fullgraph=one_graph)
         self.ids = torch.randint(5, 90, (2, 7))
 
     def right(self) -> bool:
-        """Whether the compiled model gives what the model itself gives."""
+        """Returns whether the compiled model's output equals the model's own."""
         with torch.no_grad():
             return torch.allclose(self.compiled(input_ids=self.ids)[0], self.model(input_ids=self.ids)[0], atol=1e-5)
 
@@ -79,7 +82,7 @@ def theirs() -> list[tuple[str, int, bool]]:
     model = peft.get_peft_model(copy.deepcopy(backbone()), config, adapter_name="a").eval()
     for name in "bc":
         model.add_adapter(name, config)
-    watched, steps = Watched(model, whole=False), list[tuple[str, int, bool]]()
+    watched, steps = Watched(model, one_graph=False), list[tuple[str, int, bool]]()
     for name in ("a", "b", "c", "a"):
         before = watched.graphs()
         model.set_adapter(name)
@@ -93,11 +96,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     print(harness.machine())
-    rows = {"deltakit": ours(), "PEFT": theirs()}
-    for who, steps in rows.items():
+    results = {"deltakit": ours(), "PEFT": theirs()}
+    for who, steps in results.items():
         for what, graphs, right in steps:
             print(f"{who:<9} {what:<36} {graphs} graphs compiled, {'right' if right else 'WRONG'}")
-    harness.write(options.out, "compiled", rows)
+    harness.write(options.out, "compiled", results)
 
 
 if __name__ == "__main__":

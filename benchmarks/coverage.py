@@ -1,9 +1,10 @@
-"""How many of transformers' model types get every role, judged by rules of its own: names and shapes, no inference.
+"""Counts the model types of transformers on which every role is found.
 
     python benchmarks/coverage.py [--types bert llama ...] [--json FILE] [--table FILE]
 
-Every model type is built from its default config on the meta device. Resolved: each attention module answers for all
-its projections, and each block with a feed-forward part answers `@ff`. Wrong: a role whose shapes contradict it.
+Every model type is built from its default config on the meta device. The roles are judged by separate rules about names
+and shapes, not by the inference under test. "resolved": each attention module has a role for all its projections, and
+each block with a feed-forward part has `@ff`. "wrong": the shapes of a role contradict it.
 """
 
 import argparse
@@ -34,7 +35,7 @@ METHODS = {
     "Prefix": dk.Prefix(tokens=2),
     "SoftPrompt": dk.SoftPrompt(tokens=2),
 }
-# Positions and short convolutions beside the projections are no projections of the hidden states.
+# Projections of positions and short convolutions are not projections of the hidden states.
 _ELSE = re.compile(r"relative|pos|conv", re.IGNORECASE)
 _PROJECTION = re.compile(r"(^|_)(w?[qkv]|quer(y|ies)|keys?|values?|w?q?kv|c_attn)(_|$|s$)", re.IGNORECASE)
 _PARAMETER = re.compile(r"^(q|k|v|query|key|value|qkv|in)(_proj)?(_weight)?$")
@@ -43,7 +44,7 @@ _FEED_FORWARD = re.compile(r"(mlp|ffn|feedforward|ff)$", re.IGNORECASE)
 
 
 def attention_modules(model: nn.Module) -> dict[str, dict[str, str]]:
-    """The modules that call themselves attention and hold projections, each with these by name."""
+    """Returns the modules whose class is named attention, each with its projections by name."""
     found: dict[str, dict[str, str]] = {}
     for path, module in model.named_modules():
         if not _ATTENTION.search(type(module).__name__) or isinstance(module, nn.Linear):
@@ -65,7 +66,7 @@ def join(*names: str) -> str:
 
 
 def judge_attention(model: nn.Module, roles: RoleMap) -> list[str]:
-    """What is unresolved in attention: a projection by name that no unit answers for, or no output projection."""
+    """Returns what is unresolved in attention: projections by name that no unit has, or a missing output projection."""
     problems = []
     for path, named in attention_modules(model).items():
         units = [u for u in roles.units if u.kind == "attn" and related(u.path, path)]
@@ -86,7 +87,7 @@ def related(one: str, other: str) -> bool:
 
 
 def judge_feed_forward(model: nn.Module, roles: RoleMap) -> list[str]:
-    """The modules that call themselves feed-forward, in blocks that attend, without a unit there."""
+    """Returns the modules whose class is named feed-forward, in blocks with attention, that have no unit."""
     problems = []
     hidden = hidden_sizes(model)
     attending = {block for block in roles.blocks for u in roles.units if u.kind == "attn" and related(u.path, block)}
@@ -106,7 +107,7 @@ def judge_feed_forward(model: nn.Module, roles: RoleMap) -> list[str]:
 
 
 def judge_shapes(model: nn.Module, roles: RoleMap) -> list[str]:
-    """Roles whose shapes contradict them; hidden sizes are those of norms and of the config."""
+    """Returns the roles whose shapes contradict them. Hidden sizes are those of norms and of the configs."""
     hidden = hidden_sizes(model)
     sizes = {path: size for path, module in model.named_modules() if (size := projection_sizes(module))}
     wrong = []
@@ -117,7 +118,7 @@ def judge_shapes(model: nn.Module, roles: RoleMap) -> list[str]:
 
 
 def hidden_sizes(model: nn.Module) -> set[int]:
-    """The sizes that hidden states have: those of norms, and what the configs call a hidden size."""
+    """Returns the possible hidden sizes: those of norms, and those that the configs name so."""
     norms = {
         module.weight.numel()
         for module in model.modules()
@@ -153,7 +154,7 @@ def contradictions(unit: Unit, parts: dict[str, tuple[int, int]], hidden: set[in
 
 
 def cover(model_type: str) -> dict[str, Any]:
-    """The record of one model type."""
+    """Returns the results for one model type."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     built = models.build(model_type)
@@ -191,7 +192,7 @@ def status(record: dict[str, Any]) -> str:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """The summary and the list of what is not resolved, as Markdown."""
+    """Returns the summary and the list of unresolved model types, as Markdown."""
     counts = Counter(map(status, records))
     attending = counts["resolved"] + counts["unresolved"] + counts["wrong"]
     lines = [

@@ -1,5 +1,6 @@
-"""A forward of one token and of many, and generation, beside the bare backbone and PEFT; merged too, and by hooks of nothing
-but the products.
+"""Times a forward of one token, of many, and generation, against the bare backbone and PEFT.
+
+Two more cases are a merged delta, and hooks that compute nothing but the two products of LoRA.
 
 python benchmarks/forward.py [--rounds 15] [--out forward.json]
 """
@@ -18,7 +19,7 @@ import deltakit as dk
 
 
 class Products:
-    """A hook of nothing but LoRA's two products and the addition: what a hook cannot do without."""
+    """A hook with LoRA's two products and the addition only: the least that any hook must do."""
 
     def __init__(self, d_in: int, d_out: int) -> None:
         self.a, self.b = torch.randn(8, d_in), torch.zeros(d_out, 8)
@@ -28,7 +29,7 @@ class Products:
 
 
 def contestants(model: Any, paths: list[str]) -> dict[str, Any]:
-    """The bare backbone, and its copies with LoRA r=8 at these paths."""
+    """Returns the bare backbone, and copies of it with LoRA r=8 at these paths."""
     models = {"bare": model.requires_grad_(False), "deltakit": copy.deepcopy(model), "merged": copy.deepcopy(model)}
     method = dk.LoRA(r=8, at=["^" + path for path in paths])
     dk.attach(models["deltakit"], method)
@@ -43,7 +44,7 @@ def contestants(model: Any, paths: list[str]) -> dict[str, Any]:
 
 
 def launch_bound() -> Any:
-    """Many small layers: the calls cost more than the arithmetic."""
+    """Returns a model of many small layers, on which calls cost more than arithmetic."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 24, "num_attention_heads": 4}
     return harness.llama(**sizes, num_key_value_heads=4, vocab_size=500)
 
@@ -67,22 +68,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     print(harness.machine())
-    rows = []
+    results = []
     for name in harness.CONFIGS:
         model = harness.backbone(name)
         models = contestants(model, harness.targets(model, harness.LINEARS[name]))
         for length, times in ((1, 3 * options.rounds), (128, options.rounds)):
             inputs = harness.batch(model, 1 if length == 1 else 4, length)
             case = f"{name}, {length} token{'s' if length > 1 else ''}"
-            rows.append(measure(case, models, lambda m, i=inputs: m(**i), times))
+            results.append(measure(case, models, lambda m, i=inputs: m(**i), times))
     model = launch_bound()
     models = contestants(model, harness.targets(model, harness.LINEARS["Llama 150 M"]))
     ids = torch.randint(5, 400, (1, 4))
     options_of = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    rows.append(
+    results.append(
         measure("launch-bound, generate", models, lambda m: m.generate(input_ids=ids, **options_of), options.rounds)
     )
-    harness.write(options.out, "forward", rows)
+    harness.write(options.out, "forward", results)
 
 
 if __name__ == "__main__":

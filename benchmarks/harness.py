@@ -1,4 +1,4 @@
-"""What all benchmarks share: turns taken fairly, ratios with their spread, the backbones, and the versions."""
+"""Shared by all benchmarks: interleaved timing, ratios with their spread, the backbones, and the versions."""
 
 import gc
 import json
@@ -20,7 +20,10 @@ Call = Callable[[], Any]
 
 
 def interleaved(cases: Mapping[str, Call], rounds: int, *, warm: int = 2) -> dict[str, list[float]]:
-    """Seconds of each case in each round; the cases take turns, and every other round goes backwards."""
+    """Returns the seconds of each case in each round.
+
+    The cases take turns, and every second round runs them backwards, so that slow changes of the machine cancel out.
+    """
     for _ in range(warm):
         for call in cases.values():
             call()
@@ -39,7 +42,7 @@ def interleaved(cases: Mapping[str, Call], rounds: int, *, warm: int = 2) -> dic
 
 
 def ratios(times: Mapping[str, list[float]], base: str) -> dict[str, tuple[float, float, float]]:
-    """For each case the median of its ratios to the base in the same round, and their quartiles."""
+    """Returns the median and the quartiles of each case's ratio to the base, taken within each round."""
     found = {}
     for name, own in times.items():
         each = [a / b for a, b in zip(own, times[base], strict=True)]
@@ -49,13 +52,13 @@ def ratios(times: Mapping[str, list[float]], base: str) -> dict[str, tuple[float
 
 
 def spread(ratio: tuple[float, float, float]) -> str:
-    """A ratio as text: the median and the quartiles."""
+    """Returns a ratio as text: the median and the quartiles."""
     middle, low, high = ratio
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
 def machine() -> dict[str, Any]:
-    """The versions and the machine that figures were taken with."""
+    """Returns the versions and the machine that results belong to."""
     packages = {name: version(name) for name in ("torch", "transformers", "peft")}
     return {
         **packages,
@@ -68,13 +71,13 @@ def machine() -> dict[str, Any]:
 
 
 def status(field: str) -> int:
-    """A field of this process's status, such as its resident memory `VmRSS`, in bytes."""
+    """Returns a field of this process's status in bytes, such as its resident memory `VmRSS`."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 
 def write(path: Path | None, name: str, rows: Any) -> None:
-    """Writes what a benchmark found as JSON, with the machine."""
+    """Writes the results of a benchmark as JSON, with the machine."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"benchmark": name, "machine": machine(), "rows": rows}, indent=1) + "\n")
@@ -96,23 +99,23 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         use_cache=False,
     ),
 }
-"""The backbones, from their configs, with random weights."""
+"""The configs of the backbones. Their weights are random."""
 
 
 def llama(kind: Any = tf.LlamaForCausalLM, **sizes: Any) -> Any:
-    """A Llama of these sizes in evaluation mode, with the same weights at every call."""
+    """Returns a Llama of these sizes in evaluation mode; every call gives the same weights."""
     torch.manual_seed(0)
     return kind(tf.LlamaConfig(**sizes)).eval()
 
 
 def backbone(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A backbone in evaluation mode, with the same weights at every call."""
+    """Returns a backbone in evaluation mode; every call gives the same weights."""
     torch.manual_seed(0)
     return tf.AutoModel.from_config(CONFIGS[name]()).to(dtype).eval()
 
 
 def batch(model: Any, rows: int = 4, length: int = 128) -> dict[str, torch.Tensor]:
-    """Token ids that a backbone takes."""
+    """Returns a batch of token ids for a backbone."""
     ids = torch.randint(5, 30000, (rows, length), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
 
@@ -123,12 +126,12 @@ LINEARS = {
     "T5 base": ["q", "k", "v", "o", "wi", "wo"],
     "Llama 150 M": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
-"""The names of all linear layers in the blocks, as PEFT takes them; deltakit gets the same modules by path."""
+"""The names of all linear layers in the blocks, as PEFT expects them. deltakit gets the same modules by path."""
 
 QUERY_VALUE = {"GPT-2 small": ["c_attn"], "BERT base": ["query", "value"], "T5 base": ["q", "v"]}
 QUERY_VALUE["Llama 150 M"] = ["q_proj", "v_proj"]
 
 
 def targets(model: Any, names: list[str]) -> list[str]:
-    """The paths of the modules of these names, poolers left out."""
+    """Returns the paths of the modules with these names, except poolers."""
     return [path for path, _ in model.named_modules() if path.rpartition(".")[2] in names and "pooler" not in path]

@@ -1,8 +1,9 @@
-"""Many deltas on one backbone: loading them, switching among them, and batches whose rows have deltas of their own.
+"""Times many deltas on one backbone: loading, switching, and mixed-adapter batches.
 
     python benchmarks/many.py [--deltas 100] [--rounds 9] [--out many.json]
 
-Beside PEFT's `load_adapter`, `set_adapter` and `adapter_names`; rows also beside one delta after the other.
+They are compared with PEFT's `load_adapter`, `set_adapter` and `adapter_names`; mixed batches also with one forward for
+each delta.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import deltakit as dk
 
 
 def backbone(layers: int, width: int = 768) -> Any:
-    """A Llama of seven linear layers a block."""
+    """Returns a Llama with seven linear layers in each block."""
     sizes = {
         "hidden_size": width,
         "intermediate_size": 2 * width,
@@ -35,7 +36,7 @@ LINEARS = harness.LINEARS["Llama 150 M"]
 
 
 def loading(count: int) -> dict[str, Any]:
-    """Milliseconds to load each delta and PEFT adapter, of switching, and the memory that a delta takes."""
+    """Returns the milliseconds to load and to switch deltas and PEFT adapters, and the memory of one delta."""
     model = backbone(24, 384)
     with tempfile.TemporaryDirectory() as folder:
         ours, theirs = Path(folder) / "ours", Path(folder) / "theirs"
@@ -70,7 +71,7 @@ def loading(count: int) -> dict[str, Any]:
 
 
 def switching(deltas: list[dk.Delta]) -> dict[str, float]:
-    """Milliseconds of switching between two deltas that are both attached, and of taking one off for the other."""
+    """Returns the milliseconds of three ways to switch between two deltas."""
     one, other = deltas
     one.attach()
     taken = [timed(lambda: (one.detach(), other.attach()))[0], timed(lambda: (other.detach(), one.attach()))[0]]
@@ -97,7 +98,7 @@ def timed(call: harness.Call) -> tuple[float, Any]:
 
 
 def rows(distinct: int, batch: int, length: int, rounds: int) -> dict[str, Any]:
-    """A forward of a batch whose rows take turns among the deltas, as ratios to the bare backbone's."""
+    """Returns the times of a mixed-adapter batch as ratios to the bare backbone. Examples use the deltas in turn."""
     bare = backbone(2)
     mine, theirs = copy.deepcopy(bare), copy.deepcopy(bare)
     names = [f"d{k}" for k in range(distinct)]

@@ -1,4 +1,4 @@
-"""Prints the table of every method on every tiny backbone of the tests' zoo: pass, does not apply, or fail.
+"""Prints a table of every method on every tiny backbone of the tests' zoo: pass, does not apply, or fail.
 
 python benchmarks/matrix.py [--backbones bert ...] [--json FILE] [--table FILE]
 """
@@ -26,7 +26,7 @@ SIGNS = {"pass": "✓", "does not apply": "–", "fail": "✗"}
 
 
 def table(results: list[method_matrix.Result]) -> str:
-    """The table as Markdown, with the reasons below."""
+    """Returns the table as Markdown, followed by the reasons."""
     counts = Counter(result.status for result in results)
     cells = {(result.backbone, result.method): result for result in results}
     names = list(dict.fromkeys(result.backbone for result in results))

@@ -1,8 +1,8 @@
-"""The memory of a training step: bytes kept for the backward pass, and the peak resident set of a process of its own.
+"""Measures the memory of a training step: bytes kept for the backward pass, and the peak of a separate process.
 
     python benchmarks/memory.py [--models "Llama 150 M" ...] [--out memory.json]
 
-The limit counts what LoRA cannot do without: of each target its input, once if several share it, and its product with A.
+The limit is what any LoRA must keep: the input of each target, once if several share it, and its product with A.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import Any
 import harness
 import peft
 import torch
-from step import ask
+from step import require_gradients
 from torch import nn
 
 import deltakit as dk
@@ -24,7 +24,7 @@ CONTESTANTS = ("floor", "PEFT", "deltakit", "deltakit int8")
 
 
 def contestant(name: str, dtype: torch.dtype, who: str) -> Any:
-    """A backbone with LoRA r=8 on all its linear layers, as one of the contestants puts it there."""
+    """Returns a backbone with LoRA r=8 on all its linear layers, attached by one of the contestants."""
     model = harness.backbone(name, dtype)
     paths = harness.targets(model, harness.LINEARS[name])
     if who == "PEFT":
@@ -33,12 +33,12 @@ def contestant(name: str, dtype: torch.dtype, who: str) -> Any:
         dk.attach(model, dk.LoRA(r=8, at=["^" + p for p in paths], keep="int8" if "int8" in who else "exact"))
     else:
         model.requires_grad_(False)
-    ask(model)
+    require_gradients(model)
     return model
 
 
 def kept(model: Any, inputs: dict[str, torch.Tensor]) -> int:
-    """The bytes that a forward keeps for its backward, each storage once, parameters left out."""
+    """Returns the bytes that a forward keeps for its backward. Each storage counts once, and parameters do not count."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages: dict[int, int] = {}
 
@@ -56,7 +56,10 @@ def kept(model: Any, inputs: dict[str, torch.Tensor]) -> int:
 
 
 def limit(name: str, dtype: torch.dtype, inputs: dict[str, torch.Tensor]) -> int:
-    """The bytes of the targets' inputs, shared ones once, that the floor does not keep, and of their products with A."""
+    """Returns the bytes of the targets' inputs that the floor does not keep, and of their products with A.
+
+    Inputs that several targets share count once.
+    """
     model = contestant(name, dtype, "floor")
     inputs_seen: dict[int, torch.Tensor] = {}
     products = 0
@@ -79,7 +82,7 @@ def limit(name: str, dtype: torch.dtype, inputs: dict[str, torch.Tensor]) -> int
 
 
 def peak(name: str, dtype: str, who: str) -> int:
-    """The peak resident set of a step in a fresh process beyond what it had with the model built, in bytes."""
+    """Returns the peak resident memory of a step in a fresh process, in bytes, without what the model itself takes."""
     command = [sys.executable, "-W", "ignore", __file__, "--one", name, dtype, who]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(run.stdout.strip().splitlines()[-1])
@@ -88,7 +91,7 @@ def peak(name: str, dtype: str, who: str) -> int:
 def one(name: str, dtype: str, who: str) -> None:
     model = contestant(name, getattr(torch, dtype), who)
     inputs = harness.batch(model)
-    # Resets the peak: a child begins with that of its parent.
+    # Resets the peak, because a child process inherits that of its parent.
     Path("/proc/self/clear_refs").write_text("5")
     before = harness.status("VmRSS")
     for _ in range(2):
@@ -107,7 +110,7 @@ def main() -> None:
         one(*options.one)
         return
     print(harness.machine())
-    rows = []
+    results = []
     for name in options.models:
         for dtype in ("float32", "bfloat16"):
             kind = getattr(torch, dtype)
@@ -115,12 +118,12 @@ def main() -> None:
             bytes_kept = {who: kept(contestant(name, kind, who), inputs) for who in CONTESTANTS}
             peaks = {who: peak(name, dtype, who) for who in CONTESTANTS}
             row = {"model": name, "dtype": dtype, "kept": bytes_kept, "limit": limit(name, kind, inputs), "peak": peaks}
-            rows.append(row)
+            results.append(row)
             beyond = {who: round((value - bytes_kept["floor"]) / 1e6, 2) for who, value in bytes_kept.items()}
             megabytes = {who: round(value / 1e6) for who, value in peaks.items()}
             print(f"{name}, {dtype}: MB kept beyond the floor {json.dumps(beyond)}, limit {row['limit'] / 1e6:.2f};")
             print(f"  MB of peak resident memory {json.dumps(megabytes)}")
-    harness.write(options.out, "memory", rows)
+    harness.write(options.out, "memory", results)
 
 
 if __name__ == "__main__":

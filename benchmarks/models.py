@@ -1,4 +1,4 @@
-"""Every model type of the installed transformers, built from its default config on the meta device."""
+"""Builds every model type of the installed transformers from its default config, on the meta device."""
 
 import warnings
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-# Where the default config does not build: the smallest change that makes it build.
+# Default configs that do not build, each with the smallest change that makes it build.
 CHANGES: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 7},
     "informer": {"prediction_length": 7},
@@ -34,19 +34,19 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Built:
-    """A model on the meta device and how it came to be; or why it did not."""
+    """A model on the meta device and the class that built it; or None and the reason why nothing could."""
 
     model: nn.Module | None
     how: str
 
 
 def model_types() -> list[str]:
-    """All model types that have a config."""
+    """Returns all model types that have a config."""
     return sorted(CONFIG_MAPPING.keys())
 
 
 def build(model_type: str) -> Built:
-    """The model of a type: by `AutoModel`, by another auto class, or by the class that takes this config."""
+    """Builds the model of a type with `AutoModel`, another auto class, or the model class of its config."""
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
         try:

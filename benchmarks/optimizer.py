@@ -1,4 +1,4 @@
-"""An optimiser step on all of a delta's parameters: torch's default, and fused.
+"""Times an AdamW step on all of a delta's parameters: torch's default, foreach and fused.
 
 python benchmarks/optimizer.py [--rounds 25] [--out optimizer.json]
 """

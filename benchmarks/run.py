@@ -1,8 +1,8 @@
-"""Runs all benchmarks beside PEFT, or some, and writes a table of what they found.
+"""Runs some or all benchmarks against PEFT, and writes a table of their results.
 
     python benchmarks/run.py [step forward ...] [--folder benchmarks/results] [--table benchmarks/results.md]
 
-Each part runs in a process of its own and writes JSON; the table is made of all JSON files that are in the folder.
+Each part runs in a separate process and writes JSON. The table is made from all JSON files in the folder.
 """
 
 import argparse
@@ -116,7 +116,7 @@ def compiled(rows: Any) -> list[str]:
 
 
 def table(folder: Path) -> str:
-    """The table of what is in the folder, with the machine of each part."""
+    """Returns the tables of all results in the folder, with the machine of each part."""
     lines = ["<!-- written by benchmarks/run.py -->", "# Benchmarks", ""]
     lines += [
         "Ratios are medians with quartiles, taken turn by turn in one process. PEFT 0.21.2 where nothing else is said.",

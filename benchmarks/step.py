@@ -1,9 +1,9 @@
-"""A training step, beside the frozen backbone alone (the floor), full fine-tuning and PEFT: time as ratios to the floor.
+"""Times a training step against the frozen backbone (the floor), full fine-tuning and PEFT, as ratios to the floor.
 
     python benchmarks/step.py [--models "BERT base" ...] [--dtypes float32 bfloat16] [--rounds 9] [--out step.json]
 
-The floor is the frozen backbone's forward, and its backward through the activations. All take turns in one process. The
-limit is the floor with the six thin products of each LoRA target alone, on tensors that are there already and stay in cache.
+The floor is the frozen backbone's forward, and its backward through the activations. The limit is the floor plus the six
+thin products of each LoRA target, on tensors that exist before and stay in the cache. All take turns in one process.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import deltakit as dk
 
 
 def step(model: Any, inputs: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer | None) -> None:
-    """One step; the embeddings ask for gradients in every contestant, so that all go equally far back."""
+    """Runs one step. The embeddings require gradients in every contestant, so all backward passes are equally long."""
     output = model(**inputs)[0]
     output.float().square().mean().backward()
     if optimizer is not None:
@@ -27,8 +27,8 @@ def step(model: Any, inputs: dict[str, torch.Tensor], optimizer: torch.optim.Opt
     model.zero_grad()
 
 
-def ask(model: Any) -> None:
-    """Makes the backbone's embeddings ask for gradients, as PEFT's users do for checkpointing."""
+def require_gradients(model: Any) -> None:
+    """Makes the output of the backbone's embeddings require gradients, as PEFT's users do for checkpointing."""
     table = model.get_input_embeddings().weight
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding) and module.weight is table:
@@ -36,7 +36,7 @@ def ask(model: Any) -> None:
 
 
 def contestants(name: str, dtype: torch.dtype, names: list[str], *, full: bool) -> dict[str, Any]:
-    """Each contestant's model, made of one backbone's copies."""
+    """Returns each contestant's model, all of them copies of one backbone."""
     floor = harness.backbone(name, dtype)
     paths = harness.targets(floor, names)
     models = {"floor": floor}
@@ -48,12 +48,12 @@ def contestants(name: str, dtype: torch.dtype, names: list[str], *, full: bool) 
     dk.attach(models["deltakit"], dk.LoRA(r=8, at=["^" + path for path in paths]))
     floor.requires_grad_(False)
     for model in models.values():
-        ask(model)
+        require_gradients(model)
     return models
 
 
 def products(model: Any, paths: list[str], tokens: int, dtype: torch.dtype) -> harness.Call:
-    """The arithmetic that LoRA cannot do without: two products in the forward of each target, four in its backward."""
+    """Returns a call with the least arithmetic of LoRA: two products in each target's forward, four in its backward."""
     sizes = []
     for path in paths:
         layer = model.get_submodule(path)
@@ -99,16 +99,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     print(harness.machine())
-    rows = []
+    results = []
     for dtype in options.dtypes:
         for which in options.targets:
             for name in options.models:
                 row = measure(name, getattr(torch, dtype), which, options.rounds, not options.no_full)
-                rows.append(row)
+                results.append(row)
                 shown = "  ".join(f"{k} {harness.spread(v)}" for k, v in row["ratios"].items() if k != "floor")
                 print(f"{name:<12} {dtype:<9} {which:<16} {shown}  share of PEFT's overhead {row['share']:.2f}")
-                # After each, for all of them together take long.
-                harness.write(options.out, "step", rows)
+                # Written after each case, because all of them together take long.
+                harness.write(options.out, "step", results)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,11 @@ from deltakit.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code of a command: 0, or 1 with one line on the standard error."""
+    """Runs a command and returns its exit code: 0, or 1 after printing one line of error to the standard error.
+
+    Args:
+        arguments: the command line without the program's name; by default that of this process.
+    """
     options = _parser().parse_args(arguments)
     try:
         options.command(options)
@@ -28,17 +32,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"deltakit {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo = commands.add_parser("demo", help="fine-tune a real backbone with every kind of delta (about two minutes)")
-    demo.add_argument("--model", help="a folder or Hub id; by default the encoder that the demo extra brings")
-    demo.add_argument("--rows", type=_positive, default=1200, help="training requests to use, of 4,000 (%(default)s)")
-    demo.add_argument("--epochs", type=_positive, default=2, help="times to go through them (%(default)s)")
+    demo.add_argument("--model", help="a folder or Hub id; by default the encoder that deltakit[demo] installs")
+    demo.add_argument(
+        "--rows", type=_positive, default=1200, help="number of training requests, at most 4,000 (%(default)s)"
+    )
+    demo.add_argument("--epochs", type=_positive, default=2, help="number of passes over them (%(default)s)")
     demo.add_argument("--out", type=Path, default=Path("demo-deltas"), help="where to save the deltas (%(default)s)")
-    demo.add_argument("--no-full", action="store_true", help="leave out full fine-tuning, the slowest row")
+    demo.add_argument("--no-full", action="store_true", help="skip full fine-tuning, the slowest run")
     demo.set_defaults(command=_demo)
     tree = commands.add_parser("show", help="print the structure of a model, without loading its weights")
     tree.add_argument("model", help="a folder or Hub id with a config.json")
-    tree.add_argument("--depth", type=_positive, help="levels below the root")
+    tree.add_argument("--depth", type=_positive, help="number of levels to show below the root")
     tree.set_defaults(command=_show)
-    table = commands.add_parser("roles", help="print what answers each role on a model, without loading its weights")
+    table = commands.add_parser("roles", help="print the paths of each role on a model, without loading its weights")
     table.add_argument("model", help="a folder or Hub id with a config.json")
     table.set_defaults(command=_roles)
     return parser
@@ -47,12 +53,12 @@ def _parser() -> argparse.ArgumentParser:
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, found {number}")
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, found {number}")
     return number
 
 
 def _console() -> Console:
-    # A file or a pipe has no width of its own; a tree in it must not be cut at eighty cells.
+    # rich assumes 80 cells for a file or a pipe, which would cut the lines of most trees.
     return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
@@ -82,7 +88,7 @@ def _roles(options: argparse.Namespace) -> None:
 
 
 def _empty(model: str) -> Any:
-    """A model of transformers without its weights: on the meta device."""
+    """A transformers model on the meta device, without its weights."""
     import torch
     from transformers import AutoConfig, AutoModel
 
@@ -92,6 +98,6 @@ def _empty(model: str) -> Any:
             return AutoModel.from_config(config)
     except (OSError, ValueError, ImportError) as error:
         raise HubError(
-            f"{model}: no model of transformers can be built from it: {str(error).splitlines()[0]}; expected a folder or Hub "
-            "id with a config.json of a model type that the installed transformers has"
+            f"{model}: transformers cannot build a model from it: {str(error).splitlines()[0]}; pass a folder or Hub id with "
+            "a config.json whose model type the installed transformers knows"
         ) from error

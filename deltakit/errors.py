@@ -1,16 +1,16 @@
-"""The one tree of errors. Each message gives the path, what was expected, what was found and what to do.
+"""All errors that deltakit raises on purpose. Each message says where, what happened, and what to do.
 
     DeltaError
-    ├── SelectorError          a selector is malformed, or selects nothing
-    ├── RoleError              the backbone's structure does not answer a role
-    ├── OptionError            a method's option is out of its range
-    ├── TargetError            a module that a method cannot serve
-    ├── StateError             a call that does not fit the delta's present state
-    ├── CheckpointError        a file that is not a delta, is damaged, or does not fit
-    │   └── BackboneMismatch   a delta that was trained on another backbone
-    └── HubError               a repository that cannot be read or written
+    ├── SelectorError          a selector is malformed, or matches nothing
+    ├── RoleError              a role does not exist, or the backbone has no sure answer for it
+    ├── OptionError            an option is out of its range or of the wrong type
+    ├── TargetError            a method cannot be attached to this module
+    ├── StateError             the call does not fit the current state of a delta or its backbone
+    ├── CheckpointError        a folder is missing, is no delta, is damaged, or does not fit the backbone
+    │   └── BackboneMismatch   the delta was trained on another backbone
+    └── HubError               a repository of the Hub cannot be read or written
 
-Warnings are `DeltaWarning`; `warnings.simplefilter("error", deltakit.DeltaWarning)` makes errors of them.
+Warnings are `DeltaWarning`; `warnings.simplefilter("error", deltakit.DeltaWarning)` turns them into errors.
 """
 
 from collections.abc import Iterable
@@ -21,43 +21,48 @@ class DeltaError(Exception):
 
 
 class SelectorError(DeltaError, ValueError):
-    """A selector that cannot be read, or that selects nothing."""
+    """A selector is malformed, or matches nothing."""
 
 
 class RoleError(DeltaError, LookupError):
-    """A role that the structure of the backbone does not answer for sure."""
+    """A role does not exist, or the structure of the backbone has no sure answer for it."""
 
 
 class OptionError(DeltaError, ValueError):
-    """An option of a method that is out of its range or of the wrong type."""
+    """An option is out of its range or of the wrong type."""
 
 
 class TargetError(DeltaError, TypeError):
-    """A module that a method cannot serve."""
+    """A method cannot be attached to this module or parameter."""
 
 
 class StateError(DeltaError, RuntimeError):
-    """A call that does not fit the present state of a delta or of its backbone."""
+    """The call does not fit the current state of a delta or of its backbone."""
 
 
 class CheckpointError(DeltaError, ValueError):
-    """A folder or file that is not a delta, is damaged, or does not fit the backbone."""
+    """A folder is missing, is no delta, is damaged, or does not fit the backbone."""
 
 
 class BackboneMismatch(CheckpointError):
-    """A delta that was trained on a backbone of another structure or with other weights."""
+    """The delta was trained on a backbone with another structure or other weights."""
 
 
 class HubError(DeltaError, OSError):
-    """A repository of the Hub that cannot be read or written."""
+    """A repository of the Hub cannot be read or written."""
 
 
 class DeltaWarning(UserWarning):
-    """Something that can be meant, but is often a mistake."""
+    """Something that may be intended but is often a mistake."""
 
 
 def no_such_delta(where: str, name: object, attached: Iterable[str]) -> OptionError:
-    """The error for a name that no attached delta has."""
+    """Returns the error for a name that no attached delta has.
+
+    Args:
+        where: the function that was called.
+        attached: the names of the attached deltas.
+    """
     return OptionError(
-        f"{where}: no delta named {name!r} is attached; there are {', '.join(map(repr, attached)) or 'none'}"
+        f"{where}: no delta named {name!r} is attached; the attached deltas are {', '.join(map(repr, attached)) or 'none'}"
     )

@@ -1,8 +1,9 @@
-"""OpenDelta's names, so that code written for it runs with `opendelta` replaced by `deltakit`.
+"""OpenDelta's API: code written for OpenDelta runs after importing from `deltakit.opendelta` instead of `opendelta`.
 
-The defaults are OpenDelta's: its models attach at once and freeze nothing until `freeze_module` is called.
+The defaults are OpenDelta's: models attach at once, and nothing is frozen until `freeze_module` is called.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -27,7 +28,7 @@ Selectors = Sequence[str] | None
 
 
 class DeltaModel:
-    """A delta with OpenDelta's methods. `delta` is the handle itself."""
+    """A delta with OpenDelta's methods. `delta` is deltakit's own handle."""
 
     delta_type: ClassVar[str] = ""
 
@@ -40,23 +41,44 @@ class DeltaModel:
         return attach(backbone_model, method, freeze=False)
 
     def freeze_module(self, exclude: Sequence[str] = ("deltas",)) -> None:
-        """Freezes the backbone but for the modules in `exclude`, which are then trained whole and saved with the delta."""
+        """Freezes the backbone except the modules in `exclude`, which are fully trained and saved with the delta.
+
+        Args:
+            exclude: selectors of modules to train fully; "deltas" stands for the delta itself and is always trained.
+
+        Raises:
+            SelectorError: if a selector is malformed or matches nothing.
+            RoleError: if a role does not exist, or this backbone has no sure answer for it.
+            StateError: if the delta is not attached, or a module cannot be trained fully.
+        """
         self.delta.freeze(train=[name for name in exclude if name != "deltas"])
 
     def attach(self) -> None:
-        """Puts the delta back."""
+        """Attaches the delta again.
+
+        Raises:
+            StateError: if it is attached already, or its targets or names are taken by another delta.
+        """
         self.delta.attach()
 
     def detach(self) -> None:
-        """Takes the delta off; the backbone is bit for bit as it was."""
+        """Removes the delta; the backbone is bit-exact as before.
+
+        Raises:
+            StateError: inside a `rows` block.
+        """
         self.delta.detach()
 
     def save_finetuned(self, finetuned_delta_path: str | PathLike[str] = "./delta_checkpoints/") -> Path:
-        """The folder in which the delta was saved."""
+        """Saves the delta and returns the folder.
+
+        Raises:
+            StateError: if its scale is not 1, or this process does not hold all of its values (offloading, FSDP1, ZeRO-3).
+        """
         return self.delta.save(finetuned_delta_path)
 
     def log(self) -> None:
-        """Prints the tree and how much is trained."""
+        """Prints the tree, and the shares of trainable and of delta parameters."""
         print(show(self.backbone_model))
         total = sum(parameter.numel() for parameter in self.backbone_model.parameters())
         trained = sum(p.numel() for p in self.backbone_model.parameters() if p.requires_grad)
@@ -66,7 +88,7 @@ class DeltaModel:
 
 
 class LoraModel(DeltaModel):
-    """LoRA by OpenDelta's options."""
+    """LoRA with OpenDelta's options, attached at once. Raises what `attach` raises."""
 
     delta_type = "lora"
 
@@ -85,7 +107,7 @@ class LoraModel(DeltaModel):
 
 
 class AdapterModel(DeltaModel):
-    """Adapters by OpenDelta's options."""
+    """Adapters with OpenDelta's options, attached at once. Raises what `attach` raises."""
 
     delta_type = "adapter"
 
@@ -104,7 +126,7 @@ class AdapterModel(DeltaModel):
 
 
 class BitFitModel(DeltaModel):
-    """BitFit by OpenDelta's options."""
+    """BitFit with OpenDelta's options, attached at once. Raises what `attach` raises."""
 
     delta_type = "bitfit"
 
@@ -115,7 +137,7 @@ class BitFitModel(DeltaModel):
 
 
 class PrefixModel(DeltaModel):
-    """Prefix tuning by OpenDelta's options."""
+    """Prefix tuning with OpenDelta's options, attached at once. Raises what `attach` raises."""
 
     delta_type = "prefix"
 
@@ -136,7 +158,7 @@ class PrefixModel(DeltaModel):
 
 
 class SoftPromptModel(DeltaModel):
-    """A soft prompt by OpenDelta's options."""
+    """A soft prompt with OpenDelta's options, attached at once. Raises what `attach` raises."""
 
     delta_type = "soft_prompt"
 
@@ -145,44 +167,52 @@ class SoftPromptModel(DeltaModel):
         super().__init__(self._attached(backbone_model, method))
 
 
+def _options(kind: type[DeltaModel]) -> list[str]:
+    return list(inspect.signature(kind).parameters)[1:]
+
+
 _MODELS = {kind.delta_type: kind for kind in (LoraModel, AdapterModel, BitFitModel, PrefixModel, SoftPromptModel)}
 
 
 @dataclass
 class AutoDeltaConfig:
-    """The type of a delta and its options, under OpenDelta's names."""
+    """The type of a delta and its options, with OpenDelta's names."""
 
     delta_type: str
     options: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any]) -> "AutoDeltaConfig":
-        """The config that `{"delta_type": "lora", "lora_r": 8}` describes.
+        """Returns the config for a dictionary such as `{"delta_type": "lora", "lora_r": 8}`.
 
         Raises:
-            OptionError: if there is no such type.
+            OptionError: if the type is missing or unknown.
         """
         delta_type = config_dict.get("delta_type")
         if delta_type not in _MODELS:
-            raise OptionError(f"delta_type {delta_type!r}: expected one of {', '.join(_MODELS)}")
+            raise OptionError(f"AutoDeltaConfig: unknown delta_type {delta_type!r}; use one of {', '.join(_MODELS)}")
         return cls(delta_type, {key: value for key, value in config_dict.items() if key != "delta_type"})
 
 
 class AutoDeltaModel:
-    """Deltas from a config, or from what was saved."""
+    """Makes deltas from a config or from saved files."""
 
     @staticmethod
     def from_config(config: AutoDeltaConfig, *, backbone_model: nn.Module) -> DeltaModel:
-        """The delta that a config describes, attached.
+        """Attaches the delta that a config describes and returns it.
 
         Raises:
-            OptionError: if the type has no such option.
+            OptionError: if the type has no such option, or a value is out of its range.
+            SelectorError: if a selector is malformed or matches nothing.
+            RoleError: if a default position is not found on this backbone.
+            TargetError: if the method cannot be attached to a selected module.
+            StateError: if the targets are taken by another delta.
         """
         kind = _MODELS[config.delta_type]
         try:
             return kind(backbone_model, **config.options)
         except TypeError as error:
-            raise OptionError(f"{kind.__name__}: {error}; its options are keyword arguments of that class") from error
+            raise OptionError(f"{kind.__name__}: {error}; its options are {', '.join(_options(kind))}") from error
 
     @staticmethod
     def from_finetuned(
@@ -192,7 +222,18 @@ class AutoDeltaModel:
         token: str | bool | None = None,
         revision: str | None = None,
     ) -> DeltaModel:
-        """The delta saved in a folder or a Hub repository, attached."""
+        """Loads a delta from a folder or a Hub repository, attaches it and returns it.
+
+        Args:
+            token: an access token for the Hub.
+            revision: a branch, tag or commit of the repository.
+
+        Raises:
+            CheckpointError: if the folder is missing, is no delta, is damaged, or does not fit the backbone.
+            BackboneMismatch: if the delta was trained on another backbone.
+            HubError: if the repository cannot be read.
+            StateError: if the targets are taken by another delta.
+        """
         delta = load(finetuned_model_name_or_path, backbone_model, token=token, revision=revision, freeze=False)
         kind = _MODELS.get(delta.methods[0].name, DeltaModel) if len(delta.methods) == 1 else DeltaModel
         model = kind.__new__(kind)

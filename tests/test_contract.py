@@ -198,7 +198,7 @@ def test_attach_twice_at_one_place_says_so(model, name):
 @pytest.mark.parametrize("at", ["nothing_like_it", ["classifier", "nothing_like_it"]])
 def test_a_selector_that_misses_changes_nothing(model, name, at):
     before = snapshot(model)
-    with pytest.raises(dk.SelectorError, match=r"'nothing_like_it' selects none of the \d+ modules of Transformer"):
+    with pytest.raises(dk.SelectorError, match=r"'nothing_like_it' matches none of the \d+ modules of Transformer"):
         dk.attach(model, method(name, at=at))
     same(before, snapshot(model))
 

@@ -66,7 +66,7 @@ def test_examples(name, toy, tmp_path):
     ]
     run = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert "trained whole" in run.stdout
+    assert "fully trained" in run.stdout
     assert "loaded onto a fresh backbone, same predictions: True" in run.stdout
     assert (out / "delta_model.safetensors").stat().st_size < 20_000
 
@@ -78,5 +78,5 @@ def test_the_sharded_example_on_two_processes(toy, tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]
     assert "in one process" in run.stdout
-    assert "trained whole" in run.stdout
+    assert "fully trained" in run.stdout
     assert (tmp_path / "delta" / "delta_model.safetensors").stat().st_size < 20_000

@@ -8,15 +8,7 @@ from tempfile import TemporaryDirectory
 
 from torch import Tensor, nn
 
-from deltakit.core import (
-    Selector,
-    attachments_of,
-    is_first,
-    is_sharded,
-    key_of,
-    shapes_of,
-    wait_for_all,
-)
+from deltakit.core import Selector, attachments_of, is_first, is_sharded, key_of, shapes_of, wait_for_all
 from deltakit.delta import merging, swapping, tensors
 from deltakit.delta.claims import check_scale, claim, refuse_in_rows, refuse_merged, refuse_scaled
 from deltakit.delta.contents import DeltaContents

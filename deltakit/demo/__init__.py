@@ -1,1 +1,1 @@
-"""`deltakit demo`: deltas beside a linear probe and full fine-tuning, on a real backbone and real data."""
+"""`deltakit demo`: compares deltas with a linear probe and full fine-tuning, on a real backbone and real data."""

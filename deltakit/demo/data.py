@@ -1,4 +1,4 @@
-"""SNIPS intents: what people ask an assistant, in seven classes. Provenance and licence (CC0): `snips/README.md`."""
+"""The SNIPS data: requests to an assistant, with one of seven intents each. Source and licence (CC0): `snips/README.md`."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -19,30 +19,35 @@ class Example:
 
 
 def read(split: str) -> list[tuple[str, str]]:
-    """The requests of a split, "train" (4,000) or "valid" (700), each with its intent."""
+    """Returns the requests of a split, "train" (4,000) or "valid" (700), each with its intent."""
     text = (files("deltakit.demo") / "snips" / f"{split}.tsv").read_text(encoding="utf-8")
-    rows = [line.split("\t") for line in text.removesuffix("\n").split("\n")]
-    return [(request, intent) for request, intent in rows]
+    pairs = [line.split("\t") for line in text.removesuffix("\n").split("\n")]
+    return [(request, intent) for request, intent in pairs]
 
 
 def intents() -> list[str]:
-    """The seven intents, in the order of their indices."""
+    """Returns the seven intents in the order of their indices."""
     return sorted({intent for _, intent in read("train")})
 
 
-def encode(rows: Sequence[tuple[str, str]], tokenizer: Any) -> list[Example]:
-    """The requests as token ids, at most 64 of them."""
+def encode(requests: Sequence[tuple[str, str]], tokenizer: Any) -> list[Example]:
+    """Returns the requests as examples of at most 64 token ids each."""
     labels = {intent: index for index, intent in enumerate(intents())}
-    encoded = tokenizer([request for request, _ in rows], truncation=True, max_length=64)["input_ids"]
-    return [Example(ids, labels[intent]) for ids, (_, intent) in zip(encoded, rows, strict=True)]
+    encoded = tokenizer([request for request, _ in requests], truncation=True, max_length=64)["input_ids"]
+    return [Example(ids, labels[intent]) for ids, (_, intent) in zip(encoded, requests, strict=True)]
 
 
 def batches(
     examples: Sequence[Example], size: int, pad: int, *, seed: int | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches of examples of like length; shuffled if a seed is given, else in their order by length."""
+    """Yields padded batches of examples of similar length: in random order with a seed, else ordered by length.
+
+    Args:
+        size: the number of examples in a batch.
+        pad: the token id of padding.
+    """
     order = list(examples)
-    # Shuffled, sorting within eight batches at a time keeps padding low and the order random.
+    # With shuffling, examples are sorted within eight batches only: that keeps padding low and the order random.
     window = len(order) if seed is None else 8 * size
     if seed is not None:
         random.Random(seed).shuffle(order)

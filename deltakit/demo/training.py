@@ -1,9 +1,10 @@
-"""A plain training loop, and the accuracy it reaches."""
+"""A plain training loop, predictions and accuracy."""
 
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import nn
+from jaxtyping import Int64
+from torch import Tensor, nn
 
 from deltakit.demo.data import Example, batches
 
@@ -20,7 +21,10 @@ def train(
     epochs: int,
     step: Callable[[], None] = lambda: None,
 ) -> None:
-    """Trains the parameters with AdamW, a short warm-up and a linear decay; calls `step` after each batch."""
+    """Trains the parameters with AdamW, a warm-up over the first tenth of the steps and a linear decay.
+
+    `step` is called after each batch.
+    """
     steps = epochs * -(-len(examples) // BATCH)
     optimizer = torch.optim.AdamW(list(parameters), lr=lr, weight_decay=0.01)
     warm = max(1, steps // 10)
@@ -38,13 +42,13 @@ def train(
 
 
 @torch.no_grad()
-def predict(model: nn.Module, examples: Sequence[Example], pad: int) -> torch.Tensor:
-    """The predicted intents, one a row, in the order in which `batches` gives the examples."""
+def predict(model: nn.Module, examples: Sequence[Example], pad: int) -> Int64[Tensor, " examples"]:
+    """Returns the index of the predicted intent of each example, in the order in which `batches` yields them."""
     model.eval()
     return torch.cat([model(**batch).logits.argmax(-1) for batch in batches(examples, 100, pad)])
 
 
 def accuracy(model: nn.Module, examples: Sequence[Example], pad: int) -> float:
-    """The share of examples whose intent is predicted, in [0, 1]."""
+    """Returns the share of examples whose intent is predicted correctly, in [0, 1]."""
     wanted = torch.cat([batch["labels"] for batch in batches(examples, 100, pad)])
     return float((predict(model, examples, pad) == wanted).float().mean())

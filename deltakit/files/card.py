@@ -1,4 +1,4 @@
-"""The model card of a saved delta: what it is, and how to load it."""
+"""Writes the model card of a saved delta: what the delta is, and how to load it."""
 
 import json
 from collections.abc import Mapping
@@ -8,17 +8,17 @@ _NOT_OPTIONS = ("method", "at", "of", "exclude", "targets")
 
 
 def model_card(config: Mapping[str, Any]) -> str:
-    """The text of a README.md for the delta that a config describes, with the front matter that the Hub reads."""
+    """Returns the text of a README.md for the delta that a config describes, with the front matter for the Hub."""
     methods = config["methods"]
     base = config["backbone"]["id"]
     names = [entry["method"] for entry in methods]
     front = ["---", "library_name: deltakit", f"tags: {json.dumps(['deltakit', *dict.fromkeys(names)])}"]
     if base and _is_repository(base):
-        # JSON strings are YAML strings.
+        # Every JSON string is a valid YAML string, so quotes and colons in names are escaped correctly.
         front += [f"base_model: {json.dumps(base)}", "base_model_relation: adapter"]
     lines = [f"- `{entry['method']}` ({_options(entry)}) at {_code(entry['targets'])}" for entry in methods]
     if config["train"]["names"]:
-        lines.append(f"- trained whole: {_code(config['train']['names'])}")
+        lines.append(f"- fully trained: {_code(config['train']['names'])}")
     return "\n".join(
         [
             *front,

@@ -1,7 +1,7 @@
-"""The two files of a delta: `delta_config.json` says what it is, `delta_model.safetensors` holds its tensors.
+"""The files of a delta: `delta_config.json` describes it, `delta_model.safetensors` holds its tensors.
 
-Their names differ from PEFT's on purpose: an `adapter_config.json` that is not PEFT's breaks transformers'
-`from_pretrained` on that folder.
+Their names differ from PEFT's on purpose: transformers' `from_pretrained` fails on a folder with an
+`adapter_config.json` that is not PEFT's.
 """
 
 import json
@@ -25,10 +25,14 @@ _CARD_MARK = "<!-- written by deltakit: remove this line to keep your own text -
 
 
 def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> None:
-    """Writes a delta's files; each is complete under its name or not there. A model card of the user's own is kept."""
+    """Writes the files of a delta into a folder, which is created if needed.
+
+    Each file is written under a temporary name and then renamed, so an interrupted save leaves the old files intact. A
+    README.md that the user wrote is kept.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    # Every process of a group may save to one folder: each writes files of its own, and the last one stays.
+    # All processes of a group may save to one folder. Each writes temporary files of its own, and the last one wins.
     own = uuid4().hex
     parts = {name: folder / f".{name}.{own}.partial" for name in (TENSORS_FILE, CONFIG_FILE, CARD_FILE)}
     save_file(plain, parts[TENSORS_FILE], metadata={"format": "pt"})
@@ -42,15 +46,17 @@ def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, 
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the tensors of the delta in a folder.
+    """Returns the config and the tensors of the delta in a folder.
 
     Raises:
-        CheckpointError: if one of the files is missing or damaged, or of a newer format.
+        CheckpointError: if one of the files is missing or damaged, or has a newer format version.
     """
     for name in (CONFIG_FILE, TENSORS_FILE):
         if not (folder / name).is_file():
             there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:10]) or "nothing"
-            raise CheckpointError(f"{folder} holds no delta: expected {name}, found {there}; was it saved by deltakit?")
+            raise CheckpointError(
+                f"{folder}: no delta in this folder: expected {name}, found {there}; pass the folder that delta.save wrote"
+            )
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -58,8 +64,8 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     version = config.get("format_version") if isinstance(config, dict) else None
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder / CONFIG_FILE}: format version {version!r}, this deltakit reads up to {FORMAT_VERSION}; "
-            "was it written by a newer deltakit?"
+            f"{folder / CONFIG_FILE}: found format version {version!r}, this deltakit reads versions up to {FORMAT_VERSION}; "
+            "upgrade deltakit"
         )
     missing = sorted({"methods", "train", "backbone", "name"} - config.keys())
     if missing:
@@ -74,9 +80,16 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, where: str) -> None:
-    """Raises `CheckpointError` unless both hold the same names with the same shapes; reports all that differ."""
+    """Checks that a file has exactly the expected tensors, with the expected shapes.
+
+    Args:
+        where: the folder or repository, for the error message.
+
+    Raises:
+        CheckpointError: if tensors are missing, unknown or of another shape; the message lists the first five.
+    """
     problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} belongs to nothing in this delta" for name in found if name not in expected]
+    problems += [f"{name} is unknown in this delta" for name in found if name not in expected]
     problems += [
         f"{name}: the file has {tuple(tensor.shape)}, the backbone needs {tuple(expected[name].shape)}"
         for name, tensor in found.items()
@@ -85,5 +98,5 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise CheckpointError(
-            f"{where}: {len(problems)} of its tensors do not fit: {shown}; was it trained on another backbone?"
+            f"{where}: {len(problems)} of its tensors do not fit: {shown}; load the backbone that the delta was trained on"
         )

@@ -1,4 +1,4 @@
-"""What `delta_config.json` says: the methods and where they are, what is trained whole, and the backbone."""
+"""Builds and reads `delta_config.json`: the methods and their targets, the fully trained modules, and the backbone."""
 
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -14,7 +14,7 @@ from deltakit.version import __version__
 
 
 def delta_config(attachment: Attachment, num_parameters: int) -> dict[str, Any]:
-    """The config of a delta as plain data: the selectors as written, and the paths that they resolved to."""
+    """Returns the config of a delta as plain data, with the selectors as written and the paths that they matched."""
     backbone, record = attachment.backbone, attachment.record
     methods = [
         {**method.to_dict(), "targets": compact([site.path for site in attachment.sites if site.method == index])}
@@ -37,7 +37,11 @@ def delta_config(attachment: Attachment, num_parameters: int) -> dict[str, Any]:
 
 
 def backbone_identity(backbone: nn.Module, record: Record | None = None) -> dict[str, Any]:
-    """The class and the fingerprint of a backbone, without the values that its deltas changed."""
+    """Returns the class and the fingerprint of a backbone.
+
+    The fingerprint omits the values of parameters that a delta on the backbone has changed. `record` is the delta being
+    saved; its fully trained parameters are omitted even while it is detached.
+    """
     changed = set(record.fully_trained) if record else set()
     for other in records_of(backbone):
         changed |= {*other.fully_trained, *other.weights_before_merge}
@@ -45,28 +49,34 @@ def backbone_identity(backbone: nn.Module, record: Record | None = None) -> dict
 
 
 def methods_of(config: Mapping[str, Any]) -> list[tuple[Method, list[str]]]:
-    """The methods that a config describes, each with the paths of its targets.
+    """Returns the methods that a config describes, each with the paths of its targets.
 
     Raises:
-        CheckpointError: if a method or an option is unknown here, or the config is damaged.
+        CheckpointError: if a method or an option is unknown to this deltakit, or the config is damaged.
+        OptionError: if an option of a method is out of its range.
     """
     found = []
     for entry in config["methods"]:
         if not isinstance(entry, dict) or not isinstance(entry.get("targets"), list):
-            raise CheckpointError(f"the config is damaged: expected a method with its targets, found {entry!r}")
+            raise CheckpointError(
+                f"delta_config.json is damaged: expected a method with its targets, found {entry!r}; save or download it again"
+            )
         method = Method.from_dict({key: value for key, value in entry.items() if key != "targets"})
         found.append((method, expanded(entry["targets"])))
     return found
 
 
 def compact(paths: Sequence[str]) -> list[str]:
-    """Paths as folded selectors that `expanded` turns into exactly these; one by one where names forbid folding."""
+    """Returns folded selectors for the paths; `expanded` returns the same paths again.
+
+    The paths stay as they are if names with commas or braces make folding ambiguous.
+    """
     folded = list(fold(paths))
     return folded if sorted(expanded(folded)) == sorted(paths) else list(paths)
 
 
 def expanded(selectors: Sequence[str]) -> list[str]:
-    """The paths that folded selectors stand for."""
+    """Returns the paths that folded selectors stand for."""
     return [
         ".".join(components)
         for selector in selectors

@@ -1,6 +1,6 @@
-"""What a backbone is recognised by: its structure, and a few values of its weights.
+"""Recognises a backbone by its structure and a few values of its weights.
 
-Values are compared with a tolerance, so that a backbone loaded in bfloat16 or float16 is still the same one.
+Values are compared with a tolerance, so a backbone loaded in bfloat16 or float16 still matches.
 """
 
 import hashlib
@@ -13,16 +13,19 @@ from torch import Tensor, nn
 
 from deltakit.core import class_name, own_parameters
 
-# bfloat16 keeps 8 bits, float16 drops what is below 6e-8: both stay within these of the float32 values.
+# bfloat16 has 8 significant bits, and float16 rounds values below 6e-8 to zero. Both stay within these tolerances.
 _RELATIVE, _ABSOLUTE = 2e-2, 1e-6
 _TENSORS, _VALUES = 256, 2
 
 
 def fingerprint(backbone: nn.Module, *, leave_out: Collection[str] = ()) -> dict[str, Any]:
-    """The fingerprint of a backbone without its deltas, and without the values of the parameters in `leave_out`.
+    """Returns the fingerprint of a backbone without its deltas.
 
-    Call it while nothing but deltas was changed: it holds the class, a hash of all names and shapes, the number of
-    parameters, and sampled values by parameter name (none for weights without data, or not in floating point).
+    It has the class, a hash of all parameters' names and shapes, their number, and sampled values by parameter name.
+    Weights on the meta device and quantised weights have no samples.
+
+    Args:
+        leave_out: the names of parameters whose values are omitted, because training changed them.
     """
     parameters = dict(own_parameters(backbone))
     names = "\n".join(f"{name} {tuple(p.shape)}" for name, p in sorted(parameters.items()))
@@ -37,7 +40,7 @@ def fingerprint(backbone: nn.Module, *, leave_out: Collection[str] = ()) -> dict
 
 
 def differences(saved: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """What tells two fingerprints apart, in words; empty for the same backbone."""
+    """Returns the difference between two fingerprints as a text in a list. The list is empty for the same backbone."""
     if saved["structure"] != found["structure"]:
         return [
             f"trained on a {saved['class']} with {saved['parameters']:,} parameters, found a {found['class']} with "
@@ -51,13 +54,13 @@ def differences(saved: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]
 
 
 def _has_values(parameter: Tensor) -> bool:
-    # Sharded and quantised tensors are subclasses whose single values cannot be read.
+    # Sharded and quantised weights are tensor subclasses. Reading single values of them fails or needs communication.
     plain = type(parameter) in (Tensor, nn.Parameter) or type(parameter.data) is Tensor
     return plain and not parameter.is_meta and torch.is_floating_point(parameter) and parameter.numel() > 0
 
 
 def _spread(names: list[str]) -> list[str]:
-    """At most `_TENSORS` of the names, evenly spread, the last ones among them: heads stand there."""
+    """At most `_TENSORS` names, evenly spread. The last eight are always among them, because heads come last."""
     if len(names) <= _TENSORS:
         return names
     tail = names[-8:]

@@ -1,6 +1,7 @@
-"""Deltas on the Hub: the only file that talks to `huggingface_hub`, which is imported when it is needed.
+"""Deltas on the Hub. This is the only file that uses `huggingface_hub`, and it imports it only when needed.
 
-Importing it earlier would freeze its settings (`HF_ENDPOINT`, `HF_HUB_OFFLINE`) for everybody.
+`huggingface_hub` reads its settings (`HF_ENDPOINT`, `HF_HUB_OFFLINE`) once, at its import. An import at the top would fix
+them before the user's code can set them.
 """
 
 import re
@@ -17,27 +18,39 @@ _LOGIN = "log in with `hf auth login` or pass token="
 
 
 def find_folder(source: str | PathLike[str], *, revision: str | None = None, token: str | bool | None = None) -> Path:
-    """The folder that holds a delta: the source itself if it is one, else a copy of the Hub repository of that name.
+    """Returns the folder that holds a delta: the source if it is a folder, else a copy of the Hub repository.
+
+    Args:
+        source: a local folder, or a repository id such as "user/name". Texts that can only be paths (`./name`, absolute
+            paths, more than one slash, backslashes) and `Path` objects are never looked up on the Hub.
+        revision: a branch, tag or commit of the repository; by default its main branch.
+        token: an access token, or False to send none; by default the one that `hf auth login` saved.
 
     Raises:
-        CheckpointError: if the source is neither a folder nor the name of a repository.
-        HubError: if the repository cannot be read, or holds no delta.
+        CheckpointError: if the source can only be a local folder and does not exist, or is a file.
+        HubError: if there is no such repository, it holds no delta, or the Hub cannot be reached or refuses.
     """
     name, folder = str(source), Path(source)
     if name and folder.is_dir():
         return folder
-    if folder.exists() or not isinstance(source, str) or not _REPO_ID.fullmatch(name):
+    if name and folder.exists():
+        raise CheckpointError(f"{name or repr(name)}: this is a file; pass the folder of a delta, or a Hub repository")
+    if not isinstance(source, str) or not _REPO_ID.fullmatch(name):
         raise CheckpointError(
-            f"{name}: expected a folder with a delta, or a Hub repository such as 'user/my-delta'; found neither"
+            f"{name or repr(name)}: no such folder, and this is not a Hub repository id such as 'user/my-delta'; check the "
+            f"path (working directory {Path.cwd()})"
         )
     from huggingface_hub import snapshot_download
 
-    with _explained(name, revision, "read"):
+    with _explained(name, revision, "read", missing_folder=f"no local folder {name!r} exists, and "):
         copy = snapshot_download(
             name, revision=revision, token=token, allow_patterns=[CONFIG_FILE, TENSORS_FILE, CARD_FILE]
         )
     if not (Path(copy) / CONFIG_FILE).is_file():
-        raise HubError(f"{name}: the repository holds no delta: {_found(name, revision, token)}")
+        raise HubError(
+            f"{name}: the repository holds no delta: {_found(name, revision, token)}; pass the id of a repository that "
+            "delta.push wrote"
+        )
     return Path(copy)
 
 
@@ -49,15 +62,15 @@ def upload(
     token: str | bool | None = None,
     commit_message: str | None = None,
 ) -> str:
-    """The URL of the repository that now holds the folder, in one commit; created if it is not there.
+    """Uploads a folder in one commit and returns the URL of the repository, which is created if needed.
 
     Raises:
-        HubError: if the Hub cannot be reached or refuses.
+        HubError: if the id is malformed, or the Hub cannot be reached or refuses.
     """
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
-    with _explained(repo_id, None, "written"):
+    with _explained(repo_id, None, "write to"):
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(
             repo_id=url.repo_id, folder_path=folder, commit_message=commit_message or "Upload a delta with deltakit"
@@ -75,8 +88,11 @@ def _found(repo_id: str, revision: str | None, token: str | bool | None) -> str:
 
 
 @contextmanager
-def _explained(repo_id: str, revision: str | None, verb: str) -> Iterator[None]:
-    """One clear line for each way in which the Hub says no."""
+def _explained(repo_id: str, revision: str | None, verb: str, *, missing_folder: str = "") -> Iterator[None]:
+    """Turns each error of the Hub into a `HubError` of one line.
+
+    `missing_folder` starts the messages of the errors after which a local folder may be what the user meant.
+    """
     from huggingface_hub import errors
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
@@ -84,23 +100,24 @@ def _explained(repo_id: str, revision: str | None, verb: str) -> Iterator[None]:
     try:
         yield
     except errors.GatedRepoError as error:
-        raise HubError(f"{repo_id}: the repository is gated: ask for access on its page, then {_LOGIN}") from error
+        raise HubError(f"{repo_id}: this repository is gated: ask for access on its page, then {_LOGIN}") from error
     except errors.RepositoryNotFoundError as error:
         raise HubError(
-            f"{repo_id}: no such repository, or a private one: check the spelling; if it is private, {_LOGIN}"
+            f"{repo_id}: {missing_folder}the Hub has no such repository, or it is private: check the spelling; if it is "
+            f"private, {_LOGIN}"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise HubError(
-            f"{repo_id}: the repository has no revision {revision!r}; expected a branch, tag or commit"
+            f"{repo_id}: the repository has no revision {revision!r}; pass one of its branches, tags or commits"
         ) from error
     except errors.HFValidationError as error:
-        raise HubError(f"{repo_id!r} is no name of a repository: expected 'user/name': {error}") from error
+        raise HubError(f"{repo_id!r} is not a repository id: {error}; pass one such as 'user/name'") from error
     except errors.HfHubHTTPError as error:
         raise HubError(f"{repo_id}: {_refusal(error, verb)}") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, *no_network) as error:
+        cached = "" if verb != "read" else " and the cache has no copy"
         raise HubError(
-            f"{repo_id}: the Hub cannot be reached and there is no copy in the cache: check the network, or unset "
-            "HF_HUB_OFFLINE"
+            f"{repo_id}: {missing_folder}the Hub cannot be reached{cached}: check the network, or unset HF_HUB_OFFLINE"
         ) from error
 
 
@@ -109,5 +126,5 @@ def _refusal(error: Exception, verb: str) -> str:
     if status == 401:
         return f"the token is not valid: {_LOGIN} with another one"
     if status == 403:
-        return f"this token gives no right for it to be {verb}: {_LOGIN} with one that does"
-    return f"the Hub refused with status {status}: {error}"
+        return f"this token has no permission to {verb} the repository: {_LOGIN} with one that has"
+    return f"the Hub refused with status {status}: {error}; try again later, or check the repository's page"

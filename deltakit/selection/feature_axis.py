@@ -1,6 +1,7 @@
-"""On which dimension of its output a module has its features."""
+"""Finds the dimension of a module's output that holds its features."""
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from deltakit.core import linear_sizes
@@ -11,13 +12,13 @@ _CHANNELS_FIRST = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
 
 def feature_axis(module: nn.Module) -> int:
-    """The dimension of the features in what a module gives: 1 where channels stand first, else -1.
+    """Returns the dimension of the features in a module's output: -1 if they are last, else that of the channels.
 
     >>> feature_axis(nn.Linear(2, 3)), feature_axis(nn.BatchNorm2d(3)), feature_axis(nn.Conv2d(3, 5, 2))
     (-1, 1, -3)
     """
+    # Convolutions and instance norms also accept one example without a batch dimension, so we count from the end.
     if isinstance(module, nn.modules.conv._ConvNd):
-        # From the end, for a convolution takes single examples without a batch too, as an instance norm does.
         return -1 - len(module.kernel_size)
     if isinstance(module, nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d):
         return -2 if isinstance(module, nn.InstanceNorm1d) else -3 if isinstance(module, nn.InstanceNorm2d) else -4
@@ -26,38 +27,45 @@ def feature_axis(module: nn.Module) -> int:
     weight = module._parameters.get("weight")
     if weight is None or weight.ndim != 1 or type(module) in (nn.LayerNorm, nn.RMSNorm) or linear_sizes(module):
         return -1
-    return _tried(module, weight.numel())
+    return _axis_by_trial(module, weight.numel())
 
 
-def _tried(module: nn.Module, size: int) -> int:
-    """Which shape a norm takes: some permute to torch's layer norm and back themselves (SqueezeBERT, ConvNeXt)."""
+def _axis_by_trial(module: nn.Module, size: int) -> int:
+    """The axis found by calling a dry-run copy of a norm with several input shapes.
+
+    Some norms permute their input to torch's layer norm and back (SqueezeBERT, ConvNeXt), so the class does not tell.
+    """
     a, b = (other for other in (2, 3, 5) if other != size) if size in (2, 3, 5) else (3, 5)
     for axis, shape in ((-1, (2, a, size)), (-1, (2, a, b, size)), (1, (2, size, a)), (1, (2, size, a, b))):
         try:
-            given = dry_run(module)(torch.ones(shape, dtype=torch.float64))
+            output = dry_run(module)(torch.ones(shape, dtype=torch.float64))
         except Exception:
-            # Whatever a forward that we know nothing of raises: it does not take this shape.
+            # An unknown forward may raise anything. Any error means that it does not accept this shape.
             continue
-        if isinstance(given, Tensor) and given.shape == shape:
+        if isinstance(output, Tensor) and output.shape == shape:
             return axis
     return -1
 
 
-def features_last(x: Tensor, axis: int, size: int) -> Tensor:
-    """The tensor with its features, `size` at `axis`, as the last dimension; the same call undoes it.
+def features_last(x: Shaped[Tensor, "*shape"], axis: int, size: int) -> Shaped[Tensor, "*moved"]:
+    """Returns the tensor with its feature dimension swapped to the end. The same call on the result undoes it.
+
+    Args:
+        axis: the dimension of the features, as `feature_axis` returns it.
+        size: the expected number of features.
 
     Raises:
-        TargetError: if there are not that many.
+        TargetError: if the dimension has another size.
     """
     if x.shape[axis] != size:
         raise TargetError(
-            f"expected {size} features at dimension {axis} of what this target gives, found shape {tuple(x.shape)}; "
-            "leave it out with exclude=, or name a module inside it"
+            f"the output of this target has shape {tuple(x.shape)}: expected {size} features at dimension {axis}, found "
+            f"{x.shape[axis]}; omit this target with exclude=, or select a module inside it"
         )
     return x if axis == -1 else x.transpose(axis, -1)
 
 
-def along(values: Tensor, axis: int, ndim: int) -> Tensor:
-    """Values [d] in a shape that goes along one dimension of a tensor of `ndim` dimensions."""
+def along(values: Shaped[Tensor, "d"], axis: int, ndim: int) -> Shaped[Tensor, "*shape"]:
+    """Returns the values in a shape that broadcasts along dimension `axis` of a tensor with `ndim` dimensions."""
     behind = -1 - axis if axis < 0 else ndim - 1 - axis
     return values.view(-1, *[1] * behind) if behind else values

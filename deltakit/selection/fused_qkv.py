@@ -1,4 +1,4 @@
-"""Queries, keys and values as rows of the projections that fuse them."""
+"""The queries, keys and values of fused projections, as feature slices."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,15 +12,21 @@ from deltakit.selection.role_inference.role_map import Unit
 
 
 @dataclass
-class Fused:
-    """The fused projections of one backbone: its modules by path, and its attention and feed-forward units."""
+class FusedProjections:
+    """The fused projections of one backbone.
+
+    `modules` are the backbone's modules by path, `units` its attention and feed-forward units.
+    """
 
     modules: Mapping[str, nn.Module]
     units: Sequence[Unit]
-    _known: dict[object, dict[str, FeatureSlice] | None] = field(default_factory=dict)
+    _measured: dict[object, dict[str, FeatureSlice] | None] = field(default_factory=dict)
 
     def slices_of(self, unit: Unit) -> dict[str, str]:
-        """The paths of queries, keys and values in the fused projection of a unit; empty where it cannot be told."""
+        """Returns the paths of the slices in a unit's fused projection by letter, such as `{"q": "c_attn[q]"}`.
+
+        Letters with a projection of their own are omitted. The result is empty if the layout cannot be determined.
+        """
         fused = unit.parts.get("qkv") or unit.parts.get("kv")
         if fused is None or fused not in self.modules:
             return {}
@@ -28,36 +34,43 @@ class Fused:
         return {letter: f"{fused}[{letter}]" for letter in missing if self.slice_at(fused, letter) is not None}
 
     def slice_at(self, base: str, letter: str) -> FeatureSlice | None:
+        """Returns the slice of the fused projection at `base` that is `q`, `k` or `v`; None if it has none."""
         module, parameter = held_at(self.modules, base)
         if isinstance(module, nn.MultiheadAttention) and parameter == "in_proj_weight":
-            # torch.nn.functional.multi_head_attention_forward: queries, keys and values one after the other.
+            # Torch documents this layout (F.multi_head_attention_forward): queries, then keys, then values.
             size, place = module.embed_dim, "qkv".find(letter)
             return FeatureSlice(letter, 1, 3 * size, place * size, (place + 1) * size) if place >= 0 else None
         unit = next((u for u in self.units if base in (u.parts.get("qkv"), u.parts.get("kv"))), None)
         if unit is None or parameter:
             return None
+        # The unit's path may be a wrapper around attention or the whole block, whose forwards have other signatures. The
+        # measurement knows how to call a class that is named attention.
         attention = next((path for path in above(base) if says_attention(type(self.modules[path]).__name__)), None)
-        return (self._measured(attention or unit.path, base, unit) or {}).get(letter)
+        return (self._slices(attention or unit.path, base, unit) or {}).get(letter)
 
-    def _measured(self, path: str, fused: str, unit: Unit) -> dict[str, FeatureSlice] | None:
+    def _slices(self, path: str, fused: str, unit: Unit) -> dict[str, FeatureSlice] | None:
         attention = self.modules[path]
         inside = join(path, "") if path else ""
         output = unit.parts.get("o", "")
-        key = (_attributes(attention), self.modules[fused].__class__, fused[len(inside) :], *self._shape(fused))
-        if key not in self._known:
+        # A measurement runs the forward several times. Equal layers share one, so a deep model costs no more than one layer.
+        key = (_forward_key(attention), self.modules[fused].__class__, fused[len(inside) :], *self._shape(fused))
+        if key not in self._measured:
+            # BERT-like models keep the output projection in a sibling; then the attention's own result is measured.
             below = output[len(inside) :] if output.startswith(inside) and output in self.modules else None
-            self._known[key] = measure(attention, fused[len(inside) :], below)
-        return self._known[key]
+            self._measured[key] = measure(attention, fused[len(inside) :], below)
+        return self._measured[key]
 
     def _shape(self, path: str) -> tuple[int, ...]:
         weight = self.modules[path]._parameters.get("weight")
         return tuple(weight.shape) if weight is not None else ()
 
 
-def _attributes(module: nn.Module) -> tuple[object, ...]:
-    """What tells a module's forward from those of others of its class; one measurement serves all that agree.
+def _forward_key(module: nn.Module) -> tuple[object, ...]:
+    """A key that is equal for modules whose forwards treat features alike: the class, plain attributes and child types.
 
-    Layers commonly differ in their number only, which is left out. What is no plain value counts by its identity.
+    Integers named like `layer_idx` are omitted, because they usually are all that differs between the layers of a model.
+    Attributes that are not plain values count by identity: their equality is unknown, and a wrong match would give wrong
+    slices without an error.
     """
     own = tuple(
         (name, repr(value) if isinstance(value, bool | int | float | str | tuple | None) else id(value))

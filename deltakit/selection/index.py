@@ -1,4 +1,4 @@
-"""The modules and parameters of a backbone by path, the deltas' own left out, and what follows from them."""
+"""The index of a backbone: its modules and parameters by path, without those of deltas, and what follows from them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from torch import nn
 
 from deltakit.core import Selector, Target, above, held_at, is_compute_dtype, is_of, join, own_modules, split_slice
 from deltakit.errors import RoleError, SelectorError, TargetError
-from deltakit.selection.fused_qkv import Fused
+from deltakit.selection.fused_qkv import FusedProjections
 from deltakit.selection.grammar import select_paths
 from deltakit.selection.role_inference.infer import infer_roles
 from deltakit.selection.role_inference.role_map import RoleMap, Unit
@@ -18,9 +18,13 @@ from deltakit.selection.weight_reads import WeightReads
 
 @dataclass
 class BackboneIndex:
-    """What selectors pick from on one backbone, and what is known of each path.
+    """Finds the targets of selectors on one backbone, and answers what is known about each path.
 
-    A path is that of a module, of a parameter, or of the rows of a fused projection: `h.0.attn.c_attn[q]`.
+    A path names a module, a parameter, or a feature slice of a fused projection such as `h.0.attn.c_attn[q]`.
+    `by_path` holds every module under every name that it has.
+
+    Raises:
+        TargetError: if the backbone is not a `torch.nn.Module`.
     """
 
     backbone: nn.Module
@@ -29,18 +33,18 @@ class BackboneIndex:
     def __post_init__(self) -> None:
         if not isinstance(self.backbone, nn.Module):
             raise TargetError(
-                f"expected a torch.nn.Module as the backbone, found {type(self.backbone).__name__}; "
-                "pass the model itself"
+                f"backbone: expected a torch.nn.Module, found {type(self.backbone).__name__}; pass the model itself"
             )
         self.by_path = dict(own_modules(self.backbone, every_name=True))
 
     @property
     def owner(self) -> str:
+        """The class name of the backbone, for messages."""
         return type(self.backbone).__name__
 
     @cached_property
     def names(self) -> dict[int, list[str]]:
-        """All paths of each module instance, by its id."""
+        """All paths of each module instance, by the instance's id."""
         names: dict[int, list[str]] = {}
         for path, module in self.by_path.items():
             names.setdefault(id(module), []).append(path)
@@ -48,7 +52,7 @@ class BackboneIndex:
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """All parameters under every name that they have."""
+        """All parameters by path; a tied parameter appears under each of its names."""
         return {
             join(path, name): parameter
             for path, module in self.by_path.items()
@@ -58,7 +62,7 @@ class BackboneIndex:
 
     @cached_property
     def parameter_names(self) -> dict[int, list[str]]:
-        """The names of each parameter, by its id: one for each module that holds it, more than one if it is tied."""
+        """The names of each parameter, by its id. A tied parameter has one name for each module that holds it."""
         names: dict[int, list[str]] = {}
         for path, module in self.by_path.items():
             if self.names[id(module)][0] != path:
@@ -70,15 +74,18 @@ class BackboneIndex:
 
     @cached_property
     def roles(self) -> RoleMap:
+        """The roles inferred from the backbone's structure."""
         unique = {path: module for path, module in self.by_path.items() if self.names[id(module)][0] == path}
         return infer_roles(self.backbone, unique)
 
     @cached_property
-    def fused(self) -> Fused:
-        return Fused(self.by_path, self.roles.units)
+    def fused(self) -> FusedProjections:
+        """The fused projections and their feature slices."""
+        return FusedProjections(self.by_path, self.roles.units)
 
     @cached_property
     def weight_reads(self) -> WeightReads:
+        """The weights that other modules read directly, without calling the layer that holds them."""
         return WeightReads(self.by_path, self.parameter_names)
 
     @cached_property
@@ -100,11 +107,11 @@ class BackboneIndex:
         )
 
     def module_at(self, path: str) -> tuple[nn.Module, str]:
-        """The module of a path, and the name of the parameter in it if the path is that of a parameter."""
+        """Returns the module of a path, and the parameter's name in it, or "" if the path is not of a parameter."""
         return held_at(self.by_path, path)
 
     def first_name(self, path: str) -> str:
-        """The path by which the same module or parameter is known: the first of all that it has."""
+        """Returns the first of all paths under which this module or parameter is registered."""
         base, letter = split_slice(path)
         if base in self.by_path:
             first = self.names[id(self.by_path[base])][0]
@@ -113,7 +120,7 @@ class BackboneIndex:
         return f"{first}[{letter}]" if letter else first
 
     def target(self, path: str) -> Target:
-        """The target at a path, under the first path of its module instance."""
+        """Returns the target at a path; its own path is the first one of its module instance."""
         first = self.first_name(path)
         base, letter = split_slice(first)
         module, parameter = self.module_at(first)
@@ -128,13 +135,13 @@ class BackboneIndex:
             feature_slice=self.fused.slice_at(base, letter) if letter else None,
             weight_read=self.weight_reads.of(owner, parameter),
             tied=tuple(self.weight_reads.other_names(owner, parameter or "weight")) if tensor is not None else (),
-            # Asked only where the weight does not tell: it is a walk for each target.
             roles=self._roles_of.get(first, frozenset()),
+            # Looked up only if the weight itself does not say it, because each look-up walks the modules around.
             around=None if tensor is not None and is_compute_dtype(tensor.dtype) else self._dtype_around(owner),
         )
 
     def _dtype_around(self, path: str) -> torch.dtype | None:
-        """The dtype of the nearest parameters that are in floating point: in the module itself, or in those around it."""
+        """The dtype of the nearest floating-point parameter, in the module itself or in a module around it."""
         near = (own_modules(self.by_path[name]) for name in above(path))
         dtypes = (p.dtype for found in near for _, m in found for p in m._parameters.values() if p is not None)
         return next(filter(is_compute_dtype, dtypes), None)
@@ -143,56 +150,69 @@ class BackboneIndex:
         return next((self._widths[name] for name in above(path) if name in self._widths), None)
 
     def select(self, at: Selector, *, of: Sequence[str] | None = None, exclude: Selector | None = None) -> list[str]:
-        """The selected paths, each module instance once. Raises `SelectorError` where nothing is left."""
+        """Returns the selected paths, each module instance once.
+
+        Raises:
+            SelectorError: if a selector is malformed or matches nothing, or if `of` and `exclude` remove all matches.
+            RoleError: if a role does not exist, or this backbone has no sure answer for it.
+        """
         return self.narrow(self._paths(at), of=of, exclude=exclude, wanted=repr(at))
 
     def narrow(
         self, paths: Sequence[str], *, of: Sequence[str] | None, exclude: Selector | None, wanted: str
     ) -> list[str]:
-        """Those of the paths that `of` and `exclude` leave, each module instance once."""
+        """Returns the paths that are of the types `of` and that `exclude` does not match, each module instance once.
+
+        Args:
+            wanted: the description of the paths for error messages.
+
+        Raises:
+            SelectorError: if an entry of `exclude` is malformed or removes nothing, or if no path is left.
+            RoleError: if `exclude` has a role that does not exist or has no sure answer here.
+        """
         hits = list(paths)
         for entry in (exclude,) if isinstance(exclude, str) else exclude or ():
             left = self._without(hits, set(self._paths(entry)))
             if hits and len(left) == len(hits):
                 raise SelectorError(
-                    f"exclude={entry!r} takes nothing out of the {len(hits)} that {wanted} selects in {self.owner}, such as "
-                    f"{hits[0]}; leave it away, or write what is to be left out ('{entry}/**' for all below)"
+                    f"exclude={entry!r} removes none of the {len(hits)} targets that {wanted} selects in {self.owner}, such "
+                    f"as {hits[0]}; omit it, or exclude what is below it with '{entry}/**'"
                 )
             hits = left
         if of is not None:
             hits = [path for path in hits if not self.module_at(path)[1] and is_of(self.module_at(path)[0], of)]
         if not hits:
             raise SelectorError(
-                f"{wanted} selects {len(paths)} modules of {self.owner}, but of={of!r} and exclude={exclude!r} "
-                "leave none of them"
+                f"{wanted} selects {len(paths)} targets in {self.owner}, but of={of!r} and exclude={exclude!r} remove all "
+                "of them; omit one of the two, or select other targets"
             )
         return list(dict.fromkeys(map(self.first_name, hits)))
 
-    def _without(self, hits: Sequence[str], out: set[str]) -> list[str]:
-        """The hits that are not out, nor in a fused projection that is, nor a parameter of a module that is."""
+    def _without(self, hits: Sequence[str], excluded: set[str]) -> list[str]:
+        """The hits of which neither the path, nor the fused projection, nor the module that holds it is excluded."""
         left = []
         for path in hits:
             base, _ = split_slice(path)
             owner = base if base in self.by_path else base.rpartition(".")[0]
-            if out.isdisjoint((path, base, owner)):
+            if excluded.isdisjoint((path, base, owner)):
                 left.append(path)
         return left
 
     def _paths(self, at: Selector) -> list[str]:
-        return select_paths(at, list(self.by_path), self.role, owner=self.owner, named=self._named)
+        return select_paths(at, list(self.by_path), self.role, owner=self.owner, explicit=self._explicit)
 
-    def _named(self, rows: bool) -> list[str]:
-        """What is picked only where a selector writes it out: parameters, and the rows of fused projections."""
-        if not rows:
+    def _explicit(self, slices: bool) -> list[str]:
+        """The paths that only an explicit selector matches: parameters, or the feature slices of fused projections."""
+        if not slices:
             return list(self.parameters)
         fused = [path for unit in self.roles.units for path in self.fused.slices_of(unit).values()]
         return fused + [path for unit in self.roles.units for path in unit.parts.values() if "[" in path]
 
     def role(self, role: str) -> Sequence[str]:
-        """The paths that answer a role, those of rows of fused projections with them.
+        """Returns the paths that have a role, including feature slices of fused projections.
 
         Raises:
-            RoleError: if there is no such role, or it cannot be told which rows of a fused projection answer.
+            RoleError: if there is no such role, or the layout of a fused projection cannot be determined.
         """
         kind, _, part = role.partition(".")
         hits = list(self.roles.paths(role))
@@ -200,16 +220,16 @@ class BackboneIndex:
             for unit in self.roles.units:
                 if unit.kind != "attn" or part in unit.parts or not {"qkv", "kv"} & unit.parts.keys():
                     continue
-                rows = self.fused.slices_of(unit)
-                if part not in rows:
-                    raise RoleError(self._untold(role, unit))
-                hits.append(rows[part])
+                slices = self.fused.slices_of(unit)
+                if part not in slices:
+                    raise RoleError(self._unknown_layout(role, unit))
+                hits.append(slices[part])
         return sorted(dict.fromkeys(hits), key=self.roles.rank)
 
-    def _untold(self, role: str, unit: Unit) -> str:
-        whole = "qkv" if "qkv" in unit.parts else "kv"
+    def _unknown_layout(self, role: str, unit: Unit) -> str:
+        part = "qkv" if "qkv" in unit.parts else "kv"
         return (
-            f"role '@{role}': {unit.parts[whole]} of {self.owner} computes {', '.join(whole)} in one, and the forward of its "
-            f"{type(self.by_path[unit.path]).__name__} does not tell which rows are which; write '@attn.{whole}' to "
-            "adapt the whole of it"
+            f"role '@{role}': {unit.parts[part]} of {self.owner} computes {', '.join(part)} in one projection, and the "
+            f"forward of its {type(self.by_path[unit.path]).__name__} does not show which features are which; use "
+            f"'@attn.{part}' to select the whole projection"
         )

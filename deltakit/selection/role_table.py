@@ -1,4 +1,4 @@
-"""`roles(model)`: which parts of a backbone answer which role."""
+"""`roles(model)`: which parts of a backbone have which role."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,9 +13,10 @@ from deltakit.selection.role_inference.role_map import ROLES
 
 @dataclass(frozen=True)
 class RoleTable(Mapping[str, tuple[str, ...]]):
-    """The paths that answer each role that a backbone has, by the role as a selector writes it: `@attn.q`.
+    """The paths of each role that a backbone has, by the role as a selector spells it: `@attn.q`.
 
-    `untold`: the roles that are there but cannot be told apart, with what to write instead. Its `repr` folds the paths.
+    `untold` holds the roles whose feature slices cannot be determined, each with what to use instead. `repr` prints a
+    table with folded paths.
     """
 
     owner: str
@@ -32,29 +33,32 @@ class RoleTable(Mapping[str, tuple[str, ...]]):
         return len(self.answers)
 
     def __repr__(self) -> str:
-        rows = [f"roles on {self.owner}"]
+        lines = [f"roles on {self.owner}"]
         for role, paths in self.answers.items():
             first, *others = [selector or "(the backbone itself)" for selector in fold(paths)]
-            rows.append(f"  {role:<13}{len(paths):>6}  {first}")
-            rows += [" " * 23 + selector for selector in others]
-        rows += [f"  {why}" for why in self.untold.values()]
+            lines.append(f"  {role:<13}{len(paths):>6}  {first}")
+            lines += [" " * 23 + selector for selector in others]
+        lines += [f"  {why}" for why in self.untold.values()]
         absent = [f"@{role}" for role in ROLES if f"@{role}" not in (*self.answers, *self.untold)]
-        return "\n".join([*rows, *([f"  none of {', '.join(absent)}"] if absent else [])])
+        return "\n".join([*lines, *([f"  none of {', '.join(absent)}"] if absent else [])])
 
 
 def roles(backbone: nn.Module) -> RoleTable:
-    """What answers each role on a backbone, by role; nothing is changed, and weights may be on the meta device.
+    """Returns the paths of each role on a backbone. The backbone is not changed and may be on the meta device.
 
     >>> table = roles(nn.TransformerEncoderLayer(6, 2, 10))
     >>> table["@ff.up"], table["@attn.q"]
     (('linear1',), ('self_attn.in_proj_weight[q]',))
+
+    Raises:
+        TargetError: if the backbone is not a `torch.nn.Module`.
     """
-    modules = BackboneIndex(backbone)
+    index = BackboneIndex(backbone)
     answers: dict[str, tuple[str, ...]] = {}
     untold: dict[str, str] = {}
     for role in ROLES:
         try:
-            answers[f"@{role}"] = tuple(modules.role(role))
+            answers[f"@{role}"] = tuple(index.role(role))
         except RoleError as error:
             untold[f"@{role}"] = str(error)
-    return RoleTable(modules.owner, {role: paths for role, paths in answers.items() if paths}, untold)
+    return RoleTable(index.owner, {role: paths for role, paths in answers.items() if paths}, untold)

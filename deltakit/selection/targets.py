@@ -1,4 +1,4 @@
-"""From selectors to targets: which modules, parameters or rows of a backbone a method gets."""
+"""Turns selectors into targets: the modules, parameters and feature slices that a method is attached to."""
 
 from collections.abc import Sequence
 
@@ -17,28 +17,37 @@ def select(
     of: type[nn.Module] | str | Sequence[type[nn.Module] | str] | None = None,
     exclude: Selector | None = None,
 ) -> dict[str, nn.Module | nn.Parameter]:
-    """What a selector picks, by path: modules (a fused projection for its rows), or parameters where it names them.
+    """Returns what a selector matches, by path: modules, or parameters if the selector names them.
+
+    For a feature slice such as `c_attn[q]` the value is the whole fused projection.
 
     >>> list(select(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), "*", of=nn.Linear))
     ['0']
 
+    Args:
+        at: one selector or several; a path is selected if one of them matches.
+        of: only modules of these classes, given as classes or as class names.
+        exclude: selectors of what is removed again.
+
     Raises:
-        SelectorError: if a selector is malformed or picks nothing; nearest paths are named.
-        RoleError: if a role has no sure answer on this backbone.
+        SelectorError: if a selector is malformed or matches nothing, or if `of` and `exclude` remove all matches.
+        RoleError: if a role does not exist, or this backbone has no sure answer for it.
+        TargetError: if the backbone is not a `torch.nn.Module`.
+        OptionError: if `of` holds something else than classes and names.
     """
-    modules = BackboneIndex(backbone)
-    paths = modules.select(at, of=type_names(of), exclude=exclude)
-    return {
-        path: modules.parameters[path] if path in modules.parameters else modules.module_at(path)[0] for path in paths
-    }
+    index = BackboneIndex(backbone)
+    paths = index.select(at, of=type_names(of), exclude=exclude)
+    return {path: index.parameters[path] if path in index.parameters else index.module_at(path)[0] for path in paths}
 
 
 def find_targets(index: BackboneIndex, method: Method) -> tuple[list[Target], list[Target]]:
-    """The targets of a method, by its selectors or by its default positions; and those that a default leaves out.
+    """Returns the targets of a method, and the default positions that it cannot serve.
+
+    Targets come from the method's `at=`, or else from its default positions.
 
     Raises:
-        SelectorError: if a selector picks nothing.
-        RoleError: if the default positions are not found on this backbone.
+        SelectorError: if a selector is malformed or matches nothing, or if `of` and `exclude` remove all matches.
+        RoleError: if a role has no sure answer on this backbone, or the backbone has no default position.
     """
     left_out: list[Target] = []
     selected: list[Target] | None = None
@@ -61,9 +70,12 @@ def _default_paths(index: BackboneIndex, method: Method) -> tuple[list[str], lis
         asked = ", ".join("@" + role for role in dict.fromkeys(roles[0] for roles in method.positions()))
         why = ""
         if left_out:
-            why = f" except {next(iter(left_out))}, whose weight is read directly: {method.name} cannot serve it"
+            why = (
+                f" except {next(iter(left_out))}, which {method.name} cannot serve: its weight is read directly, so the "
+                "layer is never called"
+            )
         raise RoleError(
-            f"{method.name}: no default position: nothing in {index.owner} answers {asked}{why}; {_hint(index, method)}"
+            f"{method.name}: no default position: {index.owner} has no {asked}{why}; {_hint(index, method)}"
         )
     order = {path: place for place, path in enumerate(index.by_path)}
     found = sorted(dict.fromkeys(paths), key=lambda path: order.get(path, index.roles.rank(path)))
@@ -95,18 +107,22 @@ def _hint(index: BackboneIndex, method: Method) -> str:
 
 
 def _first_role(index: BackboneIndex, method: Method, roles: Sequence[str], left_out: dict[str, Target]) -> list[str]:
-    """In each unit, what answers the first role that the unit has; for roles without units, all that answer."""
+    """For each unit the path of its first role that the method serves; for roles outside units all their paths.
+
+    A unit none of whose roles is served goes into `left_out`.
+    """
     kind, _, _ = roles[0].partition(".")
     if kind not in ("attn", "ff"):
         return list(index.roles.paths(roles[0]))
-    whole = set(index.roles.paths(kind))
+    unit_paths = set(index.roles.paths(kind))
     hits = []
     for unit in index.roles.units:
         if unit.kind != kind:
             continue
         own = {f"{kind}.{part}": path for part, path in unit.parts.items()}
-        if unit.path in whole:
+        if unit.path in unit_paths:
             own[kind] = unit.path
+        # Measuring the slices of a fused projection is slow; it is skipped if the unit has the wanted role anyway.
         if not own.keys() >= set(roles[:1]):
             own = {**{f"attn.{letter}": path for letter, path in index.fused.slices_of(unit).items()}, **own}
         there = [index.target(own[role]) for role in roles if role in own]

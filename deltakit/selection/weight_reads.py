@@ -1,4 +1,8 @@
-"""Where a backbone reads weights itself instead of calling the module that holds them."""
+"""Finds weights that are read directly: a forward uses `self.proj.weight` without calling `self.proj`.
+
+An output hook on such a layer never runs, so its deltas need a weight patch. The code of the classes tells which layers
+these are: WavLM passes `self.out_proj.weight` to torch's attention function, Mamba passes `self.dt_proj.weight` to a kernel.
+"""
 
 import dis
 import inspect
@@ -15,43 +19,52 @@ from deltakit.core import WeightRead, above, is_callable, join, projection_sizes
 
 @dataclass
 class WeightReads:
-    """What is read on one backbone. `modules`: by path; `names`: those of each parameter, by its id."""
+    """The direct weight reads of one backbone.
+
+    `modules` are its modules by path, `names` the names of each parameter by the parameter's id.
+    """
 
     modules: Mapping[str, nn.Module]
     names: Mapping[int, Sequence[str]]
     _known: dict[tuple[type, str], bool] = field(default_factory=dict)
 
     def of(self, owner: str, parameter: str) -> WeightRead | None:
-        """Where a weight is read that is a target itself, or whose module is not called; None if it is called."""
-        reading = self._read_around(owner, parameter or "weight")
+        """Returns where a target's weight is read; None if the target is a module that is called as usual.
+
+        Args:
+            owner: the path of the module.
+            parameter: the name of the parameter if the target is a parameter, else "".
+        """
+        found = self._read_around(owner, parameter or "weight")
         if not parameter:
-            return reading
-        reading = reading or self._called(owner)
-        # A holder that may be called too is covered by itself: it may run without the module around it.
-        by_itself = not reading.never_called and reading.scope != owner and is_callable(self.modules[owner])
+            return found
+        found = found or self._read_in_forward(owner)
+        # The holder may also be called on its own, without the module around it. Then the patch must be there too.
+        by_itself = not found.never_called and found.scope != owner and is_callable(self.modules[owner])
         also = [WeightRead(owner, "")] if by_itself else []
         for name in self.names[id(self.modules[owner]._parameters[parameter])]:
             other, _, last = name.rpartition(".")
             if other != owner:
                 there = self._read_around(other, last) or WeightRead(other, "")
                 also.append(replace(there, name=last))
-        return replace(reading, also=tuple(also))
+        return replace(found, also=tuple(also))
 
     def _read_around(self, owner: str, read: str) -> WeightRead | None:
-        """The module around a weight whose code reads it."""
+        """The read by the nearest module around, if its code reads the weight."""
         for scope in above(owner):
             module = self.modules[scope]
             below = owner[len(scope) :].lstrip(".")
             if isinstance(module, nn.MultiheadAttention) and below == "out_proj":
                 return WeightRead(scope, below, never_called=True)
-            if below and self._reads_itself(type(module), join(below, read)):
+            if below and self._reads(type(module), join(below, read)):
                 return WeightRead(scope, below, never_called=only_reads(type(module), below))
         return None
 
-    def _called(self, owner: str) -> WeightRead:
-        """Where a parameter is read that no code is seen to read from outside: in the forward of what holds it.
+    def _read_in_forward(self, owner: str) -> WeightRead:
+        """The read of a parameter that no code around its holder is seen to read: in the holder's own forward.
 
-        A layer may be read by what is around it in ways that are not seen; the forward around it covers both.
+        For a plain layer it is the forward around the layer. Code there may read the parameter in ways that the search does
+        not see, and a patch during that forward covers both cases.
         """
         module = self.modules[owner]
         if is_callable(module) and (module._modules or projection_sizes(module) is None):
@@ -60,45 +73,46 @@ class WeightReads:
         return WeightRead(scope, owner[len(scope) :].lstrip("."))
 
     def other_names(self, owner: str, parameter: str) -> list[str]:
+        """Returns the other names of a tied parameter."""
         names = self.names[id(self.modules[owner]._parameters[parameter])]
         return [name for name in names if name != join(owner, parameter)]
 
-    def _reads_itself(self, kind: type, chain: str) -> bool:
+    def _reads(self, kind: type, chain: str) -> bool:
         if (kind, chain) not in self._known:
             self._known[kind, chain] = reads(kind, chain)
         return self._known[kind, chain]
 
 
-# What may be asked of a weight without its values having any effect.
-_HARMLESS = frozenset(
+# Attributes of a weight that do not depend on its values.
+_METADATA = frozenset(
     {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "is_cuda", "requires_grad", "data_ptr"}
 )
-_ASKING = frozenset({"isinstance", "hasattr", "getattr", "setattr", "type", "id"})
-# Methods that no forward calls.
-_OUTSIDE = ("init", "reset", "load", "save", "resize", "tie", "extra_repr", "prune")
+_INSPECTING = frozenset({"isinstance", "hasattr", "getattr", "setattr", "type", "id"})
+# Parts of names of methods that no forward calls.
+_NOT_FORWARD = ("init", "reset", "load", "save", "resize", "tie", "extra_repr", "prune")
 
 
 def reads(kind: type, chain: str) -> bool:
-    """Whether a class's methods read the values of a chain of attributes of `self`, such as `out_proj.weight`.
+    """Returns whether a class's methods read the values at an attribute chain of `self`, such as `out_proj.weight`.
 
-    Classes of torch itself count as reading none: `nn.MultiheadAttention` is known, and others call their modules while
-    hooks are on.
+    Methods of torch's own classes are not searched: `nn.MultiheadAttention` is handled by name, and the others call their
+    modules when hooks are registered.
     """
     wanted = chain.split(".")
     if not all(name.isidentifier() for name in wanted):
         return False
     size = len(wanted)
     return any(
-        names[:size] == wanted and not _HARMLESS.intersection(names[size:][:1])
+        names[:size] == wanted and not _METADATA.intersection(names[size:][:1])
         for code in _codes(kind)
         for names in _chains(code)
     )
 
 
 def only_reads(kind: type, chain: str) -> bool:
-    """Whether a class reads attributes of what stands at a chain, and nowhere takes it whole: it cannot call it.
+    """Returns whether a class uses the module at an attribute chain only through its attributes, so it never calls it.
 
-    WavLM's attention gives `self.out_proj.weight` to torch's function and has no `self.out_proj(...)`.
+    WavLM's attention passes `self.out_proj.weight` to torch's function and has no `self.out_proj(...)`.
     """
     wanted = chain.split(".")
     uses = [names for code in _codes(kind) for names in _chains(code) if names[: len(wanted)] == wanted]
@@ -106,13 +120,13 @@ def only_reads(kind: type, chain: str) -> bool:
 
 
 def _codes(kind: type) -> Iterator[CodeType]:
-    """The code of the methods of a class that a forward may call, and of the functions inside them."""
+    """The code of all methods of a class that a forward may call, and of the functions defined inside them."""
     for base in kind.__mro__:
         if base.__module__.startswith("torch."):
             continue
         for name, method in vars(base).items():
             function = inspect.unwrap(method) if callable(method) else None
-            if inspect.isfunction(function) and not any(word in name for word in _OUTSIDE):
+            if inspect.isfunction(function) and not any(word in name for word in _NOT_FORWARD):
                 yield from _nested(function.__code__)
 
 
@@ -124,10 +138,13 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
 
 
 def _chains(code: CodeType) -> Iterator[list[str]]:
-    """Every chain of attributes that a code loads from `self`, but those that are only asked about."""
+    """Every attribute chain that a code object loads from `self`, except arguments of `isinstance`, `hasattr` and the like.
+
+    Byte code is searched and not source text, because classes made by `exec` or shipped without sources have no text.
+    """
     steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL")]
     for place, step in enumerate(steps):
-        if _loads_self(step) and not (place and steps[place - 1].argval in _ASKING):
+        if _loads_self(step) and not (place and steps[place - 1].argval in _INSPECTING):
             yield [str(following.argval) for following in takewhile(_loads_attribute, steps[place + 1 :])]
 
 
@@ -136,7 +153,7 @@ def _loads_attribute(step: Any) -> bool:
 
 
 def _loads_self(step: Any) -> bool:
-    """Whether an instruction puts `self` on the stack last, in the spelling of any Python from 3.10 on."""
+    """Whether an instruction leaves `self` on top of the stack. Python 3.10 to 3.14 use different instructions for it."""
     if not step.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "STORE_FAST_LOAD_FAST")):
         return False
     return step.argval == "self" or (isinstance(step.argval, tuple) and step.argval[-1] == "self")

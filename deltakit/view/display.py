@@ -16,7 +16,7 @@ from deltakit.view.tree import Node, build, cut
 
 @dataclass(frozen=True)
 class View:
-    """A tree that shows itself: as text by `print`, in colour by `rich`, as HTML in a notebook."""
+    """A tree that displays itself: as text with `print`, in colour with `rich`, as HTML in a notebook."""
 
     node: Node
     columns: tuple[str, ...]
@@ -39,7 +39,7 @@ class View:
             yield line
 
     def html(self) -> str:
-        """The tree as one HTML element without scripts."""
+        """Returns the tree as one HTML element without scripts."""
         return html(self.node)
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
@@ -56,7 +56,7 @@ def show(
     width: int | None = None,
     ascii: bool | None = None,
 ) -> View:
-    """The structure of a backbone and the deltas on it, equal parts folded.
+    """Returns the structure of a backbone with its deltas, as a tree that folds equal parts.
 
     >>> show(nn.Sequential(nn.Linear(2, 3), nn.Linear(2, 3)))
     root                                       ● 18
@@ -64,25 +64,25 @@ def show(
     18 parameters · trainable 18 (100 %) · frozen 0
 
     Args:
-        depth: how many levels below the root get rows.
-        fold: whether equal siblings become one row.
-        columns: of "members", "state" and "count"; none for the plain structure.
-        all_modules: whether modules without parameters get a row.
-        width: in cells; rows are cut there. By default as wide as needed, or as the terminal.
-        ascii: whether only ASCII is used; by default where the output's encoding demands it.
+        depth: the number of levels to show below the root; by default all.
+        fold: whether equal siblings share one line.
+        columns: some of "members", "state" and "count"; an empty list shows the structure only.
+        all_modules: whether modules without parameters get a line.
+        width: the line width in cells; longer lines are cut. By default as wide as needed, or as the terminal.
+        ascii: whether to use ASCII only; by default if the output's encoding is not a Unicode one.
 
     Raises:
-        TargetError: if it is no module.
-        OptionError: if a column is unknown, or the depth or width is no positive number.
+        TargetError: if the backbone is not a `torch.nn.Module`.
+        OptionError: if a column is unknown, or `depth` or `width` is below 1.
     """
     unknown = [column for column in columns if column not in COLUMNS]
     if unknown:
         raise OptionError(
-            f"show(columns={tuple(columns)!r}): expected some of {', '.join(COLUMNS)}, found {unknown[0]!r}"
+            f"show(columns={tuple(columns)!r}): unknown column {unknown[0]!r}; choose from {', '.join(COLUMNS)}"
         )
     for option, value in (("depth", depth), ("width", width)):
         if value is not None and value < 1:
-            raise OptionError(f"show({option}={value!r}): expected at least 1")
+            raise OptionError(f"show({option}={value!r}): expected at least 1, found {value!r}; omit it for no limit")
     return View(cut(build(backbone, fold=fold, all_modules=all_modules), depth), tuple(columns), width, ascii)
 
 
@@ -93,7 +93,16 @@ class Visualization:
         self.backbone = backbone
 
     def structure_graph(self, *, rootname: str = "root", columns: Sequence[str] = (), print_tree: bool = True) -> View:
-        """The tree, printed too unless told otherwise; by default in OpenDelta's form, without columns."""
+        """Returns the tree and prints it.
+
+        Args:
+            rootname: the name on the first line.
+            columns: as for `show`; by default none, as in OpenDelta.
+            print_tree: whether to print the tree.
+
+        Raises:
+            TargetError: if the backbone is not a `torch.nn.Module`.
+        """
         view = View(build(self.backbone, root=rootname), tuple(columns))
         if print_tree:
             Console(highlight=False).print(view, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What is attached where, in words: the text of plans and of deltas' `repr`."""
+"""Builds the text of plans and of a delta's `repr`: what is attached where."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -9,39 +9,42 @@ from deltakit.core import Attachment, fold, own_parameters
 
 
 class Line(NamedTuple):
-    """One method of a delta: its name and configuration, its targets' paths, and its number of parameters."""
+    """One method of a delta: its name and configuration, the paths of its targets, and its number of parameters."""
 
     method: str
     summary: str
     paths: Sequence[str]
     parameters: int
     by_weight: Sequence[str] = ()
-    """Those of the paths where it works by the weight."""
+    """The paths at which it uses a weight patch instead of an output hook."""
     left_out: Sequence[str] = ()
     """Default positions that the method cannot serve."""
     aliases: Sequence[str] = ()
-    """Other names of the targets: the same instances."""
+    """Other paths of the same module instances."""
 
 
-def report(head: str, lines: Iterable[Line], whole: Mapping[str, Tensor], foot: str) -> str:
-    """The text of a report: for each method its size and its targets, folded; then what is trained whole."""
-    rows = [head]
+def report(head: str, lines: Iterable[Line], fully_trained: Mapping[str, Tensor], foot: str) -> str:
+    """Returns the text of a report.
+
+    It has the head, for each method its size and its targets with paths folded, the fully trained tensors, and the foot.
+    """
+    text = [head]
     for line in lines:
-        places = f"{len(line.paths)} target{'s' if len(line.paths) != 1 else ''}"
-        rows.append(f"  {' '.join((line.method, line.summary)).strip():<32} {places:>12}  +{line.parameters:,}")
+        targets = f"{len(line.paths)} target{'s' if len(line.paths) != 1 else ''}"
+        text.append(f"  {' '.join((line.method, line.summary)).strip():<32} {targets:>12}  +{line.parameters:,}")
         by_output = [path for path in line.paths if path not in set(line.by_weight)]
-        rows += [f"      {selector or '(the backbone itself)'}" for selector in fold(by_output)]
-        rows += [f"      {selector}  by weight" for selector in fold(line.by_weight)]
-        rows += [f"      {selector}  the same instances" for selector in fold(line.aliases)]
-        rows += [f"      {selector}  left out: read by weight, not called" for selector in fold(line.left_out)]
-    if whole:
-        rows.append(f"  {'trained whole':<32} {'':>12}   {sum(tensor.numel() for tensor in whole.values()):,}")
-        rows += [f"      {selector}" for selector in fold(whole)]
-    return "\n".join([*rows, foot])
+        text += [f"      {selector or '(the backbone itself)'}" for selector in fold(by_output)]
+        text += [f"      {selector}  weight patch" for selector in fold(line.by_weight)]
+        text += [f"      {selector}  the same instances" for selector in fold(line.aliases)]
+        text += [f"      {selector}  left out: weight read directly" for selector in fold(line.left_out)]
+    if fully_trained:
+        text.append(f"  {'fully trained':<32} {'':>12}   {sum(tensor.numel() for tensor in fully_trained.values()):,}")
+        text += [f"      {selector}" for selector in fold(fully_trained)]
+    return "\n".join([*text, foot])
 
 
 def share(part: int, total: int) -> str:
-    """A share in percent with three significant digits.
+    """Returns a share in percent with three significant digits.
 
     >>> share(147_456, 22_860_672)
     '0.645 %'
@@ -55,9 +58,11 @@ def described(
     trained: int,
     names: Mapping[int, list[str]],
 ) -> str:
-    """A delta as a report: its states, each method with its targets, and how many parameters it trains.
+    """Returns a delta as a report: its states, each method with its targets, and its number of parameters.
 
-    `trained`: that number. `names`: all paths of each module of the backbone, by the module's id.
+    Args:
+        trained: the number of parameters that the delta trains.
+        names: all paths of each module of the backbone, by the module's id.
     """
     record = attachment.record
     own = dict(own_parameters(attachment.backbone))
@@ -71,7 +76,7 @@ def described(
 
 
 def states(attachment: Attachment) -> str:
-    """The states of a delta: `attached, active, not trainable`."""
+    """Returns the states of a delta as text: `attached, active, not trainable`."""
     record = attachment.record
     words = [
         word if on else f"not {word}"

@@ -1,8 +1,8 @@
-"""A backbone's structure as plain data, with equal parts folded. Printers are elsewhere.
+"""Builds a backbone's structure as plain data, with equal parts folded. Other files print it.
 
-Equal means exactly equal in everything that a row shows: types, parameters' names, shapes, dtypes, whether they are
-trained, what they are tied to, and the deltas. Every subtree is interned under a key of just that, its children by the
-number of their own key, so the whole takes one pass and no two different subtrees can be confused.
+Two parts are equal if everything that their lines show is equal: types, parameters' names, shapes, dtypes, whether they
+are trainable, what they are tied to, and the deltas. Each subtree gets a number by a key of exactly these facts and of its
+children's numbers. So one pass is enough, and no two different subtrees can share a number.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from deltakit.errors import TargetError
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter: name, shape (None while torch has not made it yet), dtype, and what it is tied to, if it is."""
+    """One parameter. The shape is None for a lazy parameter, and `tied` is the path of the parameter it is tied to."""
 
     name: str
     shape: tuple[int, ...] | None
@@ -31,7 +31,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class DeltaLine:
-    """One delta module at its target: what it is called, its configuration, its parameters."""
+    """One delta module at its target: its label, its configuration and its parameters."""
 
     label: str
     summary: str
@@ -45,10 +45,11 @@ class DeltaLine:
 
 @dataclass(frozen=True)
 class Node:
-    """One row: the modules it stands for, and what is in each of them.
+    """One line of the tree: the equal modules it stands for, and the contents of each.
 
-    `count` and `trained` are parameters in one of the modules, each counted once; `delta` those of its deltas, not in
-    `count`. `alias` is the path of the module of which this is another name.
+    `count` and `trained` are numbers of parameters in one of the modules, each parameter counted once. `delta` and
+    `delta_trained` are those of its deltas, which `count` does not include. `alias` is set if this is another name of a
+    module shown before; it is that module's path.
     """
 
     names: tuple[str, ...]
@@ -62,7 +63,7 @@ class Node:
     delta_trained: int
     alias: str = ""
     hidden: int = 0
-    """How many rows a depth limit left out."""
+    """The number of lines that a depth limit omitted."""
 
     @property
     def members(self) -> int:
@@ -79,24 +80,24 @@ class Node:
 
 
 def build(backbone: nn.Module, *, fold: bool = True, root: str = "root", all_modules: bool = False) -> Node:
-    """The tree of a backbone.
+    """Returns the tree of a backbone.
 
     Args:
-        fold: whether equal siblings become one row.
-        root: the name of the first row.
-        all_modules: whether modules without any parameter get a row.
+        fold: whether equal siblings share one line.
+        root: the name on the first line.
+        all_modules: whether modules without any parameter get a line.
 
     Raises:
-        TargetError: if it is no module.
+        TargetError: if the backbone is not a `torch.nn.Module`.
     """
     if not isinstance(backbone, nn.Module):
-        raise TargetError(f"expected a torch.nn.Module to show, found {type(backbone).__name__}; pass the model itself")
+        raise TargetError(f"show: expected a torch.nn.Module, found {type(backbone).__name__}; pass the model itself")
     node, _ = _Builder(fold, all_modules).node(backbone, root, "")
     return node
 
 
 def cut(node: Node, depth: int | None) -> Node:
-    """The tree down to a depth; below it only the number of rows that were left out."""
+    """Returns the tree down to a depth, with the numbers of lines omitted below it. None keeps all levels."""
     if depth is None:
         return node
     if depth <= 0:
@@ -105,7 +106,7 @@ def cut(node: Node, depth: int | None) -> Node:
 
 
 def walk(node: Node) -> Iterator[Node]:
-    """The node and all nodes below it."""
+    """Yields the node and all nodes below it."""
     yield node
     for child in node.children:
         yield from walk(child)
@@ -120,7 +121,7 @@ class _Builder:
     modules: dict[int, str] = field(default_factory=dict)
 
     def node(self, module: nn.Module, name: str, path: str) -> tuple[Node, int]:
-        """The node of a module, and the number of its class of equal subtrees."""
+        """Returns the node of a module, and the number that all equal subtrees share."""
         kind = type(module).__name__
         if id(module) in self.modules:
             first = self.modules[id(module)]
@@ -134,7 +135,7 @@ class _Builder:
             for child_name, child in module._modules.items()
             if child is not None and not isinstance(child, DeltaModule)
         ]
-        shown = [(node, number) for node, number in found if self.all_modules or _has_rows(node)]
+        shown = [(node, number) for node, number in found if self.all_modules or _is_shown(node)]
         children = (
             self._folded(shown, contiguous=isinstance(module, nn.Sequential)) if self.fold else [n for n, _ in shown]
         )
@@ -153,12 +154,12 @@ class _Builder:
         return weight, (replace(weight, tied=""), _relative(owner, own) if weight.tied else None)
 
     def _folded(self, found: Sequence[tuple[Node, int]], *, contiguous: bool) -> list[Node]:
-        """Equal siblings as one row, where the first of them stands; in a Sequential only neighbours, as order is meaning."""
+        """Equal siblings as one node at the position of the first; in a Sequential only neighbours, because order matters."""
         groups: list[tuple[object, list[Node]]] = []
         for node, number in found:
-            tie = _tied_whole(node)
+            owner = _owner_of_weights(node)
             for key, members in groups[-1:] if contiguous else groups:
-                if key == number or (tie is not None and tie == members[0].names[0]):
+                if key == number or (owner is not None and owner == members[0].names[0]):
                     members.append(node)
                     break
             else:
@@ -167,7 +168,7 @@ class _Builder:
 
 
 def _relative(owner: str, path: str) -> tuple[int, tuple[str, ...]]:
-    """A path as seen from another one: levels up, and the way down; equal for equal places in different blocks."""
+    """The owner's path relative to `path`: levels up, then names down. It is equal for equal positions in two blocks."""
     there, here = owner.split("."), path.split(".")
     common = 0
     while common < min(len(there), len(here)) and there[common] == here[common]:
@@ -175,8 +176,8 @@ def _relative(owner: str, path: str) -> tuple[int, tuple[str, ...]]:
     return len(here) - common, tuple(there[common:])
 
 
-def _tied_whole(node: Node) -> str | None:
-    """The sibling at the root that owns all weights of a leaf, if there is one: T5's `shared` for `lm_head`."""
+def _owner_of_weights(node: Node) -> str | None:
+    """The module that owns all weights of a leaf, if they are tied to a single one: T5's `shared` for `lm_head`."""
     owners = {weight.tied.rpartition(".")[0] for weight in node.weights}
     return owners.pop() if len(owners) == 1 and not node.children and not node.deltas else None
 
@@ -201,13 +202,13 @@ def _delta_line(key: str, module: DeltaModule) -> DeltaLine:
         Weight(name, tuple(p.shape), str(p.dtype).removeprefix("torch."), p.requires_grad)
         for name, p in module.named_parameters()
     )
-    by_weight = " by weight" if module.weight_read is not None else ""
-    return DeltaLine(label, f"{module.summary()}{by_weight}".strip(), weights, module.live)
+    patch = " weight patch" if module.weight_read is not None else ""
+    return DeltaLine(label, f"{module.summary()}{patch}".strip(), weights, module.live)
 
 
 def _sum(name: str, kind: str, weights: list[Weight], lines: list[DeltaLine], children: list[Node]) -> Node:
     own = [weight for weight in weights if not weight.tied]
-    # A row of modules that are tied as a whole holds its parameters once, in the first of them.
+    # Members of different types are tied to each other, so they hold their parameters once.
     times = {id(child): 1 if len(set(child.types)) > 1 else child.members for child in children}
     return Node(
         names=(name,),
@@ -227,5 +228,5 @@ def _size(weight: Weight) -> int:
     return torch.Size(weight.shape).numel() if weight.shape is not None else 0
 
 
-def _has_rows(node: Node) -> bool:
+def _is_shown(node: Node) -> bool:
     return bool(node.weights or node.deltas or node.children or node.alias)

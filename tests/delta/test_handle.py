@@ -71,7 +71,7 @@ def test_a_head_trained_whole_belongs_to_the_delta(model, tmp_path):
     assert torch.equal(model(ids()), output)
     randomize(delta)
     trained = model(ids())
-    assert "trained whole" in repr(delta)
+    assert "fully trained" in repr(delta)
     assert "classifier.{weight,bias}" in repr(delta)
     delta.detach()
     same(before, snapshot(model))
@@ -108,7 +108,7 @@ def test_two_deltas_cannot_train_one_head(model):
 
 def test_deltas_are_not_nested(model):
     delta = dk.attach(model, dk.Adapter(size=3))
-    with pytest.raises(dk.SelectorError, match=r"'delta_adapter\.down' selects none"):
+    with pytest.raises(dk.SelectorError, match=r"'delta_adapter\.down' matches none"):
         dk.attach(model, dk.LoRA(r=2, at="delta_adapter.down"), name="inner")
     with pytest.raises(dk.TargetError, match="the backbone is itself a delta module"):
         dk.attach(model.layers[0].mlp.down_proj.delta_adapter, dk.LoRA(r=2, at="down"))

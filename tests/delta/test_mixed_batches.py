@@ -134,7 +134,7 @@ def test_bad_input(tmp_path):
     delta.detach()
     delta = dk.attach(model, dk.LoRA(r=2), name="b")
     for names, error, message in (
-        (["b", "c"], dk.OptionError, r"no delta named 'c' is attached; there are 'b'"),
+        (["b", "c"], dk.OptionError, r"no delta named 'c' is attached; the attached deltas are 'b'"),
         ([], dk.OptionError, r"expected a list with the name of a delta"),
         ("b", dk.OptionError, r"expected a list with the name of a delta"),
     ):
@@ -337,7 +337,7 @@ class TestSoftPrompts:
         batch = the_batch(model)
         with dk.rows(model, NAMES):
             with pytest.raises(
-                dk.StateError, match=r"lengths \(1, 2, 0, 3, 2\), and which positions .* give position_ids"
+                dk.StateError, match=r"lengths \(1, 2, 0, 3, 2\), and the positions .* pass position_ids"
             ):
                 model(**batch, use_cache=True)
             model(**batch, use_cache=False)
@@ -348,7 +348,7 @@ class TestSoftPrompts:
         for name, tokens in (("a", 2), ("b", 3)):
             dk.attach(model, dk.SoftPrompt(tokens=tokens, where="after_first"), name=name)
         with dk.rows(model, ["a", "b"]):
-            with pytest.raises(dk.StateError, match="cannot be told; call it with use_cache=False"):
+            with pytest.raises(dk.StateError, match="cannot be determined; call it with use_cache=False"):
                 model(input_ids=torch.tensor([[5, 6], [7, 8]]), use_cache=True)
             model(input_ids=torch.tensor([[5, 6], [7, 8]]), use_cache=False)
 

@@ -14,7 +14,7 @@ def test_roles(toy, capsys):
     assert main(["roles", str(toy)]) == 0
     assert "@attn.q" in capsys.readouterr().out
     assert main(["roles", str(toy / "nothing")]) == 1
-    assert "expected a folder or Hub id with a config.json" in capsys.readouterr().err
+    assert "pass a folder or Hub id with a config.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["demo", "--rows", "0"], ["nothing"]])

@@ -14,8 +14,10 @@ def test_the_demo_at_toy_size(toy, tmp_path, capsys):
     out = capsys.readouterr().out
     for row in ("linear probe", "LoRA", "Adapter", "BitFit", "Prefix", "full fine-tuning"):
         assert row in out
-    assert "the same 700 predictions: True" in out
-    assert "bit for bit as before: True; the bare backbone's predictions: True" in " ".join(out.split())
+    assert "all 700 predictions are the same: True" in out
+    assert "every weight is bit-exact as before: True; the predictions are the bare backbone's: True" in " ".join(
+        out.split()
+    )
     assert sorted(folder.name for folder in (tmp_path / "out").iterdir()) == ["adapter", "bitfit", "lora", "prefix"]
 
 

@@ -89,14 +89,14 @@ def break_tensors(folder, change):
 
 
 BROKEN = {
-    "no config": (lambda f: (f / "delta_config.json").unlink(), "holds no delta: expected delta_config.json, found"),
+    "no config": (lambda f: (f / "delta_config.json").unlink(), "no delta in this folder: expected delta_config.json, found"),
     "no tensors": (lambda f: (f / "delta_model.safetensors").unlink(), "expected delta_model.safetensors"),
     "cut off": (
         lambda f: (f / "delta_model.safetensors").write_bytes((f / "delta_model.safetensors").read_bytes()[:-9]),
         "is damaged or cut off",
     ),
     "not json": (lambda f: (f / "delta_config.json").write_text("{"), "delta_config.json is damaged"),
-    "newer": (lambda f: break_config(f, lambda c: c.update(format_version=99)), "format version 99, this deltakit reads"),
+    "newer": (lambda f: break_config(f, lambda c: c.update(format_version=99)), "found format version 99, this deltakit reads versions up to 1; upgrade"),
     "no methods": (lambda f: break_config(f, lambda c: c.pop("methods")), "it has no methods"),
     "no targets": (lambda f: break_config(f, lambda c: c["methods"][0].pop("targets")), "expected a method with its targets"),
     "other method": (
@@ -106,14 +106,14 @@ BROKEN = {
     "unknown option": (lambda f: break_config(f, lambda c: c["methods"][0].update(zeta=1)), "has no option zeta"),
     "wrong method": (
         lambda f: break_config(f, lambda c: c.update(methods=[{"method": "bitfit", "targets": ["norm"]}])),
-        r"norm\.bitfit\.bias is missing.*lora\.A belongs to nothing",
+        r"norm\.bitfit\.bias is missing.*lora\.A is unknown",
     ),
     "wrong rank": (
         lambda f: break_config(f, lambda c: c["methods"][0].update(r=2)),
         r"q_proj\.lora\.A: the file has \(3, 20\), the backbone needs \(2, 20\)",
     ),
     "a tensor missing": (lambda f: break_tensors(f, lambda t: t.pop("classifier.bias")), r"1 of its tensors do not fit: classifier\.bias is missing"),
-    "a tensor too many": (lambda f: break_tensors(f, lambda t: t.update(x=torch.zeros(1))), "x belongs to nothing in this delta"),
+    "a tensor too many": (lambda f: break_tensors(f, lambda t: t.update(x=torch.zeros(1))), "x is unknown in this delta"),
     "elsewhere": (
         lambda f: break_config(f, lambda c: c["methods"][0].update(targets=["layers.7.q"])),
         r"1 of its 1 places are not in this backbone, such as layers\.7\.q",

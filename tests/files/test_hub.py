@@ -1,5 +1,7 @@
 """Push and load through the real `huggingface_hub` client, against a Hub on loopback."""
 
+from pathlib import Path
+
 import huggingface_hub
 import pytest
 import torch
@@ -91,9 +93,17 @@ def test_the_cache_serves_when_the_hub_is_gone(hub, delta):
 @pytest.mark.parametrize(
     ("repo", "options", "message"),
     [
-        ("me/missing", {}, r"me/missing: no such repository, or a private one: check the spelling"),
-        ("me/private", {}, r"me/private: no such repository, or a private one: .* log in with `hf auth login`"),
-        ("me/gated", {"token": LoopbackHub.READER}, r"me/gated: the repository is gated: ask for access"),
+        (
+            "me/missing",
+            {},
+            r"me/missing: no local folder 'me/missing' exists, and the Hub has no such repository, or it is private: check",
+        ),
+        (
+            "me/private",
+            {},
+            r"me/private: .* the Hub has no such repository, or it is private: .* log in with `hf auth login`",
+        ),
+        ("me/gated", {"token": LoopbackHub.READER}, r"me/gated: this repository is gated: ask for access"),
         ("me/other", {}, r"me/other: the repository holds no delta: expected delta_config.json, found a.txt, b.txt"),
         ("me/other", {"revision": "v9"}, r"me/other: the repository has no revision 'v9'"),
         ("me/other", {"token": "hf_wrong"}, r"me/other: the token is not valid"),
@@ -113,7 +123,10 @@ def test_each_refusal_is_one_clear_line(hub, repo, options, message):
 
 def test_no_network(hub, delta, monkeypatch):
     hub.stop()
-    with pytest.raises(dk.HubError, match="me/lora: the Hub cannot be reached and there is no copy in the cache"):
+    with pytest.raises(
+        dk.HubError,
+        match="me/lora: no local folder 'me/lora' exists, and the Hub cannot be reached and the cache has no copy",
+    ):
         dk.load("me/lora", fresh())
     with pytest.raises(dk.HubError, match="me/lora: the Hub cannot be reached"):
         delta.push("me/lora", token=TOKEN)
@@ -123,14 +136,33 @@ def test_no_network(hub, delta, monkeypatch):
 
 
 def test_no_right_to_write(hub, delta):
-    with pytest.raises(dk.HubError, match="me/lora: this token gives no right for it to be written"):
+    with pytest.raises(dk.HubError, match="me/lora: this token has no permission to write to the repository"):
         delta.push("me/lora", token=LoopbackHub.READER)
 
 
-@pytest.mark.parametrize("source", ["./missing", "/a/b/c", "a/b/c", ""])
-def test_neither_a_folder_nor_a_repository(source):
-    with pytest.raises(dk.CheckpointError, match="expected a folder with a delta, or a Hub repository"):
+def test_a_bare_name_is_a_folder_or_a_repository(hub):
+    with pytest.raises(
+        dk.HubError, match="my-delta: no local folder 'my-delta' exists, and the Hub has no such repository"
+    ):
+        dk.load("my-delta", fresh())
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["./missing", "../missing", "runs/last/delta", "/a/b/c", "C:\\runs\\delta", "runs\\delta", "", Path("me/lora")],
+)
+def test_a_missing_folder_is_not_looked_up_on_the_hub(hub, source):
+    with pytest.raises(
+        dk.CheckpointError, match="no such folder, and this is not a Hub repository id .* check the path"
+    ):
         dk.load(source, fresh())
+    assert not hub.requests
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "delta_config.json").write_text("{}")
+    with pytest.raises(dk.CheckpointError, match=r"delta_config\.json: this is a file; pass the folder of a delta"):
+        dk.load(tmp_path / "delta_config.json", fresh())
 
 
 def test_private_repository_with_a_token(hub, delta):

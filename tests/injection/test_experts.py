@@ -44,7 +44,7 @@ def test_experts_merge_and_come_out_again_exactly():
     torch.testing.assert_close(hidden(model(**batch)), attached, rtol=1e-4, atol=1e-5)
     delta.unmerge()
     same(before, snapshot(model))
-    assert "by weight" in repr(delta)
+    assert "weight patch" in repr(delta)
 
 
 def test_two_deltas_in_one_weight_add_up():

@@ -21,7 +21,7 @@ def test_what_a_class_reads_itself_is_adapted_by_weight():
     method = dk.LoRA(r=2, at="{out_proj,x_proj,conv1d,in_proj}")
     check_against_changed_weights(model, lambda m: m(ids).last_hidden_state, method, targets)
     plan = repr(dk.plan(model, method))
-    assert "mixer.{out_proj,x_proj,conv1d}  by weight" in plan.replace(
+    assert "mixer.{out_proj,x_proj,conv1d}  weight patch" in plan.replace(
         "conv1d,x_proj,out_proj", "out_proj,x_proj,conv1d"
     )
     assert "layers.{0-1}.mixer.in_proj\n" in plan

@@ -67,10 +67,10 @@ class Quantised(nn.Module):
         (lambda: build("gpt2", tf.AutoModelForCausalLM), dk.LoRA(r=2, at="lm_head"), "wte.weight: an update here alone"),
         (Transformer, dk.Prefix(at="mlp"), r"layers\.0\.mlp: no attention at or below this MLP"),
         (Transformer, dk.SoftPrompt(at="classifier"), "classifier: soft_prompt expects the embedding of the input ids"),
-        (lambda: build("vit"), dk.SoftPrompt(), "ViTModel has no embedding of token ids"),
-        (lambda: nn.Sequential(nn.Linear(2, 3)), dk.LoRA(r=1), "lora: no default position: nothing in Sequential answers @attn.q"),
-        (nn.Identity, dk.LoRA(r=1), "lora: no default position: nothing in Identity"),
-        (lambda: "model", dk.LoRA(), "expected a torch.nn.Module as the backbone, found str"),
+        (lambda: build("vit"), dk.SoftPrompt(), "ViTModel: it has no embedding of token ids"),
+        (lambda: nn.Sequential(nn.Linear(2, 3)), dk.LoRA(r=1), r"lora: no default position: Sequential has no @attn\.q, @attn\.v; name targets with at=, such as at='0'"),
+        (nn.Identity, dk.LoRA(r=1), "lora: no default position: Identity has no @attn.q"),
+        (lambda: "model", dk.LoRA(), "backbone: expected a torch.nn.Module, found str"),
     ],
 )  # fmt: skip
 def test_bad_targets_change_nothing(unchecked, make, method, message):

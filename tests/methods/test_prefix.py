@@ -347,7 +347,7 @@ class OddAttention(NoAttention):
 def test_attention_that_was_not_entered_is_an_error():
     model = OddAttention()
     delta = attached(model)
-    with pytest.raises(dk.StateError, match="OddAttention: its forward holds no attention that a prefix could enter"):
+    with pytest.raises(dk.StateError, match="OddAttention: no attention was found in its forward"):
         model(torch.randn(2, 3, 6))
     assert not torch.overrides._get_current_function_mode()
     delta.detach()
@@ -369,7 +369,7 @@ def test_what_leaves_no_room_for_a_prefix_is_an_error(unchecked, extra, found):
     attached(model)
     module = model.encoder.layer[0].attention.self
     q = torch.zeros(1, 4, 2, 6)
-    with pytest.raises(dk.StateError, match=f"a prefix cannot enter attention with {found}"):
+    with pytest.raises(dk.StateError, match=f"a prefix cannot be added to attention with {found}"):
         attend(lambda *a, **k: None, "sdpa", module, q, q, q, **extra)
     with pytest.raises(dk.StateError, match="sliding_window with flash attention"):
         attend(lambda *a, **k: None, "flash_attention_2", module, q, q, q, sliding_window=3)
@@ -381,7 +381,9 @@ def test_heads_that_do_not_fit_are_an_error(unchecked):
     (module,) = delta.modules["encoder.layer.0.attention.self"]
     with torch.no_grad():
         module.key = nn.Parameter(torch.zeros(4, 3, 5))
-    with pytest.raises(dk.StateError, match=r"a prefix for 4 heads of 5 met keys or values of shape \(2, 4, 7, 6\)"):
+    with pytest.raises(
+        dk.StateError, match=r"a prefix for 4 heads of size 5 does not fit keys or values of shape \(2, 4, 7, 6\)"
+    ):
         model(**inputs("bert", model))
 
 

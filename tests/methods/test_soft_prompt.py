@@ -161,7 +161,7 @@ def test_starts():
 def test_calls_that_cannot_take_a_prompt_are_errors():
     model = build("gpt2")
     attached(model)
-    with pytest.raises(dk.StateError, match="a soft prompt is inserted as token ids, and this call has none"):
+    with pytest.raises(dk.StateError, match="a soft prompt is inserted as token ids, and this call has no input_ids"):
         model(inputs_embeds=torch.zeros(1, 2, 24))
     with pytest.raises(dk.StateError, match=r"cannot be inserted under a mask of shape \(1, 1, 2, 2\)"):
         model(torch.tensor([[3, 4]]), attention_mask=torch.zeros(1, 1, 2, 2))

@@ -82,7 +82,7 @@ def test_several_methods_come_back_as_one_delta(tmp_path):
 
 
 def test_errors():
-    with pytest.raises(dk.OptionError, match="delta_type 'magic': expected one of lora, adapter"):
+    with pytest.raises(dk.OptionError, match="unknown delta_type 'magic'; use one of lora, adapter"):
         AutoDeltaConfig.from_dict({"delta_type": "magic"})
     config = AutoDeltaConfig.from_dict({"delta_type": "lora", "lora_rank": 3})
     with pytest.raises(dk.OptionError, match="LoraModel: .*'lora_rank'"):

@@ -100,7 +100,7 @@ def test_a_layout_that_cannot_be_told_is_an_error():
 
     model = nn.ModuleDict({"attn": OpaqueAttention()})
     with pytest.raises(
-        dk.RoleError, match=r"'@attn\.q': attn\.qkv of ModuleDict computes q, k, v in one.*write '@attn\.qkv'"
+        dk.RoleError, match=r"'@attn\.q': attn\.qkv of ModuleDict computes q, k, v in one projection.*use '@attn\.qkv'"
     ):
         dk.select(model, "@attn.q")
     assert list(dk.attach(model, dk.LoRA(r=2)).modules) == ["attn.qkv"]

@@ -208,7 +208,7 @@ def test_the_table_has_rows_of_fused_projections_or_says_why_not():
     table = dk.roles(nn.Sequential(OpaqueAttention()))
     assert "@attn.qkv" in table
     assert "@attn.q" not in table
-    assert "does not tell which rows are which; write '@attn.qkv'" in repr(table)
+    assert "does not show which features are which; use '@attn.qkv'" in repr(table)
 
 
 def test_cross_attention_beside_attention_that_says_self():

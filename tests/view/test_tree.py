@@ -207,16 +207,16 @@ def test_html_says_what_the_text_says_without_scripts():
 
 def test_depth():
     text = str(dk.show(build("bert"), depth=2))
-    assert re.search(r"… \d+ more rows", text)
+    assert re.search(r"… \d+ more lines", text)
     assert "query" not in text
-    assert "more rows" in dk.show(build("bert"), depth=2).html()
+    assert "more lines" in dk.show(build("bert"), depth=2).html()
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: dk.show("model"), "expected a torch.nn.Module to show, found str"),
-        (lambda: dk.show(nn.ReLU(), columns=("size",)), "expected some of members, state, count, found 'size'"),
+        (lambda: dk.show("model"), "show: expected a torch.nn.Module, found str"),
+        (lambda: dk.show(nn.ReLU(), columns=("size",)), "unknown column 'size'; choose from members, state, count"),
         (lambda: dk.show(nn.ReLU(), width=0), r"show\(width=0\): expected at least 1"),
         (lambda: dk.show(nn.ReLU(), depth=-1), r"show\(depth=-1\)"),
     ],

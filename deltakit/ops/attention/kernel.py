@@ -1,11 +1,14 @@
-"""Attention over a prefix: K' = [P_k; K], V' = [P_v; V], and a mask in which every query sees the prefix."""
+"""Attention over a prefix: K' = [P_k; K], V' = [P_v; V], with a mask in which every query sees the prefix.
+
+Li and Liang 2021, https://arxiv.org/abs/2101.00190, section 4.2.
+"""
 
 from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from deltakit.core import MixedBatch
@@ -14,33 +17,40 @@ from deltakit.ops.kinds.call_context import CallContext
 
 
 class AttentionPrefix(CallContext):
-    """What a prefix offers to the attention module that it is a child of."""
+    """The interface of a prefix to the attention module that is its parent."""
 
     mixable: ClassVar[bool] = True
 
     def key_value(self) -> tuple[Float[Tensor, "heads prefix d_k"], Float[Tensor, "heads prefix d_v"]]:
-        """The keys and values that every query sees before the module's own."""
+        """Returns the keys and values that every query sees ahead of the module's own."""
         raise NotImplementedError(f"{type(self).__name__} does not override key_value")
 
 
 def live_prefixes(module: nn.Module) -> list[AttentionPrefix]:
-    """The prefixes on an attention module that take part in forwards."""
+    """Returns the prefixes on an attention module that take part in the current forward."""
     prefixes = [child for child in module._modules.values() if isinstance(child, AttentionPrefix) and child.live]
     return [prefix for prefix in prefixes if prefix.takes_part]
 
 
-def joined(prefixes: Sequence[AttentionPrefix]) -> tuple[Tensor, Tensor]:
-    """The keys and values of several prefixes, one after the other in the order in which they were attached."""
+def joined(
+    prefixes: Sequence[AttentionPrefix],
+) -> tuple[Float[Tensor, "heads prefix d_k"], Float[Tensor, "heads prefix d_v"]]:
+    """Returns the keys and values of several prefixes, concatenated in the order in which they were attached."""
     pairs = [prefix.key_value() for prefix in prefixes]
     return torch.cat([key for key, _ in pairs], dim=1), torch.cat([value for _, value in pairs], dim=1)
 
 
 def joined_per_example(
     prefixes: Sequence[AttentionPrefix], batch: MixedBatch, times: int
-) -> tuple[Float[Tensor, "rows heads prefix d_k"], Float[Tensor, "rows heads prefix d_v"], Bool[Tensor, "rows prefix"]]:
-    """Each row's own keys and values, with zeros up to the longest prefix, and which of them a row sees.
+) -> tuple[
+    Float[Tensor, "examples heads prefix d_k"],
+    Float[Tensor, "examples heads prefix d_v"],
+    Bool[Tensor, "examples prefix"],
+]:
+    """Returns each example's own keys and values, padded with zeros to the longest prefix, and a mask of what it sees.
 
-    `times`: how many rows stand for each name of the batch.
+    Args:
+        times: the number of consecutive examples for each name of the batch (beam search repeats them).
     """
     own = {
         name: [p for p in prefixes if p.record is not None and p.record.name == name]
@@ -60,12 +70,17 @@ def joined_per_example(
     return key, value, seen
 
 
-def _padded(part: Tensor, length: int) -> Tensor:
+def _padded(part: Float[Tensor, "heads own d"], length: int) -> Float[Tensor, "heads prefix d"]:
     return F.pad(part, (0, 0, 0, length - part.shape[1]))
 
 
-def widen_per_example(mask: Tensor, seen: Bool[Tensor, "rows prefix"]) -> Tensor:
-    """A mask [rows or 1, heads or 1, queries, keys] with columns in front in which each row sees its own prefix."""
+def widen_per_example(
+    mask: Shaped[Tensor, "some some_heads queries keys"], seen: Bool[Tensor, "examples prefix"]
+) -> Shaped[Tensor, "examples some_heads queries both"]:
+    """Returns the mask with columns in front in which each example sees its own prefix.
+
+    The first two dimensions of the mask may be 1.
+    """
     sizes = (seen.shape[0], *mask.shape[1:-1], seen.shape[1])
     front = seen[:, None, None].expand(sizes)
     if mask.dtype is not torch.bool:
@@ -76,12 +91,14 @@ def widen_per_example(mask: Tensor, seen: Bool[Tensor, "rows prefix"]) -> Tensor
 
 
 def prepend(
-    prefix: Float[Tensor, "*rows heads prefix d"], own: Float[Tensor, "*batch seq d"], module: nn.Module
+    prefix: Float[Tensor, "*examples heads prefix d"], own: Float[Tensor, "*batch seq d"], module: nn.Module
 ) -> Float[Tensor, "*batch both d"]:
-    """The module's own keys or values with the prefix in front of them.
+    """Returns the module's own keys or values with the prefix in front of them.
 
-    `own` is [batch, heads, seq, d] or, as `torch.bmm` takes it, [batch * heads, seq, d]; its heads may be the prefix's
-    repeated for groups of queries.
+    Args:
+        prefix: one for all examples, or one for each of them in the first dimension.
+        own: [batch, heads, seq, d], or [batch * heads, seq, d] as `torch.bmm` takes it. It may have a multiple of the
+            prefix's heads, because some models repeat keys for groups of queries before this call, others after it.
 
     Raises:
         StateError: if the sizes of the prefix do not fit.
@@ -93,10 +110,11 @@ def prepend(
     flat = own.ndim == 3
     if own.shape[-1] != d or many % heads:
         raise StateError(
-            f"{type(module).__name__}: a prefix for {heads} heads of {d} met keys or values of shape {tuple(own.shape)}; "
-            "this attention does not work with the sizes that its attributes say"
+            f"{type(module).__name__}: a prefix for {heads} heads of size {d} does not fit keys or values of shape "
+            f"{tuple(own.shape)}; this attention computes with other sizes than its attributes say: omit it with exclude="
         )
     if flat:
+        # The first dimension is batch times heads, with heads varying fastest.
         front = prefix.repeat(many // heads, 1, 1)
     else:
         repeated = prefix.repeat_interleave(many // heads, dim=0) if many != heads else prefix
@@ -104,30 +122,36 @@ def prepend(
     return torch.cat([front.to(own.dtype), own], dim=-2)
 
 
-def _prepend_per_example(prefix: Tensor, own: Tensor, module: nn.Module) -> Tensor:
-    rows, heads = prefix.shape[:2]
-    many = own.shape[1] if own.ndim == 4 else own.shape[0] // rows
-    fits = own.shape[0] == (rows if own.ndim == 4 else rows * many)
+def _prepend_per_example(
+    prefix: Float[Tensor, "examples heads prefix d"], own: Float[Tensor, "*batch seq d_own"], module: nn.Module
+) -> Float[Tensor, "*batch both d_own"]:
+    examples, heads = prefix.shape[:2]
+    many = own.shape[1] if own.ndim == 4 else own.shape[0] // examples
+    fits = own.shape[0] == (examples if own.ndim == 4 else examples * many)
     if not fits or many % heads or own.shape[-1] != prefix.shape[-1]:
         raise StateError(
-            f"{type(module).__name__}: prefixes by rows {tuple(prefix.shape)} met keys or values of shape {tuple(own.shape)}; "
-            "expected [rows, heads, length, d], or rows and heads in one"
+            f"{type(module).__name__}: prefixes of shape {tuple(prefix.shape)} do not fit keys or values of shape "
+            f"{tuple(own.shape)}: expected [examples, heads, length, d], or examples and heads in one dimension; omit this "
+            "module with exclude="
         )
     front = prefix.repeat_interleave(many // heads, 1) if many != heads else prefix
     return torch.cat([(front if own.ndim == 4 else front.flatten(0, 1)).to(own.dtype), own], dim=-2)
 
 
-def widen(mask: Tensor, length: int, *, visible: bool = True) -> Tensor:
-    """A mask or bias with `length` columns in front in which everything is seen: True, or 1 in a mask of integers; or 0.
+def widen(mask: Shaped[Tensor, "*lead keys"], length: int, *, visible: bool = True) -> Shaped[Tensor, "*lead both"]:
+    """Returns a mask or bias with `length` columns in front that hide nothing.
 
-    `visible=False`: for masks in which True means hidden.
+    These are True in a boolean mask, 1 in a mask of integers, and 0 in a mask or bias that is added to scores.
+
+    Args:
+        visible: the value that means "seen" in a boolean mask; False for masks in which True means hidden.
     """
     if mask.dtype is torch.bool:
         return F.pad(mask, (length, 0), value=visible)
     return F.pad(mask, (length, 0), value=0 if mask.is_floating_point() else 1)
 
 
-def causal(queries: int, keys: int, length: int, device: torch.device) -> Tensor:
-    """The mask [queries, prefix + keys] in which the query i sees the prefix and the keys up to i."""
+def causal(queries: int, keys: int, length: int, device: torch.device) -> Bool[Tensor, "queries both"]:
+    """Returns the mask in which query i sees all `length` positions of the prefix and the keys up to i."""
     seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
     return widen(seen, length)

@@ -1,4 +1,7 @@
-"""Which modules of a backbone attend, and with which sizes: read from the code of their forward and from their layers."""
+"""Finds the attention modules of a backbone and the sizes of their keys and values.
+
+The code of a forward shows whether it attends; attributes and layers show the sizes.
+"""
 
 import dis
 import inspect
@@ -19,7 +22,7 @@ _PRODUCTS = {"matmul", "bmm", "baddbmm"}
 
 @dataclass(frozen=True)
 class Heads:
-    """The keys and values of an attention module: heads, and the size of one in each."""
+    """The number of heads of an attention module's keys and values, and the sizes of one key and one value."""
 
     count: int
     d_key: int
@@ -27,23 +30,24 @@ class Heads:
 
 
 def enters_by_interface(module: nn.Module) -> bool:
-    """Whether a module attends through transformers' attention interface."""
+    """Returns whether a module attends through transformers' attention interface."""
     return "get_interface" in _names(module)
 
 
 def attends(module: nn.Module) -> bool:
-    """Whether a module's own forward attends, by the interface, by torch's attention, or written out."""
+    """Returns whether a module's own forward attends: by the interface, by torch's attention, or written out."""
     names = _names(module)
     if isinstance(module, nn.MultiheadAttention) or names & {"get_interface", "scaled_dot_product_attention"}:
         return True
     if "multi_head_attention_forward" in names:
         return True
+    # A softmax between two products also occurs outside attention (routers of experts), so the class name must agree.
     written_out = any("softmax" in name.lower() for name in names) and bool(names & _PRODUCTS)
     return says_attention(type(module).__name__) and written_out
 
 
 def _names(module: nn.Module) -> set[str]:
-    """The names that a module's forward uses, and those of the methods of its own that it calls."""
+    """The names that a module's forward uses, and those in the methods of its class that it calls."""
     kind = type(module)
     found = _code_names(kind.forward)
     for name in set(found):
@@ -57,7 +61,7 @@ def _code_names(function: object) -> set[str]:
     code = getattr(inspect.unwrap(function), "__code__", None)  # type: ignore[arg-type]
     if code is None:
         return set()
-    # `a @ b` is an instruction of its own and no name.
+    # `a @ b` is a byte-code instruction and not a name.
     operators = {
         "matmul" for step in dis.get_instructions(code) if "MATRIX_MULTIPLY" in step.opname or step.argrepr == "@"
     }
@@ -65,15 +69,16 @@ def _code_names(function: object) -> set[str]:
 
 
 def heads_of(target: Target) -> Heads:
-    """The sizes of the keys and values of an attention module, from its attributes and its projections.
+    """Returns the sizes of the keys and values of an attention module.
 
     Raises:
-        TargetError: if they do not tell.
+        TargetError: if its attributes and projections do not show them.
     """
     module = target.module
     heads, size = _first(module, _HEADS), _first(module, _HEAD_SIZES)
     if isinstance(module, nn.MultiheadAttention):
         return Heads(module.num_heads, module.head_dim, module.head_dim)
+    # Latent attention (DeepSeek-V2) has keys and values of different sizes, and no projection with either size.
     latent = _first(module, ("qk_head_dim",)), _first(module, ("v_head_dim",))
     if heads and latent[0] and latent[1]:
         return Heads(heads, latent[0], latent[1])
@@ -91,13 +96,13 @@ def heads_of(target: Target) -> Heads:
         size = size or fused // (3 * heads)
         return Heads(_first(module, _KV_HEADS) or heads, size, size)
     raise TargetError(
-        f"{target.path}: cannot tell the heads of this {type(module).__name__}: expected attributes such as num_heads "
-        "and head_dim and layers such as k_proj and v_proj, or qkv; leave it out with exclude="
+        f"{target.path}: the number and size of heads of this {type(module).__name__} cannot be determined: expected "
+        "attributes such as num_heads and head_dim, and layers such as k_proj and v_proj, or qkv; omit it with exclude="
     )
 
 
 def _at_the_interface(module: nn.Module, heads: int | None, projected: int) -> int:
-    """The heads of keys where they meet the queries: JetMoE repeats them ahead of that, and says that none is shared."""
+    """The number of key heads when they meet the queries. JetMoE repeats its keys before that call, with groups of 1."""
     groups = getattr(module, "num_key_value_groups", None)
     return heads if heads and groups == 1 and heads % projected == 0 else projected
 

@@ -1,4 +1,4 @@
-"""Where soft prompts enter: the embeddings of token ids, and the modules that take ids and turn them into hidden states."""
+"""Finds where soft prompts enter: the embeddings of token ids, and the module that turns ids into hidden states."""
 
 import inspect
 from typing import Literal, NamedTuple
@@ -10,12 +10,17 @@ from deltakit.errors import TargetError
 from deltakit.ops.attention.sites import attends
 
 Positions = Literal["given", "padding", "relative", "unknown"]
-"""How a text stack knows positions: it takes them as an argument, counts the ids that are not padding, has relative ones in
-its blocks alone; or its structure does not tell."""
+"""How a text stack gets the positions of tokens.
+
+- "given": it accepts `position_ids`.
+- "padding": it counts the ids that are not padding (RoBERTa).
+- "relative": only its blocks use positions, as distances (T5).
+- "unknown": its structure does not show it.
+"""
 
 
 def input_embeddings(index: BackboneView) -> list[str]:
-    """The paths of all embeddings that share the input embedding's weight (T5 has three).
+    """Returns the paths of all embeddings that share the input embedding's weight (T5 has three).
 
     Raises:
         TargetError: if the backbone has no embedding of token ids.
@@ -23,38 +28,42 @@ def input_embeddings(index: BackboneView) -> list[str]:
     found = [path for path in index.role("embed") if isinstance(index.by_path[path], nn.Embedding)]
     if not found:
         raise TargetError(
-            f"{index.owner} has no embedding of token ids, which a soft prompt writes into; use Prefix, which needs none"
+            f"{index.owner}: it has no embedding of token ids, and a soft prompt is inserted there; use Prefix instead, which "
+            "needs no embedding"
         )
     weight = index.by_path[found[0]].weight
     return [path for path, m in index.by_path.items() if isinstance(m, nn.Embedding) and m.weight is weight]
 
 
 def text_stack(index: BackboneView) -> tuple[str, str | None]:
-    """The path of the module that turns ids into hidden states, and of the decoder that attends to it, if there is one.
+    """Returns the path of the module that turns ids into hidden states, and the path of the decoder that attends to it.
 
-    It is the innermost module around blocks that holds the input embedding and takes ids with their mask; of an encoder
-    and a decoder the encoder, which `generate` calls by itself.
+    The second path is None unless the model is an encoder and a decoder.
 
     Raises:
-        TargetError: if no such module takes `input_ids`.
+        TargetError: if the backbone has no embedding of token ids, or no module around it accepts `input_ids`.
     """
+    # Ids must be inserted where masks and positions are still derived from them. An embedding hook alone is too late: by
+    # then their shapes are fixed. The innermost module that accepts ids and mask is early enough, and heads around it
+    # never see the prompt.
     embeddings = input_embeddings(index)
     holders = [path for path in index.by_path if any(_holds(path, embedding) for embedding in embeddings)]
     blocks = index.role("block")
     if blocks:
-        # A module of embeddings alone may take ids and their mask too (ESM).
+        # ESM's module of embeddings also accepts ids and mask, but it has no blocks.
         holders = [path for path in holders if any(_holds(path, block) for block in blocks)]
     masked = [path for path in holders if {"input_ids", "attention_mask"} <= {*names_of_arguments(index.by_path[path])}]
     if not masked:
         plain = [path for path in holders if "input_ids" in names_of_arguments(index.by_path[path])]
         if not plain:
             raise TargetError(
-                f"{index.owner}: no forward around {embeddings[0]} takes input_ids, into which a soft prompt puts its own; "
-                "put the ids in yourself with SoftPrompt(prepend=False), or use Prefix"
+                f"{index.owner}: no module around {embeddings[0]} accepts input_ids, and a soft prompt is inserted there; "
+                "insert the ids yourself with SoftPrompt(prepend=False), or use Prefix"
             )
         return plain[0], None
     innermost = [path for path in masked if not any(_holds(path, other) and other != path for other in masked)]
     config = getattr(index.backbone, "config", None)
+    # `generate` calls the encoder on its own, without the model around it, so the prompt must enter at the encoder.
     if len(innermost) > 1 and getattr(config, "is_encoder_decoder", False):
         decoder = next(
             p for p in reversed(innermost) if "encoder_hidden_states" in names_of_arguments(index.by_path[p])
@@ -64,8 +73,11 @@ def text_stack(index: BackboneView) -> tuple[str, str | None]:
 
 
 class Stack(NamedTuple):
-    """What the structure of a text stack tells: how it knows positions, whether it may fill a cache, and whether what its mask
-    hides surely changes nothing."""
+    """What the structure of a text stack shows.
+
+    `positions` is how it gets positions, `caches` whether it may fill a cache, and `hides` whether tokens that its mask
+    hides are certain to have no effect on the others.
+    """
 
     positions: Positions
     caches: bool
@@ -73,11 +85,15 @@ class Stack(NamedTuple):
 
 
 def stack_at(index: BackboneView, path: str, at: int) -> Stack:
-    """What is known of the text stack at a path, for prompts that enter at the place `at` of the text."""
-    # Within the text, whatever blocks count by place (windows, chunks, relative biases) depends on padding there, and no
-    # position tells them.
+    """Returns what the structure of the text stack at a path shows.
+
+    Args:
+        at: the number of text tokens before the prompt.
+    """
+    # With padding inside the text, windows, chunks and relative biases count the padding as tokens, and no argument of
+    # the call can correct them. Padding before the text leaves the distances between all other tokens as they are.
     positions = "unknown" if at else _positions(index, path)
-    # All attention may say that it is not causal.
+    # A cache is useless without causal attention. If every attention module says `is_causal = False`, there is none.
     said = [m.is_causal for m in index.by_path[path].modules() if hasattr(m, "is_causal")]
     return Stack(positions, not said or any(said), _hides(index, path))
 
@@ -89,18 +105,22 @@ def _positions(index: BackboneView, stack: str) -> Positions:
         for path, module in index.by_path.items()
         if _holds(stack, path) and path not in embeddings and not any(_holds(block, path) for block in blocks)
     ]
+    # RoBERTa gives its table of positions a padding_idx, and computes positions from the ids that are not padding.
     if any(isinstance(module, nn.Embedding) and module.padding_idx is not None for module in outside):
         return "padding"
     if "position_ids" in names_of_arguments(index.by_path[stack]):
         return "given"
+    # A matrix or a buffer outside the blocks may be a table of absolute positions. Without any, blocks use distances.
     plain = all(parameter.ndim < 2 for module in outside for parameter in module.parameters(recurse=False))
     buffers = any(True for module in outside for _ in module.buffers(recurse=False))
     return "relative" if plain and not buffers else "unknown"
 
 
 def _hides(index: BackboneView, stack: str) -> bool:
-    """If it takes a mask, and its blocks mix tokens by attention alone, each by one that is known (measured otherwise:
-    convolutions, Fourier transforms, recurrences)."""
+    """Whether it accepts a mask, and each of its blocks mixes tokens by attention of a known form only.
+
+    Convolutions, Fourier transforms and recurrences were measured to let masked tokens change the others.
+    """
     blocks = [path for path in index.role("block") if _holds(stack, path)]
     inside = [(path, m) for path, m in index.by_path.items() if any(_holds(block, path) for block in blocks)]
     mixing = any(isinstance(m, nn.modules.conv._ConvNd) and set(m.kernel_size) != {1} for _, m in inside)
@@ -115,5 +135,5 @@ def _holds(path: str, other: str) -> bool:
 
 
 def names_of_arguments(module: nn.Module) -> list[str]:
-    """What the forward of a module takes, by name, in its order."""
+    """Returns the names of the arguments of a module's forward, in order."""
     return list(inspect.signature(type(module).forward).parameters)[1:]

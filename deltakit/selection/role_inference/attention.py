@@ -1,4 +1,4 @@
-"""Attention from structure: where projections to queries, keys and values stand side by side, or one that fuses them."""
+"""Finds attention by structure: projections to queries, keys and values that are siblings, or one that fuses them."""
 
 from collections.abc import Iterator, Mapping
 
@@ -20,7 +20,7 @@ from deltakit.selection.role_inference.walk import Walk
 
 
 def attention_units(walk: Walk) -> Iterator[Unit]:
-    """The attention parts of a backbone, each with the projections that are sure."""
+    """Yields the attention units of a backbone, each with the projections that are certain."""
     found: set[str] = set()
     for path in reversed(walk.modules):
         module = walk.modules[path]
@@ -41,17 +41,17 @@ def attention_units(walk: Walk) -> Iterator[Unit]:
 
 
 def _is_helper(walk: Walk, path: str) -> bool:
-    """Whether a module belongs to attention around it that has queries of its own (DeepSeek-V3.2's indexer)."""
+    """Whether a module is part of an attention around it with its own queries, as DeepSeek-V3.2's indexer is."""
     around = [other for other in above(parent_of(path)) if says_attention(type(walk.modules[other]).__name__)]
     return any("q" in _projections(walk.names(other), True) for other in around)
 
 
 def _second_sets(walk: Walk, path: str, names: Mapping[str, str], parts: Mapping[str, str]) -> Iterator[Unit]:
-    """More sets of queries, keys and values at the same path, told by what stands around the words."""
+    """Further sets of queries, keys and values at the same path, grouped by the prefix and suffix of their names."""
     sets: dict[tuple[str | None, str | None], dict[str, str]] = {}
     for name, linear in names.items():
         match = AFFIXED.match(name.lower())
-        # What is made of positions is no projection of the hidden states.
+        # DeBERTa-like models project relative positions too (`pos_key_proj`). Those are not hidden states.
         if match and linear not in parts.values() and "pos" not in name.lower():
             sets.setdefault((match["before"], match["after"]), {})[match["word"][0]] = linear
     for other in sets.values():
@@ -60,7 +60,7 @@ def _second_sets(walk: Walk, path: str, names: Mapping[str, str], parts: Mapping
 
 
 def _torch_unit(path: str, module: nn.MultiheadAttention) -> Unit:
-    """Torch's attention reads the weights of its projections and never calls a module: they are parameters."""
+    """The unit of torch's attention. It reads its weights directly, so the projections are parameters and not modules."""
     if module._qkv_same_embed_dim:
         parts = {letter: join(path, f"in_proj_weight[{letter}]") for letter in "qkv"}
     else:
@@ -69,7 +69,7 @@ def _torch_unit(path: str, module: nn.MultiheadAttention) -> Unit:
 
 
 def _projections(names: Mapping[str, str], says: bool) -> dict[str, str]:
-    """What computes queries, keys and values among linear layers by name; empty if it is no attention."""
+    """The projections to queries, keys and values among linear layers by name; empty if this is not attention."""
     lower = {name.lower(): path for name, path in names.items()}
     parts = {letter: lower[name] for letter, known in PROJECTIONS.items() for name in lower if name in known}
     for part, known in LATENT.items():
@@ -84,7 +84,7 @@ def _projections(names: Mapping[str, str], says: bool) -> dict[str, str]:
         parts |= {"kv": lower[kv[0]]} if kv else _only_affixed(lower) if "q" in parts else {}
     if "q" in parts and (says or "kv" in parts or {"k", "v"} <= parts.keys()):
         return parts
-    # `in_proj` is what state-space mixers call theirs too: there the class must say that it is attention.
+    # State-space mixers (Mamba) also have an `in_proj`. It counts only if the class is named attention.
     fused = [path for name, path in lower.items() if name in FUSED and (name != "in_proj" or says)]
     if fused and "q" not in parts:
         return {"qkv": fused[0]}
@@ -92,7 +92,7 @@ def _projections(names: Mapping[str, str], says: bool) -> dict[str, str]:
 
 
 def _only_affixed(names: Mapping[str, str]) -> dict[str, str]:
-    """Keys and values under longer names, beside plain queries, where there is one of each (Evolla)."""
+    """Keys and values with longer names beside plain queries, if there is exactly one of each (Evolla)."""
     found: dict[str, list[str]] = {"k": [], "v": []}
     for name, path in names.items():
         match = AFFIXED.match(name)
@@ -110,21 +110,21 @@ def _unit(walk: Walk, path: str, parts: dict[str, str]) -> Unit:
         output, at = _beside(walk, path, parts, width) or (None, path)
     if output is None:
         return Unit("attn", path, width, parts)
-    # Between stages of different width the hidden states behind are those that the output projection gives.
+    # Between stages of different width, the hidden states after attention have the output projection's size.
     return Unit("attn", at, walk.linears[output][1], {**parts, "o": output}, own=at not in walk.repeated or at == path)
 
 
 def _width(walk: Walk, parts: Mapping[str, str]) -> int | None:
-    """The size of the hidden states that go in: what the first projection in the chain to queries takes."""
+    """The size of the hidden states that enter: the input size of the first projection on the way to queries."""
     first = next((parts[part] for part in ("q_a", "q", "qkv", "v", "kv_a", "kv") if part in parts), None)
     return walk.linears[first][0] if first else None
 
 
 def _one_output(walk: Walk, candidates: list[str], parts: Mapping[str, str], width: int | None) -> str | None:
-    """The output projection among candidates: the only one that gives back the width, or that takes the values."""
+    """The output projection: the only candidate whose output has the hidden size, or whose input is the values."""
     back = [linear for linear in candidates if width is None or walk.linears[linear][1] == width]
     if len(back) != 1:
-        # Between stages of different width (Hiera), and over two streams put together (Zamba), the width changes.
+        # The width changes between stages (Hiera) and where two streams are concatenated (Zamba).
         values = _values(walk, parts)
         back = [linear for linear in back or candidates if values in (None, walk.linears[linear][0])]
     return back[0] if len(back) == 1 else None
@@ -137,13 +137,13 @@ def _values(walk: Walk, parts: Mapping[str, str]) -> int | None:
 
 
 def _beside(walk: Walk, path: str, parts: dict[str, str], width: int | None) -> tuple[str, str] | None:
-    """The output projection in a sibling of the projections (BERT), with the path of the module around both."""
+    """The output projection in a sibling module (BERT's `attention.output`), and the path of the module around both."""
     parent = parent_of(path)
     if not path:
         return None
     linears = [linear for linear in walk.linears_below(parent) if not linear.startswith(f"{path}.")]
     if parent in walk.repeated:
-        # The siblings in a block are other parts of it, but for those that say that they belong (SqueezeBERT).
+        # In a block, siblings are other parts such as the MLP. Only those named attention belong here (SqueezeBERT).
         belongs = [child for child in walk.children[parent] if child != path and says_attention(name_of(child))]
         linears = [linear for child in belongs for linear in walk.linears_below(child)]
     output = _one_output(walk, linears, parts, width)

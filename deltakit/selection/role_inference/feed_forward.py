@@ -1,4 +1,4 @@
-"""Feed-forward parts from structure: pairs of linear layers out of the hidden size and back, outside the attention."""
+"""Finds feed-forward parts by structure: linear layers from the hidden size and back to it, outside attention."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -11,14 +11,19 @@ from deltakit.selection.role_inference.walk import Walk
 
 
 def feed_forward_units(walk: Walk, taken: set[str], widths: Mapping[str, int | None]) -> Iterator[Unit]:
-    """What is left of the blocks when their attention (`taken`) is taken out. `widths`: hidden sizes by block."""
+    """Yields the feed-forward units of all blocks.
+
+    Args:
+        taken: the paths of attention units; their layers are not searched.
+        widths: the hidden size of each block, or None if it is unknown.
+    """
     experts: dict[str, Unit] = {}
     for path in walk.modules:
         up = list(above(path))
         block = next((other for other in up if other in widths), None)
         if block is None:
             continue
-        # What stands in an attention module belongs to it, unless it says that it is a feed-forward part (Evolla).
+        # Layers inside attention belong to it, unless their class is named a feed-forward part (Evolla).
         says = says_feed_forward(type(walk.modules[path]).__name__)
         if not says and not taken.isdisjoint(up[: up.index(block) + (block in taken)]):
             continue
@@ -31,13 +36,13 @@ def feed_forward_units(walk: Walk, taken: set[str], widths: Mapping[str, int | N
 
 
 def _pair(walk: Walk, path: str, block: str, width: int | None, taken: set[str]) -> Iterator[Unit]:
-    """The feed-forward unit whose linear layers stand at a path, or alone in children there."""
+    """The feed-forward unit of the linear layers at a path or alone in its children, if they form one."""
     linears = [linear for linear in _linears(walk, path) if taken.isdisjoint(above(linear))]
     down = next((linear for linear in reversed(linears) if _is_down(walk, linear, linears, width)), None)
     if down is None:
         return
     inner, out = walk.linears[down]
-    # Where the inner size is the hidden size, only the order tells up from down.
+    # If the inner size equals the hidden size, only the order distinguishes up from down.
     before = [a for a in linears if inner != out or walk.order[a] < walk.order[down]]
     ups = [a for a in before if a != down and walk.linears[a] == (out, inner)]
     fused = [a for a in linears if walk.linears[a] == (out, 2 * inner)]
@@ -46,7 +51,7 @@ def _pair(walk: Walk, path: str, block: str, width: int | None, taken: set[str])
 
 
 def _linears(walk: Walk, path: str) -> list[str]:
-    """The linear layers at a path, alone in a child, or two alike in one (CPM-Ant's gated activation)."""
+    """The linear layers at a path: children, alone in a child, or two of equal size in one (CPM-Ant's gated MLP)."""
     found = []
     for child in walk.children[path]:
         below = walk.linears_below(child)
@@ -60,7 +65,7 @@ def _is_down(walk: Walk, linear: str, linears: Sequence[str], width: int | None)
     if width is not None and out != width:
         return False
     if width is None and not (linear_sizes(walk.modules[linear]) and out in walk.norm_sizes):
-        # Without attention around, a pair of convolutions or one over positions would look the same.
+        # Without attention nearby, a pair of pointwise convolutions, or one over positions, would look the same.
         return False
     others = [other for other in linears if other != linear]
     if any(walk.linears[other] == (out, inner) for other in others):
@@ -76,7 +81,7 @@ def _ups(ups: Sequence[str]) -> dict[str, str]:
 
 
 def _experts(walk: Walk, path: str, block: str, width: int | None) -> Unit | None:
-    """The mixture of experts whose experts' weights are 3-d parameters at a path: no projection is a module."""
+    """The unit of a mixture of experts that stores all experts' weights in 3-d parameters, without modules for them."""
     weights = {name: p for name, p in walk.modules[path]._parameters.items() if isinstance(p, Tensor) and p.ndim == 3}
     if not weights or not any(name in EXPERTS for name in (*weights, name_of(path))):
         return None
@@ -86,5 +91,5 @@ def _experts(walk: Walk, path: str, block: str, width: int | None) -> Unit | Non
         if part is not None:
             parts[part] = f"{path}.{name}" if path else name
     parent = parent_of(path)
-    whole = parent if parent != block and parent.startswith(block) else path
-    return Unit("ff", whole, width, parts)
+    holder = parent if parent != block and parent.startswith(block) else path
+    return Unit("ff", holder, width, parts)

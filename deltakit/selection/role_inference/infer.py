@@ -1,8 +1,8 @@
-"""Roles inferred from structure, with no table per architecture.
+"""Infers roles from the structure of a backbone. New architectures need no table entry.
 
-Attention is where projections to queries, keys and values stand side by side, or one that fuses them; its output
-projection gives back their input size. A feed-forward part is a pair of linear layers in a block, out of the hidden
-size and back to it, outside the attention. What cannot be told for sure is left out, never guessed.
+Attention is a module whose children project to queries, keys and values, or one projection that fuses them; its output
+projection returns to their input size. A feed-forward part is a pair of linear layers in a block, from the hidden size
+and back to it, outside attention. Uncertain parts get no role, because a guess would put deltas in the wrong place.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,11 @@ from deltakit.selection.role_inference.walk import Walk
 
 
 def infer_roles(backbone: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> RoleMap:
-    """The roles on a backbone. `modules`: its modules by path, if some of them are not to be looked at."""
+    """Returns the roles on a backbone.
+
+    Args:
+        modules: the modules to consider, by path; by default all of the backbone's.
+    """
     walk = Walk(backbone, dict(backbone.named_modules()) if modules is None else modules)
     attention = _crossed(list(attention_units(walk)))
     widths = _block_widths(walk, attention)
@@ -30,7 +34,7 @@ def infer_roles(backbone: nn.Module, modules: Mapping[str, nn.Module] | None = N
 
 
 def _crossed(units: list[Unit]) -> list[Unit]:
-    """The attention units, those marked that attend to another stack: by their name, or beside one that says `self`."""
+    """The units with `cross` set for attention to another stack: by its name, or as the sibling of one named `self`."""
     selves = {parent_of(unit.path) for unit in units if "self" in name_of(unit.path).lower()}
     beside = {
         unit.path for unit in units if parent_of(unit.path) in selves and "self" not in name_of(unit.path).lower()
@@ -39,10 +43,10 @@ def _crossed(units: list[Unit]) -> list[Unit]:
 
 
 def _block_widths(walk: Walk, attention: Sequence[Unit]) -> dict[str, int | None]:
-    """The repeated blocks with the sizes of their hidden states; around single units, the modules around them.
+    """The hidden size of each block. A unit outside repeated blocks counts its parent module as its block.
 
-    In a hybrid some blocks of a list attend and others do not (Jamba): all of them are blocks. Without any attention
-    the innermost repeated modules are.
+    In hybrid models only some modules of a list attend (Jamba); all of them are blocks. In a backbone without attention
+    the innermost repeated modules are the blocks.
     """
     widths = {walk.block(unit.path): unit.width for unit in attention}
     for block in list(widths):
@@ -61,11 +65,11 @@ def _embed(walk: Walk) -> tuple[str, ...]:
     try:
         embedding = getter() if getter else None
     except (NotImplementedError, AttributeError):
-        # transformers' own getter where a model has none, or more than one, to give.
+        # transformers' getter raises on models without an input embedding, or with several.
         embedding = None
     if embedding is not None:
         return tuple(path for path, module in walk.modules.items() if module is embedding)
-    # Inside blocks stand embeddings of distances (WavLM).
+    # Embeddings inside blocks are those of distances (WavLM), not of tokens.
     tables = {
         path: m.num_embeddings
         for path, m in walk.modules.items()

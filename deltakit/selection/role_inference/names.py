@@ -1,4 +1,4 @@
-"""The one vocabulary of names that roles are inferred with. Shapes decide wherever a name is used for two things."""
+"""The names that role inference knows. Where models use one name for two things, shapes decide."""
 
 import re
 
@@ -26,7 +26,7 @@ PROJECTIONS = {
     | {f"proj_{word}", f"to_{word}", f"projection_{word}", f"linear_{word}", "queries" if letter == "q" else word}
     for letter, word in _LETTERS.items()
 }
-"""Names of the projections to queries, keys and values, by letter; all names here are compared in lower case."""
+"""Names of the projections to queries, keys and values, by letter. All names in this file are lower case."""
 
 LATENT = {
     "q_a": frozenset({"q_a_proj", "wq_a", "q_down_proj"}),
@@ -34,19 +34,19 @@ LATENT = {
     "kv_a": frozenset({"kv_a_proj_with_mqa", "kv_a_proj", "wkv_a", "kv_down_proj"}),
     "kv": frozenset({"kv_b_proj", "wkv_b", "kv_up_proj"}),
 }
-"""Names in attention over a latent (DeepSeek-V2, arXiv:2405.04434, section 2.1): down to it, and from it."""
+"""Names in latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1): projections to the latent and from it."""
 
 KEYED = frozenset({"query_key", "qk", "qk_proj"})
-"""Names of one projection whose output is queries and keys at once (Reformer)."""
+"""Names of one projection whose output serves as queries and as keys (Reformer)."""
 
 AFFIXED = re.compile(r"^(?P<before>.*_)?(?P<word>query|key|value)(?P<after>_.*)?$")
-"""Names of projections with something before or behind, which says that they are a second set (Longformer, LiLT)."""
+"""Names of projections with a prefix or suffix, which mark a second set (Longformer, LiLT)."""
 
 FUSED = frozenset(
     {"c_attn", "query_key_value", "qkv", "qkv_proj", "wqkv", "to_qkv", "qkv_linear", "in_proj", "att_proj", "attn_qkv"}
     | {"queries_keys_values", "proj_qkv", "w_qkv", "qkv_layer"}
 )
-"""Names of one projection to queries, keys and values together; beside a projection to queries: to keys and values."""
+"""Names of one projection to queries, keys and values; beside a separate one to queries, to keys and values only."""
 
 FUSED_KV = frozenset(
     {"kv", "kv_proj", "to_kv", "key_value", "kv_linear", "c_attn", "keys_values", "wkv", "w_kv", "proj_kv"}
@@ -70,7 +70,7 @@ OUTPUTS = frozenset(
 """Names of the projection back to the hidden states, in an attention module."""
 
 GATES = frozenset({"gate_proj", "wi_0", "gate", "w_gate", "fc1_g", "linear_gate", "gate_linear"})
-"""Names of the projection whose activation multiplies the other one's output, in a gated feed-forward part."""
+"""Names of the gate projection of a gated feed-forward part; its activation multiplies the up projection's output."""
 
 FUSED_GATES = ("gate_up", "up_gate", "gate_and_up")
 
@@ -85,16 +85,16 @@ EXPERTS = {
     "w_in": "up",
     "w_out": "down",
 }
-"""Names of the 3-d parameters of a mixture of experts (or of the modules that hold one each), and what they are."""
+"""Names of the 3-d parameters of a mixture of experts (or of modules that hold one each), and their roles."""
 
 HEADS = frozenset(
     {"classifier", "score", "lm_head", "qa_outputs", "classification_head", "head", "fc", "fc_out", "pre_classifier"}
 )
-"""Names of what turns hidden states into answers, at the root of a backbone."""
+"""Names of output heads at the root of a backbone."""
 
 
 def says_attention(class_name: str) -> bool:
-    """Whether a class calls itself attention.
+    """Returns whether a class is named attention.
 
     >>> says_attention("BertSelfAttention"), says_attention("Wav2Vec2Attn"), says_attention("MambaMixer")
     (True, True, False)
@@ -103,7 +103,7 @@ def says_attention(class_name: str) -> bool:
 
 
 def says_feed_forward(class_name: str) -> bool:
-    """Whether a class calls itself a feed-forward part.
+    """Returns whether a class is named a feed-forward part.
 
     >>> says_feed_forward("LlamaMLP"), says_feed_forward("EvollaFeedForward"), says_feed_forward("LlamaDecoderLayer")
     (True, True, False)
@@ -112,11 +112,11 @@ def says_feed_forward(class_name: str) -> bool:
 
 
 CROSS = ("cross", "encdec", "encoder_attn", "encoder_attention", "token_to_image", "image_to_token", "x_attn")
-"""What is in the names of attention from one stack to another."""
+"""Parts of the names of cross-attention."""
 
 
 def says_cross(path: str) -> bool:
-    """Whether a path names attention from one stack to another.
+    """Returns whether a path names cross-attention.
 
     >>> says_cross("decoder.layers.0.encoder_attn"), says_cross("decoder.layers.0.self_attn")
     (True, False)

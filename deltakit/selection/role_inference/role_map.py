@@ -1,4 +1,4 @@
-"""Roles: what the parts of a backbone are for, the same words on every architecture."""
+"""Roles: names for the parts of a backbone that are the same on every architecture."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,17 +15,16 @@ ROLES = (
     *(f"{kind}.{part}" if part else kind for kind, parts in PARTS.items() for part in ("", *parts)),
     *("norm", "embed", "head"),
 )
-"""All roles there are."""
+"""All roles."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One attention or one feed-forward part of a block.
+    """One attention or feed-forward part of a block.
 
-    `path` is the smallest module that holds all its projections; `own` says whether that is more than the block itself,
-    `cross` whether it attends to another stack.
-    `parts` gives the projections' paths by their role: modules, or parameters where no module is called. `width` is the
-    size of the hidden states around.
+    `kind` is "attn" or "ff", and `path` the smallest module that holds all its projections. `width` is the hidden size
+    around it in elements. `parts` are the projections' paths by role: modules, or parameters if no module is called. `own`
+    is False if `path` is the block itself. `cross` is True for attention to another stack.
     """
 
     kind: str
@@ -38,7 +37,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class RoleMap:
-    """What answers each role on one backbone, as paths in the order of `named_modules()`."""
+    """The paths of each role on one backbone, in the order of `named_modules()`."""
 
     units: tuple[Unit, ...]
     blocks: tuple[str, ...]
@@ -48,7 +47,7 @@ class RoleMap:
     order: Mapping[str, int] = field(repr=False)
 
     def paths(self, role: str) -> tuple[str, ...]:
-        """The paths that answer a role such as `attn.q`, `ff` or `norm`; possibly none.
+        """Returns the paths that have a role such as `attn.q`, `ff` or `norm`. The result may be empty.
 
         Raises:
             RoleError: if there is no such role.
@@ -58,12 +57,12 @@ class RoleMap:
             return plain[role]
         kind, _, part = role.partition(".")
         if kind not in PARTS or (part and part not in PARTS[kind]):
-            raise RoleError(f"there is no role '@{role}'; there are {', '.join('@' + name for name in ROLES)}")
+            raise RoleError(f"there is no role '@{role}'; use one of {', '.join('@' + name for name in ROLES)}")
         hits = [path for unit in self.units if unit.kind == kind for path in _answer(unit, part)]
         return tuple(sorted(dict.fromkeys(hits), key=self.rank))
 
     def rank(self, path: str) -> int:
-        """The place of a path in the order of modules; that of its owner for a parameter."""
+        """Returns the position of a path among the modules; a parameter has the position of its module."""
         path = path.partition("[")[0]
         return self.order[path] if path in self.order else self.order[path.rpartition(".")[0]]
 

@@ -1,4 +1,4 @@
-"""What inference asks of a backbone's modules again and again, gathered in one walk."""
+"""The facts about a backbone's modules that role inference needs, collected in one walk."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -30,29 +30,29 @@ class Walk:
         return below
 
     def linears_below(self, path: str) -> list[str]:
-        """The linear layers at and below a path."""
+        """Returns the paths of the linear layers at and below a path."""
         return self._linears_below.get(path, [])
 
     def names(self, path: str) -> dict[str, str]:
-        """The linear layers that are children of a path, or alone inside one, by the name of that child."""
+        """Returns the linear layers that are children of a path, or alone inside a child, by the name of that child."""
         alone = {name_of(child): self.linears_below(child) for child in self.children[path]}
         return {name: linears[0] for name, linears in alone.items() if len(linears) == 1}
 
     @cached_property
     def norms(self) -> list[str]:
-        """The norms with a weight for each feature."""
+        """The paths of the norms that have a weight for each feature."""
         return [path for path, module in self.modules.items() if _is_norm(module)]
 
     @cached_property
     def norm_sizes(self) -> set[int]:
-        """The sizes of the features that norms are over."""
+        """The numbers of features of all norms."""
         return {int(self.modules[path].weight.numel()) for path in self.norms}  # type: ignore[operator]
 
     @cached_property
     def repeated(self) -> set[str]:
-        """The children of lists in which some children are alike: repeated blocks.
+        """The repeated blocks: children of a list in which at least two have the same class.
 
-        A list whose children are all different is the inside of a block (T5's `layer`).
+        A list whose children all differ is the inside of a block (T5's `layer`).
         """
         repeated: set[str] = set()
         for path, module in self.modules.items():
@@ -64,7 +64,7 @@ class Walk:
         return repeated
 
     def block(self, path: str) -> str:
-        """The repeated block around a unit; in a backbone without any, the module around it."""
+        """Returns the repeated block around a unit; if there is none, its parent module."""
         return next((other for other in above(parent_of(path)) if other in self.repeated), parent_of(path))
 
 
