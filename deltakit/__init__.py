@@ -27,6 +27,7 @@ from deltakit.errors import (
 )
 from deltakit.methods.adapter import Adapter
 from deltakit.methods.bitfit import BitFit
+from deltakit.methods.ia3 import IA3
 from deltakit.methods.lora import LoRA
 from deltakit.methods.prefix import Prefix
 from deltakit.methods.soft_prompt import SoftPrompt
@@ -39,11 +40,13 @@ from deltakit.opendelta import (
     PrefixModel,
     SoftPromptModel,
 )
+from deltakit.ops import CallContext, InputMap, LowRank, OutputMap, WeightMap
 from deltakit.selection import RoleTable, roles, select
 from deltakit.version import __version__
 from deltakit.view import View, Visualization, show
 
 __all__ = [
+    "IA3",
     "METHODS",
     "Adapter",
     "AdapterModel",
@@ -52,6 +55,7 @@ __all__ = [
     "BackboneMismatch",
     "BitFit",
     "BitFitModel",
+    "CallContext",
     "CheckpointError",
     "Combination",
     "Delta",
@@ -59,10 +63,13 @@ __all__ = [
     "DeltaModule",
     "DeltaWarning",
     "HubError",
+    "InputMap",
     "LoRA",
     "LoraModel",
+    "LowRank",
     "Method",
     "OptionError",
+    "OutputMap",
     "Plan",
     "Prefix",
     "PrefixModel",
@@ -76,6 +83,7 @@ __all__ = [
     "TargetError",
     "View",
     "Visualization",
+    "WeightMap",
     "__version__",
     "attach",
     "base_state_dict",

@@ -26,14 +26,14 @@ def test_the_readme_s_code_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "my-delta" / "delta_model.safetensors").exists()
 
 
-def test_the_method_that_contributing_writes_works(tmp_path, monkeypatch):
+def test_the_method_that_contributing_writes_works(tmp_path):
     (block,) = blocks("CONTRIBUTING.md", "python")
-    names = {"__name__": "ia3"}
+    names = {"__name__": "scale"}
     try:
         exec(compile(block, "CONTRIBUTING.md", "exec"), names)
-        model, fresh = Transformer().eval(), None
+        model = Transformer().eval()
         before = model(ids())
-        delta = dk.attach(model, names["IA3"]())
+        delta = dk.attach(model, names["Scale"]())
         assert torch.equal(model(ids()), before)
         randomize(delta)
         fresh = Transformer().eval()
@@ -41,7 +41,12 @@ def test_the_method_that_contributing_writes_works(tmp_path, monkeypatch):
         dk.load(delta.save(tmp_path), fresh)
         assert torch.equal(fresh(ids()), model(ids()))
     finally:
-        dk.METHODS.pop("ia3", None)
+        dk.METHODS.pop("scale", None)
+
+
+def test_the_whole_method_in_contributing_is_the_file():
+    (block,) = blocks("CONTRIBUTING.md", "py")
+    assert block == (ROOT / "deltakit" / "methods" / "ia3.py").read_text(encoding="utf-8")
 
 
 def test_ci_runs_the_readme_s_command():
