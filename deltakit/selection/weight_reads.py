@@ -8,6 +8,7 @@ import dis
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import takewhile
 from types import CodeType
 from typing import Any
@@ -137,15 +138,19 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
             yield from _nested(inner)
 
 
-def _chains(code: CodeType) -> Iterator[list[str]]:
+# All models share the code of torch's and transformers' classes, and reading byte code was most of the time of an attach.
+@lru_cache(4096)
+def _chains(code: CodeType) -> tuple[list[str], ...]:
     """Every attribute chain that a code object loads from `self`, except arguments of `isinstance`, `hasattr` and the like.
 
     Byte code is searched and not source text, because classes made by `exec` or shipped without sources have no text.
     """
     steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL")]
-    for place, step in enumerate(steps):
-        if _loads_self(step) and not (place and steps[place - 1].argval in _INSPECTING):
-            yield [str(following.argval) for following in takewhile(_loads_attribute, steps[place + 1 :])]
+    return tuple(
+        [str(following.argval) for following in takewhile(_loads_attribute, steps[place + 1 :])]
+        for place, step in enumerate(steps)
+        if _loads_self(step) and not (place and steps[place - 1].argval in _INSPECTING)
+    )
 
 
 def _loads_attribute(step: Any) -> bool:

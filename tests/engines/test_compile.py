@@ -5,7 +5,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from support.compiled_models import CASES, failure, follows, start, swaps
+from support.compiled_models import CASES, any_number_of_tokens, failure, follows, start, swaps
 
 
 @pytest.fixture(scope="module")
@@ -27,4 +27,9 @@ def test_a_compiled_model_follows_its_delta(compiler, case):
 
 def test_a_swap_compiles_nothing_anew(compiler):
     failed = compiler.submit(failure, swaps).result()
+    assert failed is None, failed
+
+
+def test_one_graph_serves_any_number_of_tokens(compiler):
+    failed = compiler.submit(failure, any_number_of_tokens).result()
     assert failed is None, failed

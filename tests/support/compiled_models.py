@@ -116,3 +116,28 @@ def swaps():
         one.swap(other)
         torch.testing.assert_close(compiled(ids()), expected)
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+def any_number_of_tokens():
+    """Raises if LoRA needs more graphs than the bare layer when the number of tokens changes.
+
+    It takes another way for a few tokens. Asked while compiling, that number would become a guard.
+    """
+    from torch._dynamo.utils import counters
+
+    found = []
+    for adapted in (False, True):
+        torch.compiler.reset()
+        counters.clear()
+        layer = torch.nn.Sequential(torch.nn.Linear(5, 7)).requires_grad_(False)
+        if adapted:
+            randomize(dk.attach(layer, dk.LoRA(r=2, at="0")))
+            # The first forward checks the targets and removes its hooks, which is a change that compiled code must follow.
+            layer(torch.randn(3, 5))
+        compiled = torch.compile(layer, backend="eager", fullgraph=True, dynamic=True)
+        with torch.no_grad():
+            for tokens in (40, 3, 20, 17, 2):
+                x = torch.randn(tokens, 5)
+                torch.testing.assert_close(compiled(x), layer(x))
+        found.append(counters["stats"]["unique_graphs"])
+    assert found[0] == found[1], f"{found[1]} graphs with LoRA, {found[0]} without"

@@ -17,6 +17,7 @@ METHODS = {
     "LoRA": dk.LoRA(r=2),
     "Adapter": dk.Adapter(size=3),
     "BitFit": dk.BitFit(),
+    "IA3": dk.IA3(),
     "Prefix": dk.Prefix(tokens=3),
     "SoftPrompt": dk.SoftPrompt(tokens=3),
 }
