@@ -1,5 +1,7 @@
 """Options and targets that a method cannot take: what the error says, and that nothing is changed."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -95,3 +97,31 @@ def test_no_method_and_no_methods(unchecked):
         dk.attach(Transformer())
     with pytest.raises(dk.OptionError, match=r"expected methods such as LoRA\(r=8\), found <class"):
         dk.attach(Transformer(), dk.LoRA)
+
+
+def a_resnet():
+    return tf.ResNetModel(tf.ResNetConfig(embedding_size=6, hidden_sizes=[10, 14], depths=[1, 1], layer_type="basic"))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(nn.Linear(23, 19), nn.ReLU(), nn.Linear(19, 2)),
+        a_resnet,
+    ],
+    ids=["a layer below the rank", "resnet"],
+)
+def test_the_advice_where_there_is_no_default_position_works(make):
+    """The advice at='**' with of=nn.Linear led to the next error: rank 8 is above the size of a classifier with 2 classes."""
+    model = make()
+    with pytest.raises(dk.RoleError) as caught:
+        dk.attach(model, dk.LoRA(r=8))
+    at = re.search(r"such as at='([^']+)'", str(caught.value))[1]
+    delta = dk.attach(model, dk.LoRA(r=8, at=at))
+    assert delta.attached
+    assert delta.num_parameters > 0
+
+
+def test_no_advice_where_nothing_can_be_served():
+    with pytest.raises(dk.RoleError, match="no linear layer or convolution there can be served with these options either"):
+        dk.attach(nn.Sequential(nn.Linear(3, 2)), dk.LoRA(r=8))
