@@ -289,8 +289,10 @@ ZOO: dict[str, Backbone] = {
     "swin": Backbone("vision", _STAGES),
     **_many("vision", "segformer", "pvt", **_PYRAMID, image_size=32),
     **_many("convolutional", "resnet", "regnet", hidden_sizes=[8, 16], depths=[1, 1], embedding_size=8, image_size=32),
+    # The default layer scale of 1e-6 hides in float32 what a training step changes inside a block.
     "convnext": Backbone(
-        "convolutional", {"hidden_sizes": [8, 16], "depths": [1, 1], "image_size": 32, "num_stages": 2}
+        "convolutional",
+        {"hidden_sizes": [8, 16], "depths": [1, 1], "image_size": 32, "num_stages": 2, "layer_scale_init_value": 0.5},
     ),
     "poolformer": Backbone(
         "convolutional",
