@@ -78,6 +78,12 @@ class DeltaModule(nn.Module):
         if holds:
             self._modules["shared"] = shared
 
+    def parameters_read(self) -> list[Tensor]:
+        """The parameters that it computes with: its own, and those of what all share."""
+        own: list[Tensor] = list(self.parameters())
+        shared = self.shared
+        return own if shared is None or "shared" in self._modules else [*own, *shared.parameters()]
+
     @property
     def strength(self) -> float:
         """How much of its effect it has: `Delta.scale`."""

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +33,17 @@ def merge(attachment: Attachment, quantize: Quantize | None = None) -> None:
     updates: dict[str, Tensor] = {}
     together: set[str] = set()
     dtypes: dict[str, torch.dtype] = {}
+    sites: dict[str, list[Site]] = {}
     for site in attachment.sites:
         for name, update in _update(site).items():
             updates[name] = updates[name] + update if name in updates else update
-            dtypes[name] = next(site.module.parameters()).dtype
+            dtypes[name] = next(iter(site.module.parameters_read())).dtype
+            sites.setdefault(name, []).append(site)
             reading = site.module.weight_read
             tied = reading is not None and any(other.owner != reading.owner for other in reading.also)
             together |= {name} if tied else set()
+    for name, held in sites.items():
+        _refuse_composed(name, held)
     _check(backbone, record, updates, parameters, together, quantised_too=quantize is not None)
     rounded = [name for name in updates if is_quantized(parameters[name])]
     plain = [name for name in updates if name not in rounded]
@@ -135,6 +139,25 @@ def _update(site: Site) -> dict[str, Tensor]:
     except TargetError as error:
         raise TargetError(f"{site.path}: {error}") from error
     return {join(site.owner, name): value for name, value in update.items()}
+
+
+def _refuse_composed(name: str, sites: Sequence[Site]) -> None:
+    """Refuses methods of one delta that follow each other on one weight, where their changes do not add up.
+
+    Each computes its change from the bare weight. What changes the output in another way than by adding to it is right if it
+    comes first; what changes the input is right alone.
+    """
+    for place, site in enumerate(sites):
+        for earlier in sites[:place]:
+            parts = {site.module.part, earlier.module.part}
+            apart = len(parts) == 2 and all("[" in part for part in parts)
+            adds = site.module.has_weight_form and (earlier.module.has_weight_form or not earlier.module.acts_before())
+            if not apart and not adds:
+                both = " and ".join(module.word() for module in (earlier.module, site.module))
+                raise TargetError(
+                    f"{name}: {both} follow each other here, and their changes of this weight do not add up; leave the delta "
+                    "attached"
+                )
 
 
 def _check(

@@ -57,10 +57,7 @@ def add_per_example(
         return None
     batch.times(y, target)
     modules = [module for own in work.modules for module in own]
-    parameters = [parameter for module in modules for parameter in module.parameters()]
-    parameters += [
-        parameter for module in modules if module.shared is not None for parameter in module.shared.parameters()
-    ]
+    parameters = [parameter for module in modules for parameter in module.parameters_read()]
 
     def gather() -> Gathered:
         pairs = [[module.whole_factors() for module in own] for own in work.modules]

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def linear_with(
@@ -21,9 +22,14 @@ def linear_with(
     Args:
         parameters: the tensors that `build` reads and that require gradients. It must make the same matrix each time.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _transformed():
         return F.linear(x, build().to(x.dtype))
     return _Recomputed.apply(x, build, *parameters)
+
+
+def _transformed() -> bool:
+    """Whether a transform of torch.func runs, or forward-mode differentiation: they take no gradients by hand."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class _Recomputed(torch.autograd.Function):
@@ -46,7 +52,8 @@ class _Recomputed(torch.autograd.Function):
         gx = g @ weight.detach().to(g.dtype) if needs_x else None
         found: list[Tensor | None] = []
         if asked:
-            rows = g.reshape(-1, g.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
+            # Under autocast the product has another dtype than x.
+            rows = g.reshape(-1, g.shape[-1]).mT @ x.reshape(-1, x.shape[-1]).to(g.dtype)
             found = list(torch.autograd.grad(weight, asked, rows.to(weight.dtype), allow_unused=True))
         gradients = iter(found)
         return gx, None, *(next(gradients) if need else None for need in needed)

@@ -92,12 +92,23 @@ def in_own_dtype(module: DeltaModule, *given: Tensor) -> Tensor:
 
     A layer may return another dtype than its delta has: under autocast, and where weights are quantized.
     """
-    own, last = next(module.parameters()).dtype, given[-1]
+    last = given[-1]
+    own = own_dtype(module, last)
     if own is last.dtype:
-        return module(*given)
+        # Under autocast a map may give another dtype than it is given.
+        same: Tensor = module(*given)
+        return same.to(last.dtype)
     cast = [tensor.to(own) if tensor.is_floating_point() else tensor for tensor in given]
     new: Tensor = module(*cast)
     if torch.promote_types(own, last.dtype) is own:
         return new.to(last.dtype)
     # In a narrower dtype only the change is rounded: an untrained map stays the identity.
     return last + (new - cast[-1]).to(last.dtype)
+
+
+def own_dtype(module: DeltaModule, given: Tensor) -> torch.dtype:
+    """The dtype of a delta module's parameters, or of those that all share; that of what it is given, if there are none."""
+    first: Tensor | None = next(module.parameters(), None)
+    if first is None:
+        first = next(iter(module.parameters_read()), None)
+    return given.dtype if first is None else first.dtype

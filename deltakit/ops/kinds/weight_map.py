@@ -20,6 +20,7 @@ from deltakit.core import (
     weight_view,
     wide,
 )
+from deltakit.ops.kinds.output_map import own_dtype
 from deltakit.ops.recompute import linear_with
 
 
@@ -57,11 +58,16 @@ class WeightMap(DeltaModule):
 
     def after_call(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         x, y = hidden_input(args, kwargs), hidden_output(output)
-        weight = bare_weight(target, self.view)
-        update = linear_with(x, lambda: self(weight), tuple(self.parameters()))
+        weight = self._bare(target)
+        update = linear_with(x, lambda: self(weight), tuple(self.parameters_read()))
         if self.view.feature_slice is not None:
             update = self.view.feature_slice.spread(update)
         return replace_hidden(output, y + (update * self.strength).to(y.dtype))
+
+    def _bare(self, target: nn.Module) -> Tensor:
+        """The bare weight, in the dtype of the delta's parameters if that is wider."""
+        weight = bare_weight(target, self.view)
+        return weight.to(torch.promote_types(weight.dtype, own_dtype(self, weight)))
 
     def after_call_mixed(
         self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, batch: MixedBatch
@@ -74,6 +80,6 @@ class WeightMap(DeltaModule):
         return replace_hidden(output, y.index_copy(0, rows, part))
 
     def weight_updates(self, target: nn.Module) -> Mapping[str, Tensor]:
-        weight = bare_weight(target, self.view)
+        weight = self._bare(target)
         update: Tensor = self(wide(weight) if not torch.is_grad_enabled() else weight)
         return {self.view.name: self.view.stored(update)}
