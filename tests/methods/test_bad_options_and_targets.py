@@ -64,7 +64,7 @@ class Quantised(nn.Module):
         (lambda: nn.ModuleDict({"a": nn.MultiheadAttention(8, 2, bias=False)}), dk.BitFit(at="out_proj"), "a.out_proj: the module around it reads .* and bitfit has nothing to patch there"),
         (lambda: nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)}), dk.LoRA(r=2, at="in_proj_bias"), "a.in_proj_bias: LoRA on a parameter expects a matrix"),
         (lambda: nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)}), dk.LoRA(r=2, dropout=0.1, at="out_proj"), "a.out_proj: LoRA.dropout=0.1. drops inputs"),
-        (lambda: build("gpt2", tf.AutoModelForCausalLM), dk.LoRA(r=2, at="lm_head"), "wte.weight: an update here alone"),
+        (lambda: build("gpt2", tf.AutoModelForCausalLM), dk.LoRA(r=2, at="lm_head"), "wte.weight, and an update of this module alone"),
         (Transformer, dk.Prefix(at="mlp"), r"layers\.0\.mlp: this MLP has no attention in it"),
         (Transformer, dk.SoftPrompt(at="classifier"), "classifier: soft_prompt expects the embedding of the input ids"),
         (lambda: build("vit"), dk.SoftPrompt(), "ViTModel: it has no embedding of token ids"),
