@@ -1,4 +1,4 @@
-"""Deltas for any frozen PyTorch backbone: attach by hooks, train, show, save, load, detach.
+"""Attaches deltas (LoRA, adapters, prompts and others) to a frozen PyTorch model by hooks, and saves, loads and removes them.
 
 >>> import torch, deltakit as dk
 >>> model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.ReLU(), torch.nn.Linear(7, 3))

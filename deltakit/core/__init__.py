@@ -1,7 +1,7 @@
-"""The types and words that all rooms share.
+"""The types and helpers that all other packages of deltakit use.
 
-Method, Target and DeltaModule; the record of a delta and the mixed batch that it may take part in; paths, folded names,
-and what a linear layer is. Imports nothing but `errors`.
+Method, Target and DeltaModule; the record of a delta; mixed batches; paths and folded names; sizes of linear layers. It
+imports only `errors`.
 """
 
 from deltakit.core.activations import hidden_input, hidden_output, replace_hidden, replace_input

@@ -1,4 +1,7 @@
-"""Hidden states in what a module is given and in what it returns: the only file that knows containers."""
+"""Finds and replaces the hidden states in a module's arguments and in its result.
+
+This is the only file that knows the containers (tuples, lists, ModelOutputs) that hold them.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +16,7 @@ _INPUT_NAMES = ("hidden_states", "input", "x", "inputs", "hidden_state", "input_
 
 
 def hidden_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The tensor of hidden states (or ids) that a module was called with, positional or by keyword.
+    """Returns the tensor of hidden states (or ids) that a module was called with, positional or by keyword.
 
     Raises:
         TargetError: if no argument is a tensor.
@@ -28,7 +31,11 @@ def hidden_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 def replace_input(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], new: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call with other hidden states, where `hidden_input` found them."""
+    """Returns the arguments of a call, with the tensor that `hidden_input` finds replaced by `new`.
+
+    Raises:
+        TargetError: if no argument is a tensor.
+    """
     key = _input_key(args, kwargs)
     if isinstance(key, int):
         return (*args[:key], new, *args[key + 1 :]), dict(kwargs)
@@ -36,14 +43,14 @@ def replace_input(
 
 
 def _input_key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:
-    """The place of the hidden states among the arguments: a number or a keyword."""
+    """Returns the index or the keyword of the hidden states among the arguments."""
     if args and isinstance(args[0], Tensor):
         return 0
     for name in _INPUT_NAMES:
         if isinstance(kwargs.get(name), Tensor):
             return name
-    places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-    for key, value in places:
+    arguments: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    for key, value in arguments:
         if isinstance(value, Tensor):
             return key
     raise TargetError(
@@ -53,10 +60,10 @@ def _input_key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:
 
 
 def hidden_output(output: Any) -> Tensor:
-    """The tensor of hidden states in a module's result: the result itself or its first tensor.
+    """Returns the hidden states in a module's result: the result itself, or its first floating-point tensor.
 
     Raises:
-        TargetError: if the result holds no tensor.
+        TargetError: if the result holds no floating-point tensor.
     """
     if isinstance(output, Tensor):
         return output
@@ -66,7 +73,11 @@ def hidden_output(output: Any) -> Tensor:
 
 
 def replace_hidden(output: Any, new: Tensor) -> Any:
-    """A result of the same type as `output`, with its hidden states replaced by `new`."""
+    """Returns a result of the same type as `output`, with its hidden states replaced by `new`.
+
+    Raises:
+        TargetError: if the result holds no floating-point tensor.
+    """
     if isinstance(output, Tensor):
         return new
     key = _hidden_key(output)
@@ -75,7 +86,7 @@ def replace_hidden(output: Any, new: Tensor) -> Any:
         return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
     if isinstance(output, list):
         return [*output[:key], new, *output[key + 1 :]]
-    # A ModelOutput is rebuilt by its constructor: its dict entries and its attributes must not part ways.
+    # A ModelOutput holds each value twice, as an entry and as an attribute. Its constructor sets both.
     return type(output)(**{**output, key: new})
 
 

@@ -1,7 +1,7 @@
-"""A weight as the backbone holds it, as matrices [out, in] whatever module it belongs to.
+"""Reads the backbone's own weights as matrices [out, in], however their modules store them.
 
 Modules store their weights in different orientations: `nn.Linear` [out, in], transformers' `Conv1D` and embeddings [in, out],
-convolutions [out, in, *kernel], mixtures of experts as stacks of either. Methods work on [*stack, out, in] alone.
+convolutions [out, in, *kernel], mixtures of experts as stacks of either. Methods only see [*stack, out, in].
 """
 
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ from deltakit.errors import StateError, TargetError
 class WeightView:
     """How a parameter is read as matrices [*stack, out, in].
 
-    `flipped`: it is stored as [in, out]. `kernel`: the dimensions behind [out] in a convolution. `feature_slice`: the part of
-    the output features that is meant.
+    `flipped`: it is stored as [in, out]. `kernel`: the dimensions after [out] in a convolution. `feature_slice`: the part of
+    the output features that is read; None for all.
     """
 
     name: str = "weight"
@@ -31,14 +31,14 @@ class WeightView:
     feature_slice: FeatureSlice | None = None
 
     def matrix(self, stored: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """The stored parameter as [*stack, out, in], or a vector as [out]; only the slice, if there is one."""
+        """Returns the stored parameter as [*stack, out, in], or a vector as [out]; only the feature slice, if there is one."""
         weight = stored.flatten(1) if self.kernel else stored.mT if self.flipped else stored
         if self.feature_slice is None:
             return weight
         return self.feature_slice.take(weight) if weight.ndim == 1 else self.feature_slice.take(weight.mT).mT
 
     def stored(self, matrix: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """A matrix [*stack, out, in] in the parameter's own shape, with zeros outside the slice."""
+        """Returns a matrix [*stack, out, in] in the parameter's stored shape, with zeros outside the feature slice."""
         if self.feature_slice is not None:
             spread = self.feature_slice.spread
             matrix = spread(matrix) if matrix.ndim == 1 else spread(matrix.mT).mT
@@ -48,7 +48,7 @@ class WeightView:
 
 
 def weight_view(target: Target) -> WeightView:
-    """How the weight of a target is read: the parameter that it names, or its module's `weight`."""
+    """Returns how the weight of a target is read: the parameter that it names, or its module's `weight`."""
     module = target.module
     if target.parameter:
         parameter = module._parameters[target.parameter]
@@ -63,25 +63,28 @@ def weight_view(target: Target) -> WeightView:
 
 
 def bare_weight(module: nn.Module, view: WeightView) -> Float[Tensor, "..."]:
-    """The weight [*stack, out, in] that the backbone itself has, without gradients: dequantized, gathered over processes.
+    """Returns the backbone's own weight [*stack, out, in] without gradients, dequantized and gathered over processes.
 
-    Never a sum that a weight patch of another delta shows in its place: that one stands in the module's `__dict__`, and the
-    parameter stays registered.
+    Weight patches of other deltas are not in it: they put their sums into the module's `__dict__`, and the registered
+    parameter stays unchanged.
 
     Raises:
-        StateError: if it has no values in memory (meta device, offload).
-        TargetError: if there is no such parameter, or a quantized layer that is no linear layer.
+        StateError: if the weight has no values in memory (meta device, offload).
+        TargetError: if there is no such parameter, or the weight is quantized and its module is not a linear layer.
     """
     held: Tensor | None = module._parameters.get(view.name)
     if held is None:
-        # Parametrized weights (weight norm) are computed; packed ones are known by what the layer computes.
+        # Parametrized weights (weight norm) are attributes that torch computes. Packed weights of quantized linear layers
+        # may be in any format, so `dequantized` computes them below from the layer's output.
         held = getattr(module, view.name, None) if linear_sizes(module) is None else None
         if held is None and linear_sizes(module) is None:
-            raise TargetError(f"a {type(module).__name__} has no parameter {view.name!r}; name another target")
+            raise TargetError(
+                f"a {type(module).__name__} has no parameter {view.name!r}; leave this target out with exclude="
+            )
     if held is not None and held.is_meta:
         raise StateError(
             f"{view.name} of a {type(module).__name__} has no values here (meta device or offload); load it into memory, "
-            " or leave this target out with exclude="
+            "or leave this target out with exclude="
         )
     if held is None or (is_quantized(held) and not hasattr(held, "full_tensor")):
         return view.matrix(dequantized(module, compute_dtype(module)))
@@ -89,12 +92,12 @@ def bare_weight(module: nn.Module, view: WeightView) -> Float[Tensor, "..."]:
 
 
 def is_quantized(weight: Tensor) -> bool:
-    """Whether a weight is held as something else than plain numbers that one computes with."""
+    """Returns whether a weight is stored as anything but plain floating-point numbers of at least 16 bits."""
     return type(weight) not in (Tensor, nn.Parameter) or not is_compute_dtype(weight.dtype)
 
 
 def compute_dtype(layer: nn.Module) -> torch.dtype:
-    """The dtype that a quantized layer computes in: its `compute_dtype`, or that of its bias or scales, or float32."""
+    """Returns the dtype a quantized layer computes in: its `compute_dtype`, or its bias's or scales', or float32."""
     own = [getattr(layer, "compute_dtype", None), *(t.dtype for t in (*layer.parameters(), *layer.buffers()))]
     found = [dtype for dtype in own if isinstance(dtype, torch.dtype) and is_compute_dtype(dtype)]
     return found[0] if found else torch.float32
@@ -102,39 +105,46 @@ def compute_dtype(layer: nn.Module) -> torch.dtype:
 
 @torch.no_grad()
 def dequantized(layer: nn.Module, dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:
-    """The weight that a linear layer computes with, in float32 or wider: what its forward makes of each unit vector.
+    """Returns the weight that a linear layer computes with, in float32 or wider.
 
-    It works for every quantizer, as their storage differs and their forward does not. Hooks are not called.
+    It runs the layer's forward on the identity matrix, without hooks. This works for every quantizer: they store weights
+    in different formats, but each forward computes a linear map.
 
     Raises:
-        TargetError: if the module is no linear layer.
+        TargetError: if the module is not a linear layer.
     """
     sizes = linear_sizes(layer)
     if sizes is None:
         raise TargetError(
-            f"a {type(layer).__name__} with quantized weights: only of linear layers can the values be computed"
+            f"a {type(layer).__name__} has quantized weights, and deltakit can dequantize linear layers only; leave this "
+            "target out with exclude="
         )
     device = next((tensor.device for tensor in (*layer.parameters(), *layer.buffers())), None)
-    made, bias = layer.forward(torch.eye(sizes[0], dtype=dtype, device=device)), getattr(layer, "bias", None)
-    return wide(made if bias is None else made - bias).mT
+    output, bias = layer.forward(torch.eye(sizes[0], dtype=dtype, device=device)), getattr(layer, "bias", None)
+    return wide(output if bias is None else output - bias).mT
 
 
 @dataclass(frozen=True)
 class BareLayer:
-    """The bare weight and bias of a target's module, each computed when it is asked for; only the slice, if there is one."""
+    """The bare weight and bias of a target's module, computed on access; only the feature slice, if there is one."""
 
     module: nn.Module
     view: WeightView
 
     @property
     def weight(self) -> Float[Tensor, "d_out d_in"]:
-        """The bare weight [d_out, d_in] in float32 or wider. Raises as `bare_weight` does."""
+        """The bare weight in float32 or wider.
+
+        Raises:
+            StateError: if the weight has no values in memory (meta device, offload).
+            TargetError: if there is no weight, or it is quantized and its module is not a linear layer.
+        """
         return wide(bare_weight(self.module, self.view))
 
     @property
     def bias(self) -> Float[Tensor, " d_out"] | None:
-        """The bare bias [d_out] in float32 or wider; None if there is none."""
-        # Packed layers keep it as a buffer.
+        """The bare bias in float32 or wider; None if there is none."""
+        # Layers with packed weights keep their bias as a buffer.
         bias = self.module._parameters.get("bias", self.module._buffers.get("bias"))
         if bias is None:
             return None

@@ -1,6 +1,6 @@
-"""What the backbone's call is about, for delta modules deep inside it: token ids, mask, and the position of this step.
+"""Holds token ids, mask and position of the backbone's current call, for delta modules deep inside the backbone.
 
-A context variable and not an attribute of the backbone: threads that share one model each see their own call.
+It is a context variable, not an attribute of the backbone, so threads that share one model each see their own call.
 """
 
 from contextvars import ContextVar
@@ -14,7 +14,7 @@ from deltakit.errors import StateError
 
 @dataclass(frozen=True)
 class CurrentCall:
-    """The backbone's call that runs now. `start`: how many tokens a filled cache holds already (0 without one)."""
+    """The backbone's current call. `start`: the number of tokens already in the cache (0 without a cache)."""
 
     ids: Int[Tensor, "batch seq"] | None
     mask: Shaped[Tensor, "..."] | None
@@ -25,21 +25,21 @@ _CALL: ContextVar[CurrentCall | None] = ContextVar("deltakit_current_call", defa
 
 
 def current_call() -> CurrentCall:
-    """The ids, mask and position of the backbone's call that runs now.
+    """Returns the ids, mask and position of the backbone's current call.
 
     Raises:
-        StateError: outside such a call: a part of the backbone was called alone, or gradient checkpointing computes a block
-            again in the backward pass, when the call is over.
+        StateError: outside of a call: if a part of the backbone was called alone, or if gradient checkpointing recomputes
+            a block in the backward pass, after the call has returned.
     """
     call = _CALL.get()
     if call is None:
         raise StateError(
             "the ids and the mask of the call are not known here: a part of the backbone was called alone, or gradient "
-            "checkpointing computes it again; call the backbone itself, and switch checkpointing off for this method"
+            "checkpointing recomputes it; call the backbone itself, and switch checkpointing off for this method"
         )
     return call
 
 
 def set_current_call(call: CurrentCall | None) -> None:
-    """Makes a call the current one of this thread; None when it is over."""
+    """Makes a call the current one of this thread; None ends it."""
     _CALL.set(call)

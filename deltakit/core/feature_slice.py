@@ -1,18 +1,18 @@
-"""Parts of a fused projection: which features of its output are queries, keys or values."""
+"""FeatureSlice: the features of a fused projection's output that are its queries, keys or values."""
 
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class FeatureSlice:
-    """The features [start, stop) of each of `groups` equal parts of an output, and what they are (`q`, `k` or `v`).
+    """The features [start, stop) of each of `groups` equal parts of an output. `name` is `q`, `k` or `v`.
 
-    One group is the plain layout (GPT-2: q, k, v one after the other); a group a head is the interleaved one (GPT-NeoX).
+    The plain layout has one group (GPT-2: q, k, v in sequence). The interleaved layout has one group per head (GPT-NeoX).
     """
 
     name: str
@@ -23,16 +23,16 @@ class FeatureSlice:
 
     @property
     def size(self) -> int:
-        """How many features there are in all groups together."""
+        """The number of its features in all groups together."""
         return self.groups * (self.stop - self.start)
 
     @property
     def total(self) -> int:
-        """How many features the whole output has."""
+        """The number of features of the full output."""
         return self.groups * self.stride
 
     def take(self, whole: Float[Tensor, "*batch d_whole"]) -> Float[Tensor, "*batch d_part"]:
-        """The features of this part alone.
+        """Returns the features of this slice alone.
 
         >>> FeatureSlice("k", groups=2, stride=3, start=1, stop=2).take(torch.tensor([0.0, 1, 2, 3, 4, 5]))
         tensor([1., 4.])
@@ -40,7 +40,7 @@ class FeatureSlice:
         return whole.unflatten(-1, (self.groups, self.stride))[..., self.start : self.stop].flatten(-2)
 
     def spread(self, part: Float[Tensor, "*batch d_part"]) -> Float[Tensor, "*batch d_whole"]:
-        """The whole output with these features, and zero for all others.
+        """Returns a full output with these features, and zeros for all others.
 
         >>> FeatureSlice("k", groups=2, stride=3, start=1, stop=2).spread(torch.tensor([1.0, 4]))
         tensor([0., 1., 0., 0., 4., 0.])
@@ -51,7 +51,7 @@ class FeatureSlice:
     def replaced(
         self, whole: Float[Tensor, "*batch d_whole"], part: Float[Tensor, "*batch d_part"]
     ) -> Float[Tensor, "*batch d_whole"]:
-        """The whole output with these features replaced, and all others as they are.
+        """Returns the full output with these features replaced and all others unchanged.
 
         >>> FeatureSlice("k", groups=2, stride=3, start=1, stop=2).replaced(torch.zeros(6), torch.tensor([1.0, 4]))
         tensor([0., 1., 0., 0., 4., 0.])
@@ -61,8 +61,10 @@ class FeatureSlice:
         return torch.cat([groups[..., : self.start], apart, groups[..., self.stop :]], -1).flatten(-2)
 
 
-def slice_where(name: str, hits: Tensor) -> FeatureSlice | None:
-    """The rows that a mask over an output's features picks; None if they are not the same in equal groups.
+def slice_where(name: str, hits: Bool[Tensor, " d_out"]) -> FeatureSlice | None:
+    """Returns the feature slice that a mask over an output's features picks.
+
+    It is None if the features are not at the same positions in groups of equal size.
 
     >>> slice_where("q", torch.tensor([True, False, False, True, False, False]))
     FeatureSlice(name='q', groups=2, stride=3, start=0, stop=1)
@@ -72,8 +74,8 @@ def slice_where(name: str, hits: Tensor) -> FeatureSlice | None:
         return None
     stride = len(hits) // len(starts)
     length = int(hits.sum()) // len(starts)
-    rows = FeatureSlice(name, len(starts), stride, starts[0], starts[0] + length)
-    if rows.stop > stride:
+    found = FeatureSlice(name, len(starts), stride, starts[0], starts[0] + length)
+    if found.stop > stride:
         return None
-    whole = rows.spread(torch.ones(rows.size)).bool()
-    return rows if torch.equal(whole, hits.cpu()) else None
+    mask = found.spread(torch.ones(found.size)).bool()
+    return found if torch.equal(mask, hits.cpu()) else None

@@ -1,8 +1,8 @@
-"""Folded names: many paths written as few selectors, and one folded component written out again.
+"""Folds many paths into few selectors, and expands folded components.
 
     1-23    3-38:5    0-39!3-38:5    0,3,7-9    {q,k,v,o}    encoder.block.{1-23}.layer.0.SelfAttention.{q,v}
 
-Folding and expanding are inverse: what `fold` gives expands to exactly the paths that it was given.
+Expanding inverts folding: the selectors that `fold` returns expand to exactly the paths that were folded.
 """
 
 import re
@@ -17,7 +17,7 @@ _INDEX = re.compile(r"0|[1-9]\d*")
 
 
 def span(names: Sequence[str]) -> str:
-    """Names side by side, with runs of indices folded: a run, a run with a step, a run without some, or a list.
+    """Returns names as one text with indices folded: a range, a range with a step, a range without some, or a list.
 
     >>> span(["1", "2", "3"]), span(["3", "8", "13"]), span(["q", "k"]), span(["0", "1", "3", "4"])
     ('1-3', '3-13:5', 'q,k', '0-4!2')
@@ -36,7 +36,7 @@ def span(names: Sequence[str]) -> str:
 
 
 def fold(paths: Iterable[str]) -> tuple[str, ...]:
-    """The selectors that expand to exactly these paths, in the order of first occurrence.
+    """Returns the selectors that expand to exactly these paths, in the order of first occurrence.
 
     >>> fold(["layer.0.q", "layer.0.v", "layer.1.q", "layer.1.v", "head"])
     ('layer.{0-1}.{q,v}', 'head')
@@ -52,13 +52,13 @@ def fold(paths: Iterable[str]) -> tuple[str, ...]:
 
 
 def expand(component: str) -> tuple[str, ...]:
-    """The names that one component stands for: itself, or the members of its braces.
+    """Returns the names that one component matches: itself, or the members of its braces.
 
     >>> expand("{0-6:2,q}"), expand("{0-4!1-3}"), expand("q_proj")
     (('0', '2', '4', '6', 'q'), ('0', '4'), ('q_proj',))
 
     Raises:
-        SelectorError: if the braces hold nothing, or a range that runs backwards.
+        SelectorError: if a member of the braces is empty, or a range runs backwards.
     """
     if not (component.startswith("{") and component.endswith("}")):
         return (component,)
@@ -69,20 +69,20 @@ def expand(component: str) -> tuple[str, ...]:
 def _piece(piece: str, component: str) -> Sequence[str]:
     if not piece:
         raise SelectorError(
-            f"{component!r}: an empty place in the braces; expected names or ranges such as {{q,v}} or {{0-11}}"
+            f"{component!r}: a member of the braces is empty; write names or ranges, such as {{q,v}} or {{0-11}}"
         )
     found = _RANGE.fullmatch(piece)
     if found is None:
         return [piece]
     first, last, step, left_out = int(found[1]), int(found[2]), int(found[3] or 1), found[4]
     if first > last:
-        raise SelectorError(f"{component!r}: the range {piece!r} runs backwards; expected the smaller index first")
+        raise SelectorError(f"{component!r}: the range {piece!r} runs backwards; write it as {last}-{first}")
     without = set(_piece(left_out, component)) if left_out else set()
     return [name for name in map(str, range(first, last + 1, step)) if name not in without]
 
 
 def _progression(numbers: Sequence[int]) -> str | None:
-    """One number, or at least two with one step (three where the step is not 1); None if they are not that."""
+    """Returns the text of one number, or of at least two with a constant step (three if the step is not 1), else None."""
     if len(numbers) == 1:
         return str(numbers[0])
     steps = {later - earlier for earlier, later in pairwise(numbers)}
@@ -105,7 +105,7 @@ def _runs(numbers: Sequence[int]) -> list[str]:
 
 @dataclass
 class _Node:
-    """A place in the trie of components. Nodes with the same subtree are of one class, and fold when they are siblings."""
+    """A node in the trie of components. Sibling nodes with equal subtrees (the same `kind`) are folded together."""
 
     ends: bool = False
     children: dict[str, "_Node"] = field(default_factory=dict)

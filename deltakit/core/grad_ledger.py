@@ -1,4 +1,4 @@
-"""Which parameters of a backbone ask for gradients while deltas are attached, and how it was before."""
+"""Sets which backbone parameters require gradients while deltas are attached, and restores the user's choice afterwards."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -10,21 +10,25 @@ from deltakit.core.paths import own_parameters
 
 @dataclass
 class GradLedger:
-    """What was changed in `requires_grad`: for each parameter's name, how the user had it and how we set it.
+    """The `requires_grad` flags of one backbone, by parameter name: `original` as the user set them, `ours` as deltakit did.
 
-    All deltas attached to one backbone share one grad_ledger, so that the last one to leave restores everything.
+    All deltas on one backbone share one ledger. Deltas may be detached in any order, and only after the last one the
+    backbone must be as it was; a ledger per delta would restore the flags that another delta had set.
     """
 
     original: dict[str, bool] = field(default_factory=dict)
     ours: dict[str, bool] = field(default_factory=dict)
 
     def apply(self, backbone: nn.Module, *, train: Collection[str], hold: Collection[str], freeze: bool) -> None:
-        """Parameters named in `train` ask for gradients, those in `hold` and, with `freeze`, all others do not.
+        """Sets `requires_grad` on all parameters of the backbone.
 
-        What none of these names goes back to how the user had it. A flag that the user changed since we set it is
-        the user's: it is remembered as such.
+        Args:
+            train: names of the parameters that require gradients.
+            hold: names of the parameters that do not.
+            freeze: whether all others do not, either. If not, they get the user's flag back.
         """
         for name, parameter in own_parameters(backbone):
+            # The flag differs from ours: the user changed it since. From now on that is the value to restore.
             if parameter.requires_grad != self.ours.get(name, parameter.requires_grad):
                 self.original[name] = parameter.requires_grad
             if name in train:

@@ -1,20 +1,21 @@
-"""Linear layers by what they are, not by their class: torch's, transformers' Conv1D, and quantised ones."""
+"""Recognises linear layers by their attributes instead of their class: torch's, transformers' Conv1D, quantized ones."""
 
 import sys
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' `Conv1D`: a linear layer whose weight is [d_in, d_out]."""
-    # Whoever has one has imported its file.
+    """Returns whether a module is transformers' `Conv1D`: a linear layer whose weight is [d_in, d_out]."""
+    # A model with a Conv1D has imported this file already, so deltakit need not import transformers.
     file = sys.modules.get("transformers.pytorch_utils")
     return file is not None and isinstance(module, file.Conv1D)
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
-    """The input and output size of a linear layer; None for any other module.
+    """Returns the input and output size of a linear layer; None for any other module.
 
     >>> linear_sizes(nn.Linear(5, 7)), linear_sizes(nn.ReLU())
     ((5, 7), None)
@@ -22,13 +23,15 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     weight = getattr(module, "weight", None)
     if is_conv1d(module) and isinstance(weight, Tensor):
         return int(weight.shape[0]), int(weight.shape[1])
-    # By the attributes: quantised linear layers are no subclasses of nn.Linear.
+    # Quantized linear layers are often not subclasses of nn.Linear, but they have its attributes.
     d_in, d_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
     return (d_in, d_out) if isinstance(d_in, int) and isinstance(d_out, int) else None
 
 
 def projection_sizes(module: nn.Module) -> tuple[int, int] | None:
-    """The input and output size of what maps each position alone: a linear layer or a convolution of kernel size 1.
+    """Returns the input and output size of a map of single positions: a linear layer or a convolution of kernel size 1.
+
+    It is None for any other module.
 
     >>> projection_sizes(nn.Conv1d(5, 7, 1)), projection_sizes(nn.Conv1d(5, 7, 3))
     ((5, 7), None)
@@ -40,7 +43,7 @@ def projection_sizes(module: nn.Module) -> tuple[int, int] | None:
 
 
 def is_compute_dtype(dtype: torch.dtype) -> bool:
-    """Whether a dtype is one to compute in: in fewer than 16 bits floating-point numbers are quantised weights.
+    """Returns whether a dtype is floating point of at least 16 bits; narrower ones only store quantized weights.
 
     >>> is_compute_dtype(torch.bfloat16), is_compute_dtype(torch.float8_e4m3fn), is_compute_dtype(torch.int8)
     (True, False, False)
@@ -48,6 +51,6 @@ def is_compute_dtype(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and dtype.itemsize > 1
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or in float64 if it is that: what merging computes in."""
+def wide(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Returns the tensor in float32, or in float64 if it is float64: the dtypes that merging computes in."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,7 +1,7 @@
-"""What a method is: a frozen dataclass of options that builds one delta module for each of its targets.
+"""Method: a frozen dataclass of options that builds one delta module for each of its targets.
 
-A new method is one file in `deltakit/methods/`: a `Method` subclass with a name, and the delta module that it builds.
-Nothing else is edited; matching, attaching, saving, drawing and the contract tests find it by its name.
+A new method is one file in `deltakit/methods/`: a `Method` subclass with a name, and the delta module that it builds. No
+other file changes: selection, attaching, saving, drawing and the contract tests find the method by its name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,14 +16,14 @@ from deltakit.core.target import Target
 from deltakit.errors import CheckpointError
 
 METHODS: dict[str, type["Method"]] = {}
-"""Every method by its name; filled as their classes are defined."""
+"""All method classes by name. Defining a `Method` subclass with a name adds it."""
 
 Selector = str | Sequence[str]
 
 
 @runtime_checkable
 class BackboneView(Protocol):
-    """What methods may ask of a backbone (`selection.BackboneIndex`)."""
+    """The part of `selection.BackboneIndex` that methods may use to look at a backbone."""
 
     backbone: nn.Module
     by_path: dict[str, nn.Module]
@@ -33,17 +33,23 @@ class BackboneView(Protocol):
         """The name of the backbone's class."""
 
     def target(self, path: str) -> Target:
-        """The target at a path."""
+        """Returns the target at a path."""
 
     def role(self, role: str) -> Sequence[str]:
-        """The paths that answer a role such as `attn.q`."""
+        """Returns the paths of the modules that have a role such as `attn.q`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What to attach and where. `at`: selectors, by default the positions of the method's paper.
+    """The options of a method: what to attach, and where.
 
-    `of` narrows the targets to modules of a type (a class, or its name), `exclude` removes what its selectors match.
+    Args:
+        at: selectors of the targets. By default the positions of the method's paper.
+        of: types of modules (classes or their names). Only targets of these types are used.
+        exclude: selectors of modules that are left out.
+
+    Raises:
+        OptionError: if an option is out of its range or of the wrong type.
     """
 
     at: Selector | None = None
@@ -53,10 +59,10 @@ class Method:
     name: ClassVar[str]
 
     kind: ClassVar[type[DeltaModule]] = DeltaModule
-    """The class of its delta modules. A method with several overrides `kind_at`."""
+    """The class of its delta modules. A method with several classes overrides `kind_at`."""
 
     identity: ClassVar[bool] = True
-    """Whether an attached and untrained delta changes nothing, bit for bit."""
+    """Whether the outputs stay bit-exact while a delta is attached and untrained."""
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -73,33 +79,41 @@ class Method:
         self.validate()
 
     def validate(self) -> None:
-        """Raises `OptionError` if an option is out of its range. Overridden by each method with options."""
+        """Checks the options. Each method with options overrides it.
+
+        Raises:
+            OptionError: if an option is out of its range.
+        """
 
     def positions(self) -> tuple[tuple[str, ...], ...]:
-        """The default positions as roles. Of each inner tuple the first role that a unit has is taken in that unit.
+        """Returns the default positions as roles.
 
-        A unit is one attention or one feed-forward part of a block.
+        A unit is one attention or one feed-forward part of a block. For each inner tuple and each unit, the first role that
+        the unit has is used: `("attn.q", "attn.qkv")` selects the fused projection where there is no separate query.
         """
         return ()
 
     def targets(self, index: BackboneView, selected: Sequence[Target] | None) -> Sequence[Target]:
-        """The targets for what `at` or the default positions selected; None if there is neither.
+        """Returns the targets of the method.
+
+        Args:
+            selected: the targets that `at` or the default positions select; None if there are neither.
 
         Raises:
-            TargetError: if something else was selected than the method can start from.
-            RoleError: if a method without default positions finds no target of its own.
+            TargetError: if a selected target is not one that the method can use.
+            RoleError: if a method that looks for targets itself finds none.
         """
         return selected or ()
 
     def kind_at(self, target: Target) -> type[DeltaModule] | None:
-        """The class of delta module that serves a target; None if the method has none for it."""
+        """Returns the class of delta module for a target; None if the method cannot be used there."""
         return self.kind if self.kind.patches_weight(target) or not target.never_called else None
 
     def build_at(self, target: Target) -> DeltaModule:
-        """The delta module for one target, on its device and in its dtype. By default `kind(target)`.
+        """Returns the delta module for one target, on its device and in its dtype. By default `kind(target)`.
 
         Raises:
-            TargetError: if the method cannot serve this type of module.
+            TargetError: if the method cannot be used on this type of module.
             OptionError: if an option does not fit this target.
         """
         build: Any = self.kind
@@ -107,44 +121,60 @@ class Method:
         return module
 
     def build_shared(self, index: BackboneView, targets: Sequence[Target]) -> nn.Module | None:
-        """A module that all delta modules of this method share as `self.shared`; None if they share nothing.
+        """Returns a module that all delta modules of this method share as `self.shared`; None if they share nothing.
 
-        The first of them holds it, so that it is counted, moved and saved once.
+        The first of them registers it, so that its parameters are counted, moved and saved once.
         """
         return None
 
     def build(self, index: BackboneView, targets: Sequence[Target]) -> dict[str, DeltaModule]:
-        """The delta modules by the path of their target."""
+        """Returns the delta modules by the path of their target.
+
+        Raises:
+            TargetError: if the method cannot be used on the type of a target.
+            OptionError: if an option does not fit a target.
+        """
         shared = self.build_shared(index, targets)
         built = {target.path: self.build_at(target) for target in targets}
         if shared is not None:
-            for place, module in enumerate(built.values()):
-                module.share(shared, holds=place == 0)
+            for index_of_module, module in enumerate(built.values()):
+                module.share(shared, holds=index_of_module == 0)
         return built
 
     @classmethod
     def combination(cls, methods: Sequence["Method"], rank: int | None) -> "Method":
-        """The method whose delta modules can hold weighted sums of these methods'. `rank`: to hold them in, if it has one."""
+        """Returns the method whose delta modules can hold weighted sums of the delta modules of these methods.
+
+        Args:
+            methods: the methods of the deltas to combine, all of this class.
+            rank: the rank of the sum, for methods with a rank; None for an exact sum.
+        """
         return cls()
 
     def to_dict(self) -> dict[str, Any]:
-        """The method as plain data, as a delta's file holds it: `{"method": name, option: value}`."""
+        """Returns the method as the plain data of a delta's file: `{"method": name, option: value}`."""
         options = {field.name: getattr(self, field.name) for field in fields(self)}
         return {"method": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Method":
-        """The method that `to_dict` described.
+        """Returns the method that `to_dict` described.
 
         Raises:
             CheckpointError: if the method, or one of its options, is unknown to this version.
+            OptionError: if an option is out of its range.
         """
         name = data.get("method")
         kind = METHODS.get(str(name))
         if kind is None:
-            raise CheckpointError(f"unknown method {name!r}: expected one of {', '.join(sorted(METHODS))}")
+            raise CheckpointError(
+                f"unknown method {name!r}: expected one of {', '.join(sorted(METHODS))}; import the file that defines it, or "
+                "upgrade deltakit"
+            )
         options = {key: value for key, value in data.items() if key != "method"}
         unknown = sorted(options.keys() - {field.name for field in fields(kind)})
         if unknown:
-            raise CheckpointError(f"method {name!r} has no option {', '.join(unknown)}; a newer deltakit wrote this")
+            raise CheckpointError(
+                f"method {name!r} has no option {', '.join(unknown)}: a newer deltakit wrote this; upgrade deltakit"
+            )
         return kind(**options)

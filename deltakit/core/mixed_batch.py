@@ -1,4 +1,4 @@
-"""Which rows of a batch belong to which delta: `with rows(model, ["spelling", None, "facts"]):`."""
+"""Mixed-adapter batches, in which each example has its own delta: `with rows(model, ["spelling", None, "facts"]):`."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Int64, Shaped
 from torch import Tensor, nn
 
 from deltakit.errors import OptionError, StateError, no_such_delta
@@ -14,18 +14,27 @@ from deltakit.errors import OptionError, StateError, no_such_delta
 
 @dataclass(eq=False)
 class MixedBatch:
-    """The name of each row's delta, or None. The deltas of one backbone share it while it holds.
+    """The name of each example's delta, or None for no delta. All deltas of a backbone share it inside a `rows` block.
 
-    `kept`: what methods computed for this composition and may use again, by the module that it is for.
+    `kept` caches what methods compute for these names, such as gathered factors.
     """
 
     names: tuple[str | None, ...]
     kept: dict[Any, Any] = field(default_factory=dict)
     first: dict[nn.Module, nn.Module] = field(default_factory=dict)
-    """Where the first delta module at a target does the work of all that stand there."""
+    """By target: the delta module that computes the output for all deltas there."""
 
-    def of(self, name: str, x: Tensor, module: nn.Module) -> Int64[Tensor, " rows"]:
-        """The rows of a tensor that belong to a delta. A row of the batch may be several there: beams follow each other."""
+    def of(self, name: str, x: Shaped[Tensor, "*shape"], module: nn.Module) -> Int64[Tensor, " rows"]:
+        """Returns the indices of a tensor's rows that belong to a delta.
+
+        Beam search turns one example into several consecutive rows, which all belong to its delta.
+
+        Args:
+            module: the target, for the error message.
+
+        Raises:
+            StateError: if the number of rows is not a multiple of the number of examples.
+        """
         times = self.times(x, module)
         key = (name, times, x.device)
         if key not in self.kept:
@@ -34,44 +43,48 @@ class MixedBatch:
         found: Tensor = self.kept[key]
         return found
 
-    def times(self, x: Tensor, module: nn.Module) -> int:
-        """How many rows of a tensor belong to each row of the batch.
+    def times(self, x: Shaped[Tensor, "*shape"], module: nn.Module) -> int:
+        """Returns how many rows of a tensor belong to each example of the batch.
 
         Raises:
-            StateError: if that cannot be told.
+            StateError: if the number of rows is not a multiple of the number of examples.
         """
         times, rest = divmod(x.shape[0], len(self.names))
+        # In two dimensions the rows may be the tokens of all examples: a multiple of their number shows nothing.
         if rest or (x.ndim < 3 and times != 1):
             raise StateError(
-                f"{type(module).__name__}: expected {len(self.names)} rows as rows() was given names, or a multiple of that "
-                f"in tensors [rows, length, d]; found shape {tuple(x.shape)}; name each row of the batch, and leave "
-                "targets whose rows are mixed (experts) out with exclude="
+                f"{type(module).__name__}: rows() has {len(self.names)} names, so a tensor [examples, length, d] must have "
+                f"that many examples or a multiple of it; found shape {tuple(x.shape)}; give one name for each example, and "
+                "leave targets that mix the examples (experts) out with exclude="
             )
         return times
 
 
 @contextmanager
 def holding(records: Sequence[Any], names: Sequence[str | None]) -> Iterator[MixedBatch]:
-    """Lets the rows of batches belong to these deltas for the time of a `with` block.
+    """Sets the mixed batch of these records inside a `with` block.
+
+    Args:
+        records: the records of all deltas on one backbone.
+        names: for each example the name of its delta, or None.
 
     Raises:
         OptionError: if a name is unknown, or no name is given.
-        StateError: if another block holds already, or a delta that is named is switched off or merged.
+        StateError: if the backbone is in another `rows` block, or a named delta is not active or is merged.
     """
     known = {record.name: record for record in records}
     if isinstance(names, str) or not len(names):
-        raise OptionError(f"rows(..., {names!r}): expected a list with the name of a delta, or None, for each row")
+        raise OptionError(f"rows(..., {names!r}): expected a list with the name of a delta, or None, for each example")
     for name in dict.fromkeys(names):
         if name is None:
             continue
         if name not in known:
             raise no_such_delta("rows", name, known)
         if not known[name].active or known[name].merged:
-            raise StateError(
-                f"rows: delta {name!r} is {'merged' if known[name].merged else 'not active'}; change that first"
-            )
+            found = "merged; unmerge() it" if known[name].merged else "not active; set its active = True"
+            raise StateError(f"rows: delta {name!r} is {found} first")
     if any(record.batch is not None for record in records):
-        raise StateError("rows: another rows() block holds on this backbone; leave it first")
+        raise StateError("rows: this backbone is in another rows() block already; leave that block first")
     batch = MixedBatch(tuple(names))
     for record in records:
         record.batch = batch

@@ -1,7 +1,7 @@
-"""The state of a delta: what it is, where its modules sit, and the values that are kept for it.
+"""The state of a delta: its options, the sites of its modules, and the tensors that are kept for it.
 
-What all modules of a delta need stands in one `Record`, which they share; so every handle on one delta, and every copy of its
-backbone, sees one consistent state. The record holds no reference to modules: copying a part of a backbone stays cheap.
+All modules of a delta share one `Record`, so all handles on the delta see the same state, and a copy of the backbone gets a
+copy of it. The record has no references to modules. Otherwise a deepcopy of one layer would copy the full backbone.
 """
 
 import re
@@ -21,34 +21,35 @@ from deltakit.core.paths import join, own_modules
 
 @dataclass(eq=False)
 class Record:
-    """What one delta is and in which state."""
+    """The options and the state of one delta. `order`: the time of its creation, by which deltas at one target are sorted."""
 
     name: str
     methods: tuple[Method, ...]
     order: int
     freeze: bool
     named: bool = False
-    """Whether the user chose the name; if not, it gives way to another delta's."""
+    """Whether the user chose the name. If not, it is changed when another delta has it."""
     train: tuple[str, ...] = ()
     """The selectors of the backbone modules that are fully trained."""
     active: bool = True
     scale: float = 1.0
     """Multiplies the delta's effect in forwards."""
     batch: MixedBatch | None = None
-    """Which examples of a batch belong to which delta, inside a `rows` block."""
+    """The names of the examples' deltas inside a `rows` block; None outside."""
     checked: bool = False
-    """Whether a forward of the backbone has shown that its targets are called."""
+    """Whether a first forward has shown that its targets are called."""
     trainable: bool = True
     grad_ledger: GradLedger = field(default_factory=GradLedger)
     backbone_values: dict[str, Tensor] = field(default_factory=dict)
-    """While the delta is attached: the backbone's own values of what the delta trains fully, by name."""
+    """While the delta is attached: the backbone's own values of the fully trained tensors, by name."""
     trained_values: dict[str, Tensor] = field(default_factory=dict)
-    """While the delta is detached: the trained values of what it trains fully, by name."""
+    """While the delta is detached: the trained values of the fully trained tensors, by name."""
     weights_before_merge: dict[str, Tensor] = field(default_factory=dict)
-    """While the delta is merged: the weights as they were before, by name."""
+    """While the delta is merged: the original weights, by name."""
 
     @property
     def merged(self) -> bool:
+        # Derived from the kept weights instead of stored, so that the two can never disagree.
         return bool(self.weights_before_merge)
 
     @property
@@ -62,12 +63,12 @@ class Record:
         return self.active and not self.weights_before_merge
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of a backbone is not in the block that holds its mixed batch.
+        # A copy or a pickle of a backbone is outside of the `rows` block, so nothing would ever end its mixed batch.
         return {**self.__dict__, "batch": None}
 
 
 class Site(NamedTuple):
-    """One delta module and its place: the target's path and module, and the index of its method in the delta."""
+    """One delta module, the path and module of its target, and the index of its method in the delta."""
 
     path: str
     target: nn.Module
@@ -82,12 +83,13 @@ class Site(NamedTuple):
     @property
     def key(self) -> str | None:
         """The name under which the target holds the delta module; None while it is detached."""
+        # Looked up in the target, because a deepcopy or `del target.name` changes it without telling the delta.
         return next((key for key, child in self.target._modules.items() if child is self.module), None)
 
 
 @dataclass(eq=False)
 class Attachment:
-    """One delta on one backbone: its record, and the sites of its modules. It may be attached or not."""
+    """One delta on one backbone: its record and the sites of its modules, attached or not."""
 
     backbone: nn.Module
     record: Record
@@ -99,12 +101,14 @@ class Attachment:
         return self.sites[0].key is not None
 
     def named(self, site: Site, name: str) -> str:
-        """The name that a tensor of a delta module has in files: `path.method.tensor`."""
+        """Returns the name of a delta module's tensor in files: `path.method.tensor`."""
+        # The delta's name is not part of it: a file can be loaded under any name (compare peft#2772 and peft#2699).
         return join(site.path, f"{label_of(self.record, site.method)}.{name}")
 
 
 def attachments_of(backbone: nn.Module) -> list[Attachment]:
-    """The deltas attached to a backbone, in their order."""
+    """Returns the deltas attached to a backbone, in their order."""
+    # Read from the module tree, not from a registry: so a deepcopy or an unpickled backbone has its deltas, too.
     found: dict[int, Attachment] = {}
     for path, target, key, module in _delta_modules(backbone):
         record: Any = module.record
@@ -114,7 +118,7 @@ def attachments_of(backbone: nn.Module) -> list[Attachment]:
 
 
 def records_of(backbone: nn.Module) -> list[Record]:
-    """The records of the deltas attached to a backbone, in their order."""
+    """Returns the records of the deltas attached to a backbone, in their order."""
     found: dict[int, Any] = {id(module.record): module.record for *_, module in _delta_modules(backbone)}
     return sorted(found.values(), key=lambda record: record.order)
 
@@ -127,22 +131,23 @@ def _delta_modules(backbone: nn.Module) -> Iterator[tuple[str, nn.Module, str, D
 
 
 def label_of(record: Record, index: int) -> str:
-    """What the method `index` of a delta is called in files: its name, with a number if it is there twice."""
+    """Returns the name of the method `index` of a delta in files: the method's name, numbered from the second one on."""
     method = record.methods[index].name
     earlier = sum(other.name == method for other in record.methods[:index])
     return f"{method}_{earlier + 1}" if earlier else method
 
 
 def key_of(record: Record, index: int, part: str = "") -> str:
-    """The name under which the delta modules of the method `index` are registered at their targets.
+    """Returns the name under which a delta module of the method `index` is registered at its target.
 
-    `part` is the parameter, or the feature slice, of the target that it stands for: one module may hold several.
+    Args:
+        part: the parameter or feature slice that it changes: one module may hold a delta module for each of several.
     """
     return f"{record.name}_{label_of(record, index)}" + (f"_{word_of(part)}" if part else "")
 
 
 def word_of(part: str) -> str:
-    """The part of its target that a delta module stands for, as a word.
+    """Returns the name of a parameter or feature slice as a word, for names of modules.
 
     >>> word_of("in_proj_weight[q]")
     'in_proj_weight_q'
@@ -151,7 +156,7 @@ def word_of(part: str) -> str:
 
 
 def path_with_part(path: str, part: str) -> str:
-    """The path of a parameter of the module at a path, or of a feature slice of it.
+    """Returns the path of a parameter or a feature slice of the module at a path.
 
     >>> path_with_part("h.0.attn.c_attn", "[q]"), path_with_part("mlp.experts", "down_proj")
     ('h.0.attn.c_attn[q]', 'mlp.experts.down_proj')
@@ -164,13 +169,13 @@ def _method_index(record: Record, key: str, part: str) -> int:
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a delta module by name."""
-    # Most delta modules are flat, and this is asked of all of them at each attach and swap.
+    """Returns the parameters of a delta module by name."""
+    # Each attach and swap calls it for all delta modules, and most have no children: `named_parameters` is slower.
     if module._modules:
         return dict(module.named_parameters())
     return {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
 
 
 def shapes_of(module: nn.Module) -> dict[str, torch.Size]:
-    """The shapes of a delta module's parameters by name."""
+    """Returns the shapes of a delta module's parameters by name."""
     return {name: parameter.shape for name, parameter in parameters_of(module).items()}

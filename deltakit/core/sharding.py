@@ -1,25 +1,26 @@
-"""Tensors that an engine spread over processes (FSDP2's DTensors): put together for a file, and filled from one."""
+"""Gathers and fills tensors that are sharded over processes (FSDP2's DTensors)."""
 
 from typing import Any
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is spread over processes."""
+    """Returns whether a tensor is sharded over processes."""
     return hasattr(tensor, "full_tensor")
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The tensor put together, the same on every process; every process must ask for it."""
+    """Returns the full tensor on every process. Every process must call it."""
     sharded: Any = tensor
-    together: Tensor = sharded.full_tensor() if is_sharded(tensor) else tensor
-    return together
+    full: Tensor = sharded.full_tensor() if is_sharded(tensor) else tensor
+    return full
 
 
-def scatter(tensor: Tensor, values: Tensor) -> None:
-    """Copies values into a tensor, each process its part of them if the tensor is spread over processes."""
+def scatter(tensor: Shaped[Tensor, "*shape"], values: Shaped[Tensor, "*shape"]) -> None:
+    """Copies values into a tensor. If the tensor is sharded, each process copies its own part."""
     sharded: Any = tensor
     if is_sharded(tensor):
         from torch.distributed.tensor import distribute_tensor
@@ -29,17 +30,17 @@ def scatter(tensor: Tensor, values: Tensor) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process is the first of those that run together."""
+    """Returns whether this process has rank 0 in its process group."""
     return torch.distributed.get_rank() == 0
 
 
 def wait_for_all() -> None:
-    """Returns when every process is here."""
+    """Waits until every process has called it."""
     torch.distributed.barrier()
 
 
 def class_name(module: Any) -> str:
-    """The name of a module's class; of its own one where `fully_shard` put another in front."""
+    """Returns the name of a module's class, without the class that `fully_shard` adds in front."""
     kind = type(module)
     if any(base.__name__ == "FSDPModule" for base in kind.__mro__):
         kind = next(base for base in kind.__mro__[1:] if base.__name__ != "FSDPModule")

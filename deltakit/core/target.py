@@ -1,4 +1,4 @@
-"""What a selector picked: a module, a parameter or a feature slice of a fused projection."""
+"""Target: what a selector matched, which is a module, a parameter or a feature slice of a fused projection."""
 
 from dataclasses import dataclass
 
@@ -10,11 +10,11 @@ from deltakit.core.feature_slice import FeatureSlice
 
 @dataclass(frozen=True)
 class WeightRead:
-    """Where a weight is read directly: the forward of the module at `scope` uses its values (`F.linear(x, self.proj.weight)`).
+    """A weight that is read directly: the forward of the module at `scope` uses its values (`F.linear(x, self.proj.weight)`).
 
-    `holder` is the path below the scope of the module that holds it, by `name` if that is not the target's own. `also` are
-    further places where it is read: by the other modules that hold it (tied weights), or by the holder itself.
-    `never_called`: the holder is sure not to be called as a module.
+    `holder` is the path, below the scope, of the module that holds the weight. `name` is its name there, or "" for the name
+    that the target uses. `also` lists further reads: by other modules that hold the weight (tied weights), or by the holder
+    itself. `never_called`: the holder is certain not to be called as a module.
     """
 
     scope: str
@@ -31,12 +31,15 @@ class WeightRead:
 
 @dataclass(frozen=True)
 class Target:
-    """What a selector picked: a module, a parameter of one, or a feature slice of a fused projection.
+    """What a selector matched: a module, a parameter of one, or a feature slice of a fused projection.
 
-    Its path; the module that it is, or that holds it; and other paths under which the same instance is registered.
-    `width` is the size of the hidden states in the block around it, in elements, where the structure tells. `weight_read`
-    says where its weight is read directly, `tied` under which other names it is held. `around` is the dtype of the nearest
-    parameters around it that are in floating point. `roles` are those that it answers, such as `ff.down`.
+    - `path`: its path. `module`: the module itself, or the one that holds the parameter or slice.
+    - `aliases`: other paths under which the same module is registered.
+    - `width`: the size of the hidden states in the block around it, in elements; None if the structure does not show it.
+    - `parameter`, `feature_slice`: set if the target is only that part of the module.
+    - `weight_read`: where its weight is read directly. `tied`: other names of the same weight.
+    - `around`: the dtype of the nearest floating-point parameters around it.
+    - `roles`: its roles, such as `ff.down`.
     """
 
     path: str
@@ -52,12 +55,12 @@ class Target:
 
     @property
     def never_called(self) -> bool:
-        """Whether no hook on the target's module sees its values used: it is a parameter, or its module is never called."""
+        """Whether hooks on its module cannot change its effect: it is a parameter, or its module is never called."""
         return bool(self.parameter or (self.weight_read is not None and self.weight_read.never_called))
 
     @property
     def part(self) -> str:
-        """What of the module it is: "" for the module, a parameter's name, and a feature slice in brackets."""
+        """The parameter's name and the feature slice in brackets, or "" if the target is the full module."""
         return self.parameter + (f"[{self.feature_slice.name}]" if self.feature_slice is not None else "")
 
     @property

@@ -33,7 +33,7 @@ def claim(attachment: Attachment) -> None:
 def refuse_in_rows(name: str, record: Record, what: str = "attach or detach") -> None:
     """Raises `StateError` if a delta is to change while rows of a batch belong to those on its backbone."""
     if record.batch is not None:
-        raise StateError(f"delta {name!r}: a rows() block holds on its backbone; leave it before {what}")
+        raise StateError(f"delta {name!r}: its backbone is in a rows() block; leave the block before {what}")
 
 
 def refuse_merged(record: Record, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Guards: what stands on a backbone beside the deltas' own hooks while deltas are attached."""
+"""Backbone guards: hooks that a backbone needs besides the deltas' own, while deltas are attached."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,10 +16,10 @@ _NESTED = "_deltakit_nested"
 
 
 class InputGradients:
-    """Lets gradients reach the deltas of a block under reentrant checkpointing.
+    """Makes gradients reach the deltas of a block under reentrant checkpointing.
 
-    Reentrant checkpointing gives no gradients at all when none of its inputs requires one, as when everything below is
-    frozen. The hook stands only on blocks that hold deltas: nothing is forced to carry gradients below them.
+    Reentrant checkpointing computes no gradients if no input of the block requires them, which is the case when everything
+    below is frozen. Only blocks with deltas get this hook, so that the backward pass still stops at the lowest delta.
     """
 
     def __init__(self) -> None:
@@ -39,10 +39,10 @@ class InputGradients:
 
 
 class ReportPart:
-    """Reports keys as missing when a state dict holds a delta in part.
+    """Reports the missing keys of a delta when a state dict has some of its tensors, but not all.
 
-    A state dict with nothing of a delta is a base checkpoint, which loads strictly; one with a part of it is damaged. One with
-    weights that a delta is merged into is refused.
+    A state dict without any tensor of a delta is a base checkpoint, and loads with `strict=True`. Loading weights that a
+    delta is merged into raises a `StateError`.
     """
 
     def __init__(self) -> None:
@@ -66,8 +66,8 @@ class ReportPart:
         }
         for name in (name for name in merged if name in state):
             raise StateError(
-                f"{name}: delta {merged[name]!r} is merged into it, and unmerging would put the old weight back: unmerge() it "
-                "before loading the backbone's weights"
+                f"{name}: delta {merged[name]!r} is merged into this weight, and unmerging would restore the old weight; "
+                "unmerge() the delta before loading the backbone's weights"
             )
         held: dict[int, list[tuple[str, bool]]] = {}
         for path, module in backbone.named_modules(prefix=prefix.rstrip(".")):
@@ -81,7 +81,7 @@ class ReportPart:
 
 
 class Ran:
-    """Notes that a module was called."""
+    """Records that a module was called."""
 
     def __init__(self, *, fired: bool) -> None:
         self.fired = fired
@@ -92,7 +92,7 @@ class Ran:
 
 
 def watch(backbone: nn.Module) -> None:
-    """Puts the guards on a backbone that it needs for the delta modules in it, and removes those that it does not need."""
+    """Adds the guards that a backbone needs for its current delta modules, and removes all others."""
     follow_hooks_when_compiled()
     found: list[DeltaModule] = []
     holds = _watch_inside(backbone, {}, found)
@@ -107,7 +107,12 @@ def watch(backbone: nn.Module) -> None:
 
 
 def _watch_inside(module: nn.Module, known: dict[int, bool], deltas: list[DeltaModule]) -> bool:
-    """Whether there are delta modules in a module; they are added to `deltas`. It and the modules in it get their guards."""
+    """Sets the guards of a module and the modules in it, and returns whether there are delta modules in it.
+
+    Args:
+        known: the results for modules that were visited before, by id.
+        deltas: the list to which the delta modules are added.
+    """
     if id(module) in known:
         return known[id(module)]
     found = known[id(module)] = False
@@ -132,7 +137,12 @@ def _stand(
     *,
     wanted: bool,
 ) -> None:
-    """Keeps one watcher of a kind on a module as long as it is wanted."""
+    """Registers one watcher of a kind on a module if it is wanted, and removes it if not.
+
+    Args:
+        table: the module's hooks among which the watcher is.
+        register: registers a watcher and returns the handles.
+    """
     there = [watcher for watcher in map(watcher_of, table.values()) if isinstance(watcher, kind)]
     if wanted and not there:
         watcher = kind()
@@ -143,8 +153,8 @@ def _stand(
 
 
 def watcher_of(hook: Any) -> Any:
-    """The object that a hook calls."""
-    # Torch wraps what is called before loading; of a bound method the object is meant.
+    """Returns the object whose method a hook is, or the hook itself."""
+    # torch wraps the hooks that it calls before loading a state dict.
     hook = getattr(hook, "hook", hook)
     return getattr(hook, "__self__", hook)
 
@@ -154,16 +164,16 @@ def _ahead(module: nn.Module, watcher: Any) -> list[Any]:
 
 
 def register_around(module: nn.Module, watcher: Any, *, with_kwargs: bool = False) -> list[Any]:
-    """Calls the `begin` and `end` of a watcher around the forwards of a module; the handles."""
+    """Calls `begin` and `end` of a watcher around the forwards of a module, and returns the handles."""
     begin = module.register_forward_pre_hook(watcher.begin, with_kwargs=with_kwargs)
     return [begin, module.register_forward_hook(watcher.end, always_call=True)]
 
 
 def _keep_unnested(encoder: nn.TransformerEncoder, *, wanted: bool) -> None:
-    """Keeps torch's encoder from making nested tensors of padded batches while it holds delta modules.
+    """Stops torch's encoder from making nested tensors of padded batches while it has delta modules.
 
-    It makes them in evaluation for its fused layers alone (`nn.TransformerEncoder.forward`). A layer with a delta is not
-    fused, and takes none.
+    In evaluation it makes them for its fused layers (`nn.TransformerEncoder.forward`). A layer with a delta is not fused and
+    does not accept them.
     """
     if wanted and getattr(encoder, "use_nested_tensor", False):
         encoder.use_nested_tensor = False

@@ -1,4 +1,4 @@
-"""Puts a delta module at its target, with the hooks that it needs, and takes it away again."""
+"""Adds a delta module and its hooks to its target, and removes them again."""
 
 import sys
 
@@ -11,7 +11,7 @@ from deltakit.injection.weight_patch import PatchHook, UnpatchHook
 
 
 def put(backbone: nn.Module, target: nn.Module, key: str, delta: DeltaModule) -> None:
-    """Registers a delta module as a child of its target, with the hooks that its kind and its place need."""
+    """Registers a delta module as a child of its target, and the hooks that its kind and its target need."""
     if delta.training is not target.training:
         delta.train(target.training)
     target.add_module(key, delta)
@@ -25,7 +25,7 @@ def put(backbone: nn.Module, target: nn.Module, key: str, delta: DeltaModule) ->
 
 
 def take(backbone: nn.Module, target: nn.Module, key: str) -> None:
-    """Takes a delta module and its hooks away from its target."""
+    """Removes a delta module and its hooks from its target."""
     delta = target._modules[key]
     read = delta.weight_read if isinstance(delta, DeltaModule) else None
     scopes = [read.scope, *(other.scope for other in read.also)] if read is not None else []
@@ -39,10 +39,10 @@ def take(backbone: nn.Module, target: nn.Module, key: str) -> None:
 
 
 def _hook_target(target: nn.Module) -> None:
-    """Registers the hooks of all delta modules on a target anew: they apply in the order of their first attachment.
+    """Registers the hooks of all delta modules on a target again, in the order in which the deltas were first attached.
 
-    They come ahead of everybody else's, because transformers installs the hooks that capture hidden states lazily, at the
-    first call that asks for them: a delta attached later would be missing from what they capture.
+    They come before all other hooks. transformers installs its hooks that capture hidden states in the first call that
+    needs them, and a delta attached later would be missing from the captured states.
     """
     for hook in (*ours(target, InputHook), *ours(target, OutputHook)):
         hook.handle.remove()
@@ -52,14 +52,14 @@ def _hook_target(target: nn.Module) -> None:
         if isinstance(child, DeltaModule) and child.weight_read is None
     ]
     held.sort(key=lambda item: _order(item[1]))
-    ahead = tuple(key for key, child in held if child.acts_before())
-    behind = tuple(key for key, child in held if child.acts_after())
-    if ahead:
-        before = InputHook(ahead)
+    keys_before = tuple(key for key, child in held if child.acts_before())
+    keys_after = tuple(key for key, child in held if child.acts_after())
+    if keys_before:
+        before = InputHook(keys_before)
         before.handle = target.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
-    if behind:
+    if keys_after:
         always = any(child.cleans_up() for _, child in held)
-        after = OutputHook(behind, always=always)
+        after = OutputHook(keys_after, always=always)
         after.handle = target.register_forward_hook(after, prepend=True, with_kwargs=True, always_call=always)
 
 
@@ -68,7 +68,11 @@ def _order(delta: DeltaModule) -> int:
 
 
 def _hook_weight(scope: nn.Module, key: str, holder: str, source: DeltaModule | None = None, name: str = "") -> None:
-    """Registers what patches a weight around the forward that reads it; updates add up in one order always."""
+    """Registers the hooks that patch a weight around the forward that reads it.
+
+    All patch hooks of the scope are registered again, sorted by delta. Floating-point sums depend on the order, so the
+    order must not depend on who was attached last.
+    """
     hooks = [*ours(scope, PatchHook), PatchHook(key, holder, source, name), UnpatchHook(key, holder, source, name)]
     for hook in hooks:
         if hook.handle is not None:
@@ -82,10 +86,10 @@ def _hook_weight(scope: nn.Module, key: str, holder: str, source: DeltaModule | 
 
 
 def follow_hooks_when_compiled() -> None:
-    """Makes compiled models notice that hooks came or went.
+    """Makes compiled models notice that hooks were added or removed.
 
     By default torch does not guard on hooks: a compiled model silently ignores a delta that is attached afterwards
-    (pytorch#117758; measured on torch 2.13). Guards are switched on, once, and what was compiled without them is dropped.
+    (pytorch#117758; measured on torch 2.13). This switches the guards on, once, and drops code compiled without them.
     """
     if "torch._dynamo" not in sys.modules:
         return

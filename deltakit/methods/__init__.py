@@ -1,4 +1,4 @@
-"""Every method, one file each. Importing this package imports every file beside it, which registers its methods."""
+"""All methods, one per file. Importing this package imports every file in it, which registers the methods."""
 
 import pkgutil
 from importlib import import_module

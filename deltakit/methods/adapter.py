@@ -1,8 +1,8 @@
 """Adapter: y = y + f(y W_d + b_d) W_u + b_u.  Houlsby et al. 2019, https://arxiv.org/abs/1902.00751, section 2.1.
 
-It stands after the output projection of the attention and of the feed-forward part, before the residual is added
-(figure 2). The authors initialise both weights near zero; here W_u is exactly zero, so that an untrained adapter is the
-identity. Size 64 and GELU are the defaults of the authors' code. They train the layer norms too: attach with `train="@norm"`.
+It follows the output projection of the attention and of the feed-forward part, before the residual is added (figure 2). The
+authors initialise both weights near zero. Here W_u is exactly zero, so that an untrained adapter is the identity. Size 64 and
+GELU are the defaults of the authors' code. The authors also train the layer norms: attach with `train="@norm"` for that.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class AdapterDelta(OutputMap):
-    """A bottleneck: `down` [size, d] and `up` [d, size], with biases, and an activation between."""
+    """A bottleneck: the linear layers `down` [size, d] and `up` [d, size] with biases, and an activation between them."""
 
     def __init__(self, target: Target, options: "Adapter") -> None:
         super().__init__(target)
@@ -53,10 +53,15 @@ class AdapterDelta(OutputMap):
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter(Method, name="adapter"):
-    """Bottleneck adapters in sequence with what they adapt.
+    """Bottleneck adapters, applied to the output of their targets.
 
-    `size`: the bottleneck in elements, at least 1; or `reduction`: the features' size divided by this number.
-    `activation`: gelu, gelu_tanh, relu, silu or tanh.
+    Args:
+        size: the size of the bottleneck in elements, at least 1; 64 by default.
+        reduction: instead of `size`: the number of features is divided by it, at least 1.
+        activation: gelu, gelu_tanh, relu, silu or tanh.
+
+    Raises:
+        OptionError: if an option is out of its range, or both `size` and `reduction` are given.
     """
 
     size: int | None = None
@@ -65,13 +70,13 @@ class Adapter(Method, name="adapter"):
 
     def validate(self) -> None:
         if self.size is not None and self.reduction is not None:
-            raise OptionError(f"Adapter(size={self.size}, reduction={self.reduction}): give one of them, not both")
+            raise OptionError(f"Adapter(size={self.size}, reduction={self.reduction}): omit one of the two")
         for option in ("size", "reduction"):
             value = getattr(self, option)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise OptionError(f"Adapter({option}={value!r}): an integer of at least 1, or None")
+                raise OptionError(f"Adapter({option}={value!r}): expected an integer of at least 1, or None")
         if self.activation not in ACTIVATIONS:
-            raise OptionError(f"Adapter(activation={self.activation!r}): one of {', '.join(ACTIVATIONS)}")
+            raise OptionError(f"Adapter(activation={self.activation!r}): expected one of {', '.join(ACTIVATIONS)}")
 
     def positions(self) -> tuple[tuple[str, ...], ...]:
         return (("attn.o", "attn"), ("ff.down", "ff"))

@@ -1,7 +1,7 @@
 """BitFit: y = y + b.  Ben Zaken et al. 2022, https://arxiv.org/abs/2106.10199, section 3.
 
-The paper trains the biases that there are. Here an added bias starts at zero: so it is the identity untrained, it can be
-removed, and it also serves layers without a bias (Llama, T5).
+The paper trains the existing biases. Here a second bias, zero at the start, is added to them. So an untrained BitFit is the
+identity, it can be removed, and it also works on layers without a bias (Llama, T5).
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ _SUBSETS = {"all": _ALL, "query_mlp": _QUERY_MLP}
 
 
 class BitFitDelta(OutputMap):
-    """An added `bias` [d] on what a module returns; one value a channel on a convolution."""
+    """Adds a `bias` [d] to a module's output, with one value per channel for convolutions."""
 
     has_weight_form: ClassVar[bool] = True
 
@@ -40,7 +40,7 @@ class BitFitDelta(OutputMap):
     def forward(self, x: Tensor, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         return y + self.bias
 
-    def linear_update(self, layer: BareLayer) -> tuple[None, Tensor]:
+    def linear_update(self, layer: BareLayer) -> tuple[None, Float[Tensor, " d"]]:
         return None, wide(self.bias)
 
     def take_sum(self, parts: Sequence[tuple[float, DeltaModule]]) -> tuple[float, float]:
@@ -48,7 +48,7 @@ class BitFitDelta(OutputMap):
 
 
 class BitFitPatchDelta(WeightMap):
-    """An added `bias`, of the shape of the bias that is read directly, or of the slice of it."""
+    """Adds a `bias` to a bias that is read directly. It has the shape of that bias, or of a feature slice of it."""
 
     def __init__(self, target: Target, view: WeightView) -> None:
         super().__init__(target, view)
@@ -68,7 +68,7 @@ class BitFitPatchDelta(WeightMap):
 
 
 @torch.no_grad()
-def _take_sum(bias: Tensor, parts: Sequence[tuple[float, DeltaModule]]) -> tuple[float, float]:
+def _take_sum(bias: Float[Tensor, "*shape"], parts: Sequence[tuple[float, DeltaModule]]) -> tuple[float, float]:
     terms = [weight * wide(part.get_parameter("bias")) for weight, part in parts]
     bias.copy_(torch.stack(terms).sum(0))
     return 0.0, float(wide(bias).square().sum())
@@ -76,15 +76,24 @@ def _take_sum(bias: Tensor, parts: Sequence[tuple[float, DeltaModule]]) -> tuple
 
 @dataclass(frozen=True, kw_only=True)
 class BitFit(Method, name="bitfit"):
-    """An added bias on every linear layer and norm. `subset`: "all", or "query_mlp" for the paper's smaller variant."""
+    """A trained bias, added to the output of every linear layer and norm.
+
+    Args:
+        subset: "all", or "query_mlp" for the paper's smaller variant (the query and the first feed-forward layer).
+
+    Raises:
+        OptionError: if `subset` has another value, or both `at` and `subset="query_mlp"` are given.
+    """
 
     subset: str = "all"
 
     def validate(self) -> None:
         if self.subset not in _SUBSETS:
-            raise OptionError(f"BitFit(subset={self.subset!r}): one of {', '.join(_SUBSETS)}")
+            raise OptionError(f"BitFit(subset={self.subset!r}): expected one of {', '.join(_SUBSETS)}")
         if self.subset != "all" and self.at is not None:
-            raise OptionError(f"BitFit(subset={self.subset!r}, at={self.at!r}): both say where; give one of them")
+            raise OptionError(
+                f"BitFit(subset={self.subset!r}, at={self.at!r}): both choose the targets; omit one of them"
+            )
 
     def positions(self) -> tuple[tuple[str, ...], ...]:
         return _SUBSETS[self.subset]
@@ -101,7 +110,10 @@ class BitFit(Method, name="bitfit"):
 
 
 def _bias_name(target: Target) -> str:
-    """The parameter that is the bias of what is read: a bias itself, or what is called like the bias to a weight."""
+    """Returns the name of the bias that is read directly together with the target's weight; "" if there is none.
+
+    If the target is a bias itself, that is its own name.
+    """
     own = target.module._parameters
     read = target.parameter or "weight"
     if isinstance(target.module, nn.MultiheadAttention):
@@ -114,9 +126,10 @@ def _bias_name(target: Target) -> str:
 
 
 def _bias_slice(target: Target) -> FeatureSlice | None:
-    """Torch's attention keeps the biases of queries, keys and values in one, also where the weights stand alone."""
+    """Returns the feature slice of the bias that belongs to the target."""
+    # torch's attention has one bias for queries, keys and values together, even if their weights are separate parameters.
     module, first = target.module, target.parameter[:1]
     if target.feature_slice is not None or not isinstance(module, nn.MultiheadAttention) or first not in "qkv":
         return target.feature_slice
-    size, place = module.embed_dim, "qkv".index(first)
-    return FeatureSlice(first, 1, 3 * size, place * size, (place + 1) * size)
+    size, number = module.embed_dim, "qkv".index(first)
+    return FeatureSlice(first, 1, 3 * size, number * size, (number + 1) * size)

@@ -1,7 +1,7 @@
 """IA3: learned scales on keys, values and the inner features of feed-forward parts.
 
 Liu et al. 2022, https://arxiv.org/abs/2205.05638, section 3.3: softmax(q (l_k * k)^T) (l_v * v), and (l_ff * f(W_1 x)) W_2.
-The third scale is on the input of the feed-forward part's output projection, behind the activation and the gate.
+The third scale multiplies the input of the feed-forward output projection, after the activation and the gate.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from deltakit.ops import InputMap, OutputMap, like
 
 
 class IA3Delta(OutputMap):
-    """A `scale` [d] on what the target returns, one at the start."""
+    """Multiplies the target's output by `scale` [d], which starts at one."""
 
     def __init__(self, target: Target) -> None:
         super().__init__(target)
@@ -31,7 +31,7 @@ class IA3Delta(OutputMap):
 
 
 class IA3InputDelta(InputMap):
-    """A `scale` [d] on what the target is called with, one at the start."""
+    """Multiplies the target's input by `scale` [d], which starts at one."""
 
     def __init__(self, target: Target) -> None:
         super().__init__(target)
@@ -42,28 +42,33 @@ class IA3InputDelta(InputMap):
 
     def linear_update(self, layer: BareLayer) -> tuple[Tensor, None]:
         weight = layer.weight
-        # A convolution has a weight for each place of its kernel; one in groups takes a part of the channels in each row.
-        places, rest = divmod(weight.shape[-1], self.size)
-        if rest or not places:
+        # A convolution has one weight per channel and position in its kernel. With groups, the rows of its weight belong to
+        # different channels, so one vector of scales does not fit.
+        positions, rest = divmod(weight.shape[-1], self.size)
+        if rest or not positions:
             raise TargetError(
-                f"IA3 on the input of a {type(layer.module).__name__} in groups cannot be merged; leave it attached"
+                f"IA3 on the input of a {type(layer.module).__name__} with groups cannot be merged; leave it attached"
             )
-        return weight * (self.scale - 1).repeat_interleave(places), None
+        return weight * (self.scale - 1).repeat_interleave(positions), None
 
 
 @dataclass(frozen=True, kw_only=True)
 class IA3(Method, name="ia3"):
-    """Scales on keys and values, and on the input of the feed-forward output projection.
+    """Trained scales on keys, values and the input of the feed-forward output projection.
 
-    `side`: "auto" scales the input of targets that answer @ff.down and the output of all others; "input" or "output" decides
-    it for all targets.
+    Args:
+        side: "auto" scales the input of targets with the role @ff.down, and the output of all others. "input" or "output"
+            sets it for all targets.
+
+    Raises:
+        OptionError: if `side` has another value.
     """
 
     side: str = "auto"
 
     def validate(self) -> None:
         if self.side not in ("auto", "input", "output"):
-            raise OptionError(f"IA3(side={self.side!r}): 'auto', 'input' or 'output'")
+            raise OptionError(f"IA3(side={self.side!r}): expected 'auto', 'input' or 'output'")
 
     def positions(self) -> tuple[tuple[str, ...], ...]:
         return (("attn.k",), ("attn.v",), ("ff.down",))

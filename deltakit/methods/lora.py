@@ -1,7 +1,7 @@
 """LoRA: y = W x + (alpha / r) B A x.  Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1.
 
-Default targets are the query and value projections (section 4.2 and the authors' README). A is Kaiming-uniform with
-a = sqrt(5), as in the authors' code, where the paper says Gaussian. Rank-stabilised scaling alpha / sqrt(r):
+The default targets are the query and value projections (section 4.2 and the authors' README). A starts Kaiming-uniform with
+a = sqrt(5) as in the authors' code; the paper says Gaussian. The rank-stabilised scaling alpha / sqrt(r) is from
 Kalajdzievski 2023, https://arxiv.org/abs/2312.03732.
 """
 
@@ -20,7 +20,7 @@ from deltakit.ops import LowRank, kaiming_uniform, like, sum_of_products
 
 
 class LoRADelta(LowRank):
-    """The factors `A` [*stack, r, d_in], and `B` [*stack, d_out, r], which is zero at the start."""
+    """The factors `A` [*stack, r, d_in] and `B` [*stack, d_out, r]. B starts at zero."""
 
     tags: ClassVar[Mapping[str, str]] = {"A": "down", "B": "up"}
 
@@ -32,12 +32,12 @@ class LoRADelta(LowRank):
         self.A = nn.Parameter(torch.empty(*stack, options.r, self.d_in, **like(target)))
         self.B = nn.Parameter(torch.empty(*stack, self.d_out, options.r, **like(target)))
         if not self.A.is_meta:
-            # On the meta device there are no values to set, and torch takes its time for them.
+            # Meta tensors have no values, but filling them still takes time: plans build thousands of delta modules.
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
         if self.embeds:
-            # As in the authors' code: a product with one-hot rows needs no projection down.
+            # As in the authors' code, where A is the zero factor of embeddings.
             nn.init.zeros_(self.A)
             nn.init.normal_(self.B)
             return
@@ -50,7 +50,8 @@ class LoRADelta(LowRank):
 
     @torch.no_grad()
     def take_sum(self, parts: Sequence[tuple[float, DeltaModule]]) -> tuple[float, float]:
-        # Ranks side by side, which is exact; in fewer ranks by the singular values, which loses least (Eckart-Young).
+        # With ranks enough the factors are concatenated, which is exact. With fewer, the largest singular values are kept,
+        # which has the smallest error of all sums of that rank (Eckart-Young).
         terms = [(weight * part.scaling, *part.factors()) for weight, part in parts if isinstance(part, LowRank)]
         a, b, lost, norm = sum_of_products(terms, self.A)
         self.A.copy_(a)
@@ -65,7 +66,7 @@ class LoRADelta(LowRank):
 
 
 class LoRAPatchDelta(LoRADelta):
-    """LoRA as a weight patch, also on a module that is called."""
+    """LoRA as a weight patch, even on modules that are called."""
 
     @classmethod
     def patches_weight(cls, target: Target) -> bool:
@@ -74,12 +75,19 @@ class LoRAPatchDelta(LoRADelta):
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Method, name="lora"):
-    """Low-rank updates of linear maps, embeddings, convolutions and bare parameters.
+    """Low-rank updates of linear layers, embeddings, convolutions and parameters.
 
-    `r`: the rank, at least 1 and at most the smaller side of the weight. `alpha`: the update is scaled by alpha / r,
-    or by alpha / sqrt(r) with `rslora`; not negative. `dropout`: probability in [0, 1) on the input of the update.
-    `keep`: "exact", or "int8" to keep the inputs that the gradient of A needs in one byte a value; the gradients of A are then
-    off by about half a percent, all others exact. `untie`: adapts one module alone although its weight is tied.
+    Args:
+        r: the rank, at least 1 and at most the smaller side of the weight.
+        alpha: the update is multiplied by alpha / r; at least 0.
+        rslora: multiply by alpha / sqrt(r) instead.
+        dropout: the probability in [0, 1) with which inputs of the update are dropped in training.
+        keep: "exact", or "int8" to store the inputs for the gradient of A with one byte per value. The gradient of A is
+            then off by about half a percent; all other gradients are exact.
+        untie: whether to adapt a module alone although other modules share its weight.
+
+    Raises:
+        OptionError: if an option is out of its range.
     """
 
     r: int = 8
@@ -93,44 +101,50 @@ class LoRA(Method, name="lora"):
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             raise OptionError(f"LoRA(r={self.r!r}): the rank must be an integer of at least 1")
         if not self.alpha >= 0 or math.isinf(self.alpha):
-            raise OptionError(f"LoRA(alpha={self.alpha!r}): must be a finite number, not negative; r and 2 r are usual")
+            raise OptionError(f"LoRA(alpha={self.alpha!r}): must be a finite number of at least 0; r or 2 * r is usual")
         if not 0 <= self.dropout < 1:
-            raise OptionError(f"LoRA(dropout={self.dropout!r}): a probability in [0, 1)")
+            raise OptionError(f"LoRA(dropout={self.dropout!r}): expected a probability in [0, 1)")
         if self.keep not in ("exact", "int8"):
-            raise OptionError(f"LoRA(keep={self.keep!r}): 'exact' or 'int8'")
+            raise OptionError(f"LoRA(keep={self.keep!r}): expected 'exact' or 'int8'")
 
     @property
     def scaling(self) -> float:
+        """The factor of the update: alpha / r, or alpha / sqrt(r) with `rslora`."""
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
     def positions(self) -> tuple[tuple[str, ...], ...]:
         return (("attn.q", "attn.qkv"), ("attn.v", "attn.kv"))
 
     def kind_at(self, target: Target) -> type[DeltaModule]:
-        # With a forward of its own a subclass may do anything with the rows of an embedding (Gemma scales them), or with
-        # the input and the weight of a convolution (BiT pads, and standardises).
+        # A subclass with its own forward may change the vectors of an embedding (Gemma scales them), or the input and the
+        # weight of a convolution (BiT pads and standardises them). Adding to its output would be wrong; a weight patch is
+        # right, because the subclass's own code runs with the new weight.
         return LoRAPatchDelta if _own_forward(target.module) else LoRADelta
 
     def build_at(self, target: Target) -> DeltaModule:
         kind = LoRAPatchDelta if _own_forward(target.module) else LoRADelta
         if isinstance(target.module, nn.Embedding) and target.module.max_norm is not None:
-            raise TargetError(f"{target.path}: LoRA expects an embedding without max_norm, which rewrites its weight")
+            raise TargetError(
+                f"{target.path}: LoRA expects an embedding without max_norm, which rewrites its weight in each forward; leave "
+                "it out with exclude="
+            )
         if self.dropout and kind.patches_weight(target):
             raise OptionError(
-                f"{target.path}: LoRA(dropout={self.dropout:g}) drops inputs, and here it patches the weight, which is read "
-                "where no hook sees its input; use dropout=0 there"
+                f"{target.path}: LoRA(dropout={self.dropout:g}) drops inputs, but here LoRA patches a weight whose input no "
+                "hook sees; use dropout=0, or leave it out with exclude="
             )
         if target.tied and not target.parameter and not self.untie:
             raise TargetError(
-                f"{target.path}: its weight is tied to {target.tied[0]}: an update here alone would make the two "
-                f"differ; name the parameter '{target.path}.weight' for one update in both places, pass untie=True to update "
-                f"this place alone, or leave it out with exclude={target.path!r}"
+                f"{target.path}: its weight is tied to {target.tied[0]}, and an update of this module alone would make the "
+                f"two differ; write at='{target.path}.weight' to update both, pass untie=True to update this module alone, or "
+                f"leave it out with exclude={target.path!r}"
             )
         delta = kind(target, self)
-        if self.r > min(delta.d_in, delta.d_out):
+        largest = min(delta.d_in, delta.d_out)
+        if self.r > largest:
             raise OptionError(
-                f"{target.path}: rank {self.r} is above the layer's size {delta.d_in} to {delta.d_out}; at most "
-                f"{min(delta.d_in, delta.d_out)}"
+                f"{target.path}: rank {self.r} is above the layer's size {delta.d_in} to {delta.d_out}; use LoRA(r={largest}) "
+                "or less, or leave it out with exclude="
             )
         return delta
 

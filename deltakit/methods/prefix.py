@@ -1,9 +1,9 @@
 """Prefix tuning: softmax(q [P_k; K]^T) [P_v; V] in every attention.  Li and Liang 2021, https://arxiv.org/abs/2101.00190.
 
-P-tuning v2 (Liu et al. 2022, https://arxiv.org/abs/2110.07602) is the same with the values trained directly, which is
-the default here. With `reparam` they come out of an MLP over one embedding (section 4.3), which is dropped when saved. A
-prefix has no position, and every query sees it. It enters inside the attention and not by `past_key_values`, which would shift
-positions and serve no encoder. Untrained it is not the identity: even a zero key takes its share of the softmax.
+P-tuning v2 (Liu et al. 2022, https://arxiv.org/abs/2110.07602) trains keys and values directly, which is the default here.
+With `reparam` an MLP over one embedding computes them (section 4.3); the MLP is not saved. A prefix has no position, and every
+query sees it. It is inserted inside the attention instead of through `past_key_values`, which would shift positions and do
+nothing in encoders. An untrained prefix is not the identity: even a key of zeros takes its share of the softmax.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ from deltakit.ops import (
 
 
 class PrefixDelta(AttentionPrefix):
-    """`key` [heads, tokens, d_k] and `value` [heads, tokens, d_v], trained directly or, with `reparam`, by an MLP."""
+    """`key` [heads, tokens, d_k] and `value` [heads, tokens, d_v]: parameters, or with `reparam` the output of an MLP."""
 
     def __init__(self, target: Target, options: "Prefix") -> None:
         super().__init__()
@@ -48,12 +48,13 @@ class PrefixDelta(AttentionPrefix):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # In another process transformers' interface does not know prefixes yet.
+        # After unpickling in another process, transformers' attention interface does not know prefixes yet.
         install_prefixes()
 
     def reset_parameters(self) -> None:
         if self.out is None:
-            # transformers' usual scale for embeddings: small against keys, so that no head is taken over at the start.
+            # transformers' usual scale for embeddings. It is small next to the keys, so no head attends mainly to the prefix
+            # at the start.
             nn.init.normal_(self.key, std=0.02)
             nn.init.normal_(self.value, std=0.02)
 
@@ -70,7 +71,7 @@ class PrefixDelta(AttentionPrefix):
 
     def load_saved(self, state: Mapping[str, Tensor]) -> None:
         if self.out is not None:
-            # A file holds no MLP: from here on the values are trained directly.
+            # The MLP is not in the file, so keys and values are trained directly from now on.
             weight, self.out = self.out.weight, None
             self._modules.pop("shared", None)
             self.key, self.value = (nn.Parameter(state[name].to(weight, copy=True)) for name in ("key", "value"))
@@ -81,7 +82,7 @@ class PrefixDelta(AttentionPrefix):
 
 
 class PrefixModeDelta(PrefixDelta):
-    """A prefix for attention outside transformers' interface: it watches torch's functions during the forward."""
+    """A prefix for attention outside transformers' attention interface: it overrides torch's functions in the forward."""
 
     def enter(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         prefixes = self.peers(target)
@@ -105,7 +106,7 @@ class PrefixModeDelta(PrefixDelta):
 
 
 class PrefixMLP(nn.Module):
-    """tanh(W e + b) over one embedding of the prefix, shared by all targets (section 4.3)."""
+    """The MLP tanh(W e + b) over one embedding e of the prefix, shared by all targets (section 4.3)."""
 
     def __init__(self, tokens: int, width: int, hidden: int, **like: Any) -> None:
         super().__init__()
@@ -121,8 +122,13 @@ class PrefixMLP(nn.Module):
 class Prefix(Method, name="prefix"):
     """Trained keys and values in front of every attention's own. A target is any module with attention at or below it.
 
-    `tokens`: the length of the prefix, at least 1; 10 is the authors' default. `reparam`: train through an MLP of
-    `hidden` units (512 in the paper's table-to-text runs), which is dropped when the delta is saved.
+    Args:
+        tokens: the length of the prefix, at least 1; 10 is the authors' default.
+        reparam: whether to train through an MLP, which is not saved with the delta.
+        hidden: the number of hidden units of that MLP, at least 1 (512 in the paper's table-to-text runs).
+
+    Raises:
+        OptionError: if an option is out of its range.
     """
 
     tokens: int = 10
@@ -135,15 +141,15 @@ class Prefix(Method, name="prefix"):
         for option in ("tokens", "hidden"):
             value = getattr(self, option)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise OptionError(f"Prefix({option}={value!r}): an integer of at least 1")
+                raise OptionError(f"Prefix({option}={value!r}): expected an integer of at least 1")
 
     def targets(self, index: BackboneView, selected: Sequence[Target] | None) -> Sequence[Target]:
         paths = [path for path, module in index.by_path.items() if attends(module)]
         if selected is None:
             if not paths:
                 raise RoleError(
-                    f"prefix: no default position: {index.owner} has no attention whose keys and values can be reached; use "
-                    "another method"
+                    f"prefix: {index.owner} has no attention whose keys and values can be extended, so there is no default "
+                    "position; use another method, such as LoRA"
                 )
             return [index.target(path) for path in paths]
         found = []
@@ -151,8 +157,8 @@ class Prefix(Method, name="prefix"):
             below = [path for path in paths if path == target.path or path.startswith(join(target.path, "") or "")]
             if not below:
                 raise TargetError(
-                    f"{target.path}: no attention at or below this {type(target.module).__name__}: prefix expects one; "
-                    f"attention is at {', '.join(paths[:3]) or 'no place of this backbone'}"
+                    f"{target.path}: this {type(target.module).__name__} has no attention in it, and prefix needs one; this "
+                    f"backbone has attention at {', '.join(paths[:3]) or 'no path'}"
                 )
             found += [index.target(path) for path in below]
         return found
@@ -171,5 +177,5 @@ class Prefix(Method, name="prefix"):
         return PrefixMLP(self.tokens, width, self.hidden, **like(targets[0]))
 
     def to_dict(self) -> dict[str, Any]:
-        # The MLP is dropped when saved: what is saved is flat.
+        # The MLP is not saved, only the keys and values that it computes.
         return super(Prefix, replace(self, reparam=False)).to_dict()

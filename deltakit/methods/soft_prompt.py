@@ -1,8 +1,8 @@
 """Soft prompt: trained vectors P among the input embeddings.  Lester et al. 2021, https://arxiv.org/abs/2104.08691, section 2.
 
-The vectors have token ids of their own, from the vocabulary's size on, so they may stand anywhere in a text; by default the
-delta puts them in front of every text itself. They start as embeddings of the 5,000 first, most frequent tokens (section
-3.2). Twenty tokens are the default: the paper sees little gain beyond (figure 3a). Attached, it is not the identity.
+The vectors have token ids of their own, which follow the vocabulary's, so they can be anywhere in a text. By default the delta
+inserts them in front of every text. They start as embeddings of the 5,000 first and most frequent tokens (section 3.2). The
+default is 20 tokens: the paper sees little gain with more (figure 3a). An untrained prompt is not the identity.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from deltakit.core import BackboneView, DeltaModule, Method, Target
@@ -32,7 +32,7 @@ _FREQUENT = 5_000
 
 
 class PromptVectors(nn.Module):
-    """The vectors `prompt` [tokens, d], shared by all embeddings that share the input embedding's weight (T5 has three)."""
+    """The parameter `prompt` [tokens, d], shared by all embeddings that share the input embedding's weight (T5 has three)."""
 
     def __init__(self, start: Float[Tensor, "tokens d"]) -> None:
         super().__init__()
@@ -40,13 +40,13 @@ class PromptVectors(nn.Module):
 
 
 class PromptDelta(CallContext):
-    """What all parts of a soft prompt share: where examples of a batch have prompts of their own, the first works for all."""
+    """The base of all parts of a soft prompt. In a mixed batch the first part at a target acts for all prompts there."""
 
     mixable: ClassVar[bool] = True
     tokens: int
 
     def lengths(self, target: nn.Module) -> int | tuple[int, ...]:
-        """How long the prompt is; in a mixed batch, that of each example."""
+        """Returns the length of the prompt in tokens; in a mixed batch the length for each example."""
         if self.batch is None:
             return self.tokens
         own = {peer.record.name: peer.tokens for peer in self.peers(target)}
@@ -54,7 +54,7 @@ class PromptDelta(CallContext):
 
 
 class PromptVectorsDelta(PromptDelta):
-    """Puts the shared vectors in the place of the ids that stand for them, at one embedding."""
+    """Makes one embedding return the prompt's vectors for the prompt's ids."""
 
     shared: PromptVectors
 
@@ -65,17 +65,18 @@ class PromptVectorsDelta(PromptDelta):
     def enter(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ids = args[0] if args else kwargs["input"]
         if self.batch is None and len(self.peers(target)) > 1:
-            raise StateError("two soft prompts are active on one embedding, with the same ids: detach() one of them")
-        places = ids - self.vocabulary
-        start, tokens = self._own(target, ids)
-        mine = (places >= 0) & (places < tokens)
-        known = torch.where(mine, 0, ids)
-        # It goes with the call's own tensor: right under threads, recomputation and exceptions.
-        known.prompt_places = (torch.where(mine, places + start, 0), mine)  # type: ignore[attr-defined]
+            raise StateError("two soft prompts are active on one embedding and use the same ids; detach() one of them")
+        indices = ids - self.vocabulary
+        start, tokens = self._start_and_length(target, ids)
+        is_prompt = (indices >= 0) & (indices < tokens)
+        known = torch.where(is_prompt, 0, ids)
+        # `leave` needs both. They are attributes of the call's own tensor instead of the module, so that other threads, a
+        # recomputation or an exception cannot mix them up.
+        known.prompt_indices = (torch.where(is_prompt, indices + start, 0), is_prompt)  # type: ignore[attr-defined]
         return ((known, *args[1:]), kwargs) if args else (args, {**kwargs, "input": known})
 
-    def _own(self, target: nn.Module, ids: Tensor) -> tuple[int | Tensor, int | Tensor]:
-        """Where an example's prompt starts among the vectors of all peers, and how long it is."""
+    def _start_and_length(self, target: nn.Module, ids: Int[Tensor, "*shape"]) -> tuple[int | Tensor, int | Tensor]:
+        """Returns where each example's prompt starts among the vectors of all peers, and its length."""
         tokens = self.lengths(target)
         if isinstance(tokens, int) or self.batch is None:
             return 0, self.tokens
@@ -90,14 +91,15 @@ class PromptVectorsDelta(PromptDelta):
 
     def leave(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         ids = args[0] if args else kwargs["input"]
-        index, mine = ids.prompt_places
+        index, is_prompt = ids.prompt_indices
         tables = [peer.shared.prompt.to(output.dtype) for peer in self.peers(target)]
         table = tables[0] if len(tables) == 1 else torch.cat(tables)
-        # Embeddings that scale their vectors (Gemma, BART) do so with these too.
+        # Some embeddings scale their vectors (Gemma, BART). The prompt's vectors start as rows of the same weight, so they
+        # are scaled, too.
         vectors = table[index].to(output.dtype) * getattr(target, "embed_scale", 1.0)
-        return torch.where(mine.unsqueeze(-1), vectors.to(output.dtype), output)
+        return torch.where(is_prompt.unsqueeze(-1), vectors.to(output.dtype), output)
 
-    # In a file the vectors stand at the first of the embeddings, as `prompt`.
+    # A file holds the vectors once, at the first of the embeddings.
     def saved_state(self) -> dict[str, Tensor]:
         return {"prompt": self.shared.prompt.detach()} if "shared" in self._modules else {}
 
@@ -110,7 +112,7 @@ class PromptVectorsDelta(PromptDelta):
 
 
 class InsertPromptDelta(PromptDelta):
-    """Puts the prompt's ids into every call of the text stack, and takes their vectors out of the result."""
+    """Inserts the prompt's ids into every call of the text stack, and removes their hidden states from the result."""
 
     def __init__(self, insertion: Insertion) -> None:
         super().__init__()
@@ -119,7 +121,10 @@ class InsertPromptDelta(PromptDelta):
     def enter(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         places = sorted({peer.insertion.at for peer in self.peers(target)})
         if len(places) > 1:
-            raise StateError(f"rows: soft prompts at the places {places} of the text; expected one place for all rows")
+            raise StateError(
+                f"rows: the soft prompts are inserted after {places} tokens; expected the same for all examples; use one "
+                "where= for all of them"
+            )
         return insert(target, args, kwargs, self.insertion, self.lengths(target), self.batch)
 
     def leave(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -130,7 +135,7 @@ class InsertPromptDelta(PromptDelta):
 
 
 class PromptMaskDelta(PromptDelta):
-    """Lets the decoder see the prompt's rows among the encoder's hidden states."""
+    """Extends the decoder's mask over the encoder's hidden states by the prompt."""
 
     def __init__(self, insertion: Insertion) -> None:
         super().__init__()
@@ -152,10 +157,17 @@ class PromptMaskDelta(PromptDelta):
 class SoftPrompt(Method, name="soft_prompt"):
     """A trained prompt among the input embeddings.
 
-    `tokens`: its length, at least 1. `init`: "vocab" (rows of frequent tokens) or "random" (uniform within 0.5 of 0);
-    `init_ids`: the token ids of a text to start from, repeated or cut to length. `prepend`: whether the delta puts the
-    prompt into every text; if not, write its ids, from the vocabulary's size on, where you want them. `where`: "start",
-    or "after_first" behind the first token; by default behind it where a pooler reads that token (BERT).
+    Args:
+        tokens: the length of the prompt, at least 1.
+        init: "vocab" (embeddings of frequent tokens) or "random" (uniform within 0.5 of 0).
+        init_ids: the token ids of a text to start from, repeated or cut to the length of the prompt.
+        prepend: whether the delta inserts the prompt into every text. If not, write its ids (vocabulary size, vocabulary
+            size + 1, and so on) where you want them.
+        where: "start", or "after_first" for after the first token. By default after the first token if a pooler reads that
+            token (BERT), else at the start.
+
+    Raises:
+        OptionError: if an option is out of its range.
     """
 
     tokens: int = 20
@@ -168,22 +180,30 @@ class SoftPrompt(Method, name="soft_prompt"):
 
     @classmethod
     def from_text(cls, text: str, tokenizer: Any, **options: Any) -> "SoftPrompt":
-        """A prompt that starts as the embeddings of a text, as long as the text unless `tokens` is given."""
+        """Returns a prompt that starts as the embeddings of a text. It is as long as the text unless `tokens` is given.
+
+        Args:
+            tokenizer: the backbone's tokenizer, such as transformers' `AutoTokenizer` returns.
+            options: further options of `SoftPrompt`.
+
+        Raises:
+            OptionError: if the text has no tokens, or an option is out of its range.
+        """
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         return cls(**{"tokens": max(1, len(ids)), "init_ids": ids, **options})
 
     def validate(self) -> None:
         if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1:
-            raise OptionError(f"SoftPrompt(tokens={self.tokens!r}): an integer of at least 1")
+            raise OptionError(f"SoftPrompt(tokens={self.tokens!r}): expected an integer of at least 1")
         if self.init not in ("vocab", "random"):
             raise OptionError(
-                f"SoftPrompt(init={self.init!r}): 'vocab' or 'random'; for a text use SoftPrompt.from_text"
+                f"SoftPrompt(init={self.init!r}): expected 'vocab' or 'random'; for a text use SoftPrompt.from_text"
             )
         if self.where not in (None, "start", "after_first"):
-            raise OptionError(f"SoftPrompt(where={self.where!r}): 'start', 'after_first' or None")
+            raise OptionError(f"SoftPrompt(where={self.where!r}): expected 'start', 'after_first' or None")
         if self.init_ids is not None:
             if not len(self.init_ids) or not all(isinstance(i, int) and i >= 0 for i in self.init_ids):
-                raise OptionError(f"SoftPrompt(init_ids={self.init_ids!r}): a list of token ids, not empty")
+                raise OptionError(f"SoftPrompt(init_ids={self.init_ids!r}): expected a list of at least one token id")
             object.__setattr__(self, "init_ids", tuple(self.init_ids))
 
     def targets(self, index: BackboneView, selected: Sequence[Target] | None) -> Sequence[Target]:
@@ -200,7 +220,12 @@ class SoftPrompt(Method, name="soft_prompt"):
         return PromptVectorsDelta
 
     def build(self, index: BackboneView, targets: Sequence[Target]) -> dict[str, DeltaModule]:
-        """The delta modules at the embeddings and, with `prepend`, at the text stack and at a decoder that attends to it."""
+        """Returns the delta modules at the embeddings and, with `prepend`, at the text stack and its decoder, if any.
+
+        Raises:
+            TargetError: if `prepend` is set and no module around the embedding accepts `input_ids`.
+            OptionError: if `init_ids` has an id beyond the vocabulary.
+        """
         embeddings = [target for target in targets if isinstance(target.module, nn.Embedding)]
         vectors = PromptVectors(self._start(embeddings[0]))
         vocabulary: Any = embeddings[0].module.num_embeddings
@@ -210,7 +235,7 @@ class SoftPrompt(Method, name="soft_prompt"):
             built[target.path].share(vectors, holds=len(built) == 1)
         if self.prepend:
             stack, decoder = text_stack(index)
-            at = self._place_in_text(index, stack)
+            at = self._tokens_before(index, stack)
             known = stack_at(index, stack, at)
             insertion = Insertion(int(vocabulary), self.tokens, at, known, trim=decoder is None)
             built[stack] = InsertPromptDelta(insertion)
@@ -218,10 +243,11 @@ class SoftPrompt(Method, name="soft_prompt"):
                 built[decoder] = PromptMaskDelta(insertion)
         return built
 
-    def _place_in_text(self, index: BackboneView, stack: str) -> int:
+    def _tokens_before(self, index: BackboneView, stack: str) -> int:
         if self.where is not None:
             return int(self.where == "after_first")
-        # A pooler inside the stack takes the first vector, before the prompt's are taken out of the result.
+        # A pooler inside the stack reads the first hidden state before the prompt is removed from the result. So the text's
+        # first token must stay first.
         return int(getattr(index.by_path[stack], "pooler", None) is not None)
 
     def _start(self, target: Target) -> Float[Tensor, "tokens d"]:
@@ -234,8 +260,8 @@ class SoftPrompt(Method, name="soft_prompt"):
             outside = [i for i in self.init_ids if i >= weight.shape[0]]
             if outside:
                 raise OptionError(
-                    f"{target.path}: SoftPrompt(init_ids=...) holds the id {outside[0]}, beyond the vocabulary of "
-                    f"{weight.shape[0]}; use this backbone's own tokenizer"
+                    f"{target.path}: SoftPrompt(init_ids=...) has the id {outside[0]}, beyond the vocabulary of "
+                    f"{weight.shape[0]} tokens; use this backbone's own tokenizer"
                 )
             ids = torch.tensor([self.init_ids[i % len(self.init_ids)] for i in range(self.tokens)])
         else:

@@ -54,7 +54,7 @@ def test_the_bare_state_while_merged():
     bare = {name: value.clone() for name, value in model.state_dict().items()}
     delta = randomize(dk.attach(model, dk.LoRA(r=2))).merge()
     torch.testing.assert_close(dk.base_state_dict(model), bare, rtol=0, atol=0)
-    with pytest.raises(dk.StateError, match=r"q_proj\.weight: delta 'delta' is merged into it, and unmerging"):
+    with pytest.raises(dk.StateError, match=r"q_proj\.weight: delta 'delta' is merged into this weight, and unmerging"):
         model.load_state_dict(bare)
     delta.unmerge()
     model.load_state_dict(bare)

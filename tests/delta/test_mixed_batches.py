@@ -145,17 +145,17 @@ def test_bad_input(tmp_path):
         pass
     delta.active = True
     with (
-        pytest.raises(dk.StateError, match=r"another rows\(\) block holds"),
+        pytest.raises(dk.StateError, match=r"this backbone is in another rows\(\) block"),
         dk.rows(model, ["b"]),
         dk.rows(model, ["b"]),
     ):
         pass
     with (
-        pytest.raises(dk.StateError, match=r"expected 3 rows as rows\(\) was given names"),
+        pytest.raises(dk.StateError, match=r"rows\(\) has 3 names"),
         dk.rows(model, ["b", None, "b"]),
     ):
         model(ids()[:2])
-    with pytest.raises(dk.StateError, match=r"a rows\(\) block holds on its backbone"), dk.rows(model, ["b"]):
+    with pytest.raises(dk.StateError, match=r"its backbone is in a rows\(\) block"), dk.rows(model, ["b"]):
         delta.detach()
     assert delta._record.batch is None
     assert delta.attached
@@ -376,5 +376,5 @@ class TestSoftPrompts:
         model = build("bert", tf.AutoModel)
         for name, where in (("a", "start"), ("b", "after_first")):
             dk.attach(model, dk.SoftPrompt(tokens=2, where=where), name=name)
-        with pytest.raises(dk.StateError, match=r"at the places \[0, 1\] of the text"), dk.rows(model, ["a", "b"]):
+        with pytest.raises(dk.StateError, match=r"are inserted after \[0, 1\] tokens"), dk.rows(model, ["a", "b"]):
             model(input_ids=torch.tensor([[5, 6], [7, 8]]))

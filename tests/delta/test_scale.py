@@ -58,7 +58,7 @@ class TestScale:
         with dk.rows(model, ["a", None, "b"]):
             together = model(batch)
             with pytest.raises(
-                dk.StateError, match=r"a rows\(\) block holds on its backbone; leave it before changing"
+                dk.StateError, match=r"its backbone is in a rows\(\) block; leave the block before changing"
             ):
                 deltas["a"].scale = 1.0
         for row, own in enumerate(["a", None, "b"]):

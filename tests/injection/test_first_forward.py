@@ -30,16 +30,14 @@ def test_a_target_that_is_never_called_is_an_error_until_it_is_detached():
     bare = model(x)
     delta = dk.attach(model, dk.LoRA(r=2, at=["read", "called"]))
     for _ in range(2):
-        with pytest.raises(
-            dk.TargetError, match="read: delta 'delta' did nothing here: .* name the parameter 'read.weight'"
-        ):
+        with pytest.raises(dk.TargetError, match="read: delta 'delta' did nothing here: .* at='read.weight'"):
             model(x)
     delta.detach()
     assert torch.equal(model(x), bare)
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
     dk.attach(model, dk.Adapter(size=2, at="read"))
-    with pytest.raises(dk.TargetError, match="for AdapterDelta has no form that works by the weight"):
+    with pytest.raises(dk.TargetError, match="because Adapter has no weight patch"):
         model(x)
     dk.deltas(model)[0].detach()
     delta = randomize(dk.attach(model, dk.LoRA(r=2, at=["read.weight", "called"])))

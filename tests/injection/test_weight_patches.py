@@ -1,4 +1,4 @@
-"""Deltas that work by the weight: a forward reads a weight without calling the layer that holds it."""
+"""Weight patches: a forward reads a weight without calling the layer that holds it."""
 
 from concurrent.futures import ThreadPoolExecutor
 

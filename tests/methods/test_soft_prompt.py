@@ -153,7 +153,7 @@ def test_starts():
     assert (from_text.tokens, from_text.init_ids) == (3, (1, 2, 3))
     assert dk.SoftPrompt.from_text("a bb ccc", tokenizer, tokens=7).tokens == 7
     with pytest.raises(
-        dk.OptionError, match=r"wte: SoftPrompt\(init_ids=...\) holds the id 97, beyond the vocabulary of 97"
+        dk.OptionError, match=r"wte: SoftPrompt\(init_ids=...\) has the id 97, beyond the vocabulary of 97"
     ):
         dk.attach(model, dk.SoftPrompt(init_ids=[97]))
 
