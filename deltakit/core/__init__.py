@@ -1,13 +1,14 @@
-"""The types and helpers that all other packages of deltakit use.
+"""The types and words that all rooms share.
 
-Method, Target and DeltaModule; the record of a delta; mixed batches; paths and folded names; sizes of linear layers. It
-imports only `errors`.
+Method, Target and DeltaModule; the record of a delta and the mixed batch that it may take part in; paths, folded names,
+and what a linear layer is. Imports nothing but `errors`.
 """
 
 from deltakit.core.activations import hidden_input, hidden_output, replace_hidden, replace_input
+from deltakit.core.attached_module import FROZEN
 from deltakit.core.bare_weight import BareLayer, WeightView, bare_weight, dequantized, is_quantized, weight_view
 from deltakit.core.current_call import CurrentCall, set_current_call
-from deltakit.core.delta_module import FROZEN, DeltaModule
+from deltakit.core.delta_module import DeltaModule
 from deltakit.core.feature_slice import FeatureSlice, slice_where
 from deltakit.core.folding import expand, fold, span
 from deltakit.core.grad_ledger import GradLedger

@@ -1,170 +1,32 @@
 """DeltaModule: the base class of the small modules that methods attach to their targets.
 
 A method author does not derive from this class, but from one of the kinds in `deltakit.ops` (OutputMap, InputMap, LowRank,
-WeightMap, CallContext). The kinds implement the methods that hooks call.
+WeightMap, CallContext). The kinds implement what hooks call, and add the function that the author writes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from deltakit.core.mixed_batch import MixedBatch
-from deltakit.core.target import Target, WeightRead
+from deltakit.core.attached_module import AttachedModule
 from deltakit.errors import TargetError
 
-FROZEN = "frozen"
-"""The tag of parameters that are saved with a delta but never trained."""
 
-
-@runtime_checkable
-class DeltaState(Protocol):
-    """The part of a delta's state (`core.record.Record`) that its delta modules read."""
-
-    name: str
-    named: bool
-    order: int
-    scale: float
-    batch: MixedBatch | None
-    weights_before_merge: dict[str, Tensor]
-
-    @property
-    def live(self) -> bool: ...
-
-
-class DeltaModule(nn.Module):
-    """A small module at one target, registered there as a child."""
+class DeltaModule(AttachedModule):
+    """A small module at one target. This half of it is for method authors; hooks use the other, `AttachedModule`."""
 
     tags: ClassVar[Mapping[str, str]] = {}
     """A tag for each parameter, by its name or by the name of the child module that holds it. `Delta.parameter_groups` groups
     by tags, and parameters tagged "frozen" are never trained."""
 
-    # The kinds set the next five.
-    scalable: ClassVar[bool] = True
-    """Whether `Delta.scale` applies."""
-    mixable: ClassVar[bool] = True
-    """Whether examples of one batch may have different deltas here (`rows`)."""
-    must_be_called: ClassVar[bool] = True
-    """Whether the first forward must call the target, and fails otherwise."""
-    has_weight_form: ClassVar[bool] = False
-    """Whether its method can patch a weight that is read directly."""
     reads_call: ClassVar[bool] = False
     """Whether it reads `current_call()`: the ids, mask and position of the backbone's call."""
-
-    # Building and attaching set the next four.
-    part: str = ""
-    """The name of the parameter and the feature slice in brackets within the target's module, or "" for the module."""
-    weight_read: WeightRead | None = None
-    """Set for weight patches: during the forward of that scope the update is added to the weight."""
-    record: DeltaState | None = None
-    """The state of its delta, shared by all modules of the delta."""
-    shapes: Mapping[str, torch.Size] | None = None
-    """The shapes of its parameters when it was first attached. Engines may later keep only a part of them per process."""
-
-    @classmethod
-    def word(cls) -> str:
-        """Returns its name in error messages: the name of its class without "Delta"."""
-        return cls.__name__.removesuffix("Delta")
 
     @property
     def shared(self) -> Any:
         """The module that all delta modules of the method share (`Method.build_shared`); None if there is none."""
         return self.__dict__.get("_shared", (None,))[0]
-
-    def share(self, shared: nn.Module, *, holds: bool) -> None:
-        """Gives it access to the shared module.
-
-        Args:
-            holds: whether to register the shared module as a child. One delta module does, so that the shared parameters
-                are counted, moved and saved once.
-        """
-        self.__dict__["_shared"] = (shared,)
-        if holds:
-            self._modules["shared"] = shared
-
-    def parameters_read(self) -> list[Tensor]:
-        """The parameters that it computes with: its own, and those of what all share."""
-        own: list[Tensor] = list(self.parameters())
-        shared = self.shared
-        return own if shared is None or "shared" in self._modules else [*own, *shared.parameters()]
-
-    @property
-    def strength(self) -> float:
-        """The factor on its effect: `Delta.scale`, or 1 while it belongs to no delta."""
-        return 1.0 if self.record is None else self.record.scale
-
-    @property
-    def live(self) -> bool:
-        """Whether its delta takes part in forwards: active, and not merged into the weights."""
-        return self.record is None or self.record.live
-
-    @property
-    def batch(self) -> MixedBatch | None:
-        """The mixed batch of the current `rows` block; None outside of one."""
-        return self.record.batch if self.record is not None else None
-
-    @property
-    def takes_part(self) -> bool:
-        """Whether any example of the batch uses its delta; always true outside of a `rows` block."""
-        batch = self.batch
-        return batch is None or (self.record is not None and self.record.name in batch.names)
-
-    @classmethod
-    def patches_weight(cls, target: Target) -> bool:
-        """Returns whether it patches a target's weight, instead of changing the module's input or output."""
-        return False
-
-    @classmethod
-    def acts_before(cls) -> bool:
-        """Returns whether a hook must call it before its target."""
-        return cls.before_call is not DeltaModule.before_call
-
-    @classmethod
-    def acts_after(cls) -> bool:
-        """Returns whether a hook must call it after its target."""
-        return cls.after_call is not DeltaModule.after_call
-
-    @classmethod
-    def cleans_up(cls) -> bool:
-        """Returns whether a hook must call `abandon` when the forward of its target raises."""
-        return cls.abandon is not DeltaModule.abandon
-
-    def before_call(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Returns the (args, kwargs) to call the target with, or None to keep them."""
-        return None
-
-    def after_call(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Returns the target's new output, or None to keep `output`."""
-        return output
-
-    def after_call_mixed(
-        self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, batch: MixedBatch
-    ) -> Any:
-        """Does the same as `after_call`, inside a `rows` block."""
-        return self.after_call(target, args, kwargs, output)
-
-    def abandon(self, target: nn.Module) -> None:
-        """Cleans up. It is called instead of `after_call` when the target's forward raised."""
-
-    def weight_updates(self, target: nn.Module) -> Mapping[str, Tensor]:
-        """Returns what merging adds to each parameter of the target, by the parameter's name, in float32 or wider.
-
-        Raises:
-            TargetError: if the method does not change weights, so that it cannot be merged.
-            StateError: if a weight that the update depends on has no values in memory (meta device, offload).
-        """
-        raise TargetError(f"{type(self).__name__} is not a change of weights: it cannot be merged; leave it attached")
-
-    def scaled_updates(self, target: nn.Module) -> dict[str, Tensor]:
-        """Returns `weight_updates` times the current scale of the delta.
-
-        Raises:
-            TargetError: if the method does not change weights, so that it cannot be merged.
-            StateError: if a weight that the update depends on has no values in memory (meta device, offload).
-        """
-        updates, strength = self.weight_updates(target), self.strength
-        return {name: value if strength == 1 else value * strength for name, value in updates.items()}
 
     def take_sum(self, parts: Sequence[tuple[float, "DeltaModule"]]) -> tuple[float, float]:
         """Sets its parameters to a weighted sum of delta modules at one target.
@@ -182,17 +44,6 @@ class DeltaModule(nn.Module):
             f"{type(self).__name__} is not linear in its parameters, so it has no weighted sums; run the deltas one by one"
         )
 
-    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter, str]]:
-        """Yields its trained parameters: name, parameter, and tag ("" without one)."""
-        for name, parameter in self.named_parameters():
-            tag = self.tag_of(name)
-            if tag != FROZEN:
-                yield name, parameter, tag
-
-    def tag_of(self, name: str) -> str:
-        """Returns the tag of a parameter; "" without one."""
-        return self.tags.get(name) or self.tags.get(name.partition(".")[0], "")
-
     def saved_state(self) -> dict[str, Tensor]:
         """Returns the tensors that a file holds for this target, by the method's own names."""
         return dict(self.state_dict())
@@ -200,13 +51,6 @@ class DeltaModule(nn.Module):
     def load_saved(self, state: Mapping[str, Tensor]) -> None:
         """Loads tensors that `saved_state` returned. Names and shapes must match exactly."""
         self.load_state_dict(dict(state))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        # A base checkpoint must load with strict=True while deltas are attached. If it has no tensors of this delta module,
-        # the module keeps its values. `injection.backbone_guards` reports checkpoints that hold only a part of a delta.
-        if not any(name.startswith(prefix) for name in state_dict):
-            state_dict.update(self.state_dict(prefix=prefix, keep_vars=True))
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def summary(self) -> str:
         """Returns the configuration in a few words for trees and reports, such as `r=8 alpha=16`."""

@@ -1,7 +1,7 @@
-"""Registers and removes all hooks of deltakit. No other package does.
+"""The only room that registers hooks.
 
-There are output hooks on targets, weight patches for weights that are read directly, the check of the first forward, and
-backbone guards that stay while a backbone has deltas.
+Output hooks on targets, weight patches for weights that are read directly, the check of the first forward, and the guards
+that stand on a backbone while it holds deltas.
 """
 
 from deltakit.injection.backbone_guards import watch

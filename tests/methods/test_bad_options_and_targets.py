@@ -123,5 +123,7 @@ def test_the_advice_where_there_is_no_default_position_works(make):
 
 
 def test_no_advice_where_nothing_can_be_served():
-    with pytest.raises(dk.RoleError, match="no linear layer or convolution there can be served with these options either"):
+    with pytest.raises(
+        dk.RoleError, match="no linear layer or convolution there can be served with these options either"
+    ):
         dk.attach(nn.Sequential(nn.Linear(3, 2)), dk.LoRA(r=8))

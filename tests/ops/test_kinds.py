@@ -163,9 +163,9 @@ class TestMixedBatch:
 
     def test_what_acts_on_the_whole_batch_is_refused(self):
         model, _, _ = on(nn.Linear(5, 7), "call_context")
-        with pytest.raises(dk.StateError, match=r"acts on the whole batch at target \(AroundDelta\)"):
-            with dk.rows(model, ["delta"]):
-                pass
+        refused = pytest.raises(dk.StateError, match=r"acts on the whole batch at target \(AroundDelta\)")
+        with refused, dk.rows(model, ["delta"]):
+            pass
 
     @pytest.mark.parametrize("kind", ["weight_update", "new_weight"])
     def test_what_patches_a_weight_is_refused(self, kind):

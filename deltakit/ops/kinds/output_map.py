@@ -50,11 +50,15 @@ class OutputMap(DeltaModule):
         raise TargetError(f"{type(self).__name__} is not a change of weights: it cannot be merged; leave it attached")
 
     def after_call(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        y = hidden_output(output)
-        new = self._applied(hidden_input(args, kwargs), y)
-        return replace_hidden(output, new if self.strength == 1 else torch.lerp(y, new, self.strength))
+        y = output if type(output) is Tensor else hidden_output(output)
+        new, strength = self._applied(hidden_input(args, kwargs), y), self.strength
+        new = new if strength == 1 else torch.lerp(y, new, strength)
+        return new if y is output else replace_hidden(output, new)
 
     def _applied(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.axis == -1 and self.feature_slice is None and y.shape[-1] == self.width:
+            # As on nearly every target, in each call: there is nothing to move or to cut.
+            return in_own_dtype(self, x, y)
         last = features_last(y, self.axis, self.width)
         part = last if self.feature_slice is None else self.feature_slice.take(last)
         new = in_own_dtype(self, x, part)
@@ -108,7 +112,19 @@ def in_own_dtype(module: DeltaModule, *given: Tensor) -> Tensor:
 
 def own_dtype(module: DeltaModule, given: Tensor) -> torch.dtype:
     """The dtype of a delta module's parameters, or of those that all share; that of what it is given, if there are none."""
-    first: Tensor | None = next(module.parameters(), None)
+    first = _first_parameter(module)
     if first is None:
         first = next(iter(module.parameters_read()), None)
     return given.dtype if first is None else first.dtype
+
+
+def _first_parameter(module: nn.Module) -> Tensor | None:
+    # `next(module.parameters())` takes ten times as long, and this is asked in each call.
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            return parameter
+    for child in module._modules.values():
+        found = _first_parameter(child) if child is not None else None
+        if found is not None:
+            return found
+    return None
