@@ -173,6 +173,21 @@ def test_a_fresh_head_that_is_in_the_file_is_not(saved):
     dk.load(saved, other)
 
 
+def test_of_many_tensors_the_last_ones_are_compared(tmp_path):
+    """A backbone of hundreds of matrices is compared in some of them; a fresh head, which stands last, must be among these."""
+    model = nn.Sequential(*(nn.Linear(3, 2, bias=False) for _ in range(307)))
+    dk.attach(model, dk.LoRA(r=1, at="0")).save(tmp_path)
+    values = json.loads((tmp_path / "delta_config.json").read_text())["backbone"]["fingerprint"]["values"]
+    assert 128 <= len(values) <= 256
+    assert [f"{place}.weight" for place in range(299, 307)] == list(values)[-8:]
+    for layer in range(299, 307):
+        other = copy.deepcopy(model)
+        dk.deltas(other)[0].detach()
+        other[layer].reset_parameters()
+        with pytest.raises(dk.BackboneMismatch, match=f"the weights differ in 1 of .* such as {layer}.weight"):
+            dk.load(tmp_path, other)
+
+
 def test_the_fingerprint_is_that_of_the_bare_backbone(saved, tmp_path):
     model = backbone()
     one = dk.load(saved, model)
