@@ -4,6 +4,7 @@ Their names differ from PEFT's on purpose: an `adapter_config.json` that is not 
 `from_pretrained` on that folder.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 import safetensors
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from deltakit.errors import CheckpointError
@@ -21,24 +22,45 @@ TENSORS_FILE = "delta_model.safetensors"
 CARD_FILE = "README.md"
 FORMAT_VERSION = 1
 
+_DESCRIBED = "description"
 _CARD_MARK = "<!-- written by deltakit: remove this line to keep your own text -->"
 
 
 def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> None:
-    """Writes a delta's files; each is complete under its name or not there. A model card of the user's own is kept."""
+    """Writes a delta's files; each is complete under its name or not there. A model card of the user's own is kept.
+
+    Two files cannot be replaced at once. So both say which description the tensors belong to, and the tensors are replaced
+    first: what an interruption leaves is one of the two deltas, or an error when it is loaded.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     # Every process of a group may save to one folder: each writes files of its own, and the last one stays.
     own = uuid4().hex
     parts = {name: folder / f".{name}.{own}.partial" for name in (TENSORS_FILE, CONFIG_FILE, CARD_FILE)}
-    save_file(plain, parts[TENSORS_FILE], metadata={"format": "pt"})
-    parts[CONFIG_FILE].write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    parts[CARD_FILE].write_text(f"{card.rstrip()}\n\n{_CARD_MARK}\n", encoding="utf-8")
+    described = _digest(config)
+    text = json.dumps({**config, _DESCRIBED: described}, indent=2, ensure_ascii=False)
     present = folder / CARD_FILE
-    if present.exists() and _CARD_MARK not in present.read_text(encoding="utf-8"):
-        parts.pop(CARD_FILE).unlink()
-    for name, part in parts.items():
-        part.replace(folder / name)
+    try:
+        # One entry and no more, not even the usual "format": safetensors writes several in any order, and the same delta
+        # would not give the same bytes.
+        save_file(plain, parts[TENSORS_FILE], metadata={_DESCRIBED: described})
+        parts[CONFIG_FILE].write_text(f"{text}\n", encoding="utf-8")
+        parts[CARD_FILE].write_text(f"{card.rstrip()}\n\n{_CARD_MARK}\n", encoding="utf-8")
+        if present.exists() and _CARD_MARK not in present.read_text(encoding="utf-8"):
+            parts.pop(CARD_FILE).unlink()
+        for name, part in parts.items():
+            part.replace(folder / name)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    """Of what says how tensors are to be read: methods, places and structure. Two saves of one delta in training agree, so
+    that the tensors of the later one go with the config of the earlier one too."""
+    fingerprint = config["backbone"]["fingerprint"]
+    described = [config["methods"], config["train"], fingerprint["class"], fingerprint["structure"]]
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -65,11 +87,19 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if missing:
         raise CheckpointError(f"{folder / CONFIG_FILE} is damaged: it has no {', '.join(missing)}; save it again")
     try:
-        tensors = load_file(folder / TENSORS_FILE)
+        with safetensors.safe_open(folder / TENSORS_FILE, "pt") as file:
+            described = (file.metadata() or {}).get(_DESCRIBED)
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{folder / TENSORS_FILE} is damaged or cut off: {error}; save or download it again"
         ) from error
+    # Files of deltakit 0.1.0, and tensors written by other programs, do not say it.
+    if described is not None and described != config.get(_DESCRIBED):
+        raise CheckpointError(
+            f"{folder}: {CONFIG_FILE} and {TENSORS_FILE} are of two different saves: saving was interrupted, or one was "
+            "copied from elsewhere; save the delta again"
+        )
     return config, tensors
 
 

@@ -1,8 +1,10 @@
 """A delta's files: what is in them, strict loading, and every way in which they can be wrong."""
 
+import contextlib
 import copy
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 
 import deltakit as dk
 from support.backbone_inputs import hidden, inputs
-from support.models import Transformer, ids, randomize, same, snapshot
+from support.models import Transformer, attached, ids, randomize, same, snapshot
 from support.paths import CHECKPOINTS
 from support.tiny_transformers import build
 
@@ -230,6 +232,46 @@ def test_an_interrupted_save_leaves_the_old_files(saved, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         delta.save(saved)
     assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+
+
+@pytest.mark.parametrize("unmarked", [False, True], ids=["", "over a file of an earlier format"])
+@pytest.mark.parametrize("replaced", range(4))
+def test_an_interruption_between_two_files_leaves_no_mixture(tmp_path, monkeypatch, replaced, unmarked):
+    """The tensors of one delta under the config of another have the same names and shapes, and would be scaled wrongly."""
+    old, new = (attached(backbone(), dk.LoRA(r=3, alpha=alpha)) for alpha in (5, 7))
+    outputs = [delta.backbone(ids()) for delta in (old, new)]
+    old.save(tmp_path)
+    if unmarked:
+        break_config(tmp_path, lambda config: config.pop("description"))
+        break_tensors(tmp_path, lambda tensors: None)
+    left, replace = iter(range(replaced)), Path.replace
+
+    def interrupted(self, target):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with contextlib.suppress(KeyboardInterrupt):
+        new.save(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+    fresh = backbone()
+    if replaced == 1:
+        with pytest.raises(dk.CheckpointError, match=r"are of two different saves: saving was interrupted, or"):
+            dk.load(tmp_path, fresh)
+    else:
+        dk.load(tmp_path, fresh)
+        assert torch.equal(fresh(ids()), outputs[replaced > 1])
+
+
+def test_an_interrupted_save_in_training_can_be_loaded(saved, monkeypatch):
+    """Of one delta, saved again as it is trained, the old config goes with the new tensors."""
+    delta = randomize(dk.load(saved, backbone()))
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, to: replace(self, to) if "safetensors" in to.name else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        delta.save(saved)
+    torch.testing.assert_close(dk.load(saved, backbone()).state_dict(), delta.state_dict(), rtol=0, atol=0)
 
 
 def test_transformers_loads_its_own_folder_beside_a_delta(tmp_path):
