@@ -55,6 +55,22 @@ def test_what_the_user_unfreezes_stays_the_user_s(model):
     assert "norm.weight" in trainable(model)
 
 
+@pytest.mark.parametrize("freeze", [True, False])
+@pytest.mark.parametrize("had", [True, False])
+def test_a_flag_that_the_user_changed_stays_as_the_user_set_it(model, freeze, had):
+    """Whatever refreshes the flags in between, the last detach must not put back what was there before the user's change."""
+    model.norm.requires_grad_(had)
+    delta = dk.attach(model, dk.LoRA(r=3), freeze=freeze)
+    other = dk.attach(model, dk.BitFit(), train="norm", freeze=False)
+    other.detach()
+    model.norm.weight.requires_grad_(not model.norm.weight.requires_grad)
+    wanted = model.norm.weight.requires_grad
+    delta.trainable = False
+    delta.detach()
+    assert model.norm.weight.requires_grad is wanted
+    assert model.norm.bias.requires_grad is had
+
+
 def test_two_deltas_share_one_freezing(model):
     before = trainable(model)
     one, two = dk.attach(model, dk.LoRA(r=3), train="@head"), dk.attach(model, dk.BitFit())

@@ -1,5 +1,7 @@
 """Merging a delta into the weights and taking it out again, and what merging refuses."""
 
+import contextlib
+
 import pytest
 import torch
 import transformers as tf
@@ -27,6 +29,40 @@ def test_merged_and_hooked_agree(dtype, tolerance):
     assert (delta.merge().backbone(x) - hooked).abs().max() <= tolerance * hooked.abs().max()
     delta.detach()
     same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_sum_is_rounded_once(dtype):
+    """Rounding the update before it is added, or adding in the weight's own dtype, would move many weights by a step."""
+    layer = nn.Linear(61, 53).to(dtype)
+    delta = attached(nn.ModuleDict({"layer": layer}), dk.LoRA(r=3, alpha=5, at="layer"))
+    a, b = delta.state_dict().values()
+    was = layer.weight.detach().clone()
+    update = 5 / 3 * b.float() @ a.float()
+    wanted = (was.float() + update).to(dtype)
+    assert (was + update.to(dtype) != wanted).float().mean() > 0.01
+    delta.merge()
+    assert torch.equal(layer.weight, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_merged_is_bare_inside_detached_and_merged_again_behind_it(dtype):
+    """A forgotten merge would leave the delta running by its hooks, and a wrong copy would keep unmerge() from the weights
+    as they were."""
+    layer = nn.Linear(61, 53).to(dtype)
+    delta = attached(nn.ModuleDict({"layer": layer}), dk.LoRA(r=3, at="layer"))
+    bare = layer.weight.detach().clone()
+    merged = delta.merge().backbone["layer"].weight.detach().clone()
+    assert not torch.equal(bare, merged)
+    for raises in (False, True):
+        with contextlib.suppress(ZeroDivisionError), delta.detached():
+            assert torch.equal(layer.weight, bare)
+            assert not delta.merged
+            1 / (not raises)
+        assert (delta.attached, delta.merged) == (True, True)
+        assert torch.equal(layer.weight, merged)
+    delta.unmerge()
+    assert torch.equal(layer.weight, bare)
 
 
 def test_merging_refuses_what_it_would_harm():

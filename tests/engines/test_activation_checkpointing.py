@@ -37,6 +37,20 @@ def test_gradient_checkpointing_of_transformers(kind, reentrant):
         assert (parameter.grad - gradient).abs().max() <= 1e-4 * max(g.abs().max() for g in gradients)
 
 
+@pytest.mark.filterwarnings("ignore:torch.utils.checkpoint. the use_reentrant parameter")
+def test_checkpointing_that_does_not_say_whether_it_is_reentrant():
+    """Torch takes it for reentrant then: without an input that requires gradients the deltas of the lowest block get none."""
+    model = build("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    batch = inputs("bert", model)
+    delta = attached(model.train(), dk.LoRA(r=3, at="@attn.q"))
+    hidden(model(**batch)).pow(3).sum().backward()
+    wanted = [parameter.grad for parameter in delta.parameters()]
+    model.zero_grad()
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={})
+    hidden(model(**batch)).pow(3).sum().backward()
+    torch.testing.assert_close([parameter.grad for parameter in delta.parameters()], wanted)
+
+
 def test_gradients_stop_at_the_lowest_delta():
     model = build("bert")
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})

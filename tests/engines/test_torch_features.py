@@ -4,6 +4,7 @@ import copy
 import gc
 import weakref
 
+import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file
@@ -14,16 +15,20 @@ from support.models import Transformer, attached, ids
 from support.tiny_transformers import build
 
 
-def test_hidden_states_hold_a_delta_attached_after_they_were_first_asked_for():
+@pytest.mark.parametrize("at", ["^encoder.layer.0.output.LayerNorm", "^encoder.layer.0"], ids=["inside", "the block"])
+def test_hidden_states_hold_a_delta_attached_after_they_were_first_asked_for(at):
+    """transformers captures what a block returns by hooks that it installs at the first call that asks for it: a delta's
+    hook that came after those would change what the next block gets, and not what the user gets."""
     model = build("bert")
     batch = inputs("bert", model)
     model(**batch, output_hidden_states=True)
-    attached(model, dk.BitFit(at="^encoder.layer.0.output.LayerNorm"))
+    attached(model, dk.Adapter(size=3, at=at))
+    given = []
+    model.encoder.layer[1].register_forward_pre_hook(lambda block, args: given.append(args[0]))
     late = model(**batch, output_hidden_states=True).hidden_states[1]
+    assert torch.equal(late, given[0])
     fresh = build("bert")
-    dk.attach(fresh, dk.BitFit(at="^encoder.layer.0.output.LayerNorm")).load_state_dict(
-        dk.deltas(model)[0].state_dict()
-    )
+    dk.attach(fresh, dk.Adapter(size=3, at=at)).load_state_dict(dk.deltas(model)[0].state_dict())
     torch.testing.assert_close(late, fresh(**batch, output_hidden_states=True).hidden_states[1])
 
 

@@ -1,8 +1,10 @@
 """A delta's files: what is in them, strict loading, and every way in which they can be wrong."""
 
+import contextlib
 import copy
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 
 import deltakit as dk
 from support.backbone_inputs import hidden, inputs
-from support.models import Transformer, ids, randomize, same, snapshot
+from support.models import Transformer, attached, ids, randomize, same, snapshot
 from support.paths import CHECKPOINTS
 from support.tiny_transformers import build
 
@@ -173,6 +175,21 @@ def test_a_fresh_head_that_is_in_the_file_is_not(saved):
     dk.load(saved, other)
 
 
+def test_of_many_tensors_the_last_ones_are_compared(tmp_path):
+    """A backbone of hundreds of matrices is compared in some of them; a fresh head, which stands last, must be among these."""
+    model = nn.Sequential(*(nn.Linear(3, 2, bias=False) for _ in range(307)))
+    dk.attach(model, dk.LoRA(r=1, at="0")).save(tmp_path)
+    values = json.loads((tmp_path / "delta_config.json").read_text())["backbone"]["fingerprint"]["values"]
+    assert 128 <= len(values) <= 256
+    assert [f"{place}.weight" for place in range(299, 307)] == list(values)[-8:]
+    for layer in range(299, 307):
+        other = copy.deepcopy(model)
+        dk.deltas(other)[0].detach()
+        other[layer].reset_parameters()
+        with pytest.raises(dk.BackboneMismatch, match=f"the weights differ in 1 of .* such as {layer}.weight"):
+            dk.load(tmp_path, other)
+
+
 def test_the_fingerprint_is_that_of_the_bare_backbone(saved, tmp_path):
     model = backbone()
     one = dk.load(saved, model)
@@ -215,6 +232,46 @@ def test_an_interrupted_save_leaves_the_old_files(saved, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         delta.save(saved)
     assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+
+
+@pytest.mark.parametrize("unmarked", [False, True], ids=["", "over a file of an earlier format"])
+@pytest.mark.parametrize("replaced", range(4))
+def test_an_interruption_between_two_files_leaves_no_mixture(tmp_path, monkeypatch, replaced, unmarked):
+    """The tensors of one delta under the config of another have the same names and shapes, and would be scaled wrongly."""
+    old, new = (attached(backbone(), dk.LoRA(r=3, alpha=alpha)) for alpha in (5, 7))
+    outputs = [delta.backbone(ids()) for delta in (old, new)]
+    old.save(tmp_path)
+    if unmarked:
+        break_config(tmp_path, lambda config: config.pop("description"))
+        break_tensors(tmp_path, lambda tensors: None)
+    left, replace = iter(range(replaced)), Path.replace
+
+    def interrupted(self, target):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with contextlib.suppress(KeyboardInterrupt):
+        new.save(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+    fresh = backbone()
+    if replaced == 1:
+        with pytest.raises(dk.CheckpointError, match=r"are of two different saves: saving was interrupted, or"):
+            dk.load(tmp_path, fresh)
+    else:
+        dk.load(tmp_path, fresh)
+        assert torch.equal(fresh(ids()), outputs[replaced > 1])
+
+
+def test_an_interrupted_save_in_training_can_be_loaded(saved, monkeypatch):
+    """Of one delta, saved again as it is trained, the old config goes with the new tensors."""
+    delta = randomize(dk.load(saved, backbone()))
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, to: replace(self, to) if "safetensors" in to.name else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        delta.save(saved)
+    torch.testing.assert_close(dk.load(saved, backbone()).state_dict(), delta.state_dict(), rtol=0, atol=0)
 
 
 def test_transformers_loads_its_own_folder_beside_a_delta(tmp_path):

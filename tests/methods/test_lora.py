@@ -68,6 +68,25 @@ def test_dropout_is_on_the_update_and_in_training_only():
     assert "dropout=0.5" in repr(delta)
 
 
+@pytest.mark.parametrize("graph", [True, False])
+def test_dropout_drops_the_input_of_the_update_and_nothing_else(graph):
+    """Otherwise the backbone itself would compute with holes in training: in its output, or in the gradient of its input."""
+    layer = nn.Linear(7, 11).double()
+    delta = attached(nn.ModuleDict({"layer": layer}).train(), dk.LoRA(r=3, alpha=5, dropout=0.5, at="layer"))
+    a, b = delta.state_dict().values()
+    x = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
+    plain = nn.functional.linear(x, layer.weight, layer.bias)
+    torch.manual_seed(3)
+    wanted = plain + 5 / 3 * nn.functional.dropout(x, 0.5) @ a.T @ b.T
+    torch.manual_seed(3)
+    with torch.set_grad_enabled(graph):
+        found = layer(x)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    if graph:
+        g = torch.randn_like(wanted)
+        torch.testing.assert_close(*(torch.autograd.grad(y, x, g) for y in (found, wanted)), rtol=1e-12, atol=1e-12)
+
+
 def test_the_padding_of_an_embedding_is_not_trained():
     model = nn.Sequential(nn.Embedding(7, 6, padding_idx=2))
     delta = randomize(dk.attach(model, dk.LoRA(r=2, at="0")))

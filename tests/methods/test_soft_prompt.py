@@ -183,6 +183,18 @@ def test_token_types_positions_and_positional_arguments():
     torch.testing.assert_close(ours, theirs[:, 3:])
 
 
+@pytest.mark.parametrize("where", ["start", "after_first"])
+def test_prompt_rows_are_of_the_first_token_type(where):
+    """Segments are the text's: a prompt of another type than 0 would start from another embedding than it was trained with."""
+    model = build("bert")
+    attached(model, where=where)
+    types = []
+    model.embeddings.token_type_embeddings.register_forward_pre_hook(lambda table, args: types.append(args[0].tolist()))
+    text = torch.tensor([[5, 6, 7, 8, 9]])
+    model(text, token_type_ids=torch.ones_like(text))
+    assert types == [[[0, 0, 0, 1, 1, 1, 1, 1] if where == "start" else [1, 0, 0, 0, 1, 1, 1, 1]]]
+
+
 def test_tuples_hidden_states_and_attentions_have_the_caller_s_length():
     model = build("bert")
     model.set_attn_implementation("eager")

@@ -212,6 +212,34 @@ def test_inputs_kept_in_one_byte_a_value():
         torch.autograd.grad(model(x).square().sum(), lora.A, create_graph=True)
 
 
+def test_an_input_that_changed_in_place_is_packed_anew():
+    """The bytes go with the tensor, so that queries and values share them: those of its former values must not be used."""
+    model, lora = attached(nn.Linear(61, 53), keep="int8")
+    x = torch.randn(2, 11, 61)
+    model(x)
+    x.copy_(torch.randn_like(x))
+    model(x).square().sum().backward()
+    (wanted,) = torch.autograd.grad(formula(model[0], lora, x).square().sum(), lora.A)
+    assert (lora.A.grad - wanted).norm() / wanted.norm() < 0.01
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_layer_that_keeps_itself_out_of_autocast(graph):
+    """Its output stays in float32, where autocast makes the products of the update bfloat16: these cannot be added in place."""
+
+    class InFloat32(nn.Linear):
+        def forward(self, x):
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x)
+
+    model, lora = attached(InFloat32(5, 7))
+    x = torch.randn(3, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(graph):
+        found = model(x)
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found, formula(model[0], lora, x), rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("again", [False, True])
 def test_beside_a_delta_by_weight(again):
     """The layer's own gradient is then that of the sum."""
