@@ -99,7 +99,7 @@ def test_training_what_is_tied_is_an_error(model):
 def test_two_deltas_cannot_train_one_head(model):
     one = dk.attach(model, dk.LoRA(r=3), train="@head")
     before = snapshot(model)
-    with pytest.raises(dk.StateError, match=r"classifier\.bias: delta 'delta' trains it whole already; detach"):
+    with pytest.raises(dk.StateError, match=r"classifier\.bias: delta 'delta' fully trains it already; detach"):
         dk.attach(model, dk.BitFit(), train="@head")
     same(before, snapshot(model))
     one.detach()
@@ -113,7 +113,9 @@ def test_deltas_are_not_nested(model):
     with pytest.raises(dk.TargetError, match="the backbone is itself a delta module"):
         dk.attach(model.layers[0].mlp.down_proj.delta_adapter, dk.LoRA(r=2, at="down"))
     merged = dk.attach(model, dk.LoRA(r=3)).merge()
-    with pytest.raises(dk.StateError, match=r"is merged into the weights: unmerge\(\) it before loading others"):
+    with pytest.raises(
+        dk.StateError, match=r"is merged into the weights: unmerge\(\) it before loading tensors into it"
+    ):
         merged.load_state_dict(merged.state_dict())
     assert delta.attached
 

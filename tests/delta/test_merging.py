@@ -38,11 +38,12 @@ def test_merging_refuses_what_it_would_harm():
     one = attached(model, dk.LoRA(r=3, at="@attn.qkv"))
     two = attached(model, dk.LoRA(r=2, at="@attn.qkv"), name="two")
     one.merge()
-    with pytest.raises(dk.StateError, match="delta 'delta' is merged into it; unmerge 'delta' first"):
+    with pytest.raises(dk.StateError, match="delta 'delta' is merged into it; unmerge.. that delta first"):
         two.merge()
     two.active = False
     with pytest.raises(
-        dk.StateError, match="merging expects it attached, active and not merged; it is attached, not active"
+        dk.StateError,
+        match="only a delta that is attached, active and not merged can be merged; it is attached, not active",
     ):
         two.merge()
     with pytest.raises(dk.StateError, match="'two' is not merged"):

@@ -187,7 +187,7 @@ def test_load_under_a_name_and_from_where_it_was_saved(saved):
     model = backbone()
     assert dk.load(saved, model).name == "delta"
     assert dk.load(str(saved), backbone(), name="again").name == "again"
-    with pytest.raises(dk.StateError, match=r"classifier\.bias: delta 'delta' trains it whole already"):
+    with pytest.raises(dk.StateError, match=r"classifier\.bias: delta 'delta' fully trains it already"):
         dk.load(saved, model)
     named = dk.attach(backbone(), dk.BitFit(), name="biases").save(saved)
     assert dk.load(named, backbone()).name == "biases"
