@@ -63,7 +63,7 @@ def merge_quantized(
     if not used or not torch.equal(dequantized(twin, dtype), before):
         raise TargetError(
             f"{path}: this {type(layer).__name__} does not compute with the weight that quantize= returned: it may be "
-            "quantised in another way, or keep a copy of its own weight; quantise it like this layer, or leave the delta attached"
+            "quantised in another way, or keep a copy of its own weight; quantise it alike, or leave the delta attached"
         )
     weight.requires_grad_(False)
     layer._parameters["weight"] = weight
