@@ -270,7 +270,7 @@ def test_merge_is_the_delta_or_an_error(model, name):
     try:
         delta.merge()
     except dk.TargetError as error:
-        assert "leave it attached" in str(error)
+        assert "leave the delta attached" in str(error)
         assert torch.equal(model(ids()), output)
         return
     torch.testing.assert_close(model(ids()), output, rtol=1e-4, atol=1e-5)

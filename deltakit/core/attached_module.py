@@ -147,7 +147,9 @@ class AttachedModule(nn.Module):
             TargetError: if the method does not change weights, so that it cannot be merged.
             StateError: if a weight that the update depends on has no values in memory (meta device, offload).
         """
-        raise TargetError(f"{type(self).__name__} is not a change of weights: it cannot be merged; leave it attached")
+        raise TargetError(
+            f"{type(self).__name__} does not change weights, so it cannot be merged; leave the delta attached"
+        )
 
     def scaled_updates(self, target: nn.Module) -> dict[str, Tensor]:
         """Returns `weight_updates` times the current scale of the delta.

@@ -1,4 +1,4 @@
-"""The verbs of the main path: `attach` methods to a backbone, `load` a saved delta onto one."""
+"""`attach` adds methods to a backbone, and `load` adds a saved delta."""
 
 import time
 import warnings
@@ -32,19 +32,22 @@ AUTOMATIC_NAME = "delta"
 def attach(
     backbone: nn.Module, *methods: Method, name: str | None = None, train: Selector = (), freeze: bool = True
 ) -> Delta:
-    """The delta that these methods make on the backbone, attached, active and trainable; all else is frozen.
+    """Attaches methods to a backbone and returns the delta: attached, active and trainable.
 
     Args:
-        name: the delta's name among those on this backbone; needed only to stack a method on another of its kind.
-        train: selectors of backbone modules that are trained whole and belong to the delta, such as "@head".
-        freeze: whether the backbone's own parameters stop asking for gradients until the delta is detached.
+        methods: what to attach, such as `LoRA(r=8)`; at least one.
+        name: the delta's name among those on this backbone. It is only required to put a method on a target that has the
+            same method from another delta.
+        train: selectors of backbone modules that are trained fully and saved with the delta, such as "@head".
+        freeze: whether to freeze the backbone's own parameters until the delta is detached.
 
     Raises:
-        SelectorError: if a selector picks nothing; nearest paths are named.
-        RoleError: if a default position is not found on this backbone.
-        TargetError: if a method cannot serve a module that was picked.
-        OptionError: if there is no method, or an option does not fit a target.
-        StateError: if the name is taken, or the same method is at one of the targets already.
+        SelectorError: if a selector is malformed or matches nothing. The message lists similar paths.
+        RoleError: if a default position is not found on this backbone, or a role does not exist.
+        TargetError: if a method cannot be used on a target.
+        OptionError: if no method is given, an option does not fit a target, or `name` is not a word without dots.
+        StateError: if the name is taken, a target has the same method already, the backbone is wrapped for distribution, a
+            weight in `train` is tied to one outside, quantized or offloaded, or the backbone is in a `rows` block.
     """
     planned = plan(backbone, *methods, train=train)
     _refuse_stacking(planned, name)
@@ -64,22 +67,31 @@ def load(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> Delta:
-    """The delta saved in a folder or a Hub repository, attached to the backbone as it was when it was saved.
+    """Loads a delta from a folder or a Hub repository, attaches it to the backbone, and returns it.
 
     Args:
-        attach: whether to attach it now; a delta that waits costs nothing in forwards, and is attached by its `attach()`.
-        check: what to do when the backbone is not the one that the delta was trained on.
+        source: the folder, or the repository as "owner/name".
+        name: the delta's name; by default the one that it was saved with.
+        freeze: whether to freeze the backbone's own parameters until the delta is detached.
+        attach: whether to attach it now. A delta that is loaded but not attached costs nothing in forwards; its `attach()`
+            attaches it later.
+        check: "error" or "warn" if the backbone is not the one that the delta was trained on.
         revision: a branch, tag or commit of the repository.
+        token: the Hub's access token; by default the one of `hf auth login`.
 
     Raises:
-        CheckpointError: if there is no delta, it is damaged, or its tensors do not fit; nothing is changed then.
+        CheckpointError: if there is no delta, it is damaged, or its tensors do not fit. Nothing is changed then.
         BackboneMismatch: if the backbone differs from the one that the delta was trained on.
         HubError: if the repository cannot be read.
+        OptionError: if `check` or `name` has a wrong value, or a saved option does not fit the backbone.
+        TargetError: if a saved method cannot be used on its target.
+        StateError: if the name is taken, the backbone is wrapped for distribution or is in a `rows` block, or another delta
+            fully trains the same parameters.
     """
     backbone = original(backbone)
     index = BackboneIndex(backbone)
     folder = find_folder(source, revision=revision, token=token)
-    # Other formats enter here: what is in the folder says which reader turns it into a config and tensors.
+    # A reader of another format would be chosen here, by the files in the folder, and return the same two.
     config, tensors = read_folder(folder)
     where = str(source)
     _check_backbone(config, backbone, where, check)
@@ -97,14 +109,17 @@ def load(
 
 
 def new_delta(backbone: nn.Module, methods: Sequence[Method], name: str | None, sites: list[Site]) -> Delta:
-    """The handle of delta modules that were made and not attached."""
+    """Returns the handle of a new delta with these modules, not attached."""
     return Delta(Attachment(backbone, _record(backbone, methods, name, True, ()), sites))
 
 
 def _record(backbone: nn.Module, methods: Any, name: str | None, freeze: bool, train: Any) -> Record:
     if name is not None and (not name or "." in name):
-        raise OptionError(f"name={name!r}: expected a word without dots, for it becomes part of parameters' names")
-    # The order of first attachment must hold between deltas that were never attached at one time: so it is a clock.
+        raise OptionError(
+            f"name={name!r}: expected a word without dots, because it becomes part of parameter names; write '_' instead"
+        )
+    # Deltas at one target apply in the order of their first attachment, even if they were never attached at the same time.
+    # So the order is a time, not a count of the attached deltas.
     order = max([time.time_ns(), *(record.order + 1 for record in records_of(backbone))])
     return Record(name or AUTOMATIC_NAME, tuple(methods), order, freeze, named=name is not None, train=tuple(train))
 
@@ -118,13 +133,19 @@ def _sites(index: BackboneIndex, built: Any) -> list[Site]:
 
 
 def _rebuilt(index: BackboneIndex, method: Method, paths: Sequence[str], where: str) -> dict[str, DeltaModule]:
-    """The delta modules of a saved method, at exactly the paths that its file names."""
+    """Returns the delta modules of a saved method, at exactly the paths in its file.
+
+    Raises:
+        CheckpointError: if the method builds delta modules at other paths on this backbone.
+        TargetError: if the method cannot be used on a target.
+        OptionError: if an option does not fit a target.
+    """
     built = build(index, method, [index.target(path) for path in paths])
     other = sorted(built.keys() ^ set(paths))
     if other:
         raise CheckpointError(
-            f"{where}: {method.name} stands at {len(paths)} places in the file, and would stand at {len(built)} here; they "
-            f"differ at {other[0]}; was it trained on another backbone?"
+            f"{where}: {method.name} has {len(paths)} targets in the file, but would have {len(built)} on this backbone; they "
+            f"differ at {other[0]}; load the backbone that the delta was trained on"
         )
     return built
 
@@ -141,8 +162,8 @@ def _refuse_stacking(planned: Plan, name: str | None) -> None:
         for path in built:
             if (path, method.name) in taken:
                 raise StateError(
-                    f"{path}: delta {taken[path, method.name]!r} has a {method.name} there already; detach() that one "
-                    "first, or give this one a name= to put it on top"
+                    f"{path}: delta {taken[path, method.name]!r} has a {method.name} there already; detach() that delta "
+                    "first, or give this one a name= to have both"
                 )
 
 
@@ -154,7 +175,7 @@ def _check_backbone(config: Mapping[str, Any], backbone: nn.Module, where: str, 
         return
     message = f"{where}: this is not the backbone the delta was trained on: {other[0]}"
     if check == "error":
-        raise BackboneMismatch(f"{message}; load that one, or pass check='warn' if you mean it")
+        raise BackboneMismatch(f"{message}; load that backbone, or pass check='warn' to load the delta all the same")
     warnings.warn(message, DeltaWarning, stacklevel=3)
 
 
@@ -162,6 +183,6 @@ def _check_paths(known: BackboneIndex | Mapping[str, Tensor], paths: list[str], 
     missing = [path for path in paths if path not in known]
     if missing:
         raise CheckpointError(
-            f"{where}: {len(missing)} of its {len(paths)} places are not in this backbone, such as {missing[0]}; "
-            "was it trained on another one?"
+            f"{where}: {len(missing)} of its {len(paths)} targets are not in this backbone, such as {missing[0]}; load the "
+            "backbone that the delta was trained on"
         )

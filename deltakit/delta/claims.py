@@ -1,4 +1,4 @@
-"""What a delta needs before it may be attached or changed: a free name, free places, no block that holds it."""
+"""Checks before a delta is attached or changed: is its name free, are its targets free, is it in a `rows` block?"""
 
 import math
 from dataclasses import replace
@@ -8,10 +8,11 @@ from deltakit.errors import OptionError, StateError
 
 
 def claim(attachment: Attachment) -> None:
-    """Gives a delta that is to be attached its name among the others, and the grad_ledger that it shares with them.
+    """Gives a delta its final name before it is attached, and the ledger that it shares with the others.
 
     Raises:
-        StateError: if the name or a place is taken, or another delta trains the same whole.
+        StateError: if the name is taken, a target has an attribute of that name, another delta fully trains the same
+            parameters, or the backbone is in a `rows` block.
     """
     record = attachment.record
     others = records_of(attachment.backbone)
@@ -20,7 +21,7 @@ def claim(attachment: Attachment) -> None:
         refuse_in_rows(name, other)
         both = sorted({*other.fully_trained} & {*record.fully_trained})
         if both:
-            raise StateError(f"{both[0]}: delta {other.name!r} trains it whole already; detach() that one first")
+            raise StateError(f"{both[0]}: delta {other.name!r} fully trains it already; detach() that delta first")
     named = replace(record, name=name)
     for site in attachment.sites:
         key = key_of(named, site.method, site.module.part)
@@ -31,19 +32,39 @@ def claim(attachment: Attachment) -> None:
 
 
 def refuse_in_rows(name: str, record: Record, what: str = "attach or detach") -> None:
-    """Raises `StateError` if a delta is to change while rows of a batch belong to those on its backbone."""
+    """Refuses to change a delta inside a `rows` block of its backbone.
+
+    Args:
+        what: what the user wanted to do, for the error message.
+
+    Raises:
+        StateError: if the backbone is in a `rows` block.
+    """
     if record.batch is not None:
         raise StateError(f"delta {name!r}: its backbone is in a rows() block; leave the block before {what}")
 
 
 def refuse_merged(record: Record, what: str) -> None:
-    """Raises `StateError` if a delta is to change while it is merged into the weights."""
+    """Refuses to change a merged delta.
+
+    Args:
+        what: what the user wanted to do, for the error message.
+
+    Raises:
+        StateError: if the delta is merged.
+    """
     if record.merged:
         raise StateError(f"delta {record.name!r} is merged into the weights: unmerge() it before {what}")
 
 
 def check_scale(attachment: Attachment, scale: float) -> None:
-    """Raises `OptionError` if a scale is none, `StateError` if the delta cannot take one, or not now."""
+    """Checks that a delta may get another scale.
+
+    Raises:
+        OptionError: if the scale is not a finite number.
+        StateError: if the delta is merged or in a `rows` block, fully trains parts of the backbone, or has a method without
+            a scale.
+    """
     record = attachment.record
     name = record.name
     if not math.isfinite(scale):
@@ -52,19 +73,22 @@ def check_scale(attachment: Attachment, scale: float) -> None:
     refuse_in_rows(name, record, "changing scale")
     if record.fully_trained:
         raise StateError(
-            f"delta {name!r} fully trains {record.fully_trained[0]}, whose values are in the backbone itself: "
-            "such a delta cannot be scaled"
+            f"delta {name!r} fully trains {record.fully_trained[0]}, whose values are in the backbone itself, so it cannot "
+            "be scaled; leave its scale at 1"
         )
     for site in attachment.sites:
         if not site.module.scalable:
             raise StateError(
-                f"{site.path}: a {type(site.module).__name__} is not a change that is added to an output, so it has no scale; "
-                "switch it off by active, or leave it as it is"
+                f"{site.path}: a {site.module.word()} does not add to an output, so it has no scale; leave the delta's scale "
+                "at 1, or switch the delta off by active = False"
             )
 
 
 def free_name(wanted: str, others: list[Record], *, chosen: bool) -> str:
-    """A name that no other attached delta has: the wanted one, or, unless the user chose it, one with a number.
+    """Returns a name that no other attached delta has: the wanted one, or one with a number if that is taken.
+
+    Args:
+        chosen: whether the user chose the name, so that it must not be changed.
 
     Raises:
         StateError: if the user chose it and it is taken.
@@ -74,15 +98,20 @@ def free_name(wanted: str, others: list[Record], *, chosen: bool) -> str:
         return wanted
     if chosen:
         raise StateError(
-            f"a delta named {wanted!r} is attached already; give this one another name=, or detach that one"
+            f"a delta named {wanted!r} is attached already; give this one another name=, or detach() that delta"
         )
     return next(name for name in (f"delta_{number}" for number in range(2, len(taken) + 3)) if name not in taken)
 
 
 def refuse_scaled(record: Record) -> None:
-    """Raises `StateError` if a delta that is to be saved has another scale than 1."""
+    """Refuses to save a delta with another scale than 1, because files do not hold the scale.
+
+    Raises:
+        StateError: if the scale is not 1.
+    """
     if record.scale != 1:
         raise StateError(
-            f"delta {record.name!r} has the scale {record.scale:g}, which no file holds: set scale = 1 to save it as it was "
-            f"trained, or, of LoRA and BitFit, save combine(model, {{{record.name!r}: {record.scale:g}}}).delta"
+            f"delta {record.name!r} has the scale {record.scale:g}, which is not saved: set scale = 1 to save it as it was "
+            f"trained; for LoRA and BitFit, combine(model, {{{record.name!r}: {record.scale:g}}}).delta.save(folder) saves "
+            "the scaled delta"
         )

@@ -1,4 +1,4 @@
-"""`combine(model, {"a": 0.7, "b": -0.3})`: weighted sums of deltas as a delta of its own."""
+"""Weighted sums of deltas as a new delta: `combine(model, {"a": 0.7, "b": -0.3})`."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from deltakit.selection import BackboneIndex
 
 
 class Combination(NamedTuple):
-    """The delta that holds a weighted sum, not attached; and how far it is from the sum, as a share of the sum's norm."""
+    """The delta that holds a weighted sum, not attached, and its `error`: the norm of the difference over that of the sum."""
 
     delta: Delta
     error: float
@@ -24,30 +24,34 @@ class Combination(NamedTuple):
 def combine(
     backbone: nn.Module, weights: Mapping[str | Delta, float], *, name: str | None = None, rank: int | None = None
 ) -> Combination:
-    """The weighted sum of deltas on one backbone as a new delta, not attached; the deltas themselves stay as they are.
+    """Returns the weighted sum of deltas on one backbone as a new delta, not attached. The deltas themselves do not change.
 
-    Where a delta has nothing at a place it adds nothing there. LoRA: the ranks side by side, which is exact, or the nearest
-    of rank `rank`, by its singular values. BitFit: exact. Other methods are not linear and have no sum.
+    A delta adds nothing at targets that it does not have. For LoRA the factors are concatenated, which is exact; with `rank`
+    you get the best approximation of that rank. BitFit is exact. Other methods are not linear and have no sum.
 
     Args:
-        weights: what each delta counts, by its handle or, of an attached one, its name; any finite number.
+        weights: the weight of each delta, any finite number. Keys are handles, or names of attached deltas.
+        name: the name of the new delta; by default one that is free when it is attached.
+        rank: the rank of the sum for LoRA, at least 1; by default the sum of all ranks.
 
     Raises:
-        OptionError: if there is no such delta, or a weight is not finite, or the ranks together exceed a layer's size.
-        StateError: if a delta trains parts of the backbone whole.
+        OptionError: if there is no such delta, a weight is not finite, the rank of the sum is above a layer's size, or
+            `name` is not a word without dots.
+        StateError: if a delta fully trains parts of the backbone, or the backbone is wrapped for distribution.
         TargetError: if a method is not linear.
     """
     backbone = original(backbone)
     parts = [(float(weight), _delta(backbone, key)) for key, weight in weights.items()]
     if not parts or not all(math.isfinite(weight) for weight, _ in parts):
-        raise OptionError(f"combine({weights!r}): expected at least one delta, each with a finite number")
+        raise OptionError(f"combine({weights!r}): expected at least one delta, each with a finite weight")
     for _, delta in parts:
         if delta.fully_trained:
             raise StateError(
-                f"combine: delta {delta.name!r} fully trains {delta.fully_trained[0]}; only delta modules can be summed"
+                f"combine: delta {delta.name!r} fully trains {delta.fully_trained[0]}, and only delta modules can be summed; "
+                "leave it out"
             )
     modules, methods, sites = BackboneIndex(backbone), list[Method](), list[Site]()
-    lost = whole = 0.0
+    lost = total = 0.0
     for kind in dict.fromkeys(method.name for _, delta in parts for method in delta.methods):
         own = [(weight, delta.modules_of(kind)) for weight, delta in parts]
         method = METHODS[kind].combination([m for _, delta in parts for m in delta.methods if m.name == kind], rank)
@@ -55,11 +59,11 @@ def combine(
         for path, module in build(modules, method, [modules.target(path) for path in paths]).items():
             here = [(weight, part) for weight, there in own for part in there.get(path, [])]
             terms = module.take_sum(here)
-            lost, whole = lost + terms[0], whole + terms[1]
+            lost, total = lost + terms[0], total + terms[1]
             sites.append(Site(path, modules.module_at(path)[0], module, len(methods)))
         methods.append(method)
     delta = new_delta(backbone, methods, name, sites)
-    return Combination(delta, math.sqrt(lost / whole) if whole else 0.0)
+    return Combination(delta, math.sqrt(lost / total) if total else 0.0)
 
 
 def _delta(backbone: nn.Module, key: str | Delta) -> Delta:

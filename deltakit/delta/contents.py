@@ -1,4 +1,4 @@
-"""What a delta is made of and what it trains: the half of the handle that changes nothing."""
+"""DeltaContents: the part of a delta's handle that only reads, such as its modules and parameters."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from deltakit.view import described
 
 
 class DeltaContents:
-    """The parts of one delta on one backbone."""
+    """The modules, parameters and state of one delta on one backbone."""
 
     def __init__(self, attachment: Attachment) -> None:
         self._attachment = attachment
@@ -39,7 +39,7 @@ class DeltaContents:
         return self.modules_of(None)
 
     def modules_of(self, method: str | None) -> dict[str, list[DeltaModule]]:
-        """The delta modules of the methods of one name, by the path of their target; of all methods for None."""
+        """Returns the delta modules of the methods with this name (None for all), by the path of their target."""
         found: dict[str, list[DeltaModule]] = {}
         for site in self._attachment.sites:
             if method in (None, self.methods[site.method].name):
@@ -62,31 +62,34 @@ class DeltaContents:
         return self._record.merged
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Everything the delta trains, by the names of its file: its modules' parameters and what it trains fully."""
+        """Yields all trained parameters, those of fully trained modules too, by their names in the delta's file."""
         return tensors.named_parameters(self._attachment)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Everything the delta trains: what an optimiser takes."""
+        """Yields all trained parameters, for an optimiser."""
         return (parameter for _, parameter in self.named_parameters())
 
     def parameter_groups(self, **by_tag: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Everything the delta trains, as groups for an optimiser: `delta.parameter_groups(up={"lr": 1e-3})` (LoRA+).
+        """Returns all trained parameters as groups for an optimiser: `delta.parameter_groups(up={"lr": 1e-3})` (LoRA+).
 
         Args:
-            by_tag: options for the parameters with a tag: "down" and "up" of LoRA, "fully_trained" of `train=`.
+            by_tag: the optimiser's options for each tag. LoRA has the tags "down" (A) and "up" (B); the modules of `train=`
+                have "fully_trained".
 
         Raises:
-            OptionError: if no parameter has that tag.
+            OptionError: if no parameter has one of the tags.
         """
         return tensors.parameter_groups(self._attachment, by_tag)
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers the delta trains, those of fully trained modules included."""
+        """The number of trained values, including those of fully trained modules."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The delta's tensors as its file holds them: path, method and parameter name; never the delta's name.
+        """Returns the delta's tensors by their names in its file: `path.method.parameter`, without the delta's name.
+
+        Under FSDP2 every process must call it, because it gathers the tensors.
 
         Raises:
             StateError: if this process has only a part of the delta (FSDP1, DeepSpeed ZeRO-3).

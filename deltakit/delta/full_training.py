@@ -1,4 +1,8 @@
-"""What of the backbone itself deltas train, and which of its parameters ask for gradients while they are attached."""
+"""Full training of backbone modules (`train=`): their values, and which of the backbone's parameters require gradients.
+
+The backbone must be bit-exact after detaching, so its own values are kept while a delta is attached, and the trained values
+while it is detached.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -22,16 +26,17 @@ from deltakit.selection import BackboneIndex
 
 
 def full_training_names(backbone: nn.Module, paths: list[str]) -> list[str]:
-    """The names of all parameters and saved buffers at and below these paths.
+    """Returns the names of all parameters and saved buffers at and below these paths.
 
     Raises:
-        StateError: if one of them is tied to a parameter outside, which would be trained too, or is quantised
-            or offloaded.
+        StateError: if there are none, or one of them is tied to a parameter outside (which would be trained, too),
+            quantized or offloaded.
     """
     below = tuple(join(path, "") if path else "" for path in paths)
     inside: dict[str, Tensor] = {}
     held: set[int] = set()
     outside: dict[int, list[tuple[int, str]]] = {}
+    # Under every name: a tied weight is found only by its second name.
     for path, module in own_modules(backbone, every_name=True):
         for name, tensor in tensors_in(path, module):
             if name.startswith(below):
@@ -42,26 +47,27 @@ def full_training_names(backbone: nn.Module, paths: list[str]) -> list[str]:
             else:
                 outside.setdefault(id(tensor), []).append((id(module), name))
     for name, tensor in inside.items():
-        # Another name of the same module is no other place.
+        # The module itself may be registered under two paths. Its second path holds the same parameter, not a tied one.
         others = [other for module, other in outside.get(id(tensor), []) if module not in held]
         if others:
             raise StateError(
-                f"train: {name} is tied to {others[0]}, which would be trained with it; name both in train=, "
+                f"train: {name} is tied to {others[0]}, which would be trained with it; select both in train=, "
                 "or untie them first"
             )
     if not inside:
-        raise StateError(f"train: no parameters in {', '.join(paths)}; expected modules with parameters of their own")
+        raise StateError(f"train: no parameters in {', '.join(paths)}; select modules that have parameters")
     return list(inside)
 
 
 def _refuse_quantised(path: str, module: nn.Module) -> None:
     own = [parameter.dtype for parameter in module._parameters.values() if parameter is not None]
     quantised = [dtype for dtype in own if not (is_compute_dtype(dtype) or dtype.is_complex)]
+    # A linear layer without any parameter keeps its weight packed in buffers.
     if quantised or (linear_sizes(module) is not None and not own):
         found = f"in {quantised[0]}" if quantised else "packed in buffers"
         raise StateError(
-            f"train: {path or 'the backbone'} is a {type(module).__name__} with weights {found}: expected parameters in "
-            "floating point; train a LoRA there, and leave it out of train="
+            f"train: {path or 'the backbone'} is a {type(module).__name__} with weights {found}, and full training needs "
+            "floating-point parameters; leave it out of train= and attach a LoRA there"
         )
 
 
@@ -81,9 +87,10 @@ def put_backbone_values(attachment: Attachment) -> None:
 
 @torch.no_grad()
 def _exchanged(backbone: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the backbone held under these names, before the values were copied into it."""
+    """Copies values into the backbone's tensors and returns the tensors' previous values."""
+    # Copied in place: optimisers, compiled code and tied modules keep their references to the parameters.
     tensors = dict(tensors_of(backbone)) if values else {}
-    # A tied tensor has several names: it is exchanged once.
+    # A tied tensor has several names. Exchanging it twice would return the new values as the previous ones.
     kept: dict[int, Tensor] = {}
     before: dict[str, Tensor] = {}
     for name, value in values.items():
@@ -96,7 +103,8 @@ def _exchanged(backbone: nn.Module, values: Mapping[str, Tensor]) -> dict[str, T
 
 
 def refresh_gradients(backbone: nn.Module, grad_ledger: GradLedger) -> None:
-    """Sets `requires_grad` on the backbone's parameters as its attached deltas want it together."""
+    """Sets `requires_grad` of the backbone's parameters for all attached deltas together."""
+    # `hold`: a delta that is not trainable must keep the values of its modules, even if no delta freezes the backbone.
     attached = records_of(backbone)
     train = {name for record in attached if record.trainable for name in record.fully_trained}
     hold = {name for record in attached if not record.trainable for name in record.fully_trained}
@@ -104,7 +112,13 @@ def refresh_gradients(backbone: nn.Module, grad_ledger: GradLedger) -> None:
 
 
 def freeze_but(attachment: Attachment, train: tuple[str, ...]) -> None:
-    """Freezes the backbone of an attached delta, except for what these selectors pick: the delta trains it fully."""
+    """Freezes the backbone of an attached delta, except for the modules that these selectors match: they are fully trained.
+
+    Raises:
+        SelectorError: if a selector is malformed or matches nothing.
+        RoleError: if a role does not exist, or the backbone has no sure answer for it.
+        StateError: if a parameter is tied to one outside, quantized or offloaded.
+    """
     backbone, record = attachment.backbone, attachment.record
     paths = BackboneIndex(backbone).select(train) if train else []
     record.backbone_values |= current_values(backbone, full_training_names(backbone, paths) if paths else [], record)
@@ -114,15 +128,19 @@ def freeze_but(attachment: Attachment, train: tuple[str, ...]) -> None:
 
 
 def current_values(backbone: nn.Module, names: Sequence[str], record: Record) -> dict[str, Tensor]:
-    """Copies of the backbone's values of what a delta is to train fully and does not yet."""
+    """Returns copies of these backbone tensors, except for those that the delta fully trains already."""
     own = dict(tensors_of(backbone)) if names else {}
     return {name: own[name].detach().clone() for name in names if name not in record.fully_trained}
 
 
 def base_state_dict(backbone: nn.Module) -> dict[str, Tensor]:
-    """The backbone's state dict without the deltas' keys: what it would save if nothing were attached."""
+    """Returns the backbone's state dict without the deltas' keys.
+
+    Merged weights have their values from before merging. Modules that a delta fully trains have their trained values.
+    """
     own = dict(tensors_of(backbone))
     unmerged = [item for record in records_of(backbone) for item in record.weights_before_merge.items()]
+    # By identity, because a merged weight that is tied has several names in the state dict.
     bare = {id(own[name]): value.detach() for name, value in unmerged}
     return {name: bare.get(id(own[name]), value) for name, value in backbone.state_dict().items() if name in own}
 
@@ -130,6 +148,6 @@ def base_state_dict(backbone: nn.Module) -> dict[str, Tensor]:
 def _refuse_offloaded(name: str, tensor: Tensor, module: nn.Module) -> None:
     if tensor.is_meta and hasattr(module, "_hf_hook"):
         raise StateError(
-            f"train: {name} is offloaded by accelerate: expected values in memory; give it a device in the device_map, or "
-            "leave it out of train="
+            f"train: {name} is offloaded by accelerate, and full training needs its values in memory; give it a device in the "
+            "device_map, or leave it out of train="
         )

@@ -1,4 +1,4 @@
-"""The handle of one delta on one backbone: attached or not, active or not, trainable or not; saved and merged."""
+"""Delta: the handle of one delta on one backbone, with which it is attached, detached, merged, swapped and saved."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,13 +23,17 @@ from deltakit.view import states
 class Delta(DeltaContents):
     """One or more methods on one backbone, with all their delta modules.
 
-    `attached`, `active` and `trainable` are independent: no call changes one through another. The verbs (`attach`, `detach`,
-    `freeze`, `merge`, `unmerge`, `swap`) return the delta itself.
+    `attached`, `active` and `trainable` are independent: changing one does not change the others. `attach`, `detach`,
+    `freeze`, `merge`, `unmerge` and `swap` return the delta itself.
     """
 
     @property
     def active(self) -> bool:
-        """Whether the delta takes part in forwards while it is attached. Can be set."""
+        """Whether the delta takes part in forwards while it is attached. Can be set.
+
+        Raises:
+            StateError: if it is set while the delta is merged, or inside a `rows` block.
+        """
         return self._record.active
 
     @active.setter
@@ -41,9 +45,14 @@ class Delta(DeltaContents):
 
     @property
     def scale(self) -> float:
-        """Multiplies the delta's effect in forwards: 0.5 is half, -1 the opposite. Can be set to any finite number.
+        """Multiplies the delta's effect in forwards (0.5 = half, -1 = reversed). Can be set to any finite number.
 
-        It is a state of use, as `active` is: no file holds it, and `combine` takes deltas as they were trained.
+        It is not saved, and `combine` ignores it.
+
+        Raises:
+            OptionError: if it is set to a value that is not finite.
+            StateError: if it is set while the delta is merged or inside a `rows` block, or the delta fully trains parts of
+                the backbone or has a method without a scale (Prefix, SoftPrompt).
         """
         return self._record.scale
 
@@ -68,11 +77,15 @@ class Delta(DeltaContents):
             refresh_gradients(self.backbone, self._record.grad_ledger)
 
     def freeze(self, *, train: Selector = ()) -> "Delta":
-        """Freezes the backbone except for what `train` selects, which the delta then trains fully and saves.
+        """Freezes the backbone, except for the modules that `train` selects: the delta trains them fully and saves them.
+
+        Args:
+            train: selectors of backbone modules, such as "@head".
 
         Raises:
-            SelectorError: if a selector matches nothing.
-            StateError: if the delta is not attached, or what is to be trained is tied to what is not.
+            SelectorError: if a selector is malformed or matches nothing.
+            RoleError: if a role does not exist, or the backbone has no sure answer for it.
+            StateError: if the delta is not attached, or a parameter in `train` is tied to one outside, quantized or offloaded.
         """
         if not self.attached:
             raise StateError(f"delta {self.name!r} is not attached: attach() it before freezing its backbone")
@@ -80,10 +93,11 @@ class Delta(DeltaContents):
         return self
 
     def attach(self) -> "Delta":
-        """Attaches the delta again. At each target deltas apply in the order in which they were first attached.
+        """Attaches the delta. At each target deltas apply in the order in which they were first attached.
 
         Raises:
-            StateError: if it is attached, or if another delta took its name meanwhile.
+            StateError: if it is attached already, its name is taken, another delta fully trains the same parameters, or the
+                backbone is in a `rows` block.
         """
         record = self._record
         if self.attached:
@@ -100,7 +114,7 @@ class Delta(DeltaContents):
         return self
 
     def detach(self) -> "Delta":
-        """Removes the delta; the backbone is bit-exact as it was. A detached delta stays as it is.
+        """Removes the delta from the backbone, which is then bit-exact as before. A merged delta is unmerged first.
 
         Raises:
             StateError: inside a `rows` block.
@@ -123,7 +137,11 @@ class Delta(DeltaContents):
 
     @contextmanager
     def detached(self) -> Iterator[nn.Module]:
-        """The bare backbone inside a `with` block. Behind it the delta is as before, also after an exception."""
+        """Detaches the delta inside a `with` block, and restores its state afterwards, also after an exception.
+
+        Raises:
+            StateError: inside a `rows` block.
+        """
         was, merged = self.attached, merging.merged_weights(self._attachment)
         self.detach()
         try:
@@ -137,58 +155,66 @@ class Delta(DeltaContents):
         """Adds the delta to the backbone's weights, so that forwards cost nothing extra. Saving works as before.
 
         Args:
-            quantize: how to quantize a weight again, where weights are quantized. It is given an `nn.Linear` with the sum, and
-                quantizes it in place or returns another layer. A warning says how much of the update the rounding loses.
+            quantize: quantizes weights again, if the backbone's weights are quantized. It gets an `nn.Linear` with the sum,
+                and quantizes it in place or returns another layer. A warning says how much of the update rounding lost.
 
         Raises:
-            StateError: if it is not attached and active, if a weight is tied, or another delta is merged into it.
-            TargetError: if one of its methods cannot be merged, or a weight is quantized and `quantize` is not given.
+            StateError: if the delta is not attached, not active or merged already, a weight is tied, offloaded or has another
+                delta merged into it, or the backbone is in a `rows` block.
+            TargetError: if one of its methods cannot be merged, a weight is computed from others (weight norm), or a weight is
+                quantized and `quantize` is not given or does not fit.
         """
         merging.merge(self._attachment, quantize)
         return self
 
     def unmerge(self) -> "Delta":
-        """Takes the delta out of the weights again: they are bit-exact as they were.
+        """Restores the weights from before merging, bit-exact.
 
         Raises:
             StateError: if it is not merged.
         """
         if not self.merged:
-            raise StateError(f"delta {self.name!r} is not merged: it is {states(self._attachment)}")
+            raise StateError(
+                f"delta {self.name!r} is not merged, it is {states(self._attachment)}; unmerge() only a merged delta"
+            )
         merging.unmerge(self._attachment)
         return self
 
     def load_state_dict(self, state: Mapping[str, Tensor], *, where: str = "the state dict") -> None:
-        """Loads all tensors of a `state_dict()`. `where` says in errors where they come from.
+        """Loads all tensors of a `state_dict()`.
+
+        Args:
+            where: where the tensors come from, for error messages.
 
         Raises:
-            CheckpointError: if a name is missing or left over, or a shape differs; nothing is changed then.
-            StateError: if the delta is merged into the weights.
+            CheckpointError: if a tensor is missing, unknown or of another shape. Nothing is changed then.
+            StateError: if the delta is merged, or this process has only a part of it (FSDP1, DeepSpeed ZeRO-3).
         """
-        refuse_merged(self._record, "loading others")
+        refuse_merged(self._record, "loading tensors into it")
         check_tensors(state, self.state_dict(), where=where)
         tensors.load_state_dict(self._attachment, state)
 
     def swap(self, other: "Delta") -> "Delta":
-        """Exchanges values with another delta of the same methods, targets and shapes; the names stay.
+        """Exchanges values with another delta of the same methods, options, targets and shapes. The names stay.
 
-        The fastest way to another task: no tensor is copied, and compiled models are not compiled again. The other delta
-        may be loaded but not attached (`load(..., attach=False)`).
+        This is the fastest way to switch tasks: no tensor is copied, and compiled models are not recompiled. Load the second
+        delta with `load(..., attach=False)`.
 
         Raises:
-            StateError: if the two differ, or one is merged, in a `rows` block, or fully trains parts of the backbone.
+            StateError: if the two deltas differ, one is merged, in a `rows` block or sharded, or fully trains parts of the
+                backbone.
         """
         swapping.swap(self._attachment, other._attachment)
         return self
 
     def save(self, folder: str | PathLike[str]) -> Path:
-        """Writes the delta's config, its tensors and a model card (a few hundred kB) into a folder, and returns the folder.
+        """Writes the delta's config, tensors and model card into a folder, and returns the folder.
 
-        Where the delta is sharded over processes (FSDP2), every process must call it; the first one writes.
+        Under FSDP2 every process must call it; the first process writes.
 
         Raises:
-            StateError: if its scale is not 1, or this process has only a part of it (FSDP1, DeepSpeed ZeRO-3) or, where it was
-                offloaded, none.
+            StateError: if its scale is not 1, it was offloaded with its backbone, or this process has only a part of it
+                (FSDP1, DeepSpeed ZeRO-3).
         """
         refuse_scaled(self._record)
         config = delta_config(self._attachment, self.num_parameters)
@@ -206,14 +232,20 @@ class Delta(DeltaContents):
     ) -> str:
         """Uploads the delta to a Hub repository, which is created if it does not exist, and returns its URL.
 
+        Args:
+            repo_id: the repository as "owner/name".
+            private: whether to create a private repository; None for the owner's default.
+            token: the Hub's access token; by default the one of `hf auth login`.
+            message: the commit message.
+
         Raises:
-            HubError: if the Hub cannot be reached or refuses.
-            StateError: as `save` does.
+            HubError: if the Hub cannot be reached or refuses the upload.
+            StateError: if its scale is not 1, it was offloaded with its backbone, or this process has only a part of it.
         """
         with TemporaryDirectory() as folder:
             return upload(self.save(folder), repo_id, private=private, token=token, commit_message=message)
 
 
 def deltas(backbone: nn.Module) -> list[Delta]:
-    """The deltas attached to a backbone, in their order: in a deepcopy or an unpickled model, the copies."""
+    """Returns the deltas attached to a backbone, in their order. A deepcopy or an unpickled backbone has its own."""
     return [Delta(attachment) for attachment in attachments_of(backbone)]

@@ -1,4 +1,4 @@
-"""`rows(model, names)`: each row of a batch gets its own delta, or none."""
+"""Mixed-adapter batches, `rows(model, names)`: one delta (or none) per example of the batch."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,19 +12,19 @@ from deltakit.errors import StateError
 
 @contextmanager
 def rows(backbone: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
-    """The backbone, for the time of a `with` block with a delta of its own for each row of a batch.
+    """Gives each example of a batch its own delta, inside a `with` block, and returns the backbone.
+
+    The batch must be the first dimension of the inputs of all targets. Beam search works: all beams of an example use its
+    delta. Training works, too, but with gradient checkpointing call `backward` inside the block.
 
     Args:
-        names: for each row the name of an attached delta, or None for the bare backbone. What expands a batch, as beams
-            do, takes the delta of its row along.
-
-    Training works too: backward must be called inside the block where blocks are recomputed (gradient checkpointing). The
-    first dimension of what targets take must be the batch.
+        names: for each example the name of an attached delta, or None for the bare backbone.
 
     Raises:
-        OptionError: if a name is unknown.
-        StateError: if a delta that is named is switched off, works by the weight or stands on an expert; if any trains parts
-            of the backbone whole or is merged; or if the backbone has attention with the batch second.
+        OptionError: if a name is unknown, or there are no names.
+        StateError: if a named delta is not active, patches weights, acts on the whole batch or is on an expert; if an
+            attached delta fully trains parts of the backbone or is merged; if the backbone is in a `rows` block already, is
+            wrapped for distribution, or has attention with `batch_first=False`.
     """
     backbone = original(backbone)
     _refuse_batch_second(backbone)
@@ -36,12 +36,13 @@ def rows(backbone: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module
 
 
 def _refuse_batch_second(backbone: nn.Module) -> None:
-    # There the rows of a tensor are places in the text: each would get the delta of another row, without an error.
+    # The first dimension of its tensors is the position in the text. Each position would silently get the delta of some
+    # example.
     for path, module in backbone.named_modules():
         if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
             raise StateError(
-                f"rows: {path or 'the backbone'} is attention with batch_first=False, so the batch is the second dimension of "
-                "what its block takes; expected it first; build the backbone with batch_first=True"
+                f"rows: {path or 'the backbone'} is attention with batch_first=False, but the batch must be the first "
+                "dimension; build the backbone with batch_first=True"
             )
 
 
@@ -49,18 +50,23 @@ def _refuse_shared(attachment: Attachment, *, named: bool) -> None:
     record = attachment.record
     shared = f"rows: delta {record.name!r} "
     if record.fully_trained:
-        raise StateError(f"{shared}fully trains {record.fully_trained[0]}, which all examples share; omit train=")
+        raise StateError(
+            f"{shared}fully trains {record.fully_trained[0]}, which all examples share; detach() it, or train without train="
+        )
     if record.merged:
-        raise StateError(f"{shared}is merged into the weights, which all rows share; unmerge() it")
+        raise StateError(f"{shared}is merged into the weights, which all examples share; unmerge() it first")
     for site in attachment.sites if named else ():
         if "experts" in site.path.split("."):
             raise StateError(
-                f"{shared}stands on an expert, {site.path}, which is given tokens of all rows together; leave experts out "
-                "with exclude="
+                f"{shared}is on an expert, {site.path}, whose input mixes the tokens of all examples; leave experts out with "
+                "exclude="
             )
         if site.module.weight_read is not None or not site.module.mixable:
-            why = "patches the weight" if site.module.weight_read is not None else "acts on the whole batch"
+            why = (
+                "patches a weight, which all examples share,"
+                if site.module.weight_read is not None
+                else ("acts on the whole batch")
+            )
             raise StateError(
-                f"{shared}{why} at {site.path} ({type(site.module).__name__}), which all examples share; run such examples in "
-                "a batch of their own"
+                f"{shared}{why} at {site.path} ({site.module.word()}); run its examples in a batch of their own without rows()"
             )

@@ -1,4 +1,4 @@
-"""What would be attached: the targets and delta modules of some methods, built and not yet put into the backbone."""
+"""Plan: the targets and delta modules that `attach` would add, built but not attached."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,10 @@ from deltakit.view import Line, report, share
 
 @dataclass(frozen=True)
 class Plan:
-    """For each method its targets and the delta modules built for them, and the names of what is trained whole."""
+    """What `attach` would do: the delta modules of each method by target, and the names of fully trained parameters.
+
+    `left_out`: for each method the modules at its default positions that it cannot be used on.
+    """
 
     backbone: nn.Module
     methods: tuple[Method, ...]
@@ -34,7 +37,7 @@ class Plan:
 
     @property
     def num_parameters(self) -> int:
-        """How many parameters the delta modules would have, those trained whole not counted."""
+        """The number of parameters of the delta modules, without fully trained modules."""
         return sum(parameter.numel() for built in self.built for parameter in _parameters(built))
 
     def __repr__(self) -> str:
@@ -62,21 +65,27 @@ class Plan:
 
 
 def plan(backbone: nn.Module, *methods: Method, train: Selector = ()) -> Plan:
-    """What `attach` with the same arguments would attach, printed by its `repr`; nothing is changed.
+    """Returns what `attach` with the same arguments would do. Print it to see the targets. Nothing is changed.
+
+    Args:
+        methods: what to attach, such as `LoRA(r=8)`; at least one.
+        train: selectors of backbone modules that would be trained fully.
 
     Raises:
-        SelectorError: if a selector picks nothing.
-        RoleError: if a default position is not found on this backbone.
-        TargetError: if a method cannot serve a module that was picked.
-        OptionError: if there is no method, or an option does not fit a target.
+        SelectorError: if a selector is malformed or matches nothing. The message lists similar paths.
+        RoleError: if a default position is not found on this backbone, or a role does not exist.
+        TargetError: if a method cannot be used on a target.
+        OptionError: if no method is given, or an option does not fit a target.
+        StateError: if the backbone is wrapped for distribution, or a weight in `train` is tied to one outside, quantized or
+            offloaded.
     """
     index = BackboneIndex(original(backbone))
     if isinstance(index.backbone, DeltaModule):
         raise TargetError(
-            "the backbone is itself a delta module: deltas are not nested; attach to the model it sits on"
+            "the backbone is itself a delta module, and deltas cannot be nested; attach to the model that it belongs to"
         )
     if not methods:
-        raise OptionError("no method given: expected at least one, such as LoRA(r=8)")
+        raise OptionError("no method given: expected at least one; write attach(model, LoRA(r=8)), for example")
     for method in methods:
         if not isinstance(method, Method):
             raise OptionError(f"expected methods such as LoRA(r=8), found {method!r}")
@@ -97,17 +106,17 @@ def _refuse_twice(methods: Sequence[Method], built: Sequence[dict[str, DeltaModu
         for path in of_method:
             if (path, method.name) in seen:
                 raise OptionError(
-                    f"{path}: two of the methods given are {method.name} and both pick this; leave it out of one with "
-                    "exclude=, or attach the second one as a delta of its own with another name="
+                    f"{path}: two of the given methods are {method.name} and both select this target; leave it out of one "
+                    "with exclude=, or attach the second one as a delta of its own with another name="
                 )
             seen.add((path, method.name))
 
 
 def build(index: BackboneIndex, method: Method, targets: Sequence[Target]) -> dict[str, DeltaModule]:
-    """The delta modules of a method for its targets, by their paths; each knows its place and where it is read.
+    """Returns the delta modules of a method by the paths of their targets, ready to be attached.
 
     Raises:
-        TargetError: if the method cannot serve a target.
+        TargetError: if the method cannot be used on a target.
         OptionError: if an option does not fit a target.
     """
     for target in targets:
@@ -127,26 +136,27 @@ def build(index: BackboneIndex, method: Method, targets: Sequence[Target]) -> di
 
 
 def original(backbone: nn.Module) -> nn.Module:
-    """The user's model inside what `torch.compile` returned; any other module is itself.
+    """Returns the user's model inside the result of `torch.compile`; any other module is returned itself.
 
     Raises:
-        StateError: if it is wrapped for distribution already: gradients of deltas attached now would stay local.
+        StateError: if the model is wrapped for distribution already, because gradients of deltas that are attached then
+            are not synchronised.
     """
     backbone = getattr(backbone, "_orig_mod", backbone)
     if not isinstance(backbone, nn.Module):
         return backbone
-    spread = next((name for name, parameter in backbone.named_parameters() if is_sharded(parameter)), None)
+    sharded = next((name for name, parameter in backbone.named_parameters() if is_sharded(parameter)), None)
     names = {kind.__name__ for module in backbone.modules() for kind in type(module).__mro__}
     for wrapper in ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel"):
         if wrapper in names:
             raise StateError(
-                f"the backbone is wrapped in {wrapper} already: gradients of deltas attached now would not be "
+                f"the backbone is wrapped in {wrapper} already, so gradients of deltas attached now would not be "
                 "synchronised; attach to the plain model first and wrap it afterwards"
             )
-    if spread is not None:
+    if sharded is not None:
         raise StateError(
-            f"{spread} is spread over processes already (tensor parallelism?): deltas on such weights are not supported; "
-            "load the model without a tp_plan, attach, and shard it with fully_shard"
+            f"{sharded} is sharded over processes already (by tensor parallelism?), which is not supported; load the model "
+            "without a tp_plan, attach, and shard it with fully_shard"
         )
     return backbone
 
@@ -154,13 +164,13 @@ def original(backbone: nn.Module) -> nn.Module:
 def _unserved(method: Method, target: Target) -> str:
     if target.parameter:
         return (
-            f"{target.path}: this is a parameter, and {method.name} has nothing to patch there (it changes what a module "
-            "takes or returns, or adds to a bias); name a module, or leave this out with exclude="
+            f"{target.path}: this is a parameter, and {method.name} has nothing to patch there (it changes the input or "
+            "output of a module, or adds to a bias); select a module, or leave this out with exclude="
         )
     scope = target.weight_read.scope if target.weight_read is not None else ""
     return (
         f"{target.path}: the module around it reads this module's weight directly and never calls it, and {method.name} has "
-        f"nothing to patch there; name '{scope or '^'}', or leave this one out with exclude="
+        f"nothing to patch there; write at='{scope or '^'}', or leave this one out with exclude="
     )
 
 

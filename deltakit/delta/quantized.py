@@ -1,4 +1,4 @@
-"""Merging into quantised weights, by the quantiser that the user gives, and what its rounding loses."""
+"""Merges into quantized weights with the user's quantizer, and measures what rounding loses."""
 
 import copy
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Quantize = Callable[[nn.Linear], Any]
 
 
 class Rounded(NamedTuple):
-    """The squared norms of what rounding lost, and of the update."""
+    """The squared norms of the rounding error and of the update."""
 
     lost: float
     whole: float
@@ -24,15 +24,21 @@ class Rounded(NamedTuple):
 def merge_quantized(
     layer: nn.Module, update: Float[Tensor, "d_out d_in"], dtype: torch.dtype, quantize: Quantize, *, path: str
 ) -> Rounded:
-    """Puts the weight with an update, quantised again, on the layer; how far it is off. `dtype`: what the layer computes in.
+    """Replaces the layer's weight by the quantized sum of weight and update, and returns the rounding error.
+
+    Args:
+        dtype: the dtype that the layer computes in.
+        quantize: quantizes an `nn.Linear` in place, or returns another layer.
+        path: the layer's path, for error messages.
 
     Raises:
-        TargetError: if the module is no linear layer, the quantiser gives no quantised weight, or the layer does not use it.
+        TargetError: if the module is not a linear layer, `quantize` returns no quantized weight, or the layer does not
+            compute with that weight.
     """
     sizes = linear_sizes(layer)
     if sizes is None or update.shape != (sizes[1], sizes[0]):
         raise TargetError(
-            f"{path}: expected a quantised linear layer of {update.shape[1]} to {update.shape[0]} to merge into, found a "
+            f"{path}: expected a quantised linear layer of size {update.shape[1]} to {update.shape[0]} to merge into, found a "
             f"{type(layer).__name__}; leave the delta attached"
         )
     before = dequantized(layer, dtype)
@@ -44,9 +50,10 @@ def merge_quantized(
     weight = made.weight
     if not isinstance(weight, nn.Parameter) or not is_quantized(weight):
         raise TargetError(
-            f"{path}: quantize= left the weight as it is, in {weight.dtype}; expected it to quantise a linear layer"
+            f"{path}: quantize= left the weight in {weight.dtype}; let it quantise the linear layer that it gets, in place or "
+            "by returning another layer"
         )
-    # On copies, for some layers take their weight apart when they are first called, and keep it (bitsandbytes in 8 bits).
+    # On copies, because some layers split their weight in their first call and keep the parts (bitsandbytes in 8 bits).
     made_of_it, twin = dequantized(copy.deepcopy(made), dtype), copy.deepcopy(layer)
     original = twin._parameters["weight"]
     twin._parameters["weight"] = copy.deepcopy(weight)
@@ -55,9 +62,8 @@ def merge_quantized(
     used = (after - made_of_it).norm() <= 0.1 * (made_of_it - before).norm()
     if not used or not torch.equal(dequantized(twin, dtype), before):
         raise TargetError(
-            f"{path}: this {type(layer).__name__} does not compute with the weight that quantize= made as the layer does that "
-            "quantize= made, or not with its own again when that is put back; is it quantised in another way, or does it keep "
-            "a copy of its weight? Leave the delta attached"
+            f"{path}: this {type(layer).__name__} does not compute with the weight that quantize= returned: it may be "
+            "quantised in another way, or keep a copy of its own weight; quantise it alike, or leave the delta attached"
         )
     weight.requires_grad_(False)
     layer._parameters["weight"] = weight

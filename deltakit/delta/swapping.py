@@ -1,4 +1,4 @@
-"""Two deltas of one kind exchanging their values: the tensors behind standing hooks, without a copy."""
+"""Exchanges the values of two deltas with the same methods and targets, without copies and without touching hooks."""
 
 import torch
 from torch import nn
@@ -10,26 +10,28 @@ _WHERE = ("at", "of", "exclude")
 
 
 def swap(one: Attachment, other: Attachment) -> None:
-    """Exchanges the values of two deltas; what is compiled stays, for nothing of the modules changes.
+    """Exchanges the values of two deltas. The modules stay the same, so compiled code stays valid.
 
     Raises:
-        StateError: if they differ in options, places or shapes, or one cannot be changed now.
+        StateError: if the deltas differ in options, targets or tensors, or one of them is merged, in a `rows` block, sharded,
+            or fully trains parts of the backbone.
     """
     _refuse(one.record)
     _refuse(other.record)
     pairs = _pairs(one, other)
     for mine, theirs in pairs:
         mine.data, theirs.data = theirs.data, mine.data
-    # A graph made before must not go on with other values, nor a sum kept for the rows of a batch.
+    # With a new version, autograd refuses backward through a graph with the old values, and caches of `rows` are computed
+    # again.
     torch.autograd.graph.increment_version([parameter for pair in pairs for parameter in pair])
 
 
 def _refuse(record: Record) -> None:
     full = next(iter(record.fully_trained), "")
     found = {
-        "is merged into the weights: unmerge() it": record.merged,
-        "is in a rows() block: leave it": record.batch is not None,
-        f"fully trains {full}, which it has in one place: use load_state_dict()": bool(full),
+        "is merged into the weights: unmerge() it first": record.merged,
+        "is in a rows() block: leave the block first": record.batch is not None,
+        f"fully trains {full}, and only delta modules can be swapped: use load_state_dict()": bool(full),
     }
     for why, so in found.items():
         if so:
@@ -45,12 +47,12 @@ def _pairs(one: Attachment, other: Attachment) -> list[tuple[nn.Parameter, nn.Pa
     both = f"swap: deltas {record.name!r} and {another.name!r}"
     if mine != theirs:
         raise StateError(f"{both} must have the same methods with the same options; found {mine} and {theirs}")
-    places = {(site.path, site.method): site.module for site in other.sites}
+    others = {(site.path, site.method): site.module for site in other.sites}
     pairs = []
     for site in one.sites:
-        found = places.pop((site.path, site.method), None)
+        found = others.pop((site.path, site.method), None)
         if found is None:
-            raise StateError(f"{both} must stand at the same places; at {site.path} there is one alone")
+            raise StateError(f"{both} must have the same targets; only one of them has {site.path}")
         named = parameters_of(found)
         for name, parameter in parameters_of(site.module).items():
             match = named.get(name)
@@ -58,10 +60,10 @@ def _pairs(one: Attachment, other: Attachment) -> list[tuple[nn.Parameter, nn.Pa
                 kinds = [f"{tuple(p.shape)} in {p.dtype} on {p.device}" for p in (parameter, match) if p is not None]
                 raise StateError(f"{both} must have the same tensors; {site.path}.{name} is {' and '.join(kinds)}")
             if is_sharded(parameter) or is_sharded(match):
-                raise StateError(f"{both}: {site.path}.{name} is spread over processes: use load_state_dict()")
+                raise StateError(f"{both}: {site.path}.{name} is sharded over processes: use load_state_dict()")
             pairs.append((parameter, match))
-    if places:
-        raise StateError(f"{both} must stand at the same places; at {next(iter(places))[0]} there is one alone")
+    if others:
+        raise StateError(f"{both} must have the same targets; only one of them has {next(iter(others))[0]}")
     return pairs
 
 

@@ -1,4 +1,4 @@
-"""The values of a delta by the names of its file: `path.method.parameter`, and plain names for what it trains fully."""
+"""A delta's tensors by their names in files: `path.method.parameter`, or the plain name of a fully trained tensor."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,11 +10,11 @@ from deltakit.core import Attachment, gathered, is_sharded, parameters_of, scatt
 from deltakit.errors import OptionError, StateError
 
 FULLY_TRAINED = "fully_trained"
-"""The tag of the backbone's own parameters that a delta trains."""
+"""The tag of the backbone's own parameters that a delta fully trains."""
 
 
 def named_parameters(attachment: Attachment) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter that a delta trains."""
+    """Yields every trained parameter of a delta with its name."""
     for site in attachment.sites:
         for name, parameter, _ in site.module.trained_parameters():
             yield attachment.named(site, name), parameter
@@ -27,10 +27,10 @@ def named_parameters(attachment: Attachment) -> Iterator[tuple[str, nn.Parameter
 
 
 def parameter_groups(attachment: Attachment, options: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What a delta trains, as an optimiser's groups: one for each tag with options, and one for all else.
+    """Returns a delta's trained parameters as an optimiser's groups: one for each tag with options, and one for the others.
 
     Raises:
-        OptionError: if no parameter has a tag that is named.
+        OptionError: if no parameter has one of the tags.
     """
     groups: dict[str, list[nn.Parameter]] = {}
     tags: dict[str, None] = {}
@@ -50,10 +50,10 @@ def parameter_groups(attachment: Attachment, options: Mapping[str, Mapping[str, 
 
 
 def state_dict(attachment: Attachment) -> dict[str, Tensor]:
-    """Every tensor that a delta's file holds.
+    """Returns every tensor of a delta's file, gathered over processes.
 
     Raises:
-        StateError: if this process has only a part of one.
+        StateError: if this process has only a part of one (FSDP1, DeepSpeed ZeRO-3).
     """
     record = attachment.record
     state: dict[str, Tensor] = {}
@@ -73,15 +73,19 @@ def _refuse_parts(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size
     for name, tensor in tensors.items():
         if tensor.shape != shapes.get(name, tensor.shape):
             raise StateError(
-                f"{name}: expected shape {tuple(shapes[name])} as it was attached, found {tuple(tensor.shape)}: an engine "
-                "left a part of it in this process; put it together around this call, as by "
+                f"{name}: expected shape {tuple(shapes[name])} as when it was attached, found {tuple(tensor.shape)}, because "
+                "an engine keeps only a part of it in this process; gather it around this call by "
                 "FullyShardedDataParallel.summon_full_params(model) or deepspeed.zero.GatheredParameters("
-                "list(delta.parameters())), or shard with fully_shard (FSDP2), which deltakit puts together itself"
+                "list(delta.parameters())), or shard with fully_shard (FSDP2), which deltakit gathers itself"
             )
 
 
 def refuse_absent(state: Mapping[str, Tensor]) -> None:
-    """Raises `StateError` if a tensor has no values in memory."""
+    """Refuses to save a delta that was offloaded with its backbone.
+
+    Raises:
+        StateError: if a tensor has no values in memory.
+    """
     for name, tensor in state.items():
         if tensor.is_meta:
             raise StateError(
@@ -92,7 +96,7 @@ def refuse_absent(state: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def load_state_dict(attachment: Attachment, state: Mapping[str, Tensor]) -> None:
-    """Loads a state dict of exactly the delta's names and shapes."""
+    """Loads a state dict. Names and shapes must match exactly."""
     for site in attachment.sites:
         own = site.module.saved_state()
         if any(map(is_sharded, own.values())):
@@ -105,7 +109,7 @@ def load_state_dict(attachment: Attachment, state: Mapping[str, Tensor]) -> None
 
 
 def _fully_trained(attachment: Attachment) -> dict[str, Tensor]:
-    """The trained values of what is fully trained: in the backbone while the delta is attached, else in its record."""
+    """Returns the trained values of the fully trained tensors: from the backbone if the delta is attached, else the record."""
     record = attachment.record
     if not attachment.attached or not record.backbone_values:
         return record.trained_values

@@ -102,8 +102,8 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     # Files of deltakit 0.1.0 and files of other programs have no description.
     if described is not None and described != config.get(_DESCRIBED):
         raise CheckpointError(
-            f"{folder}: {CONFIG_FILE} and {TENSORS_FILE} come from two different saves: saving was interrupted, or one file was "
-            "copied from elsewhere; save the delta again"
+            f"{folder}: {CONFIG_FILE} and {TENSORS_FILE} come from two different saves: saving was interrupted, or one file "
+            "was copied from elsewhere; save the delta again"
         )
     return config, tensors
 

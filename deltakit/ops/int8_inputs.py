@@ -1,4 +1,4 @@
-"""Activations kept in a quarter of float32's bytes: one byte a value, and one scale a token."""
+"""Stores activations for the backward pass in a quarter of float32's memory: one byte per value and one scale per token."""
 
 import torch
 from jaxtyping import Float, Int8
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def packed(x: Float[Tensor, "tokens d"]) -> tuple[Int8[Tensor, "tokens d"], Float[Tensor, "tokens 1"]]:
-    """The values as whole numbers from -127 to 127, and what one of them is worth in each token.
+    """Returns the values as integers from -127 to 127, and for each token the value of one unit.
 
     >>> values, scale = packed(torch.tensor([[1.0, -2.0, 0.5]]))
     >>> values.tolist(), torch.allclose(unpacked(values, scale), torch.tensor([[1.0, -2.0, 0.5]]), atol=scale.item() / 2)
@@ -16,8 +16,9 @@ def packed(x: Float[Tensor, "tokens d"]) -> tuple[Int8[Tensor, "tokens d"], Floa
     return (x / scale).round_().to(torch.int8), scale
 
 
-def packed_once(x: Float[Tensor, "*batch d"]) -> tuple[Tensor, Tensor]:
-    """`packed`, once for all that take the same input, as queries, keys and values do: it goes with the tensor."""
+def packed_once(x: Float[Tensor, "*batch d"]) -> tuple[Int8[Tensor, "tokens d"], Float[Tensor, "tokens 1"]]:
+    """Returns the same as `packed`, and computes it once for all layers with the same input, such as query, key and value."""
+    # It is kept as an attribute of the tensor, so it lives exactly as long as the input.
     kept = getattr(x, "_deltakit_packed", None)
     if kept is None or kept[0] != x._version:
         kept = (x._version, *packed(x.reshape(-1, x.shape[-1])))
@@ -26,5 +27,5 @@ def packed_once(x: Float[Tensor, "*batch d"]) -> tuple[Tensor, Tensor]:
 
 
 def unpacked(values: Int8[Tensor, "tokens d"], scale: Float[Tensor, "tokens 1"]) -> Float[Tensor, "tokens d"]:
-    """What `packed` was given, up to half a step of its scale."""
+    """Returns the values before `packed`, rounded by up to half a unit of their scale."""
     return values.to(scale.dtype) * scale

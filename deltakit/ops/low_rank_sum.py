@@ -1,4 +1,4 @@
-"""Sums of low-rank products as one: exactly, or as near as a rank allows."""
+"""Sums of low-rank products as one product: exact, or the best approximation of a given rank."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,14 @@ from torch import Tensor
 
 
 def sum_of_products(parts: Sequence[tuple[float, Tensor, Tensor]], like: Tensor) -> tuple[Tensor, Tensor, float, float]:
-    """A [r, d_in] and B [d_out, r] with B A = the sum of w_k B_k A_k, in the rank of `like`; then the squared Frobenius
-    norms of what is lost and of the sum. Leading dimensions count matrices.
+    """Returns the factors A and B of the sum of w_k B_k A_k, in the rank of `like`, and two squared Frobenius norms.
+
+    Args:
+        parts: w_k, A_k [*stack, r_k, d_in] and B_k [*stack, d_out, r_k].
+        like: a tensor [*stack, r, d_in] that gives the rank r.
+
+    Returns:
+        A, B, the squared norm of the truncation error, and the squared norm of the sum.
 
     >>> one = (1.0, torch.eye(3)[:1], torch.eye(3)[:, :1])
     >>> a, b, lost, whole = sum_of_products([one, one], torch.empty(1, 3))
@@ -23,10 +29,10 @@ def sum_of_products(parts: Sequence[tuple[float, Tensor, Tensor]], like: Tensor)
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.mT)
     u, values, v = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
-    whole, lost = values.square().sum(), values[..., rank:].square().sum()
+    total, lost = values.square().sum(), values[..., rank:].square().sum()
     more = rank - a.shape[-2]
     if more >= 0:
-        return F.pad(a, (0, 0, 0, more)), F.pad(b, (0, more)), 0.0, float(whole)
+        return F.pad(a, (0, 0, 0, more)), F.pad(b, (0, more)), 0.0, float(total)
     root = values[..., :rank].sqrt()
     low = root[..., None] * (v[..., :rank, :] @ q_a.mT)
-    return low, q_b @ u[..., :rank] * root[..., None, :], float(lost), float(whole)
+    return low, q_b @ u[..., :rank] * root[..., None, :], float(lost), float(total)

@@ -1,7 +1,7 @@
-"""Products with a full weight update that is computed again in the backward pass.
+"""Products with a full weight update, which is recomputed in the backward pass.
 
-Methods whose update is no product of thin factors (LoHa, FourierFT) make a matrix [d_out, d_in] for each layer. Kept for
-the backward pass, these would take as much memory as the backbone's own weights.
+Some methods compute a full matrix [d_out, d_in] for each layer (LoHa, FourierFT). Saved for the backward pass, these would
+take as much memory as the backbone's weights.
 """
 
 from collections.abc import Callable
@@ -17,10 +17,11 @@ from torch.autograd import forward_ad
 def linear_with(
     x: Float[Tensor, "*batch d_in"], build: Callable[[], Tensor], parameters: tuple[Tensor, ...]
 ) -> Float[Tensor, "*batch d_out"]:
-    """x times the transposed matrix [d_out, d_in] that `build` makes; the graph keeps x alone.
+    """Returns `F.linear(x, build())`. Only x is saved for the backward pass, not the matrix.
 
     Args:
-        parameters: the tensors that `build` reads and that require gradients. It must make the same matrix each time.
+        build: returns the matrix [d_out, d_in], and must return the same one each time.
+        parameters: the tensors that `build` reads and that require gradients.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _transformed():
         return F.linear(x, build().to(x.dtype))
@@ -33,7 +34,7 @@ def _transformed() -> bool:
 
 
 class _Recomputed(torch.autograd.Function):
-    """F.linear with a weight that is made anew for the gradients."""
+    """F.linear with a weight that is built again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, build: Callable[[], Tensor], *parameters: Tensor) -> Tensor:

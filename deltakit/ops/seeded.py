@@ -1,6 +1,6 @@
-"""Frozen tensors that come from a seed instead of a file (VeRA's projections, RandLoRA's bases).
+"""Frozen random tensors that are computed from a seed instead of saved (VeRA's projections, RandLoRA's bases).
 
-They are drawn on the CPU in float32, so that every device and dtype sees the same numbers, and are in no state dict.
+They are drawn on the CPU in float32, so they are the same on every device and in every dtype. They are in no state dict.
 """
 
 from collections.abc import Callable
@@ -15,13 +15,13 @@ Draw = Callable[[Tensor, torch.Generator], Any]
 
 
 def uniform(bound: float) -> Draw:
-    """Draws from the uniform distribution within `bound` of 0."""
-    # A partial and no closure: modules that hold one can be pickled.
+    """Returns a function that draws from the uniform distribution within `bound` of 0."""
+    # A partial instead of a closure, so that modules with it can be pickled.
     return partial(_draw, "uniform_", -bound, bound)
 
 
 def normal(std: float = 1.0) -> Draw:
-    """Draws from the normal distribution around 0."""
+    """Returns a function that draws from the normal distribution around 0."""
     return partial(_draw, "normal_", 0.0, std)
 
 
@@ -29,8 +29,8 @@ def _draw(how: str, first: float, second: float, values: Tensor, generator: torc
     getattr(values, how)(first, second, generator=generator)
 
 
-def seeded(shape: tuple[int, ...], seed: int, draw: Draw) -> Float[Tensor, "..."]:
-    """The values of one seed, in float32 on the CPU. The global random state is neither read nor changed.
+def seeded(shape: tuple[int, ...], seed: int, draw: Draw) -> Float[Tensor, "*shape"]:
+    """Returns the values of one seed, in float32 on the CPU. The global random state is neither read nor changed.
 
     >>> torch.equal(seeded((2, 3), 1, normal()), seeded((2, 3), 1, normal()))
     True
@@ -41,9 +41,9 @@ def seeded(shape: tuple[int, ...], seed: int, draw: Draw) -> Float[Tensor, "..."
 
 
 class Seeded(nn.Module):
-    """Several frozen tensors of one seed, as buffers that no file holds. Of tensors that are shared, the delta holds one.
+    """Several frozen tensors of one seed, as buffers that are not saved.
 
-    A module on the meta device has no values. When it gets some (`to_empty`), they are drawn anew.
+    On the meta device they have no values. When `to_empty` moves them to another device, they are drawn.
     """
 
     def __init__(self, seed: int, recipes: dict[str, tuple[tuple[int, ...], Draw]], **like: Any) -> None:
@@ -54,11 +54,11 @@ class Seeded(nn.Module):
         self._fill()
 
     def _fill(self) -> None:
-        for place, (name, (shape, draw)) in enumerate(self.recipes.items()):
+        for index, (name, (shape, draw)) in enumerate(self.recipes.items()):
             buffer = self._buffers[name]
             if buffer is not None and not buffer.is_meta:
-                # Each tensor has a seed of its own: so another set of targets reads the same numbers.
-                buffer.copy_(seeded(shape, self.seed + place, draw))
+                # Each tensor has its own seed, so its values do not depend on the sizes of the others.
+                buffer.copy_(seeded(shape, self.seed + index, draw))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Seeded":
         empty = any(buffer is not None and buffer.is_meta for buffer in self._buffers.values())

@@ -1,4 +1,4 @@
-"""What sizes and dtypes a target works with, read from its weights: no forward is needed."""
+"""Reads a target's sizes, dtype and device from its weights. No forward is needed."""
 
 import math
 from collections.abc import Iterator
@@ -12,11 +12,16 @@ from deltakit.errors import TargetError
 
 
 def sizes(target: Target, method: str) -> tuple[int, int]:
-    """The input and output size of a linear map: Linear-like, Conv1D, Embedding (ids to features), Conv1d to Conv3d
-    (channels in one group times kernel size, and channels), or a parameter with its last dimension as the input.
+    """Returns the input and output size of a linear map.
+
+    That is a linear layer, an embedding (vocabulary and features), a convolution (channels of a group times the size of the
+    kernel, and channels), or a parameter [*stack, d_out, d_in].
+
+    Args:
+        method: the name of the method, for the error message.
 
     Raises:
-        TargetError: if the module is no such map.
+        TargetError: if the target is not one of these.
     """
     module = target.module
     if target.parameter:
@@ -31,8 +36,8 @@ def sizes(target: Target, method: str) -> tuple[int, int]:
     own = [name for name, parameter in module._parameters.items() if parameter is not None and parameter.ndim > 1]
     named = f", or the parameter '{target.path}.{own[0]}'" if own and target.path else ""
     raise TargetError(
-        f"{target.path or 'the backbone'}: {method} serves Linear, Conv1D, Embedding and Conv1d to Conv3d, found "
-        f"{type(module).__name__}; narrow with of= or exclude=, or name a module inside it{named}"
+        f"{target.path or 'the backbone'}: {method} works on Linear, Conv1D, Embedding and Conv1d to Conv3d, found "
+        f"{type(module).__name__}; leave it out with of= or exclude=, or select a module inside it{named}"
     )
 
 
@@ -51,15 +56,20 @@ def _parameter_sizes(target: Target, method: str) -> tuple[int, int]:
 
 
 def output_size(target: Target, method: str) -> int:
-    """The size of the features that a target gives, in elements: of a linear map, a norm, or the block around it.
+    """Returns the number of features in a target's output.
+
+    It is read from the target itself (a linear map or a norm) or from the block around it.
+
+    Args:
+        method: the name of the method, for the error message.
 
     Raises:
-        TargetError: if the structure does not tell.
+        TargetError: if the target is a parameter, or the structure does not show the number.
     """
     module = target.module
     if target.parameter:
         raise TargetError(
-            f"{target.path}: {method} changes what a module gives, and this is a parameter; name the module around it"
+            f"{target.path}: {method} changes the output of a module, but this is a parameter; select the module around it"
         )
     if linear_sizes(module) is not None or isinstance(module, nn.Embedding):
         return sizes(target, method)[1]
@@ -71,16 +81,19 @@ def output_size(target: Target, method: str) -> int:
     if target.width is not None:
         return target.width
     raise TargetError(
-        f"{target.path or 'the backbone'}: cannot tell the size of what a {type(module).__name__} gives; {method} "
-        "expects a linear map, a norm, or a part of a block; name a module inside it"
+        f"{target.path or 'the backbone'}: the structure does not show the output size of this {type(module).__name__}; "
+        f"{method} works on linear layers, norms and parts of a block; select one of these"
     )
 
 
 def input_size(target: Target, method: str) -> int:
-    """The size of the features that a target takes, in elements: of a linear map, a convolution (its channels), a norm.
+    """Returns the number of features in a target's input: of a linear map, a convolution (its channels) or a norm.
+
+    Args:
+        method: the name of the method, for the error message.
 
     Raises:
-        TargetError: if the structure does not tell, or it takes ids.
+        TargetError: if the target is an embedding or a parameter, or the structure does not show the number.
     """
     module = target.module
     if isinstance(module, nn.modules.conv._ConvNd):
@@ -89,24 +102,26 @@ def input_size(target: Target, method: str) -> int:
         return sizes(target, method)[0]
     if isinstance(module, nn.Embedding):
         raise TargetError(
-            f"{target.path}: {method} changes the features that a module takes, and an embedding takes ids; leave it out with "
+            f"{target.path}: {method} changes the input features of a module, but an embedding takes ids; leave it out with "
             "exclude="
         )
     return output_size(target, method)
 
 
 def dtype_of(target: Target) -> torch.dtype:
-    """The floating-point dtype that a target computes in: its weight's; where that is quantised the module's
-    `compute_dtype`, that of its other tensors (a bias, scales), or that of the parameters nearest around it.
+    """Returns the floating-point dtype that a target computes in.
+
+    That is the dtype of its weight. If the weight is quantized, it is the module's `compute_dtype`, the dtype of its other
+    tensors (a bias, scales), or the dtype of the nearest parameters around it.
 
     Raises:
-        TargetError: if its weights are quantised and nothing says what it computes in.
+        TargetError: if the target has no weights, or they are quantized and none of these is known.
     """
     tensors = _tensors(target)
     if not tensors:
         raise TargetError(
-            f"{target.path}: a {type(target.module).__name__} has no parameters: its dtype and device are unknown; "
-            "expected a module with weights"
+            f"{target.path}: a {type(target.module).__name__} has no parameters, so its dtype and device are unknown; "
+            "select a module with weights"
         )
     for dtype in _dtypes(target):
         if isinstance(dtype, torch.dtype) and is_compute_dtype(dtype):
@@ -114,16 +129,16 @@ def dtype_of(target: Target) -> torch.dtype:
     if target.parameter:
         raise TargetError(
             f"{target.path}: expected a parameter in floating point of at least 16 bits to add an update to, found "
-            f"{tensors[0].dtype}; name the module around it, whose output is in floating point"
+            f"{tensors[0].dtype}; select the module around it, whose output is in floating point"
         )
     raise TargetError(
         f"{target.path}: the weight of this {type(target.module).__name__} is {tensors[0].dtype} and it has no "
-        "compute_dtype: the dtype of its output is unknown; expected a floating-point output"
+        "compute_dtype, so the dtype of its output is unknown; set its compute_dtype, such as torch.bfloat16"
     )
 
 
 def _dtypes(target: Target) -> Iterator[object]:
-    """What may say the dtype that a target computes in, the surest first."""
+    """Yields what may be the dtype that a target computes in, the most reliable first."""
     if target.parameter:
         yield from (tensor.dtype for tensor in _tensors(target))
         return
@@ -131,16 +146,16 @@ def _dtypes(target: Target) -> Iterator[object]:
     for module in modules:
         own = [parameter.dtype for parameter in module._parameters.values() if parameter is not None]
         yield from (*own[:1], getattr(module, "compute_dtype", None), *own[1:])
-    # Packed weights are buffers, and so are what goes with them.
+    # Packed weights and their scales are buffers.
     yield from (buffer.dtype for module in modules for buffer in _saved_buffers(module))
     yield target.around
 
 
 def like(target: Target) -> dict[str, Any]:
-    """The dtype and device that a delta module for a target is built with, as keyword arguments of torch's factories.
+    """Returns the dtype and device for a target's delta module, as keyword arguments of torch's factories.
 
     Raises:
-        TargetError: if the target has no weights, or quantised ones and nothing says what it computes in.
+        TargetError: if the target has no weights, or they are quantized and its dtype is unknown.
     """
     weight = target.module._parameters.get(target.parameter or "weight")
     if (
@@ -148,24 +163,24 @@ def like(target: Target) -> dict[str, Any]:
         and is_compute_dtype(weight.dtype)
         and not (weight.is_meta and hasattr(target.module, "_hf_hook"))
     ):
-        # As nearly always, and for each target: nothing else needs to be looked at.
+        # The usual case. Attaching calls this for every target, so it avoids the walk over all tensors.
         return {"dtype": weight.dtype, "device": weight.device}
     return {"dtype": dtype_of(target), "device": _device_of(target)}
 
 
 def _device_of(target: Target) -> torch.device:
-    """The device that a target computes on: its weight's, or the one to which accelerate brings an offloaded weight."""
+    """Returns the device that a target computes on: its weight's, or accelerate's execution device if it is offloaded."""
     device = _tensors(target)[0].device
     if device.type != "meta":
         return device
     hooks = (getattr(module, "_hf_hook", None) for _, module in own_modules(target.module))
     parts = (part for hook in hooks for part in getattr(hook, "hooks", (hook,)))
     found = (getattr(part, "execution_device", None) for part in parts)
-    return next((torch.device(place) for place in found if place is not None), device)
+    return next((torch.device(known) for known in found if known is not None), device)
 
 
 def _tensors(target: Target) -> list[torch.Tensor]:
-    """The parameter that a target is, or all parameters at and below it, and then all saved buffers."""
+    """Returns the target's parameter, or all parameters at and below its module and then all saved buffers."""
     own = target.module._parameters.get(target.parameter) if target.parameter else None
     if own is not None:
         return [own]

@@ -115,7 +115,7 @@ def test_training_what_is_tied_is_an_error(model):
 def test_two_deltas_cannot_train_one_head(model):
     one = dk.attach(model, dk.LoRA(r=3), train="@head")
     before = snapshot(model)
-    with pytest.raises(dk.StateError, match=r"classifier\.bias: delta 'delta' trains it whole already; detach"):
+    with pytest.raises(dk.StateError, match=r"classifier\.bias: delta 'delta' fully trains it already; detach"):
         dk.attach(model, dk.BitFit(), train="@head")
     same(before, snapshot(model))
     one.detach()
@@ -129,7 +129,9 @@ def test_deltas_are_not_nested(model):
     with pytest.raises(dk.TargetError, match="the backbone is itself a delta module"):
         dk.attach(model.layers[0].mlp.down_proj.delta_adapter, dk.LoRA(r=2, at="down"))
     merged = dk.attach(model, dk.LoRA(r=3)).merge()
-    with pytest.raises(dk.StateError, match=r"is merged into the weights: unmerge\(\) it before loading others"):
+    with pytest.raises(
+        dk.StateError, match=r"is merged into the weights: unmerge\(\) it before loading tensors into it"
+    ):
         merged.load_state_dict(merged.state_dict())
     assert delta.attached
 
@@ -231,7 +233,7 @@ def test_a_shared_module_is_attached_once_and_counted_once(model):
 
 
 def test_one_method_twice_at_one_place_needs_two_deltas(model):
-    with pytest.raises(dk.OptionError, match=r"layers\.0\.self_attn\.q_proj: two of the methods given are lora"):
+    with pytest.raises(dk.OptionError, match=r"layers\.0\.self_attn\.q_proj: two of the given methods are lora"):
         dk.attach(model, dk.LoRA(r=2), dk.LoRA(r=3, at="**.q_proj"))
     first = dk.attach(model, dk.LoRA(r=2))
     with pytest.raises(dk.StateError, match=r"delta 'delta' has a lora there already; .* name="):

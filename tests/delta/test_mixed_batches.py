@@ -211,7 +211,7 @@ def test_batch_second_is_refused():
 def test_by_weight_is_shared():
     model = nn.Sequential(nn.TransformerEncoderLayer(12, 2, 20, batch_first=True))
     dk.attach(model, dk.LoRA(r=2), name="a")
-    with pytest.raises(dk.StateError, match="patches the weight"), dk.rows(model, ["a", None]):
+    with pytest.raises(dk.StateError, match="patches a weight"), dk.rows(model, ["a", None]):
         pass
 
 
@@ -236,7 +236,7 @@ def test_what_all_rows_share_is_refused_named_or_not():
     model, _, _, (one, _) = two_layers(dk.LoRA(r=2, at="1"), dk.LoRA(r=2, at="0"))
     one.merge()
     with (
-        pytest.raises(dk.StateError, match="delta 'd0' is merged into the weights, which all rows share"),
+        pytest.raises(dk.StateError, match="delta 'd0' is merged into the weights, which all examples share"),
         dk.rows(model, ["d1"]),
     ):
         pass
@@ -250,7 +250,7 @@ def test_nothing_changes_in_a_block():
     with dk.rows(model, ["d0", "d1"]):
         before = model(x)
         for change, what in ((lambda: setattr(one, "active", False), "changing active"), (one.merge, "merge")):
-            with pytest.raises(dk.StateError, match=f"leave it before {what}"):
+            with pytest.raises(dk.StateError, match=f"leave the block before {what}"):
                 change()
         assert torch.equal(model(x), before)
         twin = copy.deepcopy(model)
@@ -274,7 +274,7 @@ def test_experts_are_refused():
     model = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(8, 8)])})
     dk.attach(model, dk.LoRA(r=2, at="experts.0"), name="a")
     with (
-        pytest.raises(dk.StateError, match=r"stands on an expert, experts\.0, which is given tokens"),
+        pytest.raises(dk.StateError, match=r"is on an expert, experts\.0, whose input mixes the tokens"),
         dk.rows(model, ["a"]),
     ):
         pass

@@ -72,7 +72,7 @@ class TestScale:
         delta.scale = 0.25
         with pytest.raises(
             dk.StateError,
-            match=r"has the scale 0\.25, which no file holds.*of LoRA and BitFit, save combine\(model, {'delta': 0\.25}\)",
+            match=r"has the scale 0\.25, which is not saved.*for LoRA and BitFit, combine\(model, {'delta': 0\.25}\)\.delta\.save",
         ):
             delta.save(tmp_path / "it")
         assert not (tmp_path / "it").exists()
@@ -84,7 +84,7 @@ class TestScale:
     )
     def test_what_adds_nothing_has_none(self, method):
         delta = dk.attach(Transformer().eval(), method)
-        with pytest.raises(dk.StateError, match="is not a change that is added to an output"):
+        with pytest.raises(dk.StateError, match="does not add to an output, so it has no scale"):
             delta.scale = 0.5
         with pytest.raises(dk.OptionError, match="scale=inf: expected a finite number"):
             delta.scale = float("inf")

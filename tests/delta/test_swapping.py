@@ -48,12 +48,12 @@ def test_a_graph_made_before_does_not_go_on_with_other_values():
         (
             dk.LoRA(r=3),
             dk.LoRA(r=3, at="@attn.k"),
-            r"must stand at the same places; at layers\.0\.self_attn\.q_proj there",
+            r"must have the same targets; only one of them has layers\.0\.self_attn\.q_proj",
         ),
         (
             dk.LoRA(r=3, at="@attn.q"),
             dk.LoRA(r=3),
-            r"must stand at the same places; at layers\.0\.self_attn\.v_proj there",
+            r"must have the same targets; only one of them has layers\.0\.self_attn\.v_proj",
         ),
     ],
 )
@@ -82,7 +82,7 @@ def test_not_now():
         other.swap(one)
     one.unmerge()
     with (
-        pytest.raises(dk.StateError, match=r"swap: delta 'one' is in a rows\(\) block: leave it"),
+        pytest.raises(dk.StateError, match=r"swap: delta 'one' is in a rows\(\) block: leave the block"),
         dk.rows(model, ["one"]),
     ):
         one.swap(other)

@@ -43,7 +43,7 @@ def test_attaching_to_what_is_wrapped_is_an_error(wrap):
     ("train", "part", "message"),
     [
         ((), "layers.0.self_attn.q_proj.delta_lora.A", r"q_proj\.lora\.A: expected shape \(3, 20\) .* found \(0,\): an engine"),
-        ("norm", "norm.weight", r"norm\.weight: expected shape \(20,\) as it was attached, found \(0,\): an engine"),
+        ("norm", "norm.weight", r"norm\.weight: expected shape \(20,\) as when it was attached, found \(0,\), because an engine"),
     ],
 )  # fmt: skip
 def test_a_part_of_a_delta_is_not_saved_as_the_whole(train, part, message, tmp_path):

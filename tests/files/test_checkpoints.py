@@ -118,7 +118,7 @@ BROKEN = {
     "a tensor too many": (lambda f: break_tensors(f, lambda t: t.update(x=torch.zeros(1))), "x is unknown in this delta"),
     "elsewhere": (
         lambda f: break_config(f, lambda c: c["methods"][0].update(targets=["layers.7.q"])),
-        r"1 of its 1 places are not in this backbone, such as layers\.7\.q",
+        r"1 of its 1 targets are not in this backbone, such as layers\.7\.q",
     ),
 }  # fmt: skip
 
@@ -204,7 +204,7 @@ def test_load_under_a_name_and_from_where_it_was_saved(saved):
     model = backbone()
     assert dk.load(saved, model).name == "delta"
     assert dk.load(str(saved), backbone(), name="again").name == "again"
-    with pytest.raises(dk.StateError, match=r"classifier\.bias: delta 'delta' trains it whole already"):
+    with pytest.raises(dk.StateError, match=r"classifier\.bias: delta 'delta' fully trains it already"):
         dk.load(saved, model)
     named = dk.attach(backbone(), dk.BitFit(), name="biases").save(saved)
     assert dk.load(named, backbone()).name == "biases"
@@ -257,7 +257,7 @@ def test_an_interruption_between_two_files_leaves_no_mixture(tmp_path, monkeypat
     assert len(list(tmp_path.iterdir())) == 3
     fresh = backbone()
     if replaced == 1:
-        with pytest.raises(dk.CheckpointError, match=r"are of two different saves: saving was interrupted, or"):
+        with pytest.raises(dk.CheckpointError, match=r"come from two different saves: saving was interrupted, or"):
             dk.load(tmp_path, fresh)
     else:
         dk.load(tmp_path, fresh)

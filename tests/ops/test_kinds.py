@@ -318,7 +318,9 @@ class TestCalls:
         if kind == "call_context":
             model(x)
             return
-        hint = "at='target.weight'" if kind in ON_WEIGHTS else "exclude= for this module, because .* has no weight patch"
+        hint = (
+            "at='target.weight'" if kind in ON_WEIGHTS else "exclude= for this module, because .* has no weight patch"
+        )
         with pytest.raises(dk.TargetError, match=rf"target: delta 'delta' did nothing here.*{hint}"):
             model(x)
         delta.detach()

@@ -72,7 +72,7 @@ def by_torch(engine, out):
         try:
             delta.save(out / "part")
         except dk.StateError as error:
-            assert "as it was attached, found" in str(error)
+            assert "as when it was attached, found" in str(error)
         assert not (out / "part").exists()
         with FullyShardedDataParallel.summon_full_params(spread):
             if rank == 0:

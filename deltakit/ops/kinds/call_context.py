@@ -1,4 +1,4 @@
-"""Call contexts: something is opened ahead of a call of the target and closed behind it."""
+"""Call contexts: they act before and after each call of the target."""
 
 from typing import Any, ClassVar
 
@@ -8,27 +8,27 @@ from deltakit.core import DeltaModule
 
 
 class CallContext(DeltaModule):
-    """Acts around the calls of its target. The author writes `enter`, `leave` or both, and `abandon` if it must clean up.
+    """Acts before and after the calls of its target. The author writes `enter`, `leave` or both.
 
-    Where several deltas of one class stand on a target, only the first of those that take part in a call is asked, and
-    acts for all `peers`.
+    If `leave` must clean up what `enter` did, the author also writes `abandon`, which is called when the target's forward
+    raised. If several deltas of one class are on a target, only the first active one is called, and acts for all `peers`.
     """
 
     scalable: ClassVar[bool] = False
     mixable: ClassVar[bool] = False
-    """A context that serves a mixed batch, whose `peers` are different deltas, sets this to True."""
+    """A context that supports mixed batches, in which its `peers` belong to different examples, sets this to True."""
     must_be_called: ClassVar[bool] = False
 
     def enter(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """None, or the (args, kwargs) that the target is called with instead."""
+        """Returns the (args, kwargs) to call the target with, or None to keep them."""
         return None
 
     def leave(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """What the target returns instead of `output`."""
+        """Returns the target's new output, or None to keep `output`."""
         return output
 
     def peers(self, target: nn.Module) -> list[Any]:
-        """The delta modules of its class on a target that take part in a call, in the order of attachment."""
+        """Returns the active delta modules of its class on a target, in the order of attachment, itself included."""
         there = [child for child in target._modules.values() if type(child) is type(self)]
         found = [child for child in there if isinstance(child, DeltaModule) and child.live and child.takes_part]
         return sorted(found, key=lambda child: child.record.order if child.record is not None else 0)

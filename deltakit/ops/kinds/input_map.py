@@ -1,4 +1,4 @@
-"""Input maps: the target is called with x' = f(x)."""
+"""Input maps: they call the target with x' = f(x)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,36 +15,43 @@ from deltakit.selection import feature_axis, features_last
 
 
 class InputMap(DeltaModule):
-    """Changes what its target is called with. The author writes `into(x) -> x'`, and `linear_update` if it can be merged.
+    """Changes the input of its target. The author writes `into(x) -> x'`, and `linear_update` if it can be merged.
 
-    `x` is given with its features in the last dimension; `size` is their number. It must not be changed in place.
+    `x` has its features in the last dimension, also for channels-first layers; `size` is their number. It must not be changed
+    in place.
+
+    Raises:
+        TargetError: if the target is a feature slice, a parameter or an embedding, or its input size is unknown.
     """
 
     def __init__(self, target: Target) -> None:
         super().__init__()
         if target.feature_slice is not None:
             raise TargetError(
-                f"{target.path}: {type(self).__name__} changes the input, which all parts of a fused projection share; "
-                f"name '{target.owner}' to change it for all of them"
+                f"{target.path}: {self.word()} changes the input, which all parts of a fused projection share; "
+                f"write at='{target.owner}' to change it for all of them"
             )
         self.size = input_size(target, self.word())
         self.view = weight_view(target)
         self.axis = feature_axis(target.module)
 
     def into(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        """What the target is called with instead of x."""
+        """Returns the target's new input for the input x."""
         raise NotImplementedError(f"{type(self).__name__} does not override into(x)")
 
     def linear_update(self, layer: BareLayer) -> tuple[Tensor | None, Tensor | None]:
-        """What merging adds to the target's weight [d_out, d_in] and to its bias [d_out]; None where nothing.
+        """Returns what merging adds to the target's weight [d_out, d_in] and bias [d_out], each None for nothing.
 
         Raises:
-            TargetError: by default: a map that is no change of weight and bias cannot be merged.
+            TargetError: by default, because a map that is not linear cannot be merged.
         """
-        raise TargetError(f"{type(self).__name__} is not a change of weights: it cannot be merged; leave it attached")
+        raise TargetError(
+            f"{type(self).__name__} does not change weights, so it cannot be merged; leave the delta attached"
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        # Through __call__ and not `into` itself: FSDP2 and accelerate bring parameters in by hooks on the module.
+        # `__call__` comes here. Calling `into` directly would skip the module's hooks, by which FSDP2 and accelerate load
+        # its parameters.
         return self.into(x)
 
     def before_call(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -53,8 +60,8 @@ class InputMap(DeltaModule):
         x = hidden_input(args, kwargs)
         if not x.is_floating_point():
             raise TargetError(
-                f"{type(self).__name__}: expected hidden states as the input of this {type(target).__name__}, found "
-                f"{x.dtype} of shape {tuple(x.shape)}; leave it out with exclude="
+                f"{self.word()}: expected hidden states as the input of this {type(target).__name__}, found "
+                f"{x.dtype} of shape {tuple(x.shape)}; leave this module out with exclude="
             )
         batch = self.batch
         if batch is None or self.record is None:

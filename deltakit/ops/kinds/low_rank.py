@@ -28,19 +28,22 @@ from deltakit.ops.sizes import sizes
 class LowRank(OutputMap):
     """Adds a product of two thin factors. The author writes `factors() -> (A, B)`, A [*stack, r, d_in], B [*stack, d_out, r].
 
-    It serves linear layers, feature slices of fused projections, embeddings (d_in is the vocabulary), convolutions (d_in is
-    the channels of a group times the kernel's size), parameters (experts as stacks), and weights that are read directly.
+    It works on linear layers, feature slices of fused projections, embeddings (d_in is the vocabulary), convolutions (d_in is
+    the channels of a group times the size of the kernel), parameters (stacks of experts), and weights that are read directly.
 
     Args:
-        scaling: what the product is multiplied by.
-        dropout: the probability with which inputs of the update are dropped in training.
-        keep: "exact", or "int8" to keep the inputs for the backward pass in one byte a value.
+        scaling: the factor of the product.
+        dropout: the probability in [0, 1) with which inputs of the update are dropped in training.
+        keep: "exact", or "int8" to save the inputs for the backward pass with one byte per value.
+
+    Raises:
+        TargetError: if the target is none of these.
     """
 
     has_weight_form: ClassVar[bool] = True
 
     def __init__(self, target: Target, *, scaling: float = 1.0, dropout: float = 0.0, keep: str = "exact") -> None:
-        # Not OutputMap's own: what it asks of a target (features, axis) only modules that are called have.
+        # OutputMap.__init__ reads the output size and the feature axis of a module, which a parameter does not have.
         DeltaModule.__init__(self)
         module = None if target.parameter else target.module
         self.d_in, self.d_out = sizes(target, self.word())
@@ -52,7 +55,7 @@ class LowRank(OutputMap):
         self.linear = not self.groups and not self.embeds
 
     def factors(self) -> tuple[Float[Tensor, "*stack r d_in"], Float[Tensor, "*stack d_out r"]]:
-        """A and B. The gradient goes through whatever they are computed from."""
+        """Returns A and B. They may be computed from the parameters; gradients go through the computation."""
         raise NotImplementedError(f"{type(self).__name__} does not override factors()")
 
     @classmethod
@@ -65,7 +68,7 @@ class LowRank(OutputMap):
         return bool(self.dropout) and self.training
 
     def whole_factors(self) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]:
-        """A, and B with the scaling in it and zeros for the features outside the slice."""
+        """Returns A, and B times the scaling, with zeros for the features outside of the feature slice."""
         a, b = self.factors()
         b = self.feature_slice.spread(b.mT).mT if self.feature_slice is not None else b
         return a, self.scaling * self.strength * b
@@ -81,7 +84,7 @@ class LowRank(OutputMap):
             if few is not None:
                 return few
         layer, alone = fresh(target, self)
-        # Through __call__: FSDP2 and accelerate bring parameters in by hooks on the module.
+        # FSDP2 and accelerate load the parameters by hooks on this module, which only `__call__` runs.
         return self(x, output, layer, alone)
 
     def after_call_mixed(
@@ -93,28 +96,31 @@ class LowRank(OutputMap):
                 x = args[0] if args else hidden_input(args, kwargs)
                 in_place = not torch.is_grad_enabled() and fresh(target, self)[0] is not None
                 return add_per_example(self, work, target, x, output, batch, in_place=in_place)
+        # Without shared work each delta module runs on its own examples, as other output maps do.
         batch.first.pop(target, None)
         return super().after_call_mixed(target, args, kwargs, output, batch)
 
     def forward(self, x: Tensor, y: Tensor, layer: nn.Module | None = None, alone: bool = False) -> Tensor:
-        """y with the product added.
+        """Returns y with the product added.
 
-        `layer`: the linear layer that made y of x, if y may be changed in place; any convolution. `alone`: y is what the layer
-        made, and no other delta has been added to it.
+        Args:
+            layer: the linear layer that computed y from x, if y may be changed in place; a convolution always.
+            alone: whether y is exactly the layer's output, without other deltas.
         """
         a, b = self.factors()
         product = Product(self.scaling * self.strength, keep=self.keep)
         if self.groups and layer is not None:
             return convolved(y, self._dropped(x), a.unflatten(-1, self.view.kernel), b, product, layer)
         if self.embeds:
-            # The row of A^T that belongs to each id stands for the product with a one-hot vector.
+            # A product with a one-hot vector is the row of A^T for that id.
             h = self._dropped(F.embedding(x, a.mT, padding_idx=self.padding_idx))
             return y + (F.linear(h, b) * product.scale).to(y.dtype)
         if self.drops:
-            # What is dropped is another input than the layer's.
+            # With dropout the input differs from the layer's, so one autograd node cannot serve both.
             x, alone = self._dropped(x), False
         if self.feature_slice is not None:
-            # A slice in one piece is a part of the output. One that is interleaved by heads is spread, with zeros between.
+            # A contiguous slice is a view of the output. An interleaved one (GPT-NeoX: a group per head) is not, so B is
+            # spread to all features with zeros between.
             if self.feature_slice.groups == 1:
                 product = product._replace(start=self.feature_slice.start)
             else:
@@ -125,7 +131,7 @@ class LowRank(OutputMap):
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
     def update(self) -> Float[Tensor, "*stack d_out d_in"]:
-        """What is added to the weight, as a matrix, in float32 or wider."""
+        """Returns the update of the weight as a matrix, in float32 or wider."""
         a, b = self.factors()
         return self.scaling * wide(b) @ wide(a)
 
@@ -133,7 +139,7 @@ class LowRank(OutputMap):
         return {self.view.name: self.view.stored(self.update())}
 
 
-def kaiming_uniform(factor: Tensor) -> None:
-    """Fills a factor A [*stack, r, d_in] as nn.Linear fills its own weight: uniform within 1 / sqrt(d_in) of 0."""
+def kaiming_uniform(factor: Float[Tensor, "*stack r d_in"]) -> None:
+    """Fills a factor A as nn.Linear fills its weight: uniform within 1 / sqrt(d_in) of 0."""
     bound = 1 / math.sqrt(factor.shape[-1])
     nn.init.uniform_(factor, -bound, bound)

@@ -23,10 +23,13 @@ from deltakit.selection import feature_axis, features_last
 
 
 class OutputMap(DeltaModule):
-    """Changes what its target returns. The author writes `forward(x, y) -> y'`, and `linear_update` if it can be merged.
+    """Changes the output of its target. The author writes `forward(x, y) -> y'`, and `linear_update` if it can be merged.
 
-    `y` is given with its features in the last dimension, and of a feature slice only that; `size` is their number. It must
-    not be changed in place.
+    `y` has its features in the last dimension, also for channels-first layers, and has only the features of a feature slice;
+    `size` is their number. It must not be changed in place.
+
+    Raises:
+        TargetError: if the target is a parameter, or its output size is unknown.
     """
 
     def __init__(self, target: Target) -> None:
@@ -38,16 +41,18 @@ class OutputMap(DeltaModule):
         self.width = self.feature_slice.total if self.feature_slice is not None else self.size
 
     def forward(self, x: Tensor, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        """What the target returns for the input x instead of y."""
+        """Returns the target's new output for the input x and the output y."""
         raise NotImplementedError(f"{type(self).__name__} does not override forward(x, y)")
 
     def linear_update(self, layer: BareLayer) -> tuple[Tensor | None, Tensor | None]:
-        """What merging adds to the target's weight [d_out, d_in] and to its bias [d_out]; None where nothing.
+        """Returns what merging adds to the target's weight [d_out, d_in] and bias [d_out], each None for nothing.
 
         Raises:
-            TargetError: by default: a map that is no change of weight and bias cannot be merged.
+            TargetError: by default, because a map that is not linear cannot be merged.
         """
-        raise TargetError(f"{type(self).__name__} is not a change of weights: it cannot be merged; leave it attached")
+        raise TargetError(
+            f"{type(self).__name__} does not change weights, so it cannot be merged; leave the delta attached"
+        )
 
     def after_call(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         y = output if type(output) is Tensor else hidden_output(output)
@@ -83,7 +88,7 @@ class OutputMap(DeltaModule):
         weight, bias = self.linear_update(BareLayer(target, self.view))
         if bias is not None and not isinstance(getattr(target, "bias", None), Tensor):
             raise TargetError(
-                f"a {type(target).__name__} without a bias has nothing to merge {self.word()} into; leave it attached"
+                f"a {type(target).__name__} without a bias has nothing to merge {self.word()} into; leave the delta attached"
             )
         found = {} if weight is None else {"weight": self.view.stored(weight)}
         if bias is None:
@@ -92,9 +97,9 @@ class OutputMap(DeltaModule):
 
 
 def in_own_dtype(module: DeltaModule, *given: Tensor) -> Tensor:
-    """What a map makes of tensors, the last of which it changes: computed in the dtype of its parameters.
+    """Returns the output of a map, computed in the dtype of its parameters, in the dtype of the last given tensor.
 
-    A layer may return another dtype than its delta has: under autocast, and where weights are quantized.
+    The two dtypes differ under autocast, and where weights are quantized. The map must change the last tensor.
     """
     last = given[-1]
     own = own_dtype(module, last)
@@ -106,7 +111,7 @@ def in_own_dtype(module: DeltaModule, *given: Tensor) -> Tensor:
     new: Tensor = module(*cast)
     if torch.promote_types(own, last.dtype) is own:
         return new.to(last.dtype)
-    # In a narrower dtype only the change is rounded: an untrained map stays the identity.
+    # The map's dtype is narrower. Only the change is rounded to it, so an untrained map stays the identity.
     return last + (new - cast[-1]).to(last.dtype)
 
 

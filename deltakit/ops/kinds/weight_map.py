@@ -1,4 +1,4 @@
-"""Weight maps: W' = W + dW(W), or W' = f(W)."""
+"""Weight maps: they change a weight, W' = W + dW(W) or W' = f(W)."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -27,11 +27,11 @@ from deltakit.ops.recompute import linear_with
 class WeightMap(DeltaModule):
     """Changes a weight of its target. The author writes `weight_update(W) -> dW`, or `new_weight(W) -> W'`.
 
-    W is the bare weight [*stack, d_out, d_in] of the target, or of its feature slice, however the module stores it:
-    dequantized, gathered, and never with another delta in it. So several weight maps on one weight add up.
+    W is the backbone's own weight [*stack, d_out, d_in], however the module stores it: dequantized, gathered, only the feature
+    slice, and without the updates of other deltas. So several weight maps on one weight add up.
 
-    On a linear layer that is called, the product with dW is added to the output, and dW is computed again in the backward
-    pass instead of being kept. Elsewhere W + dW takes the weight's place during the forward that reads it.
+    On a linear layer that is called, the product with dW is added to the output, and dW is recomputed in the backward pass
+    instead of saved. Elsewhere a weight patch replaces W by W + dW during the forward that reads it.
     """
 
     has_weight_form: ClassVar[bool] = True
@@ -41,15 +41,16 @@ class WeightMap(DeltaModule):
         self.view = weight_view(target) if view is None else view
 
     def weight_update(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """What is added to the bare weight, of its shape."""
+        """Returns the update of the weight, in the weight's shape."""
         return self.new_weight(weight) - weight
 
     def new_weight(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """What stands for the bare weight, of its shape."""
+        """Returns the new weight, in the weight's shape."""
         raise NotImplementedError(f"{type(self).__name__} overrides neither weight_update nor new_weight")
 
     def forward(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        # Through __call__: FSDP2 and accelerate bring parameters in by hooks on the module.
+        # `__call__` comes here. Calling `weight_update` directly would skip the module's hooks, by which FSDP2 and
+        # accelerate load its parameters.
         return self.weight_update(weight)
 
     @classmethod
