@@ -169,6 +169,35 @@ def test_the_first_attached_comes_first():
     torch.testing.assert_close(layer(x), layer.two_adapter(x, layer.one_adapter(x, plain)))
 
 
+def test_order_does_not_need_a_clock_that_moves(model, monkeypatch):
+    """Two deltas that are attached in one tick would change places when the first one comes back."""
+    monkeypatch.setattr("deltakit.delta.attaching.time.time_ns", lambda: 7)
+    made = [randomize(dk.attach(model, dk.Adapter(size=size, at="@attn.o"), name=f"by_{size}")) for size in (3, 5)]
+    output = model(ids())
+    made[0].detach().attach()
+    assert torch.equal(model(ids()), output)
+
+
+def test_freezing_twice_keeps_the_backbone_s_own_values(model):
+    """What is trained already is not the backbone's own any more."""
+    before = snapshot(model)
+    delta = dk.attach(model, dk.LoRA(r=3)).freeze(train="norm")
+    randomize(delta)
+    delta.freeze(train=["norm", "classifier"])
+    delta.detach()
+    same(before, snapshot(model))
+
+
+def test_a_delta_that_is_not_trainable_holds_what_it_trained_fully(model):
+    """Also where it leaves the rest of the backbone as it is."""
+    delta = dk.attach(model, dk.LoRA(r=3), train="norm", freeze=False)
+    delta.trainable = False
+    assert not model.norm.weight.requires_grad
+    assert model.classifier.weight.requires_grad
+    delta.trainable = True
+    assert model.norm.weight.requires_grad
+
+
 def test_order_holds_between_deltas_that_were_never_together(model):
     one = dk.attach(model, dk.Adapter(size=3, at="@attn.o")).detach()
     two = dk.attach(model, dk.Adapter(size=5, at="@attn.o"))

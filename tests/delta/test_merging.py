@@ -67,6 +67,25 @@ def test_what_is_merged_is_bare_inside_detached_and_merged_again_behind_it(dtype
     assert torch.equal(layer.weight, bare)
 
 
+def test_two_updates_of_one_weight_in_one_delta_add_up():
+    """The second must not take the place of the first."""
+    model = nn.ModuleDict({"layer": nn.Linear(7, 5).double()})
+    delta = attached(model, dk.LoRA(r=2, at="layer"), dk.LoRA(r=3, at="layer.weight"))
+    x = torch.randn(3, 7).double()
+    hooked = model["layer"](x)
+    delta.merge()
+    torch.testing.assert_close(model["layer"](x), hooked)
+
+
+def test_what_is_merged_cannot_be_switched_off():
+    """It would stay in the weights."""
+    delta = attached(Transformer()).merge()
+    with pytest.raises(dk.StateError, match=r"is merged into the weights: unmerge\(\) it before changing active"):
+        delta.active = False
+    assert delta.active
+    delta.active = True
+
+
 def test_merging_refuses_what_it_would_harm():
     model = build("gpt2", tf.AutoModelForCausalLM)
     delta = attached(model, dk.LoRA(r=3, at="wte", untie=True))
@@ -95,5 +114,19 @@ def test_the_bare_state_while_merged():
     torch.testing.assert_close(dk.base_state_dict(model), bare, rtol=0, atol=0)
     with pytest.raises(dk.StateError, match=r"q_proj\.weight: delta 'delta' is merged into this weight, and unmerging"):
         model.load_state_dict(bare)
+    # As a part of a larger module, whose names have its own in front.
+    with pytest.raises(dk.StateError, match=r"inner\.layers\..*q_proj\.weight: delta 'delta' is merged into it"):
+        nn.ModuleDict({"inner": model}).load_state_dict({f"inner.{name}": value for name, value in bare.items()})
     delta.unmerge()
     model.load_state_dict(bare)
+
+
+def test_a_part_of_a_delta_is_missing_under_any_prefix():
+    """A damaged checkpoint of a larger module would load strictly, with the delta half old and half new."""
+    model = nn.ModuleDict({"inner": Transformer().eval()})
+    attached(model["inner"])
+    state = model.state_dict()
+    part = {name: value for name, value in state.items() if "layers.0.self_attn.q_proj.delta_lora" not in name}
+    with pytest.raises(RuntimeError, match=r"Missing key.*inner\.layers\.0\.self_attn\.q_proj\.delta_lora\.A"):
+        model.load_state_dict(part)
+    model.load_state_dict({name: value for name, value in state.items() if "delta_lora" not in name})

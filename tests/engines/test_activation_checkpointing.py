@@ -1,8 +1,12 @@
 """Gradients where activations are computed again in the backward pass."""
 
+from functools import partial
+
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import deltakit as dk
 from support.backbone_inputs import hidden, inputs
@@ -49,6 +53,29 @@ def test_checkpointing_that_does_not_say_whether_it_is_reentrant():
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={})
     hidden(model(**batch)).pow(3).sum().backward()
     torch.testing.assert_close([parameter.grad for parameter in delta.parameters()], wanted)
+
+
+class ShiftedBlock(GradientCheckpointingLayer):
+    """A block with a second positional argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(7, 7)
+
+    def forward(self, x, shift):
+        return torch.tanh(self.layer(x)) + shift
+
+
+def test_a_block_with_more_than_one_argument():
+    """The input that is made to require gradients must not push the others out."""
+    model = nn.ModuleList([ShiftedBlock()]).train()
+    delta = attached(model, dk.LoRA(r=2, at="0.layer"))
+    x, shift = torch.randn(3, 7), torch.randn(3, 7)
+    wanted = torch.autograd.grad(model[0](x, shift).pow(3).sum(), list(delta.parameters()))
+    model[0].gradient_checkpointing = True
+    model[0]._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint, use_reentrant=True)
+    model[0](x, shift).pow(3).sum().backward()
+    torch.testing.assert_close([parameter.grad for parameter in delta.parameters()], list(wanted))
 
 
 def test_gradients_stop_at_the_lowest_delta():

@@ -65,9 +65,10 @@ def test_the_card_names_a_base_on_the_hub_and_no_folder(tmp_path):
     model.config._name_or_path = "someone/a-model"
     card = (dk.attach(model, dk.LoRA(r=3)).save(tmp_path) / "README.md").read_text()
     assert 'base_model: "someone/a-model"' in card
-    model.config._name_or_path = "/a/folder"
-    dk.deltas(model)[0].save(tmp_path)
-    assert "base_model:" not in (tmp_path / "README.md").read_text()
+    for folder in ("/a/folder", "a/folder/below", "./here", "~/mine"):
+        model.config._name_or_path = folder
+        dk.deltas(model)[0].save(tmp_path)
+        assert "base_model:" not in (tmp_path / "README.md").read_text()
 
 
 def test_a_stored_checkpoint_of_each_format_still_loads():
@@ -116,6 +117,10 @@ BROKEN = {
     ),
     "a tensor missing": (lambda f: break_tensors(f, lambda t: t.pop("classifier.bias")), r"1 of its tensors do not fit: classifier\.bias is missing"),
     "a tensor too many": (lambda f: break_tensors(f, lambda t: t.update(x=torch.zeros(1))), "x is unknown in this delta"),
+    "turned round": (
+        lambda f: break_tensors(f, lambda t: t.update({"classifier.weight": t["classifier.weight"].T.contiguous()})),
+        r"classifier\.weight: the file has \(20, 3\), the backbone needs \(3, 20\)",
+    ),
     "elsewhere": (
         lambda f: break_config(f, lambda c: c["methods"][0].update(targets=["layers.7.q"])),
         r"1 of its 1 targets are not in this backbone, such as layers\.7\.q",
@@ -159,6 +164,24 @@ def test_the_same_backbone_in_half_precision_is_the_same(saved, dtype):
     model = backbone().to(dtype)
     delta = dk.load(saved, model)
     assert {parameter.dtype for parameter in delta.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(5, 3).requires_grad_(False).weight.mul_(1e-3), lambda: nn.LayerNorm(7).weight.detach()]
+)
+def test_small_weights_and_vectors_are_compared_too(tmp_path, make):
+    """Weights near zero are not all the same, and a backbone without matrices has values too."""
+    model = nn.ModuleDict({"part": nn.Linear(2, 3)})
+    del model["part"].weight, model["part"].bias
+    model["part"].weight = nn.Parameter(make())
+    size = model["part"].weight.shape
+    dk.attach(model, dk.BitFit(at="part") if len(size) == 1 else dk.LoRA(r=2, at="part.weight")).save(tmp_path)
+    dk.deltas(model)[0].detach()
+    dk.load(tmp_path, model).detach()
+    with torch.no_grad():
+        model["part"].weight.mul_(1.5)
+    with pytest.raises(dk.BackboneMismatch, match=r"differ in 1 of 1 tensors compared, such as part\.weight"):
+        dk.load(tmp_path, model)
 
 
 def test_a_fresh_head_that_was_not_trained_is_noticed(tmp_path):
@@ -208,6 +231,7 @@ def test_load_under_a_name_and_from_where_it_was_saved(saved):
         dk.load(saved, model)
     named = dk.attach(backbone(), dk.BitFit(), name="biases").save(saved)
     assert dk.load(named, backbone()).name == "biases"
+    assert dk.load(named, backbone(), name="mine").name == "mine"
 
 
 def test_paths_that_cannot_be_folded(tmp_path):

@@ -49,6 +49,16 @@ def test_a_target_that_is_never_called_is_an_error_until_it_is_detached():
     assert update.shape == (5, 7)
 
 
+def test_a_forward_that_raised_proves_nothing():
+    """The user must get the error of the forward itself, and the check must still be made in the next one."""
+    model, x = Reads(), torch.ones(1, 7)
+    dk.attach(model, dk.LoRA(r=2, at=["read", "called"]))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(torch.ones(1, 3))
+    with pytest.raises(dk.TargetError, match="read: delta 'delta' did nothing here"):
+        model(x)
+
+
 def test_a_target_whose_surroundings_did_not_run_is_a_warning():
     model = Reads()
     delta = dk.attach(model, dk.LoRA(r=2, at=["called", "experts.{0,1}.0"]))

@@ -69,3 +69,11 @@ def test_padded_batches_in_torch_s_encoder(method):
     assert model(x, src_key_padding_mask=pad).requires_grad
     delta.detach()
     assert model.use_nested_tensor is True
+
+
+def test_an_encoder_without_nested_tensors_stays_without():
+    """Detaching must put back what the user chose, and no default."""
+    layer = nn.TransformerEncoderLayer(12, 2, 20, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    dk.attach(model, dk.LoRA(r=2)).detach()
+    assert model.use_nested_tensor is False

@@ -7,6 +7,7 @@ import transformers as tf
 from torch import nn
 
 import deltakit as dk
+from deltakit.injection.weight_patch import hide_sum, show_sum
 from support.backbone_inputs import inputs
 from support.changed_weights import check_against_changed_weights
 from support.models import randomize
@@ -81,6 +82,16 @@ class Tree(nn.Module):
 
     def forward(self, x, depth=2):
         return torch.tanh((self(x, depth - 1) + self(x, 0) if depth else x) @ self.weight.T)
+
+
+def test_a_tensor_that_stood_in_the_place_of_a_weight_stands_there_again():
+    """Other libraries too let a plain attribute shadow a parameter; it must not be lost with the first patch."""
+    holder = nn.Linear(5, 3)
+    other = holder.__dict__["weight"] = torch.randn(3, 5)
+    show_sum(holder, "weight", "delta", lambda weight: torch.ones(3, 5))
+    assert torch.equal(holder.weight, other + 1)
+    hide_sum(holder, "delta")
+    assert holder.weight is other
 
 
 def test_forwards_by_weight_nest():

@@ -30,6 +30,15 @@ def test_adapter_is_its_formula(activation, f):
     torch.testing.assert_close(layer(x), y + f(y @ wd.T + bd) @ wu.T + bu, rtol=1e-12, atol=1e-12)
 
 
+def test_adapter_starts_as_the_authors_code_does():
+    """A truncated normal of 1e-3 down, cut at twice that; zero up and for the biases, so that it is the identity."""
+    state = dk.attach(nn.ModuleDict({"layer": nn.Linear(7, 503)}), dk.Adapter(size=101, at="layer")).state_dict()
+    down = state["layer.adapter.down.weight"]
+    assert 1.9e-3 < down.abs().max() <= 2e-3
+    assert down.std() == pytest.approx(0.88e-3, rel=0.02)
+    assert not any(value.any() for name, value in state.items() if not name.endswith("down.weight"))
+
+
 def test_adapter_sizes_and_norms():
     model = Transformer()
     assert dk.attach(model, dk.Adapter(reduction=7)).modules["layers.0.mlp.down_proj"][0].down.out_features == 2

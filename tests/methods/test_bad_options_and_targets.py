@@ -92,6 +92,15 @@ def test_a_quantised_weight_that_says_its_dtype_is_served():
         delta.merge()
 
 
+def test_an_error_that_tries_targets_out_draws_no_random_numbers():
+    """Its hint builds delta modules: with the user's seed, all that is drawn later would be different."""
+    model = nn.Sequential(nn.Linear(7, 5))
+    state = torch.random.get_rng_state()
+    with pytest.raises(dk.RoleError, match="name targets with at=, such as at='0'"):
+        dk.attach(model, dk.LoRA(r=2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
 def test_no_method_and_no_methods(unchecked):
     with pytest.raises(dk.OptionError, match="no method given"):
         dk.attach(Transformer())

@@ -47,6 +47,15 @@ def test_lora_is_its_formula():
     torch.testing.assert_close(layer(x), plain + 5 / 3 * x @ a.T @ b.T, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("inner", "outer"), [(7, 5), (5, 7)])
+def test_the_rank_may_be_as_large_as_the_smaller_side(inner, outer):
+    """A full rank is of use, in combinations for example; one more is not."""
+    model = nn.ModuleDict({"layer": nn.Linear(inner, outer)})
+    assert dk.attach(model, dk.LoRA(r=5, at="layer")).detach().num_parameters == 5 * (5 + 7)
+    with pytest.raises(dk.OptionError, match=r"layer: rank 6 is above the layer's size \d to \d; at most 5"):
+        dk.attach(model, dk.LoRA(r=6, at="layer"))
+
+
 def test_lora_starts_as_the_authors_code_does():
     layers = nn.ModuleDict({"linear": nn.Linear(700, 300), "embedding": nn.Embedding(500, 300)})
     state = dk.attach(layers, dk.LoRA(r=8, at="*")).state_dict()
@@ -85,6 +94,20 @@ def test_dropout_drops_the_input_of_the_update_and_nothing_else(graph):
     if graph:
         g = torch.randn_like(wanted)
         torch.testing.assert_close(*(torch.autograd.grad(y, x, g) for y in (found, wanted)), rtol=1e-12, atol=1e-12)
+
+
+def test_the_groups_of_an_optimiser_hold_everything_once():
+    """LoRA+ (arXiv:2402.12354): the two factors in groups of their own, and what has no tag must not get lost."""
+    model = Transformer()
+    delta = dk.attach(model, dk.LoRA(r=3), dk.BitFit(at="@ff.up"), train="norm")
+    groups = {group["tag"]: group for group in delta.parameter_groups(up={"lr": 0.5}, fully_trained={"lr": 0.25})}
+    assert {tag: (group.get("lr"), len(group["params"])) for tag, group in groups.items()} == {
+        "": (None, 4 + 2),
+        "up": (0.5, 4),
+        "fully_trained": (0.25, 2),
+    }
+    held = [id(parameter) for group in groups.values() for parameter in group["params"]]
+    assert sorted(held) == sorted(map(id, delta.parameters()))
 
 
 def test_the_padding_of_an_embedding_is_not_trained():

@@ -292,6 +292,12 @@ def test_reparam_is_the_paper_s_mlp_and_is_dropped_at_save(tmp_path):
     assert "reparam" not in repr(delta)
 
 
+def test_starts_small():
+    """Large keys at the start would take over the softmax of every head."""
+    (one, _) = dk.attach(Transformer(), dk.Prefix(tokens=211)).modules.values()
+    assert [p.std().item() for p in one[0].state_dict().values()] == pytest.approx([0.02, 0.02], rel=0.05)
+
+
 def test_a_selected_container_gets_prefixes_in_all_attention_below():
     model = build("t5")
     delta = dk.attach(model, dk.Prefix(at="decoder"))

@@ -158,6 +158,15 @@ def test_starts():
         dk.attach(model, dk.SoftPrompt(init_ids=[97]))
 
 
+def test_starts_as_one_of_the_frequent_tokens():
+    """Section 3.2: of the 5,000 most frequent tokens, which stand first in a vocabulary."""
+    model = build("gpt2", vocab_size=10_007)
+    (prompt,) = dk.attach(model, dk.SoftPrompt(tokens=101)).detach().parameters()
+    rows = torch.cdist(prompt.detach(), model.wte.weight.detach()).argmin(1)
+    assert torch.equal(model.wte.weight[rows], prompt)
+    assert rows.max() < 5_000
+
+
 def test_calls_that_cannot_take_a_prompt_are_errors():
     model = build("gpt2")
     attached(model)
