@@ -217,7 +217,7 @@ def test_a_shared_module_is_attached_once_and_counted_once(model):
 
 
 def test_one_method_twice_at_one_place_needs_two_deltas(model):
-    with pytest.raises(dk.OptionError, match=r"layers\.0\.self_attn\.q_proj: two of the methods given are lora"):
+    with pytest.raises(dk.OptionError, match=r"layers\.0\.self_attn\.q_proj: two of the given methods are lora"):
         dk.attach(model, dk.LoRA(r=2), dk.LoRA(r=3, at="**.q_proj"))
     first = dk.attach(model, dk.LoRA(r=2))
     with pytest.raises(dk.StateError, match=r"delta 'delta' has a lora there already; .* name="):
