@@ -116,7 +116,7 @@ BROKEN = {
     "a tensor too many": (lambda f: break_tensors(f, lambda t: t.update(x=torch.zeros(1))), "x is unknown in this delta"),
     "elsewhere": (
         lambda f: break_config(f, lambda c: c["methods"][0].update(targets=["layers.7.q"])),
-        r"1 of its 1 places are not in this backbone, such as layers\.7\.q",
+        r"1 of its 1 targets are not in this backbone, such as layers\.7\.q",
     ),
 }  # fmt: skip
 
