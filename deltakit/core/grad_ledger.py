@@ -38,6 +38,7 @@ class GradLedger:
             else:
                 wanted = self.original.get(name, parameter.requires_grad)
             if wanted != parameter.requires_grad:
+                # The first change records the user's flag. Later changes would record ours.
                 self.original.setdefault(name, parameter.requires_grad)
                 parameter.requires_grad_(wanted)
             self.ours[name] = wanted

@@ -105,7 +105,9 @@ def _only_plain(x: Tensor, y: Tensor, a: Tensor) -> bool:
     )
 
 
-def add_few_tokens(target: nn.Module, delta: Any, x: Tensor, y: Tensor, scale: float) -> Tensor | None:
+def add_few_tokens(
+    target: nn.Module, delta: Any, x: Float[Tensor, "*batch d_in"], y: Float[Tensor, "*batch d_out"], scale: float
+) -> Float[Tensor, "*batch d_out"] | None:
     """Adds the product of the delta's factors to y in place, for a few tokens without gradients (decoding).
 
     With a few tokens, calls cost more than the arithmetic, so this makes as few calls as possible.
@@ -181,15 +183,15 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        y: Tensor,
-        x: Tensor,
-        a: Tensor,
-        b: Tensor,
-        weight: Tensor | None,
+        y: Float[Tensor, "*batch d_out"],
+        x: Float[Tensor, "*batch d_in"],
+        a: Float[Tensor, "r d_in"],
+        b: Float[Tensor, "d_part r"],
+        weight: Float[Tensor, "_ _"] | None,
         flipped: bool,
         in_place: bool,
         product: Product,
-    ) -> Tensor:
+    ) -> Float[Tensor, "*batch d_out"]:
         ctx.flipped, ctx.product, ctx.shape = flipped, product, x.shape
         rows = x.reshape(-1, x.shape[-1])
         h = a.to(x.dtype) @ rows.mT

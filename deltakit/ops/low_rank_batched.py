@@ -57,8 +57,15 @@ def shared_work(delta: DeltaModule, target: nn.Module, batch: MixedBatch) -> Sha
 
 
 def add_per_example(
-    delta: DeltaModule, work: SharedWork, target: nn.Module, x: Tensor, y: Tensor, batch: MixedBatch, *, in_place: bool
-) -> Tensor | None:
+    delta: DeltaModule,
+    work: SharedWork,
+    target: nn.Module,
+    x: Float[Tensor, "*batch d_in"],
+    y: Float[Tensor, "*batch d_out"],
+    batch: MixedBatch,
+    *,
+    in_place: bool,
+) -> Float[Tensor, "*batch d_out"] | None:
     """Returns y with each example's product added, for all deltas on the target; None if `delta` is not the first of them.
 
     With beam search y has several consecutive rows per example.

@@ -4,15 +4,18 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 
-def sum_of_products(parts: Sequence[tuple[float, Tensor, Tensor]], like: Tensor) -> tuple[Tensor, Tensor, float, float]:
+def sum_of_products(
+    parts: Sequence[tuple[float, Tensor, Tensor]], like: Float[Tensor, "*stack r d_in"]
+) -> tuple[Float[Tensor, "*stack r d_in"], Float[Tensor, "*stack d_out r"], float, float]:
     """Returns the factors A and B of the sum of w_k B_k A_k, in the rank of `like`, and two squared Frobenius norms.
 
     Args:
         parts: w_k, A_k [*stack, r_k, d_in] and B_k [*stack, d_out, r_k].
-        like: a tensor [*stack, r, d_in] that gives the rank r.
+        like: gives the rank r; its values are not read.
 
     Returns:
         A, B, the squared norm of the truncation error, and the squared norm of the sum.

@@ -25,7 +25,7 @@ def normal(std: float = 1.0) -> Draw:
     return partial(_draw, "normal_", 0.0, std)
 
 
-def _draw(how: str, first: float, second: float, values: Tensor, generator: torch.Generator) -> None:
+def _draw(how: str, first: float, second: float, values: Float[Tensor, "*shape"], generator: torch.Generator) -> None:
     getattr(values, how)(first, second, generator=generator)
 
 

@@ -33,7 +33,7 @@ def test_attaching_to_what_is_wrapped_is_an_error(wrap):
     wrapped = wrap(Transformer())
     before = snapshot(wrapped)
     with pytest.raises(
-        dk.StateError, match=r"the backbone is wrapped in \w+ already: .* attach to the plain model first"
+        dk.StateError, match=r"the backbone is wrapped in \w+ already, .* attach to the plain model first"
     ):
         dk.attach(wrapped, dk.LoRA(r=3, at="**"))
     same(before, snapshot(wrapped))
@@ -42,7 +42,7 @@ def test_attaching_to_what_is_wrapped_is_an_error(wrap):
 @pytest.mark.parametrize(
     ("train", "part", "message"),
     [
-        ((), "layers.0.self_attn.q_proj.delta_lora.A", r"q_proj\.lora\.A: expected shape \(3, 20\) .* found \(0,\): an engine"),
+        ((), "layers.0.self_attn.q_proj.delta_lora.A", r"q_proj\.lora\.A: expected shape \(3, 20\) .* found \(0,\), because an engine"),
         ("norm", "norm.weight", r"norm\.weight: expected shape \(20,\) as when it was attached, found \(0,\), because an engine"),
     ],
 )  # fmt: skip
