@@ -56,7 +56,9 @@ def test_a_delta_on_what_is_offloaded_is_trained_and_saved_as_on_what_is_not(off
 @pytest.mark.parametrize("offload", OFFLOADS)
 def test_what_offloading_does_not_allow_is_an_error(offload, tmp_path):
     model = OFFLOADS[offload](Transformer().eval(), tmp_path / "weights")
-    with pytest.raises(dk.StateError, match=r"train: classifier\.weight is offloaded by accelerate, and full training needs its values"):
+    with pytest.raises(
+        dk.StateError, match=r"train: classifier\.weight is offloaded by accelerate, and full training needs its values"
+    ):
         dk.attach(model, dk.LoRA(r=3), train="@head")
     delta = attached(model, dk.LoRA(r=3))
     trained = model(ids())
