@@ -78,10 +78,11 @@ def bare_weight(module: nn.Module, view: WeightView) -> Float[Tensor, "..."]:
         held = getattr(module, view.name, None) if linear_sizes(module) is None else None
         if held is None and linear_sizes(module) is None:
             raise TargetError(f"a {type(module).__name__} has no parameter {view.name!r}; name another target")
-    if held is not None and held.is_meta:
+    packed = [*module.parameters(recurse=False), *module.buffers(recurse=False)] if held is None else [held]
+    if any(tensor.is_meta for tensor in packed):
         raise StateError(
             f"{view.name} of a {type(module).__name__} has no values here (meta device or offload); load it into memory, "
-            " or leave this target out with exclude="
+            "or leave this target out with exclude="
         )
     if held is None or (is_quantized(held) and not hasattr(held, "full_tensor")):
         return view.matrix(dequantized(module, compute_dtype(module)))
@@ -128,8 +129,19 @@ class BareLayer:
 
     @property
     def weight(self) -> Float[Tensor, "d_out d_in"]:
-        """The bare weight [d_out, d_in] in float32 or wider. Raises as `bare_weight` does."""
-        return wide(bare_weight(self.module, self.view))
+        """The bare weight [d_out, d_in] in float32 or wider.
+
+        Raises:
+            StateError: as `bare_weight` does.
+            TargetError: if it is no such matrix: norms have a vector, of which some use 1 + weight.
+        """
+        weight = bare_weight(self.module, self.view)
+        if weight.ndim != 2:
+            raise TargetError(
+                f"the weight of a {type(self.module).__name__} is no matrix [d_out, d_in], so nothing can be merged into it; "
+                "leave it attached"
+            )
+        return wide(weight)
 
     @property
     def bias(self) -> Float[Tensor, " d_out"] | None:

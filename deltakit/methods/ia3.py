@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from deltakit.core import BareLayer, DeltaModule, Method, Target
-from deltakit.errors import OptionError, TargetError
+from deltakit.errors import OptionError
 from deltakit.ops import InputMap, OutputMap, like
 
 
@@ -42,12 +42,8 @@ class IA3InputDelta(InputMap):
 
     def linear_update(self, layer: BareLayer) -> tuple[Tensor, None]:
         weight = layer.weight
-        # A convolution has a weight for each place of its kernel; one in groups takes a part of the channels in each row.
-        places, rest = divmod(weight.shape[-1], self.size)
-        if rest or not places:
-            raise TargetError(
-                f"IA3 on the input of a {type(layer.module).__name__} in groups cannot be merged; leave it attached"
-            )
+        # A convolution has a weight for each place of its kernel.
+        places = weight.shape[-1] // self.size
         return weight * (self.scale - 1).repeat_interleave(places), None
 
 
