@@ -4,7 +4,7 @@ A context variable and not an attribute of the backbone: threads that share one 
 """
 
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtyping import Int, Shaped
 from torch import Tensor
@@ -14,11 +14,16 @@ from deltakit.errors import StateError
 
 @dataclass(frozen=True)
 class CurrentCall:
-    """The backbone's call that runs now. `start`: how many tokens a filled cache holds already (0 without one)."""
+    """The backbone's call that runs now. `start`: how many tokens a filled cache holds already (0 without one).
+
+    `backbone` is the identity of what is called, and `outer` the call of a backbone around it.
+    """
 
     ids: Int[Tensor, "batch seq"] | None
     mask: Shaped[Tensor, "..."] | None
     start: int = 0
+    backbone: int = 0
+    outer: "CurrentCall | None" = None
 
 
 _CALL: ContextVar[CurrentCall | None] = ContextVar("deltakit_current_call", default=None)
@@ -40,6 +45,17 @@ def current_call() -> CurrentCall:
     return call
 
 
-def set_current_call(call: CurrentCall | None) -> None:
-    """Makes a call the current one of this thread; None when it is over."""
-    _CALL.set(call)
+def begin_call(call: CurrentCall) -> None:
+    """Makes a call the current one of this thread, inside the one that runs already."""
+    outer = _CALL.get()
+    left = outer
+    # What an interruption left of an earlier call of the same backbone is over, and so is all that ran inside it.
+    while left is not None:
+        outer, left = (left.outer if left.backbone == call.backbone else outer), left.outer
+    _CALL.set(replace(call, outer=outer))
+
+
+def end_call() -> None:
+    """Makes the call around the current one of this thread the current one again, if there is one."""
+    call = _CALL.get()
+    _CALL.set(call.outer if call is not None else None)
