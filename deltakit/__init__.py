@@ -27,6 +27,7 @@ from deltakit.errors import (
 )
 from deltakit.methods.adapter import Adapter
 from deltakit.methods.bitfit import BitFit
+from deltakit.methods.ia3 import IA3
 from deltakit.methods.lora import LoRA
 from deltakit.methods.prefix import Prefix
 from deltakit.methods.soft_prompt import SoftPrompt
@@ -44,6 +45,7 @@ from deltakit.version import __version__
 from deltakit.view import View, Visualization, show
 
 __all__ = [
+    "IA3",
     "METHODS",
     "Adapter",
     "AdapterModel",

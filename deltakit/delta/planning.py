@@ -34,7 +34,7 @@ class Plan:
 
     @property
     def num_parameters(self) -> int:
-        """How many parameters the delta modules would have, those trained whole not counted."""
+        """How many parameters of the delta modules would be trained, those of fully trained modules not counted."""
         return sum(parameter.numel() for built in self.built for parameter in _parameters(built))
 
     def __repr__(self) -> str:
@@ -165,4 +165,4 @@ def _unserved(method: Method, target: Target) -> str:
 
 
 def _parameters(built: dict[str, DeltaModule]) -> Sequence[nn.Parameter]:
-    return list(nn.ModuleList(built.values()).parameters())
+    return [parameter for module in built.values() for _, parameter, _ in module.trained_parameters()]
