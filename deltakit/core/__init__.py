@@ -7,7 +7,7 @@ and what a linear layer is. Imports nothing but `errors`.
 from deltakit.core.activations import hidden_input, hidden_output, replace_hidden, replace_input
 from deltakit.core.attached_module import FROZEN
 from deltakit.core.bare_weight import BareLayer, WeightView, bare_weight, dequantized, is_quantized, weight_view
-from deltakit.core.current_call import CurrentCall, set_current_call
+from deltakit.core.current_call import CurrentCall, begin_call, end_call
 from deltakit.core.delta_module import DeltaModule
 from deltakit.core.feature_slice import FeatureSlice, slice_where
 from deltakit.core.folding import expand, fold, span
@@ -65,8 +65,10 @@ __all__ = [
     "above",
     "attachments_of",
     "bare_weight",
+    "begin_call",
     "class_name",
     "dequantized",
+    "end_call",
     "expand",
     "fold",
     "gathered",
@@ -94,7 +96,6 @@ __all__ = [
     "replace_hidden",
     "replace_input",
     "scatter",
-    "set_current_call",
     "shapes_of",
     "slice_where",
     "span",

@@ -81,7 +81,8 @@ def bare_weight(module: nn.Module, view: WeightView) -> Float[Tensor, "..."]:
             raise TargetError(
                 f"a {type(module).__name__} has no parameter {view.name!r}; leave this target out with exclude="
             )
-    if held is not None and held.is_meta:
+    packed = [*module.parameters(recurse=False), *module.buffers(recurse=False)] if held is None else [held]
+    if any(tensor.is_meta for tensor in packed):
         raise StateError(
             f"{view.name} of a {type(module).__name__} has no values here (meta device or offload); load it into memory, "
             "or leave this target out with exclude="
@@ -137,9 +138,16 @@ class BareLayer:
 
         Raises:
             StateError: if the weight has no values in memory (meta device, offload).
-            TargetError: if there is no weight, or it is quantized and its module is not a linear layer.
+            TargetError: if there is no weight, it is no matrix (norms have a vector, and some use 1 + weight), or it is
+                quantized and its module is not a linear layer.
         """
-        return wide(bare_weight(self.module, self.view))
+        weight = bare_weight(self.module, self.view)
+        if weight.ndim != 2:
+            raise TargetError(
+                f"the weight of a {type(self.module).__name__} is no matrix [d_out, d_in], so nothing can be merged into it; "
+                "leave the delta attached"
+            )
+        return wide(weight)
 
     @property
     def bias(self) -> Float[Tensor, " d_out"] | None:

@@ -1,4 +1,4 @@
-"""The handle of a delta and the functions on deltas: attach, load, plan, merge, combine, swap, and mixed batches."""
+"""The handle of a delta and its verbs: attach, load, plan, merge, combine, swap, and mixed batches."""
 
 from deltakit.delta.attaching import attach, load
 from deltakit.delta.combining import Combination, combine

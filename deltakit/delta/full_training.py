@@ -134,14 +134,15 @@ def current_values(backbone: nn.Module, names: Sequence[str], record: Record) ->
 
 
 def base_state_dict(backbone: nn.Module) -> dict[str, Tensor]:
-    """Returns the backbone's state dict without the deltas' keys.
+    """Returns the backbone's state dict as it would be if nothing were attached.
 
-    Merged weights have their values from before merging. Modules that a delta fully trains have their trained values.
+    It has no keys of deltas, the weights are those from before a merge, and fully trained tensors have the backbone's own
+    values: the trained ones are in the delta's file.
     """
     own = dict(tensors_of(backbone))
-    unmerged = [item for record in records_of(backbone) for item in record.weights_before_merge.items()]
-    # By identity, because a merged weight that is tied has several names in the state dict.
-    bare = {id(own[name]): value.detach() for name, value in unmerged}
+    kept = [record.backbone_values | record.weights_before_merge for record in records_of(backbone)]
+    # By identity: a tied tensor has several names, and is kept under one of them.
+    bare = {id(own[name]): value.detach() for values in kept for name, value in values.items()}
     return {name: bare.get(id(own[name]), value) for name, value in backbone.state_dict().items() if name in own}
 
 

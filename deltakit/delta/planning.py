@@ -37,7 +37,7 @@ class Plan:
 
     @property
     def num_parameters(self) -> int:
-        """The number of parameters of the delta modules, without fully trained modules."""
+        """The number of trained parameters of the delta modules, without fully trained modules."""
         return sum(parameter.numel() for built in self.built for parameter in _parameters(built))
 
     def __repr__(self) -> str:
@@ -175,4 +175,4 @@ def _unserved(method: Method, target: Target) -> str:
 
 
 def _parameters(built: dict[str, DeltaModule]) -> Sequence[nn.Parameter]:
-    return list(nn.ModuleList(built.values()).parameters())
+    return [parameter for module in built.values() for _, parameter, _ in module.trained_parameters()]

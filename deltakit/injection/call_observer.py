@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deltakit.core import CurrentCall, set_current_call
+from deltakit.core import CurrentCall, begin_call, end_call
 
 _IDS, _MASK, _CACHE = ("input_ids", "decoder_input_ids"), ("attention_mask",), ("past_key_values", "cache_params")
 
@@ -24,11 +24,11 @@ class CallObserver:
         if ids is None and args and isinstance(args[0], Tensor) and not args[0].is_floating_point():
             # The user's own models may name their ids differently.
             ids = args[0]
-        set_current_call(CurrentCall(ids, _first_tensor(call, _MASK), _seen(call)))
+        begin_call(CurrentCall(ids, _first_tensor(call, _MASK), _seen(call), id(backbone)))
 
     def end(self, backbone: nn.Module, args: Any, output: Any) -> None:
-        """Clears the current call. If an interruption skips this, the next call of the backbone replaces it."""
-        set_current_call(None)
+        """Ends the call. If an interruption skips this, the next call of the backbone replaces it."""
+        end_call()
 
 
 def _first_tensor(call: dict[str, Any], names: tuple[str, ...]) -> Tensor | None:

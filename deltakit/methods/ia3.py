@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from deltakit.core import BareLayer, DeltaModule, Method, Target
-from deltakit.errors import OptionError, TargetError
+from deltakit.errors import OptionError
 from deltakit.ops import InputMap, OutputMap, like
 
 
@@ -42,13 +42,8 @@ class IA3InputDelta(InputMap):
 
     def linear_update(self, layer: BareLayer) -> tuple[Tensor, None]:
         weight = layer.weight
-        # A convolution has one weight per channel and position in its kernel. With groups, the rows of its weight belong to
-        # different channels, so one vector of scales does not fit.
-        positions, rest = divmod(weight.shape[-1], self.size)
-        if rest or not positions:
-            raise TargetError(
-                f"IA3 on the input of a {type(layer.module).__name__} with groups cannot be merged; leave it attached"
-            )
+        # A convolution has one weight for each position in its kernel.
+        positions = weight.shape[-1] // self.size
         return weight * (self.scale - 1).repeat_interleave(positions), None
 
 

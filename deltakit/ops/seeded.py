@@ -61,8 +61,12 @@ class Seeded(nn.Module):
                 buffer.copy_(seeded(shape, self.seed + index, draw))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Seeded":
-        empty = any(buffer is not None and buffer.is_meta for buffer in self._buffers.values())
+        before = self._kinds()
         super()._apply(fn, recurse)
-        if empty:
+        # Another dtype gets the numbers themselves, and not what an earlier one left of them.
+        if before != self._kinds():
             self._fill()
         return self
+
+    def _kinds(self) -> list[tuple[torch.dtype, bool]]:
+        return [(buffer.dtype, buffer.is_meta) for buffer in self._buffers.values() if buffer is not None]

@@ -92,7 +92,7 @@ def _line(attachment: Attachment, index: int, names: Mapping[int, list[str]]) ->
         attachment.record.methods[index].name,
         next((site.module.summary() for site in own), ""),
         [site.path for site in own],
-        sum(p.numel() for site in own for p in site.module.parameters()),
+        sum(p.numel() for site in own for _, p, _ in site.module.trained_parameters()),
         by_weight=[site.path for site in own if site.module.weight_read is not None],
         aliases=list(dict.fromkeys(name for site in own for name in names.get(id(site.target), [])[1:])),
     )

@@ -343,3 +343,14 @@ def test_a_module_with_two_names_is_trained_whole_by_either(model):
     delta = dk.attach(model, dk.LoRA(r=2), train="layers.1.norm_1")
     assert model.again.weight.requires_grad
     delta.detach()
+
+
+def test_the_base_state_dict_has_the_backbone_s_own_values_of_what_is_fully_trained(model):
+    """With the trained values, a checkpoint of the base model would hold the head of one task."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    dk.attach(model, dk.LoRA(r=2), train="classifier")
+    with torch.no_grad():
+        model.classifier.weight.add_(1.0)
+    same = dk.base_state_dict(model)
+    assert same.keys() == before.keys()
+    assert all(torch.equal(same[name], value) for name, value in before.items())

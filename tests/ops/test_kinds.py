@@ -567,7 +567,8 @@ class TestOrder:
         if kind == "input":
             return x @ one.turn.T @ two.turn.T @ weight.T + bias
         if kind == "call_context":
-            return (x + one.before + two.before) @ weight.T + bias + one.behind + two.behind
+            y = (x + one.before + two.before) @ weight.T + bias
+            return (y * (1 + one.behind) + one.behind) * (1 + two.behind) + two.behind
         return by_hand(layer, one, x) + by_hand(layer, two, x) - bare
 
     @every_kind
@@ -589,7 +590,7 @@ class TestOrder:
         one.active = True
         one.detach()
         torch.testing.assert_close(model(x), by_hand(model.target, modules[1], x), **close)
-        if kind in ("output", "input"):
+        if kind in ("output", "input", "call_context"):
             other = self.chain(kind, model.target, modules[::-1], x)
             assert not torch.allclose(other, wanted)
 

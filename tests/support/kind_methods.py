@@ -138,7 +138,7 @@ def outer_sizes(delta, target):
 
 
 class AroundDelta(CallContext):
-    """Shifts the input by `before`, and the output by `behind`; notes what is open."""
+    """Shifts the input by `before`, scales and shifts the output by `behind`; notes what is open."""
 
     opened: ClassVar[list] = []
 
@@ -157,7 +157,7 @@ class AroundDelta(CallContext):
     def leave(self, target, args, kwargs, output):
         self.opened.remove(self)
         for peer in self.peers(target):
-            output = output + peer.behind
+            output = output * (1 + peer.behind) + peer.behind
         return output
 
     def abandon(self, target):
@@ -166,7 +166,7 @@ class AroundDelta(CallContext):
 
     @staticmethod
     def formula(weight, bias, p, x):
-        return (x + p["before"]) @ weight.T + bias + p["behind"]
+        return ((x + p["before"]) @ weight.T + bias) * (1 + p["behind"]) + p["behind"]
 
 
 @dataclass(frozen=True, kw_only=True)

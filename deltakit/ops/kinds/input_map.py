@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import BareLayer, DeltaModule, Target, hidden_input, replace_input, weight_view
+from deltakit.core import BareLayer, DeltaModule, Target, hidden_input, linear_sizes, replace_input, weight_view
 from deltakit.errors import TargetError
 from deltakit.ops.kinds.output_map import in_own_dtype
 from deltakit.ops.sizes import input_size
@@ -74,6 +74,17 @@ class InputMap(DeltaModule):
         return new if self.strength == 1 else torch.lerp(x, new, self.strength)
 
     def weight_updates(self, target: nn.Module) -> Mapping[str, Tensor]:
+        convolution = isinstance(target, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        if not convolution and linear_sizes(target) is None:
+            raise TargetError(
+                f"a {type(target).__name__} is no linear map of its input, so {self.word()} cannot be merged into it; "
+                "leave it attached"
+            )
+        if convolution and target.groups != 1:
+            # Each of its rows has the channels of one group alone.
+            raise TargetError(
+                f"{self.word()} on the input of a {type(target).__name__} in groups cannot be merged; leave it attached"
+            )
         weight, bias = self.linear_update(BareLayer(target, self.view))
         found = {"weight": None if weight is None else self.view.stored(weight), "bias": bias}
         return {name: update for name, update in found.items() if update is not None}

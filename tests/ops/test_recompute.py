@@ -1,0 +1,151 @@
+"""A full weight update computed again in the backward pass: the same gradients, and no matrix kept for them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import deltakit as dk
+from deltakit.ops.recompute import linear_with
+from support.kind_methods import EVERY_KIND, by_hand, registered
+from support.models import randomize
+
+D_IN, D_OUT = 5, 7
+
+
+@pytest.fixture(autouse=True)
+def methods():
+    with registered(*EVERY_KIND.values()):
+        yield
+
+
+def factors(dtype=torch.float64):
+    torch.manual_seed(1)
+    return [torch.randn(*shape, dtype=dtype, requires_grad=True) for shape in ((D_OUT, 3), (3, D_IN), (D_OUT,))]
+
+
+def build(a, b, c):
+    return torch.tanh(a @ b) * c[:, None]
+
+
+@pytest.mark.parametrize("shape", [(5,), (11, 5), (2, 3, 5), (0, 5)], ids=str)
+def test_gradients_are_those_of_autograd(shape):
+    given = factors()
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    found = linear_with(x, lambda: build(*given), tuple(given))
+    wanted = F.linear(x, build(*given))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    g = torch.randn_like(wanted)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, [x, *given], g), torch.autograd.grad(wanted, [x, *given], g), rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("asks", ["x", "a", "c", "none"])
+def test_only_what_is_asked_for(asks):
+    a, b, c = factors()
+    x = torch.randn(11, 5, dtype=torch.float64, requires_grad=asks == "x")
+    for tensor, name in ((a, "a"), (b, "b"), (c, "c")):
+        tensor.requires_grad_(name == asks)
+    y = linear_with(x, lambda: build(a, b, c), (a, b, c))
+    assert y.requires_grad is (asks != "none")
+    if asks != "none":
+        (asked,) = [t for t in (x, a, b, c) if t.requires_grad]
+        g = torch.randn_like(y)
+        (wanted,) = torch.autograd.grad(F.linear(x, build(a, b, c)), asked, g)
+        y.backward(g)
+        torch.testing.assert_close(asked.grad, wanted, rtol=1e-12, atol=1e-12)
+        assert [t.grad is None for t in (x, a, b, c)] == [t is not asked for t in (x, a, b, c)]
+
+
+def test_a_parameter_that_the_matrix_does_not_read():
+    a, b, c = factors()
+    unused = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(11, 5, dtype=torch.float64)
+    linear_with(x, lambda: build(a, b, c), (a, b, c, unused)).sum().backward()
+    assert unused.grad is None or not unused.grad.any()
+    assert a.grad.any()
+
+
+def test_gradcheck():
+    x = torch.randn(2, 3, D_IN, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x, a, b, c: linear_with(x, lambda: build(a, b, c), (a, b, c)), (x, *factors())
+    )
+
+
+def test_a_change_between_forward_and_backward_is_an_error():
+    given = factors()
+    y = linear_with(torch.randn(11, 5, dtype=torch.float64), lambda: build(*given), tuple(given))
+    with torch.no_grad():
+        given[0].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def saved(run):
+    """The shapes of all tensors that the graph of a run keeps, and their storages."""
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = run()
+    return output, kept
+
+
+class TestWeightMaps:
+    @pytest.mark.parametrize("kind", ["weight_update", "new_weight"])
+    def test_the_graph_keeps_no_matrix(self, kind):
+        model = nn.Sequential(nn.Linear(D_IN, D_OUT)).double()
+        delta = randomize(dk.attach(model, EVERY_KIND[kind](at="0")))
+        x = torch.randn(11, D_IN, dtype=torch.float64)
+        model(x)
+        own = {p.data_ptr() for p in delta.parameters()}
+        _, kept = saved(lambda: model(x))
+        others = [t for t in kept if t.data_ptr() not in own]
+        assert others
+        assert {t.data_ptr() for t in others} == {x.data_ptr()}
+        assert not [t for t in kept if t.shape[-2:] in ((D_OUT, D_IN), (D_IN, D_OUT))]
+        # Written out plainly, such matrices are kept: what is tested for can be seen.
+        (module,) = delta.modules["0"]
+        _, plain = saved(lambda: F.linear(x, module.weight_update(model[0].weight.detach())))
+        assert [t for t in plain if t.shape[-2:] in ((D_OUT, D_IN), (D_IN, D_OUT))]
+
+    @pytest.mark.parametrize("scale", [1, -0.5])
+    @pytest.mark.parametrize("kind", ["weight_update", "new_weight"])
+    def test_gradients_are_those_of_the_formula(self, kind, scale):
+        model = nn.Sequential(nn.Linear(D_IN, D_OUT)).double()
+        delta = randomize(dk.attach(model, EVERY_KIND[kind](at="0")))
+        delta.scale = scale
+        (module,) = delta.modules["0"]
+        x = torch.randn(11, D_IN, dtype=torch.float64, requires_grad=True)
+        given = [x, *delta.parameters()]
+        weight, bias = model[0].weight.detach(), model[0].bias.detach()
+        update = module.weight_update(weight)
+        wanted = F.linear(x, weight + scale * update, bias)
+        found = model(x)
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+        if scale == 1:
+            torch.testing.assert_close(found, by_hand(model[0], module, x), rtol=1e-12, atol=1e-12)
+        g = torch.randn_like(wanted)
+        torch.testing.assert_close(
+            torch.autograd.grad(found, given, g), torch.autograd.grad(wanted, given, g), rtol=1e-11, atol=1e-11
+        )
+
+    @pytest.mark.parametrize("kind", ["weight_update", "new_weight"])
+    def test_gradcheck(self, kind):
+        model = nn.Sequential(nn.Linear(D_IN, D_OUT)).double()
+        delta = randomize(dk.attach(model, EVERY_KIND[kind](at="0")))
+        x = torch.randn(3, D_IN, dtype=torch.float64, requires_grad=True)
+        model(x)
+        assert torch.autograd.gradcheck(lambda x, *_: model(x), (x, *delta.parameters()))
+
+    def test_the_backbone_s_weight_is_not_asked(self):
+        model = nn.Sequential(nn.Linear(D_IN, D_OUT)).double()
+        delta = randomize(dk.attach(model, EVERY_KIND["new_weight"](at="0")))
+        model(torch.randn(3, D_IN, dtype=torch.float64)).sum().backward()
+        assert model[0].weight.grad is None
+        assert all(p.grad is not None for p in delta.parameters())
