@@ -95,7 +95,7 @@ class TestPositions:
                 assert module.scale.numel() == size
 
     def test_bad_sides(self):
-        with pytest.raises(dk.OptionError, match=r"IA3\(side='both'\): 'auto', 'input' or 'output'"):
+        with pytest.raises(dk.OptionError, match=r"IA3\(side='both'\): expected 'auto', 'input' or 'output'"):
             IA3(side="both")
         with pytest.raises(dk.TargetError, match=r"c_attn\[k\]: IA3InputDelta changes the input, which all parts"):
             dk.attach(build("gpt2"), IA3(at="h.0.attn.c_attn[k]", side="input"))
@@ -226,7 +226,7 @@ class TestMerging:
         delta = randomize(dk.attach(model, IA3(at="0", side=side)))
         output = model(x)
         if not layer.startswith("conv"):
-            with pytest.raises(dk.TargetError, match="^0: .*leave it attached"):
+            with pytest.raises(dk.TargetError, match="^0: .*leave the delta attached"):
                 delta.merge()
             assert torch.equal(model(x), output)
         else:
@@ -238,7 +238,7 @@ class TestMerging:
         model = nn.Sequential(nn.Conv2d(6, 10, 3, groups=2))
         delta = dk.attach(model, IA3(at="0", side="input"))
         with pytest.raises(
-            dk.TargetError, match="0: IA3Input on the input of a Conv2d in groups cannot be merged; leave it attached"
+            dk.TargetError, match="0: IA3Input on the input of a Conv2d in groups cannot be merged; leave the delta attached"
         ):
             delta.merge()
 

@@ -78,12 +78,12 @@ class InputMap(DeltaModule):
         if not convolution and linear_sizes(target) is None:
             raise TargetError(
                 f"a {type(target).__name__} is no linear map of its input, so {self.word()} cannot be merged into it; "
-                "leave it attached"
+                "leave the delta attached"
             )
         if convolution and target.groups != 1:
             # Each of its rows has the channels of one group alone.
             raise TargetError(
-                f"{self.word()} on the input of a {type(target).__name__} in groups cannot be merged; leave it attached"
+                f"{self.word()} on the input of a {type(target).__name__} in groups cannot be merged; leave the delta attached"
             )
         weight, bias = self.linear_update(BareLayer(target, self.view))
         found = {"weight": None if weight is None else self.view.stored(weight), "bias": bias}
