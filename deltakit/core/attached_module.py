@@ -38,7 +38,7 @@ class AttachedModule(nn.Module):
     tags: ClassVar[Mapping[str, str]] = {}
     """A tag for each parameter (see `DeltaModule.tags`)."""
 
-    # The kinds set the next four.
+    # The kinds set the next five.
     scalable: ClassVar[bool] = True
     """Whether `Delta.scale` applies."""
     mixable: ClassVar[bool] = True
@@ -47,6 +47,9 @@ class AttachedModule(nn.Module):
     """Whether the first forward must call the target, and fails otherwise."""
     has_weight_form: ClassVar[bool] = False
     """Whether its method can patch a weight that is read directly."""
+
+    reads_weight: ClassVar[bool] = False
+    """Whether its update depends on the target's weight."""
 
     # Building and attaching set the next four.
     part: str = ""

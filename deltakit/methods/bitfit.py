@@ -50,6 +50,8 @@ class BitFitDelta(OutputMap):
 class BitFitPatchDelta(WeightMap):
     """Adds a `bias` to a bias that is read directly. It has the shape of that bias, or of a feature slice of it."""
 
+    reads_weight: ClassVar[bool] = False
+
     def __init__(self, target: Target, view: WeightView) -> None:
         super().__init__(target, view)
         held = target.module._parameters[view.name]

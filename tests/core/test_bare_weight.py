@@ -157,7 +157,9 @@ class TestRefused:
             seen(layer)
 
     def test_a_module_without_it(self):
-        with pytest.raises(dk.TargetError, match="a ReLU has no parameter 'weight'; leave this target out with exclude="):
+        with pytest.raises(
+            dk.TargetError, match="a ReLU has no parameter 'weight'; leave this target out with exclude="
+        ):
             seen(nn.ReLU())
 
     def test_a_delta_that_reads_a_meta_weight(self):

@@ -115,7 +115,9 @@ def test_the_bare_state_while_merged():
     with pytest.raises(dk.StateError, match=r"q_proj\.weight: delta 'delta' is merged into this weight, and unmerging"):
         model.load_state_dict(bare)
     # As a part of a larger module, whose names have its own in front.
-    with pytest.raises(dk.StateError, match=r"inner\.layers\..*q_proj\.weight: delta 'delta' is merged into it"):
+    with pytest.raises(
+        dk.StateError, match=r"inner\.layers\..*q_proj\.weight: delta 'delta' is merged into this weight"
+    ):
         nn.ModuleDict({"inner": model}).load_state_dict({f"inner.{name}": value for name, value in bare.items()})
     delta.unmerge()
     model.load_state_dict(bare)
@@ -130,3 +132,47 @@ def test_a_part_of_a_delta_is_missing_under_any_prefix():
     with pytest.raises(RuntimeError, match=r"Missing key.*inner\.layers\.0\.self_attn\.q_proj\.delta_lora\.A"):
         model.load_state_dict(part)
     model.load_state_dict({name: value for name, value in state.items() if "delta_lora" not in name})
+
+
+class TestBesideAnotherDelta:
+    """A merged delta acts before all others at its target: with some of them that gives another function."""
+
+    def outputs(self, first, second, merged):
+        model = nn.Sequential(nn.Linear(7, 5)).double()
+        deltas = [dk.attach(model, method, name=name) for name, method in (("first", first), ("second", second))]
+        for delta in deltas:
+            randomize(delta)
+        x = torch.randn(3, 7).double()
+        before = model(x)
+        deltas[merged].merge()
+        return model(x), before
+
+    @pytest.mark.parametrize(
+        ("first", "second", "merged"),
+        [
+            (dk.LoRA(r=2, at="0"), dk.LoRA(r=3, at="0"), 1),
+            (dk.BitFit(at="0"), dk.LoRA(r=3, at="0"), 1),
+            (dk.LoRA(r=3, at="0"), dk.Adapter(size=3, at="0"), 0),
+            (dk.LoRA(r=3, at="0"), dk.IA3(at="0"), 0),
+            (dk.IA3(at="0", side="input"), dk.BitFit(at="0"), 1),
+        ],
+        ids=["two LoRA", "after a bias", "before an adapter", "before a scale", "a bias after an input scale"],
+    )
+    def test_it_is_the_same_function(self, first, second, merged):
+        found, wanted = self.outputs(first, second, merged)
+        torch.testing.assert_close(found, wanted)
+
+    @pytest.mark.parametrize(
+        ("first", "second", "merged"),
+        [
+            (dk.Adapter(size=3, at="0"), dk.LoRA(r=3, at="0"), 1),
+            (dk.IA3(at="0"), dk.LoRA(r=3, at="0"), 1),
+            (dk.LoRA(r=3, at="0"), dk.IA3(at="0", side="input"), 1),
+        ],
+        ids=["after an adapter", "after a scale", "an input scale beside LoRA"],
+    )
+    def test_or_it_is_refused(self, first, second, merged):
+        with pytest.raises(
+            dk.StateError, match=r"0: delta '(first|second)' has a \w+ here, and together the two would compute"
+        ):
+            self.outputs(first, second, merged)

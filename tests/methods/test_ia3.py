@@ -97,7 +97,7 @@ class TestPositions:
     def test_bad_sides(self):
         with pytest.raises(dk.OptionError, match=r"IA3\(side='both'\): expected 'auto', 'input' or 'output'"):
             IA3(side="both")
-        with pytest.raises(dk.TargetError, match=r"c_attn\[k\]: IA3InputDelta changes the input, which all parts"):
+        with pytest.raises(dk.TargetError, match=r"c_attn\[k\]: IA3Input changes the input, which all parts"):
             dk.attach(build("gpt2"), IA3(at="h.0.attn.c_attn[k]", side="input"))
 
     def test_it_is_public(self):
@@ -238,7 +238,8 @@ class TestMerging:
         model = nn.Sequential(nn.Conv2d(6, 10, 3, groups=2))
         delta = dk.attach(model, IA3(at="0", side="input"))
         with pytest.raises(
-            dk.TargetError, match="0: IA3Input on the input of a Conv2d in groups cannot be merged; leave the delta attached"
+            dk.TargetError,
+            match="0: IA3Input on the input of a Conv2d in groups cannot be merged; leave the delta attached",
         ):
             delta.merge()
 

@@ -35,6 +35,7 @@ class WeightMap(DeltaModule):
     """
 
     has_weight_form: ClassVar[bool] = True
+    reads_weight: ClassVar[bool] = True
 
     def __init__(self, target: Target, view: WeightView | None = None) -> None:
         super().__init__()
