@@ -41,20 +41,6 @@ def test_gradient_checkpointing_of_transformers(kind, reentrant):
         assert (parameter.grad - gradient).abs().max() <= 1e-4 * max(g.abs().max() for g in gradients)
 
 
-@pytest.mark.filterwarnings("ignore:torch.utils.checkpoint. the use_reentrant parameter")
-def test_checkpointing_that_does_not_say_whether_it_is_reentrant():
-    """Torch takes it for reentrant then: without an input that requires gradients the deltas of the lowest block get none."""
-    model = build("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    batch = inputs("bert", model)
-    delta = attached(model.train(), dk.LoRA(r=3, at="@attn.q"))
-    hidden(model(**batch)).pow(3).sum().backward()
-    wanted = [parameter.grad for parameter in delta.parameters()]
-    model.zero_grad()
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={})
-    hidden(model(**batch)).pow(3).sum().backward()
-    torch.testing.assert_close([parameter.grad for parameter in delta.parameters()], wanted)
-
-
 class ShiftedBlock(GradientCheckpointingLayer):
     """A block with a second positional argument."""
 
@@ -66,14 +52,17 @@ class ShiftedBlock(GradientCheckpointingLayer):
         return torch.tanh(self.layer(x)) + shift
 
 
-def test_a_block_with_more_than_one_argument():
-    """The input that is made to require gradients must not push the others out."""
+@pytest.mark.filterwarnings("ignore:torch.utils.checkpoint. the use_reentrant parameter")
+@pytest.mark.parametrize("options", [{"use_reentrant": True}, {}], ids=["reentrant", "not said"])
+def test_a_block_whose_input_requires_no_gradients(options):
+    """Its deltas would get none. Torch takes checkpointing for reentrant where nothing is said; and the input that is made to
+    require gradients must not push the other arguments out."""
     model = nn.ModuleList([ShiftedBlock()]).train()
     delta = attached(model, dk.LoRA(r=2, at="0.layer"))
     x, shift = torch.randn(3, 7), torch.randn(3, 7)
     wanted = torch.autograd.grad(model[0](x, shift).pow(3).sum(), list(delta.parameters()))
     model[0].gradient_checkpointing = True
-    model[0]._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint, use_reentrant=True)
+    model[0]._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint, **options)
     model[0](x, shift).pow(3).sum().backward()
     torch.testing.assert_close([parameter.grad for parameter in delta.parameters()], list(wanted))
 

@@ -114,6 +114,17 @@ def test_measuring_touches_nothing():
     assert torch.equal(torch.random.get_rng_state(), seed)
 
 
+def test_measuring_calls_no_hooks_and_drops_nothing():
+    """The user's hooks are for the user's forwards, and dropout would hide what depends on what."""
+    model, called = build("gpt2", attn_pdrop=0.9, resid_pdrop=0.9).train(), []
+    for block in model.h:
+        block.attn.register_forward_pre_hook(lambda module, args: called.append(module))
+        block.attn.register_forward_hook(lambda module, args, output: called.append(module))
+        block.attn.c_proj.register_forward_hook(lambda module, args, output: called.append(module))
+    assert sorted(dk.select(model, "@attn.{q,k,v}")) == [f"h.{i}.attn.c_attn[{c}]" for i in (0, 1) for c in "kqv"]
+    assert not called
+
+
 def test_layers_of_one_class_that_differ_are_measured_apart():
     class Attention(nn.Module):
         def __init__(self, order):

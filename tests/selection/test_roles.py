@@ -172,6 +172,18 @@ def test_embeddings():
     assert infer_roles(tagger).paths("head") == ("fc",)
 
 
+def test_embeddings_of_distances_inside_blocks_are_not_the_input_s():
+    """They may be larger than the vocabulary (WavLM's are in its attention): `@embed` would adapt these instead."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.distances, self.layer = nn.Embedding(53, 7), nn.Linear(7, 7)
+
+    model = nn.ModuleDict({"blocks": nn.ModuleList(Block() for _ in range(2)), "tokens": nn.Embedding(31, 7)})
+    assert list(dk.select(model, "@embed")) == ["tokens"]
+
+
 def test_a_large_model_on_the_meta_device():
     config = tf.LlamaConfig(
         hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8

@@ -149,6 +149,15 @@ def test_narrowing():
         dk.select(model, "q_proj", exclude="nope")
 
 
+def test_a_module_with_two_names_is_picked_once():
+    """Under each of its names it would get a delta of its own, and be changed twice."""
+    model = Transformer()
+    model.again = model.layers[0].self_attn
+    once = ["layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj"]
+    assert list(dk.select(model, "q_proj")) == list(dk.select(model, ["again.q_proj", "q_proj"])) == once
+    assert list(dk.select(model, "again.*", of=nn.Linear, exclude=["k_proj", "v_proj", "o_proj"])) == once[:1]
+
+
 def test_roles_in_selectors():
     model = build("t5", tf.AutoModelForSeq2SeqLM)
     assert len(dk.select(model, "@attn.{q,v}")) == 12
