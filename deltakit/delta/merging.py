@@ -206,7 +206,8 @@ def _refuse_beside(attachment: Attachment) -> None:
             if mine.module.acts_before() or site.module.reads_weight or not follows:
                 raise StateError(
                     f"{site.path}: delta {other.record.name!r} has a {site.module.word()} here, and together the two "
-                    f"would compute something else if {name!r} were merged; detach {other.record.name!r} first, or leave both attached"
+                    f"would compute something else if {name!r} were merged; detach {other.record.name!r} first, or leave "
+                    "both attached"
                 )
 
 
