@@ -105,7 +105,7 @@ class TestScale:
 
     def test_a_call_context_has_none(self):
         model, delta, module = on(nn.Linear(5, 7), "call_context")
-        with pytest.raises(dk.StateError, match="target: a AroundDelta .* has no scale"):
+        with pytest.raises(dk.StateError, match="target: a Around .* has no scale"):
             delta.scale = 0.5
         x = torch.randn(3, 5, dtype=torch.float64)
         torch.testing.assert_close(model(x), by_hand(model.target, module, x))
@@ -163,14 +163,14 @@ class TestMixedBatch:
 
     def test_what_acts_on_the_whole_batch_is_refused(self):
         model, _, _ = on(nn.Linear(5, 7), "call_context")
-        refused = pytest.raises(dk.StateError, match=r"acts on the whole batch at target \(AroundDelta\)")
+        refused = pytest.raises(dk.StateError, match=r"acts on the whole batch at target \(Around\)")
         with refused, dk.rows(model, ["delta"]):
             pass
 
     @pytest.mark.parametrize("kind", ["weight_update", "new_weight"])
     def test_what_patches_a_weight_is_refused(self, kind):
         model, _, _ = on(nn.Embedding(13, 5), kind)
-        with pytest.raises(dk.StateError, match="patches the weight at target"), dk.rows(model, ["delta"]):
+        with pytest.raises(dk.StateError, match="patches a weight, which all examples share, at target"), dk.rows(model, ["delta"]):
             pass
 
 
@@ -217,7 +217,7 @@ class TestFeatureSlices:
     def test_an_input_has_no_slices(self):
         model = build("gpt2")
         with pytest.raises(
-            dk.TargetError, match=r"h\.0\.attn\.c_attn\[q\]: TurnDelta changes the input.*name 'h\.0\.attn\.c_attn'"
+            dk.TargetError, match=r"h\.0\.attn\.c_attn\[q\]: Turn changes the input.*write at='h\.0\.attn\.c_attn'"
         ):
             dk.attach(model, KINDS["input"](at="h.0.attn.c_attn[q]"))
 
@@ -244,7 +244,7 @@ class TestChannelsFirst:
         make, shape = self.LAYERS[layer]
         if layer == "batch_norm" and kind in ON_WEIGHTS:
             with pytest.raises(
-                dk.TargetError, match="target: .* serves Linear, Conv1D, Embedding and Conv1d to Conv3d"
+                dk.TargetError, match="target: .* works on Linear, Conv1D, Embedding and Conv1d to Conv3d"
             ):
                 dk.attach(One(make()), KINDS[kind](at="target"))
             return
@@ -570,7 +570,7 @@ class TestOrder:
             return x @ one.turn.T @ two.turn.T @ weight.T + bias
         if kind == "call_context":
             y = (x + one.before + two.before) @ weight.T + bias
-            return (y * (1 + one.behind) + one.behind) * (1 + two.behind) + two.behind
+            return (y * (1 + one.behind) + one.behind**2) * (1 + two.behind) + two.behind**2
         return by_hand(layer, one, x) + by_hand(layer, two, x) - bare
 
     @every_kind
@@ -737,7 +737,7 @@ class TestRefused:
 
     def test_ids_have_no_features(self):
         with pytest.raises(
-            dk.TargetError, match="target: Turn changes the features that a module takes, and an embedding takes ids"
+            dk.TargetError, match="target: Turn changes the input features of a module, but an embedding takes ids"
         ):
             dk.attach(One(nn.Embedding(13, 5)), KINDS["input"](at="target"))
 
@@ -749,7 +749,7 @@ class TestRefused:
         model = One(Rounds(5, 7))
         dk.attach(model, KINDS["input"](at="target"))
         with pytest.raises(
-            dk.TargetError, match=r"TurnDelta: expected hidden states as the input of this Rounds, found torch.int64"
+            dk.TargetError, match=r"Turn: expected hidden states as the input of this Rounds, found torch.int64"
         ):
             model(torch.ones(3, 5, dtype=torch.int64))
 

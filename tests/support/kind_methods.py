@@ -157,7 +157,8 @@ class AroundDelta(CallContext):
     def leave(self, target, args, kwargs, output):
         self.opened.remove(self)
         for peer in self.peers(target):
-            output = output * (1 + peer.behind) + peer.behind
+            # With `behind` itself added, two of them would give the same in either order.
+            output = output * (1 + peer.behind) + peer.behind**2
         return output
 
     def abandon(self, target):
@@ -166,7 +167,7 @@ class AroundDelta(CallContext):
 
     @staticmethod
     def formula(weight, bias, p, x):
-        return ((x + p["before"]) @ weight.T + bias) * (1 + p["behind"]) + p["behind"]
+        return ((x + p["before"]) @ weight.T + bias) * (1 + p["behind"]) + p["behind"] ** 2
 
 
 @dataclass(frozen=True, kw_only=True)
