@@ -15,8 +15,8 @@ def compiler():
         yield pool
 
 
-# Adapters and BitFit hook layers as LoRA does, which runs in both of these backbones: one of them is enough for each.
-SLOW = {"adapter-bert", "bitfit-llama"}
+# Adapters, BitFit and IA3 hook layers as LoRA does, which runs in both of these backbones: one of them, or the toy, is enough.
+SLOW = {"adapter-bert", "bitfit-llama", "ia3-bert", "ia3-llama"}
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] if c in SLOW else []) for c in CASES])
