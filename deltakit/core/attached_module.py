@@ -24,6 +24,7 @@ class DeltaState(Protocol):
     name: str
     named: bool
     order: int
+    active: bool
     scale: float
     batch: MixedBatch | None
     weights_before_merge: dict[str, Tensor]

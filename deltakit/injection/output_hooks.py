@@ -67,7 +67,8 @@ class OutputHook:
             if delta is None:
                 continue
             record = delta.record
-            if record is not None and not record.live:
+            # What `record.live` says, without the call of a property.
+            if record is not None and (not record.active or record.weights_before_merge):
                 continue
             # Outside of `rows` blocks, and so nearly always.
             if record is None or record.batch is None:

@@ -29,9 +29,9 @@ _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _EVERYWHERE = torch.nn.modules.module._global_forward_hooks
 
 # Module-level names save attribute lookups: they are called in every call of every target. torch has no public function that
-# tells whether a functional transform is active.
-_is_compiling, _is_tracing, _autocast = torch.compiler.is_compiling, torch.jit.is_tracing, torch.is_autocast_enabled  # type: ignore[attr-defined]
-_transforms = torch._C._are_functorch_transforms_active
+# tells whether a functional transform is active. `torch.is_autocast_enabled(y.device.type)` takes 660 ns, and this 140 ns.
+_is_compiling, _is_tracing = torch.compiler.is_compiling, torch.jit.is_tracing  # type: ignore[attr-defined]
+_autocast, _transforms = torch._C._is_any_autocast_enabled, torch._C._are_functorch_transforms_active
 
 
 class Product(NamedTuple):
@@ -98,7 +98,7 @@ def _only_plain(x: Tensor, y: Tensor, a: Tensor) -> bool:
         or type(a) not in (nn.Parameter, Tensor)
         or x.dtype is not y.dtype
         or not y.is_contiguous()
-        or _autocast(y.device.type)
+        or _autocast()
         or _transforms()
         or _is_tracing()
         or forward_ad._current_level >= 0
@@ -122,6 +122,11 @@ def add_few_tokens(
     a, b = delta.factors()
     if a.dtype is not x.dtype or _only_plain(x, y, a) or fresh(target, delta)[0] is None:
         return None
+    if x.numel() == x.shape[-1] and x.dtype.itemsize > 2:
+        # One token: two products with vectors take 5.2 us where the line below takes 6.9 (768 features). In 16 bits they are
+        # slower.
+        y.view(-1).addmv_(b, a.mv(x.view(-1)), alpha=scale)
+        return y
     return y.add_(F.linear(F.linear(x, a), b), alpha=scale)
 
 
@@ -240,8 +245,7 @@ def fresh(target: nn.Module, delta: nn.Module) -> tuple[nn.Module | None, bool]:
     if not (type(target) is nn.Linear or is_conv1d(target)) or "forward" in target.__dict__ or _EVERYWHERE:
         return None, False
     # torch 2.6 cannot trace `next` with a default.
-    hooks = list(target._forward_hooks.values())
-    hook = hooks[0] if hooks else None
+    hook = next(iter(target._forward_hooks.values())) if target._forward_hooks else None
     keys = getattr(hook, "delta_keys", ())
     alone = True
     for key in keys:

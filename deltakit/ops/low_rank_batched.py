@@ -5,7 +5,7 @@ the bare model on 32 tokens per example, whatever their number; PEFT's loop took
 `torch._grouped_mm` were slower with each further delta (measured on a CPU).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -81,7 +81,7 @@ def add_per_example(
     # Raises if the rows of y do not fit the names.
     batch.times(y, target)
     modules = [module for own in work.modules for module in own]
-    parameters = [parameter for module in modules for parameter in module.parameters_read()]
+    parameters = [parameter for module in modules for parameter in _parameters_of(module)]
 
     def gather() -> Gathered:
         pairs = [[module.whole_factors() for module in own] for own in work.modules]
@@ -94,6 +94,14 @@ def add_per_example(
     h = torch.bmm(rows, factors.low.mT)
     added = out.baddbmm_(h, factors.high) if in_place else torch.baddbmm(out, h, factors.high)
     return added.view(y.shape)
+
+
+def _parameters_of(module: Any) -> Iterable[Tensor]:
+    # Nearly all hold their factors themselves. This runs for each delta in each call, where `parameters_read` is slow.
+    if module._modules or "_shared" in module.__dict__:
+        found: Iterable[Tensor] = module.parameters_read()
+        return found
+    return module._parameters.values()
 
 
 def gathered_factors(factors: Sequence[tuple[Tensor, Tensor]], places: Sequence[int], x: Tensor) -> Gathered:

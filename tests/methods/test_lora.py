@@ -52,7 +52,9 @@ def test_the_rank_may_be_as_large_as_the_smaller_side(inner, outer):
     """A full rank is of use, in combinations for example; one more is not."""
     model = nn.ModuleDict({"layer": nn.Linear(inner, outer)})
     assert dk.attach(model, dk.LoRA(r=5, at="layer")).detach().num_parameters == 5 * (5 + 7)
-    with pytest.raises(dk.OptionError, match=r"layer: rank 6 is above the layer's size \d to \d; use LoRA\(r=5\) or less"):
+    with pytest.raises(
+        dk.OptionError, match=r"layer: rank 6 is above the layer's size \d to \d; use LoRA\(r=5\) or less"
+    ):
         dk.attach(model, dk.LoRA(r=6, at="layer"))
 
 

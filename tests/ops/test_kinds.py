@@ -170,7 +170,10 @@ class TestMixedBatch:
     @pytest.mark.parametrize("kind", ["weight_update", "new_weight"])
     def test_what_patches_a_weight_is_refused(self, kind):
         model, _, _ = on(nn.Embedding(13, 5), kind)
-        with pytest.raises(dk.StateError, match="patches a weight, which all examples share, at target"), dk.rows(model, ["delta"]):
+        with (
+            pytest.raises(dk.StateError, match="patches a weight, which all examples share, at target"),
+            dk.rows(model, ["delta"]),
+        ):
             pass
 
 

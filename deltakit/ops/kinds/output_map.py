@@ -102,11 +102,12 @@ def in_own_dtype(module: DeltaModule, *given: Tensor) -> Tensor:
     The two dtypes differ under autocast, and where weights are quantized. The map must change the last tensor.
     """
     last = given[-1]
-    own = own_dtype(module, last)
+    first = _first_parameter(module)
+    own = own_dtype(module, last) if first is None else first.dtype
     if own is last.dtype:
         # Under autocast a map may give another dtype than it is given.
         same: Tensor = module(*given)
-        return same.to(last.dtype)
+        return same if same.dtype is own else same.to(own)
     cast = [tensor.to(own) if tensor.is_floating_point() else tensor for tensor in given]
     new: Tensor = module(*cast)
     if torch.promote_types(own, last.dtype) is own:
