@@ -6,8 +6,8 @@ and what a linear layer is. Imports nothing but `errors`.
 
 from deltakit.core.activations import hidden_input, hidden_output, replace_hidden, replace_input
 from deltakit.core.attached_module import FROZEN
+from deltakit.core.backbone_call import CurrentCall, begin_call, current_call, end_call
 from deltakit.core.bare_weight import BareLayer, WeightView, bare_weight, dequantized, is_quantized, weight_view
-from deltakit.core.current_call import CurrentCall, begin_call, end_call
 from deltakit.core.delta_module import DeltaModule
 from deltakit.core.feature_slice import FeatureSlice, slice_where
 from deltakit.core.folding import expand, fold, span
@@ -67,6 +67,7 @@ __all__ = [
     "bare_weight",
     "begin_call",
     "class_name",
+    "current_call",
     "dequantized",
     "end_call",
     "expand",

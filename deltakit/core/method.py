@@ -67,6 +67,10 @@ class Method:
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if name is not None:
+            if cls.kind is DeltaModule and cls.kind_at is Method.kind_at:
+                raise TypeError(
+                    f"{cls.__name__}: set `kind` to the class of its delta modules, or override kind_at() if there are several"
+                )
             cls.name = name
             METHODS[name] = cls
 
@@ -137,8 +141,8 @@ class Method:
         shared = self.build_shared(index, targets)
         built = {target.path: self.build_at(target) for target in targets}
         if shared is not None:
-            for index_of_module, module in enumerate(built.values()):
-                module.share(shared, holds=index_of_module == 0)
+            for number, module in enumerate(built.values()):
+                module.share(shared, holds=number == 0)
         return built
 
     @classmethod

@@ -114,9 +114,10 @@ def new_delta(backbone: nn.Module, methods: Sequence[Method], name: str | None, 
 
 
 def _record(backbone: nn.Module, methods: Any, name: str | None, freeze: bool, train: Any) -> Record:
-    if name is not None and (not name or "." in name):
+    if name is not None and (not isinstance(name, str) or not name or "." in name or any(map(str.isspace, name))):
         raise OptionError(
-            f"name={name!r}: expected a word without dots, because it becomes part of parameter names; write '_' instead"
+            f"name={name!r}: expected a word without dots and spaces, because it becomes part of parameter names; "
+            "write '_' instead"
         )
     # Deltas at one target apply in the order of their first attachment, even if they were never attached at the same time.
     # So the order is a time, not a count of the attached deltas.

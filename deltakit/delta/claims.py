@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 from deltakit.core import Attachment, GradLedger, Record, key_of, records_of
+from deltakit.delta.composition import refuse_beside_merged
 from deltakit.errors import OptionError, StateError
 
 
@@ -12,7 +13,8 @@ def claim(attachment: Attachment) -> None:
 
     Raises:
         StateError: if the name is taken, a target has an attribute of that name, another delta fully trains the same
-            parameters, or the backbone is in a `rows` block.
+            parameters, the backbone is in a `rows` block, or a delta is merged beside which this one would compute something
+            else.
     """
     record = attachment.record
     others = records_of(attachment.backbone)
@@ -27,6 +29,8 @@ def claim(attachment: Attachment) -> None:
         key = key_of(named, site.method, site.module.part)
         if hasattr(site.target, key):
             raise StateError(f"{site.path}: it has an attribute {key!r} of its own; choose another name= for the delta")
+    if record.active and any(other.merged for other in others):
+        refuse_beside_merged(attachment)
     record.name = name
     record.grad_ledger = others[0].grad_ledger if others else GradLedger()
 
@@ -67,7 +71,7 @@ def check_scale(attachment: Attachment, scale: float) -> None:
     """
     record = attachment.record
     name = record.name
-    if not math.isfinite(scale):
+    if not isinstance(scale, int | float) or not math.isfinite(scale):
         raise OptionError(f"delta {name!r}: scale={scale!r}: expected a finite number")
     refuse_merged(record, "changing scale")
     refuse_in_rows(name, record, "changing scale")

@@ -41,9 +41,10 @@ def combine(
         TargetError: if a method is not linear.
     """
     backbone = original(backbone)
-    parts = [(float(weight), _delta(backbone, key)) for key, weight in weights.items()]
-    if not parts or not all(math.isfinite(weight) for weight, _ in parts):
+    finite = all(isinstance(weight, int | float) and math.isfinite(weight) for weight in weights.values())
+    if not weights or not finite:
         raise OptionError(f"combine({weights!r}): expected at least one delta, each with a finite weight")
+    parts = [(float(weight), _delta(backbone, key)) for key, weight in weights.items()]
     for _, delta in parts:
         if delta.fully_trained:
             raise StateError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from deltakit.core import Selector, attachments_of, is_first, is_sharded, key_of, shapes_of, wait_for_all
 from deltakit.delta import merging, swapping, tensors
 from deltakit.delta.claims import check_scale, claim, refuse_in_rows, refuse_merged, refuse_scaled
+from deltakit.delta.composition import refuse_beside_merged
 from deltakit.delta.contents import DeltaContents
 from deltakit.delta.full_training import freeze_but, put_backbone_values, put_trained_values, refresh_gradients
 from deltakit.delta.quantized import Quantize
@@ -41,6 +42,8 @@ class Delta(DeltaContents):
         if bool(active) != self.active:
             refuse_in_rows(self.name, self._record, "changing active")
             refuse_merged(self._record, "changing active")
+            if active and self.attached:
+                refuse_beside_merged(self._attachment)
         self._record.active = bool(active)
 
     @property

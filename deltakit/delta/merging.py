@@ -6,13 +6,14 @@ either: restoring the weights of 8 layers takes 0.23 ms, and subtracting takes 1
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from deltakit.core import Attachment, Record, Site, attachments_of, is_quantized, join, records_of, tensors_of, wide
+from deltakit.core import Attachment, Record, Site, is_quantized, join, records_of, tensors_of, wide
 from deltakit.delta.claims import refuse_in_rows
+from deltakit.delta.composition import refuse_beside_live, refuse_composed
 from deltakit.delta.quantized import Quantize, Rounded, merge_quantized
 from deltakit.errors import DeltaWarning, StateError, TargetError
 from deltakit.view import states
@@ -71,14 +72,14 @@ def _updates(attachment: Attachment) -> tuple[dict[str, Tensor], dict[str, torch
         for name, update in _update(site).items():
             updates[name] = updates[name] + update if name in updates else update
             # The parameters of a delta module have the dtype that its target computes in, quantized or not.
-            dtypes[name] = next(iter(site.module.parameters_read())).dtype
+            dtypes[name] = next((p.dtype for p in site.module.parameters_read()), update.dtype)
             sites.setdefault(name, []).append(site)
             read = site.module.weight_read
             tied = read is not None and any(other.owner != read.owner for other in read.also)
             together |= {name} if tied else set()
     for name, held in sites.items():
-        _refuse_composed(name, held)
-    _refuse_beside(attachment)
+        refuse_composed(name, held)
+    refuse_beside_live(attachment)
     return updates, dtypes, together
 
 
@@ -163,52 +164,6 @@ def _update(site: Site) -> dict[str, Tensor]:
     except TargetError as error:
         raise TargetError(f"{site.path}: {error}") from error
     return {join(site.owner, name): value for name, value in update.items()}
-
-
-def _refuse_composed(name: str, sites: Sequence[Site]) -> None:
-    """Refuses methods of one delta that follow each other on one weight, where their changes do not add up.
-
-    Each computes its change from the bare weight. What changes the output in another way than by adding to it is right if it
-    comes first; what changes the input is right alone.
-    """
-    for place, site in enumerate(sites):
-        for earlier in sites[:place]:
-            adds = site.module.has_weight_form and (earlier.module.has_weight_form or not earlier.module.acts_before())
-            if not _are_apart(earlier, site) and not adds:
-                both = " and ".join(module.word() for module in (earlier.module, site.module))
-                raise TargetError(
-                    f"{name}: {both} follow each other here, and their changes of this weight do not add up; leave the delta "
-                    "attached"
-                )
-
-
-def _are_apart(one: Site, other: Site) -> bool:
-    """Whether the two sites are different slices of one fused projection."""
-    parts = {one.module.part, other.module.part}
-    return len(parts) == 2 and all("[" in part for part in parts)
-
-
-def _refuse_beside(attachment: Attachment) -> None:
-    """Refuses to merge where another delta stands on a target, and the two together would compute something else then.
-
-    A merged delta acts with the weight, before all others. That changes nothing for a delta that only adds to the output,
-    that changes the input for both, or that was attached later and changes the output.
-    """
-    own = {id(site.target): site for site in attachment.sites}
-    name = attachment.record.name
-    for other in attachments_of(attachment.backbone):
-        for site in other.sites if other.record is not attachment.record and other.record.live else ():
-            mine = own.get(id(site.target))
-            if mine is None or _are_apart(mine, site):
-                continue
-            later = other.record.order > attachment.record.order
-            follows = later or site.module.has_weight_form or site.module.acts_before()
-            if mine.module.acts_before() or site.module.reads_weight or not follows:
-                raise StateError(
-                    f"{site.path}: delta {other.record.name!r} has a {site.module.word()} here, and together the two "
-                    f"would compute something else if {name!r} were merged; detach {other.record.name!r} first, or leave "
-                    "both attached"
-                )
 
 
 def _check(

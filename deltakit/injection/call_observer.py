@@ -1,6 +1,8 @@
 """Records ids, mask and cache length of the backbone's current call for delta modules."""
 
 import inspect
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ class CallObserver:
 
     def begin(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Records the arguments of the backbone's call."""
-        names = list(inspect.signature(type(backbone).forward).parameters)[1:]
+        names = _argument_names(type(backbone).forward)
         call = {**dict(zip(names, args, strict=False)), **kwargs}
         ids = _first_tensor(call, _IDS)
         if ids is None and args and isinstance(args[0], Tensor) and not args[0].is_floating_point():
@@ -29,6 +31,11 @@ class CallObserver:
     def end(self, backbone: nn.Module, args: Any, output: Any) -> None:
         """Ends the call. If an interruption skips this, the next call of the backbone replaces it."""
         end_call()
+
+
+@lru_cache(256)
+def _argument_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def _first_tensor(call: dict[str, Any], names: tuple[str, ...]) -> Tensor | None:

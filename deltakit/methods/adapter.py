@@ -8,6 +8,7 @@ GELU are the defaults of the authors' code. The authors also train the layer nor
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,8 @@ class Adapter(Method, name="adapter"):
     Raises:
         OptionError: if an option is out of its range, or both `size` and `reduction` are given.
     """
+
+    kind: ClassVar[type[DeltaModule]] = AdapterDelta
 
     size: int | None = None
     reduction: int | None = None

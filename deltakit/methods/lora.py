@@ -100,9 +100,9 @@ class LoRA(Method, name="lora"):
     def validate(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             raise OptionError(f"LoRA(r={self.r!r}): the rank must be an integer of at least 1")
-        if not self.alpha >= 0 or math.isinf(self.alpha):
+        if not _is_number(self.alpha) or not self.alpha >= 0 or math.isinf(self.alpha):
             raise OptionError(f"LoRA(alpha={self.alpha!r}): must be a finite number of at least 0; r or 2 * r is usual")
-        if not 0 <= self.dropout < 1:
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise OptionError(f"LoRA(dropout={self.dropout!r}): expected a probability in [0, 1)")
         if self.keep not in ("exact", "int8"):
             raise OptionError(f"LoRA(keep={self.keep!r}): expected 'exact' or 'int8'")
@@ -150,8 +150,12 @@ class LoRA(Method, name="lora"):
 
     @classmethod
     def combination(cls, methods: Sequence[Method], rank: int | None) -> "LoRA":
-        r = rank or sum(method.r for method in methods if isinstance(method, LoRA))
+        r = rank if rank is not None else sum(method.r for method in methods if isinstance(method, LoRA))
         return cls(r=r, alpha=r)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _own_forward(module: nn.Module) -> bool:

@@ -74,7 +74,10 @@ class PrefixDelta(AttentionPrefix):
             # The MLP is not in the file, so keys and values are trained directly from now on.
             weight, self.out = self.out.weight, None
             self._modules.pop("shared", None)
-            self.key, self.value = (nn.Parameter(state[name].to(weight, copy=True)) for name in ("key", "value"))
+            self.__dict__.pop("_shared", None)
+            self.key, self.value = (
+                nn.Parameter(state[name].to(weight, copy=True), weight.requires_grad) for name in ("key", "value")
+            )
         super().load_saved(state)
 
     def summary(self) -> str:

@@ -12,6 +12,8 @@ from deltakit.ops.kinds.weight_map import WeightMap
 from deltakit.ops.low_rank_sum import sum_of_products
 from deltakit.ops.prompt.insertion import Insertion, grown_mask, insert, layout_for, trimmed
 from deltakit.ops.prompt.text_stack import input_embeddings, stack_at, text_stack
+from deltakit.ops.recompute import linear_with
+from deltakit.ops.seeded import Seeded, normal, uniform
 from deltakit.ops.sizes import like
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "LowRank",
     "OutputMap",
     "PrefixMode",
+    "Seeded",
     "WeightMap",
     "attends",
     "current_prefix_mode",
@@ -36,8 +39,11 @@ __all__ = [
     "kaiming_uniform",
     "layout_for",
     "like",
+    "linear_with",
+    "normal",
     "stack_at",
     "sum_of_products",
     "text_stack",
     "trimmed",
+    "uniform",
 ]

@@ -14,7 +14,7 @@ from torch import nn
 
 import deltakit as dk
 from deltakit.core import DeltaModule
-from deltakit.core.current_call import current_call
+from deltakit.core.backbone_call import current_call
 from deltakit.ops import OutputMap, like
 from support.kind_methods import registered
 from support.models import WIDTH, Transformer, ids, randomize, same, snapshot
@@ -158,9 +158,9 @@ class TestThreads:
         plain = module.forward
 
         def forward(x, y):
-            barrier.wait(timeout=30)
+            barrier.wait()
             result = plain(x, y)
-            barrier.wait(timeout=30)
+            barrier.wait()
             return result
 
         batches = [marked(), marked().flip(1)]

@@ -162,6 +162,31 @@ class TestBesideAnotherDelta:
         found, wanted = self.outputs(first, second, merged)
         torch.testing.assert_close(found, wanted)
 
+    @pytest.mark.parametrize("back", ["attach", "activate"])
+    def test_a_delta_that_comes_back_beside_a_merged_one_is_refused(self, back):
+        model = nn.Sequential(nn.Linear(7, 5)).double()
+        adapter, lora = (
+            dk.attach(model, dk.Adapter(size=3, at="0"), name="a"),
+            dk.attach(model, dk.LoRA(r=2, at="0"), name="b"),
+        )
+        if back == "attach":
+            adapter.detach()
+        else:
+            adapter.active = False
+        lora.merge()
+        with pytest.raises(
+            dk.StateError, match=r"0: delta 'a' has a Adapter here, and with 'b' merged .* unmerge\(\) 'b' first"
+        ):
+            if back == "attach":
+                adapter.attach()
+            else:
+                adapter.active = True
+        lora.unmerge()
+        if back == "attach":
+            adapter.attach()
+        else:
+            adapter.active = True
+
     @pytest.mark.parametrize(
         ("first", "second", "merged"),
         [
@@ -173,6 +198,6 @@ class TestBesideAnotherDelta:
     )
     def test_or_it_is_refused(self, first, second, merged):
         with pytest.raises(
-            dk.StateError, match=r"0: delta '(first|second)' has a \w+ here, and together the two would compute"
+            dk.StateError, match=r"0: delta '(first|second)' has a \w+ here, and with '(first|second)' merged"
         ):
             self.outputs(first, second, merged)

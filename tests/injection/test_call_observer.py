@@ -6,7 +6,7 @@ import transformers as tf
 from torch import nn
 
 import deltakit as dk
-from deltakit.core.current_call import current_call
+from deltakit.core.backbone_call import current_call
 from deltakit.methods.adapter import AdapterDelta
 from support.backbone_inputs import inputs
 from support.models import Transformer, ids, same, snapshot

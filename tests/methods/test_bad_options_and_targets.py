@@ -22,6 +22,8 @@ from support.tiny_transformers import build
         (lambda: dk.LoRA(alpha=float("nan")), r"LoRA\(alpha=nan\)"),
         (lambda: dk.LoRA(dropout=1.0), r"LoRA\(dropout=1.0\): expected a probability in \[0, 1\)"),
         (lambda: dk.LoRA(dropout=-0.1), r"LoRA\(dropout=-0.1\)"),
+        (lambda: dk.LoRA(alpha="x"), r"LoRA\(alpha='x'\)"),
+        (lambda: dk.LoRA(dropout="x"), r"LoRA\(dropout='x'\)"),
         (lambda: dk.LoRA(of=3), r"of=3: expected a module class or its name"),
         (lambda: dk.Adapter(size=0), r"Adapter\(size=0\): expected an integer of at least 1"),
         (lambda: dk.Adapter(size=2, reduction=2), "omit one of the two"),
@@ -136,3 +138,35 @@ def test_no_advice_where_nothing_can_be_served():
         dk.RoleError, match="no linear layer or convolution there can be served with these options either"
     ):
         dk.attach(nn.Sequential(nn.Linear(3, 2)), dk.LoRA(r=8))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, d: dk.attach(m, dk.LoRA(), name=3), "name=3: expected a word"),
+        (lambda m, d: dk.attach(m, dk.LoRA(), name="a b"), "name='a b': expected a word without dots and spaces"),
+        (lambda m, d: d.parameter_groups(up=1e-3), r"parameter_groups\(up=0.001\): expected options of the optimiser"),
+        (lambda m, d: dk.combine(m, {"d": "x"}), "each with a finite weight"),
+        (lambda m, d: dk.combine(m, {"d": 1.0}, rank=0), r"LoRA\(r=0\)"),
+        (lambda m, d: setattr(d, "scale", "a"), "scale='a': expected a finite number"),
+    ],
+    ids=["name", "spaces", "groups", "weights", "rank", "scale"],
+)
+def test_bad_values_of_other_calls(unchecked, call, message):
+    model = Transformer()
+    delta = dk.attach(model, dk.LoRA(r=2), name="d")
+    with pytest.raises(dk.OptionError, match=message):
+        call(model, delta)
+
+
+def test_a_method_must_say_what_it_builds():
+    """Without it, a default position or a parameter would be refused for a wrong reason."""
+    with pytest.raises(
+        TypeError, match=r"Nameless: set `kind` to the class of its delta modules, or override kind_at\(\)"
+    ):
+
+        class Nameless(dk.Method, name="nameless"):
+            def build_at(self, target):
+                raise AssertionError
+
+    assert "nameless" not in dk.METHODS

@@ -405,3 +405,12 @@ def test_another_deltas_exception_leaves_nothing_behind():
     with pytest.raises(RuntimeError, match="as asked"):
         layer(torch.randn(2, 5, 12))
     assert _get_current_function_mode() is None
+
+
+def test_loading_into_a_reparametrised_prefix_keeps_its_state():
+    """The MLP is gone then, and with it what required gradients."""
+    delta = dk.attach(Transformer(), dk.Prefix(tokens=3, reparam=True, hidden=11))
+    delta.trainable = False
+    delta.load_state_dict(delta.state_dict())
+    assert not any(parameter.requires_grad for parameter in delta.parameters())
+    assert all(module.shared is None for found in delta.modules.values() for module in found)

@@ -283,3 +283,25 @@ def test_what_a_hook_on_all_modules_holds_stays():
     finally:
         handle.remove()
     assert torch.equal(held[0], bare)
+
+
+@pytest.mark.parametrize("returned", ["hidden first", "the same twice", "its input beside"])
+def test_what_a_layer_returns_inside_a_tuple_is_not_changed_in_place(returned):
+    """The layer, its caller or its backward pass may hold it: only the output itself, behind a plain layer, is nobody's."""
+
+    class Tuple(nn.Linear):
+        def forward(self, x):
+            y = torch.sigmoid(super().forward(x))
+            self.was = y.detach().clone()
+            return {"hidden first": (y, None), "the same twice": (y, y), "its input beside": (x, y)}[returned]
+
+    model, lora = attached(Tuple(5, 5).double())
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    before = x.detach().clone()
+    first, second = model(x)
+    update = lora.scaling * (before @ lora.A.T) @ lora.B.T
+    torch.testing.assert_close(first, (before if returned == "its input beside" else model[0].was) + update)
+    if second is not None:
+        assert torch.equal(second, model[0].was)
+    assert torch.equal(x, before)
+    first.square().sum().backward()

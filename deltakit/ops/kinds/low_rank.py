@@ -76,7 +76,10 @@ class LowRank(OutputMap):
     def after_call(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         x = args[0] if args else hidden_input(args, kwargs)
         if type(output) is not Tensor:
-            return replace_hidden(output, self(hidden_input(args, kwargs), hidden_output(output), target))
+            # What is inside a tuple, or of another class, may be held by somebody else: no layer is named, so nothing is
+            # changed in place.
+            layer_of_convolution = target if self.groups else None
+            return replace_hidden(output, self(hidden_input(args, kwargs), hidden_output(output), layer_of_convolution))
         if not self.linear:
             return self(x, output, target)
         # Not by the properties `strength` and `drops`: this runs in every call of every target, and they cost 240 ns.

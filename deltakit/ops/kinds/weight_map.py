@@ -60,8 +60,8 @@ class WeightMap(DeltaModule):
 
     def after_call(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         x, y = hidden_input(args, kwargs), hidden_output(output)
-        weight = self._bare(target)
-        update = linear_with(x, lambda: self(weight), tuple(self.parameters_read()))
+        # The bare weight is computed inside, too: a dequantized, gathered or widened one is as large as the update.
+        update = linear_with(x, lambda: self(self._bare(target)), tuple(self.parameters_read()))
         if self.view.feature_slice is not None:
             update = self.view.feature_slice.spread(update)
         return replace_hidden(output, y + (update * self.strength).to(y.dtype))
