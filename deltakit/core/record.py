@@ -62,6 +62,11 @@ class Record:
         """Whether the delta takes part in forwards: active, and not merged into the weights."""
         return self.active and not self.weights_before_merge
 
+    def set_merged(self, weights: dict[str, Tensor]) -> None:
+        """Keeps the weights from before a merge; none of them after unmerging."""
+        self.weights_before_merge = weights
+        (self.grad_ledger.merged.add if weights else self.grad_ledger.merged.discard)(self.name)
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle of a backbone is outside of the `rows` block, so nothing would ever end its mixed batch.
         return {**self.__dict__, "batch": None}

@@ -42,7 +42,7 @@ class Delta(DeltaContents):
         if bool(active) != self.active:
             refuse_in_rows(self.name, self._record, "changing active")
             refuse_merged(self._record, "changing active")
-            if active and self.attached:
+            if active and self.attached and self._record.grad_ledger.merged:
                 refuse_beside_merged(self._attachment)
         self._record.active = bool(active)
 

@@ -49,7 +49,7 @@ def merge(attachment: Attachment, quantize: Quantize | None = None) -> None:
     found: dict[str, Rounded] = {}
     if quantize is not None and rounded:
         found = _merge_rounded(backbone, record, {name: (updates[name], dtypes[name]) for name in rounded}, quantize)
-    record.weights_before_merge |= {name: _kept(parameters[name]) for name in plain}
+    record.set_merged(record.weights_before_merge | {name: _kept(parameters[name]) for name in plain})
     for name, value in merged.items():
         parameters[name].copy_(value)
     if found:
@@ -96,7 +96,7 @@ def _merge_rounded(
         for name, weight in was.items():
             _holder(backbone, name)._parameters["weight"] = weight
         raise
-    record.weights_before_merge = {name: weight for name, weight in was.items() if weight is not None}
+    record.set_merged({name: weight for name, weight in was.items() if weight is not None})
     return found
 
 
@@ -126,7 +126,7 @@ def merge_again(attachment: Attachment, merged: Mapping[str, Tensor]) -> None:
     # Not by adding the update again: with quantized weights that would need the user's `quantize` a second time.
     backbone = attachment.backbone
     parameters = dict(tensors_of(backbone)) if merged else {}
-    attachment.record.weights_before_merge = {name: _kept(parameters[name]) for name in merged}
+    attachment.record.set_merged({name: _kept(parameters[name]) for name in merged})
     for name, value in merged.items():
         _put(backbone, name, parameters[name], value)
 
@@ -155,7 +155,7 @@ def unmerge(attachment: Attachment) -> None:
     parameters = dict(tensors_of(attachment.backbone))
     for name, value in attachment.record.weights_before_merge.items():
         _put(attachment.backbone, name, parameters[name], value)
-    attachment.record.weights_before_merge = {}
+    attachment.record.set_merged({})
 
 
 def _update(site: Site) -> dict[str, Tensor]:
