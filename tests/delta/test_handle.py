@@ -1,6 +1,7 @@
 """The handle: what is trained, frozen and restored, alone and with several deltas in any order of calls."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -296,3 +297,25 @@ def test_a_module_with_two_names_is_trained_whole_by_either(model):
     delta = dk.attach(model, dk.LoRA(r=2), train="layers.1.norm_1")
     assert model.again.weight.requires_grad
     delta.detach()
+
+
+def test_a_detached_delta_stays_detached_behind_a_block(model):
+    delta = dk.attach(model, dk.LoRA(r=2)).detach()
+    with delta.detached():
+        assert not delta.attached
+    assert not delta.attached
+
+
+def test_the_whole_backbone_is_trained_by_its_root():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    delta = dk.attach(model, dk.LoRA(r=2, at="0"), train="^")
+    wanted = {"0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    assert wanted <= delta.state_dict().keys()
+
+
+def test_what_is_trained_adds_up(model, tmp_path):
+    delta = dk.attach(model, dk.LoRA(r=2), train="classifier")
+    delta.freeze(train="^norm").freeze()
+    config = json.loads((delta.save(tmp_path) / "delta_config.json").read_text())
+    assert config["train"]["selectors"] == ["classifier", "^norm"]
+    assert {"classifier.weight", "classifier.bias", "norm.weight", "norm.bias"} <= delta.state_dict().keys()
