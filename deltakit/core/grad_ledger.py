@@ -19,7 +19,7 @@ class GradLedger:
     original: dict[str, bool] = field(default_factory=dict)
     ours: dict[str, bool] = field(default_factory=dict)
     merged: set[str] = field(default_factory=set)
-    """The names of the merged deltas, so that `active = True` does not search the backbone for them (2.9 ms at 560 targets)."""
+    """The names of the merged deltas. So `active = True` does not search the backbone for them (2.9 ms at 560 targets)."""
 
     def apply(self, backbone: nn.Module, *, train: Collection[str], hold: Collection[str], freeze: bool) -> None:
         """Sets `requires_grad` on all parameters of the backbone.

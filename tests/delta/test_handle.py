@@ -1,6 +1,7 @@
 """The handle: what is trained, frozen and restored, alone and with several deltas in any order of calls."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -354,3 +355,25 @@ def test_the_base_state_dict_has_the_backbone_s_own_values_of_what_is_fully_trai
     same = dk.base_state_dict(model)
     assert same.keys() == before.keys()
     assert all(torch.equal(same[name], value) for name, value in before.items())
+
+
+def test_a_detached_delta_stays_detached_behind_a_block(model):
+    delta = dk.attach(model, dk.LoRA(r=2)).detach()
+    with delta.detached():
+        assert not delta.attached
+    assert not delta.attached
+
+
+def test_the_whole_backbone_is_trained_by_its_root():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    delta = dk.attach(model, dk.LoRA(r=2, at="0"), train="^")
+    wanted = {"0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    assert wanted <= delta.state_dict().keys()
+
+
+def test_what_is_trained_adds_up(model, tmp_path):
+    delta = dk.attach(model, dk.LoRA(r=2), train="classifier")
+    delta.freeze(train="^norm").freeze()
+    config = json.loads((delta.save(tmp_path) / "delta_config.json").read_text())
+    assert config["train"]["selectors"] == ["classifier", "^norm"]
+    assert {"classifier.weight", "classifier.bias", "norm.weight", "norm.bias"} <= delta.state_dict().keys()

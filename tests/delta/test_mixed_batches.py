@@ -135,6 +135,7 @@ def test_bad_input(tmp_path):
     delta = dk.attach(model, dk.LoRA(r=2), name="b")
     for names, error, message in (
         (["b", "c"], dk.OptionError, r"no delta named 'c' is attached; the attached deltas are 'b'"),
+        ([None, "c"], dk.OptionError, r"no delta named 'c' is attached; the attached deltas are 'b'"),
         ([], dk.OptionError, r"expected a list with the name of a delta"),
         ("b", dk.OptionError, r"expected a list with the name of a delta"),
     ):
@@ -157,6 +158,11 @@ def test_bad_input(tmp_path):
         model(ids()[:2])
     with pytest.raises(dk.StateError, match=r"its backbone is in a rows\(\) block"), dk.rows(model, ["b"]):
         delta.detach()
+    with (
+        pytest.raises(dk.StateError, match=r"'new': a rows\(\) block .* before attach or detach"),
+        dk.rows(model, ["b"]),
+    ):
+        dk.attach(model, dk.BitFit(), name="new")
     assert delta._record.batch is None
     assert delta.attached
 
@@ -298,7 +304,7 @@ class TestSoftPrompts:
 
     @pytest.mark.parametrize("padded", [True, False], ids=["padded", "none padded"])
     @pytest.mark.parametrize("options", [{"num_beams": 3}, {}], ids=["beams", "greedy"])
-    @pytest.mark.parametrize("name", ["gpt2", "t5", "opt", "gpt_neox", "llama"])
+    @pytest.mark.parametrize("name", ["gpt2", "t5", "opt", "gpt_neox", "llama", "bloom"])
     def test_generation(self, name, options, padded):
         model = build(name, tf.AutoModelForSeq2SeqLM if name == "t5" else tf.AutoModelForCausalLM)
         deltas, batch = several(model, "SoftPrompt"), the_batch(model)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import deltakit as dk
+from deltakit.files.fingerprint import fingerprint
 from support.backbone_inputs import hidden, inputs
 from support.models import Transformer, attached, ids, randomize, same, snapshot
 from support.paths import CHECKPOINTS
@@ -320,3 +321,25 @@ def test_files_hold_rows_and_parameters(tmp_path):
         assert sorted(again.state_dict()) == sorted(delta.state_dict())
         with pytest.raises(dk.BackboneMismatch):
             dk.load(tmp_path / kind, build("bert"))
+
+
+def test_the_card_is_lines_of_markdown(saved):
+    lines = (saved / "README.md").read_text().splitlines()
+    assert lines[:3] == ["---", "library_name: deltakit", 'tags: ["deltakit", "lora"]']
+    assert {"# A delta for Transformer", "```python", "import deltakit as dk", "```"} <= {*lines}
+
+
+def test_the_fingerprint_samples_matrices_where_there_are_any():
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    assert fingerprint(model)["values"].keys() == {"0.weight"}
+    assert fingerprint(model[1])["values"].keys() == {"weight", "bias"}
+    assert fingerprint(model, leave_out=["0.weight"])["values"].keys() == {"0.bias", "1.weight", "1.bias"}
+
+
+def test_a_soft_prompt_at_other_places_is_another_backbones(tmp_path):
+    folder = dk.attach(build("bert"), dk.SoftPrompt(tokens=2)).save(tmp_path / "saved")
+    break_config(folder, lambda c: c["methods"][0]["targets"].append("encoder"))
+    with pytest.raises(
+        dk.CheckpointError, match="soft_prompt stands at 3 places in the file, and would stand at 2 here; .* at encoder"
+    ):
+        dk.load(folder, build("bert"))

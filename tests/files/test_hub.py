@@ -170,3 +170,10 @@ def test_private_repository_with_a_token(hub, delta):
     model = fresh()
     dk.load("me/lora", model, token=LoopbackHub.READER)
     assert torch.equal(model(ids()), delta.backbone(ids()))
+
+
+@pytest.mark.parametrize(("count", "found"), [(0, "no files"), (3, "f0, f1, f2$"), (12, "f0, .*, f8, f9 and 2 more$")])
+def test_a_repository_of_something_else_says_what_it_holds(hub, count, found):
+    hub.add_repo("me/other", {f"f{n}": b"1" for n in range(count)})
+    with pytest.raises(dk.HubError, match=f"expected delta_config.json, found {found}"):
+        dk.load("me/other", fresh())

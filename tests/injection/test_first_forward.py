@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import deltakit as dk
-from support.models import randomize
+from support.models import randomize, same, snapshot
 
 
 def hidden_read(model, x):
@@ -70,3 +70,20 @@ def test_a_target_whose_surroundings_did_not_run_is_a_warning():
     delta.detach().attach()
     model(torch.ones(1, 7))
     assert not model._forward_hooks
+
+
+def test_the_error_counts_the_targets_that_were_never_called():
+    model = Reads()
+    model.read_too = nn.Linear(7, 5)
+    dk.attach(model, dk.LoRA(r=2, at=["read", "read_too", "called"]))
+    with pytest.raises(dk.TargetError, match=r"read: delta 'delta' did nothing here \(2 such targets\): the module"):
+        model(torch.ones(1, 7))
+
+
+def test_a_first_forward_that_fails_leaves_no_watchers():
+    model = nn.Sequential(nn.Sequential(nn.Linear(7, 5)))
+    dk.attach(model, dk.LoRA(r=2, at="0.0"))
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="shapes"):
+        model(torch.ones(1, 3))
+    same(before, snapshot(model))

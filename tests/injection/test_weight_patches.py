@@ -2,12 +2,14 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 import transformers as tf
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import deltakit as dk
-from deltakit.injection.weight_patch import hide_sum, show_sum
+from deltakit.injection.weight_patch import PatchHook, _refuse_recomputing, hide_sum, show_sum
 from support.backbone_inputs import inputs
 from support.changed_weights import check_against_changed_weights
 from support.models import randomize
@@ -116,3 +118,27 @@ def test_forwards_by_weight_in_threads():
     expected = run(0)
     with ThreadPoolExecutor(4) as pool:
         assert all(torch.equal(output, expected) for output in pool.map(run, range(200)))
+
+
+@pytest.mark.parametrize(("holder", "named"), [("inner.proj", "inner.proj"), ("", "Linear")])
+def test_a_weight_without_values_is_an_error(holder, named):
+    hook, update = PatchHook("delta", holder), torch.zeros(2, 2)
+    with pytest.raises(dk.TargetError, match=f"^{named}: the weight has no values here .it is offloaded"):
+        hook._fitting(nn.Linear(2, 2), update, update.to("meta"))
+    assert hook._fitting(nn.Linear(2, 2), update, update.half()).dtype is torch.half
+    assert hook._fitting(nn.Linear(2, 2), update.to("meta"), update.to("meta")).is_meta
+
+
+def test_a_weight_in_a_block_that_is_computed_again_is_refused():
+    scope, block = nn.Module(), GradientCheckpointingLayer()
+    scope.add_module("block", block)
+    block.proj = nn.Linear(2, 2)
+    _refuse_recomputing(scope, "block.proj")
+    block.gradient_checkpointing = True
+    with pytest.raises(dk.StateError, match=r"block\.proj: its block is computed again"):
+        _refuse_recomputing(scope, "block.proj")
+    # What is computed again as a whole reads its weights with the sum.
+    _refuse_recomputing(block, "proj")
+    with torch.no_grad():
+        _refuse_recomputing(scope, "block.proj")
+    _refuse_recomputing(scope.eval(), "block.proj")

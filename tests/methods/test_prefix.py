@@ -375,22 +375,37 @@ def test_what_leaves_no_room_for_a_prefix_is_an_error(unchecked, extra, found):
     attached(model)
     module = model.encoder.layer[0].attention.self
     q = torch.zeros(1, 4, 2, 6)
-    with pytest.raises(dk.StateError, match=f"a prefix cannot be added to attention with {found}"):
+    with pytest.raises(dk.StateError, match=f"BertSelfAttention: a prefix cannot be added to attention with {found}"):
         attend(lambda *a, **k: None, "sdpa", module, q, q, q, **extra)
     with pytest.raises(dk.StateError, match="sliding_window with flash attention"):
         attend(lambda *a, **k: None, "flash_attention_2", module, q, q, q, sliding_window=3)
 
 
-def test_heads_that_do_not_fit_are_an_error(unchecked):
-    model = build("bert")
+@pytest.mark.parametrize(
+    ("kind", "path", "sizes", "message"),
+    [
+        (
+            "bert",
+            "encoder.layer.0.attention.self",
+            (4, 3, 5),
+            r"SelfAttention: .* for 4 heads of size 5 does not fit .* \(2, 4, 7, 6\)",
+        ),
+        (
+            "bloom",
+            "h.0.self_attention",
+            (3, 3, 6),
+            r"BloomAttention: .* for 3 heads of size 6 does not fit .* \(8, 7, 6\)",
+        ),
+    ],
+)
+def test_heads_that_do_not_fit_are_an_error(unchecked, kind, path, sizes, message):
+    model = build(kind)
     delta = attached(model)
-    (module,) = delta.modules["encoder.layer.0.attention.self"]
+    (module,) = delta.modules[path]
     with torch.no_grad():
-        module.key = nn.Parameter(torch.zeros(4, 3, 5))
-    with pytest.raises(
-        dk.StateError, match=r"a prefix for 4 heads of size 5 does not fit keys or values of shape \(2, 4, 7, 6\)"
-    ):
-        model(**inputs("bert", model))
+        module.key = nn.Parameter(torch.zeros(sizes))
+    with pytest.raises(dk.StateError, match=message):
+        model(**inputs(kind, model))
 
 
 def test_another_deltas_exception_leaves_nothing_behind():

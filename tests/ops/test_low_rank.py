@@ -93,6 +93,15 @@ def test_parts_of_an_output(interleaved):
     torch.testing.assert_close(found, torch.autograd.grad(wanted.square().sum(), inputs))
 
 
+def test_a_part_of_an_output_by_the_plain_formula():
+    rows = FeatureSlice("k", 1, 18, 6, 12)
+    lora = dk.LoRA(r=2).build_at(Target("0", nn.Linear(6, 18).double(), feature_slice=rows)).double()
+    nn.init.normal_(lora.B)
+    x, y = torch.randn(4, 6, dtype=torch.float64), torch.randn(18, 4, dtype=torch.float64).T
+    wanted = y + rows.spread(lora.scaling * (x @ lora.A.T) @ lora.B.T)
+    torch.testing.assert_close(lora(x, y, nn.Identity(), False), wanted)
+
+
 def test_several_deltas_on_one_layer(monkeypatch):
     fast(monkeypatch)
     module = layer("Linear")
@@ -305,3 +314,30 @@ def test_what_a_layer_returns_inside_a_tuple_is_not_changed_in_place(returned):
         assert torch.equal(second, model[0].was)
     assert torch.equal(x, before)
     first.square().sum().backward()
+
+
+def test_an_output_is_changed_in_place_where_nobody_else_holds_it():
+    module = layer("Linear")
+    model, first = attached(module)
+    (second,) = dk.attach(model, dk.LoRA(r=2, at="0"), name="second").modules["0"]
+    (third,) = dk.attach(model, dk.Adapter(size=2, at="0"), name="third").modules["0"]
+    (fourth,) = dk.attach(model, dk.LoRA(r=2, at="0"), name="fourth").modules["0"]
+    assert lowrank.fresh(module, first) == (module, True)
+    assert lowrank.fresh(module, second) == (module, False)
+    assert lowrank.fresh(module, fourth) == (None, False)
+    assert lowrank.fresh(third, first) == (None, False)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_layers_own_gradient_is_taken_too_where_it_is_frozen(bias):
+    module = layer("Linear", bias).requires_grad_(False)
+    x = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    y = module(x)
+    assert lowrank._frozen_weight(module, x, y) is module.weight
+    assert lowrank._frozen_weight(None, x, y) is None
+    assert lowrank._frozen_weight(module, x.detach(), y) is None
+    assert lowrank._frozen_weight(module, x.float(), y) is None
+    for parameter in module.parameters():
+        parameter.requires_grad_()
+        assert lowrank._frozen_weight(module, x, y) is None
+        parameter.requires_grad_(False)
