@@ -159,7 +159,9 @@ def test_bad_input(tmp_path):
     with pytest.raises(dk.StateError, match=r"its backbone is in a rows\(\) block"), dk.rows(model, ["b"]):
         delta.detach()
     with (
-        pytest.raises(dk.StateError, match=r"'new': a rows\(\) block .* before attach or detach"),
+        pytest.raises(
+            dk.StateError, match=r"'new': its backbone is in a rows\(\) block; leave the block before attach or detach"
+        ),
         dk.rows(model, ["b"]),
     ):
         dk.attach(model, dk.BitFit(), name="new")

@@ -340,6 +340,7 @@ def test_a_soft_prompt_at_other_places_is_another_backbones(tmp_path):
     folder = dk.attach(build("bert"), dk.SoftPrompt(tokens=2)).save(tmp_path / "saved")
     break_config(folder, lambda c: c["methods"][0]["targets"].append("encoder"))
     with pytest.raises(
-        dk.CheckpointError, match="soft_prompt stands at 3 places in the file, and would stand at 2 here; .* at encoder"
+        dk.CheckpointError,
+        match="soft_prompt has 3 targets in the file, but would have 2 on this backbone; they differ at encoder",
     ):
         dk.load(folder, build("bert"))

@@ -172,7 +172,9 @@ def test_private_repository_with_a_token(hub, delta):
     assert torch.equal(model(ids()), delta.backbone(ids()))
 
 
-@pytest.mark.parametrize(("count", "found"), [(0, "no files"), (3, "f0, f1, f2$"), (12, "f0, .*, f8, f9 and 2 more$")])
+@pytest.mark.parametrize(
+    ("count", "found"), [(0, "no files"), (3, "f0, f1, f2; pass"), (12, "f0, .*, f8, f9 and 2 more; pass")]
+)
 def test_a_repository_of_something_else_says_what_it_holds(hub, count, found):
     hub.add_repo("me/other", {f"f{n}": b"1" for n in range(count)})
     with pytest.raises(dk.HubError, match=f"expected delta_config.json, found {found}"):

@@ -76,7 +76,9 @@ def test_the_error_counts_the_targets_that_were_never_called():
     model = Reads()
     model.read_too = nn.Linear(7, 5)
     dk.attach(model, dk.LoRA(r=2, at=["read", "read_too", "called"]))
-    with pytest.raises(dk.TargetError, match=r"read: delta 'delta' did nothing here \(2 such targets\): the module"):
+    with pytest.raises(
+        dk.TargetError, match=r"read: delta 'delta' did nothing here \(2 such targets\): in the first forward"
+    ):
         model(torch.ones(1, 7))
 
 

@@ -123,7 +123,7 @@ def test_forwards_by_weight_in_threads():
 @pytest.mark.parametrize(("holder", "named"), [("inner.proj", "inner.proj"), ("", "Linear")])
 def test_a_weight_without_values_is_an_error(holder, named):
     hook, update = PatchHook("delta", holder), torch.zeros(2, 2)
-    with pytest.raises(dk.TargetError, match=f"^{named}: the weight has no values here .it is offloaded"):
+    with pytest.raises(dk.TargetError, match=f"^{named}: this weight is offloaded and has no values here"):
         hook._fitting(nn.Linear(2, 2), update, update.to("meta"))
     assert hook._fitting(nn.Linear(2, 2), update, update.half()).dtype is torch.half
     assert hook._fitting(nn.Linear(2, 2), update.to("meta"), update.to("meta")).is_meta
@@ -135,7 +135,7 @@ def test_a_weight_in_a_block_that_is_computed_again_is_refused():
     block.proj = nn.Linear(2, 2)
     _refuse_recomputing(scope, "block.proj")
     block.gradient_checkpointing = True
-    with pytest.raises(dk.StateError, match=r"block\.proj: its block is computed again"):
+    with pytest.raises(dk.StateError, match=r"block\.proj: gradient checkpointing recomputes its block"):
         _refuse_recomputing(scope, "block.proj")
     # What is computed again as a whole reads its weights with the sum.
     _refuse_recomputing(block, "proj")

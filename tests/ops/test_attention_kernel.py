@@ -19,5 +19,7 @@ def test_each_rows_prefix_is_repeated_for_groups_of_queries():
 
 @pytest.mark.parametrize("own", [(2, 6, 7, 4), (3, 5, 7, 4), (3, 6, 7, 5), (17, 7, 4)])
 def test_rows_prefixes_that_do_not_fit_are_an_error(unchecked, own):
-    with pytest.raises(dk.StateError, match=r"Identity: prefixes by rows \(3, 2, 5, 4\) met keys or values of shape"):
+    with pytest.raises(
+        dk.StateError, match=r"Identity: prefixes of shape \(3, 2, 5, 4\) do not fit keys or values of shape"
+    ):
         prepend(torch.randn(3, 2, 5, 4), torch.randn(own), nn.Identity())

@@ -61,7 +61,7 @@ def test_heads_of_keys_that_are_repeated_before_they_meet_the_queries():
 
 @pytest.mark.parametrize("attributes", [{"num_heads": True}, {"num_heads": 4.0}, {"head_dim": 6}, {"k_proj": 24}])
 def test_sizes_that_cannot_be_told_are_an_error(attributes):
-    with pytest.raises(dk.TargetError, match="attn: cannot tell the heads of this Module"):
+    with pytest.raises(dk.TargetError, match="attn: the number and size of heads of this Module cannot be determined"):
         attention(**attributes, q_proj=24)
 
 
