@@ -7,14 +7,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import BareLayer, DeltaModule, Target, hidden_input, linear_sizes, replace_input, weight_view
+from deltakit.core import BareLayer, Target, hidden_input, linear_sizes, replace_input, weight_view
 from deltakit.errors import TargetError
-from deltakit.ops.kinds.output_map import in_own_dtype
+from deltakit.ops.kinds.maps import LayerMap, in_own_dtype
 from deltakit.ops.sizes import input_size
 from deltakit.selection import feature_axis, features_last
 
 
-class InputMap(DeltaModule):
+class InputMap(LayerMap):
     """Changes the input of its target. The author writes `into(x) -> x'`, and `linear_update` if it can be merged.
 
     `x` has its features in the last dimension, also for channels-first layers; `size` is their number. It must not be changed
@@ -38,16 +38,6 @@ class InputMap(DeltaModule):
     def into(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         """Returns the target's new input for the input x."""
         raise NotImplementedError(f"{type(self).__name__} does not override into(x)")
-
-    def linear_update(self, layer: BareLayer) -> tuple[Tensor | None, Tensor | None]:
-        """Returns what merging adds to the target's weight [d_out, d_in] and bias [d_out], each None for nothing.
-
-        Raises:
-            TargetError: by default, because a map that is not linear cannot be merged.
-        """
-        raise TargetError(
-            f"{type(self).__name__} does not change weights, so it cannot be merged; leave the delta attached"
-        )
 
     def forward(self, x: Tensor) -> Tensor:
         # `__call__` comes here. Calling `into` directly would skip the module's hooks, by which FSDP2 and accelerate load

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from deltakit.core import (
     BareLayer,
-    DeltaModule,
     MixedBatch,
     Target,
     hidden_input,
@@ -18,11 +17,12 @@ from deltakit.core import (
     weight_view,
 )
 from deltakit.errors import TargetError
+from deltakit.ops.kinds.maps import LayerMap, in_own_dtype, on_own_examples
 from deltakit.ops.sizes import output_size
 from deltakit.selection import feature_axis, features_last
 
 
-class OutputMap(DeltaModule):
+class OutputMap(LayerMap):
     """Changes the output of its target. The author writes `forward(x, y) -> y'`, and `linear_update` if it can be merged.
 
     `y` has its features in the last dimension, also for channels-first layers, and has only the features of a feature slice;
@@ -44,16 +44,6 @@ class OutputMap(DeltaModule):
         """Returns the target's new output for the input x and the output y."""
         raise NotImplementedError(f"{type(self).__name__} does not override forward(x, y)")
 
-    def linear_update(self, layer: BareLayer) -> tuple[Tensor | None, Tensor | None]:
-        """Returns what merging adds to the target's weight [d_out, d_in] and bias [d_out], each None for nothing.
-
-        Raises:
-            TargetError: by default, because a map that is not linear cannot be merged.
-        """
-        raise TargetError(
-            f"{type(self).__name__} does not change weights, so it cannot be merged; leave the delta attached"
-        )
-
     def after_call(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         y = output if type(output) is Tensor else hidden_output(output)
         new, strength = self._applied(hidden_input(args, kwargs), y), self.strength
@@ -74,15 +64,7 @@ class OutputMap(DeltaModule):
     def after_call_mixed(
         self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, batch: MixedBatch
     ) -> Any:
-        if not self.takes_part or self.record is None:
-            return None
-        y = hidden_output(output)
-        rows = batch.of(self.record.name, y, target)
-        if len(rows) == y.shape[0]:
-            return self.after_call(target, args, kwargs, output)
-        x = hidden_input(args, kwargs)
-        part = self.after_call(target, (x.index_select(0, rows),), {}, y.index_select(0, rows))
-        return replace_hidden(output, y.index_copy(0, rows, part))
+        return on_own_examples(self, target, args, kwargs, output, batch)
 
     def weight_updates(self, target: nn.Module) -> Mapping[str, Tensor]:
         weight, bias = self.linear_update(BareLayer(target, self.view))
@@ -94,43 +76,3 @@ class OutputMap(DeltaModule):
         if bias is None:
             return found
         return {**found, "bias": bias if self.feature_slice is None else self.feature_slice.spread(bias)}
-
-
-def in_own_dtype(module: DeltaModule, *given: Tensor) -> Tensor:
-    """Returns the output of a map, computed in the dtype of its parameters, in the dtype of the last given tensor.
-
-    The two dtypes differ under autocast, and where weights are quantized. The map must change the last tensor.
-    """
-    last = given[-1]
-    first = _first_parameter(module)
-    own = own_dtype(module, last) if first is None else first.dtype
-    if own is last.dtype:
-        # Under autocast a map may give another dtype than it is given.
-        same: Tensor = module(*given)
-        return same if same.dtype is own else same.to(own)
-    cast = [tensor.to(own) if tensor.is_floating_point() else tensor for tensor in given]
-    new: Tensor = module(*cast)
-    if torch.promote_types(own, last.dtype) is own:
-        return new.to(last.dtype)
-    # The map's dtype is narrower. Only the change is rounded to it, so an untrained map stays the identity.
-    return last + (new - cast[-1]).to(last.dtype)
-
-
-def own_dtype(module: DeltaModule, given: Tensor) -> torch.dtype:
-    """The dtype of a delta module's parameters, or of those that all share; that of what it is given, if there are none."""
-    first = _first_parameter(module)
-    if first is None:
-        first = next(iter(module.parameters_read()), None)
-    return given.dtype if first is None else first.dtype
-
-
-def _first_parameter(module: nn.Module) -> Tensor | None:
-    # `next(module.parameters())` takes ten times as long, and this is asked in each call.
-    for parameter in module._parameters.values():
-        if parameter is not None:
-            return parameter
-    for child in module._modules.values():
-        found = _first_parameter(child) if child is not None else None
-        if found is not None:
-            return found
-    return None

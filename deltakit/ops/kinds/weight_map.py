@@ -20,7 +20,7 @@ from deltakit.core import (
     weight_view,
     wide,
 )
-from deltakit.ops.kinds.output_map import own_dtype
+from deltakit.ops.kinds.maps import on_own_examples, own_dtype
 from deltakit.ops.recompute import linear_with
 
 
@@ -74,12 +74,7 @@ class WeightMap(DeltaModule):
     def after_call_mixed(
         self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, batch: MixedBatch
     ) -> Any:
-        if not self.takes_part or self.record is None:
-            return None
-        y = hidden_output(output)
-        rows = batch.of(self.record.name, y, target)
-        part = self.after_call(target, (hidden_input(args, kwargs).index_select(0, rows),), {}, y.index_select(0, rows))
-        return replace_hidden(output, y.index_copy(0, rows, part))
+        return on_own_examples(self, target, args, kwargs, output, batch)
 
     def weight_updates(self, target: nn.Module) -> Mapping[str, Tensor]:
         weight = self._bare(target)
