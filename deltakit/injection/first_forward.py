@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltakit.core import DeltaModule, above, is_callable
+from deltakit.core import DeltaModule, Record, above, is_callable
 from deltakit.errors import DeltaWarning, StateError, TargetError
 from deltakit.injection.backbone_guards import Ran, register_around, watcher_of
 from deltakit.injection.output_hooks import InputHook, OutputHook, ours
@@ -24,7 +24,7 @@ class FirstForward:
     a warning if it was not (an expert that no token was routed to, a vision tower in a batch of text).
     """
 
-    def __init__(self, record: Any) -> None:
+    def __init__(self, record: Record) -> None:
         self.record = record
         self.handles: list[Any] = []
         self.watched: list[tuple[str, nn.Module, DeltaModule, Hook, Ran]] = []
@@ -139,7 +139,7 @@ def _caller(backbone: nn.Module, path: str) -> nn.Module:
     return backbone
 
 
-def watch_first_forward(backbone: nn.Module, record: Any, *, attached: bool) -> None:
+def watch_first_forward(backbone: nn.Module, record: Record, *, attached: bool) -> None:
     """Registers `FirstForward` on a backbone until the delta's targets were checked, and removes it on detach."""
     for hook in list(backbone._forward_hooks.values()):
         first = watcher_of(hook)
