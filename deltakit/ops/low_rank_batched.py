@@ -3,6 +3,9 @@
 The factors of each example's delta are gathered once per batch. With 2 to 16 deltas this took 1.04 to 1.07 times as long as
 the bare model on 32 tokens per example, whatever their number; PEFT's loop took 1.32 to 1.38. A loop over deltas and
 `torch._grouped_mm` were slower with each further delta (measured on a CPU).
+
+Where many examples share a delta and have a token each (decoding), gathering reads the same factors again and again. There one
+product with the factors of all deltas, masked for each example, is faster, although it computes what the mask removes.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -10,10 +13,24 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from deltakit.core import DeltaModule, MixedBatch
+
+# Measured on two cores with 768 features and ranks of 8. The masked form wins with up to three tokens and at least eight
+# examples per delta: 16 examples with 2 deltas take 1.15 instead of 1.25 times as long as the bare model, and 64 examples with
+# 1 delta 1.08 instead of 1.19.
+FEW_TOKENS = 3
+MANY_EXAMPLES = 8
+
+
+class Masked(NamedTuple):
+    """The factors of all deltas side by side, and which of the ranks each example uses."""
+
+    low: Float[Tensor, "ranks d_in"]
+    high: Float[Tensor, "ranks d_out"]
+    mask: Bool[Tensor, "examples ranks"]
 
 
 class Gathered(NamedTuple):
@@ -83,12 +100,20 @@ def add_per_example(
     modules = [module for own in work.modules for module in own]
     parameters = [parameter for module in modules for parameter in _parameters_of(module)]
 
-    def gather() -> Gathered:
+    # Where the factors are made anew in each call, gathering is cheaper than checking that they are finite.
+    kept = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    few = kept and x.shape[:-1].numel() <= FEW_TOKENS * y.shape[0]
+    few = few and MANY_EXAMPLES * len(work.modules) <= len(work.places)
+
+    def make() -> Gathered | Masked:
         pairs = [[module.whole_factors() for module in own] for own in work.modules]
         both = [(torch.cat([a for a, _ in own]), torch.cat([b for _, b in own], 1)) for own in pairs]
-        return gathered_factors(both, work.places, x)
+        masked = masked_factors(both, work.places, x) if few else None
+        return gathered_factors(both, work.places, x) if masked is None else masked
 
-    factors: Gathered = kept_or_made(batch, (target, x.dtype, x.device), parameters, gather)
+    factors: Gathered | Masked = kept_or_made(batch, (target, few, x.dtype, x.device), parameters, make)
+    if isinstance(factors, Masked):
+        return _add_masked(x, y, factors, len(work.places), in_place=in_place)
     rows = x.reshape(len(work.places), -1, x.shape[-1])
     out = y.reshape(len(work.places), -1, y.shape[-1])
     h = torch.bmm(rows, factors.low.mT)
@@ -102,6 +127,31 @@ def _parameters_of(module: Any) -> Iterable[Tensor]:
         found: Iterable[Tensor] = module.parameters_read()
         return found
     return module._parameters.values()
+
+
+def _add_masked(x: Tensor, y: Tensor, factors: Masked, examples: int, *, in_place: bool) -> Tensor:
+    times = x.shape[:-1].numel() // examples
+    mask = factors.mask if times == 1 else factors.mask.repeat_interleave(times, 0)
+    flat = y.reshape(-1, y.shape[-1])
+    h = (x.reshape(-1, x.shape[-1]) @ factors.low.mT).masked_fill_(~mask, 0)
+    return (flat.addmm_(h, factors.high) if in_place else torch.addmm(flat, h, factors.high)).view(y.shape)
+
+
+def masked_factors(factors: Sequence[tuple[Tensor, Tensor]], places: Sequence[int], x: Tensor) -> Masked | None:
+    """Returns the factors of all deltas side by side; None if one of them is not finite.
+
+    Args:
+        factors: A [r, d_in] and B [d_out, r] of each delta.
+        places: for each example the index of its delta, or -1 for none.
+        x: gives the dtype and the device.
+    """
+    low = torch.cat([a.to(x.dtype) for a, _ in factors])
+    high = torch.cat([b.to(x.dtype).mT for _, b in factors])
+    # Zero times infinity is not a number: one delta's overflow would enter the examples of all.
+    if not (low.isfinite().all() and high.isfinite().all()):
+        return None
+    owner = torch.tensor([number for number, (a, _) in enumerate(factors) for _ in range(a.shape[0])], device=x.device)
+    return Masked(low, high, torch.tensor(places, device=x.device)[:, None] == owner)
 
 
 def gathered_factors(factors: Sequence[tuple[Tensor, Tensor]], places: Sequence[int], x: Tensor) -> Gathered:

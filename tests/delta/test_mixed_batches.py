@@ -8,7 +8,7 @@ import transformers as tf
 from torch import nn
 
 import deltakit as dk
-from deltakit.ops.low_rank_batched import Gathered
+from deltakit.ops.low_rank_batched import Gathered, Masked
 from support.models import Transformer, ids, randomize
 from support.tiny_transformers import build
 
@@ -111,8 +111,10 @@ def test_many_rows_of_few_deltas(tokens, grad):
     with torch.set_grad_enabled(grad), dk.rows(model, names):
         together = model(batch)
         kept = deltas["a"]._record.batch.kept.values()
-        gathered = [value for value in kept if isinstance(value, tuple) and isinstance(value[1], Gathered)]
-        assert bool(gathered) is not grad
+        made = [value[1] for value in kept if isinstance(value, tuple) and isinstance(value[1], Gathered | Masked)]
+        # Masked for up to three tokens an example, where nothing needs gradients.
+        assert [isinstance(factors, Masked) for factors in made] == [tokens < 4 and not grad] * len(made)
+        assert bool(made) is not grad
     for row, own in enumerate(names):
         torch.testing.assert_close(together[row], alone(model, deltas, own)(batch[row : row + 1])[0])
 
