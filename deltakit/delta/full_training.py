@@ -40,7 +40,7 @@ def full_training_names(backbone: nn.Module, paths: list[str]) -> list[str]:
     for path, module in own_modules(backbone, every_name=True):
         for name, tensor in tensors_in(path, module):
             if name.startswith(below):
-                _refuse_quantised(path, module)
+                _refuse_quantized(path, module)
                 _refuse_offloaded(name, tensor, module)
                 inside[name] = tensor
                 held.add(id(module))
@@ -59,12 +59,12 @@ def full_training_names(backbone: nn.Module, paths: list[str]) -> list[str]:
     return list(inside)
 
 
-def _refuse_quantised(path: str, module: nn.Module) -> None:
+def _refuse_quantized(path: str, module: nn.Module) -> None:
     own = [parameter.dtype for parameter in module._parameters.values() if parameter is not None]
-    quantised = [dtype for dtype in own if not (is_compute_dtype(dtype) or dtype.is_complex)]
+    quantized = [dtype for dtype in own if not (is_compute_dtype(dtype) or dtype.is_complex)]
     # A linear layer without any parameter keeps its weight packed in buffers.
-    if quantised or (linear_sizes(module) is not None and not own):
-        found = f"in {quantised[0]}" if quantised else "packed in buffers"
+    if quantized or (linear_sizes(module) is not None and not own):
+        found = f"in {quantized[0]}" if quantized else "packed in buffers"
         raise StateError(
             f"train: {path or 'the backbone'} is a {type(module).__name__} with weights {found}, and full training needs "
             "floating-point parameters; leave it out of train= and attach a LoRA there"

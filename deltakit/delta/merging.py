@@ -42,7 +42,7 @@ def merge(attachment: Attachment, quantize: Quantize | None = None) -> None:
     parameters = dict(tensors_of(backbone))
     updates, dtypes, together = _updates(attachment)
     # All checks and sums come before the first change: an error must not leave the backbone half merged.
-    _check(backbone, record, updates, parameters, together, quantised_too=quantize is not None)
+    _check(backbone, record, updates, parameters, together, quantized_too=quantize is not None)
     rounded = [name for name in updates if is_quantized(parameters[name])]
     plain = [name for name in updates if name not in rounded]
     merged = {name: (wide(parameters[name]) + updates[name]).to(parameters[name].dtype) for name in plain}
@@ -62,8 +62,10 @@ def merge(attachment: Attachment, quantize: Quantize | None = None) -> None:
 
 
 def _updates(attachment: Attachment) -> tuple[dict[str, Tensor], dict[str, torch.dtype], set[str]]:
-    """Returns, by the weight's name, the update and the dtype that the target computes in, and the names of tied weights that
-    the delta updates in all places together."""
+    """Returns the updates and the compute dtypes by name of the weight, and the names of tied weights that are updated as one.
+
+    The last are the weights that the delta patches in every module that holds them.
+    """
     updates: dict[str, Tensor] = {}
     dtypes: dict[str, torch.dtype] = {}
     together: set[str] = set()
@@ -105,7 +107,7 @@ def _warn_of_rounding(record: Record, found: Mapping[str, Rounded]) -> None:
     lost, total = (sum(norms) for norms in zip(*found.values(), strict=True))
     worst = max(shares, key=lambda name: shares[name])
     warnings.warn(
-        f"delta {record.name!r} is merged into {len(found)} quantised weights: rounding moved them by "
+        f"delta {record.name!r} is merged into {len(found)} quantized weights: rounding moved them by "
         f"{math.sqrt(lost / total) if total else 0:.3g} of the update's norm, at most by {shares[worst]:.3g} at {worst}; "
         "leave the delta attached if that is too much",
         DeltaWarning,
@@ -173,7 +175,7 @@ def _check(
     parameters: dict[str, Tensor],
     together: set[str],
     *,
-    quantised_too: bool,
+    quantized_too: bool,
 ) -> None:
     for name, update in updates.items():
         if name not in parameters:
@@ -187,15 +189,15 @@ def _check(
                 f"{name}: this weight is on the meta device, without values to merge into (accelerate may have offloaded it); "
                 "merge before offloading, or leave the delta attached"
             )
-        quantised = is_quantized(weight)
-        if quantised and quantised_too and name.rpartition(".")[2] == "weight":
+        quantized = is_quantized(weight)
+        if quantized and quantized_too and name.rpartition(".")[2] == "weight":
             continue
-        if quantised or weight.shape != update.shape:
+        if quantized or weight.shape != update.shape:
             kind = "" if type(weight) in (Tensor, nn.Parameter) else f" as {type(weight).__name__}"
             raise TargetError(
                 f"{name}: expected a floating-point weight of shape {tuple(update.shape)} to merge into, found "
                 f"{weight.dtype} {tuple(weight.shape)}{kind}; leave the delta attached"
-                + (", or pass quantize= to quantise the weight again" if quantised and not quantised_too else "")
+                + (", or pass quantize= to quantize the weight again" if quantized and not quantized_too else "")
             )
         tied = [other for other, tensor in parameters.items() if tensor is weight and other != name]
         # Merging changes a tied weight in all its modules. That is right only if the attached delta patches it in all.

@@ -38,7 +38,7 @@ def merge_quantized(
     sizes = linear_sizes(layer)
     if sizes is None or update.shape != (sizes[1], sizes[0]):
         raise TargetError(
-            f"{path}: expected a quantised linear layer of size {update.shape[1]} to {update.shape[0]} to merge into, found a "
+            f"{path}: expected a quantized linear layer of size {update.shape[1]} to {update.shape[0]} to merge into, found a "
             f"{type(layer).__name__}; leave the delta attached"
         )
     before = dequantized(layer, dtype)
@@ -50,7 +50,7 @@ def merge_quantized(
     weight = made.weight
     if not isinstance(weight, nn.Parameter) or not is_quantized(weight):
         raise TargetError(
-            f"{path}: quantize= left the weight in {weight.dtype}; let it quantise the linear layer that it gets, in place or "
+            f"{path}: quantize= left the weight in {weight.dtype}; let it quantize the linear layer that it gets, in place or "
             "by returning another layer"
         )
     # On copies, because some layers split their weight in their first call and keep the parts (bitsandbytes in 8 bits).
@@ -63,7 +63,7 @@ def merge_quantized(
     if not used or not torch.equal(dequantized(twin, dtype), before):
         raise TargetError(
             f"{path}: this {type(layer).__name__} does not compute with the weight that quantize= returned: it may be "
-            "quantised in another way, or keep a copy of its own weight; quantise it alike, or leave the delta attached"
+            "quantized in another way, or keep a copy of its own weight; quantize it alike, or leave the delta attached"
         )
     weight.requires_grad_(False)
     layer._parameters["weight"] = weight

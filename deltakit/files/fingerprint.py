@@ -22,7 +22,7 @@ def fingerprint(backbone: nn.Module, *, leave_out: Collection[str] = ()) -> dict
     """Returns the fingerprint of a backbone without its deltas.
 
     It has the class, a hash of all parameters' names and shapes, their number, and sampled values by parameter name.
-    Weights on the meta device and quantised weights have no samples.
+    Weights on the meta device and quantized weights have no samples.
 
     Args:
         leave_out: the names of parameters whose values are omitted, because training changed them.
@@ -54,7 +54,7 @@ def differences(saved: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]
 
 
 def _has_values(parameter: Tensor) -> bool:
-    # Sharded and quantised weights are tensor subclasses. Reading single values of them fails or needs communication.
+    # Sharded and quantized weights are tensor subclasses. Reading single values of them fails or needs communication.
     plain = type(parameter) in (Tensor, nn.Parameter) or type(parameter.data) is Tensor
     return plain and not parameter.is_meta and torch.is_floating_point(parameter) and parameter.numel() > 0
 

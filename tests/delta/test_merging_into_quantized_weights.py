@@ -1,4 +1,4 @@
-"""Deltas on weights that torchao quantised, and merging into them by their quantiser."""
+"""Deltas on weights that torchao quantized, and merging into them by their quantizer."""
 
 import warnings
 
@@ -10,7 +10,7 @@ from support.models import randomize
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_quantised_backbone():
+def test_a_quantized_backbone():
     quantization = pytest.importorskip("torchao.quantization")
     model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 64))
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
@@ -33,19 +33,19 @@ def test_a_quantised_backbone():
     assert torch.equal(model(x), bare)
 
 
-def quantise(linear):
+def quantize(linear):
     quantization = pytest.importorskip("torchao.quantization")
     quantization.quantize_(linear, quantization.Int8WeightOnlyConfig())
 
 
-class TestMergingIntoQuantisedWeights:
-    """Asked for by the quantiser; what its rounding loses is said, and unmerging is exact."""
+class TestMergingIntoQuantizedWeights:
+    """Asked for by the quantizer; what its rounding loses is said, and unmerging is exact."""
 
     def attached(self):
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 64))
         for layer in model:
-            quantise(layer)
+            quantize(layer)
         return model, randomize(dk.attach(model, dk.LoRA(r=4, at="*")), 0.1)
 
     @pytest.mark.filterwarnings("ignore:.*Enum subclass")
@@ -58,9 +58,9 @@ class TestMergingIntoQuantisedWeights:
             for layer, (part,) in zip(model, delta.modules.values(), strict=True)
         ]
         with pytest.warns(
-            dk.DeltaWarning, match=r"delta 'delta' is merged into 2 quantised weights: rounding moved"
+            dk.DeltaWarning, match=r"delta 'delta' is merged into 2 quantized weights: rounding moved"
         ) as said:
-            delta.merge(quantize=quantise)
+            delta.merge(quantize=quantize)
         assert all(type(layer.weight) is type(weight) for layer, weight in zip(model, was, strict=True))
         lost = sum((layer.weight.dequantize() - one).square().sum() for layer, one in zip(model, wanted, strict=True))
         whole = sum(part.update().square().sum() for (part,) in delta.modules.values())
@@ -94,7 +94,7 @@ class TestMergingIntoQuantisedWeights:
         model, delta = self.attached()
         was = [layer.weight for layer in model]
         with pytest.raises(dk.TargetError, match=r"1\.weight: quantize= left"):
-            delta.merge(quantize=lambda linear: quantise(linear) if linear.in_features == 64 else None)
+            delta.merge(quantize=lambda linear: quantize(linear) if linear.in_features == 64 else None)
         assert all(layer.weight is weight for layer, weight in zip(model, was, strict=True))
 
     @pytest.mark.filterwarnings("ignore:.*Enum subclass")
@@ -103,8 +103,8 @@ class TestMergingIntoQuantisedWeights:
         with torch.no_grad():
             for parameter in delta.parameters():
                 parameter.mul_(1e-2)
-        with pytest.warns(dk.DeltaWarning, match="quantised weights: rounding moved them by") as said:
-            delta.merge(quantize=quantise)
+        with pytest.warns(dk.DeltaWarning, match="quantized weights: rounding moved them by") as said:
+            delta.merge(quantize=quantize)
         share = float(str(said[0].message).partition("moved them by ")[2].split()[0])
         assert share > 1
 
@@ -116,7 +116,7 @@ class TestMergingIntoQuantisedWeights:
         with warnings.catch_warnings():
             warnings.simplefilter("error", dk.DeltaWarning)
             with pytest.raises(dk.DeltaWarning):
-                delta.merge(quantize=quantise)
+                delta.merge(quantize=quantize)
         assert not delta.merged
         assert all(layer.weight is weight for layer, weight in zip(model, was, strict=True))
         assert torch.equal(model(x), hooked)
@@ -125,7 +125,7 @@ class TestMergingIntoQuantisedWeights:
     def test_detached_for_a_while_and_as_it_was(self):
         model, delta = self.attached()
         x = torch.randn(3, 64)
-        merged = delta.merge(quantize=quantise).backbone(x)
+        merged = delta.merge(quantize=quantize).backbone(x)
         with delta.detached():
             assert not torch.equal(model(x), merged)
         assert delta.merged
@@ -134,6 +134,6 @@ class TestMergingIntoQuantisedWeights:
     @pytest.mark.filterwarnings("ignore")
     def test_the_layer_that_is_the_backbone(self):
         layer = torch.nn.Linear(64, 96)
-        quantise(layer)
+        quantize(layer)
         delta = randomize(dk.attach(layer, dk.LoRA(r=4, at="re:^$")), 0.1)
-        assert delta.merge(quantize=quantise).merged
+        assert delta.merge(quantize=quantize).merged

@@ -1,4 +1,4 @@
-"""Deltas on quantised backbones, whatever quantised them, and in the dtype that these compute in."""
+"""Deltas on quantized backbones, whatever quantized them, and in the dtype that these compute in."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_untrained_is_the_backbone_and_detach_is_exact(kind, architecture, metho
 
 @pytest.mark.parametrize("kind", KINDS)
 @BOTH
-def test_trained_is_the_formula_on_top_of_what_the_quantised_layer_gives(kind, architecture):
+def test_trained_is_the_formula_on_top_of_what_the_quantized_layer_gives(kind, architecture):
     model = quantized_backbone(kind, architecture)
     layer = model.get_submodule(dk.roles(model)["@ff.up"][0])
     x, direction = torch.randn(2, 5, 24), torch.randn(2, 5, 52)
@@ -85,7 +85,7 @@ MERGES = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @BOTH
-def test_merging_into_quantised_weights_is_an_error(kind, architecture):
+def test_merging_into_quantized_weights_is_an_error(kind, architecture):
     model = quantized_backbone(kind, architecture)
     for method, message in ((dk.LoRA(r=2), MERGES[kind]), (dk.Adapter(size=3), "does not change weights")):
         delta = randomize(dk.attach(model, method))
@@ -97,12 +97,12 @@ def test_merging_into_quantised_weights_is_an_error(kind, architecture):
 
 
 @BOTH
-def test_merging_into_quantised_weights_by_their_quantiser(architecture):
+def test_merging_into_quantized_weights_by_their_quantizer(architecture):
     model = quantized_backbone("bitsandbytes_4bit", architecture)
     bare = run(model, architecture)
     delta = randomize(dk.attach(model, dk.LoRA(r=2)), 0.3)
     trained = run(model, architecture)
-    with pytest.warns(dk.DeltaWarning, match="quantised weights: rounding moved them by"):
+    with pytest.warns(dk.DeltaWarning, match="quantized weights: rounding moved them by"):
         delta.merge(quantize=lambda linear: KINDS["bitsandbytes_4bit"](linear, torch.float32))
     merged = run(model, architecture)
     assert (merged - trained).norm() < 0.3 * (bare - trained).norm()
@@ -114,7 +114,7 @@ def test_merging_into_quantised_weights_by_their_quantiser(architecture):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_bias_beside_quantised_weights_is_merged_into(kind):
+def test_a_bias_beside_quantized_weights_is_merged_into(kind):
     model = quantized_backbone(kind, "bert")
     bare = run(model, "bert")
     delta = randomize(dk.attach(model, dk.BitFit()))
@@ -139,7 +139,7 @@ def test_deltas_are_in_the_dtype_that_is_computed_in(kind, architecture, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_quantised_weights_whole_is_an_error(kind):
+def test_training_quantized_weights_whole_is_an_error(kind):
     model = quantized_backbone(kind, "bert")
     before = snapshot(model)
     with pytest.raises(
@@ -176,7 +176,7 @@ class Weights(nn.Module):
     ],
     ids=["around", "compute_dtype", "bias", "scale", "unsaved"],
 )
-def test_what_says_the_dtype_of_a_quantised_layer(dtype, attributes, expected):
+def test_what_says_the_dtype_of_a_quantized_layer(dtype, attributes, expected):
     model = nn.ModuleDict({"block": nn.ModuleDict({"q": Weights(dtype, **attributes), "norm": nn.LayerNorm(3)})})
     model["block"]["norm"].to(torch.bfloat16)
     model["last"] = nn.Linear(2, 2)

@@ -42,7 +42,7 @@ def test_bad_options(unchecked, make, message):
         make()
 
 
-class Quantised(nn.Module):
+class Quantized(nn.Module):
     in_features, out_features = 7, 5
 
     def __init__(self, **attributes):
@@ -60,7 +60,7 @@ class Quantised(nn.Module):
         (Transformer, dk.LoRA(r=21), r"q_proj: rank 21 is above the layer's size 20 to 20; use LoRA\(r=20\) or less"),
         (Transformer, dk.LoRA(at="norm_1"), r"layers\.0\.norm_1: LoRA works on Linear, Conv1D, .* found LayerNorm"),
         (Transformer, dk.LoRA(at="layers"), r"layers: LoRA works on .* found ModuleList"),
-        (lambda: nn.ModuleDict({"q": Quantised()}), dk.LoRA(r=2, at="q"), r"q: the weight of this Quantised is torch.int8"),
+        (lambda: nn.ModuleDict({"q": Quantized()}), dk.LoRA(r=2, at="q"), r"q: the weight of this Quantized is torch.int8"),
         (lambda: nn.ModuleDict({"c": nn.ConvTranspose2d(4, 6, 1)}), dk.LoRA(r=2, at="c"), "c: LoRA works on Linear, .* found ConvTranspose2d; .*the parameter 'c.weight'"),
         (lambda: nn.ModuleDict({"r": nn.ReLU()}), dk.Adapter(at="r"), "r: the structure does not show the output size of this ReLU"),
         (lambda: nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)}), dk.Adapter(at="out_proj"), "a.out_proj: the module around it reads"),
@@ -86,8 +86,8 @@ def test_bad_targets_change_nothing(unchecked, make, method, message):
         same(before, snapshot(model))
 
 
-def test_a_quantised_weight_that_says_its_dtype_is_served():
-    model = nn.ModuleDict({"q": Quantised(compute_dtype=torch.float32)})
+def test_a_quantized_weight_that_says_its_dtype_is_served():
+    model = nn.ModuleDict({"q": Quantized(compute_dtype=torch.float32)})
     delta = randomize(dk.attach(model, dk.LoRA(r=2, at="q")))
     assert model["q"](torch.ones(1, 7)).abs().sum() > 0
     with pytest.raises(dk.TargetError, match=r"q\.weight: expected a floating-point weight"):

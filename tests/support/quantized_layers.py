@@ -1,4 +1,4 @@
-"""Backbones of quantised linear layers: int4 packed as GPTQ and AWQ pack it, and those of bitsandbytes."""
+"""Backbones of quantized linear layers: int4 packed as GPTQ and AWQ pack it, and those of bitsandbytes."""
 
 import warnings
 
@@ -67,7 +67,7 @@ def of_bitsandbytes(linear, dtype, bits):
     layer.load_state_dict(linear.state_dict())
     if layer.bias is not None:
         layer.bias.data = layer.bias.data.to(dtype)
-    # It is quantised as it is moved.
+    # It is quantized as it is moved.
     return layer.to("cpu")
 
 
@@ -80,7 +80,7 @@ KINDS = {
 
 
 def quantized_backbone(kind, architecture, dtype=torch.float32):
-    """A tiny backbone with its blocks' linear layers quantised, and the rest in the dtype that is computed in."""
+    """A tiny backbone with its blocks' linear layers quantized, and the rest in the dtype that is computed in."""
     model = build(architecture).to(dtype)
     for path, linear in list(model.named_modules()):
         if isinstance(linear, nn.Linear) and ".layer" in f".{path}":

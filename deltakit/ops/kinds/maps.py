@@ -68,7 +68,7 @@ def in_own_dtype(module: DeltaModule, *given: Tensor) -> Tensor:
 
 
 def own_dtype(module: DeltaModule, given: Tensor) -> torch.dtype:
-    """The dtype of a delta module's parameters, or of those that all share; that of what it is given, if there are none."""
+    """Returns the dtype of the first parameter of a delta module, or of the shared module; without any, that of `given`."""
     first = _first_parameter(module)
     if first is None:
         first = next(iter(module.parameters_read()), None)
