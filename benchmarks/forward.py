@@ -7,7 +7,6 @@ python benchmarks/forward.py [--rounds 15] [--out forward.json]
 
 import argparse
 import copy
-from pathlib import Path
 from typing import Any
 
 import harness
@@ -21,8 +20,8 @@ import deltakit as dk
 class Products:
     """A hook with LoRA's two products and the addition only: the least that any hook must do."""
 
-    def __init__(self, d_in: int, d_out: int) -> None:
-        self.a, self.b = torch.randn(8, d_in), torch.zeros(d_out, 8)
+    def __init__(self, d_in: int, d_out: int, device: torch.device) -> None:
+        self.a, self.b = torch.randn(8, d_in, device=device), torch.zeros(d_out, 8, device=device)
 
     def __call__(self, layer: Any, args: Any, y: torch.Tensor) -> torch.Tensor:
         return y.add_(F.linear(F.linear(args[0], self.a), self.b), alpha=2.0)
@@ -38,7 +37,7 @@ def contestants(model: Any, paths: list[str]) -> dict[str, Any]:
     for path in paths:
         layer = models["products alone"].get_submodule(path)
         sizes = layer.weight.shape if type(layer).__name__ == "Conv1D" else layer.weight.shape[::-1]
-        layer.register_forward_hook(Products(*sizes))
+        layer.register_forward_hook(Products(*sizes, model.device))
     models["PEFT"] = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=8, target_modules=paths)).eval()
     return models
 
@@ -64,21 +63,20 @@ def measure(name: str, models: dict[str, Any], call: Any, rounds: int) -> dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path)
+    harness.add_options(parser, rounds=15)
     options = parser.parse_args()
     print(harness.machine())
     results = []
-    for name in harness.CONFIGS:
-        model = harness.backbone(name)
+    for name in harness.models_for(options.device):
+        model = harness.backbone(name, device=options.device)
         models = contestants(model, harness.targets(model, harness.LINEARS[name]))
         for length, times in ((1, 3 * options.rounds), (128, options.rounds)):
             inputs = harness.batch(model, 1 if length == 1 else 4, length)
             case = f"{name}, {length} token{'s' if length > 1 else ''}"
             results.append(measure(case, models, lambda m, i=inputs: m(**i), times))
-    model = launch_bound()
+    model = launch_bound().to(options.device)
     models = contestants(model, harness.targets(model, harness.LINEARS["Llama 150 M"]))
-    ids = torch.randint(5, 400, (1, 4))
+    ids = torch.randint(5, 400, (1, 4)).to(options.device)
     options_of = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     results.append(
         measure("launch-bound, generate", models, lambda m: m.generate(input_ids=ids, **options_of), options.rounds)

@@ -1,5 +1,6 @@
 """Shared by all benchmarks: interleaved timing, ratios with their spread, the backbones, and the versions."""
 
+import argparse
 import gc
 import json
 import os
@@ -19,6 +20,13 @@ import deltakit as dk
 Call = Callable[[], Any]
 
 
+def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """Adds the options of all benchmarks that run models: `--device`, `--rounds` and `--out`."""
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--out", type=Path)
+
+
 def interleaved(cases: Mapping[str, Call], rounds: int, *, warm: int = 2) -> dict[str, list[float]]:
     """Returns the seconds of each case in each round.
 
@@ -30,15 +38,23 @@ def interleaved(cases: Mapping[str, Call], rounds: int, *, warm: int = 2) -> dic
     times: dict[str, list[float]] = {name: [] for name in cases}
     gc.collect()
     gc.disable()
+    finish()
     try:
         for turn in range(rounds):
             for name in list(cases)[:: 1 if turn % 2 else -1]:
                 start = time.perf_counter()
                 cases[name]()
+                finish()
                 times[name].append(time.perf_counter() - start)
     finally:
         gc.enable()
     return times
+
+
+def finish() -> None:
+    """Waits until a GPU has done all that it was given. Without one it does nothing."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def ratios(times: Mapping[str, list[float]], base: str) -> dict[str, tuple[float, float, float]]:
@@ -60,8 +76,10 @@ def spread(ratio: tuple[float, float, float]) -> str:
 def machine() -> dict[str, Any]:
     """Returns the versions and the machine that results belong to."""
     packages = {name: version(name) for name in ("torch", "transformers", "peft")}
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_initialized() else {}
     return {
         **packages,
+        **gpu,
         "deltakit": dk.__version__,
         "python": platform.python_version(),
         "processor": platform.processor() or platform.machine(),
@@ -98,6 +116,15 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         vocab_size=32000,
         use_cache=False,
     ),
+    "Llama 1 B": lambda: tf.LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=32000,
+        use_cache=False,
+    ),
 }
 """The configs of the backbones. Their weights are random."""
 
@@ -108,15 +135,26 @@ def llama(kind: Any = tf.LlamaForCausalLM, **sizes: Any) -> Any:
     return kind(tf.LlamaConfig(**sizes)).eval()
 
 
-def backbone(name: str, dtype: torch.dtype = torch.float32) -> Any:
+SIZES = {"cpu": (4, 128), "cuda": (16, 512)}
+"""The examples and the tokens of each in a batch that keeps the device busy."""
+
+
+def models_for(device: str) -> list[str]:
+    """Returns the names of the backbones that are measured on a device. The largest one only runs on a GPU."""
+    return [name for name in CONFIGS if device != "cpu" or name != "Llama 1 B"]
+
+
+def backbone(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
     """Returns a backbone in evaluation mode; every call gives the same weights."""
     torch.manual_seed(0)
-    return tf.AutoModel.from_config(CONFIGS[name]()).to(dtype).eval()
+    return tf.AutoModel.from_config(CONFIGS[name]()).to(device, dtype).eval()
 
 
-def batch(model: Any, rows: int = 4, length: int = 128) -> dict[str, torch.Tensor]:
-    """Returns a batch of token ids for a backbone."""
-    ids = torch.randint(5, 30000, (rows, length), generator=torch.Generator().manual_seed(0))
+def batch(model: Any, rows: int | None = None, length: int | None = None) -> dict[str, torch.Tensor]:
+    """Returns a batch of token ids for a backbone, on its device; by default one that keeps the device busy."""
+    usual = SIZES[model.device.type]
+    rows, length = rows or usual[0], length or usual[1]
+    ids = torch.randint(5, 30000, (rows, length), generator=torch.Generator().manual_seed(0)).to(model.device)
     return {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
 
 
@@ -125,11 +163,12 @@ LINEARS = {
     "BERT base": ["query", "key", "value", "dense"],
     "T5 base": ["q", "k", "v", "o", "wi", "wo"],
     "Llama 150 M": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "Llama 1 B": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
 """The names of all linear layers in the blocks, as PEFT expects them. deltakit gets the same modules by path."""
 
 QUERY_VALUE = {"GPT-2 small": ["c_attn"], "BERT base": ["query", "value"], "T5 base": ["q", "v"]}
-QUERY_VALUE["Llama 150 M"] = ["q_proj", "v_proj"]
+QUERY_VALUE["Llama 150 M"] = QUERY_VALUE["Llama 1 B"] = ["q_proj", "v_proj"]
 
 
 def targets(model: Any, names: list[str]) -> list[str]:

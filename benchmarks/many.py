@@ -21,7 +21,7 @@ import torch
 import deltakit as dk
 
 
-def backbone(layers: int, width: int = 768) -> Any:
+def backbone(device: str, layers: int, width: int = 768) -> Any:
     """Returns a Llama with seven linear layers in each block."""
     sizes = {
         "hidden_size": width,
@@ -29,15 +29,19 @@ def backbone(layers: int, width: int = 768) -> Any:
         "num_hidden_layers": layers,
         "num_attention_heads": 12,
     }
-    return harness.llama(**sizes, num_key_value_heads=12, vocab_size=1000, use_cache=False).requires_grad_(False)
+    return (
+        harness.llama(**sizes, num_key_value_heads=12, vocab_size=1000, use_cache=False)
+        .requires_grad_(False)
+        .to(device)
+    )
 
 
 LINEARS = harness.LINEARS["Llama 150 M"]
 
 
-def loading(count: int) -> dict[str, Any]:
+def loading(count: int, device: str) -> dict[str, Any]:
     """Returns the milliseconds to load and to switch deltas and PEFT adapters, and the memory of one delta."""
-    model = backbone(24, 384)
+    model = backbone(device, 24, 384)
     with tempfile.TemporaryDirectory() as folder:
         ours, theirs = Path(folder) / "ours", Path(folder) / "theirs"
         delta = dk.attach(model, dk.LoRA(r=8, at=LINEARS))
@@ -97,9 +101,9 @@ def timed(call: harness.Call) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def rows(distinct: int, batch: int, length: int, rounds: int) -> dict[str, Any]:
+def rows(distinct: int, batch: int, length: int, rounds: int, device: str) -> dict[str, Any]:
     """Returns the times of a mixed-adapter batch as ratios to the bare backbone. Examples use the deltas in turn."""
-    bare = backbone(2)
+    bare = backbone(device, 2)
     mine, theirs = copy.deepcopy(bare), copy.deepcopy(bare)
     names = [f"d{k}" for k in range(distinct)]
     for name in names:
@@ -109,7 +113,7 @@ def rows(distinct: int, batch: int, length: int, rounds: int) -> dict[str, Any]:
     for name in names[1:]:
         wrapped.add_adapter(name, config)
     own = [names[i % distinct] for i in range(batch)]
-    ids = torch.randint(5, 900, (batch, length))
+    ids = torch.randint(5, 900, (batch, length)).to(device)
     handles = {delta.name: delta for delta in dk.deltas(mine)}
     wrapped.eval()
 
@@ -144,16 +148,15 @@ def rows(distinct: int, batch: int, length: int, rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--deltas", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path)
+    harness.add_options(parser, rounds=9)
     options = parser.parse_args()
     print(harness.machine())
-    found = [loading(options.deltas)]
+    found = [loading(options.deltas, options.device)]
     for name, value in found[0].items():
         print(f"{name:<42} {value:.3g}")
     for length in (1, 32):
         for distinct, batch in ((2, 16), (16, 16), (1, 64), (8, 64), (64, 64)):
-            row = rows(distinct, batch, length, options.rounds)
+            row = rows(distinct, batch, length, options.rounds, options.device)
             found.append(row)
             shown = "  ".join(f"{k} {harness.spread(v)}" for k, v in row["ratios"].items() if k != "bare")
             print(f"{batch} rows, {distinct} distinct, {length} tokens: {shown}")

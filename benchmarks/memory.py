@@ -6,6 +6,7 @@ The limit is what any LoRA must keep: the input of each target, once if several 
 """
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -23,9 +24,9 @@ import deltakit as dk
 CONTESTANTS = ("floor", "PEFT", "deltakit", "deltakit int8")
 
 
-def contestant(name: str, dtype: torch.dtype, who: str) -> Any:
+def contestant(name: str, dtype: torch.dtype, who: str, device: str = "cpu") -> Any:
     """Returns a backbone with LoRA r=8 on all its linear layers, attached by one of the contestants."""
-    model = harness.backbone(name, dtype)
+    model = harness.backbone(name, dtype, device)
     paths = harness.targets(model, harness.LINEARS[name])
     if who == "PEFT":
         model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=paths))
@@ -55,12 +56,12 @@ def kept(model: Any, inputs: dict[str, torch.Tensor]) -> int:
     return sum(storages.values())
 
 
-def limit(name: str, dtype: torch.dtype, inputs: dict[str, torch.Tensor]) -> int:
+def limit(name: str, dtype: torch.dtype, device: str, inputs: dict[str, torch.Tensor]) -> int:
     """Returns the bytes of the targets' inputs that the floor does not keep, and of their products with A.
 
     Inputs that several targets share count once.
     """
-    model = contestant(name, dtype, "floor")
+    model = contestant(name, dtype, "floor", device)
     inputs_seen: dict[int, torch.Tensor] = {}
     products = 0
 
@@ -88,6 +89,19 @@ def peak(name: str, dtype: str, who: str) -> int:
     return int(run.stdout.strip().splitlines()[-1])
 
 
+def peak_on_gpu(name: str, dtype: torch.dtype, who: str) -> int:
+    """Returns the peak of what torch allocates on the GPU in a step, in bytes, without what the model itself takes."""
+    gc.collect()
+    model = contestant(name, dtype, who, "cuda")
+    inputs = harness.batch(model)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    for _ in range(2):
+        model(**inputs)[0].float().square().mean().backward()
+        model.zero_grad()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def one(name: str, dtype: str, who: str) -> None:
     model = contestant(name, getattr(torch, dtype), who)
     inputs = harness.batch(model)
@@ -103,6 +117,7 @@ def one(name: str, dtype: str, who: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="*", default=["Llama 150 M", "BERT base"])
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--one", nargs=3, metavar=("MODEL", "DTYPE", "CONTESTANT"), help="used by itself")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -114,15 +129,17 @@ def main() -> None:
     for name in options.models:
         for dtype in ("float32", "bfloat16"):
             kind = getattr(torch, dtype)
-            inputs = harness.batch(contestant(name, kind, "floor"))
-            bytes_kept = {who: kept(contestant(name, kind, who), inputs) for who in CONTESTANTS}
-            peaks = {who: peak(name, dtype, who) for who in CONTESTANTS}
-            row = {"model": name, "dtype": dtype, "kept": bytes_kept, "limit": limit(name, kind, inputs), "peak": peaks}
+            inputs = harness.batch(contestant(name, kind, "floor", options.device))
+            bytes_kept = {who: kept(contestant(name, kind, who, options.device), inputs) for who in CONTESTANTS}
+            on_gpu = options.device == "cuda"
+            peaks = {w: peak_on_gpu(name, kind, w) if on_gpu else peak(name, dtype, w) for w in CONTESTANTS}
+            least = limit(name, kind, options.device, inputs)
+            row = {"model": name, "dtype": dtype, "kept": bytes_kept, "limit": least, "peak": peaks}
             results.append(row)
             beyond = {who: round((value - bytes_kept["floor"]) / 1e6, 2) for who, value in bytes_kept.items()}
             megabytes = {who: round(value / 1e6) for who, value in peaks.items()}
-            print(f"{name}, {dtype}: MB kept beyond the floor {json.dumps(beyond)}, limit {row['limit'] / 1e6:.2f};")
-            print(f"  MB of peak resident memory {json.dumps(megabytes)}")
+            print(f"{name}, {dtype}: MB kept beyond the floor {json.dumps(beyond)}, limit {least / 1e6:.2f};")
+            print(f"  MB of memory at the peak {json.dumps(megabytes)}")
     harness.write(options.out, "memory", results)
 
 

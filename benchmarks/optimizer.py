@@ -4,7 +4,6 @@ python benchmarks/optimizer.py [--rounds 25] [--out optimizer.json]
 """
 
 import argparse
-from pathlib import Path
 
 import harness
 import torch
@@ -14,11 +13,10 @@ import deltakit as dk
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--out", type=Path)
+    harness.add_options(parser, rounds=25)
     options = parser.parse_args()
     print(harness.machine())
-    model = harness.backbone("Llama 150 M")
+    model = harness.backbone("Llama 150 M", device=options.device)
     delta = dk.attach(model, dk.LoRA(r=8, at=["^" + p for p in harness.targets(model, harness.LINEARS["Llama 150 M"])]))
     for parameter in delta.parameters():
         parameter.grad = torch.randn_like(parameter)

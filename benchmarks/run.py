@@ -1,6 +1,6 @@
 """Runs some or all benchmarks against PEFT, and writes a table of their results.
 
-    python benchmarks/run.py [step forward ...] [--folder benchmarks/results] [--table benchmarks/results.md]
+    python benchmarks/run.py [step forward ...] [--device cuda] [--folder benchmarks/results] [--table benchmarks/results.md]
 
 Each part runs in a separate process and writes JSON. The table is made from all JSON files in the folder.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+ON_GPU = ("step", "memory", "forward", "many", "optimizer")
 PARTS = ("step", "memory", "forward", "attach", "many", "optimizer", "compiled")
 
 
@@ -140,12 +141,16 @@ def table(folder: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=list(PARTS), help=", ".join(PARTS))
-    parser.add_argument("--folder", type=Path, default=HERE / "results")
-    parser.add_argument("--table", type=Path, default=HERE / "results.md")
+    parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--table", type=Path)
     options = parser.parse_args()
+    on_gpu = options.device != "cpu"
+    options.folder = options.folder or HERE / ("results_gpu" if on_gpu else "results")
+    options.table = options.table or HERE / ("results_gpu.md" if on_gpu else "results.md")
     options.folder.mkdir(parents=True, exist_ok=True)
-    for part in options.parts:
+    for part in options.parts or (ON_GPU if on_gpu else PARTS):
         command = [
             sys.executable,
             "-W",
@@ -153,6 +158,7 @@ def main() -> None:
             str(HERE / f"{part}.py"),
             "--out",
             str(options.folder / f"{part}.json"),
+            *(["--device", options.device] if on_gpu else []),
         ]
         print("+", " ".join(command[3:]), flush=True)
         subprocess.run(command, check=True)

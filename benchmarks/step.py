@@ -8,7 +8,6 @@ thin products of each LoRA target, on tensors that exist before and stay in the 
 
 import argparse
 import copy
-from pathlib import Path
 from typing import Any
 
 import harness
@@ -35,9 +34,9 @@ def require_gradients(model: Any) -> None:
             module.register_forward_hook(lambda *call: call[2].requires_grad_())
 
 
-def contestants(name: str, dtype: torch.dtype, names: list[str], *, full: bool) -> dict[str, Any]:
+def contestants(name: str, dtype: torch.dtype, names: list[str], device: str, *, full: bool) -> dict[str, Any]:
     """Returns each contestant's model, all of them copies of one backbone."""
-    floor = harness.backbone(name, dtype)
+    floor = harness.backbone(name, dtype, device)
     paths = harness.targets(floor, names)
     models = {"floor": floor}
     if full:
@@ -62,7 +61,7 @@ def products(model: Any, paths: list[str], tokens: int, dtype: torch.dtype) -> h
     held = {}
     for d_in, d_out in set(sizes):
         shapes = ((tokens, d_in), (tokens, d_out), (tokens, d_in), (tokens, d_out), (8, d_in), (d_out, 8))
-        held[d_in, d_out] = [torch.randn(shape).mul(1e-3).to(dtype) for shape in shapes]
+        held[d_in, d_out] = [torch.randn(shape).mul(1e-3).to(model.device, dtype) for shape in shapes]
 
     def run() -> None:
         for size in sizes:
@@ -76,9 +75,9 @@ def products(model: Any, paths: list[str], tokens: int, dtype: torch.dtype) -> h
     return run
 
 
-def measure(name: str, dtype: torch.dtype, which: str, rounds: int, full: bool) -> dict[str, Any]:
+def measure(name: str, dtype: torch.dtype, which: str, rounds: int, device: str, full: bool) -> dict[str, Any]:
     names = (harness.LINEARS if which == "all linear" else harness.QUERY_VALUE)[name]
-    models = contestants(name, dtype, names, full=full)
+    models = contestants(name, dtype, names, device, full=full)
     inputs = harness.batch(models["floor"])
     cases: dict[str, harness.Call] = {k: lambda m=m: step(m, inputs, None) for k, m in models.items()}
     alone = products(models["floor"], harness.targets(models["floor"], names), inputs["input_ids"].numel(), dtype)
@@ -91,19 +90,18 @@ def measure(name: str, dtype: torch.dtype, which: str, rounds: int, full: bool) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", nargs="*", default=list(harness.CONFIGS))
+    parser.add_argument("--models", nargs="*", help="by default all that the device is meant for")
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--targets", nargs="*", default=["all linear", "query and value"])
-    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--no-full", action="store_true")
-    parser.add_argument("--out", type=Path)
+    harness.add_options(parser, rounds=9)
     options = parser.parse_args()
     print(harness.machine())
     results = []
     for dtype in options.dtypes:
         for which in options.targets:
-            for name in options.models:
-                row = measure(name, getattr(torch, dtype), which, options.rounds, not options.no_full)
+            for name in options.models or harness.models_for(options.device):
+                row = measure(name, getattr(torch, dtype), which, options.rounds, options.device, not options.no_full)
                 results.append(row)
                 shown = "  ".join(f"{k} {harness.spread(v)}" for k, v in row["ratios"].items() if k != "floor")
                 print(f"{name:<12} {dtype:<9} {which:<16} {shown}  share of PEFT's overhead {row['share']:.2f}")
