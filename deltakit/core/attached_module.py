@@ -4,7 +4,7 @@ The kinds in `deltakit.ops` implement it. A method author derives from a kind an
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, NoReturn, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,6 @@ class AttachedModule(nn.Module):
     """Whether the first forward must call the target, and fails otherwise."""
     has_weight_form: ClassVar[bool] = False
     """Whether its method can patch a weight that is read directly."""
-
     reads_weight: ClassVar[bool] = False
     """Whether its update depends on the target's weight."""
 
@@ -150,6 +149,14 @@ class AttachedModule(nn.Module):
         Raises:
             TargetError: if the method does not change weights, so that it cannot be merged.
             StateError: if a weight that the update depends on has no values in memory (meta device, offload).
+        """
+        self.refuse_merging()
+
+    def refuse_merging(self) -> NoReturn:
+        """Raises the error of a delta module that does not change weights.
+
+        Raises:
+            TargetError: always.
         """
         raise TargetError(
             f"{type(self).__name__} does not change weights, so it cannot be merged; leave the delta attached"

@@ -114,13 +114,13 @@ class Method:
         return self.kind if self.kind.patches_weight(target) or not target.never_called else None
 
     def build_at(self, target: Target) -> DeltaModule:
-        """Returns the delta module for one target, on its device and in its dtype. By default `kind(target)`.
+        """Returns the delta module for one target, on its device and in its dtype. By default `kind_at(target)(target)`.
 
         Raises:
             TargetError: if the method cannot be used on this type of module.
             OptionError: if an option does not fit this target.
         """
-        build: Any = self.kind
+        build: Any = self.kind_at(target) or self.kind
         module: DeltaModule = build(target)
         return module
 

@@ -73,6 +73,3 @@ class IA3(Method, name="ia3"):
             return None
         into = "ff.down" in target.roles if self.side == "auto" else self.side == "input"
         return IA3InputDelta if into else IA3Delta
-
-    def build_at(self, target: Target) -> DeltaModule:
-        return IA3InputDelta(target) if self.kind_at(target) is IA3InputDelta else IA3Delta(target)

@@ -115,14 +115,14 @@ class LoRA(Method, name="lora"):
     def positions(self) -> tuple[tuple[str, ...], ...]:
         return (("attn.q", "attn.qkv"), ("attn.v", "attn.kv"))
 
-    def kind_at(self, target: Target) -> type[DeltaModule]:
+    def kind_at(self, target: Target) -> type[LoRADelta]:
         # A subclass with its own forward may change the vectors of an embedding (Gemma scales them), or the input and the
         # weight of a convolution (BiT pads and standardises them). Adding to its output would be wrong; a weight patch is
         # right, because the subclass's own code runs with the new weight.
         return LoRAPatchDelta if _own_forward(target.module) else LoRADelta
 
     def build_at(self, target: Target) -> DeltaModule:
-        kind = LoRAPatchDelta if _own_forward(target.module) else LoRADelta
+        kind = self.kind_at(target)
         if isinstance(target.module, nn.Embedding) and target.module.max_norm is not None:
             raise TargetError(
                 f"{target.path}: LoRA expects an embedding without max_norm, which rewrites its weight in each forward; leave "

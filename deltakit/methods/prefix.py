@@ -166,11 +166,11 @@ class Prefix(Method, name="prefix"):
             found += [index.target(path) for path in below]
         return found
 
-    def kind_at(self, target: Target) -> type[DeltaModule]:
+    def kind_at(self, target: Target) -> type[PrefixDelta]:
         return PrefixDelta if enters_by_interface(target.module) else PrefixModeDelta
 
     def build_at(self, target: Target) -> DeltaModule:
-        return PrefixDelta(target, self) if enters_by_interface(target.module) else PrefixModeDelta(target, self)
+        return self.kind_at(target)(target, self)
 
     def build_shared(self, index: BackboneView, targets: Sequence[Target]) -> nn.Module | None:
         if not self.reparam:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from deltakit.core import BareLayer, DeltaModule, MixedBatch, hidden_input, hidden_output, replace_hidden
-from deltakit.errors import TargetError
 
 
 class LayerMap(DeltaModule):
@@ -18,9 +17,7 @@ class LayerMap(DeltaModule):
         Raises:
             TargetError: by default, because a map that is not linear cannot be merged.
         """
-        raise TargetError(
-            f"{type(self).__name__} does not change weights, so it cannot be merged; leave the delta attached"
-        )
+        self.refuse_merging()
 
 
 def on_own_examples(
