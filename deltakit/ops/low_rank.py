@@ -6,8 +6,8 @@ A hook with the plain formula takes as long as PEFT (measured). Three changes ma
 - One autograd node computes the gradients of the frozen layer and of the delta, and saves only x and x A^T.
 - The product x A^T has the layout [r, tokens]. With so few columns, [tokens, r] takes more than twice the time on a CPU.
 
-The plain formula runs where these are not possible: while compiling or tracing, under autocast and functional transforms, and
-for tensor subclasses.
+The plain formula runs where these are not possible: while compiling or tracing, under autocast and functional transforms, in
+dispatch modes, and for tensor subclasses.
 """
 
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ _EVERYWHERE = torch.nn.modules.module._global_forward_hooks
 # tells whether a functional transform is active. `torch.is_autocast_enabled(y.device.type)` takes 660 ns, and this 140 ns.
 _is_compiling, _is_tracing = torch.compiler.is_compiling, torch.jit.is_tracing  # type: ignore[attr-defined]
 _autocast, _transforms = torch._C._is_any_autocast_enabled, torch._C._are_functorch_transforms_active
+dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 class Product(NamedTuple):
@@ -90,7 +91,8 @@ def plain(
 
 def _only_plain(x: Tensor, y: Tensor, a: Tensor) -> bool:
     # Tensor subclasses (DTensor, quantized ones) and transforms do not support in-place sums in a custom autograd function.
-    # A y that is not contiguous cannot be viewed as [tokens, d_out].
+    # A y that is not contiguous cannot be viewed as [tokens, d_out]. A dispatch mode may keep the layer's output, which then
+    # must not change: selective checkpointing keeps the results of matrix products.
     return (
         _is_compiling()
         or type(x) is not Tensor
@@ -100,6 +102,7 @@ def _only_plain(x: Tensor, y: Tensor, a: Tensor) -> bool:
         or not y.is_contiguous()
         or _autocast()
         or _transforms()
+        or dispatch_modes() > 0
         or _is_tracing()
         or forward_ad._current_level >= 0
     )
@@ -204,7 +207,10 @@ class _LowRank(torch.autograd.Function):
         kept = (x,) if product.keep == "exact" else packed_once(x)
         ctx.save_for_backward(h, a, b, weight, *(kept if ctx.needs_input_grad[2] else ()))
         # In place is safe: a linear layer's backward does not need its output, and nobody else has it (`fresh`).
-        return _added(y if in_place else y.clone(), h, b.to(x.dtype), product)
+        out = _added(y if in_place else y.clone(), h, b.to(x.dtype), product)
+        # An input that is returned as it is becomes a view that nothing may change in place, so `nn.ReLU(inplace=True)` behind
+        # the layer would fail. Detached, it is a tensor of its own on the same memory, with the same version counter.
+        return out.detach() if in_place else out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
