@@ -47,6 +47,13 @@ def own_modules(backbone: nn.Module, *, every_name: bool = False) -> Iterator[tu
             ]
 
 
+def own_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the names and modules directly inside a module, without deltas."""
+    for name, child in module._modules.items():
+        if child is not None and not isinstance(child, DeltaModule):
+            yield name, child
+
+
 def is_of(module: nn.Module, of: Sequence[str]) -> bool:
     """Returns whether a module's class or one of its bases has one of these names (with or without its Python module)."""
     names = {

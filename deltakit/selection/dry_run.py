@@ -2,16 +2,19 @@
 
 import copy
 from collections import OrderedDict
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import projection_sizes
+from deltakit.core import own_children, projection_sizes
 
 
 def dry_run(module: nn.Module) -> nn.Module:
-    """Returns a dry-run copy: same class, same attributes, cheap weights.
+    """Returns a dry-run copy: same class, same attributes, cheap weights, without deltas and hooks.
 
     Its linear layers return ones, and its other weights are ones. It computes in float64 on the CPU. The original is not
     changed and its large weights are not copied, so it may be on any device, the meta device included.
@@ -22,7 +25,10 @@ def dry_run(module: nn.Module) -> nn.Module:
     # No constructor and no deepcopy: the constructor's arguments are unknown, and a deepcopy would copy the weights.
     new = module.__class__.__new__(module.__class__)
     new.__dict__ = dict(module.__dict__)
-    # The copy must not run the hooks of the original, which may be those of deltas or of accelerate.
+    # The copy must not run the hooks of the original, which may be those of deltas or of the user. It is called without
+    # global hooks, and without the original's compiled forward, which would compute with the original's weights.
+    new.__dict__.pop("forward", None)
+    new.__dict__["_compiled_call_impl"] = MethodType(forward_of(module), new)
     for table in (
         "_forward_hooks",
         "_forward_pre_hooks",
@@ -33,7 +39,9 @@ def dry_run(module: nn.Module) -> nn.Module:
     new.__dict__["training"] = False
     new.__dict__["_parameters"] = {n: None if p is None else _ones_like(p) for n, p in module._parameters.items()}
     new.__dict__["_buffers"] = {n: None if b is None else _on_cpu(b) for n, b in module._buffers.items()}
-    new.__dict__["_modules"] = {n: None if c is None else dry_run(c) for n, c in module._modules.items()}
+    # Without deltas: a prefix in the copy would add keys and values to the attention that is measured.
+    empty = {name: None for name, child in module._modules.items() if child is None}
+    new.__dict__["_modules"] = {**empty, **{name: dry_run(child) for name, child in own_children(module)}}
     config = module.__dict__.get("config")
     if config is not None and hasattr(config, "_attn_implementation"):
         # Flash and flex kernels refuse float64 or the CPU; eager attention runs everywhere.
@@ -41,6 +49,15 @@ def dry_run(module: nn.Module) -> nn.Module:
         config._attn_implementation = "eager"
         new.__dict__["config"] = config
     return new
+
+
+def forward_of(module: nn.Module) -> Callable[..., Any]:
+    """Returns the function that computes a module's forward, without what accelerate wraps around it."""
+    # accelerate replaces `forward` by a partial for the original module, and keeps what it replaced.
+    own = module.__dict__.get("_old_forward", module.__dict__.get("forward"))
+    bound: Callable[..., Any] | None = getattr(own, "__func__", None) if isinstance(own, MethodType) else None
+    # Anything but a method of the module itself cannot be called for a copy of it.
+    return bound if bound is not None and own.__self__ is module else type(module).forward
 
 
 def _ones_like(parameter: Tensor) -> nn.Parameter:
@@ -61,6 +78,10 @@ class Ones(nn.Module):
         self.size = size
         # Many forwards read `layer.weight.dtype`.
         self.weight = torch.ones((), dtype=torch.float64)
+
+    def __call__(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        # Without global hooks.
+        return self.forward(x)
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         return x.new_ones(*x.shape[:-1], self.size)

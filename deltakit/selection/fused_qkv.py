@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from deltakit.core import FeatureSlice, above, held_at, join
+from deltakit.core import FeatureSlice, above, held_at, join, own_children
+from deltakit.selection.dry_run import forward_of
 from deltakit.selection.qkv_layout import measure
 from deltakit.selection.role_inference.names import says_attention
 from deltakit.selection.role_inference.role_map import Unit
@@ -75,6 +76,6 @@ def _forward_key(module: nn.Module) -> tuple[object, ...]:
     own = tuple(
         (name, repr(value) if isinstance(value, bool | int | float | str | tuple | None) else id(value))
         for name, value in vars(module).items()
-        if not name.startswith("_") and not ("layer" in name and isinstance(value, int))
+        if not name.startswith("_") and name != "forward" and not ("layer" in name and isinstance(value, int))
     )
-    return (type(module), own, tuple((name, type(child)) for name, child in module._modules.items()))
+    return (type(module), forward_of(module), own, tuple((name, type(child)) for name, child in own_children(module)))

@@ -32,7 +32,8 @@ def measure(attention: nn.Module, fused: str, output: str | None) -> dict[str, F
     # Selecting targets must not change the random numbers of the user's training run.
     state = torch.random.get_rng_state()
     try:
-        with torch.device("cpu"), torch.enable_grad():
+        # Inference mode has no gradients, even with gradients enabled.
+        with torch.inference_mode(False), torch.device("cpu"), torch.enable_grad():
             return _measure(attention, fused, output)
     finally:
         torch.random.set_rng_state(state)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from deltakit.core import WeightRead, above, is_callable, join, projection_sizes
+from deltakit.core import WeightRead, above, is_callable, join, own_children, projection_sizes
 
 
 @dataclass
@@ -68,7 +68,7 @@ class WeightReads:
         not see, and a patch during that forward covers both cases.
         """
         module = self.modules[owner]
-        if is_callable(module) and (module._modules or projection_sizes(module) is None):
+        if is_callable(module) and (any(own_children(module)) or projection_sizes(module) is None):
             return WeightRead(owner, "")
         scope = next((path for path in list(above(owner))[1:] if is_callable(self.modules[path])), owner)
         return WeightRead(scope, owner[len(scope) :].lstrip("."))

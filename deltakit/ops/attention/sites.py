@@ -12,7 +12,7 @@ from types import CodeType
 import torch
 from torch import nn
 
-from deltakit.core import Target, linear_sizes
+from deltakit.core import Target, linear_sizes, own_children
 from deltakit.errors import TargetError
 from deltakit.selection import FUSED, FUSED_KV, PROJECTIONS, says_attention
 
@@ -88,7 +88,7 @@ def heads_of(target: Target) -> Heads:
     latent = _first(module, ("qk_head_dim",)), _first(module, ("v_head_dim",))
     if heads and latent[0] and latent[1]:
         return Heads(heads, latent[0], latent[1])
-    outs = {name.lower(): s[1] for name, child in module.named_children() if (s := linear_sizes(child)) is not None}
+    outs = {name.lower(): s[1] for name, child in own_children(module) if (s := linear_sizes(child)) is not None}
     key, value = (next((outs[n] for n in outs if n in PROJECTIONS[letter]), None) for letter in "kv")
     kv = next((outs[name] for name in outs if name in FUSED_KV - FUSED), None)
     fused = next((outs[name] for name in outs if name in FUSED), None)

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 from torch import nn
 
-from deltakit.core import BackboneView
+from deltakit.core import BackboneView, own_modules
 from deltakit.errors import TargetError
 from deltakit.ops.attention.sites import attends
 
@@ -94,7 +94,7 @@ def stack_at(index: BackboneView, path: str, at: int) -> Stack:
     # the call can correct them. Padding before the text leaves the distances between all other tokens as they are.
     positions = "unknown" if at else _positions(index, path)
     # A cache is useless without causal attention. If every attention module says `is_causal = False`, there is none.
-    said = [m.is_causal for m in index.by_path[path].modules() if hasattr(m, "is_causal")]
+    said = [m.is_causal for _, m in own_modules(index.by_path[path]) if hasattr(m, "is_causal")]
     return Stack(positions, not said or any(said), _hides(index, path))
 
 

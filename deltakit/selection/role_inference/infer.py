@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from deltakit.core import above, name_of, parent_of
+from deltakit.core import above, name_of, own_modules, parent_of
 from deltakit.selection.role_inference.attention import attention_units
 from deltakit.selection.role_inference.feed_forward import feed_forward_units
 from deltakit.selection.role_inference.names import HEADS, says_cross
@@ -24,7 +24,7 @@ def infer_roles(backbone: nn.Module, modules: Mapping[str, nn.Module] | None = N
     Args:
         modules: the modules to consider, by path; by default all of the backbone's.
     """
-    walk = Walk(backbone, dict(backbone.named_modules()) if modules is None else modules)
+    walk = Walk(backbone, dict(own_modules(backbone)) if modules is None else modules)
     attention = _crossed(list(attention_units(walk)))
     widths = _block_widths(walk, attention)
     taken = {unit.path for unit in attention}
