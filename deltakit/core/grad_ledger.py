@@ -44,3 +44,7 @@ class GradLedger:
                 self.original.setdefault(name, parameter.requires_grad)
                 parameter.requires_grad_(wanted)
             self.ours[name] = wanted
+
+    def stay_frozen(self) -> None:
+        """Makes the frozen backbone the user's own choice: it stays frozen when the last delta is detached."""
+        self.original = dict.fromkeys(self.ours, False)

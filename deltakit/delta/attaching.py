@@ -15,14 +15,13 @@ from deltakit.core import (
     Record,
     Selector,
     Site,
-    attachments_of,
     records_of,
     tensors_of,
 )
 from deltakit.delta.full_training import current_values
 from deltakit.delta.handle import Delta
-from deltakit.delta.planning import Plan, build, original, plan
-from deltakit.errors import BackboneMismatch, CheckpointError, DeltaWarning, OptionError, StateError
+from deltakit.delta.planning import build, original, plan
+from deltakit.errors import BackboneMismatch, CheckpointError, DeltaWarning, OptionError
 from deltakit.files import backbone_identity, differences, expanded, find_folder, methods_of, read_folder
 from deltakit.selection import BackboneIndex
 
@@ -39,18 +38,20 @@ def attach(
         name: the delta's name among those on this backbone. It is only required to put a method on a target that has the
             same method from another delta.
         train: selectors of backbone modules that are trained fully and saved with the delta, such as "@head".
-        freeze: whether to freeze the backbone's own parameters until the delta is detached.
+        freeze: whether to freeze the backbone's own parameters. They stay frozen as long as such a delta is attached; after the
+            last one they require gradients as before. With False the delta leaves them as they are, and `print(delta)` says
+            how many of them are trained without being saved.
 
     Raises:
         SelectorError: if a selector is malformed or matches nothing. The message lists similar paths.
         RoleError: if a default position is not found on this backbone, or a role does not exist.
         TargetError: if a method cannot be used on a target.
         OptionError: if no method is given, an option does not fit a target, or `name` is not a word without dots.
-        StateError: if the name is taken, a target has the same method already, the backbone is wrapped for distribution, a
-            weight in `train` is tied to one outside, quantized or offloaded, or the backbone is in a `rows` block.
+        StateError: if the name is taken, a target has the same method already, the backbone is wrapped for distribution or
+            in a `rows` block, or a weight in `train` is tied to one outside, quantized, offloaded, fully trained by another
+            delta, or has another delta merged into it.
     """
     planned = plan(backbone, *methods, train=train)
-    _refuse_stacking(planned, name)
     record = _record(planned.backbone, planned.methods, name, freeze, planned.train)
     record.trained_values = current_values(planned.backbone, planned.fully_trained, record)
     return Delta(Attachment(planned.backbone, record, _sites(planned.index, planned.built))).attach()
@@ -71,8 +72,11 @@ def load(
 
     Args:
         source: the folder, or the repository as "owner/name".
-        name: the delta's name; by default the one that it was saved with.
-        freeze: whether to freeze the backbone's own parameters until the delta is detached.
+        name: the delta's name; by default the one that it was saved with. One of the two is required to put a method on a
+            target that has the same method from another delta.
+        freeze: whether to freeze the backbone's own parameters. They stay frozen as long as such a delta is attached; after the
+            last one they require gradients as before. With False the delta leaves them as they are, and `print(delta)` says
+            how many of them are trained without being saved.
         attach: whether to attach it now. A delta that is loaded but not attached costs nothing in forwards; its `attach()`
             attaches it later.
         check: "error" or "warn" if the backbone is not the one that the delta was trained on.
@@ -85,8 +89,9 @@ def load(
         HubError: if the repository cannot be read.
         OptionError: if `check` or `name` has a wrong value, or a saved option does not fit the backbone.
         TargetError: if a saved method cannot be used on its target.
-        StateError: if the name is taken, the backbone is wrapped for distribution or is in a `rows` block, or another delta
-            fully trains the same parameters.
+        StateError: if the name is taken, the delta has no name and a target has the same method already, the backbone is
+            wrapped for distribution or is in a `rows` block, or another delta fully trains the same parameters or is merged
+            into them.
     """
     backbone = original(backbone)
     index = BackboneIndex(backbone)
@@ -149,23 +154,6 @@ def _rebuilt(index: BackboneIndex, method: Method, paths: Sequence[str], where: 
             f"differ at {other[0]}; load the backbone that the delta was trained on"
         )
     return built
-
-
-def _refuse_stacking(planned: Plan, name: str | None) -> None:
-    if name is not None:
-        return
-    taken = {
-        (site.path, other.record.methods[site.method].name): other.record.name
-        for other in attachments_of(planned.backbone)
-        for site in other.sites
-    }
-    for method, built in zip(planned.methods, planned.built, strict=True):
-        for path in built:
-            if (path, method.name) in taken:
-                raise StateError(
-                    f"{path}: delta {taken[path, method.name]!r} has a {method.name} there already; detach() that delta "
-                    "first, or give this one a name= to have both"
-                )
 
 
 def _check_backbone(config: Mapping[str, Any], backbone: nn.Module, where: str, check: str) -> None:

@@ -1,10 +1,12 @@
 """Checks before a delta is attached or changed: is its name free, are its targets free, is it in a `rows` block?"""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
-from deltakit.core import Attachment, GradLedger, Record, key_of, records_of
+from deltakit.core import Attachment, GradLedger, Record, attachments_of, key_of
 from deltakit.delta.composition import refuse_beside_merged
+from deltakit.delta.full_training import refuse_taken
 from deltakit.errors import OptionError, StateError
 
 
@@ -12,18 +14,19 @@ def claim(attachment: Attachment) -> None:
     """Gives a delta its final name before it is attached, and the ledger that it shares with the others.
 
     Raises:
-        StateError: if the name is taken, a target has an attribute of that name, another delta fully trains the same
-            parameters, the backbone is in a `rows` block, or a delta is merged beside which this one would compute something
-            else.
+        StateError: if the name is taken, a target has an attribute of that name or the same method from another delta,
+            another delta fully trains the same parameters or is merged into them, the backbone is in a `rows` block, or a
+            delta is merged beside which this one would compute something else.
     """
     record = attachment.record
-    others = records_of(attachment.backbone)
+    attached = attachments_of(attachment.backbone)
+    others = [other.record for other in attached]
     name = free_name(record.name, others, chosen=record.named)
     for other in others:
         refuse_in_rows(name, other)
-        both = sorted({*other.fully_trained} & {*record.fully_trained})
-        if both:
-            raise StateError(f"{both[0]}: delta {other.name!r} fully trains it already; detach() that delta first")
+    refuse_taken(attachment, record.fully_trained)
+    if not record.named:
+        _refuse_stacking(attachment, attached)
     named = replace(record, name=name)
     for site in attachment.sites:
         key = key_of(named, site.method, site.module.part)
@@ -33,6 +36,23 @@ def claim(attachment: Attachment) -> None:
         refuse_beside_merged(attachment)
     record.name = name
     record.grad_ledger = others[0].grad_ledger if others else GradLedger()
+
+
+def _refuse_stacking(attachment: Attachment, others: Sequence[Attachment]) -> None:
+    """Refuses a delta without a name of its own on a target that has the same method already."""
+    # In a notebook, a cell that attaches or loads a delta is easily run twice. Without an error its effect would double.
+    taken = {
+        (site.path, other.record.methods[site.method].name): other.record.name
+        for other in others
+        for site in other.sites
+    }
+    for site in attachment.sites:
+        method = attachment.record.methods[site.method].name
+        if (site.path, method) in taken:
+            raise StateError(
+                f"{site.path}: delta {taken[site.path, method]!r} has a {method} there already; detach() that delta first, or "
+                "give this one a name= to have both"
+            )
 
 
 def refuse_in_rows(name: str, record: Record, what: str = "attach or detach") -> None:
@@ -59,6 +79,26 @@ def refuse_merged(record: Record, what: str) -> None:
     """
     if record.merged:
         raise StateError(f"delta {record.name!r} is merged into the weights: unmerge() it before {what}")
+
+
+def check_freezing(attachment: Attachment, *, training: bool) -> None:
+    """Checks that a delta may freeze its backbone, and fully train parts of it if `training`.
+
+    Raises:
+        StateError: if the delta is not attached, or is to train and is merged, scaled or in a `rows` block.
+    """
+    record = attachment.record
+    if not attachment.attached:
+        raise StateError(f"delta {record.name!r} is not attached: attach() it before freezing its backbone")
+    if not training:
+        return
+    refuse_merged(record, "training parts of the backbone")
+    refuse_in_rows(record.name, record, "training parts of the backbone")
+    if record.scale != 1:
+        raise StateError(
+            f"delta {record.name!r} has the scale {record.scale:g}, which cannot apply to fully trained parts: set scale = 1 "
+            "before training parts of the backbone"
+        )
 
 
 def check_scale(attachment: Attachment, scale: float) -> None:

@@ -71,6 +71,29 @@ def _refuse_quantized(path: str, module: nn.Module) -> None:
         )
 
 
+def refuse_taken(attachment: Attachment, names: Sequence[str]) -> None:
+    """Refuses full training of tensors whose own values another attached delta keeps.
+
+    With two copies of one tensor, the order of detaching would decide which values come back.
+
+    Raises:
+        StateError: if another delta fully trains one of them under any name, or is merged into it.
+    """
+    own = dict(tensors_of(attachment.backbone)) if names else {}
+    # By identity, because tied weights have several names.
+    wanted = {id(own[name]) for name in names}
+    for other in records_of(attachment.backbone):
+        if other is attachment.record:
+            continue
+        for found, so, advice in (
+            (other.fully_trained, "fully trains it already", "detach()"),
+            (other.weights_before_merge, "is merged into it", "unmerge()"),
+        ):
+            both = sorted(name for name in found if name in own and id(own[name]) in wanted)
+            if both:
+                raise StateError(f"{both[0]}: delta {other.name!r} {so}; {advice} that delta first")
+
+
 def put_trained_values(attachment: Attachment) -> None:
     """Copies the trained values into the backbone, and keeps the backbone's own."""
     record = attachment.record
@@ -117,12 +140,15 @@ def freeze_but(attachment: Attachment, train: tuple[str, ...]) -> None:
     Raises:
         SelectorError: if a selector is malformed or matches nothing.
         RoleError: if a role does not exist, or the backbone has no sure answer for it.
-        StateError: if a parameter is tied to one outside, quantized or offloaded.
+        StateError: if a parameter is tied to one outside, quantized, offloaded, fully trained by another delta, or has
+            another delta merged into it.
     """
     backbone, record = attachment.backbone, attachment.record
     paths = BackboneIndex(backbone).select(train) if train else []
-    record.backbone_values |= current_values(backbone, full_training_names(backbone, paths) if paths else [], record)
-    record.train += train
+    names = full_training_names(backbone, paths) if paths else []
+    refuse_taken(attachment, names)
+    record.backbone_values |= current_values(backbone, names, record)
+    record.train += tuple(selector for selector in train if selector not in record.train)
     record.freeze = True
     refresh_gradients(backbone, record.grad_ledger)
 

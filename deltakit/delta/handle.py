@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deltakit.core import Selector, attachments_of, is_first, is_sharded, key_of, shapes_of, wait_for_all
 from deltakit.delta import merging, swapping, tensors
-from deltakit.delta.claims import check_scale, claim, refuse_in_rows, refuse_merged, refuse_scaled
+from deltakit.delta.claims import check_freezing, check_scale, claim, refuse_in_rows, refuse_merged, refuse_scaled
 from deltakit.delta.composition import refuse_beside_merged
 from deltakit.delta.contents import DeltaContents
 from deltakit.delta.full_training import freeze_but, put_backbone_values, put_trained_values, refresh_gradients
@@ -82,25 +82,29 @@ class Delta(DeltaContents):
     def freeze(self, *, train: Selector = ()) -> "Delta":
         """Freezes the backbone, except for the modules that `train` selects: the delta trains them fully and saves them.
 
+        The backbone is frozen while the delta is attached, as with `attach(..., freeze=True)`.
+
         Args:
             train: selectors of backbone modules, such as "@head".
 
         Raises:
             SelectorError: if a selector is malformed or matches nothing.
             RoleError: if a role does not exist, or the backbone has no sure answer for it.
-            StateError: if the delta is not attached, or a parameter in `train` is tied to one outside, quantized or offloaded.
+            StateError: if the delta is not attached, or `train` is given and the delta is merged, scaled or in a `rows` block,
+                or a parameter in `train` is tied to one outside, quantized, offloaded, fully trained by another delta, or
+                has another delta merged into it.
         """
-        if not self.attached:
-            raise StateError(f"delta {self.name!r} is not attached: attach() it before freezing its backbone")
-        freeze_but(self._attachment, (train,) if isinstance(train, str) else tuple(train))
+        train = (train,) if isinstance(train, str) else tuple(train)
+        check_freezing(self._attachment, training=bool(train))
+        freeze_but(self._attachment, train)
         return self
 
     def attach(self) -> "Delta":
         """Attaches the delta. At each target deltas apply in the order in which they were first attached.
 
         Raises:
-            StateError: if it is attached already, its name is taken, another delta fully trains the same parameters, or the
-                backbone is in a `rows` block.
+            StateError: if it is attached already, its name is taken, it has no name and a target has the same method already,
+                another delta fully trains the same parameters or is merged into them, or the backbone is in a `rows` block.
         """
         record = self._record
         if self.attached:
@@ -162,8 +166,8 @@ class Delta(DeltaContents):
                 and quantizes it in place or returns another layer. A warning says how much of the update rounding lost.
 
         Raises:
-            StateError: if the delta is not attached, not active or merged already, a weight is tied, offloaded or has another
-                delta merged into it, or the backbone is in a `rows` block.
+            StateError: if the delta is not attached, not active or merged already, a weight is tied, offloaded, fully trained
+                by another delta or has another delta merged into it, or the backbone is in a `rows` block.
             TargetError: if one of its methods cannot be merged, a weight is computed from others (weight norm), or a weight is
                 quantized and `quantize` is not given or does not fit.
         """

@@ -27,8 +27,8 @@ def merge(attachment: Attachment, quantize: Quantize | None = None) -> None:
         quantize: quantizes a linear layer again, for quantized weights.
 
     Raises:
-        StateError: if the delta is not attached, not active or merged already, a weight is tied, offloaded or has another
-            delta merged into it, or the backbone is in a `rows` block.
+        StateError: if the delta is not attached, not active or merged already, a weight is tied, offloaded, fully trained by
+            another delta or has another delta merged into it, or the backbone is in a `rows` block.
         TargetError: if a method cannot be merged, a weight is not a parameter of the update's shape, or it is quantized and
             `quantize` is not given or does not fit.
     """
@@ -204,6 +204,13 @@ def _check(
         if tied and name not in together:
             raise StateError(f"{name} is tied to {tied[0]}: merging would change both; leave the delta attached")
     for other in records_of(backbone):
+        trained = {id(parameters[name]) for name in other.fully_trained if name in parameters}
+        taken = sorted(name for name in updates if id(parameters[name]) in trained)
+        if taken and other is not record:
+            raise StateError(
+                f"{taken[0]}: delta {other.name!r} fully trains this weight, and detaching it would discard the merge; detach() "
+                "that delta first, or leave this one attached"
+            )
         both = sorted(other.weights_before_merge.keys() & updates.keys())
         if both and other is not record:
             # Restoring the copies in another order than that of merging would restore wrong weights.

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from deltakit.core import Attachment, fold, own_parameters
+from deltakit.core import Attachment, fold, own_parameters, records_of
 
 
 class Line(NamedTuple):
@@ -67,11 +67,16 @@ def described(
     record = attachment.record
     own = dict(own_parameters(attachment.backbone))
     total = sum(parameter.numel() for parameter in own.values())
+    foot = f"{trained:,} parameters, {share(trained, total)} of the backbone's {total:,}"
+    saved = {name for other in records_of(attachment.backbone) for name in other.fully_trained}
+    unsaved = sum(p.numel() for name, p in own.items() if p.requires_grad and name not in saved)
+    if attachment.attached and unsaved:
+        foot += f"; {unsaved:,} more of the backbone's are not frozen, and are not saved with the delta"
     return report(
         f"delta {record.name!r} on {type(attachment.backbone).__name__}: {states(attachment)}",
         [_line(attachment, index, names) for index in range(len(record.methods))],
         {name: own[name] for name in record.fully_trained if name in own},
-        f"{trained:,} parameters, {share(trained, total)} of the backbone's {total:,}",
+        foot,
     )
 
 

@@ -200,8 +200,8 @@ def test_a_delta_that_is_not_trainable_holds_what_it_trained_fully(model):
 
 
 def test_order_holds_between_deltas_that_were_never_together(model):
-    one = dk.attach(model, dk.Adapter(size=3, at="@attn.o")).detach()
-    two = dk.attach(model, dk.Adapter(size=5, at="@attn.o"))
+    one = dk.attach(model, dk.Adapter(size=3, at="@attn.o"), name="one").detach()
+    two = dk.attach(model, dk.Adapter(size=5, at="@attn.o"), name="two")
     randomize(one)
     randomize(two)
     first = one.attach().backbone(ids())
@@ -377,3 +377,21 @@ def test_what_is_trained_adds_up(model, tmp_path):
     config = json.loads((delta.save(tmp_path) / "delta_config.json").read_text())
     assert config["train"]["selectors"] == ["classifier", "^norm"]
     assert {"classifier.weight", "classifier.bias", "norm.weight", "norm.bias"} <= delta.state_dict().keys()
+
+
+def test_a_delta_freezes_while_it_is_attached_and_no_longer(model):
+    """`freeze=False` is the user's word that the backbone is not to be frozen; what that means is printed."""
+    own = sum(p.numel() for p in model.parameters())
+    one = dk.attach(model, dk.LoRA(r=3), train="@head")
+    two = dk.attach(model, dk.BitFit(), freeze=False)
+    assert "not frozen" not in repr(one) + repr(two)
+    one.detach()
+    assert f"; {own:,} more of the backbone's are not frozen, and are not saved with the delta" in repr(two)
+    assert "not frozen" not in repr(one)
+    one.attach()
+    assert "not frozen" not in repr(one) + repr(two)
+    model.norm.requires_grad_(True)
+    assert f"; {2 * 20} more of the backbone's are not frozen" in repr(one)
+    two.freeze()
+    one.detach()
+    assert all("bitfit" in name for name in trainable(model))

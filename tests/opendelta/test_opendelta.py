@@ -46,6 +46,7 @@ def test_from_config_save_and_from_finetuned(delta_type, tmp_path, capsys):
     assert type(loaded) is type(delta)
     torch.testing.assert_close(hidden(fresh(**batch)), output)
     delta.detach()
+    backbone.requires_grad_(True)
     same(before, snapshot(backbone))
     delta.attach()
     assert torch.equal(hidden(backbone(**batch)), output)
@@ -87,3 +88,41 @@ def test_errors():
     config = AutoDeltaConfig.from_dict({"delta_type": "lora", "lora_rank": 3})
     with pytest.raises(dk.OptionError, match="LoraModel: .*'lora_rank'"):
         AutoDeltaModel.from_config(config, backbone_model=model())
+
+
+def trained_values(backbone):
+    return sum(parameter.numel() for parameter in backbone.parameters() if parameter.requires_grad)
+
+
+def test_a_frozen_backbone_stays_frozen_for_the_next_delta():
+    backbone = model()
+    first = dk.LoraModel(backbone)
+    first.freeze_module()
+    only_delta = trained_values(backbone)
+    assert only_delta == first.delta.num_parameters
+    first.detach()
+    assert trained_values(backbone) == 0
+    second = dk.LoraModel(backbone)
+    assert trained_values(backbone) == only_delta
+    # Whichever of two is detached first.
+    third = dk.AdapterModel(backbone)
+    second.detach()
+    assert trained_values(backbone) == third.delta.num_parameters
+    third.detach()
+    backbone.shared.requires_grad_(True)
+    dk.LoraModel(backbone).detach()
+    assert trained_values(backbone) == sum(p.numel() for p in backbone.shared.parameters())
+
+
+def test_what_freeze_module_excludes_belongs_to_its_delta():
+    backbone = model()
+    first = dk.LoraModel(backbone)
+    first.freeze_module(exclude=["deltas", "final_layer_norm"])
+    trained = trained_values(backbone)
+    assert trained > sum(p.numel() for modules in first.delta.modules.values() for m in modules for p in m.parameters())
+    first.detach()
+    assert trained_values(backbone) == 0
+    first.attach()
+    assert trained_values(backbone) == trained
+    with pytest.raises(dk.SelectorError, match="no_such_module"):
+        dk.AdapterModel(backbone).freeze_module(exclude=["no_such_module"])
