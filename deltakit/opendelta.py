@@ -43,8 +43,8 @@ class DeltaModel:
     def freeze_module(self, exclude: Sequence[str] = ("deltas",)) -> None:
         """Freezes the backbone except the modules in `exclude`, which are fully trained and saved with the delta.
 
-        As in OpenDelta, the backbone stays frozen after `detach`, and for the next delta: `requires_grad_(True)` on the backbone
-        or a part of it ends that.
+        As in OpenDelta, the backbone stays frozen after `detach`, and for the next delta. `requires_grad_(True)` on the
+        backbone, or on a part of it, ends that.
 
         Args:
             exclude: selectors of modules to train fully; "deltas" stands for the delta itself and is always trained.
@@ -55,7 +55,7 @@ class DeltaModel:
             StateError: if the delta is not attached, or a module cannot be trained fully.
         """
         self.delta.freeze(train=[name for name in exclude if name != "deltas"])
-        # A model class attaches without freezing. So the next one would train the whole backbone, and not save what it trained.
+        # A model class attaches without freezing. So the next one would train the whole backbone, and not save it.
         records_of(self.backbone_model)[0].grad_ledger.stay_frozen()
 
     def attach(self) -> None:

@@ -8,6 +8,7 @@ from deltakit.core.activations import hidden_input, hidden_output, replace_hidde
 from deltakit.core.attached_module import FROZEN
 from deltakit.core.backbone_call import CurrentCall, begin_call, current_call, end_call
 from deltakit.core.bare_weight import BareLayer, WeightView, bare_weight, dequantized, is_quantized, weight_view
+from deltakit.core.buffer_ledger import copy_buffers
 from deltakit.core.delta_module import DeltaModule
 from deltakit.core.feature_slice import FeatureSlice, slice_where
 from deltakit.core.folding import expand, fold, span
@@ -42,6 +43,7 @@ from deltakit.core.record import (
     shapes_of,
     word_of,
 )
+from deltakit.core.running_statistics import notice_moved_buffers
 from deltakit.core.sharding import class_name, gathered, is_first, is_sharded, scatter, wait_for_all
 from deltakit.core.target import Target, WeightRead
 
@@ -68,6 +70,7 @@ __all__ = [
     "bare_weight",
     "begin_call",
     "class_name",
+    "copy_buffers",
     "current_call",
     "dequantized",
     "end_call",
@@ -89,6 +92,7 @@ __all__ = [
     "key_of",
     "linear_sizes",
     "name_of",
+    "notice_moved_buffers",
     "own_children",
     "own_modules",
     "own_parameters",

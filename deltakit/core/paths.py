@@ -104,16 +104,16 @@ def own_parameters(backbone: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
                 yield join(path, name), parameter
 
 
-def tensors_of(backbone: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yields the backbone's own parameters and saved buffers under every name that they have."""
+def tensors_of(backbone: nn.Module, *, unsaved: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Yields the backbone's own parameters and saved buffers under every name that they have; also `unsaved` buffers if so."""
     for path, module in own_modules(backbone, every_name=True):
-        yield from tensors_in(path, module)
+        yield from tensors_in(path, module, unsaved=unsaved)
 
 
-def tensors_in(path: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yields the parameters and saved buffers that the module at a path holds itself."""
+def tensors_in(path: str, module: nn.Module, *, unsaved: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Yields the parameters and saved buffers that the module at a path holds itself; also `unsaved` buffers if so."""
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-        if tensor is not None and name not in module._non_persistent_buffers_set:
+        if tensor is not None and (unsaved or name not in module._non_persistent_buffers_set):
             yield join(path, name), tensor
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from deltakit.core.buffer_ledger import BufferLedger
 from deltakit.core.delta_module import DeltaModule
 from deltakit.core.grad_ledger import GradLedger
 from deltakit.core.method import Method
@@ -40,10 +41,16 @@ class Record:
     """Whether a first forward has shown that its targets are called."""
     trainable: bool = True
     grad_ledger: GradLedger = field(default_factory=GradLedger)
+    buffer_ledger: BufferLedger = field(default_factory=BufferLedger)
     backbone_values: dict[str, Tensor] = field(default_factory=dict)
-    """While the delta is attached: the backbone's own values of the fully trained tensors, by name."""
+    """While the delta is attached: the backbone's own values of the fully trained tensors and of the running statistics that
+    moved, by name."""
     trained_values: dict[str, Tensor] = field(default_factory=dict)
-    """While the delta is detached: the trained values of the fully trained tensors, by name."""
+    """While the delta is detached: its own values of the same tensors, by name."""
+    moved: set[str] = field(default_factory=set)
+    """The names of the running statistics that moved while it was attached."""
+    unsaved: set[str] = field(default_factory=set)
+    """The names of those that no file has: buffers that a state dict does not have either, or that got another shape."""
     weights_before_merge: dict[str, Tensor] = field(default_factory=dict)
     """While the delta is merged: the original weights, by name."""
 
@@ -54,8 +61,8 @@ class Record:
 
     @property
     def fully_trained(self) -> list[str]:
-        """The names of the backbone's tensors that the delta trains fully and saves."""
-        return list(self.backbone_values or self.trained_values)
+        """The names of the backbone's tensors that the delta trains fully and saves, and of running statistics that moved."""
+        return [name for name in self.backbone_values or self.trained_values if name not in self.unsaved]
 
     @property
     def live(self) -> bool:

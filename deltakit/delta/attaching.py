@@ -38,9 +38,9 @@ def attach(
         name: the delta's name among those on this backbone. It is only required to put a method on a target that has the
             same method from another delta.
         train: selectors of backbone modules that are trained fully and saved with the delta, such as "@head".
-        freeze: whether to freeze the backbone's own parameters. They stay frozen as long as such a delta is attached; after the
-            last one they require gradients as before. With False the delta leaves them as they are, and `print(delta)` says
-            how many of them are trained without being saved.
+        freeze: whether to freeze the backbone's own parameters. They stay frozen as long as such a delta is attached; after
+            the last one they require gradients as before. With False the delta leaves them as they are, and `print(delta)`
+            says how many of them are trained without being saved.
 
     Raises:
         SelectorError: if a selector is malformed or matches nothing. The message lists similar paths.
@@ -74,9 +74,9 @@ def load(
         source: the folder, or the repository as "owner/name".
         name: the delta's name; by default the one that it was saved with. One of the two is required to put a method on a
             target that has the same method from another delta.
-        freeze: whether to freeze the backbone's own parameters. They stay frozen as long as such a delta is attached; after the
-            last one they require gradients as before. With False the delta leaves them as they are, and `print(delta)` says
-            how many of them are trained without being saved.
+        freeze: whether to freeze the backbone's own parameters. They stay frozen as long as such a delta is attached; after
+            the last one they require gradients as before. With False the delta leaves them as they are, and `print(delta)`
+            says how many of them are trained without being saved.
         attach: whether to attach it now. A delta that is loaded but not attached costs nothing in forwards; its `attach()`
             attaches it later.
         check: "error" or "warn" if the backbone is not the one that the delta was trained on.

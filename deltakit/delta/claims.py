@@ -4,9 +4,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from deltakit.core import Attachment, GradLedger, Record, attachments_of, key_of
+from deltakit.core import (
+    Attachment,
+    GradLedger,
+    Record,
+    attachments_of,
+    copy_buffers,
+    key_of,
+    notice_moved_buffers,
+)
 from deltakit.delta.composition import refuse_beside_merged
 from deltakit.delta.full_training import refuse_taken
+from deltakit.delta.running_statistics import held_of, holding_word
 from deltakit.errors import OptionError, StateError
 
 
@@ -24,6 +33,8 @@ def claim(attachment: Attachment) -> None:
     name = free_name(record.name, others, chosen=record.named)
     for other in others:
         refuse_in_rows(name, other)
+    if others:
+        notice_moved_buffers(attachment.backbone, others[0])
     refuse_taken(attachment, record.fully_trained)
     if not record.named:
         _refuse_stacking(attachment, attached)
@@ -36,6 +47,7 @@ def claim(attachment: Attachment) -> None:
         refuse_beside_merged(attachment)
     record.name = name
     record.grad_ledger = others[0].grad_ledger if others else GradLedger()
+    record.buffer_ledger = others[0].buffer_ledger if others else copy_buffers(attachment.backbone)
 
 
 def _refuse_stacking(attachment: Attachment, others: Sequence[Attachment]) -> None:
@@ -115,10 +127,10 @@ def check_scale(attachment: Attachment, scale: float) -> None:
         raise OptionError(f"delta {name!r}: scale={scale!r}: expected a finite number")
     refuse_merged(record, "changing scale")
     refuse_in_rows(name, record, "changing scale")
-    if record.fully_trained:
+    for held in held_of(attachment)[:1]:
         raise StateError(
-            f"delta {name!r} fully trains {record.fully_trained[0]}, whose values are in the backbone itself, so it cannot "
-            "be scaled; leave its scale at 1"
+            f"delta {name!r} {holding_word(attachment.backbone, held)}, whose values are in the backbone itself, so it "
+            "cannot be scaled; leave its scale at 1"
         )
     for site in attachment.sites:
         if not site.module.scalable:

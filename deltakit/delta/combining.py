@@ -10,6 +10,7 @@ from deltakit.core import METHODS, Method, Site
 from deltakit.delta.attaching import new_delta
 from deltakit.delta.handle import Delta, deltas
 from deltakit.delta.planning import build, original
+from deltakit.delta.running_statistics import holding_word
 from deltakit.errors import OptionError, StateError, no_such_delta
 from deltakit.selection import BackboneIndex
 
@@ -48,8 +49,8 @@ def combine(
     for _, delta in parts:
         if delta.fully_trained:
             raise StateError(
-                f"combine: delta {delta.name!r} fully trains {delta.fully_trained[0]}, and only delta modules can be summed; "
-                "leave it out"
+                f"combine: delta {delta.name!r} {holding_word(backbone, delta.fully_trained[0])}, and only delta modules can "
+                "be summed; leave it out"
             )
     modules, methods, sites = BackboneIndex(backbone), list[Method](), list[Site]()
     lost = total = 0.0

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from deltakit.core import Attachment, DeltaModule, Method
 from deltakit.delta import tensors
+from deltakit.delta.running_statistics import held_of
 from deltakit.selection import BackboneIndex
 from deltakit.view import described
 
@@ -48,8 +49,8 @@ class DeltaContents:
 
     @property
     def fully_trained(self) -> list[str]:
-        """The names of the backbone's tensors that the delta trains fully and saves."""
-        return self._record.fully_trained
+        """The names of the backbone's tensors that the delta trains fully and saves, and of running statistics that moved."""
+        return held_of(self._attachment)
 
     @property
     def attached(self) -> bool:
@@ -94,7 +95,9 @@ class DeltaContents:
         Raises:
             StateError: if this process has only a part of the delta (FSDP1, DeepSpeed ZeRO-3).
         """
+        held_of(self._attachment)
         return tensors.state_dict(self._attachment)
 
     def __repr__(self) -> str:
+        held_of(self._attachment)
         return described(self._attachment, trained=self.num_parameters, names=BackboneIndex(self.backbone).names)

@@ -16,6 +16,7 @@ from deltakit.core import (
     is_compute_dtype,
     join,
     linear_sizes,
+    notice_moved_buffers,
     own_modules,
     records_of,
     tensors_in,
@@ -85,25 +86,30 @@ def refuse_taken(attachment: Attachment, names: Sequence[str]) -> None:
     for other in records_of(attachment.backbone):
         if other is attachment.record:
             continue
-        for found, so, advice in (
-            (other.fully_trained, "fully trains it already", "detach()"),
-            (other.weights_before_merge, "is merged into it", "unmerge()"),
-        ):
+        for found, advice in ((other.fully_trained, "detach()"), (other.weights_before_merge, "unmerge()")):
             both = sorted(name for name in found if name in own and id(own[name]) in wanted)
             if both:
+                trains = isinstance(own[both[0]], nn.Parameter)
+                so = "fully trains it already" if trains else "has running statistics of its own there already"
+                so = so if advice == "detach()" else "is merged into it"
                 raise StateError(f"{both[0]}: delta {other.name!r} {so}; {advice} that delta first")
 
 
 def put_trained_values(attachment: Attachment) -> None:
     """Copies the trained values into the backbone, and keeps the backbone's own."""
     record = attachment.record
+    taken = {name for other in records_of(attachment.backbone) if other is not record for name in other.backbone_values}
+    # Buffers that are not saved, such as caches, do not keep two deltas apart: the delta that was there first has them.
+    for name in record.unsaved & taken & record.trained_values.keys():
+        del record.trained_values[name]
     record.backbone_values = _exchanged(attachment.backbone, record.trained_values)
     record.trained_values = {}
 
 
 def put_backbone_values(attachment: Attachment) -> None:
-    """Copies the backbone's own values back into it, and keeps the trained ones."""
+    """Copies the backbone's own values back into it, and keeps the trained ones, and the running statistics that moved."""
     record = attachment.record
+    notice_moved_buffers(attachment.backbone, record)
     record.trained_values = _exchanged(attachment.backbone, record.backbone_values)
     record.backbone_values = {}
 
@@ -112,7 +118,7 @@ def put_backbone_values(attachment: Attachment) -> None:
 def _exchanged(backbone: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies values into the backbone's tensors and returns the tensors' previous values."""
     # Copied in place: optimisers, compiled code and tied modules keep their references to the parameters.
-    tensors = dict(tensors_of(backbone)) if values else {}
+    tensors = dict(tensors_of(backbone, unsaved=True)) if values else {}
     # A tied tensor has several names. Exchanging it twice would return the new values as the previous ones.
     kept: dict[int, Tensor] = {}
     before: dict[str, Tensor] = {}
@@ -120,7 +126,12 @@ def _exchanged(backbone: nn.Module, values: Mapping[str, Tensor]) -> dict[str, T
         here = tensors[name]
         if id(here) not in kept:
             kept[id(here)] = here.detach().clone()
-            here.copy_(value)
+            if here.shape == value.shape and not here.is_inference():
+                here.copy_(value)
+            else:
+                # A forward has replaced the buffer by one of another shape, or by one that cannot be changed in place.
+                owner, _, key = name.rpartition(".")
+                backbone.get_submodule(owner)._buffers[key] = value.to(here.device, here.dtype, copy=True)
         before[name] = kept[id(here)]
     return before
 
@@ -145,6 +156,7 @@ def freeze_but(attachment: Attachment, train: tuple[str, ...]) -> None:
     """
     backbone, record = attachment.backbone, attachment.record
     paths = BackboneIndex(backbone).select(train) if train else []
+    notice_moved_buffers(backbone, record)
     names = full_training_names(backbone, paths) if paths else []
     refuse_taken(attachment, names)
     record.backbone_values |= current_values(backbone, names, record)
@@ -162,13 +174,16 @@ def current_values(backbone: nn.Module, names: Sequence[str], record: Record) ->
 def base_state_dict(backbone: nn.Module) -> dict[str, Tensor]:
     """Returns the backbone's state dict as it would be if nothing were attached.
 
-    It has no keys of deltas, the weights are those from before a merge, and fully trained tensors have the backbone's own
-    values: the trained ones are in the delta's file.
+    It has no keys of deltas, the weights are those from before a merge, and fully trained tensors and running statistics have
+    the backbone's own values: the trained ones are in the delta's file.
     """
     own = dict(tensors_of(backbone))
-    kept = [record.backbone_values | record.weights_before_merge for record in records_of(backbone)]
+    records = records_of(backbone)
+    for record in records[:1]:
+        notice_moved_buffers(backbone, record)
+    kept = [record.backbone_values | record.weights_before_merge for record in records]
     # By identity: a tied tensor has several names, and is kept under one of them.
-    bare = {id(own[name]): value.detach() for values in kept for name, value in values.items()}
+    bare = {id(own[name]): value.detach() for values in kept for name, value in values.items() if name in own}
     return {name: bare.get(id(own[name]), value) for name, value in backbone.state_dict().items() if name in own}
 
 

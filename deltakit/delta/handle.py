@@ -15,6 +15,7 @@ from deltakit.delta.composition import refuse_beside_merged
 from deltakit.delta.contents import DeltaContents
 from deltakit.delta.full_training import freeze_but, put_backbone_values, put_trained_values, refresh_gradients
 from deltakit.delta.quantized import Quantize
+from deltakit.delta.running_statistics import fit, fitting, held_of
 from deltakit.errors import StateError
 from deltakit.files import check_tensors, delta_config, model_card, upload, write_folder
 from deltakit.injection import put, take, watch, watch_first_forward
@@ -72,6 +73,7 @@ class Delta(DeltaContents):
 
     @trainable.setter
     def trainable(self, trainable: bool) -> None:
+        held_of(self._attachment)  # statistics that moved so far belong to the deltas that were trainable then
         self._record.trainable = bool(trainable)
         for site in self._attachment.sites:
             for _, parameter, _ in site.module.trained_parameters():
@@ -198,7 +200,8 @@ class Delta(DeltaContents):
             StateError: if the delta is merged, or this process has only a part of it (FSDP1, DeepSpeed ZeRO-3).
         """
         refuse_merged(self._record, "loading tensors into it")
-        check_tensors(state, self.state_dict(), where=where)
+        check_tensors(state, fitting(self._attachment, state, self.state_dict()), where=where)
+        fit(self._attachment, state)
         tensors.load_state_dict(self._attachment, state)
 
     def swap(self, other: "Delta") -> "Delta":
@@ -224,6 +227,7 @@ class Delta(DeltaContents):
                 (FSDP1, DeepSpeed ZeRO-3).
         """
         refuse_scaled(self._record)
+        held_of(self._attachment)
         config = delta_config(self._attachment, self.num_parameters)
         sharded = any(map(is_sharded, self.parameters()))
         state = self.state_dict()

@@ -208,8 +208,8 @@ def _check(
         taken = sorted(name for name in updates if id(parameters[name]) in trained)
         if taken and other is not record:
             raise StateError(
-                f"{taken[0]}: delta {other.name!r} fully trains this weight, and detaching it would discard the merge; detach() "
-                "that delta first, or leave this one attached"
+                f"{taken[0]}: delta {other.name!r} fully trains this weight, and detaching it would discard the merge; "
+                "detach() that delta first, or leave this one attached"
             )
         both = sorted(other.weights_before_merge.keys() & updates.keys())
         if both and other is not record:

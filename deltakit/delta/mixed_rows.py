@@ -7,6 +7,7 @@ from torch import nn
 
 from deltakit.core import Attachment, attachments_of, holding
 from deltakit.delta.planning import original
+from deltakit.delta.running_statistics import held_of, holding_word
 from deltakit.errors import StateError
 
 
@@ -49,9 +50,10 @@ def _refuse_batch_second(backbone: nn.Module) -> None:
 def _refuse_shared(attachment: Attachment, *, named: bool) -> None:
     record = attachment.record
     shared = f"rows: delta {record.name!r} "
-    if record.fully_trained:
+    for name in held_of(attachment)[:1]:
         raise StateError(
-            f"{shared}fully trains {record.fully_trained[0]}, which all examples share; detach() it, or train without train="
+            f"{shared}{holding_word(attachment.backbone, name)}, which all examples share; detach() it, or train without "
+            "train= and with such layers in eval()"
         )
     if record.merged:
         raise StateError(f"{shared}is merged into the weights, which all examples share; unmerge() it first")

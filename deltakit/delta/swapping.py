@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from deltakit.core import Attachment, Record, is_sharded, parameters_of
+from deltakit.core import Attachment, is_sharded, parameters_of
+from deltakit.delta.running_statistics import held_of, holding_word
 from deltakit.errors import StateError
 
 _WHERE = ("at", "of", "exclude")
@@ -16,8 +17,8 @@ def swap(one: Attachment, other: Attachment) -> None:
         StateError: if the deltas differ in options, targets or tensors, or one of them is merged, in a `rows` block, sharded,
             or fully trains parts of the backbone.
     """
-    _refuse(one.record)
-    _refuse(other.record)
+    _refuse(one)
+    _refuse(other)
     pairs = _pairs(one, other)
     for mine, theirs in pairs:
         mine.data, theirs.data = theirs.data, mine.data
@@ -26,12 +27,15 @@ def swap(one: Attachment, other: Attachment) -> None:
     torch.autograd.graph.increment_version([parameter for pair in pairs for parameter in pair])
 
 
-def _refuse(record: Record) -> None:
-    full = next(iter(record.fully_trained), "")
+def _refuse(attachment: Attachment) -> None:
+    record = attachment.record
+    full = next(iter(held_of(attachment)), "")
     found = {
         "is merged into the weights: unmerge() it first": record.merged,
         "is in a rows() block: leave the block first": record.batch is not None,
-        f"fully trains {full}, and only delta modules can be swapped: use load_state_dict()": bool(full),
+        f"{holding_word(attachment.backbone, full)}, and only delta modules can be swapped: use load_state_dict()": bool(
+            full
+        ),
     }
     for why, so in found.items():
         if so:

@@ -116,7 +116,7 @@ def load_state_dict(attachment: Attachment, state: Mapping[str, Tensor]) -> None
 def _fully_trained(attachment: Attachment) -> dict[str, Tensor]:
     """Returns the trained values of the fully trained tensors: from the backbone if the delta is attached, else the record."""
     record = attachment.record
-    if not attachment.attached or not record.backbone_values:
-        return record.trained_values
-    own = dict(tensors_of(attachment.backbone))
-    return {name: own[name] for name in record.backbone_values}
+    values: Mapping[str, Tensor] = record.trained_values
+    if attachment.attached and record.backbone_values:
+        values = dict(tensors_of(attachment.backbone))
+    return {name: values[name] for name in record.fully_trained}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltakit.core import DeltaModule
+from deltakit.core import DeltaModule, notice_moved_buffers, records_of
 from deltakit.errors import StateError
 from deltakit.injection.call_observer import CallObserver
 from deltakit.injection.hooks import follow_hooks_when_compiled
@@ -75,9 +75,21 @@ class ReportPart:
                 keys = module.state_dict(prefix=f"{path}.")
                 present = not keys.keys().isdisjoint(state)
                 held.setdefault(id(module.record), []).extend((key, present) for key in keys)
+        if not any(present for keys_of_delta in held.values() for _, present in keys_of_delta):
+            _take_statistics(backbone, state, prefix)
         for keys_of_delta in held.values():
             if any(present for _, present in keys_of_delta):
                 missing += [key for key, present in keys_of_delta if not present]
+
+
+def _take_statistics(backbone: nn.Module, state: Mapping[str, Any], prefix: str) -> None:
+    """Makes the buffers of a base checkpoint the backbone's own. Otherwise detaching would put the old ones back over them."""
+    for record in records_of(backbone)[:1]:
+        notice_moved_buffers(backbone, record)
+        for name, own in record.buffer_ledger.own.items():
+            loaded = state.get(f"{prefix}{name}")
+            if isinstance(loaded, torch.Tensor) and loaded.shape == own.shape:
+                record.buffer_ledger.accept(name, loaded)
 
 
 class Ran:

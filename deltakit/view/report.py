@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from deltakit.core import Attachment, fold, own_parameters, records_of
+from deltakit.core import Attachment, fold, own_parameters, records_of, tensors_of
 
 
 class Line(NamedTuple):
@@ -23,10 +23,17 @@ class Line(NamedTuple):
     """Other paths of the same module instances."""
 
 
-def report(head: str, lines: Iterable[Line], fully_trained: Mapping[str, Tensor], foot: str) -> str:
+def report(
+    head: str,
+    lines: Iterable[Line],
+    fully_trained: Mapping[str, Tensor],
+    foot: str,
+    statistics: Mapping[str, Tensor] | None = None,
+) -> str:
     """Returns the text of a report.
 
-    It has the head, for each method its size and its targets with paths folded, the fully trained tensors, and the foot.
+    It has the head, for each method its size and its targets with paths folded, the fully trained tensors, the running
+    statistics that the delta holds, and the foot.
     """
     text = [head]
     for line in lines:
@@ -37,9 +44,10 @@ def report(head: str, lines: Iterable[Line], fully_trained: Mapping[str, Tensor]
         text += [f"      {selector}  weight patch" for selector in fold(line.by_weight)]
         text += [f"      {selector}  the same instances" for selector in fold(line.aliases)]
         text += [f"      {selector}  left out: weight read directly" for selector in fold(line.left_out)]
-    if fully_trained:
-        text.append(f"  {'fully trained':<32} {'':>12}   {sum(tensor.numel() for tensor in fully_trained.values()):,}")
-        text += [f"      {selector}" for selector in fold(fully_trained)]
+    for title, held in (("fully trained", fully_trained), ("running statistics", statistics)):
+        if held:
+            text.append(f"  {title:<32} {'':>12}   {sum(tensor.numel() for tensor in held.values()):,}")
+            text += [f"      {selector}" for selector in fold(held)]
     return "\n".join([*text, foot])
 
 
@@ -67,6 +75,7 @@ def described(
     record = attachment.record
     own = dict(own_parameters(attachment.backbone))
     total = sum(parameter.numel() for parameter in own.values())
+    buffers = {name for name, tensor in tensors_of(attachment.backbone) if not isinstance(tensor, nn.Parameter)}
     foot = f"{trained:,} parameters, {share(trained, total)} of the backbone's {total:,}"
     saved = {name for other in records_of(attachment.backbone) for name in other.fully_trained}
     unsaved = sum(p.numel() for name, p in own.items() if p.requires_grad and name not in saved)
@@ -77,6 +86,7 @@ def described(
         [_line(attachment, index, names) for index in range(len(record.methods))],
         {name: own[name] for name in record.fully_trained if name in own},
         foot,
+        {name: tensor for name, tensor in (record.backbone_values or record.trained_values).items() if name in buffers},
     )
 
 

@@ -1,0 +1,95 @@
+"""Copies of the backbone's buffers, which forwards may change although all parameters are frozen.
+
+BatchNorm's running statistics are the best known, and there are others: the vectors of `spectral_norm`, moving averages of
+codebooks, caches. In training at a learning rate of zero, a ResNet-18 gives other classes after five steps (measured).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from deltakit.core.bare_weight import is_quantized
+from deltakit.core.linear import is_compute_dtype, linear_sizes
+from deltakit.core.paths import join, own_modules
+
+_LARGEST = 2**28
+"""The number of bytes that are copied at most. Statistics are small; what is larger is data, such as packed experts."""
+
+
+@dataclass
+class BufferLedger:
+    """The backbone's own values of its buffers by name. All deltas on one backbone share one ledger, made at the first attach.
+
+    `unsaved`: the names of those that a state dict does not have, and so no file of a delta either.
+    """
+
+    own: dict[str, Tensor] = field(default_factory=dict)
+    unsaved: set[str] = field(default_factory=set)
+
+    def moved(self, backbone: nn.Module) -> list[str]:
+        """Returns the names of the buffers that differ from the backbone's own values."""
+        return [name for name, value in self.own.items() if _differs(buffer_at(backbone, name), value)]
+
+    def accept(self, name: str, value: Tensor) -> None:
+        """Makes a value the backbone's own."""
+        self.own[name] = value.detach().clone()
+
+
+def copy_buffers(backbone: nn.Module) -> BufferLedger:
+    """Returns copies of a backbone's buffers: the smallest first, up to 256 MiB together."""
+    found = list(_buffers(backbone))
+    left, kept = _LARGEST, set()
+    for name, tensor, _ in sorted(found, key=lambda entry: entry[1].nbytes):
+        left -= tensor.nbytes
+        if left < 0:
+            break
+        kept.add(name)
+    return BufferLedger(
+        {name: tensor.detach().clone() for name, tensor, _ in found if name in kept},
+        {name for name, _, saved in found if not saved},
+    )
+
+
+def buffer_at(backbone: nn.Module, name: str) -> Tensor | None:
+    """Returns the buffer of a name; None if it is gone."""
+    path, _, key = name.rpartition(".")
+    module: nn.Module | None = backbone
+    for part in path.split(".") if path else ():
+        module = module._modules.get(part) if module is not None else None
+    return module._buffers.get(key) if module is not None else None
+
+
+def _buffers(backbone: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    """Yields the name of each buffer that can be copied, the buffer, and whether a state dict has it."""
+    for path, module in own_modules(backbone):
+        if module._buffers and not _is_packed(module):
+            for key, tensor in module._buffers.items():
+                # Offloaded buffers have no values here. Other types and dtypes are those of packed weights.
+                if type(tensor) is Tensor and not tensor.is_meta and not _is_float8(tensor):
+                    yield join(path, key), tensor, key not in module._non_persistent_buffers_set
+
+
+def _is_packed(module: nn.Module) -> bool:
+    # Quantized layers keep their weights in buffers, which no forward changes.
+    own = [parameter for parameter in module._parameters.values() if parameter is not None]
+    return any(map(is_quantized, own)) or (linear_sizes(module) is not None and not own)
+
+
+def _is_float8(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and not is_compute_dtype(tensor.dtype)
+
+
+def _differs(here: Tensor | None, own: Tensor) -> bool:
+    if here is None or here.is_meta:
+        return False
+    if here.shape != own.shape:
+        return True
+    # torch's own batch norm changes its statistics without a new version of the tensor, so the values are compared. The user
+    # may have moved the model to another device or dtype since.
+    own = own.to(here.device, here.dtype)
+    if torch.equal(here, own):
+        return False
+    floats = here.is_floating_point() or here.is_complex()
+    return not (floats and torch.allclose(here, own, rtol=0, atol=0, equal_nan=True))
