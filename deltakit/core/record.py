@@ -20,6 +20,13 @@ from deltakit.core.mixed_batch import MixedBatch
 from deltakit.core.paths import join, own_modules
 
 
+class Start(NamedTuple):
+    """A new delta as it was attached: the sum of its parameters' versions, and a few of their values by name."""
+
+    version: int
+    values: dict[str, Tensor]
+
+
 @dataclass(eq=False)
 class Record:
     """The options and the state of one delta. `order`: the time of its creation, by which deltas at one target are sorted."""
@@ -40,6 +47,8 @@ class Record:
     checked: bool = False
     """Whether a first forward has shown that its targets are called."""
     trainable: bool = True
+    start: Start | None = None
+    """How its modules were when it was attached; None if they got values since, from a file or a state dict."""
     grad_ledger: GradLedger = field(default_factory=GradLedger)
     buffer_ledger: BufferLedger = field(default_factory=BufferLedger)
     backbone_values: dict[str, Tensor] = field(default_factory=dict)

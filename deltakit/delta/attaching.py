@@ -21,6 +21,7 @@ from deltakit.core import (
 from deltakit.delta.full_training import current_values
 from deltakit.delta.handle import Delta
 from deltakit.delta.planning import build, original, plan
+from deltakit.delta.untrained import start_of
 from deltakit.errors import BackboneMismatch, CheckpointError, DeltaWarning, OptionError
 from deltakit.files import backbone_identity, differences, expanded, find_folder, methods_of, read_folder
 from deltakit.selection import BackboneIndex
@@ -54,7 +55,9 @@ def attach(
     planned = plan(backbone, *methods, train=train)
     record = _record(planned.backbone, planned.methods, name, freeze, planned.train)
     record.trained_values = current_values(planned.backbone, planned.fully_trained, record)
-    return Delta(Attachment(planned.backbone, record, _sites(planned.index, planned.built))).attach()
+    attachment = Attachment(planned.backbone, record, _sites(planned.index, planned.built))
+    record.start = start_of(attachment)
+    return Delta(attachment).attach()
 
 
 def load(

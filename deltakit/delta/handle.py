@@ -16,6 +16,7 @@ from deltakit.delta.contents import DeltaContents
 from deltakit.delta.full_training import freeze_but, put_backbone_values, put_trained_values, refresh_gradients
 from deltakit.delta.quantized import Quantize
 from deltakit.delta.running_statistics import fit, fitting, held_of
+from deltakit.delta.untrained import warn_untrained
 from deltakit.errors import StateError
 from deltakit.files import check_tensors, delta_config, model_card, upload, write_folder
 from deltakit.injection import put, take, watch, watch_first_forward
@@ -203,6 +204,7 @@ class Delta(DeltaContents):
         check_tensors(state, fitting(self._attachment, state, self.state_dict()), where=where)
         fit(self._attachment, state)
         tensors.load_state_dict(self._attachment, state)
+        self._record.start = None
 
     def swap(self, other: "Delta") -> "Delta":
         """Exchanges values with another delta of the same methods, options, targets and shapes. The names stay.
@@ -220,7 +222,7 @@ class Delta(DeltaContents):
     def save(self, folder: str | PathLike[str]) -> Path:
         """Writes the delta's config, tensors and model card into a folder, and returns the folder.
 
-        Under FSDP2 every process must call it; the first process writes.
+        Under FSDP2 every process must call it; the first process writes. A warning says if the delta is as it was attached.
 
         Raises:
             StateError: if its scale is not 1, it was offloaded with its backbone, or this process has only a part of it
@@ -232,6 +234,7 @@ class Delta(DeltaContents):
         sharded = any(map(is_sharded, self.parameters()))
         state = self.state_dict()
         tensors.refuse_absent(state)
+        warn_untrained(self._attachment, state)
         if not sharded or is_first():
             write_folder(Path(folder), config, state, model_card(config))
         if sharded:

@@ -11,6 +11,7 @@ from deltakit.core import DeltaModule, notice_moved_buffers, records_of
 from deltakit.errors import StateError
 from deltakit.injection.call_observer import CallObserver
 from deltakit.injection.hooks import follow_hooks_when_compiled
+from deltakit.injection.training_guard import TrainingGuard
 
 _NESTED = "_deltakit_nested"
 
@@ -114,6 +115,10 @@ def watch(backbone: nn.Module) -> None:
         lambda watcher: [backbone.register_load_state_dict_pre_hook(watcher)],
         wanted=holds,
     )
+    _stand(TrainingGuard, backbone._forward_pre_hooks, partial(_ahead, backbone), wanted=holds)
+    for guard in map(watcher_of, backbone._forward_pre_hooks.values()):
+        if isinstance(guard, TrainingGuard):
+            guard.follow(found)
     observe = partial(register_around, backbone, with_kwargs=True)
     _stand(CallObserver, backbone._forward_pre_hooks, observe, wanted=any(delta.reads_call for delta in found))
 

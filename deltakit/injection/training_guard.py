@@ -1,0 +1,87 @@
+"""The check that a training forward trains something of each delta that is trainable."""
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltakit.core import DeltaModule, Record, own_parameters
+from deltakit.errors import DeltaWarning, StateError
+
+
+@dataclass
+class _Watched:
+    """The modules of one delta, and where one of its parameters was last seen that requires gradients."""
+
+    modules: list[DeltaModule]
+    holder: nn.Module | None = None
+    name: str = ""
+    warned: bool = False
+
+
+class TrainingGuard:
+    """Raises an error in a training forward if a delta is trainable and none of its parameters requires gradients.
+
+    The flags can change after attaching: `requires_grad_(False)` on a part of the model, or a library that freezes all it
+    does not know. Training would run and change nothing. The hook stands on the backbone alone, and reads one flag of each
+    delta in a training forward.
+    """
+
+    def __init__(self) -> None:
+        self.handles: list[Any] = []
+        self.deltas: list[_Watched] = []
+
+    def follow(self, modules: Iterable[DeltaModule]) -> None:
+        """Watches these delta modules, and no others."""
+        found: dict[int, _Watched] = {}
+        for module in modules:
+            if module.record is not None:
+                found.setdefault(id(module.record), _Watched([])).modules.append(module)
+        self.deltas = list(found.values())
+
+    def __call__(self, backbone: nn.Module, args: Any) -> None:
+        """Checks the flags.
+
+        Raises:
+            StateError: if none of the parameters of a trainable delta requires gradients.
+        """
+        if not backbone.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        for watched in self.deltas:
+            holder = watched.holder
+            parameter = holder._parameters.get(watched.name) if holder is not None else None
+            if parameter is None or not parameter.requires_grad:
+                _check(backbone, watched)
+
+
+def _check(backbone: nn.Module, watched: _Watched) -> None:
+    record = watched.modules[0].record
+    if not isinstance(record, Record) or not record.trainable or not record.live:
+        return
+    watched.holder, count = None, 0
+    for module in watched.modules:
+        for name, parameter, _ in module.trained_parameters():
+            if parameter.requires_grad:
+                path, _, watched.name = name.rpartition(".")
+                watched.holder, watched.warned = module.get_submodule(path), False
+                return
+            # `functional_call` puts plain tensors into the place of parameters.
+            count += isinstance(parameter, nn.Parameter)
+    if not count:
+        return
+    own = dict(own_parameters(backbone))
+    head = [name for name in record.fully_trained if name in own and own[name].requires_grad]
+    message = (
+        f"delta {record.name!r} is trainable, but none of the {count} parameters of its modules requires gradients in this "
+        "training forward, so they would not be trained: something froze them after attach(), such as requires_grad_(False) "
+        "or another library; set delta.trainable = True after that, or delta.trainable = False if it is not to be trained"
+    )
+    if not head:
+        raise StateError(message)
+    # Some train the head alone for a while. So this may be intended.
+    if not watched.warned:
+        watched.warned = True
+        warnings.warn(f"{message}; of this delta only {head[0]} is trained", DeltaWarning, stacklevel=2)
