@@ -54,7 +54,7 @@ class DeltaModel:
             RoleError: if a role does not exist, or this backbone has no sure answer for it.
             StateError: if the delta is not attached, or a module cannot be trained fully.
         """
-        self.delta.freeze(train=[name for name in exclude if name != "deltas"])
+        self.delta.freeze(train=[name for name in exclude if name != "deltas"] or None)
         # A model class attaches without freezing. So the next one would train the whole backbone, and not save it.
         records_of(self.backbone_model)[0].grad_ledger.stay_frozen()
 

@@ -20,6 +20,7 @@ from deltakit.core import (
 )
 from deltakit.delta.full_training import current_values
 from deltakit.delta.handle import Delta
+from deltakit.delta.new_heads import warn_frozen_head
 from deltakit.delta.planning import build, original, plan
 from deltakit.delta.untrained import start_of
 from deltakit.errors import BackboneMismatch, CheckpointError, DeltaWarning, OptionError
@@ -30,7 +31,7 @@ AUTOMATIC_NAME = "delta"
 
 
 def attach(
-    backbone: nn.Module, *methods: Method, name: str | None = None, train: Selector = (), freeze: bool = True
+    backbone: nn.Module, *methods: Method, name: str | None = None, train: Selector | None = None, freeze: bool = True
 ) -> Delta:
     """Attaches methods to a backbone and returns the delta: attached, active and trainable.
 
@@ -38,7 +39,8 @@ def attach(
         methods: what to attach, such as `LoRA(r=8)`; at least one.
         name: the delta's name among those on this backbone. It is only required to put a method on a target that has the
             same method from another delta.
-        train: selectors of backbone modules that are trained fully and saved with the delta, such as "@head".
+        train: selectors of backbone modules that are trained fully and saved with the delta, such as "@head". Without it, a
+            warning names a new head that would stay frozen with random weights; `train=()` says that this is intended.
         freeze: whether to freeze the backbone's own parameters. They stay frozen as long as such a delta is attached; after
             the last one they require gradients as before. With False the delta leaves them as they are, and `print(delta)`
             says how many of them are trained without being saved.
@@ -55,6 +57,8 @@ def attach(
     planned = plan(backbone, *methods, train=train)
     record = _record(planned.backbone, planned.methods, name, freeze, planned.train)
     record.trained_values = current_values(planned.backbone, planned.fully_trained, record)
+    if freeze and train is None:
+        warn_frozen_head(planned.index, planned.fully_trained)
     attachment = Attachment(planned.backbone, record, _sites(planned.index, planned.built))
     record.start = start_of(attachment)
     return Delta(attachment).attach()

@@ -14,12 +14,14 @@ from deltakit.delta.claims import check_freezing, check_scale, claim, refuse_in_
 from deltakit.delta.composition import refuse_beside_merged
 from deltakit.delta.contents import DeltaContents
 from deltakit.delta.full_training import freeze_but, put_backbone_values, put_trained_values, refresh_gradients
+from deltakit.delta.new_heads import warn_frozen_head
 from deltakit.delta.quantized import Quantize
 from deltakit.delta.running_statistics import fit, fitting, held_of
 from deltakit.delta.untrained import warn_untrained
 from deltakit.errors import StateError
 from deltakit.files import check_tensors, delta_config, model_card, upload, write_folder
 from deltakit.injection import put, take, watch, watch_first_forward
+from deltakit.selection import BackboneIndex
 from deltakit.view import states
 
 
@@ -82,13 +84,14 @@ class Delta(DeltaContents):
         if self.attached:
             refresh_gradients(self.backbone, self._record.grad_ledger)
 
-    def freeze(self, *, train: Selector = ()) -> "Delta":
+    def freeze(self, *, train: Selector | None = None) -> "Delta":
         """Freezes the backbone, except for the modules that `train` selects: the delta trains them fully and saves them.
 
         The backbone is frozen while the delta is attached, as with `attach(..., freeze=True)`.
 
         Args:
-            train: selectors of backbone modules, such as "@head".
+            train: selectors of backbone modules, such as "@head". Without it, a warning names a new head that would stay
+                frozen with random weights; `train=()` says that this is intended.
 
         Raises:
             SelectorError: if a selector is malformed or matches nothing.
@@ -97,9 +100,11 @@ class Delta(DeltaContents):
                 or a parameter in `train` is tied to one outside, quantized, offloaded, fully trained by another delta, or
                 has another delta merged into it.
         """
-        train = (train,) if isinstance(train, str) else tuple(train)
-        check_freezing(self._attachment, training=bool(train))
-        freeze_but(self._attachment, train)
+        selectors = (train,) if isinstance(train, str) else tuple(train or ())
+        check_freezing(self._attachment, training=bool(selectors))
+        if train is None:
+            warn_frozen_head(BackboneIndex(self.backbone), ())
+        freeze_but(self._attachment, selectors)
         return self
 
     def attach(self) -> "Delta":

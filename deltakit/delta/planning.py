@@ -61,10 +61,11 @@ class Plan:
             lines,
             {name: own[name] for name in self.fully_trained if name in own},
             f"nothing is changed; +{count:,} parameters, {share(count, total)} of {total:,}",
+            total,
         )
 
 
-def plan(backbone: nn.Module, *methods: Method, train: Selector = ()) -> Plan:
+def plan(backbone: nn.Module, *methods: Method, train: Selector | None = None) -> Plan:
     """Returns what `attach` with the same arguments would do. Print it to see the targets. Nothing is changed.
 
     Args:
@@ -95,7 +96,7 @@ def plan(backbone: nn.Module, *methods: Method, train: Selector = ()) -> Plan:
         built.append(build(index, method, targets))
         left_out.append(tuple(unserved))
     _refuse_twice(methods, built)
-    selectors = (train,) if isinstance(train, str) else tuple(train)
+    selectors = (train,) if isinstance(train, str) else tuple(train or ())
     full = full_training_names(index.backbone, index.select(selectors)) if selectors else []
     return Plan(index.backbone, methods, tuple(built), tuple(left_out), selectors, tuple(full), index)
 

@@ -28,12 +28,16 @@ def report(
     lines: Iterable[Line],
     fully_trained: Mapping[str, Tensor],
     foot: str,
+    total: int,
     statistics: Mapping[str, Tensor] | None = None,
 ) -> str:
     """Returns the text of a report.
 
     It has the head, for each method its size and its targets with paths folded, the fully trained tensors, the running
     statistics that the delta holds, and the foot.
+
+    Args:
+        total: the number of the backbone's parameters.
     """
     text = [head]
     for line in lines:
@@ -46,7 +50,9 @@ def report(
         text += [f"      {selector}  left out: weight read directly" for selector in fold(line.left_out)]
     for title, held in (("fully trained", fully_trained), ("running statistics", statistics)):
         if held:
-            text.append(f"  {title:<32} {'':>12}   {sum(tensor.numel() for tensor in held.values()):,}")
+            values = sum(tensor.numel() for tensor in held.values())
+            part = f", {share(values, total)} of the backbone" if title == "fully trained" else ""
+            text.append(f"  {title:<32} {'':>12}   {values:,}{part}")
             text += [f"      {selector}" for selector in fold(held)]
     return "\n".join([*text, foot])
 
@@ -86,6 +92,7 @@ def described(
         [_line(attachment, index, names) for index in range(len(record.methods))],
         {name: own[name] for name in record.fully_trained if name in own},
         foot,
+        total,
         {name: tensor for name, tensor in (record.backbone_values or record.trained_values).items() if name in buffers},
     )
 
