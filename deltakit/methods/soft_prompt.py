@@ -18,6 +18,8 @@ from deltakit.errors import OptionError, StateError, TargetError
 from deltakit.ops import (
     CallContext,
     Insertion,
+    called_directly,
+    finish,
     grown_mask,
     input_embeddings,
     insert,
@@ -25,7 +27,6 @@ from deltakit.ops import (
     like,
     stack_at,
     text_stack,
-    trimmed,
 )
 
 _FREQUENT = 5_000
@@ -58,12 +59,14 @@ class PromptVectorsDelta(PromptDelta):
 
     shared: PromptVectors
 
-    def __init__(self, tokens: int, vocabulary: int) -> None:
+    def __init__(self, tokens: int, vocabulary: int, *, inserted: bool) -> None:
         super().__init__()
-        self.tokens, self.vocabulary = tokens, vocabulary
+        self.tokens, self.vocabulary, self.inserted = tokens, vocabulary, inserted
 
     def enter(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ids = args[0] if args else kwargs["input"]
+        if self.inserted:
+            self._check_insertion()
         if self.batch is None and len(self.peers(target)) > 1:
             raise StateError("two soft prompts are active on one embedding and use the same ids; detach() one of them")
         indices = ids - self.vocabulary
@@ -74,6 +77,18 @@ class PromptVectorsDelta(PromptDelta):
         # recomputation or an exception cannot mix them up.
         known.prompt_indices = (torch.where(is_prompt, indices + start, 0), is_prompt)  # type: ignore[attr-defined]
         return ((known, *args[1:]), kwargs) if args else (args, {**kwargs, "input": known})
+
+    def _check_insertion(self) -> None:
+        """Raises StateError if the text stack's forward was called directly, so that its hook inserted nothing."""
+        # The embedding may also be called alone, and by a decoder, which gets no prompt. Both are fine.
+        stack = called_directly(_inserts)
+        if stack is not None:
+            name = type(stack).__name__
+            raise StateError(
+                f"{name}: its forward was called directly, so torch ran no hooks and the soft prompt was not inserted; call "
+                f"the module itself, model(...) instead of model.forward(...); if a library makes this call "
+                "(sentence-transformers does), use Prefix instead of SoftPrompt"
+            )
 
     def _start_and_length(self, target: nn.Module, ids: Int[Tensor, "*shape"]) -> tuple[int | Tensor, int | Tensor]:
         """Returns where each example's prompt starts among the vectors of all peers, and its length."""
@@ -128,10 +143,7 @@ class InsertPromptDelta(PromptDelta):
         return insert(target, args, kwargs, self.insertion, self.lengths(target), self.batch)
 
     def leave(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        layout = getattr(kwargs["input_ids"], "with_prompt", None)
-        if layout is None or not self.insertion.trim:
-            return output
-        return trimmed(output, kwargs["input_ids"].shape[1] - layout.width, layout)
+        return finish(kwargs, output, trim=self.insertion.trim)
 
 
 class PromptMaskDelta(PromptDelta):
@@ -151,6 +163,11 @@ class PromptMaskDelta(PromptDelta):
         if not isinstance(mask, Tensor) or mask.shape[-1] >= hidden.shape[1]:
             return None
         return args, {**kwargs, "encoder_attention_mask": grown_mask(target, mask, layout)}
+
+
+def _inserts(module: nn.Module) -> bool:
+    """Whether a module is a text stack into which an active soft prompt is inserted."""
+    return any(isinstance(child, InsertPromptDelta) and child.live for child in module._modules.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +248,7 @@ class SoftPrompt(Method, name="soft_prompt"):
         vocabulary: Any = embeddings[0].module.num_embeddings
         built: dict[str, DeltaModule] = {}
         for target in embeddings:
-            built[target.path] = PromptVectorsDelta(self.tokens, int(vocabulary))
+            built[target.path] = PromptVectorsDelta(self.tokens, int(vocabulary), inserted=self.prepend)
             built[target.path].share(vectors, holds=len(built) == 1)
         if self.prepend:
             stack, decoder = text_stack(index)

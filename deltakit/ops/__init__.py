@@ -10,7 +10,8 @@ from deltakit.ops.kinds.low_rank import LowRank, kaiming_uniform
 from deltakit.ops.kinds.output_map import OutputMap
 from deltakit.ops.kinds.weight_map import WeightMap
 from deltakit.ops.low_rank_sum import sum_of_products
-from deltakit.ops.prompt.insertion import Insertion, grown_mask, insert, layout_for, trimmed
+from deltakit.ops.prompt.direct_call import called_directly
+from deltakit.ops.prompt.insertion import Insertion, finish, grown_mask, insert, layout_for
 from deltakit.ops.prompt.text_stack import input_embeddings, stack_at, text_stack
 from deltakit.ops.recompute import linear_with
 from deltakit.ops.seeded import Seeded, normal, uniform
@@ -27,8 +28,10 @@ __all__ = [
     "Seeded",
     "WeightMap",
     "attends",
+    "called_directly",
     "current_prefix_mode",
     "enters_by_interface",
+    "finish",
     "grown_mask",
     "heads_of",
     "input_embeddings",
@@ -44,6 +47,5 @@ __all__ = [
     "stack_at",
     "sum_of_products",
     "text_stack",
-    "trimmed",
     "uniform",
 ]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from deltakit.core import MixedBatch
 from deltakit.errors import StateError
+from deltakit.ops.prompt.cache import close_cache, continues, open_cache, stored_length
 from deltakit.ops.prompt.layout import Layout
 from deltakit.ops.prompt.text_stack import Stack, names_of_arguments
 
@@ -84,8 +85,8 @@ def insert(
         batch: the mixed batch, if one is active.
 
     Raises:
-        StateError: if the call has no `input_ids`, has a static cache or a mask that is not [batch, length], or has prompts
-            of different lengths whose positions or mask this text stack cannot handle.
+        StateError: if the call has no `input_ids`, has a static cache, a cache with another prompt or a mask that does not
+            fit, or has prompts of different lengths whose positions or mask this text stack cannot handle.
     """
     call = {**dict(zip(names_of_arguments(module), args, strict=False)), **kwargs}
     ids = call.get("input_ids")
@@ -99,9 +100,9 @@ def insert(
             f"{type(module).__name__}: a soft prompt cannot be inserted with a static cache, because the length of that is "
             "fixed; use a dynamic cache"
         )
-    # Checked before anything changes: a filled cache holds the prompt already, and it must not be inserted twice.
-    cached = _cached(call)
     layout = layout_for(wanted, lengths, batch, module, ids, cache=_may_cache(module, call, wanted))
+    # Checked before anything changes: a filled cache holds the prompt already, and it must not be inserted twice.
+    cached = continues(module, call, layout)
     mask = call.get("attention_mask")
     if layout.lengths is not None:
         _check_hidden(module, wanted, layout)
@@ -115,17 +116,26 @@ def insert(
     # One `cache_position` serves all examples: it counts slots of the cache, padding included.
     if isinstance(call.get("cache_position"), Tensor):
         call["cache_position"] = _positions(call["cache_position"], Layout(layout.width, layout.at), cached)
+    open_cache(call)
     if cached:
-        return (), call
-    # The prompt's ids start at the size of the vocabulary. A hook on the embedding writes their vectors.
-    prompt = wanted.first + torch.arange(layout.width, device=ids.device)
-    call["input_ids"] = layout.spread(ids, prompt, _padding(module))
-    # The trimming hook at the end of this forward reads the layout from the ids: a field on the module would be shared by
-    # threads, and would survive an exception.
+        # An alias, because the caller's own tensor must not get the attribute.
+        call["input_ids"] = ids.view_as(ids)
+        call["input_ids"].in_cache = layout
+    else:
+        _insert_ids(module, call, wanted.first, layout)
+    return (), call
+
+
+def _insert_ids(module: nn.Module, call: dict[str, Any], first: int, layout: Layout) -> None:
+    """Inserts the prompt's ids, counted up from `first`, and token types for them."""
+    # The ids start at the size of the vocabulary. A hook on the embedding writes their vectors.
+    prompt = first + torch.arange(layout.width, device=call["input_ids"].device)
+    call["input_ids"] = layout.spread(call["input_ids"], prompt, _padding(module))
+    # `finish` reads the layout from the ids at the end of this forward: a field on the module would be shared by threads,
+    # and would survive an exception.
     call["input_ids"].with_prompt = layout
     if isinstance(call.get("token_type_ids"), Tensor):
         call["token_type_ids"] = layout.spread(call["token_type_ids"], torch.zeros_like(prompt), 0)
-    return (), call
 
 
 def _ones(
@@ -137,11 +147,7 @@ def _ones(
     """
     if not cached:
         return torch.ones_like(ids)
-    cache = call.get("past_key_values")
-    try:
-        seen = int(cache.get_seq_length()) if cache is not None else 0
-    except (AttributeError, ValueError):
-        seen = 0
+    seen = stored_length(call)
     return ids.new_ones(ids.shape[0], seen - layout.width + ids.shape[1]) if seen else None
 
 
@@ -166,6 +172,16 @@ def grown_mask(module: nn.Module, mask: Tensor, layout: Layout) -> Tensor:
             "[batch, length]; pass such a mask, and use a dynamic cache, because a static one makes masks of 4 dimensions"
         )
     return layout.spread(mask, torch.ones(layout.width, device=mask.device), 0)
+
+
+def finish(call: Mapping[str, Any], output: Any, *, trim: bool) -> Any:
+    """Ends a call of the text stack: returns its result without the prompt, if `trim` is set, and hides it in the cache."""
+    ids = call["input_ids"]
+    layout = getattr(ids, "with_prompt", None)
+    held = layout or getattr(ids, "in_cache", None)
+    if held is not None:
+        close_cache(call, output, held)
+    return output if layout is None or not trim else trimmed(output, ids.shape[1] - layout.width, layout)
 
 
 def trimmed(output: Any, length: int, layout: Layout) -> Any:
@@ -244,21 +260,3 @@ def _padding(module: nn.Module) -> int:
     # Text stacks that derive positions from padding need their own padding id. For all others the mask hides any id.
     padding = getattr(getattr(module, "config", None), "pad_token_id", None)
     return padding if isinstance(padding, int) and padding >= 0 else 0
-
-
-def _cached(call: Mapping[str, Any]) -> bool:
-    """Whether a call continues from a filled cache: keys and values, or the state of a recurrence."""
-    caches = [call[name] for name in ("past_key_values", "cache_params", "state") if call.get(name) is not None]
-    return any(_filled(cache) for cache in caches)
-
-
-def _filled(cache: Any) -> bool:
-    if isinstance(cache, list | tuple):
-        return bool(cache)
-    for asks in ("get_seq_length", "has_previous_state"):
-        try:
-            return bool(getattr(cache, asks)())
-        except (AttributeError, ValueError):
-            # transformers' caches raise if they have no layer of the kind in question (hybrid models).
-            continue
-    return False
