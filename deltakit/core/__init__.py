@@ -46,6 +46,7 @@ from deltakit.core.record import (
 )
 from deltakit.core.running_statistics import notice_moved_buffers
 from deltakit.core.sharding import class_name, gathered, is_first, is_sharded, scatter, wait_for_all
+from deltakit.core.start_values import same_random_numbers, wants_start_values, without_start_values
 from deltakit.core.target import Target, WeightRead
 
 __all__ = [
@@ -104,6 +105,7 @@ __all__ = [
     "records_of",
     "replace_hidden",
     "replace_input",
+    "same_random_numbers",
     "scatter",
     "shapes_of",
     "slice_where",
@@ -113,7 +115,9 @@ __all__ = [
     "tensors_of",
     "type_names",
     "wait_for_all",
+    "wants_start_values",
     "weight_view",
     "wide",
+    "without_start_values",
     "word_of",
 ]

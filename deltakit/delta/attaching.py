@@ -16,12 +16,14 @@ from deltakit.core import (
     Selector,
     Site,
     records_of,
+    same_random_numbers,
     tensors_of,
+    without_start_values,
 )
 from deltakit.delta.full_training import current_values
 from deltakit.delta.handle import Delta
 from deltakit.delta.new_heads import warn_frozen_head
-from deltakit.delta.planning import build, original, plan
+from deltakit.delta.planning import build, original, planned
 from deltakit.delta.untrained import start_of
 from deltakit.errors import BackboneMismatch, CheckpointError, DeltaWarning, OptionError
 from deltakit.files import backbone_identity, differences, expanded, find_folder, methods_of, read_folder
@@ -54,14 +56,15 @@ def attach(
             in a `rows` block, or a weight in `train` is tied to one outside, quantized, offloaded, fully trained by another
             delta, or has another delta merged into it.
     """
-    planned = plan(backbone, *methods, train=train)
-    record = _record(planned.backbone, planned.methods, name, freeze, planned.train)
-    record.trained_values = current_values(planned.backbone, planned.fully_trained, record)
-    if freeze and train is None:
-        warn_frozen_head(planned.index, planned.fully_trained)
-    attachment = Attachment(planned.backbone, record, _sites(planned.index, planned.built))
-    record.start = start_of(attachment)
-    return Delta(attachment).attach()
+    with same_random_numbers(only_after_errors=True):
+        plan = planned(backbone, methods, train)
+        record = _record(plan.backbone, plan.methods, name, freeze, plan.train)
+        record.trained_values = current_values(plan.backbone, plan.fully_trained, record)
+        if freeze and train is None:
+            warn_frozen_head(plan.index, plan.fully_trained)
+        attachment = Attachment(plan.backbone, record, _sites(plan.index, plan.built))
+        record.start = start_of(attachment)
+        return Delta(attachment).attach()
 
 
 def load(
@@ -153,7 +156,8 @@ def _rebuilt(index: BackboneIndex, method: Method, paths: Sequence[str], where: 
         TargetError: if the method cannot be used on a target.
         OptionError: if an option does not fit a target.
     """
-    built = build(index, method, [index.target(path) for path in paths])
+    with without_start_values():
+        built = build(index, method, [index.target(path) for path in paths])
     other = sorted(built.keys() ^ set(paths))
     if other:
         raise CheckpointError(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from deltakit.core import METHODS, Method, Site
+from deltakit.core import METHODS, Method, Site, without_start_values
 from deltakit.delta.attaching import new_delta
 from deltakit.delta.handle import Delta, deltas
 from deltakit.delta.planning import build, original
@@ -58,7 +58,9 @@ def combine(
         own = [(weight, delta.modules_of(kind)) for weight, delta in parts]
         method = METHODS[kind].combination([m for _, delta in parts for m in delta.methods if m.name == kind], rank)
         paths = list(dict.fromkeys(path for _, there in own for path in there))
-        for path, module in build(modules, method, [modules.target(path) for path in paths]).items():
+        with without_start_values():
+            built = build(modules, method, [modules.target(path) for path in paths])
+        for path, module in built.items():
             here = [(weight, part) for weight, there in own for part in there.get(path, [])]
             terms = module.take_sum(here)
             lost, total = lost + terms[0], total + terms[1]

@@ -5,7 +5,17 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from deltakit.core import FROZEN, DeltaModule, Method, Selector, Target, WeightRead, is_sharded, own_parameters
+from deltakit.core import (
+    FROZEN,
+    DeltaModule,
+    Method,
+    Selector,
+    Target,
+    WeightRead,
+    is_sharded,
+    own_parameters,
+    without_start_values,
+)
 from deltakit.delta.full_training import full_training_names
 from deltakit.errors import OptionError, StateError, TargetError
 from deltakit.selection import BackboneIndex, find_targets
@@ -68,6 +78,8 @@ class Plan:
 def plan(backbone: nn.Module, *methods: Method, train: Selector | None = None) -> Plan:
     """Returns what `attach` with the same arguments would do. Print it to see the targets. Nothing is changed.
 
+    No random number generator changes, either: the delta modules of a plan have no start values.
+
     Args:
         methods: what to attach, such as `LoRA(r=8)`; at least one.
         train: selectors of backbone modules that would be trained fully.
@@ -79,6 +91,16 @@ def plan(backbone: nn.Module, *methods: Method, train: Selector | None = None) -
         OptionError: if no method is given, or an option does not fit a target.
         StateError: if the backbone is wrapped for distribution, or a weight in `train` is tied to one outside, quantized or
             offloaded.
+    """
+    with without_start_values():
+        return planned(backbone, methods, train)
+
+
+def planned(backbone: nn.Module, methods: tuple[Method, ...], train: Selector | None) -> Plan:
+    """Returns the plan of these methods. Outside of `without_start_values` its delta modules are ready to be attached.
+
+    Raises:
+        DeltaError: as `plan` does.
     """
     index = BackboneIndex(original(backbone))
     if isinstance(index.backbone, DeltaModule):

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import DeltaModule, Method, Target
+from deltakit.core import DeltaModule, Method, Target, wants_start_values
 from deltakit.errors import OptionError, TargetError
 from deltakit.ops import LowRank, kaiming_uniform, like, sum_of_products
 
@@ -31,8 +31,7 @@ class LoRADelta(LowRank):
         stack = weight.shape[:-2] if weight is not None else ()
         self.A = nn.Parameter(torch.empty(*stack, options.r, self.d_in, **like(target)))
         self.B = nn.Parameter(torch.empty(*stack, self.d_out, options.r, **like(target)))
-        if not self.A.is_meta:
-            # Meta tensors have no values, but filling them still takes time: plans build thousands of delta modules.
+        if wants_start_values(self.A):
             self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import BackboneView, DeltaModule, Method, Target, hidden_input, join
+from deltakit.core import BackboneView, DeltaModule, Method, Target, hidden_input, join, wants_start_values
 from deltakit.errors import OptionError, RoleError, TargetError
 from deltakit.ops import (
     AttentionPrefix,
@@ -43,7 +43,8 @@ class PrefixDelta(AttentionPrefix):
         else:
             self.key = nn.Parameter(torch.empty(self.heads.count, self.tokens, self.heads.d_key, **new))
             self.value = nn.Parameter(torch.empty(self.heads.count, self.tokens, self.heads.d_value, **new))
-            self.reset_parameters()
+            if wants_start_values(self.key):
+                self.reset_parameters()
         install_prefixes()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -115,7 +116,8 @@ class PrefixMLP(nn.Module):
         super().__init__()
         self.embedding = nn.Parameter(torch.empty(tokens, width, **like))
         self.inner = nn.Linear(width, hidden, **like)
-        nn.init.normal_(self.embedding)
+        if wants_start_values(self.embedding):
+            nn.init.normal_(self.embedding)
 
     def forward(self) -> Float[Tensor, "prefix hidden"]:
         return torch.tanh(self.inner(self.embedding))

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from deltakit.core import BackboneView, DeltaModule, Method, Target
+from deltakit.core import BackboneView, DeltaModule, Method, Target, wants_start_values
 from deltakit.errors import OptionError, StateError, TargetError
 from deltakit.ops import (
     CallContext,
@@ -271,8 +271,9 @@ class SoftPrompt(Method, name="soft_prompt"):
         weight = target.module.weight
         assert isinstance(weight, Tensor)
         new = like(target)
+        start = torch.empty(self.tokens, weight.shape[1], **new)
         if self.init == "random" and self.init_ids is None:
-            return torch.empty(self.tokens, weight.shape[1], **new).uniform_(-0.5, 0.5)
+            return start.uniform_(-0.5, 0.5) if wants_start_values(start) else start
         if self.init_ids is not None:
             outside = [i for i in self.init_ids if i >= weight.shape[0]]
             if outside:
@@ -281,6 +282,8 @@ class SoftPrompt(Method, name="soft_prompt"):
                     f"{weight.shape[0]} tokens; use this backbone's own tokenizer"
                 )
             ids = torch.tensor([self.init_ids[i % len(self.init_ids)] for i in range(self.tokens)])
-        else:
+        elif wants_start_values(start):
             ids = torch.randint(min(_FREQUENT, weight.shape[0]), (self.tokens,))
+        else:
+            return start
         return weight.detach()[ids.to(weight.device)].to(**new).clone()

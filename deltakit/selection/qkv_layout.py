@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from deltakit.core import FeatureSlice, hidden_output, projection_sizes, slice_where
+from deltakit.core import FeatureSlice, hidden_output, projection_sizes, same_random_numbers, slice_where
 from deltakit.selection.dry_run import Ones, dry_run
 
 
@@ -30,13 +30,9 @@ def measure(attention: nn.Module, fused: str, output: str | None) -> dict[str, F
         output: the path of the output projection below the attention module, or None if it is not inside.
     """
     # Selecting targets must not change the random numbers of the user's training run.
-    state = torch.random.get_rng_state()
-    try:
+    with same_random_numbers(), torch.inference_mode(False), torch.device("cpu"), torch.enable_grad():
         # Inference mode has no gradients, even with gradients enabled.
-        with torch.inference_mode(False), torch.device("cpu"), torch.enable_grad():
-            return _measure(attention, fused, output)
-    finally:
-        torch.random.set_rng_state(state)
+        return _measure(attention, fused, output)
 
 
 def _measure(attention: nn.Module, fused: str, output: str | None) -> dict[str, FeatureSlice] | None:
@@ -66,7 +62,8 @@ def _features_used(
     if sizes is None:
         return None
     for x, keywords in _calls(attention, sizes[0], tokens):
-        torch.manual_seed(0)
+        # `torch.manual_seed` would set the generators of all devices, even of those that were not used so far.
+        torch.default_generator.manual_seed(0)
         copy = dry_run(attention)
         # The fused projection is replaced by the features themselves, so that gradients refer to its output.
         features = torch.randn(*x.shape[:-1], sizes[1], dtype=torch.float64, requires_grad=True)

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
-from deltakit.core import Method, Selector, Target, fold, linear_sizes, type_names
+from deltakit.core import Method, Selector, Target, fold, linear_sizes, type_names, without_start_values
 from deltakit.errors import DeltaError, RoleError
 from deltakit.selection.index import BackboneIndex
 
@@ -85,7 +84,7 @@ def _default_paths(index: BackboneIndex, method: Method) -> tuple[list[str], lis
 def _hint(index: BackboneIndex, method: Method) -> str:
     """What to write for `at=`: the linear layers and convolutions that the method can serve with these options, tried out."""
     served = []
-    with torch.random.fork_rng(devices=[]):
+    with without_start_values():
         for path, module in index.by_path.items():
             if linear_sizes(module) is None and not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
                 continue
