@@ -32,7 +32,8 @@ def combine(
 
     Args:
         weights: the weight of each delta, any finite number. Keys are handles, or names of attached deltas.
-        name: the name of the new delta; by default one that is free when it is attached.
+        name: the name of the new delta; by default one that is free when it is attached. Only with a name can it be attached
+            beside its parts, to whose effect its own is added.
         rank: the rank of the sum for LoRA, at least 1; by default the sum of all ranks.
 
     Raises:

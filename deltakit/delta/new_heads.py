@@ -29,11 +29,11 @@ def warn_frozen_head(index: BackboneIndex, trained: Collection[str], *, stacklev
     if not new:
         return
     paths = sorted({_topmost(parent_of(name), new, own) for name in new})
+    named = ", ".join(path or "the backbone" for path in paths)
     warnings.warn(
-        f"{', '.join(path or 'the backbone' for path in paths)}: new in this {type(backbone).__name__} and frozen: the parameters "
-        "are outside the pretrained model or newly initialised, so they would keep their random values; pass "
-        f"train={_advice(index, paths, new)} to train them fully and save them with the delta, or train=() if they are trained "
-        "already",
+        f"{named}: new in this {type(backbone).__name__} and frozen: the parameters are outside the pretrained model or newly "
+        f"initialised, so they would keep their random values; pass train={_advice(index, paths, new)} to train them fully "
+        "and save them with the delta, or train=() if they are trained already",
         DeltaWarning,
         stacklevel=stacklevel,
     )
