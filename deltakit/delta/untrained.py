@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from deltakit.core import Attachment, Start, gathered
+from deltakit.core import Attachment, Start, is_sharded
 from deltakit.errors import DeltaWarning
 
 _SITES, _VALUES = 8, 16
@@ -30,9 +30,9 @@ def warn_untrained(attachment: Attachment, state: Mapping[str, Tensor]) -> None:
     # and the values differ.
     now = {name: state.get(name, parameter) for name, parameter in _sampled(attachment)}
     same = [
-        torch.equal(_sample(gathered(now[name])), value.to(now[name].device, now[name].dtype))
+        torch.equal(_sample(now[name]), value.to(now[name].device, now[name].dtype))
         for name, value in start.values.items()
-        if name in now and not now[name].is_meta
+        if name in now and not now[name].is_meta and not is_sharded(now[name])
     ]
     if same and all(same):
         warnings.warn(

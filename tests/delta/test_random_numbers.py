@@ -17,7 +17,7 @@ import deltakit as dk
 from deltakit.cli import main
 from deltakit.ops import OutputMap, like
 from support.kind_methods import registered
-from support.models import Transformer, ids
+from support.models import Transformer, attached, ids, randomize
 from support.tiny_transformers import build
 
 METHODS = {
@@ -84,6 +84,7 @@ def test_looking_saving_and_loading_draw_nothing(model, method, unchanged, tmp_p
     unchanged(lambda: repr(dk.plan(model, method)))
     delta = dk.attach(model, method)
     unchanged(lambda: (repr(delta), str(dk.show(model)), repr(dk.roles(model)), dk.select(model, "**")))
+    randomize(delta)
     unchanged(lambda: delta.save(tmp_path))
     unchanged(lambda: (delta.detach(), delta.attach(), delta.state_dict(), dk.deltas(model)))
     unchanged(lambda: delta.load_state_dict(delta.state_dict()))
@@ -124,7 +125,7 @@ def test_a_method_that_draws_by_itself(model, unchanged, tmp_path):
     with registered(Noisy):
         method = Noisy(at="@attn.q")
         unchanged(lambda: dk.plan(model, method))
-        delta = dk.attach(model, method)
+        delta = attached(model, method)
         delta.save(tmp_path)
         delta.detach()
         loaded = unchanged(lambda: dk.load(tmp_path, model))
@@ -192,7 +193,7 @@ def test_start_values_do_not_depend_on_a_plan_before(model, method):
 
 @every_method
 def test_values_that_are_loaded_are_not_drawn_before(model, method, tmp_path, monkeypatch):
-    dk.attach(model, method).save(tmp_path)
+    attached(model, method).save(tmp_path)
     dk.deltas(model)[0].detach()
 
     def drawn(*args, **kwargs):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import deltakit as dk
-from support.models import Transformer, ids, randomize
+from support.models import Transformer, attached, ids, randomize
 
 
 class TestScale:
@@ -68,7 +68,7 @@ class TestScale:
 
     def test_no_file_holds_it(self, tmp_path):
         model = Transformer().eval()
-        delta = dk.attach(model, dk.LoRA(r=2))
+        delta = attached(model, dk.LoRA(r=2))
         delta.scale = 0.25
         with pytest.raises(
             dk.StateError,

@@ -48,7 +48,7 @@ def test_the_pretrained_backbone_takes_every_method():
     task = prepare(bundled_model(), 8)
     backbone = task.fresh()
     for name, method in dk.METHODS.items():
-        delta = dk.attach(backbone, method())
+        delta = dk.attach(backbone, method(), train=())
         randomize(delta)
         assert name in repr(delta)
         delta.detach()

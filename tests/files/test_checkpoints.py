@@ -64,7 +64,7 @@ def test_a_card_of_the_user_s_own_is_kept(saved):
 def test_the_card_names_a_base_on_the_hub_and_no_folder(tmp_path):
     model = build("bert")
     model.config._name_or_path = "someone/a-model"
-    card = (dk.attach(model, dk.LoRA(r=3)).save(tmp_path) / "README.md").read_text()
+    card = (attached(model).save(tmp_path) / "README.md").read_text()
     assert 'base_model: "someone/a-model"' in card
     for folder in ("/a/folder", "a/folder/below", "./here", "~/mine"):
         model.config._name_or_path = folder
@@ -176,7 +176,7 @@ def test_small_weights_and_vectors_are_compared_too(tmp_path, make):
     del model["part"].weight, model["part"].bias
     model["part"].weight = nn.Parameter(make())
     size = model["part"].weight.shape
-    dk.attach(model, dk.BitFit(at="part") if len(size) == 1 else dk.LoRA(r=2, at="part.weight")).save(tmp_path)
+    attached(model, dk.BitFit(at="part") if len(size) == 1 else dk.LoRA(r=2, at="part.weight")).save(tmp_path)
     dk.deltas(model)[0].detach()
     dk.load(tmp_path, model).detach()
     with torch.no_grad():
@@ -186,7 +186,7 @@ def test_small_weights_and_vectors_are_compared_too(tmp_path, make):
 
 
 def test_a_fresh_head_that_was_not_trained_is_noticed(tmp_path):
-    dk.attach(backbone(), dk.LoRA(r=3)).save(tmp_path)
+    attached(backbone()).save(tmp_path)
     other = backbone()
     other.classifier = nn.Linear(20, 3)
     with pytest.raises(dk.BackboneMismatch, match=r"such as classifier\.weight"):
@@ -202,7 +202,7 @@ def test_a_fresh_head_that_is_in_the_file_is_not(saved):
 def test_of_many_tensors_the_last_ones_are_compared(tmp_path):
     """A backbone of hundreds of matrices is compared in some of them; a fresh head, which stands last, must be among these."""
     model = nn.Sequential(*(nn.Linear(3, 2, bias=False) for _ in range(307)))
-    dk.attach(model, dk.LoRA(r=1, at="0")).save(tmp_path)
+    attached(model, dk.LoRA(r=1, at="0")).save(tmp_path)
     values = json.loads((tmp_path / "delta_config.json").read_text())["backbone"]["fingerprint"]["values"]
     assert 128 <= len(values) <= 256
     assert [f"{place}.weight" for place in range(299, 307)] == list(values)[-8:]
@@ -218,7 +218,7 @@ def test_the_fingerprint_is_that_of_the_bare_backbone(saved, tmp_path):
     model = backbone()
     one = dk.load(saved, model)
     randomize(one)
-    two = dk.attach(model, dk.BitFit(at="norm"))
+    two = attached(model, dk.BitFit(at="norm"))
     one.merge()
     two.save(tmp_path)
     dk.load(tmp_path, backbone())
@@ -230,7 +230,7 @@ def test_load_under_a_name_and_from_where_it_was_saved(saved):
     assert dk.load(str(saved), backbone(), name="again").name == "again"
     with pytest.raises(dk.StateError, match=r"classifier\.bias: delta 'delta' fully trains it already"):
         dk.load(saved, model)
-    named = dk.attach(backbone(), dk.BitFit(), name="biases").save(saved)
+    named = attached(backbone(), dk.BitFit(), name="biases").save(saved)
     assert dk.load(named, backbone()).name == "biases"
     assert dk.load(named, backbone(), name="mine").name == "mine"
 
@@ -302,7 +302,7 @@ def test_an_interrupted_save_in_training_can_be_loaded(saved, monkeypatch):
 def test_transformers_loads_its_own_folder_beside_a_delta(tmp_path):
     model = build("bert")
     model.save_pretrained(tmp_path)
-    dk.attach(model, dk.LoRA(r=3)).save(tmp_path)
+    attached(model).save(tmp_path)
     again = tf.AutoModel.from_pretrained(tmp_path)
     dk.load(tmp_path, again)
     shutil.rmtree(tmp_path)
@@ -337,7 +337,7 @@ def test_the_fingerprint_samples_matrices_where_there_are_any():
 
 
 def test_a_soft_prompt_at_other_places_is_another_backbones(tmp_path):
-    folder = dk.attach(build("bert"), dk.SoftPrompt(tokens=2)).save(tmp_path / "saved")
+    folder = attached(build("bert"), dk.SoftPrompt(tokens=2)).save(tmp_path / "saved")
     break_config(folder, lambda c: c["methods"][0]["targets"].append("encoder"))
     with pytest.raises(
         dk.CheckpointError,

@@ -18,7 +18,7 @@ PADDINGS = pytest.mark.parametrize("padding", ["none", "left", "right"])
 
 
 def attached(model, **options):
-    delta = dk.attach(model, dk.SoftPrompt(**{"tokens": 3, **options}))
+    delta = dk.attach(model, dk.SoftPrompt(**{"tokens": 3, **options}), train=())
     randomize(delta)
     return delta
 

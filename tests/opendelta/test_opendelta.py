@@ -78,7 +78,7 @@ def test_three_tasks_on_one_backbone(tmp_path):
 
 def test_several_methods_come_back_as_one_delta(tmp_path):
     backbone = model()
-    dk.attach(backbone, dk.LoRA(r=2), dk.BitFit()).save(tmp_path)
+    randomize(dk.attach(backbone, dk.LoRA(r=2), dk.BitFit())).save(tmp_path)
     assert type(AutoDeltaModel.from_finetuned(tmp_path, backbone_model=model())).__name__ == "DeltaModel"
 
 

@@ -7,6 +7,7 @@ from torch import nn
 
 import deltakit as dk
 from support import backbone_zoo
+from support.models import attached
 from support.tiny_transformers import build
 
 METHODS = {
@@ -139,7 +140,7 @@ def test_the_mode_around_changes_no_answer(mode):
 def test_a_lora_beside_a_prefix_is_saved_and_loaded(tmp_path):
     model, fresh = build("gpt2"), build("gpt2")
     dk.attach(model, dk.Prefix(tokens=2))
-    delta = dk.attach(model, dk.LoRA(r=2), name="second")
+    delta = attached(model, dk.LoRA(r=2), name="second")
     assert "h.0.attn.c_attn[q]" in delta.modules
     delta.save(tmp_path)
     assert dk.load(tmp_path, fresh).modules.keys() == delta.modules.keys()
