@@ -7,13 +7,27 @@ and what a linear layer is. Imports nothing but `errors`.
 from deltakit.core.activations import hidden_input, hidden_output, replace_hidden, replace_input
 from deltakit.core.attached_module import FROZEN
 from deltakit.core.backbone_call import CurrentCall, begin_call, current_call, end_call
-from deltakit.core.bare_weight import BareLayer, WeightView, bare_weight, dequantized, is_quantized, weight_view
+from deltakit.core.bare_weight import (
+    BareLayer,
+    WeightView,
+    bare_weight,
+    dequantized,
+    is_quantized,
+    weight_entries,
+    weight_view,
+)
 from deltakit.core.buffer_ledger import copy_buffers
 from deltakit.core.delta_module import DeltaModule
 from deltakit.core.feature_slice import FeatureSlice, slice_where
 from deltakit.core.folding import expand, fold, span
 from deltakit.core.grad_ledger import GradLedger
 from deltakit.core.linear import is_compute_dtype, is_conv1d, linear_sizes, projection_sizes, wide
+from deltakit.core.logical import (
+    LogicalParameter,
+    logical_parameters,
+    named_logical_parameters,
+    num_parameters,
+)
 from deltakit.core.method import METHODS, BackboneView, Method, Selector
 from deltakit.core.mixed_batch import MixedBatch, holding
 from deltakit.core.paths import (
@@ -59,6 +73,7 @@ __all__ = [
     "DeltaModule",
     "FeatureSlice",
     "GradLedger",
+    "LogicalParameter",
     "Method",
     "MixedBatch",
     "Record",
@@ -94,8 +109,11 @@ __all__ = [
     "join",
     "key_of",
     "linear_sizes",
+    "logical_parameters",
     "name_of",
+    "named_logical_parameters",
     "notice_moved_buffers",
+    "num_parameters",
     "own_children",
     "own_modules",
     "own_parameters",
@@ -116,6 +134,7 @@ __all__ = [
     "type_names",
     "wait_for_all",
     "wants_start_values",
+    "weight_entries",
     "weight_view",
     "wide",
     "without_start_values",

@@ -4,6 +4,8 @@ Modules store their weights in different orientations: `nn.Linear` [out, in], tr
 convolutions [out, in, *kernel], mixtures of experts as stacks of either. Methods only see [*stack, out, in].
 """
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from deltakit.core.feature_slice import FeatureSlice
 from deltakit.core.linear import is_compute_dtype, is_conv1d, linear_sizes, wide
-from deltakit.core.sharding import gathered
+from deltakit.core.sharding import gathered, is_sharded
 from deltakit.core.target import Target
 from deltakit.errors import StateError, TargetError
 
@@ -123,6 +125,29 @@ def dequantized(layer: nn.Module, dtype: torch.dtype) -> Float[Tensor, "d_out d_
     device = next((tensor.device for tensor in (*layer.parameters(), *layer.buffers())), None)
     output, bias = layer.forward(torch.eye(sizes[0], dtype=dtype, device=device)), getattr(layer, "bias", None)
     return wide(output if bias is None else output - bias).mT
+
+
+@torch.no_grad()
+def weight_entries(layer: nn.Module, places: Sequence[tuple[int, int]]) -> list[float] | None:
+    """Returns single entries (row, column) of the weight that a quantized linear layer computes with.
+
+    It runs the layer's forward on one unit vector for each entry, without hooks. None if that is impossible here: without
+    values in memory, or with a kernel for another device.
+    """
+    sizes, tensors = linear_sizes(layer), [*layer.parameters(), *layer.buffers()]
+    if sizes is None or any(tensor.is_meta or is_sharded(tensor) for tensor in tensors):
+        return None
+    columns = torch.tensor([column for _, column in places])
+    try:
+        # A copy, because some layers change in their first call (bitsandbytes in 8 bits).
+        twin = copy.deepcopy(layer)
+        x = nn.functional.one_hot(columns, sizes[0]).to(tensors[0].device, compute_dtype(layer))
+        output, bias = twin.forward(x), getattr(twin, "bias", None)
+    except Exception:
+        # Quantizers' kernels raise errors of any class.
+        return None
+    rows = (output if bias is None else output - bias).float().tolist()
+    return [rows[number][row] for number, (row, _) in enumerate(places)]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from deltakit.core import (
     Target,
     WeightRead,
     is_sharded,
+    num_parameters,
     own_parameters,
     without_start_values,
 )
@@ -64,7 +65,7 @@ class Plan:
             for method, built, left_out in zip(self.methods, self.built, self.left_out, strict=True)
         ]
         own = dict(own_parameters(self.backbone))
-        total = sum(parameter.numel() for parameter in own.values())
+        total = num_parameters(self.backbone)
         count = self.num_parameters
         return report(
             f"plan for {self.index.owner}",

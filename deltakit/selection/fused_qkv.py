@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from deltakit.core import FeatureSlice, above, held_at, join, own_children
+from deltakit.core import FeatureSlice, above, held_at, join, linear_sizes, own_children
 from deltakit.selection.dry_run import forward_of
 from deltakit.selection.qkv_layout import measure
 from deltakit.selection.role_inference.names import says_attention
@@ -62,8 +62,8 @@ class FusedProjections:
         return self._measured[key]
 
     def _shape(self, path: str) -> tuple[int, ...]:
-        weight = self.modules[path]._parameters.get("weight")
-        return tuple(weight.shape) if weight is not None else ()
+        # The sizes and not the shape of the weight: packed weights of different sizes may have one shape.
+        return linear_sizes(self.modules[path]) or ()
 
 
 def _forward_key(module: nn.Module) -> tuple[object, ...]:

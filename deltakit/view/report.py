@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from deltakit.core import Attachment, fold, own_parameters, records_of, tensors_of
+from deltakit.core import Attachment, fold, named_logical_parameters, own_parameters, records_of, tensors_of
 
 
 class Line(NamedTuple):
@@ -80,11 +80,12 @@ def described(
     """
     record = attachment.record
     own = dict(own_parameters(attachment.backbone))
-    total = sum(parameter.numel() for parameter in own.values())
     buffers = {name for name, tensor in tensors_of(attachment.backbone) if not isinstance(tensor, nn.Parameter)}
+    logical = dict(named_logical_parameters(attachment.backbone))
+    total = sum(parameter.numel for parameter in logical.values())
     foot = f"{trained:,} parameters, {share(trained, total)} of the backbone's {total:,}"
     saved = {name for other in records_of(attachment.backbone) for name in other.fully_trained}
-    unsaved = sum(p.numel() for name, p in own.items() if p.requires_grad and name not in saved)
+    unsaved = sum(p.numel for name, p in logical.items() if p.stored.requires_grad and name not in saved)
     if attachment.attached and unsaved:
         foot += f"; {unsaved:,} more of the backbone's are not frozen, and are not saved with the delta"
     return report(

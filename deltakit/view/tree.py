@@ -11,13 +11,17 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from deltakit.core import DeltaModule, join, span, word_of
+from deltakit.core import DeltaModule, LogicalParameter, join, logical_parameters, span, word_of
 from deltakit.errors import TargetError
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter. The shape is None for a lazy parameter, and `tied` is the path of the parameter it is tied to."""
+    """One parameter.
+
+    The shape is that of the model, also if the weight is packed, and None for a lazy parameter. The dtype is the stored one.
+    `tied` is the path of the parameter it is tied to.
+    """
 
     name: str
     shape: tuple[int, ...] | None
@@ -128,7 +132,7 @@ class _Builder:
             node = Node((name,), (kind,), (), (), (), 0, 0, 0, 0, alias=first or "root")
             return node, self._class(("alias", kind, _relative(first, path)))
         self.modules[id(module)] = path
-        weights = [self._weight(n, p, path) for n, p in module._parameters.items() if p is not None]
+        weights = [self._weight(parameter, path) for parameter in logical_parameters(module)]
         lines = [_delta_line(key, child) for key, child in module._modules.items() if isinstance(child, DeltaModule)]
         found = [
             self.node(child, child_name, join(path, child_name))
@@ -145,12 +149,12 @@ class _Builder:
     def _class(self, key: object) -> int:
         return self.classes.setdefault(key, len(self.classes))
 
-    def _weight(self, name: str, parameter: nn.Parameter, path: str) -> tuple[Weight, object]:
-        shape = None if torch.nn.parameter.is_lazy(parameter) else tuple(parameter.shape)
+    def _weight(self, parameter: LogicalParameter, path: str) -> tuple[Weight, object]:
+        name, shape, stored = parameter
         own = join(path, name)
-        owner = self.weights.setdefault(id(parameter), own)
-        dtype = str(parameter.dtype).removeprefix("torch.")
-        weight = Weight(name, shape, dtype, parameter.requires_grad, tied="" if owner == own else owner)
+        owner = self.weights.setdefault(id(stored), own)
+        dtype = str(stored.dtype).removeprefix("torch.")
+        weight = Weight(name, shape, dtype, stored.requires_grad, tied="" if owner == own else owner)
         return weight, (replace(weight, tied=""), _relative(owner, own) if weight.tied else None)
 
     def _folded(self, found: Sequence[tuple[Node, int]], *, contiguous: bool) -> list[Node]:

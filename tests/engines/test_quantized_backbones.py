@@ -6,9 +6,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import deltakit as dk
+from deltakit.files.fingerprint import differences, fingerprint
 from support.backbone_inputs import hidden, inputs
 from support.models import randomize, same, snapshot
 from support.quantized_layers import KINDS, PackedLinear, quantized_backbone
+from support.tiny_transformers import build
 
 METHODS = (dk.LoRA(r=2), dk.Adapter(size=3), dk.BitFit())
 BOTH = pytest.mark.parametrize("architecture", ["bert", "llama"])
@@ -73,6 +75,105 @@ def test_saved_and_loaded(kind, architecture, tmp_path):
     assert not torch.equal(run(fresh, architecture), run(model, architecture))
     dk.load(tmp_path, fresh)
     assert torch.equal(run(fresh, architecture), run(model, architecture))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@BOTH
+def test_counts_and_shapes_are_those_of_the_model(kind, architecture):
+    model, full = quantized_backbone(kind, architecture), build(architecture).requires_grad_(False)
+    names = {type(full.get_submodule(path)).__name__ for path in dk.roles(full)["@ff.up"]}
+    (own,) = {type(model.get_submodule(path)).__name__ for path in dk.roles(model)["@ff.up"]}
+    assert names == {"Linear"}
+    for fold in (True, False):
+        shown, expected = (str(dk.show(m, fold=fold)) for m in (model, full))
+        # Only the classes differ. The columns at the right depend on the width of the lines.
+        assert " ".join(shown.replace(f"({own})", "(Linear)").split()) == " ".join(expected.split())
+    plans = [repr(dk.plan(m, dk.LoRA(r=2))) for m in (model, full)]
+    assert plans[0] == plans[1]
+    printed = [repr(dk.attach(m, dk.LoRA(r=2))) for m in (model, full)]
+    assert printed[0] == printed[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@BOTH
+def test_a_delta_moves_between_a_quantized_backbone_and_the_full_one(kind, architecture, tmp_path):
+    for number, (first, second) in enumerate(
+        [
+            (quantized_backbone(kind, architecture), build(architecture)),
+            (build(architecture), quantized_backbone(kind, architecture)),
+            (quantized_backbone(kind, architecture), quantized_backbone("gptq", architecture)),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        delta = randomize(dk.attach(first, dk.LoRA(r=2)))
+        delta.save(folder)
+        loaded = dk.load(folder, second)
+        for one, two in zip(delta.parameters(), loaded.parameters(), strict=True):
+            assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@BOTH
+def test_another_model_is_refused_whether_it_is_quantized_or_not(kind, architecture, tmp_path):
+    """Only the linear layers' weights differ, so that none of the values that are compared exactly does."""
+
+    def other(module):
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+
+    full = build(architecture)
+    randomize(dk.attach(full, dk.LoRA(r=2))).save(tmp_path / "full")
+    randomize(dk.attach(quantized_backbone(kind, architecture), dk.LoRA(r=2))).save(tmp_path / "quantized")
+    torch.manual_seed(3)
+    for folder, backbone in (
+        ("full", quantized_backbone(kind, architecture, change=other)),
+        ("quantized", quantized_backbone(kind, architecture, change=other)),
+        ("quantized", build(architecture).apply(other)),
+    ):
+        with pytest.raises(dk.BackboneMismatch, match="the weights differ (by more than quantization rounds, )?in"):
+            dk.load(tmp_path / folder, backbone)
+    smaller = build(architecture, intermediate_size=44)
+    with pytest.raises(
+        dk.BackboneMismatch, match=r"with (25,448|14,544) parameters, found a \w+ with (24,664|13,392);"
+    ):
+        dk.load(tmp_path / "quantized", smaller)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_of_the_stored_shapes_still_loads(kind, tmp_path):
+    """Files of deltakit 0.1 have a hash of the names and shapes as they were stored, and no values of quantized weights."""
+    model = quantized_backbone(kind, "bert")
+    found = fingerprint(model)
+    old = {**found, "structure": found.get("packed", found["structure"]), "parameters": 7}
+    old.pop("packed", None), old.pop("rounded")
+    assert differences(old, fingerprint(quantized_backbone(kind, "bert"))) == []
+    if kind != "bitsandbytes_8bit":
+        (reason,) = differences(old, fingerprint(build("bert")))
+        assert "names or shapes differ" in reason
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_looking_at_weights_changes_no_layer(kind):
+    """bitsandbytes' 8-bit layers split their weight in their first call."""
+    model = quantized_backbone(kind, "bert")
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    state = snapshot(model)
+    assert fingerprint(model)["rounded"]
+    same(state, snapshot(model))
+    assert all(vars(module).keys() == before[name].keys() for name, module in model.named_modules())
+    weights = [module.weight for module in model.modules() if isinstance(getattr(module, "weight", None), nn.Parameter)]
+    assert all(getattr(weight, "CB", 0) is not None for weight in weights)
+
+
+def test_a_layer_without_a_kernel_here_has_no_values(tmp_path):
+    class NoKernel(PackedLinear):
+        def forward(self, input):
+            raise NotImplementedError("no kernel for this device")
+
+    model = nn.Sequential(nn.Embedding(11, 7), NoKernel(nn.Linear(7, 5), torch.float32))
+    found = fingerprint(model)
+    assert "rounded" not in found
+    assert found["structure"] == fingerprint(nn.Sequential(nn.Embedding(11, 7), nn.Linear(7, 5)))["structure"]
 
 
 MERGES = {

@@ -79,9 +79,15 @@ KINDS = {
 }
 
 
-def quantized_backbone(kind, architecture, dtype=torch.float32):
-    """A tiny backbone with its blocks' linear layers quantized, and the rest in the dtype that is computed in."""
+def quantized_backbone(kind, architecture, dtype=torch.float32, change=None):
+    """A tiny backbone with its blocks' linear layers quantized, and the rest in the dtype that is computed in.
+
+    `change` is called with the modules of the blocks, before they are quantized.
+    """
     model = build(architecture).to(dtype)
+    for path, module in model.named_modules():
+        if change is not None and ".layer" in f".{path}":
+            change(module)
     for path, linear in list(model.named_modules()):
         if isinstance(linear, nn.Linear) and ".layer" in f".{path}":
             model.set_submodule(path, KINDS[kind](linear.float(), dtype))
