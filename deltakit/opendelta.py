@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from deltakit.core import Method, records_of
+from deltakit.core import DeltaModule, Method, num_parameters, records_of
 from deltakit.delta import Delta, attach, load
 from deltakit.errors import OptionError
 from deltakit.methods.adapter import Adapter
@@ -85,7 +85,8 @@ class DeltaModel:
     def log(self) -> None:
         """Prints the tree, and the shares of trainable and of delta parameters."""
         print(show(self.backbone_model))
-        total = sum(parameter.numel() for parameter in self.backbone_model.parameters())
+        deltas = {p for m in self.backbone_model.modules() if isinstance(m, DeltaModule) for p in m.parameters()}
+        total = num_parameters(self.backbone_model) + sum(parameter.numel() for parameter in deltas)
         trained = sum(p.numel() for p in self.backbone_model.parameters() if p.requires_grad)
         print(
             f"trainable {share(trained, total)}, delta {share(self.delta.num_parameters, total)} of {total:,} parameters"

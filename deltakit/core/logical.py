@@ -36,11 +36,13 @@ def logical_parameters(module: nn.Module) -> list[LogicalParameter]:
         bias = module._parameters.get("bias", module._buffers.get("bias"))
         found = [packed]
         return found if bias is None else [*found, LogicalParameter("bias", bias.shape, bias)]
-    held = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+    held = [(name, parameter) for name, parameter in module._parameters.items() if parameter is not None]
+    # Scales of quantized parameters that are not a linear layer's, such as `down_proj_scale_inv` of FP8 experts.
+    scaled = tuple(f"{name}_" for name, parameter in held if not is_compute_dtype(parameter.dtype))
     return [
         LogicalParameter(name, _shape(parameter), parameter)
-        for name, parameter in held.items()
-        if not _is_scale(name, held)
+        for name, parameter in held
+        if not (scaled and name.startswith(scaled) and "scale" in name)
     ]
 
 
@@ -61,14 +63,17 @@ def num_parameters(backbone: nn.Module) -> int:
 
 def _packed_weight(module: nn.Module) -> LogicalParameter | None:
     """The weight of a linear layer that is quantized; None for every other module."""
-    sizes = None if is_conv1d(module) else linear_sizes(module)
+    weight = module._parameters.get("weight")
+    # Tensor subclasses, such as torchao's, have the dtype and the shape of the weight that they stand for.
+    if weight is not None and is_compute_dtype(weight.dtype):
+        return None
+    own = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
+    sizes = linear_sizes(module) if own and not is_conv1d(module) else None
     if sizes is None:
         return None
-    shape, weight = torch.Size(sizes[::-1]), module._parameters.get("weight")
+    shape = torch.Size(sizes[::-1])
     if weight is not None:
-        # Tensor subclasses, such as torchao's, have the dtype and the shape of the weight that they stand for.
-        return None if is_compute_dtype(weight.dtype) else LogicalParameter("weight", shape, weight)
-    own = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
+        return LogicalParameter("weight", shape, weight)
     codes = [tensor for tensor in own if tensor.ndim and not is_compute_dtype(tensor.dtype)]
     stored = max(codes, key=lambda tensor: tensor.nbytes, default=None)
     # A module with sizes and counters is no packed layer: no format has less than a bit for each weight.
@@ -83,11 +88,3 @@ def _shape(parameter: Tensor) -> torch.Size | None:
     # bitsandbytes keeps the shape of a packed weight in `quant_state`, DeepSpeed ZeRO-3 that of a sharded one in `ds_shape`.
     known = getattr(getattr(parameter, "quant_state", None), "shape", getattr(parameter, "ds_shape", None))
     return parameter.shape if known is None else torch.Size(known)
-
-
-def _is_scale(name: str, held: dict[str, nn.Parameter]) -> bool:
-    """Whether a parameter is the scale of a quantized one beside it, such as `down_proj_scale_inv` of FP8 experts."""
-    return any(
-        name.startswith(f"{other}_") and "scale" in name[len(other) :] and not is_compute_dtype(parameter.dtype)
-        for other, parameter in held.items()
-    )

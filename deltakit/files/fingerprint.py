@@ -56,9 +56,8 @@ def fingerprint(backbone: nn.Module, *, leave_out: Collection[str] = ()) -> dict
         "parameters": sum(p.numel for p in parameters.values()),
         "values": {name: _sample(name, parameters[name].stored) for name in chosen if _plain(parameters[name])},
     }
-    packed = _hash((name, p.shape) for name, p in own_parameters(backbone))
-    if packed != found["structure"]:
-        found["packed"] = packed
+    if any(p.stored.shape != p.shape or not is_compute_dtype(p.stored.dtype) for p in parameters.values()):
+        found["packed"] = _hash((name, p.shape) for name, p in own_parameters(backbone))
     rounded = {name: _rounded_sample(backbone, name, parameters[name]) for name in _every(quantized, _PACKED_TENSORS)}
     if any(rounded.values()):
         found["rounded"] = {name: values for name, values in rounded.items() if values is not None}

@@ -7,6 +7,7 @@ from torch import nn
 
 import deltakit as dk
 from deltakit.files.fingerprint import differences, fingerprint
+from deltakit.opendelta import LoraModel
 from support.backbone_inputs import hidden, inputs
 from support.models import randomize, same, snapshot
 from support.quantized_layers import KINDS, PackedLinear, quantized_backbone
@@ -92,6 +93,15 @@ def test_counts_and_shapes_are_those_of_the_model(kind, architecture):
     assert plans[0] == plans[1]
     printed = [repr(dk.attach(m, dk.LoRA(r=2))) for m in (model, full)]
     assert printed[0] == printed[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_opendelta_s_log_counts_the_model(kind, capsys):
+    lines = []
+    for model in (quantized_backbone(kind, "bert"), build("bert")):
+        LoraModel(model).log()
+        lines.append(capsys.readouterr().out.splitlines()[-1].partition("delta ")[2])
+    assert lines[0] == lines[1]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -63,6 +63,31 @@ def test_a_forward_called_directly_inside_a_wrapper():
     assert all(parameter.grad.any() for parameter in prefix.parameters())
 
 
+def test_sentence_transformers(tmp_path):
+    """Version 6 calls the forward of its model directly. A prefix is what works there."""
+    pytest.importorskip("sentence_transformers", minversion="6")
+    from sentence_transformers.base.modules.transformer import Transformer as Encoder
+
+    build("bert", tf.AutoModel).save_pretrained(tmp_path)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(92))]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tf.BertTokenizerFast(vocab_file=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    encoder = Encoder(str(tmp_path)).eval()
+    batch = {"input_ids": torch.tensor([[2, 5, 6, 3]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    bare = encoder(dict(batch))["token_embeddings"]
+    delta = randomize(dk.attach(encoder.auto_model, dk.SoftPrompt(tokens=3)))
+    with pytest.raises(dk.StateError, match="BertModel: its forward was called directly"):
+        encoder(dict(batch))
+    delta.detach()
+    assert torch.equal(encoder(dict(batch))["token_embeddings"], bare)
+    for method in (dk.Prefix(tokens=3), dk.LoRA(r=2), dk.Adapter(size=3), dk.BitFit(), dk.IA3()):
+        delta = randomize(dk.attach(encoder.auto_model, method))
+        out = encoder(dict(batch))["token_embeddings"]
+        (out * torch.randn_like(out)).sum().backward()
+        assert all(parameter.grad.any() for parameter in delta.parameters())
+        delta.detach()
+
+
 def test_only_the_stack_s_own_forward_counts():
     """The head's forward may be called directly: it calls the stack as a module."""
     model, _ = attached("llama")
