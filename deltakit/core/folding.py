@@ -129,5 +129,5 @@ class _Node:
 
 def _together(names: Sequence[str]) -> str:
     indices = [name for name in names if _INDEX.fullmatch(name)]
-    others = [name for name in names if name not in indices]
+    others = [name for name in names if not _INDEX.fullmatch(name)]
     return ",".join(([span(indices)] if indices else []) + others)

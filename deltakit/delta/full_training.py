@@ -13,8 +13,8 @@ from deltakit.core import (
     Attachment,
     GradLedger,
     Record,
+    above,
     is_compute_dtype,
-    join,
     linear_sizes,
     notice_moved_buffers,
     own_modules,
@@ -33,14 +33,15 @@ def full_training_names(backbone: nn.Module, paths: list[str]) -> list[str]:
         StateError: if there are none, or one of them is tied to a parameter outside (which would be trained, too),
             quantized or offloaded.
     """
-    below = tuple(join(path, "") if path else "" for path in paths)
+    chosen = set(paths)
     inside: dict[str, Tensor] = {}
     held: set[int] = set()
     outside: dict[int, list[tuple[int, str]]] = {}
     # Under every name: a tied weight is found only by its second name.
     for path, module in own_modules(backbone, every_name=True):
+        is_inside = not chosen.isdisjoint(above(path))
         for name, tensor in tensors_in(path, module):
-            if name.startswith(below):
+            if is_inside:
                 _refuse_quantized(path, module)
                 _refuse_offloaded(name, tensor, module)
                 inside[name] = tensor

@@ -177,6 +177,9 @@ def _check(
     *,
     quantized_too: bool,
 ) -> None:
+    names: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        names.setdefault(id(parameter), []).append(name)
     for name, update in updates.items():
         if name not in parameters:
             raise TargetError(
@@ -199,7 +202,7 @@ def _check(
                 f"{weight.dtype} {tuple(weight.shape)}{kind}; leave the delta attached"
                 + (", or pass quantize= to quantize the weight again" if quantized and not quantized_too else "")
             )
-        tied = [other for other, tensor in parameters.items() if tensor is weight and other != name]
+        tied = [other for other in names[id(weight)] if other != name]
         # Merging changes a tied weight in all its modules. That is right only if the attached delta patches it in all.
         if tied and name not in together:
             raise StateError(f"{name} is tied to {tied[0]}: merging would change both; leave the delta attached")

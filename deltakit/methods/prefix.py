@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import BackboneView, DeltaModule, Method, Target, hidden_input, join, wants_start_values
+from deltakit.core import BackboneView, DeltaModule, Method, Target, above, hidden_input, wants_start_values
 from deltakit.errors import OptionError, RoleError, TargetError
 from deltakit.ops import (
     AttentionPrefix,
@@ -157,10 +157,14 @@ class Prefix(Method, name="prefix"):
                     "position; use another method, such as LoRA"
                 )
             return [index.target(path) for path in paths]
+        inside: dict[str, list[str]] = {}
+        for path in paths:
+            for around in above(path):
+                inside.setdefault(around, []).append(path)
         found = []
         for target in selected:
-            below = [path for path in paths if path == target.path or path.startswith(join(target.path, "") or "")]
-            if not below:
+            below = inside.get(target.path)
+            if below is None:
                 raise TargetError(
                     f"{target.path}: this {type(target.module).__name__} has no attention in it, and prefix needs one; this "
                     f"backbone has attention at {', '.join(paths[:3]) or 'no path'}"

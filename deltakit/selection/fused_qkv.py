@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import nn
 
@@ -23,6 +24,12 @@ class FusedProjections:
     units: Sequence[Unit]
     _measured: dict[object, dict[str, FeatureSlice] | None] = field(default_factory=dict)
 
+    @cached_property
+    def _units(self) -> dict[str, Unit]:
+        """The first unit of each fused projection, by the projection's path."""
+        found = [(unit.parts.get(part), unit) for unit in reversed(self.units) for part in ("kv", "qkv")]
+        return {path: unit for path, unit in found if path is not None}
+
     def slices_of(self, unit: Unit) -> dict[str, str]:
         """Returns the paths of the slices in a unit's fused projection by letter, such as `{"q": "c_attn[q]"}`.
 
@@ -41,7 +48,7 @@ class FusedProjections:
             # Torch documents this layout (F.multi_head_attention_forward): queries, then keys, then values.
             size, place = module.embed_dim, "qkv".find(letter)
             return FeatureSlice(letter, 1, 3 * size, place * size, (place + 1) * size) if place >= 0 else None
-        unit = next((u for u in self.units if base in (u.parts.get("qkv"), u.parts.get("kv"))), None)
+        unit = self._units.get(base)
         if unit is None or parameter:
             return None
         # The unit's path may be a wrapper around attention or the whole block, whose forwards have other signatures. The

@@ -43,7 +43,8 @@ def report(
     for line in lines:
         targets = f"{len(line.paths)} target{'s' if len(line.paths) != 1 else ''}"
         text.append(f"  {' '.join((line.method, line.summary)).strip():<32} {targets:>12}  +{line.parameters:,}")
-        by_output = [path for path in line.paths if path not in set(line.by_weight)]
+        by_weight = set(line.by_weight)
+        by_output = [path for path in line.paths if path not in by_weight]
         text += [f"      {selector or '(the backbone itself)'}" for selector in fold(by_output)]
         text += [f"      {selector}  weight patch" for selector in fold(line.by_weight)]
         text += [f"      {selector}  the same instances" for selector in fold(line.aliases)]

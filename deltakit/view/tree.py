@@ -159,16 +159,20 @@ class _Builder:
 
     def _folded(self, found: Sequence[tuple[Node, int]], *, contiguous: bool) -> list[Node]:
         """Equal siblings as one node at the position of the first; in a Sequential only neighbours, because order matters."""
-        groups: list[tuple[object, list[Node]]] = []
+        groups: list[list[Node]] = []
+        by_number: dict[int, list[Node]] = {}
+        by_name: dict[str, list[Node]] = {}
         for node, number in found:
-            owner = _owner_of_weights(node)
-            for key, members in groups[-1:] if contiguous else groups:
-                if key == number or (owner is not None and owner == members[0].names[0]):
-                    members.append(node)
-                    break
+            members = by_number.get(number) or by_name.get(_owner_of_weights(node) or "")
+            if members is None:
+                if contiguous:
+                    # Only the last group takes more members.
+                    by_number, by_name = {}, {}
+                groups.append([node])
+                by_number[number] = by_name[node.names[0]] = groups[-1]
             else:
-                groups.append((number, [node]))
-        return [_together(members) for _, members in groups]
+                members.append(node)
+        return [_together(members) for members in groups]
 
 
 def _relative(owner: str, path: str) -> tuple[int, tuple[str, ...]]:

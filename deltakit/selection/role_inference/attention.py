@@ -21,22 +21,22 @@ from deltakit.selection.role_inference.walk import Walk
 
 def attention_units(walk: Walk) -> Iterator[Unit]:
     """Yields the attention units of a backbone, each with the projections that are certain."""
-    found: set[str] = set()
+    around: set[str] = set()
     for path in reversed(walk.modules):
         module = walk.modules[path]
         if isinstance(module, nn.MultiheadAttention):
-            found.add(path)
+            around.update(above(parent_of(path)))
             yield _torch_unit(path, module)
             continue
         says = says_attention(type(module).__name__)
         names = walk.names(path)
         parts = _projections(names, says)
-        inside = any(other.startswith(f"{path}.") for other in found)
+        inside = path and path in around
         if (inside and "q" not in parts) or not (parts or says) or (not says and _is_helper(walk, path)):
             continue
         for unit in (_unit(walk, path, parts), *_second_sets(walk, path, names, parts)):
             if unit.parts:
-                found.add(path)
+                around.update(above(parent_of(path)))
                 yield unit
 
 

@@ -49,8 +49,10 @@ def _block_widths(walk: Walk, attention: Sequence[Unit]) -> dict[str, int | None
     the innermost repeated modules are the blocks.
     """
     widths = {walk.block(unit.path): unit.width for unit in attention}
+    lists: set[str] = set()
     for block in list(widths):
-        if block in walk.repeated:
+        if block in walk.repeated and parent_of(block) not in lists:
+            lists.add(parent_of(block))
             for sibling in walk.children[parent_of(block)]:
                 if sibling in walk.repeated:
                     widths.setdefault(sibling, widths[block])
