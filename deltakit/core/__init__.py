@@ -17,6 +17,7 @@ from deltakit.core.bare_weight import (
     weight_view,
 )
 from deltakit.core.buffer_ledger import copy_buffers
+from deltakit.core.caller_rows import begin_forward, close_rows, current_batch, end_forward, open_rows, rows_now
 from deltakit.core.delta_module import DeltaModule
 from deltakit.core.feature_slice import FeatureSlice, slice_where
 from deltakit.core.folding import expand, fold, span
@@ -29,7 +30,7 @@ from deltakit.core.logical import (
     num_parameters,
 )
 from deltakit.core.method import METHODS, BackboneView, Method, Selector
-from deltakit.core.mixed_batch import MixedBatch, holding
+from deltakit.core.mixed_batch import MixedBatch
 from deltakit.core.paths import (
     above,
     held_at,
@@ -87,18 +88,21 @@ __all__ = [
     "attachments_of",
     "bare_weight",
     "begin_call",
+    "begin_forward",
     "class_name",
+    "close_rows",
     "copy_buffers",
+    "current_batch",
     "current_call",
     "dequantized",
     "end_call",
+    "end_forward",
     "expand",
     "fold",
     "gathered",
     "held_at",
     "hidden_input",
     "hidden_output",
-    "holding",
     "is_callable",
     "is_compute_dtype",
     "is_conv1d",
@@ -114,6 +118,7 @@ __all__ = [
     "named_logical_parameters",
     "notice_moved_buffers",
     "num_parameters",
+    "open_rows",
     "own_children",
     "own_modules",
     "own_parameters",
@@ -123,6 +128,7 @@ __all__ = [
     "records_of",
     "replace_hidden",
     "replace_input",
+    "rows_now",
     "same_random_numbers",
     "scatter",
     "shapes_of",

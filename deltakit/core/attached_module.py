@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NoReturn, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from deltakit.core.caller_rows import RowsState, rows_now
 from deltakit.core.mixed_batch import MixedBatch
 from deltakit.core.target import Target, WeightRead
 from deltakit.errors import TargetError
@@ -18,7 +19,7 @@ FROZEN = "frozen"
 
 
 @runtime_checkable
-class DeltaState(Protocol):
+class DeltaState(RowsState, Protocol):
     """The part of a delta's state (`core.record.Record`) that its delta modules read."""
 
     name: str
@@ -26,7 +27,6 @@ class DeltaState(Protocol):
     order: int
     active: bool
     scale: float
-    batch: MixedBatch | None
     weights_before_merge: dict[str, Tensor]
 
     @property
@@ -97,8 +97,9 @@ class AttachedModule(nn.Module):
 
     @property
     def batch(self) -> MixedBatch | None:
-        """The mixed batch of the current `rows` block; None outside of one."""
-        return self.record.batch if self.record is not None else None
+        """The mixed batch of the caller's `rows` block; None outside of one."""
+        record = self.record
+        return rows_now(record, self) if record is not None and record.has_rows else None
 
     @property
     def takes_part(self) -> bool:

@@ -1,7 +1,5 @@
-"""Mixed-adapter batches, in which each example has its own delta: `with rows(model, ["spelling", None, "facts"]):`."""
+"""A mixed-adapter batch, in which each example has its own delta: `with rows(model, ["spelling", None, "facts"]):`."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +7,7 @@ import torch
 from jaxtyping import Int64, Shaped
 from torch import Tensor, nn
 
-from deltakit.errors import OptionError, StateError, no_such_delta
+from deltakit.errors import StateError
 
 
 @dataclass(eq=False)
@@ -23,6 +21,10 @@ class MixedBatch:
     kept: dict[Any, Any] = field(default_factory=dict)
     first: dict[nn.Module, nn.Module] = field(default_factory=dict)
     """By target: the delta module that computes the output for all deltas there."""
+    open: bool = True
+    """Whether its `rows` block has not ended."""
+    running: list[int] = field(default_factory=list)
+    """The threads in which a forward of the whole backbone runs with it."""
 
     def of(self, name: str, x: Shaped[Tensor, "*shape"], module: nn.Module) -> Int64[Tensor, " rows"]:
         """Returns the indices of a tensor's rows that belong to a delta.
@@ -58,38 +60,3 @@ class MixedBatch:
                 "leave targets that mix the examples (experts) out with exclude="
             )
         return times
-
-
-@contextmanager
-def holding(records: Sequence[Any], names: Sequence[str | None]) -> Iterator[MixedBatch]:
-    """Sets the mixed batch of these records inside a `with` block.
-
-    Args:
-        records: the records of all deltas on one backbone.
-        names: for each example the name of its delta, or None.
-
-    Raises:
-        OptionError: if a name is unknown, or no name is given.
-        StateError: if the backbone is in another `rows` block, or a named delta is not active or is merged.
-    """
-    known = {record.name: record for record in records}
-    if isinstance(names, str) or not len(names):
-        raise OptionError(f"rows(..., {names!r}): expected a list with the name of a delta, or None, for each example")
-    for name in dict.fromkeys(names):
-        if name is None:
-            continue
-        if name not in known:
-            raise no_such_delta("rows", name, known)
-        if not known[name].active or known[name].merged:
-            found = "merged; unmerge() it" if known[name].merged else "not active; set its active = True"
-            raise StateError(f"rows: delta {name!r} is {found} first")
-    if any(record.batch is not None for record in records):
-        raise StateError("rows: this backbone is in another rows() block already; leave that block first")
-    batch = MixedBatch(tuple(names))
-    for record in records:
-        record.batch = batch
-    try:
-        yield batch
-    finally:
-        for record in records:
-            record.batch = None

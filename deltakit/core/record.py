@@ -16,7 +16,6 @@ from deltakit.core.buffer_ledger import BufferLedger
 from deltakit.core.delta_module import DeltaModule
 from deltakit.core.grad_ledger import GradLedger
 from deltakit.core.method import Method
-from deltakit.core.mixed_batch import MixedBatch
 from deltakit.core.paths import join, own_modules
 
 
@@ -42,8 +41,14 @@ class Record:
     active: bool = True
     scale: float = 1.0
     """Multiplies the delta's effect in forwards."""
-    batch: MixedBatch | None = None
-    """The names of the examples' deltas inside a `rows` block; None outside."""
+    has_rows: bool = False
+    """Whether rows of its backbone are in use: in a `rows` block of any thread, or by a graph that was made in one."""
+    rows_in_use: set[int] = field(default_factory=set)
+    """The ids of these rows."""
+    open_blocks: set[int] = field(default_factory=set)
+    """The ids of the mixed batches whose `rows` blocks have not ended."""
+    unrooted: bool = False
+    """Whether parts of the backbone were called alone inside a `rows` block: their graphs do not tell their rows."""
     checked: bool = False
     """Whether a first forward has shown that its targets are called."""
     trainable: bool = True
@@ -85,7 +90,7 @@ class Record:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle of a backbone is outside of the `rows` block, so nothing would ever end its mixed batch.
-        return {**self.__dict__, "batch": None}
+        return {**self.__dict__, "has_rows": False, "rows_in_use": set(), "open_blocks": set(), "unrooted": False}
 
 
 class Site(NamedTuple):

@@ -76,7 +76,7 @@ def refuse_in_rows(name: str, record: Record, what: str = "attach or detach") ->
     Raises:
         StateError: if the backbone is in a `rows` block.
     """
-    if record.batch is not None:
+    if record.open_blocks:
         raise StateError(f"delta {name!r}: its backbone is in a rows() block; leave the block before {what}")
 
 

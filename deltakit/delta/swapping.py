@@ -32,7 +32,7 @@ def _refuse(attachment: Attachment) -> None:
     full = next(iter(held_of(attachment)), "")
     found = {
         "is merged into the weights: unmerge() it first": record.merged,
-        "is in a rows() block: leave the block first": record.batch is not None,
+        "is in a rows() block: leave the block first": bool(record.open_blocks),
         f"{holding_word(attachment.backbone, full)}, and only delta modules can be swapped: use load_state_dict()": bool(
             full
         ),

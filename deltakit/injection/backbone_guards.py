@@ -1,16 +1,17 @@
 """Backbone guards: hooks that a backbone needs besides the deltas' own, while deltas are attached."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from deltakit.core import DeltaModule, notice_moved_buffers, records_of
+from deltakit.core import Attachment, DeltaModule, notice_moved_buffers, records_of
 from deltakit.errors import StateError
 from deltakit.injection.call_observer import CallObserver
 from deltakit.injection.hooks import follow_hooks_when_compiled
+from deltakit.injection.rows_observer import forget_rows, observe_rows
 from deltakit.injection.training_guard import TrainingGuard
 
 _NESTED = "_deltakit_nested"
@@ -140,11 +141,33 @@ def _watch_inside(module: nn.Module, known: dict[int, bool], deltas: list[DeltaM
         elif child is not None and _watch_inside(child, known, deltas):
             found = True
     known[id(module)] = found
+    if not found:
+        forget_rows(module)
     if hasattr(type(module), "gradient_checkpointing"):
         _stand(InputGradients, module._forward_pre_hooks, partial(_ahead, module), wanted=found)
     if isinstance(module, nn.TransformerEncoder):
         _keep_unnested(module, wanted=found)
     return found
+
+
+def watch_rows(backbone: nn.Module, attached: Sequence[Attachment]) -> None:
+    """Adds the hooks that note rows on graphs, when a backbone is first used with `rows`. `watch` removes them on detach.
+
+    Backbones that are never used with `rows` do not pay for these hooks.
+    """
+    records = [attachment.record for attachment in attached]
+    # `watch` looks for hooks in the module that a delta was attached to, and in those inside. This may be a part of the
+    # backbone that `rows` was given, or the other way round.
+    roots = [module for module in backbone.modules() if module._load_state_dict_pre_hooks and _is_root(module)]
+    inside = {id(module) for root in roots for module in root.modules()}
+    if any(id(site.target) not in inside for attachment in attached for site in attachment.sites):
+        roots.append(backbone)
+    for root in roots:
+        observe_rows(root, records)
+
+
+def _is_root(module: nn.Module) -> bool:
+    return any(isinstance(watcher_of(hook), ReportPart) for hook in module._load_state_dict_pre_hooks.values())
 
 
 def _stand(

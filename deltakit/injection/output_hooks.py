@@ -9,6 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from deltakit.core import rows_now
+
+_UNKNOWN = object()
+
 
 class InputHook:
     """Calls all delta modules that change a target's input, before the target.
@@ -62,6 +66,7 @@ class OutputHook:
 
     def _through(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         # This runs in every call of every target, so it reads each attribute once.
+        batch: Any = _UNKNOWN
         for key in self.delta_keys:
             delta: Any = target._modules.get(key)
             if delta is None:
@@ -70,15 +75,19 @@ class OutputHook:
             # What `record.live` says, without the call of a property.
             if record is not None and (not record.active or record.weights_before_merge):
                 continue
-            # Outside of `rows` blocks, and so nearly always.
-            if record is None or record.batch is None:
+            # Nearly always no rows are in use at all. If they are, all deltas of the backbone have the same.
+            if record is None or not record.has_rows:
+                own = None
+            else:
+                own = batch = rows_now(record, delta) if batch is _UNKNOWN else batch
+            if own is None:
                 new = delta.after_call(target, args, kwargs, output)
             else:
                 # The first low-rank delta at a target computes the batched product for all of them.
-                first = record.batch.first.get(target)
+                first = own.first.get(target)
                 if first is not None and first is not delta:
                     continue
-                new = delta.after_call_mixed(target, args, kwargs, output, record.batch)
+                new = delta.after_call_mixed(target, args, kwargs, output, own)
             if new is not None:
                 output = new
         return output

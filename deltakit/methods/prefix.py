@@ -89,12 +89,12 @@ class PrefixModeDelta(PrefixDelta):
     """A prefix for attention outside transformers' attention interface: it overrides torch's functions in the forward."""
 
     def enter(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        prefixes = self.peers(target)
-        if self.batch is None:
+        prefixes, batch = self.peers(target), self.batch
+        if batch is None:
             PrefixMode(target, *joined(prefixes)).__enter__()
         else:
-            times = self.batch.times(hidden_input(args, kwargs), target)
-            PrefixMode(target, *joined_per_example(prefixes, self.batch, times)).__enter__()
+            times = batch.times(hidden_input(args, kwargs), target)
+            PrefixMode(target, *joined_per_example(prefixes, batch, times)).__enter__()
 
     def leave(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         mode = current_prefix_mode(target)

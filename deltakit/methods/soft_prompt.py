@@ -48,10 +48,11 @@ class PromptDelta(CallContext):
 
     def lengths(self, target: nn.Module) -> int | tuple[int, ...]:
         """Returns the length of the prompt in tokens; in a mixed batch the length for each example."""
-        if self.batch is None:
+        batch = self.batch
+        if batch is None:
             return self.tokens
         own = {peer.record.name: peer.tokens for peer in self.peers(target)}
-        return tuple(own.get(name, 0) for name in self.batch.names)
+        return tuple(own.get(name, 0) for name in batch.names)
 
 
 class PromptVectorsDelta(PromptDelta):
@@ -92,15 +93,15 @@ class PromptVectorsDelta(PromptDelta):
 
     def _start_and_length(self, target: nn.Module, ids: Int[Tensor, "*shape"]) -> tuple[int | Tensor, int | Tensor]:
         """Returns where each example's prompt starts among the vectors of all peers, and its length."""
-        tokens = self.lengths(target)
-        if isinstance(tokens, int) or self.batch is None:
+        tokens, batch = self.lengths(target), self.batch
+        if isinstance(tokens, int) or batch is None:
             return 0, self.tokens
         starts, total = {}, 0
         for peer in self.peers(target):
             starts[peer.record.name] = total
             total += peer.tokens
-        times = self.batch.times(ids.unsqueeze(-1), target)
-        both = torch.tensor([[starts.get(name, 0), n] for name, n in zip(self.batch.names, tokens, strict=True)])
+        times = batch.times(ids.unsqueeze(-1), target)
+        both = torch.tensor([[starts.get(name, 0), n] for name, n in zip(batch.names, tokens, strict=True)])
         both = both.to(ids.device).repeat_interleave(times, 0)
         return both[:, :1], both[:, 1:]
 

@@ -32,7 +32,7 @@ _EVERYWHERE = torch.nn.modules.module._global_forward_hooks
 # tells whether a functional transform is active. `torch.is_autocast_enabled(y.device.type)` takes 660 ns, and this 140 ns.
 _is_compiling, _is_tracing = torch.compiler.is_compiling, torch.jit.is_tracing  # type: ignore[attr-defined]
 _autocast, _transforms = torch._C._is_any_autocast_enabled, torch._C._are_functorch_transforms_active
-dispatch_modes = torch._C._len_torch_dispatch_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 class Product(NamedTuple):
@@ -102,7 +102,7 @@ def _only_plain(x: Tensor, y: Tensor, a: Tensor) -> bool:
         or not y.is_contiguous()
         or _autocast()
         or _transforms()
-        or dispatch_modes() > 0
+        or _dispatch_modes() > 0
         or _is_tracing()
         or forward_ad._current_level >= 0
     )
@@ -156,6 +156,12 @@ def convolved(
 def _must_be_called(delta: nn.Module) -> bool:
     """Returns whether a delta module must be called by `__call__`, so that hooks of FSDP2 and accelerate run."""
     return bool(delta._forward_pre_hooks or delta._forward_hooks or "forward" in delta.__dict__)
+
+
+def watched() -> bool:
+    """Returns whether a dispatch mode sees the results of all operations, and may keep a layer's output."""
+    # Dynamo cannot trace the second question, and traces no such mode.
+    return not _is_compiling() and _dispatch_modes() > 0
 
 
 def _frozen_weight(layer: nn.Module | None, x: Tensor, y: Tensor) -> Tensor | None:

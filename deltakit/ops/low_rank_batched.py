@@ -60,7 +60,7 @@ def shared_work(delta: DeltaModule, target: nn.Module, batch: MixedBatch) -> Sha
     # The same for all calls in a `rows` block: names and modules cannot change inside it.
     if key not in batch.kept:
         modules: list[Any] = [
-            m for m in target._modules.values() if isinstance(m, DeltaModule) and m.live and m.takes_part
+            m for m in list(target._modules.values()) if isinstance(m, DeltaModule) and m.live and m.takes_part
         ]
         owners = list(dict.fromkeys(m.record.name for m in modules))
         here = [[m for m in modules if m.record.name == name] for name in owners]
@@ -167,7 +167,8 @@ def gathered_factors(factors: Sequence[tuple[Tensor, Tensor]], places: Sequence[
     low = torch.stack([F.pad(a.to(x.dtype), (0, 0, 0, rank - a.shape[0])) for a, _ in factors])
     high = torch.stack([F.pad(b.to(x.dtype).mT, (0, 0, 0, rank - b.shape[1])) for _, b in factors])
     index = torch.tensor(places, device=x.device)
-    if -1 in places:
+    # Not `-1 in places`: behind a graph break dynamo takes that for false (measured on torch 2.13).
+    if min(places) < 0:
         low, high = (torch.cat([part, torch.zeros_like(part[:1])]) for part in (low, high))
         index = index.where(index >= 0, len(factors))
     return Gathered(low.index_select(0, index), high.index_select(0, index))

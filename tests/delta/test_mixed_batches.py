@@ -8,6 +8,7 @@ import transformers as tf
 from torch import nn
 
 import deltakit as dk
+from deltakit.core import current_batch
 from deltakit.ops.low_rank_batched import Gathered, Masked
 from support.models import Transformer, ids, randomize
 from support.tiny_transformers import build
@@ -110,7 +111,7 @@ def test_many_rows_of_few_deltas(tokens, grad):
     batch = torch.randint(2, 31, (20, tokens))
     with torch.set_grad_enabled(grad), dk.rows(model, names):
         together = model(batch)
-        kept = deltas["a"]._record.batch.kept.values()
+        kept = current_batch([deltas["a"]._record]).kept.values()
         made = [value[1] for value in kept if isinstance(value, tuple) and isinstance(value[1], Gathered | Masked)]
         # Masked for up to three tokens an example, where nothing needs gradients.
         assert [isinstance(factors, Masked) for factors in made] == [tokens < 4 and not grad] * len(made)
@@ -167,7 +168,7 @@ def test_bad_input(tmp_path):
         dk.rows(model, ["b"]),
     ):
         dk.attach(model, dk.BitFit(), name="new")
-    assert delta._record.batch is None
+    assert not delta._record.open_blocks
     assert delta.attached
 
 

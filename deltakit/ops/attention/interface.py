@@ -78,7 +78,7 @@ def attend(
     if not prefixes:
         return kernel(module, query, key, value, attention_mask, *args, **kwargs)
     _refuse(module, implementation or "eager", attention_mask, kwargs)
-    batch = prefixes[0].record.batch if prefixes[0].record is not None else None
+    batch = prefixes[0].batch
     if batch is None:
         prefix_key, prefix_value = joined(prefixes)
         length = prefix_key.shape[1]

@@ -28,7 +28,7 @@ class AttentionPrefix(CallContext):
 
 def live_prefixes(module: nn.Module) -> list[AttentionPrefix]:
     """Returns the prefixes on an attention module that take part in the current forward."""
-    prefixes = [child for child in module._modules.values() if isinstance(child, AttentionPrefix) and child.live]
+    prefixes = [child for child in list(module._modules.values()) if isinstance(child, AttentionPrefix) and child.live]
     return [prefix for prefix in prefixes if prefix.takes_part]
 
 

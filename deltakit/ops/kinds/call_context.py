@@ -29,7 +29,7 @@ class CallContext(DeltaModule):
 
     def peers(self, target: nn.Module) -> list[Any]:
         """Returns the active delta modules of its class on a target, in the order of attachment, itself included."""
-        there = [child for child in target._modules.values() if type(child) is type(self)]
+        there = [child for child in list(target._modules.values()) if type(child) is type(self)]
         found = [child for child in there if isinstance(child, DeltaModule) and child.live and child.takes_part]
         return sorted(found, key=lambda child: child.record.order if child.record is not None else 0)
 

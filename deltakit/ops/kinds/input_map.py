@@ -45,7 +45,8 @@ class InputMap(LayerMap):
         return self.into(x)
 
     def before_call(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self.takes_part:
+        batch = self.batch
+        if batch is not None and self.record is not None and self.record.name not in batch.names:
             return None
         x = hidden_input(args, kwargs)
         if not x.is_floating_point():
@@ -53,7 +54,6 @@ class InputMap(LayerMap):
                 f"{self.word()}: expected hidden states as the input of this {type(target).__name__}, found "
                 f"{x.dtype} of shape {tuple(x.shape)}; leave this module out with exclude="
             )
-        batch = self.batch
         if batch is None or self.record is None:
             return replace_input(args, kwargs, self._applied(x))
         rows = batch.of(self.record.name, x, target)

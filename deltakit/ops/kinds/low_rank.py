@@ -20,7 +20,7 @@ from deltakit.core import (
     wide,
 )
 from deltakit.ops.kinds.output_map import OutputMap
-from deltakit.ops.low_rank import Product, add_few_tokens, add_low_rank, convolved, dispatch_modes, fresh
+from deltakit.ops.low_rank import Product, add_few_tokens, add_low_rank, convolved, fresh, watched
 from deltakit.ops.low_rank_batched import add_per_example, shared_work
 from deltakit.ops.sizes import sizes
 
@@ -100,7 +100,7 @@ class LowRank(OutputMap):
             work = shared_work(self, target, batch)
             if work is not None:
                 x = args[0] if args else hidden_input(args, kwargs)
-                in_place = not (torch.is_grad_enabled() or dispatch_modes()) and fresh(target, self)[0] is not None
+                in_place = not torch.is_grad_enabled() and not watched() and fresh(target, self)[0] is not None
                 return add_per_example(self, work, target, x, output, batch, in_place=in_place)
         # Without shared work each delta module runs on its own examples, as other output maps do.
         batch.first.pop(target, None)

@@ -33,7 +33,7 @@ def on_own_examples(
     Returns:
         The new output; None if no example uses the delta.
     """
-    if not module.takes_part or module.record is None:
+    if module.record is None or module.record.name not in batch.names:
         return None
     y = hidden_output(output)
     rows = batch.of(module.record.name, y, target)
