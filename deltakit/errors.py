@@ -15,9 +15,31 @@ Warnings are `DeltaWarning`; `warnings.simplefilter("error", deltakit.DeltaWarni
 
 from collections.abc import Iterable
 
+_LONGEST = 4_000
+
+
+def printable(text: str) -> str:
+    """Returns a text of one line that a terminal shows as it is: other characters are written as escapes.
+
+    Names of modules, deltas and models come from other people's files. An escape sequence in one could clear the screen, and
+    a mark for right-to-left text or a line break could hide what follows.
+
+    >>> print(printable("q_proj\\x1b[2J"), printable("käse\\n"))
+    q_proj\\x1b[2J käse\\n
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
 
 class DeltaError(Exception):
     """Base of every error that deltakit raises on purpose."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        # A damaged file may have names of millions of characters.
+        more = len(text) - _LONGEST
+        return printable(text if more <= 0 else f"{text[:_LONGEST]}... and {more:,} more characters")
 
 
 class SelectorError(DeltaError, ValueError):
@@ -54,6 +76,9 @@ class HubError(DeltaError, OSError):
 
 class DeltaWarning(UserWarning):
     """Something that may be intended but is often a mistake."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 def no_such_delta(where: str, name: object, attached: Iterable[str]) -> OptionError:

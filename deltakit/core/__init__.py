@@ -20,7 +20,7 @@ from deltakit.core.buffer_ledger import copy_buffers
 from deltakit.core.caller_rows import begin_forward, close_rows, current_batch, end_forward, open_rows, rows_now
 from deltakit.core.delta_module import DeltaModule
 from deltakit.core.feature_slice import FeatureSlice, slice_where
-from deltakit.core.folding import expand, fold, span
+from deltakit.core.folding import breadth, expand, fold, span
 from deltakit.core.grad_ledger import GradLedger
 from deltakit.core.linear import is_compute_dtype, is_conv1d, linear_sizes, projection_sizes, wide
 from deltakit.core.logical import (
@@ -89,6 +89,7 @@ __all__ = [
     "bare_weight",
     "begin_call",
     "begin_forward",
+    "breadth",
     "class_name",
     "close_rows",
     "copy_buffers",

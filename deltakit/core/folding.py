@@ -6,14 +6,16 @@ Expanding inverts folding: the selectors that `fold` returns expand to exactly t
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 from deltakit.errors import SelectorError
 
-_RANGE = re.compile(r"(0|[1-9]\d*)-(0|[1-9]\d*)(?::([1-9]\d*))?(?:!(.+))?")
-_INDEX = re.compile(r"0|[1-9]\d*")
+# At most 18 digits: Python's `len` of a range ends at 19, and `int` refuses texts of thousands.
+_NUMBER = r"(0|[1-9][0-9]{0,17})"
+_RANGE = re.compile(rf"{_NUMBER}-{_NUMBER}(?::([1-9][0-9]{{0,17}}))?")
+_INDEX = re.compile(_NUMBER)
 
 
 def span(names: Sequence[str]) -> str:
@@ -51,34 +53,80 @@ def fold(paths: Iterable[str]) -> tuple[str, ...]:
     return tuple(root.selectors())
 
 
-def expand(component: str) -> tuple[str, ...]:
+def expand(component: str, among: Collection[int] | None = None) -> tuple[str, ...]:
     """Returns the names that one component matches: itself, or the members of its braces.
 
     >>> expand("{0-6:2,q}"), expand("{0-4!1-3}"), expand("q_proj")
     (('0', '2', '4', '6', 'q'), ('0', '4'), ('q_proj',))
+    >>> expand("{0-99999999999}", among=[3, 17])
+    ('3', '17')
+
+    Args:
+        among: the only numbers that are wanted of ranges. Without it the time grows with `breadth(component)`: ask for that
+            first where the component is not your own.
 
     Raises:
         SelectorError: if a member of the braces is empty, or a range runs backwards.
     """
+    names: dict[str, None] = {}
+    for member in _members(component):
+        ranges = _ranges(member, component)
+        if not ranges:
+            names[member] = None
+            continue
+        numbers = ranges[0] if among is None else (number for number in among if number in ranges[0])
+        names.update((str(number), None) for number in numbers if _is_left(number, ranges))
+    return tuple(names)
+
+
+def breadth(component: str) -> int:
+    """Returns how many names `expand` looks at. It takes no time, however long the ranges are.
+
+    >>> breadth("{0-99999999999,q}"), breadth("q_proj")
+    (100000000001, 1)
+
+    Raises:
+        SelectorError: if a member of the braces is empty, or a range runs backwards.
+    """
+    found = [_ranges(member, component) for member in _members(component)]
+    return sum(len(ranges[0]) * len(ranges) if ranges else 1 for ranges in found)
+
+
+def _members(component: str) -> list[str]:
     if not (component.startswith("{") and component.endswith("}")):
-        return (component,)
-    names = [name for piece in component[1:-1].split(",") for name in _piece(piece.strip(), component)]
-    return tuple(dict.fromkeys(names))
-
-
-def _piece(piece: str, component: str) -> Sequence[str]:
-    if not piece:
+        return [component]
+    members = [member.strip() for member in component[1:-1].split(",")]
+    if "" in members:
         raise SelectorError(
             f"{component!r}: a member of the braces is empty; write names or ranges, such as {{q,v}} or {{0-11}}"
         )
-    found = _RANGE.fullmatch(piece)
-    if found is None:
-        return [piece]
-    first, last, step, left_out = int(found[1]), int(found[2]), int(found[3] or 1), found[4]
-    if first > last:
-        raise SelectorError(f"{component!r}: the range {piece!r} runs backwards; write it as {last}-{first}")
-    without = set(_piece(left_out, component)) if left_out else set()
-    return [name for name in map(str, range(first, last + 1, step)) if name not in without]
+    return members
+
+
+def _ranges(member: str, component: str) -> list[range]:
+    """Returns the range that a member of braces is, and what is removed from it; an empty list if it is a name."""
+    first, *removed = member.split("!")
+    if not _RANGE.fullmatch(first) or "" in removed:
+        return []
+    ranges = []
+    for text in (first, *removed):
+        found = _RANGE.fullmatch(text if "-" in text else f"{text}-{text}")
+        if found is None:
+            # A name: no number is removed by it.
+            break
+        start, end, step = int(found[1]), int(found[2]), int(found[3] or 1)
+        if start > end:
+            raise SelectorError(f"{component!r}: the range {text!r} runs backwards; write it as {end}-{start}")
+        ranges.append(range(start, end + 1, step))
+    return ranges
+
+
+def _is_left(number: int, ranges: Sequence[range]) -> bool:
+    """Returns whether a number is in the first range and not removed: each range removes from the one before it."""
+    left = False
+    for members in reversed(ranges):
+        left = number in members and not left
+    return left
 
 
 def _progression(numbers: Sequence[int]) -> str | None:

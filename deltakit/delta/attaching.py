@@ -3,14 +3,14 @@
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from os import PathLike
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from deltakit.core import (
     Attachment,
-    DeltaModule,
     Method,
     Record,
     Selector,
@@ -18,15 +18,24 @@ from deltakit.core import (
     records_of,
     same_random_numbers,
     tensors_of,
-    without_start_values,
 )
 from deltakit.delta.full_training import current_values
 from deltakit.delta.handle import Delta
 from deltakit.delta.new_heads import warn_frozen_head
-from deltakit.delta.planning import build, original, planned
+from deltakit.delta.planning import original, planned
+from deltakit.delta.rebuilding import check_paths, rebuilt
 from deltakit.delta.untrained import start_of
-from deltakit.errors import BackboneMismatch, CheckpointError, DeltaWarning, OptionError
-from deltakit.files import backbone_identity, differences, expanded, find_folder, methods_of, read_folder
+from deltakit.errors import BackboneMismatch, DeltaWarning, OptionError
+from deltakit.files import (
+    backbone_identity,
+    differences,
+    expanded,
+    find_folder,
+    from_file,
+    methods_of,
+    read_folder,
+    room_for,
+)
 from deltakit.selection import BackboneIndex
 
 AUTOMATIC_NAME = "delta"
@@ -94,11 +103,11 @@ def load(
         token: the Hub's access token; by default the one of `hf auth login`.
 
     Raises:
-        CheckpointError: if there is no delta, it is damaged, or its tensors do not fit. Nothing is changed then.
+        CheckpointError: if there is no delta, it is damaged, its methods cannot be built on this backbone, or its tensors do
+            not fit. Nothing is changed then.
         BackboneMismatch: if the backbone differs from the one that the delta was trained on.
         HubError: if the repository cannot be read.
-        OptionError: if `check` or `name` has a wrong value, or a saved option does not fit the backbone.
-        TargetError: if a saved method cannot be used on its target.
+        OptionError: if `check` or `name` has a wrong value.
         StateError: if the name is taken, the delta has no name and a target has the same method already, the backbone is
             wrapped for distribution or is in a `rows` block, or another delta fully trains the same parameters or is merged
             into them.
@@ -110,13 +119,16 @@ def load(
     config, tensors = read_folder(folder)
     where = str(source)
     _check_backbone(config, backbone, where, check)
-    found = methods_of(config)
-    for _, paths in found:
-        _check_paths(index, paths, where)
-    built = [_rebuilt(index, method, paths, where) for method, paths in found]
-    record = _record(backbone, [m for m, _ in found], name or config["name"], freeze, config["train"]["selectors"])
-    full = expanded(config["train"]["names"])
-    _check_paths(dict(tensors_of(backbone)), full, where)
+    own = dict(tensors_of(backbone))
+    limit = room_for([*index.by_path, *own])
+    found = methods_of(config, index, limit, where)
+    with from_file(where, "train.names"):
+        full = expanded(config["train"]["names"], own, limit)
+    check_paths(own, full, where)
+    built = [rebuilt(index, method, paths, tensors, where) for method, paths in found]
+    with nullcontext() if name is not None else from_file(where, "name"):
+        name = name if name is not None else config["name"]
+        record = _record(backbone, [m for m, _ in found], name, freeze, config["train"]["selectors"])
     record.trained_values = current_values(backbone, full, record)
     delta = Delta(Attachment(backbone, record, _sites(index, built)))
     delta.load_state_dict(tensors, where=where)
@@ -129,10 +141,10 @@ def new_delta(backbone: nn.Module, methods: Sequence[Method], name: str | None, 
 
 
 def _record(backbone: nn.Module, methods: Any, name: str | None, freeze: bool, train: Any) -> Record:
-    if name is not None and (not isinstance(name, str) or not name or "." in name or any(map(str.isspace, name))):
+    if name is not None and (not isinstance(name, str) or not name or not name.isprintable() or set(name) & {".", " "}):
         raise OptionError(
-            f"name={name!r}: expected a word without dots and spaces, because it becomes part of parameter names; "
-            "write '_' instead"
+            f"name={name!r}: expected a word without dots, spaces and control characters, because it becomes part of "
+            "parameter names; write '_' instead"
         )
     # Deltas at one target apply in the order of their first attachment, even if they were never attached at the same time.
     # So the order is a time, not a count of the attached deltas.
@@ -148,25 +160,6 @@ def _sites(index: BackboneIndex, built: Any) -> list[Site]:
     ]
 
 
-def _rebuilt(index: BackboneIndex, method: Method, paths: Sequence[str], where: str) -> dict[str, DeltaModule]:
-    """Returns the delta modules of a saved method, at exactly the paths in its file.
-
-    Raises:
-        CheckpointError: if the method builds delta modules at other paths on this backbone.
-        TargetError: if the method cannot be used on a target.
-        OptionError: if an option does not fit a target.
-    """
-    with without_start_values():
-        built = build(index, method, [index.target(path) for path in paths])
-    other = sorted(built.keys() ^ set(paths))
-    if other:
-        raise CheckpointError(
-            f"{where}: {method.name} has {len(paths)} targets in the file, but would have {len(built)} on this backbone; they "
-            f"differ at {other[0]}; load the backbone that the delta was trained on"
-        )
-    return built
-
-
 def _check_backbone(config: Mapping[str, Any], backbone: nn.Module, where: str, check: str) -> None:
     if check not in ("error", "warn"):
         raise OptionError(f"check={check!r}: expected 'error' or 'warn'")
@@ -177,12 +170,3 @@ def _check_backbone(config: Mapping[str, Any], backbone: nn.Module, where: str, 
     if check == "error":
         raise BackboneMismatch(f"{message}; load that backbone, or pass check='warn' to load the delta all the same")
     warnings.warn(message, DeltaWarning, stacklevel=3)
-
-
-def _check_paths(known: BackboneIndex | Mapping[str, Tensor], paths: list[str], where: str) -> None:
-    missing = [path for path in paths if path not in known]
-    if missing:
-        raise CheckpointError(
-            f"{where}: {len(missing)} of its {len(paths)} targets are not in this backbone, such as {missing[0]}; load the "
-            "backbone that the delta was trained on"
-        )

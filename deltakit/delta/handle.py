@@ -202,7 +202,8 @@ class Delta(DeltaContents):
             where: where the tensors come from, for error messages.
 
         Raises:
-            CheckpointError: if a tensor is missing, unknown or of another shape. Nothing is changed then.
+            CheckpointError: if a tensor is missing, unknown, of another shape or dtype, or not finite. Nothing is changed
+                then.
             StateError: if the delta is merged, or this process has only a part of it (FSDP1, DeepSpeed ZeRO-3).
         """
         refuse_merged(self._record, "loading tensors into it")
@@ -230,8 +231,9 @@ class Delta(DeltaContents):
         Under FSDP2 every process must call it; the first process writes. A warning says if the delta is as it was attached.
 
         Raises:
-            StateError: if its scale is not 1, it was offloaded with its backbone, or this process has only a part of it
-                (FSDP1, DeepSpeed ZeRO-3).
+            CheckpointError: if the files cannot be written. What was saved there before is unchanged then.
+            StateError: if its scale is not 1, a value is infinite or not a number, it was offloaded with its backbone, or this
+                process has only a part of it (FSDP1, DeepSpeed ZeRO-3).
         """
         refuse_scaled(self._record)
         held_of(self._attachment)
@@ -239,6 +241,7 @@ class Delta(DeltaContents):
         sharded = any(map(is_sharded, self.parameters()))
         state = self.state_dict()
         tensors.refuse_absent(state)
+        tensors.refuse_not_finite(self._attachment, state)
         warn_untrained(self._attachment, state)
         if not sharded or is_first():
             write_folder(Path(folder), config, state, model_card(config))
@@ -259,7 +262,8 @@ class Delta(DeltaContents):
 
         Raises:
             HubError: if the Hub cannot be reached or refuses the upload.
-            StateError: if its scale is not 1, it was offloaded with its backbone, or this process has only a part of it.
+            StateError: if its scale is not 1, a value is infinite or not a number, it was offloaded with its backbone, or this
+                process has only a part of it.
         """
         with TemporaryDirectory() as folder:
             return upload(self.save(folder), repo_id, private=private, token=token, commit_message=message)

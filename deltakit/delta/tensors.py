@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from deltakit.core import Attachment, gathered, is_sharded, parameters_of, scatter, tensors_of
 from deltakit.errors import OptionError, StateError
+from deltakit.files import is_finite
 
 FULLY_TRAINED = "fully_trained"
 """The tag of the backbone's own parameters that a delta fully trains."""
@@ -96,6 +97,24 @@ def refuse_absent(state: Mapping[str, Tensor]) -> None:
             raise StateError(
                 f"{name}: expected values to save, found a tensor on the meta device: the model was offloaded after "
                 "attaching, so this delta can run, but not be trained or saved; offload first and attach afterwards"
+            )
+
+
+def refuse_not_finite(attachment: Attachment, state: Mapping[str, Tensor]) -> None:
+    """Refuses to save a delta whose training has failed. What was saved before stays, and a load would refuse the new one.
+
+    Raises:
+        StateError: if a value is infinite or not a number. Only where the backbone's own tensor has such values, too, as in a
+            mask of -inf, they are meant.
+    """
+    broken = [name for name, tensor in state.items() if not is_finite(tensor)]
+    record = attachment.record
+    own = dict(tensors_of(attachment.backbone)) | record.backbone_values if broken else {}
+    for name in broken:
+        if name not in record.fully_trained or is_finite(own[name]):
+            raise StateError(
+                f"delta {record.name!r}: {name} has values that are infinite or not a number, so its training has failed; "
+                "load what was saved before, and train with a lower learning rate"
             )
 
 

@@ -1,10 +1,12 @@
 """Bytes in and out: a delta's folder, its config and model card, the fingerprint of its backbone, and the Hub."""
 
 from deltakit.files.card import model_card
-from deltakit.files.checkpoint import check_tensors, read_folder, write_folder
-from deltakit.files.config import backbone_identity, delta_config, expanded, methods_of
+from deltakit.files.checkpoint import read_folder, write_folder
+from deltakit.files.config import backbone_identity, delta_config, expanded, methods_of, room_for
 from deltakit.files.fingerprint import differences
 from deltakit.files.hub import find_folder, upload
+from deltakit.files.schema import from_file
+from deltakit.files.values import check_tensors, is_finite
 
 __all__ = [
     "backbone_identity",
@@ -13,9 +15,12 @@ __all__ = [
     "differences",
     "expanded",
     "find_folder",
+    "from_file",
+    "is_finite",
     "methods_of",
     "model_card",
     "read_folder",
+    "room_for",
     "upload",
     "write_folder",
 ]

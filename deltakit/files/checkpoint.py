@@ -1,131 +1,149 @@
-"""The files of a delta: `delta_config.json` describes it, `delta_model.safetensors` holds its tensors.
+"""The files of a delta. `delta_model.safetensors` holds its tensors and its config; `delta_config.json` is a readable copy.
+
+Two files cannot be replaced at once. So one file alone is the truth: whoever reads while somebody saves, or after a save was
+killed, gets one of the two deltas and never a mixture.
 
 Their names differ from PEFT's on purpose: transformers' `from_pretrained` fails on a folder with an
 `adapter_config.json` that is not PEFT's.
 """
 
-import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import safetensors
 from safetensors.torch import save_file
 from torch import Tensor
 
 from deltakit.errors import CheckpointError
+from deltakit.files.partial import partial_folder
+from deltakit.files.readable_copy import check_copy
+from deltakit.files.schema import DeltaConfig, read_config
+from deltakit.files.seal import check_seal, sealed
 
 CONFIG_FILE = "delta_config.json"
 TENSORS_FILE = "delta_model.safetensors"
 CARD_FILE = "README.md"
-FORMAT_VERSION = 1
 
-_DESCRIBED = "description"
-_CARD_MARK = "<!-- written by deltakit: remove this line to keep your own text -->"
+_ENTRY, _FIRST_ENTRY = "delta", "description"
+_CARD_MARK = b"<!-- written by deltakit: remove this line to keep your own text -->"
+_TRIES = 100
 
 
 def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> None:
     """Writes the files of a delta into a folder, which is created if needed. A README.md that the user wrote is kept.
 
-    Each file is written under a temporary name and then renamed, so an interrupted save leaves whole files. Two files cannot
-    be renamed at once, so both name the description that the tensors belong to. After an interruption between the two, the
-    folder holds one of the two deltas, or loading it fails.
+    All files are written beside their places first, and then renamed. So after an error, a crash or a loss of power the folder
+    holds either the delta that was there before or the new one.
+
+    Raises:
+        CheckpointError: if the files cannot be written, or an option of a method is not plain data.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    # All processes of a group may save to one folder. Each writes temporary files of its own, and the last one wins.
-    own = uuid4().hex
-    parts = {name: folder / f".{name}.{own}.partial" for name in (TENSORS_FILE, CONFIG_FILE, CARD_FILE)}
-    described = _digest(config)
-    text = json.dumps({**config, _DESCRIBED: described}, indent=2, ensure_ascii=False)
-    present = folder / CARD_FILE
+    whole = sealed(config, plain, folder)
     try:
-        # Only one entry, and not the usual "format": safetensors writes several in random order, and then one delta would
-        # not always give the same bytes.
-        save_file(plain, parts[TENSORS_FILE], metadata={_DESCRIBED: described})
-        parts[CONFIG_FILE].write_text(f"{text}\n", encoding="utf-8")
-        parts[CARD_FILE].write_text(f"{card.rstrip()}\n\n{_CARD_MARK}\n", encoding="utf-8")
-        if present.exists() and _CARD_MARK not in present.read_text(encoding="utf-8"):
-            parts.pop(CARD_FILE).unlink()
-        for name, part in parts.items():
-            part.replace(folder / name)
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
+        with partial_folder(folder) as own:
+            # Only one entry, and not the usual "format": safetensors writes several in random order, and then one delta would
+            # not always give the same bytes.
+            save_file(plain, own / TENSORS_FILE, metadata={_ENTRY: json.dumps(whole)})
+            (own / CONFIG_FILE).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+            # safetensors makes a file that only its owner can read. Both files get what the user's umask says.
+            (own / TENSORS_FILE).chmod((own / CONFIG_FILE).stat().st_mode & 0o777)
+            names = [TENSORS_FILE, CONFIG_FILE]
+            if _is_ours(folder / CARD_FILE):
+                (own / CARD_FILE).write_bytes(card.rstrip().encode() + b"\n\n" + _CARD_MARK + b"\n")
+                names.append(CARD_FILE)
+            for name in names:
+                _settle(own / name, folder / name)
+            for name in names:
+                (own / name).replace(folder / name)
+    except (OSError, UnicodeError, safetensors.SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder}: the delta could not be saved: {error}; what was saved there before is unchanged; free some space, "
+            "allow writing there, or save to another folder"
+        ) from error
 
 
-def _digest(config: Mapping[str, Any]) -> str:
-    """The digest of what says how tensors are read: methods, paths and structure.
-
-    Two saves of one delta during training agree in it, so the newer tensors may stand beside the older config.
-    """
-    fingerprint = config["backbone"]["fingerprint"]
-    described = [config["methods"], config["train"], fingerprint["class"], fingerprint["structure"]]
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+def _is_ours(card: Path) -> bool:
+    return not card.is_file() or _CARD_MARK in card.read_bytes()
 
 
-def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _settle(part: Path, place: Path) -> None:
+    """Makes sure that a file can be renamed to its place, and that it is on the disk before it is."""
+    if place.is_dir():
+        raise IsADirectoryError(f"{place.name} is a folder there")
+    # Otherwise a loss of power after the rename can leave an empty file in the place of the old delta.
+    with part.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def read_folder(folder: Path) -> tuple[DeltaConfig, dict[str, Tensor]]:
     """Returns the config and the tensors of the delta in a folder.
 
     Raises:
-        CheckpointError: if one of the files is missing or damaged, or has a newer format version.
+        CheckpointError: if one of the files is missing, damaged or changed by hand, or has a newer format version.
     """
-    for name in (CONFIG_FILE, TENSORS_FILE):
-        if not (folder / name).is_file():
-            there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:10]) or "nothing"
-            raise CheckpointError(
-                f"{folder}: no delta in this folder: expected {name}, found {there}; pass the folder that delta.save wrote"
-            )
+    config_file, tensors_file = folder / CONFIG_FILE, folder / TENSORS_FILE
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{folder / CONFIG_FILE} is damaged: {error}; save or download it again") from error
-    version = config.get("format_version") if isinstance(config, dict) else None
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+        if not tensors_file.is_file():
+            raise _absent(folder, TENSORS_FILE)
+        metadata, tensors, identity = _read(tensors_file)
+        if _ENTRY not in metadata:
+            return _first_format(folder, metadata), tensors
+        config = read_config(metadata[_ENTRY], tensors_file)
+        check_seal(config, tensors, tensors_file)
+        check_copy(config_file, config, tensors_file, lambda: _identity(tensors_file) != identity)
+    except OSError as error:
         raise CheckpointError(
-            f"{folder / CONFIG_FILE}: found format version {version!r}, this deltakit reads versions up to {FORMAT_VERSION}; "
-            "upgrade deltakit"
-        )
-    missing = sorted({"methods", "train", "backbone", "name"} - config.keys())
-    if missing:
-        raise CheckpointError(f"{folder / CONFIG_FILE} is damaged: it has no {', '.join(missing)}; save it again")
-    try:
-        with safetensors.safe_open(folder / TENSORS_FILE, "pt") as file:
-            described = (file.metadata() or {}).get(_DESCRIBED)
-            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{folder / TENSORS_FILE} is damaged or cut off: {error}; save or download it again"
+            f"{folder}: the delta could not be read: {error}; allow reading it, or copy it again"
         ) from error
-    # Files of deltakit 0.1.0 and files of other programs have no description.
-    if described is not None and described != config.get(_DESCRIBED):
+    return config, tensors
+
+
+def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor], object]:
+    """Returns the metadata and the tensors of a safetensors file, and the identity of the file."""
+    for _ in range(_TRIES):
+        before = _identity(file)
+        problem: Exception | None = None
+        try:
+            with safetensors.safe_open(file, "pt") as opened:
+                metadata = opened.metadata() or {}
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except Exception as error:
+            # Not only its own errors: a header with impossible sizes or types gets as far as torch.
+            problem = error
+        # safetensors opens the file twice. A save may have replaced it in between.
+        if before == _identity(file):
+            break
+    if problem is not None:
+        raise CheckpointError(f"{file} is damaged or cut off: {problem}; save or download it again") from problem
+    return metadata, tensors, before
+
+
+def _identity(file: Path) -> object:
+    found = file.stat()
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _first_format(folder: Path, metadata: Mapping[str, str]) -> DeltaConfig:
+    """Returns the config of a delta that deltakit 0.1 saved, whose safetensors file does not hold it."""
+    config_file = folder / CONFIG_FILE
+    if not config_file.is_file():
+        raise _absent(folder, CONFIG_FILE)
+    config = read_config(config_file.read_bytes(), config_file)
+    described = metadata.get(_FIRST_ENTRY)
+    if config["format_version"] > 1 or (described is not None and described != config.get(_FIRST_ENTRY)):
         raise CheckpointError(
             f"{folder}: {CONFIG_FILE} and {TENSORS_FILE} come from two different saves: saving was interrupted, or one file "
             "was copied from elsewhere; save the delta again"
         )
-    return config, tensors
+    return config
 
 
-def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, where: str) -> None:
-    """Checks that a file has exactly the expected tensors, with the expected shapes.
-
-    Args:
-        where: the folder or repository, for the error message.
-
-    Raises:
-        CheckpointError: if tensors are missing, unknown or of another shape; the message lists the first five.
-    """
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is unknown in this delta" for name in found if name not in expected]
-    problems += [
-        f"{name}: the file has {tuple(tensor.shape)}, the backbone needs {tuple(expected[name].shape)}"
-        for name, tensor in found.items()
-        if name in expected and tensor.shape != expected[name].shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise CheckpointError(
-            f"{where}: {len(problems)} of its tensors do not fit: {shown}; load the backbone that the delta was trained on"
-        )
+def _absent(folder: Path, name: str) -> CheckpointError:
+    there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:10]) or "nothing"
+    return CheckpointError(
+        f"{folder}: no delta in this folder: expected {name}, found {there}; pass the folder that delta.save wrote"
+    )

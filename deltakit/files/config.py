@@ -1,16 +1,27 @@
 """Builds and reads `delta_config.json`: the methods and their targets, the fully trained modules, and the backbone."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Sequence
 from itertools import product
-from typing import Any
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
-from deltakit.core import Attachment, Method, Record, class_name, expand, fold, records_of
-from deltakit.errors import CheckpointError
-from deltakit.files.checkpoint import FORMAT_VERSION
+from deltakit.core import Attachment, Method, Record, breadth, class_name, expand, fold, records_of
+from deltakit.errors import SelectorError
 from deltakit.files.fingerprint import fingerprint
+from deltakit.files.hub import is_repository
+from deltakit.files.schema import FORMAT_VERSION, DeltaConfig, from_file, read_method
 from deltakit.version import __version__
+
+
+@runtime_checkable
+class Paths(Protocol):
+    """The paths of a backbone, or some of them."""
+
+    def __contains__(self, path: str, /) -> bool: ...
 
 
 def delta_config(attachment: Attachment, num_parameters: int) -> dict[str, Any]:
@@ -28,12 +39,21 @@ def delta_config(attachment: Attachment, num_parameters: int) -> dict[str, Any]:
         "methods": methods,
         "train": {"selectors": list(record.train), "names": compact(record.fully_trained)},
         "backbone": {
-            "id": getattr(details, "_name_or_path", None) or None,
-            "commit": getattr(details, "_commit_hash", None),
+            "id": _hub_id(getattr(details, "_name_or_path", None)),
+            "commit": _commit(getattr(details, "_commit_hash", None)),
             **backbone_identity(backbone, record),
         },
         "num_parameters": num_parameters,
     }
+
+
+def _hub_id(name: object) -> str | None:
+    """Returns the name of a backbone if it is one of the Hub: a folder says nothing to others, and may name its user."""
+    return name if isinstance(name, str) and is_repository(name) and not Path(name).exists() else None
+
+
+def _commit(name: object) -> str | None:
+    return name if isinstance(name, str) and re.fullmatch("[0-9a-f]{7,64}", name) else None
 
 
 def backbone_identity(backbone: nn.Module, record: Record | None = None) -> dict[str, Any]:
@@ -48,21 +68,23 @@ def backbone_identity(backbone: nn.Module, record: Record | None = None) -> dict
     return {"class": class_name(backbone), "fingerprint": fingerprint(backbone, leave_out=changed)}
 
 
-def methods_of(config: Mapping[str, Any]) -> list[tuple[Method, list[str]]]:
+def methods_of(config: DeltaConfig, known: Paths, limit: int, where: str) -> list[tuple[Method, list[str]]]:
     """Returns the methods that a config describes, each with the paths of its targets.
 
+    Args:
+        known, limit: the backbone's paths, as for `expanded`.
+        where: the folder or repository, for error messages.
+
     Raises:
-        CheckpointError: if a method or an option is unknown to this deltakit, or the config is damaged.
-        OptionError: if an option of a method is out of its range.
+        CheckpointError: if a method or an option is unknown to this deltakit or has a wrong type or value, or the targets
+            stand for more paths than the backbone has.
     """
     found = []
-    for entry in config["methods"]:
-        if not isinstance(entry, dict) or not isinstance(entry.get("targets"), list):
-            raise CheckpointError(
-                f"delta_config.json is damaged: expected a method with its targets, found {entry!r}; save or download it again"
-            )
-        method = Method.from_dict({key: value for key, value in entry.items() if key != "targets"})
-        found.append((method, expanded(entry["targets"])))
+    for number, entry in enumerate(config["methods"]):
+        field = f"methods[{number}]"
+        with from_file(where, f"{field}.targets"):
+            paths = expanded(entry["targets"], known, limit)
+        found.append((read_method(entry, where, field), paths))
     return found
 
 
@@ -72,13 +94,39 @@ def compact(paths: Sequence[str]) -> list[str]:
     The paths stay as they are if names with commas or braces make folding ambiguous.
     """
     folded = list(fold(paths))
-    return folded if sorted(expanded(folded)) == sorted(paths) else list(paths)
+    try:
+        same = sorted(expanded(folded, (), room_for(paths))) == sorted(paths)
+    except SelectorError:
+        same = False
+    return folded if same else list(paths)
 
 
-def expanded(selectors: Sequence[str]) -> list[str]:
-    """Returns the paths that folded selectors stand for."""
-    return [
-        ".".join(components)
-        for selector in selectors
-        for components in product(*(expand(component) for component in selector.split(".")))
-    ]
+def room_for(paths: Collection[str]) -> int:
+    """Returns the `limit` of `expanded` for a backbone with these paths: enough to name them all, folded or one by one."""
+    # Twice, because a range may name what is then removed from it; and twice again, because of feature slices.
+    return 4 * len(paths) * (2 + max((path.count(".") for path in paths), default=0))
+
+
+def expanded(selectors: Sequence[str], known: Paths, limit: int) -> list[str]:
+    """Returns the paths that folded selectors stand for. A selector that is one of the known paths stands for itself.
+
+    Args:
+        limit: how many names may be looked at in all. `{0-99999999999}` in a file of somebody else must not take hours.
+
+    Raises:
+        SelectorError: if the selectors stand for more, or one of them is malformed.
+    """
+    paths: list[str] = []
+    for selector in selectors:
+        if selector in known:
+            paths.append(selector)
+            continue
+        components = selector.split(".")
+        limit -= sum(map(selector.count, ".,!"))
+        limit -= sum(map(breadth, components)) if limit >= 0 else 0
+        choices = [expand(component) for component in components] if limit >= 0 else []
+        limit -= prod(map(len, choices))
+        if limit < 0:
+            raise SelectorError(f"{selector[:60]!r} stands for more paths than the backbone has")
+        paths += [".".join(path) for path in product(*choices)]
+    return paths

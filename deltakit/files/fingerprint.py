@@ -106,7 +106,7 @@ def _quantized(stored: Tensor) -> bool:
 
 def _hash(shapes: Iterable[tuple[str, Sequence[int] | None]]) -> str:
     names = "\n".join(f"{name} {None if shape is None else tuple(shape)}" for name, shape in sorted(shapes))
-    return hashlib.sha256(names.encode()).hexdigest()
+    return hashlib.sha256(names.encode(errors="surrogatepass")).hexdigest()
 
 
 def _spread(names: list[str]) -> list[str]:
@@ -122,7 +122,7 @@ def _every(names: list[str], most: int) -> list[str]:
 
 
 def _places(name: str, count: int) -> list[int]:
-    seed = hashlib.sha256(name.encode()).digest()
+    seed = hashlib.sha256(name.encode(errors="surrogatepass")).digest()
     return [int.from_bytes(seed[8 * i : 8 * i + 8], "big") % count for i in range(_VALUES)]
 
 

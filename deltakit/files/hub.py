@@ -17,6 +17,11 @@ _REPO_ID = re.compile(r"[\w][\w.-]*(?:/[\w][\w.-]*)?")
 _LOGIN = "log in with `hf auth login` or pass token="
 
 
+def is_repository(name: str) -> bool:
+    """Returns whether a text can be the id of a Hub repository, such as "user/name"."""
+    return _REPO_ID.fullmatch(name) is not None
+
+
 def find_folder(source: str | PathLike[str], *, revision: str | None = None, token: str | bool | None = None) -> Path:
     """Returns the folder that holds a delta: the source if it is a folder, else a copy of the Hub repository.
 
@@ -35,7 +40,7 @@ def find_folder(source: str | PathLike[str], *, revision: str | None = None, tok
         return folder
     if name and folder.exists():
         raise CheckpointError(f"{name or repr(name)}: this is a file; pass the folder of a delta, or a Hub repository")
-    if not isinstance(source, str) or not _REPO_ID.fullmatch(name):
+    if not isinstance(source, str) or not is_repository(name):
         raise CheckpointError(
             f"{name or repr(name)}: no such folder, and this is not a Hub repository id such as 'user/my-delta'; check the "
             f"path (working directory {Path.cwd()})"

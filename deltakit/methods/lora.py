@@ -99,7 +99,8 @@ class LoRA(Method, name="lora"):
     def validate(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             raise OptionError(f"LoRA(r={self.r!r}): the rank must be an integer of at least 1")
-        if not _is_number(self.alpha) or not self.alpha >= 0 or math.isinf(self.alpha):
+        # Beyond what float32 holds, torch refuses to multiply by it.
+        if not _is_number(self.alpha) or not 0 <= self.alpha <= torch.finfo(torch.float32).max:
             raise OptionError(f"LoRA(alpha={self.alpha!r}): must be a finite number of at least 0; r or 2 * r is usual")
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise OptionError(f"LoRA(dropout={self.dropout!r}): expected a probability in [0, 1)")

@@ -16,12 +16,16 @@ A selector that matches from the root is anchored there, so a full path means ex
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from difflib import get_close_matches
 from itertools import product
+from math import prod
 
-from deltakit.core import expand
+from deltakit.core import breadth, expand
 from deltakit.errors import SelectorError
+
+_MOST_TEXTS = 1_000
+"""The most names that braces may stand for where they are not compared with the backbone's own paths."""
 
 Roles = Callable[[str], Sequence[str]]
 """Returns the paths that have a role such as `attn.q`."""
@@ -121,7 +125,9 @@ def _match_components(selector: str, paths: Sequence[str]) -> list[str]:
     components = selector.removeprefix("^").split(".")
     if "" in components:
         raise SelectorError(f"selector {selector!r}: an empty component; separate names by single dots")
-    pattern = "".join(_component_regex(c, selector, last=i == len(components) - 1) for i, c in enumerate(components))
+    numbers = _numbers_in(paths) if "{" in selector else ()
+    last = len(components) - 1
+    pattern = "".join(_component_regex(c, selector, numbers, last=i == last) for i, c in enumerate(components))
     if not components[0].startswith("*"):
         at_root = re.compile(pattern)
         anchored = [path for path in paths if at_root.fullmatch(path)]
@@ -131,11 +137,31 @@ def _match_components(selector: str, paths: Sequence[str]) -> list[str]:
     return [path for path in paths if path and anywhere.fullmatch(path)]
 
 
-def _component_regex(component: str, selector: str, *, last: bool) -> str:
+def _component_regex(component: str, selector: str, numbers: Collection[int], *, last: bool) -> str:
     if component == "**":
         return r"[^.]+(?:\.[^.]+)*" if last else r"(?:[^.]+\.)*"
-    names = [re.escape(name).replace(r"\*", "[^.]*") for name in alternatives(component, selector)]
-    return f"(?:{'|'.join(names)})" + ("" if last else r"\.")
+    found = ""
+    for piece in _pieces(component, selector):
+        names = [re.escape(name).replace(r"\*", "[^.]*") for name in expand(piece, numbers)]
+        # The group of a range with none of the numbers is `(?!)`, which matches nothing.
+        found += f"(?:{'|'.join(names)})" if names else "(?!)"
+    return found + ("" if last else r"\.")
+
+
+def _numbers_in(paths: Sequence[str]) -> list[int]:
+    """Returns every number that a range could mean: those in the paths, and parts of them, as in `h{0-1}2`."""
+    # A range is never expanded beyond these, so `{0-99999999999}` costs no more than `{0-9}`.
+    digits = set(re.findall("[0-9]+", "\n".join(paths)))
+    parts = {text[i:j] for text in digits for i in range(len(text)) for j in range(i + 1, min(len(text), i + 18) + 1)}
+    return sorted(int(text) for text in parts if text == "0" or text[0] != "0")
+
+
+def _pieces(text: str, selector: str) -> list[str]:
+    """Divides a text with braces into the braces, and what stands before, between and after them."""
+    pieces = re.split(r"(\{[^{}]*\})", text)
+    if any(brace in piece for piece in pieces[::2] for brace in "{}"):
+        raise SelectorError(f"selector {selector!r}: an unbalanced brace in {text!r}; write {{q,v}} or {{0-11}}")
+    return [piece for piece in pieces if piece]
 
 
 def alternatives(text: str, selector: str) -> list[str]:
@@ -148,13 +174,14 @@ def alternatives(text: str, selector: str) -> list[str]:
         selector: the whole selector, for the error message.
 
     Raises:
-        SelectorError: if a brace has no partner, or its members are malformed.
+        SelectorError: if a brace has no partner, its members are malformed, or they stand for more than a thousand texts.
     """
-    pieces = re.split(r"(\{[^{}]*\})", text)
-    if any(brace in piece for piece in pieces[::2] for brace in "{}"):
-        raise SelectorError(f"selector {selector!r}: an unbalanced brace in {text!r}; write {{q,v}} or {{0-11}}")
-    choices = [expand(piece) if i % 2 else (piece,) for i, piece in enumerate(pieces)]
-    return ["".join(choice) for choice in product(*choices)]
+    pieces = _pieces(text, selector)
+    if prod(map(breadth, pieces)) > _MOST_TEXTS:
+        raise SelectorError(
+            f"selector {selector!r}: {text!r} stands for more than {_MOST_TEXTS:,} names; write the ones that you mean"
+        )
+    return ["".join(choice) for choice in product(*map(expand, pieces))]
 
 
 def _from_opendelta(selector: str) -> str:
@@ -185,6 +212,9 @@ def _miss(selector: str, paths: Sequence[str], owner: str) -> str:
 def _nearest(selector: str, leaves: Iterable[str], paths: Sequence[str]) -> list[str]:
     if selector.startswith(("re:", "[r]", "@")):
         return []
-    wanted = [name for name in alternatives(selector.split(".")[-1], selector) if name.strip("*")]
+    last = selector.rpartition(".")[2]
+    if prod(map(breadth, _pieces(last, selector))) > _MOST_TEXTS:
+        return []
+    wanted = [name for name in alternatives(last, selector) if name.strip("*")]
     near = {name for want in wanted for name in get_close_matches(want, leaves, n=3, cutoff=0.6)}
     return [path for path in paths if path.rpartition(".")[2] in near][:3]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from deltakit.core import fold
-from deltakit.errors import RoleError
+from deltakit.errors import RoleError, printable
 from deltakit.selection.index import BackboneIndex
 from deltakit.selection.role_inference.role_map import ROLES
 
@@ -40,7 +40,7 @@ class RoleTable(Mapping[str, tuple[str, ...]]):
             lines += [" " * 23 + selector for selector in others]
         lines += [f"  {why}" for why in self.untold.values()]
         absent = [f"@{role}" for role in ROLES if f"@{role}" not in (*self.answers, *self.untold)]
-        return "\n".join([*lines, *([f"  none of {', '.join(absent)}"] if absent else [])])
+        return "\n".join(map(printable, [*lines, *([f"  none of {', '.join(absent)}"] if absent else [])]))
 
 
 def roles(backbone: nn.Module) -> RoleTable:

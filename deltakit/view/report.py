@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from deltakit.core import Attachment, fold, named_logical_parameters, own_parameters, records_of, tensors_of
+from deltakit.errors import printable
 
 
 class Line(NamedTuple):
@@ -55,7 +56,7 @@ def report(
             part = f", {share(values, total)} of the backbone" if title == "fully trained" else ""
             text.append(f"  {title:<32} {'':>12}   {values:,}{part}")
             text += [f"      {selector}" for selector in fold(held)]
-    return "\n".join([*text, foot])
+    return "\n".join(map(printable, [*text, foot]))
 
 
 def share(part: int, total: int) -> str:

@@ -4,11 +4,12 @@
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
+from deltakit.errors import printable
 from deltakit.view.report import share
 from deltakit.view.tree import DeltaLine, Node
 
@@ -55,7 +56,8 @@ class TreeLine:
 
 def lines(node: Node, *, ties: bool) -> list[TreeLine]:
     """Returns the lines of a tree, the root first. With `ties`, they name what their weights are tied to."""
-    return list(_lines(node, "", "", ties))
+    found = _lines(node, "", "", ties)
+    return [replace(line, pieces=tuple((printable(text), part) for text, part in line.pieces)) for line in found]
 
 
 def _lines(node: Node, guide: str, below: str, ties: bool) -> Iterator[TreeLine]:

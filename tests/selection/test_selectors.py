@@ -106,6 +106,38 @@ def test_malformed(selector, message):
         hits(selector)
 
 
+@pytest.mark.parametrize(
+    ("selector", "wanted"),
+    [
+        ("{0-99999999999}.q", ["h.0.q", "h.7.q", "h.10.q", "h.0070.11.q"]),
+        ("{3-99999999999:7}.q", ["h.10.q"]),
+        ("{0-99999999999!1-99999999998}.q", ["h.0.q"]),
+        ("{0-99999999999!1-99999999998!7}.q", ["h.0.q", "h.7.q"]),
+        ("{0-99999999999!7}.q", ["h.0.q", "h.10.q", "h.0070.11.q"]),
+        ("h.00{0-99999999999}.11.q", ["h.0070.11.q"]),
+        ("h.0{0-9}{0-9}0.11.q", ["h.0070.11.q"]),
+        ("h.{0-999999}{0-999999}{0-999999}{0-999999}.11.q", ["h.0070.11.q"]),
+        ("{" + ",".join(["0-99999999999!0-99999999999"] * 100) + ",7}.q", ["h.7.q"]),
+        ("{0-9" + "!0-9" * 10_000 + "}.q", ["h.0.q", "h.7.q"]),
+        ("h.{0-" + "9" * 5_000 + ",7}.q", ["h.7.q"]),
+        ("{4-6}.q", []),
+    ],
+)
+def test_ranges_are_never_expanded_beyond_the_paths(selector, wanted):
+    paths = ["", "h", "h.0.q", "h.7.q", "h.10.q", "h.0070.11.q", "h.0x.q"]
+    assert hits(selector, paths) == wanted
+
+
+def test_a_long_range_that_matches_nothing_is_a_miss():
+    for selector in ("{5-99999999999}", "x{0-99999999999}{0-99999999999}", "x" + "{0-99999999999}" * 50):
+        with pytest.raises(dk.SelectorError, match="matches none of the [0-9]+ modules of Transformer"):
+            dk.select(Transformer(), selector)
+    with pytest.raises(
+        dk.SelectorError, match=r"'attn.\{0-99999999999\}' stands for more than 1,000 names; write the ones"
+    ):
+        dk.select(Transformer(), "@attn.{0-99999999999}")
+
+
 def test_a_miss_names_what_is_near_and_what_there_is():
     with pytest.raises(dk.SelectorError) as caught:
         dk.select(Transformer(), "q_porj")

@@ -1,0 +1,91 @@
+"""Builds the delta modules that a file describes. Until its tensors are compared, nothing in the file is believed."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from deltakit.core import DeltaModule, Method, without_start_values
+from deltakit.delta.planning import build
+from deltakit.errors import CheckpointError
+from deltakit.files import from_file
+from deltakit.selection import BackboneIndex
+
+_NEW: frozenset[Callable[..., Any]] = frozenset(
+    getattr(place, name)
+    for place, names in (
+        (torch, "empty empty_strided zeros ones full rand randn randint randperm arange linspace eye"),
+        (Tensor, "new_empty new_zeros new_ones new_full"),
+    )
+    for name in names.split()
+)
+_SMALL = 2**20
+
+
+class SizeLimit(TorchFunctionMode):
+    """Refuses to create tensors that the file and the backbone give no reason for, before memory is taken for them.
+
+    The options of a file may ask for a rank of a billion. No part of a delta is larger than the largest tensor in its file,
+    or, if it is not saved (frozen tensors from a seed), than the largest weight of the backbone; and all of them together are
+    no larger than a few copies of the file and one of the backbone.
+    """
+
+    def __init__(self, saved: Mapping[str, Tensor], index: BackboneIndex) -> None:
+        super().__init__()
+        in_file = [tensor.numel() for tensor in saved.values()]
+        in_backbone = [parameter.numel() for parameter in index.parameters.values()]
+        self.largest = max([_SMALL, *in_file, *in_backbone])
+        self.left = 4 * (_SMALL + sum(in_file)) + sum(in_backbone)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _NEW:
+            plain = {name: value for name, value in kwargs.items() if name not in ("generator", "pin_memory")}
+            size = func(*args, **{**plain, "device": "meta"}).numel()
+            self.left -= size
+            if size > self.largest or self.left < 0:
+                raise CheckpointError(
+                    f"its options ask for a tensor of {size:,} values, but the file and the backbone have none above "
+                    f"{self.largest:,}; the file is damaged: save or download it again"
+                )
+        return func(*args, **kwargs)
+
+
+def rebuilt(
+    index: BackboneIndex, method: Method, paths: Sequence[str], saved: Mapping[str, Tensor], where: str
+) -> dict[str, DeltaModule]:
+    """Returns the delta modules of a saved method, at exactly the paths in its file.
+
+    Args:
+        saved: the tensors in the file.
+
+    Raises:
+        CheckpointError: if the method cannot be built with its options on this backbone, or has delta modules at other paths
+            here.
+    """
+    check_paths(index, paths, where)
+    with from_file(where, method.name), SizeLimit(saved, index), without_start_values():
+        built = build(index, method, [index.target(path) for path in paths])
+    other = sorted(built.keys() ^ set(paths))
+    if other:
+        raise CheckpointError(
+            f"{where}: {method.name} has {len(paths)} targets in the file, but would have {len(built)} on this backbone; they "
+            f"differ at {other[0]}; load the backbone that the delta was trained on"
+        )
+    return built
+
+
+def check_paths(known: BackboneIndex | Mapping[str, Tensor], paths: Sequence[str], where: str) -> None:
+    """Checks that the backbone has all paths.
+
+    Raises:
+        CheckpointError: if one is missing.
+    """
+    missing = [path for path in paths if path not in known]
+    if missing:
+        raise CheckpointError(
+            f"{where}: {len(missing)} of its {len(paths)} targets are not in this backbone, such as {missing[0]}; load the "
+            "backbone that the delta was trained on"
+        )

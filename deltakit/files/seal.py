@@ -1,0 +1,67 @@
+"""The seal of a delta: digests of its tensors and of its config, by which a damaged or exchanged file is noticed.
+
+They are no signature: whoever changes a delta on purpose can compute them again. SHA-256 takes 60 to 75 ms for 100 MB on
+processors with instructions for it, half of the time of blake2b.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltakit.errors import CheckpointError
+
+_TENSORS, _CONFIG = "tensors_sha256", "config_sha256"
+
+
+def sealed(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: object) -> dict[str, Any]:
+    """Returns a config with the digests of the tensors, and of itself.
+
+    Raises:
+        CheckpointError: if the config is not plain data.
+    """
+    whole = {**config, _TENSORS: _digest_of(tensors)}
+    try:
+        return {**whole, _CONFIG: seal_of(whole)}
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{where}: an option of this delta cannot be written to a file: {error}; options must be texts, finite numbers, "
+            "booleans, None, or lists and dictionaries of them"
+        ) from error
+
+
+def check_seal(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: object) -> None:
+    """Checks that a config and its tensors are those that were saved together.
+
+    Raises:
+        CheckpointError: if they are not.
+    """
+    for what, found, wanted in (
+        ("config is", seal_of(config), seal_in(config)),
+        ("tensors are", _digest_of(tensors), config.get(_TENSORS)),
+    ):
+        if found != wanted:
+            raise CheckpointError(f"{where} is damaged: its {what} not what was saved; save or download it again")
+
+
+def seal_of(config: Mapping[str, Any]) -> str:
+    """Returns the digest of a config, without the one that it holds itself."""
+    text = json.dumps({k: v for k, v in config.items() if k != _CONFIG}, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def seal_in(config: Mapping[str, Any]) -> object:
+    """Returns the digest that a config holds of itself; None without one."""
+    return config.get(_CONFIG)
+
+
+def _digest_of(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        # The bytes where they lie, without a copy.
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
