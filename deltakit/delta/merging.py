@@ -206,6 +206,13 @@ def _check(
         # Merging changes a tied weight in all its modules. That is right only if the attached delta patches it in all.
         if tied and name not in together:
             raise StateError(f"{name} is tied to {tied[0]}: merging would change both; leave the delta attached")
+    _check_others(backbone, record, updates, parameters)
+
+
+def _check_others(
+    backbone: nn.Module, record: Record, updates: dict[str, Tensor], parameters: dict[str, Tensor]
+) -> None:
+    """Refuses weights that another delta fully trains or is merged into."""
     for other in records_of(backbone):
         trained = {id(parameters[name]) for name in other.fully_trained if name in parameters}
         taken = sorted(name for name in updates if id(parameters[name]) in trained)

@@ -55,9 +55,8 @@ def forward_of(module: nn.Module) -> Callable[..., Any]:
     """Returns the function that computes a module's forward, without what accelerate wraps around it."""
     # accelerate replaces `forward` by a partial for the original module, and keeps what it replaced.
     own = module.__dict__.get("_old_forward", module.__dict__.get("forward"))
-    bound: Callable[..., Any] | None = getattr(own, "__func__", None) if isinstance(own, MethodType) else None
     # Anything but a method of the module itself cannot be called for a copy of it.
-    return bound if bound is not None and own.__self__ is module else type(module).forward
+    return own.__func__ if isinstance(own, MethodType) and own.__self__ is module else type(module).forward
 
 
 def _ones_like(parameter: Tensor) -> nn.Parameter:
