@@ -6,7 +6,7 @@ and what a linear layer is. Imports nothing but `errors`.
 
 from deltakit.core.activations import hidden_input, hidden_output, replace_hidden, replace_input
 from deltakit.core.attached_module import FROZEN
-from deltakit.core.backbone_call import CurrentCall, begin_call, current_call, end_call
+from deltakit.core.backbone_call import CurrentCall, begin_call, current_call, drop_interrupted_calls, end_call
 from deltakit.core.bare_weight import (
     BareLayer,
     WeightView,
@@ -59,6 +59,7 @@ from deltakit.core.record import (
     shapes_of,
     word_of,
 )
+from deltakit.core.running_call import RunningCall, running_call
 from deltakit.core.running_statistics import notice_moved_buffers
 from deltakit.core.sharding import class_name, gathered, is_first, is_sharded, scatter, wait_for_all
 from deltakit.core.start_values import same_random_numbers, wants_start_values, without_start_values
@@ -78,6 +79,7 @@ __all__ = [
     "Method",
     "MixedBatch",
     "Record",
+    "RunningCall",
     "Selector",
     "Site",
     "Start",
@@ -96,6 +98,7 @@ __all__ = [
     "current_batch",
     "current_call",
     "dequantized",
+    "drop_interrupted_calls",
     "end_call",
     "end_forward",
     "expand",
@@ -130,6 +133,7 @@ __all__ = [
     "replace_hidden",
     "replace_input",
     "rows_now",
+    "running_call",
     "same_random_numbers",
     "scatter",
     "shapes_of",

@@ -28,6 +28,7 @@ class DeltaState(RowsState, Protocol):
     active: bool
     scale: float
     weights_before_merge: dict[str, Tensor]
+    leaving: bool
 
     @property
     def live(self) -> bool: ...
@@ -51,7 +52,7 @@ class AttachedModule(nn.Module):
     reads_weight: ClassVar[bool] = False
     """Whether its update depends on the target's weight."""
 
-    # Building and attaching set the next four.
+    # Building and attaching set the next five.
     part: str = ""
     """The name of the parameter and the feature slice in brackets within the target's module, or "" for the module."""
     weight_read: WeightRead | None = None
@@ -60,6 +61,8 @@ class AttachedModule(nn.Module):
     """The state of its delta, shared by all modules of the delta."""
     shapes: Mapping[str, torch.Size] | None = None
     """The shapes of its parameters when it was first attached. Engines may later keep only a part of them per process."""
+    target_sizes: tuple[int, int] | None = None
+    """The sizes of its target then, if that is a linear layer or an embedding."""
 
     @classmethod
     def word(cls) -> str:

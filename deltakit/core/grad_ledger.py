@@ -31,7 +31,8 @@ class GradLedger:
         """
         for name, parameter in own_parameters(backbone):
             # The flag differs from ours: the user changed it since. From now on that is the value to restore.
-            if parameter.requires_grad != self.ours.get(name, parameter.requires_grad):
+            ours = self.ours.get(name)
+            if ours is not None and ours != parameter.requires_grad:
                 self.original[name] = parameter.requires_grad
             if name in train:
                 wanted = True
@@ -42,6 +43,8 @@ class GradLedger:
             if wanted != parameter.requires_grad:
                 # The first change records the user's flag. Later changes would record ours.
                 self.original.setdefault(name, parameter.requires_grad)
+                # Between the next two lines an interruption must not look like a change by the user.
+                self.ours.pop(name, None)
                 parameter.requires_grad_(wanted)
             self.ours[name] = wanted
 

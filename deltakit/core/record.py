@@ -67,6 +67,8 @@ class Record:
     """The names of those that no file has: buffers that a state dict does not have either, or that got another shape."""
     weights_before_merge: dict[str, Tensor] = field(default_factory=dict)
     """While the delta is merged: the original weights, by name."""
+    leaving: bool = False
+    """Whether it is being detached. After an interruption it stays so, and `detach` does the rest."""
 
     @property
     def merged(self) -> bool:
@@ -120,11 +122,13 @@ class Attachment:
     backbone: nn.Module
     record: Record
     sites: list[Site]
+    scopes: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
+    """The modules whose hooks apply the weight patch of a delta module, known to the attachment that put them there."""
 
     @property
     def attached(self) -> bool:
-        """Whether the delta modules are in the backbone."""
-        return self.sites[0].key is not None
+        """Whether the delta modules are in the backbone, or some of them after an interruption or the user's changes."""
+        return any(site.key is not None for site in self.sites)
 
     def named(self, site: Site, name: str) -> str:
         """Returns the name of a delta module's tensor in files: `path.method.tensor`."""

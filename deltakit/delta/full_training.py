@@ -4,7 +4,8 @@ The backbone must be bit-exact after detaching, so its own values are kept while
 while it is detached.
 """
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,16 @@ from deltakit.core import (
     above,
     is_compute_dtype,
     linear_sizes,
+    name_of,
     notice_moved_buffers,
     own_modules,
+    parent_of,
     records_of,
     tensors_in,
     tensors_of,
 )
-from deltakit.errors import StateError
+from deltakit.errors import DeltaWarning, StateError
+from deltakit.injection import modules_of, watch
 from deltakit.selection import BackboneIndex
 
 
@@ -103,46 +107,93 @@ def put_trained_values(attachment: Attachment) -> None:
     # Buffers that are not saved, such as caches, do not keep two deltas apart: the delta that was there first has them.
     for name in record.unsaved & taken & record.trained_values.keys():
         del record.trained_values[name]
-    record.backbone_values = _exchanged(attachment.backbone, record.trained_values)
-    record.trained_values = {}
+    if record.trained_values:
+        # Both sides are complete in the record before a tensor changes. After an interruption the backbone holds a mixture,
+        # and either side can be put into it.
+        record.backbone_values = record.backbone_values or _copies(tensors_at(attachment, record.trained_values))
+        _put(attachment, record.trained_values)
+        record.trained_values = {}
 
 
 def put_backbone_values(attachment: Attachment) -> None:
     """Copies the backbone's own values back into it, and keeps the trained ones, and the running statistics that moved."""
     record = attachment.record
     notice_moved_buffers(attachment.backbone, record)
-    record.trained_values = _exchanged(attachment.backbone, record.backbone_values)
-    record.backbone_values = {}
+    if record.backbone_values:
+        record.trained_values = record.trained_values or _copies(tensors_at(attachment, record.backbone_values))
+        resized = _put(attachment, record.backbone_values)
+        record.backbone_values = {}
+        if resized:
+            warnings.warn(
+                f"{resized[0]}: delta {record.name!r} fully trains it, and it was resized while the delta was attached "
+                f"({len(resized)} such tensors); only the rows that it had before have the backbone's own values again",
+                DeltaWarning,
+                stacklevel=5,
+            )
+
+
+def fully_trained_tensors(attachment: Attachment) -> dict[str, Tensor]:
+    """Returns the tensors of the backbone that a delta fully trains, and the running statistics that moved, by name."""
+    return tensors_at(attachment, attachment.record.fully_trained)
+
+
+def tensors_at(attachment: Attachment, names: Iterable[str]) -> dict[str, Tensor]:
+    """Returns tensors of the backbone by name, as far as they are there.
+
+    If the user replaced their module since the delta was attached, they are those of the old module: the new one's values
+    are the user's.
+    """
+    wanted = list(names)
+    own = dict(tensors_of(attachment.backbone, unsaved=True)) if wanted else {}
+    held = modules_of(attachment.backbone, attachment.record) if wanted else {}
+    found = {}
+    for name in wanted:
+        module = held.get(parent_of(name))
+        tensor = own.get(name) if module is None else dict(tensors_in("", module, unsaved=True)).get(name_of(name))
+        if tensor is not None:
+            found[name] = tensor
+    return found
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns copies of tensors by name. A tied tensor, which has several names, is copied once."""
+    copies = {key: tensor.detach().clone() for key, tensor in {id(t): t for t in tensors.values()}.items()}
+    return {name: copies[id(tensor)] for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
-def _exchanged(backbone: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies values into the backbone's tensors and returns the tensors' previous values."""
+def _put(attachment: Attachment, values: Mapping[str, Tensor]) -> list[str]:
+    """Copies values into a backbone's tensors, and returns the names of those that have another shape."""
     # Copied in place: optimisers, compiled code and tied modules keep their references to the parameters.
-    tensors = dict(tensors_of(backbone, unsaved=True)) if values else {}
-    # A tied tensor has several names. Exchanging it twice would return the new values as the previous ones.
-    kept: dict[int, Tensor] = {}
-    before: dict[str, Tensor] = {}
-    for name, value in values.items():
-        here = tensors[name]
-        if id(here) not in kept:
-            kept[id(here)] = here.detach().clone()
-            if here.shape == value.shape and not here.is_inference():
-                here.copy_(value)
-            else:
-                # A forward has replaced the buffer by one of another shape, or by one that cannot be changed in place.
-                owner, _, key = name.rpartition(".")
-                backbone.get_submodule(owner)._buffers[key] = value.to(here.device, here.dtype, copy=True)
-        before[name] = kept[id(here)]
-    return before
+    resized = []
+    for name, tensor in tensors_at(attachment, values).items():
+        value = values[name]
+        if tensor.shape == value.shape and not tensor.is_inference():
+            tensor.copy_(value)
+        elif not isinstance(tensor, nn.Parameter):
+            # A forward has replaced the buffer by one of another shape, or by one that cannot be changed in place.
+            _owner(attachment, name)._buffers[name_of(name)] = value.to(tensor.device, tensor.dtype, copy=True)
+        else:
+            resized.append(name)
+            # `resize_token_embeddings` keeps the first rows of embeddings and heads.
+            if tensor.ndim and tensor.shape[1:] == value.shape[1:]:
+                rows = min(len(tensor), len(value))
+                tensor[:rows].copy_(value[:rows])
+    return resized
+
+
+def _owner(attachment: Attachment, name: str) -> nn.Module:
+    path = parent_of(name)
+    return modules_of(attachment.backbone, attachment.record).get(path) or attachment.backbone.get_submodule(path)
 
 
 def refresh_gradients(backbone: nn.Module, grad_ledger: GradLedger) -> None:
     """Sets `requires_grad` of the backbone's parameters for all attached deltas together."""
     # `hold`: a delta that is not trainable must keep the values of its modules, even if no delta freezes the backbone.
-    attached = records_of(backbone)
-    train = {name for record in attached if record.trainable for name in record.fully_trained}
-    hold = {name for record in attached if not record.trainable for name in record.fully_trained}
+    attached = [record for record in records_of(backbone) if not record.leaving]
+    # While a delta is not active, the tensors have the backbone's own values, which nobody trains.
+    train = {name for record in attached if record.trainable and record.active for name in record.fully_trained}
+    hold = {name for record in attached for name in record.fully_trained} - train
     grad_ledger.apply(backbone, train=train, hold=hold, freeze=any(record.freeze for record in attached))
 
 
@@ -160,10 +211,22 @@ def freeze_but(attachment: Attachment, train: tuple[str, ...]) -> None:
     notice_moved_buffers(backbone, record)
     names = full_training_names(backbone, paths) if paths else []
     refuse_taken(attachment, names)
-    record.backbone_values |= current_values(backbone, names, record)
-    record.train += tuple(selector for selector in train if selector not in record.train)
-    record.freeze = True
-    refresh_gradients(backbone, record.grad_ledger)
+    values = current_values(backbone, names, record)
+    before = record.backbone_values, record.trained_values, record.train, record.freeze
+    try:
+        if record.active:
+            record.backbone_values = record.backbone_values | values
+        else:
+            record.trained_values = record.trained_values | values
+        record.train += tuple(selector for selector in train if selector not in record.train)
+        record.freeze = True
+        refresh_gradients(backbone, record.grad_ledger)
+        watch(backbone)
+    except BaseException:
+        record.backbone_values, record.trained_values, record.train, record.freeze = before
+        refresh_gradients(backbone, record.grad_ledger)
+        watch(backbone)
+        raise
 
 
 def current_values(backbone: nn.Module, names: Sequence[str], record: Record) -> dict[str, Tensor]:

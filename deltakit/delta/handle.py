@@ -8,19 +8,20 @@ from tempfile import TemporaryDirectory
 
 from torch import Tensor, nn
 
-from deltakit.core import Selector, attachments_of, is_first, is_sharded, key_of, shapes_of, wait_for_all
+from deltakit.core import Selector, attachments_of, is_first, is_sharded, wait_for_all
 from deltakit.delta import merging, swapping, tensors
+from deltakit.delta.changed_backbone import refuse_changed
 from deltakit.delta.claims import check_freezing, check_scale, claim, refuse_in_rows, refuse_merged, refuse_scaled
 from deltakit.delta.composition import refuse_beside_merged
 from deltakit.delta.contents import DeltaContents
-from deltakit.delta.full_training import freeze_but, put_backbone_values, put_trained_values, refresh_gradients
+from deltakit.delta.full_training import freeze_but, refresh_gradients
 from deltakit.delta.new_heads import warn_frozen_head
+from deltakit.delta.putting import put_all, switch, take_all
 from deltakit.delta.quantized import Quantize
-from deltakit.delta.running_statistics import fit, fitting, held_of
+from deltakit.delta.running_statistics import fitting, held_of
 from deltakit.delta.untrained import warn_untrained
 from deltakit.errors import StateError
 from deltakit.files import check_tensors, delta_config, model_card, upload, write_folder
-from deltakit.injection import put, take, watch, watch_first_forward
 from deltakit.selection import BackboneIndex
 from deltakit.view import states
 
@@ -36,6 +37,8 @@ class Delta(DeltaContents):
     def active(self) -> bool:
         """Whether the delta takes part in forwards while it is attached. Can be set.
 
+        While it is not active, fully trained tensors have the backbone's own values and are not trained.
+
         Raises:
             StateError: if it is set while the delta is merged, or inside a `rows` block.
         """
@@ -48,7 +51,7 @@ class Delta(DeltaContents):
             refuse_merged(self._record, "changing active")
             if active and self.attached and self._record.grad_ledger.merged:
                 refuse_beside_merged(self._attachment)
-        self._record.active = bool(active)
+            switch(self._attachment, active=bool(active))
 
     @property
     def scale(self) -> float:
@@ -112,20 +115,14 @@ class Delta(DeltaContents):
 
         Raises:
             StateError: if it is attached already, its name is taken, it has no name and a target has the same method already,
-                another delta fully trains the same parameters or is merged into them, or the backbone is in a `rows` block.
+                another delta fully trains the same parameters or is merged into them, a target was replaced or resized, or the
+                backbone is in a `rows` block.
         """
-        record = self._record
-        if self.attached:
+        if self.attached or self._record.leaving:
             raise StateError(f"delta {self.name!r} is attached already; detach() it before attaching it again")
+        refuse_changed(self._attachment, "attaching")
         claim(self._attachment)
-        for site in self._attachment.sites:
-            if site.module.record is not record:
-                site.module.record = record
-            if site.module.shapes is None:
-                site.module.shapes = shapes_of(site.module)
-            put(self.backbone, site.target, key_of(record, site.method, site.module.part), site.module)
-        put_trained_values(self._attachment)
-        self._settle()
+        put_all(self._attachment)
         return self
 
     def detach(self) -> "Delta":
@@ -134,21 +131,14 @@ class Delta(DeltaContents):
         Raises:
             StateError: inside a `rows` block.
         """
-        if not self.attached:
+        # After an interruption nothing but the record may show that a part of it is left.
+        if not (self.attached or self._record.leaving):
             return self
         refuse_in_rows(self.name, self._record)
         if self.merged:
             self.unmerge()
-        put_backbone_values(self._attachment)
-        for site in self._attachment.sites:
-            take(self.backbone, site.target, str(site.key))
-        self._settle()
+        take_all(self._attachment)
         return self
-
-    def _settle(self) -> None:
-        refresh_gradients(self.backbone, self._record.grad_ledger)
-        watch(self.backbone)
-        watch_first_forward(self.backbone, self._record, attached=self.attached)
 
     @contextmanager
     def detached(self) -> Iterator[nn.Module]:
@@ -158,8 +148,8 @@ class Delta(DeltaContents):
             StateError: inside a `rows` block.
         """
         was, merged = self.attached, merging.merged_weights(self._attachment)
-        self.detach()
         try:
+            self.detach()
             yield self.backbone
         finally:
             if was and not self.attached:
@@ -207,10 +197,9 @@ class Delta(DeltaContents):
             StateError: if the delta is merged, or this process has only a part of it (FSDP1, DeepSpeed ZeRO-3).
         """
         refuse_merged(self._record, "loading tensors into it")
-        check_tensors(state, fitting(self._attachment, state, self.state_dict()), where=where)
-        fit(self._attachment, state)
-        tensors.load_state_dict(self._attachment, state)
-        self._record.start = None
+        before = self.state_dict()
+        check_tensors(state, fitting(self._attachment, state, before), where=where)
+        tensors.load_state_dict(self._attachment, state, before)
 
     def swap(self, other: "Delta") -> "Delta":
         """Exchanges values with another delta of the same methods, options, targets and shapes. The names stay.
@@ -232,11 +221,13 @@ class Delta(DeltaContents):
 
         Raises:
             CheckpointError: if the files cannot be written. What was saved there before is unchanged then.
-            StateError: if its scale is not 1, a value is infinite or not a number, it was offloaded with its backbone, or this
-                process has only a part of it (FSDP1, DeepSpeed ZeRO-3).
+            StateError: if its scale is not 1, a value is infinite or not a number, a target was replaced or resized since the
+                delta was attached, it was offloaded with its backbone, or this process has only a part of it (FSDP1,
+                DeepSpeed ZeRO-3).
         """
         refuse_scaled(self._record)
         held_of(self._attachment)
+        refuse_changed(self._attachment, "saving")
         config = delta_config(self._attachment, self.num_parameters)
         sharded = any(map(is_sharded, self.parameters()))
         state = self.state_dict()

@@ -11,11 +11,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from deltakit.core import Attachment, Record, Site, is_quantized, join, records_of, tensors_of, wide
+from deltakit.core import Attachment, Record, Site, is_quantized, join, parent_of, records_of, tensors_of, wide
 from deltakit.delta.claims import refuse_in_rows
 from deltakit.delta.composition import refuse_beside_live, refuse_composed
+from deltakit.delta.full_training import tensors_at
 from deltakit.delta.quantized import Quantize, Rounded, merge_quantized
 from deltakit.errors import DeltaWarning, StateError, TargetError
+from deltakit.injection import modules_of, watch
 from deltakit.view import states
 
 
@@ -46,19 +48,21 @@ def merge(attachment: Attachment, quantize: Quantize | None = None) -> None:
     rounded = [name for name in updates if is_quantized(parameters[name])]
     plain = [name for name in updates if name not in rounded]
     merged = {name: (wide(parameters[name]) + updates[name]).to(parameters[name].dtype) for name in plain}
-    found: dict[str, Rounded] = {}
-    if quantize is not None and rounded:
-        found = _merge_rounded(backbone, record, {name: (updates[name], dtypes[name]) for name in rounded}, quantize)
-    record.set_merged(record.weights_before_merge | {name: _kept(parameters[name]) for name in plain})
-    for name, value in merged.items():
-        parameters[name].copy_(value)
-    if found:
-        try:
+    kept = {name: _kept(parameters[name]) for name in (*rounded, *plain)}
+    try:
+        # All weights are kept before the first one changes.
+        record.set_merged(kept)
+        if quantize is not None and rounded:
+            found = _merge_rounded(backbone, {name: (updates[name], dtypes[name]) for name in rounded}, quantize)
+        for name, value in merged.items():
+            parameters[name].copy_(value)
+        if rounded:
             _warn_of_rounding(record, found)
-        except DeltaWarning:
-            # The user turned warnings into errors, and after an error nothing may be merged.
-            unmerge(attachment)
-            raise
+        watch(backbone)
+    except BaseException:
+        # After an error nothing may be merged. It may be Ctrl-C, or a warning that the user turned into an error.
+        unmerge(attachment)
+        raise
 
 
 def _updates(attachment: Attachment) -> tuple[dict[str, Tensor], dict[str, torch.dtype], set[str]]:
@@ -86,20 +90,13 @@ def _updates(attachment: Attachment) -> tuple[dict[str, Tensor], dict[str, torch
 
 
 def _merge_rounded(
-    backbone: nn.Module, record: Record, updates: Mapping[str, tuple[Tensor, torch.dtype]], quantize: Quantize
+    backbone: nn.Module, updates: Mapping[str, tuple[Tensor, torch.dtype]], quantize: Quantize
 ) -> dict[str, Rounded]:
-    """Merges into quantized weights, all or none, and returns what rounding lost at each."""
-    found: dict[str, Rounded] = {}
-    was = {name: _holder(backbone, name)._parameters["weight"] for name in updates}
-    try:
-        for name, (update, dtype) in updates.items():
-            found[name] = merge_quantized(_holder(backbone, name), update, dtype, quantize, path=name)
-    except BaseException:
-        for name, weight in was.items():
-            _holder(backbone, name)._parameters["weight"] = weight
-        raise
-    record.set_merged({name: weight for name, weight in was.items() if weight is not None})
-    return found
+    """Merges into quantized weights, and returns what rounding lost at each."""
+    return {
+        name: merge_quantized(_holder(backbone, name), update, dtype, quantize, path=name)
+        for name, (update, dtype) in updates.items()
+    }
 
 
 def _warn_of_rounding(record: Record, found: Mapping[str, Rounded]) -> None:
@@ -118,19 +115,22 @@ def _warn_of_rounding(record: Record, found: Mapping[str, Rounded]) -> None:
 def merged_weights(attachment: Attachment) -> dict[str, Tensor]:
     """Returns copies of the merged weights by name; nothing if the delta is not merged."""
     names = attachment.record.weights_before_merge
-    parameters = dict(tensors_of(attachment.backbone)) if names else {}
-    return {name: _kept(parameters[name]) for name in names}
+    return {name: _kept(weight) for name, weight in tensors_at(attachment, list(names)).items()}
 
 
 @torch.no_grad()
 def merge_again(attachment: Attachment, merged: Mapping[str, Tensor]) -> None:
     """Merges again by copying the weights that `merged_weights` returned."""
     # Not by adding the update again: with quantized weights that would need the user's `quantize` a second time.
-    backbone = attachment.backbone
-    parameters = dict(tensors_of(backbone)) if merged else {}
-    attachment.record.set_merged({name: _kept(parameters[name]) for name in merged})
-    for name, value in merged.items():
-        _put(backbone, name, parameters[name], value)
+    parameters = tensors_at(attachment, list(merged))
+    try:
+        attachment.record.set_merged({name: _kept(parameters[name]) for name in merged})
+        for name, value in merged.items():
+            _put(attachment, name, parameters[name], value)
+        watch(attachment.backbone)
+    except BaseException:
+        unmerge(attachment)
+        raise
 
 
 def _kept(weight: Tensor) -> Tensor:
@@ -140,9 +140,10 @@ def _kept(weight: Tensor) -> Tensor:
     return weight if is_quantized(weight) else weight.detach().clone()
 
 
-def _put(backbone: nn.Module, name: str, weight: Tensor, value: Tensor) -> None:
+def _put(attachment: Attachment, name: str, weight: Tensor, value: Tensor) -> None:
     if is_quantized(value):
-        _holder(backbone, name)._parameters["weight"] = value  # type: ignore[assignment]
+        held = modules_of(attachment.backbone, attachment.record).get(parent_of(name))
+        (held or _holder(attachment.backbone, name))._parameters["weight"] = value  # type: ignore[assignment]
     else:
         weight.copy_(value)
 
@@ -151,13 +152,36 @@ def _holder(backbone: nn.Module, name: str) -> nn.Module:
     return backbone.get_submodule(name.rpartition(".")[0])
 
 
-@torch.no_grad()
 def unmerge(attachment: Attachment) -> None:
     """Restores the weights from before merging, bit-exact."""
-    parameters = dict(tensors_of(attachment.backbone))
-    for name, value in attachment.record.weights_before_merge.items():
-        _put(attachment.backbone, name, parameters[name], value)
-    attachment.record.set_merged({})
+    try:
+        _unmerge(attachment)
+    except BaseException:
+        # Once more, because it takes milliseconds: after one Ctrl-C nothing is merged.
+        _unmerge(attachment)
+        raise
+
+
+@torch.no_grad()
+def _unmerge(attachment: Attachment) -> None:
+    record = attachment.record
+    weights = tensors_at(attachment, list(record.weights_before_merge))
+    changed = []
+    for name, value in record.weights_before_merge.items():
+        weight = weights.get(name)
+        if weight is not None and (is_quantized(value) or weight.shape == value.shape):
+            _put(attachment, name, weight, value)
+        else:
+            changed.append(name)
+    record.set_merged({})
+    watch(attachment.backbone)
+    if changed:
+        warnings.warn(
+            f"{changed[0]}: delta {record.name!r} was merged into it, and it was removed or resized since ({len(changed)} "
+            "such weights), so that the old weight cannot be restored",
+            DeltaWarning,
+            stacklevel=5,
+        )
 
 
 def _update(site: Site) -> dict[str, Tensor]:

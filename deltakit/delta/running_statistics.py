@@ -51,7 +51,7 @@ def fit(attachment: Attachment, state: Mapping[str, Tensor]) -> None:
             here[name].copy_(own)
         record.trained_values.pop(name, None)
         record.moved.discard(name)
-    held = record.backbone_values if attachment.attached else record.trained_values
+    held = record.backbone_values if attachment.attached and record.active else record.trained_values
     for name in state.keys() & here.keys() - set(record.fully_trained):
         held[name] = here[name].detach().clone()
         record.moved.add(name)

@@ -20,8 +20,15 @@ def swap(one: Attachment, other: Attachment) -> None:
     _refuse(one)
     _refuse(other)
     pairs = _pairs(one, other)
-    for mine, theirs in pairs:
-        mine.data, theirs.data = theirs.data, mine.data
+    before = [(mine.data, theirs.data) for mine, theirs in pairs]
+    try:
+        for (mine, theirs), (my_values, their_values) in zip(pairs, before, strict=True):
+            mine.data, theirs.data = their_values, my_values
+    except BaseException:
+        # Ctrl-C came in between: all or nothing.
+        for (mine, theirs), (my_values, their_values) in zip(pairs, before, strict=True):
+            mine.data, theirs.data = my_values, their_values
+        raise
     # With a new version, autograd refuses backward through a graph with the old values, and caches of `rows` are computed
     # again.
     torch.autograd.graph.increment_version([parameter for pair in pairs for parameter in pair])

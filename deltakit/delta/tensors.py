@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from deltakit.core import Attachment, gathered, is_sharded, parameters_of, scatter, tensors_of
+from deltakit.delta.changed_backbone import is_part
+from deltakit.delta.full_training import fully_trained_tensors
+from deltakit.delta.running_statistics import fit
 from deltakit.errors import OptionError, StateError
 from deltakit.files import is_finite
 
@@ -19,10 +22,7 @@ def named_parameters(attachment: Attachment) -> Iterator[tuple[str, nn.Parameter
     for site in attachment.sites:
         for name, parameter, _ in site.module.trained_parameters():
             yield attachment.named(site, name), parameter
-    names = attachment.record.fully_trained
-    own = dict(tensors_of(attachment.backbone)) if names else {}
-    for name in names:
-        tensor = own[name]
+    for name, tensor in fully_trained_tensors(attachment).items():
         if isinstance(tensor, nn.Parameter):
             yield name, tensor
 
@@ -77,9 +77,10 @@ def state_dict(attachment: Attachment) -> dict[str, Tensor]:
 
 def _refuse_parts(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
     for name, tensor in tensors.items():
-        if tensor.shape != shapes.get(name, tensor.shape):
+        expected = shapes.get(name, tensor.shape)
+        if tensor.shape != expected and is_part(tensor, expected):
             raise StateError(
-                f"{name}: expected shape {tuple(shapes[name])} as when it was attached, found {tuple(tensor.shape)}, because "
+                f"{name}: expected shape {tuple(expected)} as when it was attached, found {tuple(tensor.shape)}, because "
                 "an engine keeps only a part of it in this process; gather it around this call by "
                 "FullyShardedDataParallel.summon_full_params(model) or deepspeed.zero.GatheredParameters("
                 "list(delta.parameters())), or shard with fully_shard (FSDP2), which deltakit gathers itself"
@@ -118,9 +119,27 @@ def refuse_not_finite(attachment: Attachment, state: Mapping[str, Tensor]) -> No
             )
 
 
+def load_state_dict(attachment: Attachment, state: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
+    """Loads a state dict. Names and shapes must match exactly.
+
+    Args:
+        before: the tensors of the delta now, which are loaded again if this is interrupted.
+    """
+    record = attachment.record
+    values = {name: tensor.clone() for name, tensor in before.items()}
+    held = dict(record.backbone_values), dict(record.trained_values), set(record.moved), record.start
+    try:
+        fit(attachment, state)
+        _load(attachment, state)
+        record.start = None
+    except BaseException:
+        record.backbone_values, record.trained_values, record.moved, record.start = held
+        _load(attachment, values)
+        raise
+
+
 @torch.no_grad()
-def load_state_dict(attachment: Attachment, state: Mapping[str, Tensor]) -> None:
-    """Loads a state dict. Names and shapes must match exactly."""
+def _load(attachment: Attachment, state: Mapping[str, Tensor]) -> None:
     for site in attachment.sites:
         own = site.module.saved_state()
         if any(map(is_sharded, own.values())):
@@ -137,5 +156,5 @@ def _fully_trained(attachment: Attachment) -> dict[str, Tensor]:
     record = attachment.record
     values: Mapping[str, Tensor] = record.trained_values
     if attachment.attached and record.backbone_values:
-        values = dict(tensors_of(attachment.backbone))
-    return {name: values[name] for name in record.fully_trained}
+        values = fully_trained_tensors(attachment)
+    return {name: values[name] for name in record.fully_trained if name in values}

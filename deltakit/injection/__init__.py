@@ -4,8 +4,19 @@ Output hooks on targets, weight patches for weights that are read directly, the 
 that stand on a backbone while it holds deltas.
 """
 
-from deltakit.injection.backbone_guards import watch, watch_rows
-from deltakit.injection.first_forward import watch_first_forward
-from deltakit.injection.hooks import put, take
+from deltakit.injection.backbone_guards import change_begins, watch, watch_rows
+from deltakit.injection.first_forward import forget_first_forward, watch_first_forward
+from deltakit.injection.hooks import put, scopes_of, take
+from deltakit.injection.replaced_targets import modules_of
 
-__all__ = ["put", "take", "watch", "watch_first_forward", "watch_rows"]
+__all__ = [
+    "change_begins",
+    "forget_first_forward",
+    "modules_of",
+    "put",
+    "scopes_of",
+    "take",
+    "watch",
+    "watch_first_forward",
+    "watch_rows",
+]

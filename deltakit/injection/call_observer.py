@@ -7,16 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deltakit.core import CurrentCall, begin_call, end_call
+from deltakit.core import CurrentCall, begin_call, end_call, running_call
 
 _IDS, _MASK, _CACHE = ("input_ids", "decoder_input_ids"), ("attention_mask",), ("past_key_values", "cache_params")
 
 
 class CallObserver:
     """Sets the current call during the forwards of a backbone that has delta modules with `reads_call`."""
-
-    def __init__(self) -> None:
-        self.handles: list[Any] = []
 
     def begin(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Records the arguments of the backbone's call."""
@@ -26,10 +23,10 @@ class CallObserver:
         if ids is None and args and isinstance(args[0], Tensor) and not args[0].is_floating_point():
             # The user's own models may name their ids differently.
             ids = args[0]
-        begin_call(CurrentCall(ids, _first_tensor(call, _MASK), _seen(call), id(backbone)))
+        begin_call(CurrentCall(ids, _first_tensor(call, _MASK), _seen(call), id(backbone), running_call()))
 
     def end(self, backbone: nn.Module, args: Any, output: Any) -> None:
-        """Ends the call. If an interruption skips this, the next call of the backbone replaces it."""
+        """Ends the call. After an interruption that skips this, the call is known to be over."""
         end_call()
 
 

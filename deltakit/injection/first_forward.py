@@ -1,114 +1,192 @@
 """The check that the first forward of a backbone calls every target."""
 
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from threading import get_ident
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from deltakit.core import DeltaModule, Record, above, is_callable
+from deltakit.core import Attachment, DeltaModule, Record, above, is_callable, own_modules
 from deltakit.errors import DeltaWarning, StateError, TargetError
-from deltakit.injection.backbone_guards import Ran, register_around, watcher_of
-from deltakit.injection.output_hooks import InputHook, OutputHook, ours
+from deltakit.injection.hooks import scopes_of
+from deltakit.injection.output_hooks import InputHook, OutputHook
+from deltakit.injection.tables import ours, unhook
 from deltakit.injection.weight_patch import PatchHook, UnpatchHook
 
-Hook = InputHook | OutputHook | PatchHook
+
+class Ran:
+    """Notes the threads in which a module was called, for the checks of these deltas."""
+
+    def __init__(self) -> None:
+        self.threads: set[int] = set()
+        self.records: list[Record] = []
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        # Dynamo cannot trace the thread, and compiled forwards are not checked.
+        if not torch.compiler.is_compiling():
+            self.threads.add(get_ident())
+
+
+class Watched(NamedTuple):
+    """A module whose hooks call a delta module or apply its weight patch, and what notes that the module around it ran.
+
+    `around` is None where that is the backbone itself.
+    """
+
+    path: str
+    module: nn.Module
+    key: str
+    delta: DeltaModule
+    around: Ran | None
+
+    @property
+    def hooks(self) -> list[Any]:
+        """The hooks that call the delta module, or apply its weight patch."""
+        # Looked up each time: another delta at the target replaces its hooks.
+        called = (*ours(self.module, InputHook), *ours(self.module, OutputHook))
+        patches = [hook for hook in ours(self.module, PatchHook) if not isinstance(hook, UnpatchHook)]
+        return [hook for hook in called if self.key in hook.delta_keys] + [
+            hook for hook in patches if hook.key == self.key and hook.delta(self.module) is self.delta
+        ]
 
 
 class FirstForward:
-    """Raises an error if the first forward of the backbone never called a target.
+    """Raises an error if the first forward of the backbone never called a target. There is one for all deltas.
 
     Some modules are never called, because another one uses their weight directly (a fused kernel takes `proj.weight`). A
     hook there never runs, so the delta would silently do nothing. It is an error if the surrounding module was called, and
     a warning if it was not (an expert that no token was routed to, a vision tower in a batch of text).
+
+    Nothing is registered during forwards, which may run in several threads and may be interrupted.
     """
 
-    def __init__(self, record: Record) -> None:
-        self.record = record
-        self.handles: list[Any] = []
-        self.watched: list[tuple[str, nn.Module, DeltaModule, Hook, Ran]] = []
+    def __init__(self) -> None:
+        self.watched: dict[Record, list[Watched]] = {}
+        self.deltas: dict[Record, list[tuple[str, DeltaModule]]] = {}
+        self.around: dict[nn.Module, Ran] = {}
+        self.again: set[Record] = set()
+        """Those that are checked again, because the backbone was changed."""
+        self.checking: dict[int, list[Record]] = {}
+        """The records that the forward of each thread checks. One that was interrupted is replaced by the thread's next."""
 
     def begin(self, backbone: nn.Module, args: Any) -> None:
-        """Starts watching the targets and the modules around them.
+        """Starts watching the modules around the targets.
 
         Raises:
-            StateError: if the backbone is trained and the delta was offloaded with it.
+            StateError: if the backbone is trained and a delta was offloaded with it.
         """
-        # Dynamo cannot trace the registration of hooks.
-        if torch.compiler.is_compiling() or not self.record.live:
+        if torch.compiler.is_compiling():
             return
-        self._refuse_offloaded(backbone)
-        self.watched = []
-        around: dict[nn.Module, Ran] = {}
-        for path, module in backbone.named_modules():
-            for hook, delta in _served(module):
-                if delta.record is not self.record or not delta.must_be_called:
-                    continue
-                # If the surrounding module did not run either, the target had no chance to be called. Its hook tells the
-                # two cases apart. The backbone itself is running now, so it counts as called.
-                parent = _caller(backbone, path)
-                if parent not in around:
-                    around[parent] = Ran(fired=parent is backbone)
-                    around[parent].handle = parent.register_forward_pre_hook(around[parent])
-                self.watched.append((path, module, delta, hook, around[parent]))
+        records = [record for record in list(self.watched) if record.live]
+        for record in records:
+            self._refuse_offloaded(backbone, record)
+        thread = get_ident()
+        for ran in list(self.around.values()):
+            ran.threads.discard(thread)
+        self.checking[thread] = records
 
     def end(self, backbone: nn.Module, args: Any, output: Any) -> None:
-        """Checks the targets after a forward, unless it failed or was compiled.
+        """Checks the targets after a forward, unless it was compiled.
 
         Raises:
             TargetError: if a target was never called, but the module around it was.
         """
-        watched, self.watched = self.watched, []
-        for *_, around in watched:
-            around.handle.remove()
-        # After a forward that raised, torch calls hooks with `always_call` with None as the output.
-        if torch.compiler.is_compiling() or output is None or not self.record.live:
+        if torch.compiler.is_compiling():
             return
+        records = self.checking.pop(get_ident(), ())
+        # What the user removed since is reported elsewhere (`replaced_targets`).
+        there = {id(module) for module in backbone.modules()} if records else set()
+        for record in records:
+            self._check(backbone, record, [one for one in self.watched.get(record, ()) if id(one.module) in there])
+
+    def _check(self, backbone: nn.Module, record: Record, watched: list[Watched]) -> None:
         # One delta may have several hooks (a tied weight is read in several modules). It is enough if one of them ran.
-        ran = {id(delta) for _, _, delta, hook, _ in watched if hook.fired}
-        silent = [(path, module, delta, around) for path, module, delta, _, around in watched if id(delta) not in ran]
-        skipped = [(path, module, delta) for path, module, delta, around in silent if around.fired]
+        ran = {id(one.delta) for one in watched if any(hook.fired for hook in one.hooks)}
+        silent = [one for one in watched if id(one.delta) not in ran]
+        skipped = [one for one in silent if one.around is None or get_ident() in one.around.threads]
         if skipped:
-            raise TargetError(self._never_called(len(skipped), *skipped[0]))
+            raise TargetError(_never_called(record, len(skipped), skipped[0]))
+        again = record in self.again
         # With an offloaded delta the check goes on in later forwards, because it must also run before the first training.
-        if not any(map(_offloaded, (delta for _, _, delta, *_ in watched))):
-            self.record.checked = True
-            for handle in self.handles:
-                handle.remove()
-        if silent:
+        if not any(_offloaded(module) for _, module in self.deltas.get(record, ())):
+            record.checked = True
+            self.drop(backbone, record)
+        if silent and not again:
             warnings.warn(
-                f"delta {self.record.name!r}: {len(silent)} of its targets were not called in the first forward, such as "
-                f"{silent[0][0]}, and neither was the module around it: the delta did nothing there so far; if these modules "
-                "are not used by your data, leave them out with exclude=",
+                f"delta {record.name!r}: {len(silent)} of its targets were not called in the first forward, such as "
+                f"{silent[0].path}, and neither was the module around it: the delta did nothing there so far; if these "
+                "modules are not used by your data, leave them out with exclude=",
                 DeltaWarning,
                 stacklevel=2,
             )
 
-    def _refuse_offloaded(self, backbone: nn.Module) -> None:
+    def add(self, attachment: Attachment, *, again: bool) -> None:
+        """Watches the targets of a delta."""
+        backbone, record = attachment.backbone, attachment.record
+        (self.again.add if again else self.again.discard)(record)
+        paths = {id(module): path for path, module in own_modules(backbone)}
+        self.deltas[record] = [(site.owner, site.module) for site in attachment.sites]
+        self.watched[record] = [
+            Watched(paths[id(module)], module, str(site.key), site.module, self._around(attachment, paths[id(module)]))
+            for site in attachment.sites
+            if site.module.must_be_called
+            for module in ([site.target] if site.module.weight_read is None else scopes_of(backbone, site.module))
+            if id(module) in paths
+        ]
+        for hook in [hook for one in self.watched[record] for hook in one.hooks] if again else ():
+            hook.fired = False
+
+    def _around(self, attachment: Attachment, path: str) -> Ran | None:
+        """Returns what notes that the module around a path ran; None for the backbone."""
+        # If the surrounding module did not run either, the target had no chance to be called. Its hook tells the two cases
+        # apart. The backbone itself is running whenever it is asked.
+        parent = _caller(attachment.backbone, path)
+        if parent is attachment.backbone:
+            return None
+        if parent not in self.around:
+            self.around[parent] = Ran()
+            parent.register_forward_pre_hook(self.around[parent])
+        ran = self.around[parent]
+        if attachment.record not in ran.records:
+            ran.records.append(attachment.record)
+        return ran
+
+    def drop(self, backbone: nn.Module, record: Record) -> None:
+        """Stops watching the targets of a delta."""
+        self.watched.pop(record, None)
+        self.deltas.pop(record, None)
+        self.again.discard(record)
+        for parent, ran in list(self.around.items()):
+            if _released(parent, ran, record):
+                self.around.pop(parent, None)
+        if not self.watched:
+            unhook(backbone, [self])
+
+    def _refuse_offloaded(self, backbone: nn.Module, record: Record) -> None:
         """Raises StateError if the backbone is in training and the delta was offloaded with it."""
         # accelerate copies offloaded parameters to the device for each forward. The copies get the gradients, and are
         # thrown away with them: training would run and change nothing.
         if not (backbone.training and torch.is_grad_enabled()):
             return
-        name = self.record.name
-        for path, module in backbone.named_modules():
-            if isinstance(module, DeltaModule) and module.record is self.record and _offloaded(module):
+        for path, module in self.deltas.get(record, ()):
+            if _offloaded(module):
                 raise StateError(
-                    f"{path}: delta {name!r} was offloaded with its backbone and would not be trained, because offloaded "
-                    "parameters get no gradients; offload the backbone first and attach the delta afterwards"
+                    f"{path}: delta {record.name!r} was offloaded with its backbone and would not be trained, because "
+                    "offloaded parameters get no gradients; offload the backbone first and attach the delta afterwards"
                 )
 
-    def _never_called(self, count: int, path: str, module: nn.Module, delta: DeltaModule) -> str:
-        more = f" ({count} such targets)" if count > 1 else ""
-        head = (
-            f"{path}: delta {self.record.name!r} did nothing here{more}: in the first forward this "
-            f"{type(module).__name__} was never called though the module around it ran, which probably uses the weight "
-            "directly; detach the delta, and attach it again with "
-        )
-        if delta.has_weight_form and delta.weight_read is None:
-            return head + f"at='{path}.weight' (a weight patch) or without this module (exclude=)"
-        return head + f"exclude= for this module, because {delta.word()} has no weight patch"
+
+def _never_called(record: Record, count: int, one: Watched) -> str:
+    more = f" ({count} such targets)" if count > 1 else ""
+    head = (
+        f"{one.path}: delta {record.name!r} did nothing here{more}: in the first forward this "
+        f"{type(one.module).__name__} was never called though the module around it ran, which probably uses the weight "
+        "directly; detach the delta, and attach it again with "
+    )
+    if one.delta.has_weight_form and one.delta.weight_read is None:
+        return head + f"at='{one.path}.weight' (a weight patch) or without this module (exclude=)"
+    return head + f"exclude= for this module, because {one.delta.word()} has no weight patch"
 
 
 def _offloaded(delta: DeltaModule) -> bool:
@@ -121,15 +199,6 @@ def _offloaded(delta: DeltaModule) -> bool:
     )
 
 
-def _served(module: nn.Module) -> Iterator[tuple[Hook, DeltaModule]]:
-    """Yields the hooks on a module, each with a delta module that it calls or whose weight patch it applies."""
-    for hook in (*ours(module, InputHook), *ours(module, OutputHook)):
-        yield from ((hook, module._modules[key]) for key in hook.delta_keys)
-    for hook in ours(module, PatchHook):
-        if not isinstance(hook, UnpatchHook):
-            yield hook, hook.delta(module)
-
-
 def _caller(backbone: nn.Module, path: str) -> nn.Module:
     """Returns the innermost module around a path that can be called: a list of modules cannot."""
     for name in above(path.rpartition(".")[0]):
@@ -139,13 +208,36 @@ def _caller(backbone: nn.Module, path: str) -> nn.Module:
     return backbone
 
 
-def watch_first_forward(backbone: nn.Module, record: Record, *, attached: bool) -> None:
-    """Registers `FirstForward` on a backbone until the delta's targets were checked, and removes it on detach."""
-    for hook in list(backbone._forward_hooks.values()):
-        first = watcher_of(hook)
-        if isinstance(first, FirstForward) and first.record is record:
-            for handle in first.handles:
-                handle.remove()
-    if attached and not record.checked:
-        first = FirstForward(record)
-        first.handles = register_around(backbone, first)
+def watch_first_forward(attachment: Attachment, *, again: bool = False) -> None:
+    """Checks the targets of a delta in the next forward of its backbone, unless they were checked before.
+
+    Args:
+        again: whether they were checked before the backbone was changed. Then only errors are reported.
+    """
+    if not attachment.record.checked:
+        standing = ours(attachment.backbone, FirstForward)
+        first = standing[0] if standing else FirstForward()
+        first.add(attachment, again=again)
+        if not standing:
+            attachment.backbone.register_forward_pre_hook(first.begin)
+            attachment.backbone.register_forward_hook(first.end)
+
+
+def forget_first_forward(attachment: Attachment) -> None:
+    """Removes what `watch_first_forward` left on the backbone."""
+    backbone, record = attachment.backbone, attachment.record
+    for first in ours(backbone, FirstForward):
+        first.drop(backbone, record)
+    # Also in a copy of a layer, which has the hooks on the modules but not the check on the backbone.
+    for _, module in own_modules(backbone):
+        for ran in ours(module, Ran) if module._forward_pre_hooks else ():
+            _released(module, ran, record)
+
+
+def _released(module: nn.Module, ran: Ran, record: Record) -> bool:
+    """Removes a delta from those that need to know that a module ran, and returns whether none is left."""
+    if record in ran.records:
+        ran.records.remove(record)
+    if not ran.records:
+        unhook(module, [ran])
+    return not ran.records

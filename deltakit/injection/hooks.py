@@ -1,88 +1,124 @@
 """Adds a delta module and its hooks to its target, and removes them again."""
 
 import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import nn
 
 from deltakit.core import DeltaModule
-from deltakit.injection.output_hooks import InputHook, OutputHook, ours
-from deltakit.injection.weight_patch import PatchHook, UnpatchHook
+from deltakit.injection.context_hooks import ContextInputHook, ContextOutputHook, calls_of, clean_up
+from deltakit.injection.output_hooks import InputHook, OutputHook
+from deltakit.injection.tables import ours, unhook
+from deltakit.injection.weight_patch import PatchHook, UnpatchHook, hide_sums_of
 
 
-def put(backbone: nn.Module, target: nn.Module, key: str, delta: DeltaModule) -> None:
-    """Registers a delta module as a child of its target, and the hooks that its kind and its target need."""
+def put(backbone: nn.Module, target: nn.Module, key: str, delta: DeltaModule) -> list[nn.Module]:
+    """Registers a delta module as a child of its target, and the hooks that its kind and its target need.
+
+    Returns:
+        The modules whose hooks patch the weight; none of them if the hooks are on the target.
+    """
     if delta.training is not target.training:
         delta.train(target.training)
     target.add_module(key, delta)
-    if delta.weight_read is None:
-        _hook_target(target)
-        return
-    _hook_weight(backbone.get_submodule(delta.weight_read.scope), key, delta.weight_read.holder)
-    for other in delta.weight_read.also:
-        source = None if other.owner == delta.weight_read.owner else delta
-        _hook_weight(backbone.get_submodule(other.scope), key, other.holder, source, other.name)
-
-
-def take(backbone: nn.Module, target: nn.Module, key: str) -> None:
-    """Removes a delta module and its hooks from its target."""
-    delta = target._modules[key]
-    read = delta.weight_read if isinstance(delta, DeltaModule) else None
-    scopes = [read.scope, *(other.scope for other in read.also)] if read is not None else []
-    for scope in map(backbone.get_submodule, dict.fromkeys(scopes)):
-        for hook in ours(scope, PatchHook):
-            if hook.delta(scope) is delta:
-                hook.handle.remove()
-    del target._modules[key]
+    read = delta.weight_read
     if read is None:
         _hook_target(target)
+        return []
+    scopes = [backbone.get_submodule(path) for path in (read.scope, *(other.scope for other in read.also))]
+    _hook_weight(scopes[0], key, read.holder)
+    for scope, other in zip(scopes[1:], read.also, strict=True):
+        source = None if other.owner == read.owner else delta
+        _hook_weight(scope, key, other.holder, source, other.name)
+    return scopes
 
 
-def _hook_target(target: nn.Module) -> None:
+def take(target: nn.Module, key: str, delta: DeltaModule, scopes: Iterable[nn.Module]) -> None:
+    """Removes a delta module and its hooks from its target. It can be repeated, and works on what is there only in part.
+
+    The delta module itself is removed last: as long as it is there, an interrupted removal is found and made again.
+
+    Args:
+        scopes: the modules whose hooks patch the weight.
+    """
+    for scope in scopes:
+        # The user may have removed the module that a hook belongs to.
+        hooks = [hook for hook in ours(scope, PatchHook) if hook.key == key and hook.delta(scope) in (delta, None)]
+        for holder in filter(None, [hook.holder_in(scope) for hook in hooks]):
+            hide_sums_of(holder, key)
+        unhook(scope, hooks)
+        _sort_patches(scope)
+    if delta.weight_read is None:
+        _hook_target(target, without=delta)
+    if target._modules.get(key) is delta:
+        del target._modules[key]
+
+
+def scopes_of(backbone: nn.Module, delta: DeltaModule) -> list[nn.Module]:
+    """Returns the modules whose hooks patch the weight of a delta module that is attached, as far as they are there."""
+    read = delta.weight_read
+    paths = [read.scope, *(other.scope for other in read.also)] if read is not None else []
+    found = []
+    for path in dict.fromkeys(paths):
+        with suppress(AttributeError):
+            found.append(backbone.get_submodule(path))
+    return found
+
+
+def _hook_target(target: nn.Module, without: DeltaModule | None = None) -> None:
     """Registers the hooks of all delta modules on a target again, in the order in which the deltas were first attached.
 
     They come before all other hooks. transformers installs its hooks that capture hidden states in the first call that
     needs them, and a delta attached later would be missing from the captured states.
+
+    Args:
+        without: a delta module that is about to be removed.
     """
-    for hook in (*ours(target, InputHook), *ours(target, OutputHook)):
-        hook.handle.remove()
+    calls = calls_of(target)
+    clean_up(target, calls)
+    unhook(target, (*ours(target, InputHook), *ours(target, OutputHook)))
     held = [
         (key, child)
         for key, child in target._modules.items()
-        if isinstance(child, DeltaModule) and child.weight_read is None
+        if isinstance(child, DeltaModule) and child.weight_read is None and child is not without
     ]
     held.sort(key=lambda item: _order(item[1]))
     keys_before = tuple(key for key, child in held if child.acts_before())
     keys_after = tuple(key for key, child in held if child.acts_after())
+    always = any(child.cleans_up() for _, child in held)
     if keys_before:
-        before = InputHook(keys_before)
-        before.handle = target.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+        before = ContextInputHook(keys_before, calls) if always else InputHook(keys_before)
+        target.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
     if keys_after:
-        always = any(child.cleans_up() for _, child in held)
-        after = OutputHook(keys_after, always=always)
-        after.handle = target.register_forward_hook(after, prepend=True, with_kwargs=True, always_call=always)
+        after = ContextOutputHook(keys_after, calls) if always else OutputHook(keys_after)
+        target.register_forward_hook(after, prepend=True, with_kwargs=True, always_call=always)
 
 
-def _order(delta: DeltaModule) -> int:
-    return delta.record.order if delta.record is not None else 0
+def _order(delta: DeltaModule | None) -> int:
+    return delta.record.order if delta is not None and delta.record is not None else 0
 
 
 def _hook_weight(scope: nn.Module, key: str, holder: str, source: DeltaModule | None = None, name: str = "") -> None:
-    """Registers the hooks that patch a weight around the forward that reads it.
+    """Registers the hooks that patch a weight around the forward that reads it."""
+    scope.register_forward_pre_hook(PatchHook(key, holder, source, name), with_kwargs=True)
+    scope.register_forward_hook(UnpatchHook(key, holder, source, name), with_kwargs=True, always_call=True)
+    _sort_patches(scope)
 
-    All patch hooks of the scope are registered again, sorted by delta. Floating-point sums depend on the order, so the
-    order must not depend on who was attached last.
+
+def _sort_patches(scope: nn.Module) -> None:
+    """Sorts the patch hooks of a module by delta, ahead of all other hooks.
+
+    Floating-point sums depend on the order, so the order must not depend on who was attached last. The hooks are moved and
+    not registered again: an interruption could lose those of other deltas.
     """
-    hooks = [*ours(scope, PatchHook), PatchHook(key, holder, source, name), UnpatchHook(key, holder, source, name)]
-    for hook in hooks:
-        if hook.handle is not None:
-            hook.handle.remove()
-    ordered = sorted(hooks, key=lambda hook: _order(hook.delta(scope)))
-    for hook in ordered[::-1]:
-        if isinstance(hook, UnpatchHook):
-            hook.handle = scope.register_forward_hook(hook, prepend=True, with_kwargs=True, always_call=True)
-        else:
-            hook.handle = scope.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+    tables: tuple[Any, ...] = (scope._forward_pre_hooks, scope._forward_hooks)
+    for table in tables:
+        orders = {number: _order(hook.delta(scope)) for number, hook in table.items() if isinstance(hook, PatchHook)}
+        for number in sorted(orders, key=lambda number: orders[number])[::-1]:
+            table.move_to_end(number, last=False)
 
 
 def follow_hooks_when_compiled() -> None:

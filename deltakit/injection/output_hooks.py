@@ -22,12 +22,12 @@ class InputHook:
 
     def __init__(self, keys: tuple[str, ...]) -> None:
         self.delta_keys = keys
-        # The handle of torch's registration, kept here because handles outside of the model do not follow a deepcopy.
-        self.handle: Any = None
         # Read by the check of the first forward.
         self.fired = False
 
-    def __call__(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # torch's quantizers copy hooks to the module that replaces the target, and call them there without keyword arguments.
+    # There is no delta module then, and `replaced_targets` tells the user.
+    def __call__(self, target: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> Any:
         self.fired = True
         changed = False
         for key in self.delta_keys:
@@ -43,26 +43,14 @@ class InputHook:
 class OutputHook:
     """Calls all delta modules that change a target's output, after the target. Each gets the output of the one before."""
 
-    def __init__(self, keys: tuple[str, ...], *, always: bool) -> None:
+    def __init__(self, keys: tuple[str, ...]) -> None:
         self.delta_keys = keys
-        self.handle: Any = None
         self.fired = False
-        self.always = always
-        """Whether torch calls it after a forward that raised, too. Call contexts need that to clean up."""
 
-    def __call__(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    # The last two have a default for the same reason as in `InputHook`.
+    def __call__(self, target: nn.Module, args: tuple[Any, ...], kwargs: Any = None, output: Any = None) -> Any:
         self.fired = True
-        if not self.always:
-            return self._through(target, args, kwargs, output)
-        # After a forward that raised, torch passes None as the output.
-        if output is None:
-            return self._abandon(target)
-        try:
-            return self._through(target, args, kwargs, output)
-        except BaseException:
-            # torch has called this hook already and does not call it again for this exception.
-            self._abandon(target)
-            raise
+        return self._through(target, args, kwargs, output)
 
     def _through(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         # This runs in every call of every target, so it reads each attribute once.
@@ -91,15 +79,3 @@ class OutputHook:
             if new is not None:
                 output = new
         return output
-
-    def _abandon(self, target: nn.Module) -> None:
-        for key in self.delta_keys:
-            delta: Any = target._modules.get(key)
-            if delta is not None:
-                delta.abandon(target)
-
-
-def ours(module: nn.Module, kind: type[Any]) -> list[Any]:
-    """Returns the hooks of one of our classes on a module."""
-    tables = (module._forward_pre_hooks, module._forward_hooks)
-    return [hook for table in tables for hook in table.values() if isinstance(hook, kind)]

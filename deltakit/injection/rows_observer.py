@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from deltakit.core import Record, begin_forward, end_forward
-from deltakit.injection.output_hooks import ours
+from deltakit.injection.tables import ours, unhook
 
 
 class RowsHook:
@@ -14,7 +14,6 @@ class RowsHook:
 
     def __init__(self, records: Sequence[Record]) -> None:
         self.records = records
-        self.handle: Any = None
 
 
 class BeforeForward(RowsHook):
@@ -37,12 +36,10 @@ def observe_rows(module: nn.Module, records: Sequence[Record]) -> None:
     for hook in hooks:
         hook.records = records
     if not hooks:
-        before, after = BeforeForward(records), AfterForward(records)
-        before.handle = module.register_forward_pre_hook(before, with_kwargs=True)
-        after.handle = module.register_forward_hook(after, always_call=True)
+        module.register_forward_pre_hook(BeforeForward(records), with_kwargs=True)
+        module.register_forward_hook(AfterForward(records), always_call=True)
 
 
 def forget_rows(module: nn.Module) -> None:
     """Removes the two hooks from a module."""
-    for hook in ours(module, RowsHook):
-        hook.handle.remove()
+    unhook(module, ours(module, RowsHook))

@@ -31,7 +31,6 @@ class TrainingGuard:
     """
 
     def __init__(self) -> None:
-        self.handles: list[Any] = []
         self.deltas: list[_Watched] = []
 
     def follow(self, modules: Iterable[DeltaModule]) -> None:

@@ -2,23 +2,47 @@
 
 The sum is put into the module's `__dict__`, where attribute access looks before `_parameters`. The parameter stays registered,
 so state dicts, optimisers and other hooks do not see the sum. Forwards can be nested (a module that calls itself, hooks on a
-layer and on the module around it, two threads), and several deltas may patch one weight. So calls are counted per delta.
+layer and on the module around it, two threads), and several deltas may patch one weight. So the calls are noted per delta. A
+call that Ctrl-C ended never takes its sum away: the next forward finds that it is over, and does.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deltakit.core import DeltaModule
+from deltakit.core import DeltaModule, RunningCall, running_call
 from deltakit.errors import StateError, TargetError
 
+Calls = tuple[RunningCall | None, ...]
+
 _TABLE = "_deltakit_sums"
-_LOCK = Lock()
+
+
+class _Lock:
+    """A lock for statements that are never inside each other. Ctrl-C cannot leave it locked.
+
+    Python may raise KeyboardInterrupt between the end of a `with` block and `__exit__`.
+    """
+
+    def __init__(self) -> None:
+        self.lock: Any = RLock()
+
+    def __enter__(self) -> None:
+        # What this thread holds already was left by an interruption.
+        while self.lock._is_owned():
+            self.lock.release()
+        self.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
+
+_LOCK = _Lock()
 
 
 def _locked() -> AbstractContextManager[Any]:
@@ -39,57 +63,88 @@ def show_sum(holder: nn.Module, name: str, key: str, update: Callable[[Tensor], 
 
 
 def _enter(holder: nn.Module, name: str, key: str, update: Callable[[Tensor], Tensor]) -> None:
+    call = running_call()
     table: dict[str, Any] = holder.__dict__.setdefault(_TABLE, {})
     if name not in table:
         # `__dict__` may hold a value of somebody else's already. It is the base of the sum, and is restored afterwards.
         table[name] = {"was": holder.__dict__.get(name), "base": getattr(holder, name), "parts": {}}
     entry = table[name]
-    present, depth = entry["parts"].get(key, (None, 0))
+    present, calls = entry["parts"].get(key, (None, ()))
     # An inner forward uses the outer one's update, which costs as much as the full weight. But an update that was computed
     # without a graph would give a forward with gradients none.
     if present is None or (torch.is_grad_enabled() and not present.requires_grad):
         present = update(entry["base"])
-        entry["parts"][key] = (present, depth + 1)
-        _show(holder, name, entry)
+        entry["parts"][key] = (present, (*calls, call))
+        _show(holder, name, entry["base"], entry["was"], entry["parts"])
     else:
-        entry["parts"][key] = (present, depth + 1)
+        entry["parts"][key] = (present, (*calls, call))
 
 
 def hide_sum(holder: nn.Module, key: str) -> None:
     """Reverts one `show_sum` of a delta. After the last one, reads return the parameters themselves again."""
+    call = running_call()
     with _locked():
-        _leave(holder, key)
+        _keep(holder, lambda other, calls: _without(calls, call) if other == key else calls)
 
 
-def _leave(holder: nn.Module, key: str) -> None:
+def hide_sums_of(holder: nn.Module, key: str) -> None:
+    """Reverts every `show_sum` of a delta."""
+    with _locked():
+        _keep(holder, lambda other, calls: () if other == key else calls)
+
+
+def hide_interrupted(holder: nn.Module) -> None:
+    """Reverts every `show_sum` of calls that were interrupted (Ctrl-C), so that no hook did it."""
+    # Nearly always there is nothing. While compiling, all calls are those that are being traced.
+    if _TABLE in holder.__dict__ and not torch.compiler.is_compiling():
+        with _locked():
+            _keep(holder, lambda _, calls: tuple(call for call in calls if call is None or not call.over))
+
+
+def _without(calls: Calls, call: RunningCall | None) -> Calls:
+    """Returns the calls without the last one that may be this one: of a call inside compiled code nothing is known."""
+    for place in reversed(range(len(calls))):
+        other = calls[place]
+        if call is None or other is None or other.same_as(call):
+            return (*calls[:place], *calls[place + 1 :])
+    return calls
+
+
+def _keep(holder: nn.Module, kept: Callable[[str, Calls], Calls]) -> None:
+    """Keeps only some of the calls that patch weights of a module, and the updates of those that are left.
+
+    The table changes after what it describes, so that an interrupted change can be made again.
+    """
     # The hook after the forward always runs, even if the delta was inactive and nothing was patched.
     table: dict[str, Any] = holder.__dict__.get(_TABLE, {})
-    for name in [name for name, entry in table.items() if key in entry["parts"]]:
+    for name in list(table):
         entry = table[name]
-        update, depth = entry["parts"][key]
-        if depth > 1:
-            entry["parts"][key] = (update, depth - 1)
-            continue
-        del entry["parts"][key]
-        _show(holder, name, entry)
-        if not entry["parts"]:
+        parts = {}
+        for key, (update, calls) in entry["parts"].items():
+            left = kept(key, calls)
+            if left:
+                parts[key] = (update, left)
+        if len(parts) < len(entry["parts"]) or not parts:
+            _show(holder, name, entry["base"], entry["was"], parts)
+        entry["parts"] = parts
+        if not parts:
             del table[name]
     if not table:
         # Between forwards the module is as the user knows it, so copies and pickles hold nothing of deltakit's.
         holder.__dict__.pop(_TABLE, None)
 
 
-def _show(holder: nn.Module, name: str, entry: dict[str, Any]) -> None:
-    if entry["parts"]:
+def _show(holder: nn.Module, name: str, base: Tensor, was: Any, parts: dict[str, tuple[Tensor, Calls]]) -> None:
+    if parts:
         # Added up from the base each time. Subtracting an update again would leave rounding errors of the sum behind.
-        total = entry["base"]
-        for update, _ in entry["parts"].values():
+        total = base
+        for update, _ in parts.values():
             total = total + update.to(total.dtype)
         holder.__dict__[name] = total
-    elif entry["was"] is None:
-        del holder.__dict__[name]
+    elif was is None:
+        holder.__dict__.pop(name, None)
     else:
-        holder.__dict__[name] = entry["was"]
+        holder.__dict__[name] = was
 
 
 class PatchHook:
@@ -107,7 +162,6 @@ class PatchHook:
         self.holder = holder
         self.source = source
         self.name = name
-        self.handle: Any = None
         self.fired = False
 
     def delta(self, scope: nn.Module) -> DeltaModule | None:
@@ -115,17 +169,31 @@ class PatchHook:
         # Looked up by key for the same reasons as in `output_hooks`: copies, pickles and replicas.
         if self.source is not None:
             return self.source
-        found = (scope.get_submodule(self.holder) if self.holder else scope)._modules.get(self.key)
+        holder = self.holder_in(scope)
+        found = holder._modules.get(self.key) if holder is not None else None
         return found if isinstance(found, DeltaModule) else None
 
-    def __call__(self, scope: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def holder_in(self, scope: nn.Module) -> nn.Module | None:
+        """Returns the module whose weight is patched; None if the user removed it."""
+        if not self.holder:
+            return scope
+        try:
+            return scope.get_submodule(self.holder)
+        except AttributeError:
+            return None
+
+    def __call__(self, scope: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> Any:
         self.fired = True
+        holder = self.holder_in(scope)
+        if holder is None:
+            return
+        hide_interrupted(holder)
         delta = self.delta(scope)
         if delta is None or not delta.live or not delta.takes_part:
             return
-        holder = scope.get_submodule(self.holder) if self.holder else scope
         _refuse_recomputing(scope, self.holder)
         for name, update in delta.scaled_updates(holder).items():
+            _refuse_computed(holder, self.name or name)
             show_sum(holder, self.name or name, self.key, partial(self._fitting, scope, update))
 
     def _fitting(self, scope: nn.Module, update: Tensor, weight: Tensor) -> Tensor:
@@ -141,11 +209,21 @@ class PatchHook:
 class UnpatchHook(PatchHook):
     """Removes the patch after the forward that reads the weights, and also when that forward raises."""
 
-    def __call__(  # type: ignore[override]
-        self, scope: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        holder = scope.get_submodule(self.holder) if self.holder else scope
-        hide_sum(holder, self.key)
+    def __call__(self, scope: nn.Module, args: tuple[Any, ...], kwargs: Any = None, output: Any = None) -> None:
+        holder = self.holder_in(scope)
+        if holder is not None:
+            hide_sum(holder, self.key)
+
+
+def _refuse_computed(holder: nn.Module, name: str) -> None:
+    """Raises StateError if a weight is computed from others in each read or call, so that a patch would have no effect."""
+    # By a property (`torch.nn.utils.parametrize`), or by a hook that sets it (`prune`, the old `weight_norm`).
+    own = holder._parameters
+    if isinstance(getattr(type(holder), name, None), property) or f"{name}_orig" in own or f"{name}_g" in own:
+        raise StateError(
+            f"{name} of a {type(holder).__name__} is computed from other tensors (parametrize, prune or weight_norm), so a "
+            "weight patch has no effect on it; undo that, or detach the delta"
+        )
 
 
 def _refuse_recomputing(scope: nn.Module, holder: str) -> None:

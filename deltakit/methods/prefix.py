@@ -20,12 +20,13 @@ from deltakit.ops import (
     AttentionPrefix,
     PrefixMode,
     attends,
-    current_prefix_mode,
+    enter_prefix_mode,
     enters_by_interface,
     heads_of,
     install_prefixes,
     joined,
     joined_per_example,
+    leave_prefix_mode,
     like,
 )
 
@@ -91,22 +92,19 @@ class PrefixModeDelta(PrefixDelta):
     def enter(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         prefixes, batch = self.peers(target), self.batch
         if batch is None:
-            PrefixMode(target, *joined(prefixes)).__enter__()
+            enter_prefix_mode(PrefixMode(target, *joined(prefixes)))
         else:
             times = batch.times(hidden_input(args, kwargs), target)
-            PrefixMode(target, *joined_per_example(prefixes, batch, times)).__enter__()
+            enter_prefix_mode(PrefixMode(target, *joined_per_example(prefixes, batch, times)))
 
     def leave(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        mode = current_prefix_mode(target)
+        mode = leave_prefix_mode(target)
         if mode is not None:
-            mode.__exit__(None, None, None)
             mode.check()
         return output
 
     def abandon(self, target: nn.Module) -> None:
-        mode = current_prefix_mode(target)
-        if mode is not None:
-            mode.__exit__(None, None, None)
+        leave_prefix_mode(target)
 
 
 class PrefixMLP(nn.Module):

@@ -70,6 +70,11 @@ class PromptVectorsDelta(PromptDelta):
             self._check_insertion()
         if self.batch is None and len(self.peers(target)) > 1:
             raise StateError("two soft prompts are active on one embedding and use the same ids; detach() one of them")
+        if target.num_embeddings != self.vocabulary:
+            raise StateError(
+                f"the soft prompt uses the ids from {self.vocabulary} on, and the embedding has {target.num_embeddings} of "
+                "its own: it was resized (resize_token_embeddings?); detach() the delta and attach a new one"
+            )
         indices = ids - self.vocabulary
         start, tokens = self._start_and_length(target, ids)
         is_prompt = (indices >= 0) & (indices < tokens)

@@ -1,8 +1,9 @@
 """The building blocks of methods: low-rank products, attention with a prefix, prompt insertion, sizes and dtypes."""
 
-from deltakit.ops.attention.function_mode import PrefixMode, current_prefix_mode
+from deltakit.ops.attention.function_mode import PrefixMode
 from deltakit.ops.attention.interface import install_prefixes
 from deltakit.ops.attention.kernel import AttentionPrefix, joined, joined_per_example
+from deltakit.ops.attention.mode_stack import enter_prefix_mode, leave_prefix_mode
 from deltakit.ops.attention.sites import attends, enters_by_interface, heads_of
 from deltakit.ops.kinds.call_context import CallContext
 from deltakit.ops.kinds.input_map import InputMap
@@ -29,7 +30,7 @@ __all__ = [
     "WeightMap",
     "attends",
     "called_directly",
-    "current_prefix_mode",
+    "enter_prefix_mode",
     "enters_by_interface",
     "finish",
     "grown_mask",
@@ -41,6 +42,7 @@ __all__ = [
     "joined_per_example",
     "kaiming_uniform",
     "layout_for",
+    "leave_prefix_mode",
     "like",
     "linear_with",
     "normal",

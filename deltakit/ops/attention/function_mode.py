@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.overrides import TorchFunctionMode
 
+from deltakit.core import RunningCall
 from deltakit.errors import StateError
 from deltakit.ops.attention.kernel import causal, prepend, widen, widen_per_example
 
@@ -27,6 +28,11 @@ _MASKING = (torch.masked_fill, Tensor.masked_fill, Tensor.masked_fill_)
 _SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__, torch.sub, Tensor.sub)
 # Forwards reshape scores with sizes that they computed before, so those sizes need the new number of columns.
 _SHAPINGS = (Tensor.view, Tensor.reshape, torch.reshape)
+_ATTENTIONS = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
+# One look-up for the many functions that the mode leaves as they are.
+_CONCERNED = frozenset(
+    (*_ATTENTIONS, *_PRODUCTS, *_PRODUCTS_ADDED, *_MASKING, *_SUMS, *_SHAPINGS, torch.where)
+)  # fmt: skip
 
 
 class PrefixMode(TorchFunctionMode):
@@ -49,6 +55,8 @@ class PrefixMode(TorchFunctionMode):
         seen: Bool[Tensor, "*examples prefix"] | None = None,
     ) -> None:
         super().__init__()
+        self.call: RunningCall | None = None
+        """The call of the module. After it the mode changes nothing: Ctrl-C may have left it on torch's stack."""
         self.module, self.key, self.value, self.seen = module, key, value, seen
         self.length = key.shape[-2]
         self.keys: int | None = None
@@ -56,6 +64,11 @@ class PrefixMode(TorchFunctionMode):
         self.attended: int | None = None
         """The number of own keys of the last attention that was written out and is finished."""
         self.finished = 0
+
+    @property
+    def over(self) -> bool:
+        """Whether the forward that it was entered for has ended."""
+        return self.call is not None and self.call.over
 
     def check(self) -> None:
         """Checks after a forward that its attention got the prefix.
@@ -74,6 +87,8 @@ class PrefixMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func not in _CONCERNED or self.over:
+            return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self._fused(*args, **kwargs)
         if func is F.multi_head_attention_forward:
@@ -204,15 +219,6 @@ class PrefixMode(TorchFunctionMode):
         if self.attended is not None and last == self.attended and x.shape[-1] == self.attended + self.length:
             return (x[..., self.length :].contiguous(), *sizes)
         return args
-
-
-def current_prefix_mode(module: nn.Module) -> PrefixMode | None:
-    """Returns the mode that watches the forward of a module now, or None.
-
-    Torch's own stack of modes holds it, so it belongs to this thread and to this call.
-    """
-    mode = _get_current_function_mode()
-    return mode if isinstance(mode, PrefixMode) and mode.module is module else None
 
 
 # Torch's own code, with the check removed that hands the whole call to a mode before anything runs.

@@ -19,6 +19,7 @@ from deltakit.core import (
     weight_view,
     wide,
 )
+from deltakit.errors import StateError
 from deltakit.ops.kinds.output_map import OutputMap
 from deltakit.ops.low_rank import Product, add_few_tokens, add_low_rank, convolved, fresh, watched
 from deltakit.ops.low_rank_batched import add_per_example, shared_work
@@ -119,7 +120,13 @@ class LowRank(OutputMap):
             return convolved(y, self._dropped(x), a.unflatten(-1, self.view.kernel), b, product, layer)
         if self.embeds:
             # A product with a one-hot vector is the row of A^T for that id.
-            h = self._dropped(F.embedding(x, a.mT, padding_idx=self.padding_idx))
+            try:
+                h = self._dropped(F.embedding(x, a.mT, padding_idx=self.padding_idx))
+            except IndexError as error:
+                raise StateError(
+                    f"{self.word()} was attached to an embedding of {a.shape[1]} ids, and there are ids beyond: the embedding "
+                    "was resized (resize_token_embeddings?); detach() the delta and attach a new one"
+                ) from error
             return y + (F.linear(h, b) * product.scale).to(y.dtype)
         if self.dropout and self.training:
             # With dropout the input differs from the layer's, so one autograd node cannot serve both.

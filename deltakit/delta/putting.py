@@ -1,0 +1,94 @@
+"""Puts all modules and values of a delta into its backbone, and takes them out again, also after an interruption.
+
+Ctrl-C may come between any two lines. So attaching undoes what it did, detaching goes on to its end, and both leave the delta
+findable until the last step: `detach` of its handle, or of `deltas(model)`, does the rest.
+"""
+
+from deltakit.core import Attachment, Site, drop_interrupted_calls, key_of, shapes_of
+from deltakit.delta.changed_backbone import logical_sizes
+from deltakit.delta.full_training import put_backbone_values, put_trained_values, refresh_gradients
+from deltakit.injection import (
+    change_begins,
+    forget_first_forward,
+    put,
+    scopes_of,
+    take,
+    watch,
+    watch_first_forward,
+)
+
+
+def put_all(attachment: Attachment) -> None:
+    """Attaches a delta, or leaves the backbone as it was if that fails or is interrupted."""
+    backbone, record = attachment.backbone, attachment.record
+    try:
+        change_begins(backbone)
+        for site in attachment.sites:
+            if site.module.record is not record:
+                site.module.record = record
+            if site.module.shapes is None:
+                site.module.shapes = shapes_of(site.module)
+                site.module.target_sizes = logical_sizes(site.target)
+            key = key_of(record, site.method, site.module.part)
+            attachment.scopes[site.module] = put(backbone, site.target, key, site.module)
+        if record.active:
+            put_trained_values(attachment)
+        refresh_gradients(backbone, record.grad_ledger)
+        watch_first_forward(attachment)
+        watch(backbone)
+    except BaseException:
+        take_all(attachment)
+        raise
+
+
+def switch(attachment: Attachment, *, active: bool) -> None:
+    """Switches a delta on or off. While it is off, the fully trained tensors have the backbone's own values."""
+    before = attachment.record.active
+    try:
+        _switch(attachment, active)
+    except BaseException:
+        _switch(attachment, before)
+        raise
+
+
+def _switch(attachment: Attachment, active: bool) -> None:
+    record = attachment.record
+    record.active = active
+    if record.fully_trained and attachment.attached:
+        (put_trained_values if active else put_backbone_values)(attachment)
+        refresh_gradients(attachment.backbone, record.grad_ledger)
+        watch(attachment.backbone)
+
+
+def take_all(attachment: Attachment) -> None:
+    """Detaches a delta of which everything or only a part is there."""
+    try:
+        _take_all(attachment)
+    except BaseException:
+        # Once more, because it takes milliseconds: after one Ctrl-C the delta is detached.
+        _take_all(attachment)
+        raise
+
+
+def _take_all(attachment: Attachment) -> None:
+    backbone, record = attachment.backbone, attachment.record
+    record.leaving = True
+    change_begins(backbone)
+    put_backbone_values(attachment)
+    refresh_gradients(backbone, record.grad_ledger)
+    forget_first_forward(attachment)
+    drop_interrupted_calls()
+    # By the modules that are left a delta is found again, so the last of them goes last.
+    first, *others = attachment.sites
+    for site in others:
+        _take(attachment, site)
+    watch(backbone)
+    _take(attachment, first)
+    attachment.scopes.clear()
+    record.leaving = False
+
+
+def _take(attachment: Attachment, site: Site) -> None:
+    key = key_of(attachment.record, site.method, site.module.part)
+    scopes = attachment.scopes.get(site.module) or scopes_of(attachment.backbone, site.module)
+    take(site.target, key, site.module, scopes)

@@ -1,0 +1,122 @@
+"""Notices in a forward that modules with deltas were replaced or removed, or that others were added beside them.
+
+The hooks of a delta go with a module that the user replaces (`model.classifier = nn.Linear(...)`), and the forward would
+silently run without that part. Libraries may also add a module that is called instead (diffusers' `fuse_qkv_projections`).
+"""
+
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltakit.core import Record, RunningCall, attachments_of
+from deltakit.errors import DeltaWarning, StateError
+from deltakit.injection.first_forward import FirstForward, watch_first_forward
+from deltakit.injection.tables import ours
+
+Holdings = Mapping[tuple[Record, str], nn.Module]
+"""The modules that deltas change or fully train, by delta and path."""
+
+
+class TargetGuard:
+    """Compares the modules on the way to the targets with those that were there when a delta was last attached or detached.
+
+    This runs in each forward of the backbone, so it compares by identity in three calls of C code.
+    """
+
+    def __init__(self) -> None:
+        self.changing: RunningCall | None = None
+        """The attaching or detaching that is going on, or that was interrupted."""
+        self.holdings: dict[tuple[Record, str], nn.Module] = {}
+        self.reported: set[tuple[Record, str]] = set()
+        """Those that are no longer in the backbone, as far as the user was told."""
+        self._remember(())
+
+    def expect(self, ways: Iterable[tuple[nn.Module, str]], holdings: Holdings, there: Collection[int]) -> None:
+        """Sets the modules that must be there from now on.
+
+        Args:
+            ways: each module on the way to a target, and the name of its child on that way.
+            there: the ids of all modules in the backbone.
+        """
+        records = {record for record, _ in holdings}
+        # While its delta is attached, a module that was replaced is not forgotten, nor the new one taken for it.
+        known = {key: module for key, module in self.holdings.items() if key[0] in records}
+        self.holdings = {**holdings, **known}
+        self.reported = {key for key in self.reported if key in self.holdings}
+        self._remember(ways)
+        if self._gone(there):
+            # The next forward looks and tells.
+            self.sizes = [-1]
+        self.changing = None
+
+    def _remember(self, ways: Iterable[tuple[nn.Module, str]]) -> None:
+        self.ways = list(ways)
+        self.tables = [parent._modules for parent, _ in self.ways]
+        self.names = [name for _, name in self.ways]
+        self.modules = list(map(dict.get, self.tables, self.names))
+        self.sizes = list(map(len, self.tables))
+
+    def _gone(self, there: Collection[int]) -> list[tuple[Record, str]]:
+        return [key for key, module in self.holdings.items() if id(module) not in there and key not in self.reported]
+
+    def __call__(self, backbone: nn.Module, args: Any) -> None:
+        """Compares the modules.
+
+        Raises:
+            StateError: if attaching or detaching a delta was interrupted, and the delta is there in part.
+        """
+        # Dynamo guards the modules of a compiled forward itself, and compiles it again if they are replaced.
+        if torch.compiler.is_compiling():
+            return
+        if (
+            self.changing is None
+            and list(map(dict.get, self.tables, self.names)) == self.modules
+            and list(map(len, self.tables)) == self.sizes
+        ):
+            return
+        self._look(backbone)
+
+    def _look(self, backbone: nn.Module) -> None:
+        if self.changing is not None:
+            # Another thread attaches or detaches a delta, and will say then what is to be expected.
+            if not self.changing.over:
+                return
+            raise StateError(
+                "attaching or detaching a delta was interrupted, so that only a part of it is here; remove that by "
+                "detach(): deltakit.deltas(model) has its handle"
+            )
+        there = {id(module) for module in backbone.modules()}
+        gone = self._gone(there)
+        if gone:
+            warnings.warn(_replaced(gone), DeltaWarning, stacklevel=3)
+        self.reported.update(gone)
+        # The targets that are still there may not be called any more.
+        for attachment in attachments_of(backbone):
+            attachment.record.checked = False
+            watch_first_forward(attachment, again=True)
+        for first in ours(backbone, FirstForward):
+            first.begin(backbone, args=None)
+        self._remember(
+            [(parent, name) for parent, name in self.ways if id(parent) in there and name in parent._modules]
+        )
+
+
+def _replaced(gone: list[tuple[Record, str]]) -> str:
+    record, path = gone[0]
+    return (
+        f"delta {record.name!r}: {path} is no longer in the backbone ({len(gone)} such modules): it was replaced or removed "
+        "after the delta was attached, and the delta does nothing there; put it back, or detach() the delta and attach a new "
+        "one to the changed backbone"
+    )
+
+
+def modules_of(backbone: nn.Module, record: Record) -> dict[str, nn.Module]:
+    """Returns the modules that an attached delta changes or fully trains, by path, also those that the user replaced since.
+
+    It is empty while the delta is being attached.
+    """
+    guards: list[TargetGuard] = ours(backbone, TargetGuard)
+    return {path: module for guard in guards for (of, path), module in guard.holdings.items() if of is record}

@@ -1,0 +1,47 @@
+"""Finds and removes deltakit's hooks in the tables of a module.
+
+Not by the handles that torch returns: they do not follow a deepcopy, and Ctrl-C between a registration and the assignment of
+its handle would leave a hook that nobody can remove.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+# Each table of hooks, and the tables that say how its hooks are called.
+_TABLES = {
+    "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
+    "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    "_load_state_dict_pre_hooks": (),
+}
+
+
+# Tables are copied before they are read: another thread may change them.
+def ours(module: nn.Module, kind: type[Any]) -> list[Any]:
+    """Returns the hooks of one of our classes on a module, each once: hooks, or the objects whose methods are hooks."""
+    own = module.__dict__
+    if not (own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_load_state_dict_pre_hooks"]):
+        # As most modules, all of which are asked at each attach.
+        return []
+    found = [_object_of(hook) for name in _TABLES for hook in list(own[name].values())]
+    return list(dict.fromkeys(hook for hook in found if isinstance(hook, kind)))
+
+
+def unhook(module: nn.Module, hooks: Iterable[Any]) -> None:
+    """Removes hooks from a module. It can be repeated after an interruption."""
+    removed = {id(hook) for hook in hooks}
+    for name, others in _TABLES.items():
+        table = module.__dict__[name]
+        for number in [number for number, hook in list(table.items()) if id(_object_of(hook)) in removed]:
+            del table[number]
+        for about in map(module.__dict__.__getitem__, others):
+            for number in about.keys() - table.keys():
+                del about[number]
+
+
+def _object_of(hook: Any) -> Any:
+    """Returns the object whose method a hook is, or the hook itself."""
+    # torch wraps the hooks that it calls before loading a state dict.
+    hook = getattr(hook, "hook", hook)
+    return getattr(hook, "__self__", hook)
