@@ -5,6 +5,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
+from support import compiled_models
 from support.compiled_models import CASES, any_number_of_tokens, failure, follows, start, swaps
 
 
@@ -32,4 +33,10 @@ def test_a_swap_compiles_nothing_anew(compiler):
 
 def test_one_graph_serves_any_number_of_tokens(compiler):
     failed = compiler.submit(failure, any_number_of_tokens).result()
+    assert failed is None, failed
+
+
+@pytest.mark.parametrize("check", ["rows_of_threads", "rows_of_tasks", "rows_in_training"])
+def test_mixed_batches(compiler, check):
+    failed = compiler.submit(failure, getattr(compiled_models, check)).result()
     assert failed is None, failed

@@ -4,7 +4,11 @@ Dynamo cannot trace the checks of types and shapes that the test run puts into e
 must be one in which pytest's plugins are not loaded.
 """
 
+import asyncio
+import threading
 import traceback
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from functools import partial
 
 import torch
@@ -141,3 +145,89 @@ def any_number_of_tokens():
                 torch.testing.assert_close(compiled(x), layer(x))
         found.append(counters["stats"]["unique_graphs"])
     assert found[0] == found[1], f"{found[1]} graphs with LoRA, {found[0]} without"
+
+
+def _served():
+    """A model with three deltas, an input, mixed batches, and the outputs for each of them and without."""
+    model = Transformer().double().eval()
+    for k, name in enumerate("abc"):
+        randomize(dk.attach(model, dk.LoRA(r=2 + k), name=name))
+    x, batches = ids(4, 5), (["a", None, "b", "c"], ["b", "b", "a", None], ["c", "a", None, None])
+    with torch.no_grad():
+        return model, x, batches, [dk.rows(model, names)(x) for names in batches], model(x)
+
+
+def rows_of_threads():
+    """Raises unless threads with blocks of their own share one compiled model: whole graphs, one for each mixed batch."""
+    from torch._dynamo.utils import counters
+
+    model, x, batches, wanted, plain = _served()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for _ in range(2):
+            for names, output in zip(batches, wanted, strict=True):
+                with dk.rows(model, names):
+                    torch.testing.assert_close(compiled(x), output)
+                torch.testing.assert_close(dk.rows(compiled, names)(x), output)
+                torch.testing.assert_close(compiled(x), plain)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs == 4, graphs
+    inside = threading.Barrier(len(batches))
+
+    @torch.no_grad()
+    def serve(names, output):
+        for _ in range(3):
+            with dk.rows(model, names):
+                inside.wait()
+                torch.testing.assert_close(compiled(x), output)
+                inside.wait()
+
+    with ThreadPoolExecutor(len(batches)) as pool:
+        list(pool.map(serve, batches, wanted))
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def rows_of_tasks():
+    """Raises unless blocks that are held over awaits and yields are right. There torch breaks the graph."""
+    model, x, batches, wanted, plain = _served()
+    compiled = torch.compile(model, backend="eager")
+
+    async def serve(names, output):
+        with dk.rows(model, names):
+            await asyncio.sleep(0)
+            torch.testing.assert_close(compiled(x), output)
+            await asyncio.sleep(0)
+
+    async def main():
+        await asyncio.gather(*map(serve, batches, wanted))
+
+    def stream(names):
+        with dk.rows(model, names):
+            while True:
+                yield compiled(x)
+
+    with torch.no_grad():
+        asyncio.run(main())
+        torch.testing.assert_close(compiled(x), plain)
+        streams = [(copy_context(), stream(names)) for names in batches]
+        for (context, one), output in zip(streams, wanted, strict=True):
+            torch.testing.assert_close(context.run(next, one), output)
+            torch.testing.assert_close(compiled(x), plain)
+        # A plain forward in a thread, while others are in blocks.
+        with ThreadPoolExecutor(1) as pool:
+            found = pool.submit(torch.no_grad()(compiled), x).result()
+        torch.testing.assert_close(found, plain)
+
+
+def rows_in_training():
+    """Raises unless a compiled model has the gradients of its mixed batch, with `backward` outside of the block."""
+    model, x, batches, _, _ = _served()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    parameters = [p for delta in dk.deltas(model) for p in delta.parameters()]
+    for names in batches:
+        with dk.rows(model, names):
+            losses = [m(x).square().sum() for m in (model, compiled)]
+        one, other = (torch.autograd.grad(loss, parameters, allow_unused=True) for loss in losses)
+        for a, b in zip(one, other, strict=True):
+            # What no example uses has no gradient or one of zeros.
+            torch.testing.assert_close(*(torch.zeros(()) if g is None or not g.any() else g for g in (a, b)))
