@@ -60,6 +60,9 @@ def _check(backbone: nn.Module, watched: _Watched) -> None:
     record = watched.modules[0].record
     if not isinstance(record, Record) or not record.trainable or not record.live:
         return
+    # A model is frozen before it is traced for inference.
+    if torch.jit.is_tracing():
+        return
     watched.holder, count = None, 0
     for module in watched.modules:
         for name, parameter, _ in module.trained_parameters():
