@@ -5,9 +5,18 @@ from typing import Any, Literal
 
 from torch import nn
 
-from deltakit.core import Attachment, MixedBatch, Record, attachments_of, close_rows, current_batch, open_rows
+from deltakit.core import (
+    Attachment,
+    MixedBatch,
+    Record,
+    attachments_of,
+    close_rows,
+    current_batch,
+    notice_moved_buffers,
+    open_rows,
+)
 from deltakit.delta.planning import original
-from deltakit.delta.running_statistics import held_of, holding_word
+from deltakit.delta.running_statistics import holding_word
 from deltakit.errors import StateError
 from deltakit.injection import watch_rows
 
@@ -49,6 +58,9 @@ class Rows:
     def _open(self, *, suspends: bool) -> tuple[list[Record], MixedBatch]:
         _refuse_batch_second(self.backbone)
         attached = attachments_of(self.backbone)
+        for attachment in attached[:1]:
+            # Once for all of them: on a GPU, comparing buffers waits for the device.
+            notice_moved_buffers(self.backbone, attachment.record)
         for attachment in attached:
             _refuse_shared(attachment, named=attachment.record.name in self.names)
         records = [attachment.record for attachment in attached]
@@ -102,7 +114,7 @@ def _refuse_batch_second(backbone: nn.Module) -> None:
 def _refuse_shared(attachment: Attachment, *, named: bool) -> None:
     record = attachment.record
     shared = f"rows: delta {record.name!r} "
-    for name in held_of(attachment)[:1]:
+    for name in record.fully_trained[:1]:
         raise StateError(
             f"{shared}{holding_word(attachment.backbone, name)}, which all examples share; detach() it, or train without "
             "train= and with such layers in eval()"

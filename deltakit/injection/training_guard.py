@@ -61,7 +61,7 @@ def _check(backbone: nn.Module, watched: _Watched) -> None:
     if not isinstance(record, Record) or not record.trainable or not record.live:
         return
     # A model is frozen before it is traced for inference.
-    if torch.jit.is_tracing()  # type: ignore[attr-defined]:
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return
     watched.holder, count = None, 0
     for module in watched.modules:

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 
 import deltakit as dk
-from support.models import Transformer
+from support.models import Transformer, randomize
 
 
 def to_train(start=None):
@@ -13,7 +13,7 @@ def to_train(start=None):
     if start is not None:
         return model, dk.load(start, model)
     methods = (dk.LoRA(r=3), dk.Adapter(size=2), dk.BitFit(at="@ff.up"), dk.Prefix(tokens=2))
-    return model, dk.attach(model, *methods, train="norm")
+    return model, randomize(dk.attach(model, *methods, train="norm"), scale=0.03)
 
 
 def batch(step):
