@@ -63,7 +63,7 @@ from deltakit.core.running_call import RunningCall, running_call
 from deltakit.core.running_statistics import notice_moved_buffers
 from deltakit.core.sharding import class_name, gathered, is_first, is_sharded, scatter, wait_for_all
 from deltakit.core.start_values import same_random_numbers, wants_start_values, without_start_values
-from deltakit.core.target import Target, WeightRead
+from deltakit.core.target import Inferred, Target, WeightRead
 
 __all__ = [
     "FROZEN",
@@ -75,6 +75,7 @@ __all__ = [
     "DeltaModule",
     "FeatureSlice",
     "GradLedger",
+    "Inferred",
     "LogicalParameter",
     "Method",
     "MixedBatch",

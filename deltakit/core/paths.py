@@ -1,6 +1,7 @@
 """Joins, splits and walks the paths of a backbone. Walks leave the deltas out."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -40,18 +41,31 @@ def own_modules(backbone: nn.Module, *, every_name: bool = False) -> Iterator[tu
         yield path, module
         if module._modules:
             inside = around | {id(module)} if every_name else around
-            ahead += [
-                (join(path, name), child, inside)
-                for name, child in reversed(module._modules.items())
-                if child is not None and not isinstance(child, DeltaModule)
-            ]
+            ahead += [(join(path, name), child, inside) for name, child in reversed(own_children(module))]
 
 
-def own_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yields the names and modules directly inside a module, without deltas."""
-    for name, child in module._modules.items():
-        if child is not None and not isinstance(child, DeltaModule):
-            yield name, child
+def own_children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Returns the names and modules directly inside a module, without deltas."""
+    children = module._modules
+    if _are_deltas(children):
+        return []
+    return [
+        (name, child) for name, child in children.items() if child is not None and not isinstance(child, DeltaModule)
+    ]
+
+
+def delta_children(module: nn.Module) -> Mapping[str, DeltaModule]:
+    """Returns the delta modules directly inside a module by their names."""
+    children: Any = module._modules
+    if _are_deltas(children):
+        return children
+    return {name: child for name, child in children.items() if isinstance(child, DeltaModule)}
+
+
+def _are_deltas(children: Mapping[str, nn.Module | None]) -> bool:
+    # Layers have no children but their deltas, of which there may be hundreds. So their classes are compared instead, which
+    # are few, and are collected by C code.
+    return all(issubclass(kind, DeltaModule) for kind in set(map(type, children.values())))
 
 
 def is_of(module: nn.Module, of: Sequence[str]) -> bool:

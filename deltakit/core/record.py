@@ -5,8 +5,8 @@ copy of it. The record has no references to modules. Otherwise a deepcopy of one
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,10 @@ from deltakit.core.buffer_ledger import BufferLedger
 from deltakit.core.delta_module import DeltaModule
 from deltakit.core.grad_ledger import GradLedger
 from deltakit.core.method import Method
-from deltakit.core.paths import join, own_modules
+from deltakit.core.paths import delta_children, join, own_modules
+
+# Asking a target for the records of its deltas runs in C code: it may have hundreds.
+_RECORD = attrgetter("record")
 
 
 class Start(NamedTuple):
@@ -139,25 +142,32 @@ class Attachment:
 def attachments_of(backbone: nn.Module) -> list[Attachment]:
     """Returns the deltas attached to a backbone, in their order."""
     # Read from the module tree, not from a registry: so a deepcopy or an unpickled backbone has its deltas, too.
-    found: dict[int, Attachment] = {}
-    for path, target, key, module in _delta_modules(backbone):
-        record: Any = module.record
-        site = Site(path_with_part(path, module.part), target, module, _method_index(record, key, module.part))
-        found.setdefault(id(record), Attachment(backbone, record, [])).sites.append(site)
-    return sorted(found.values(), key=lambda attachment: attachment.record.order)
+    found: dict[Any, list[Site]] = {}
+    numbers: dict[tuple[Any, str, str], int] = {}
+    for path, target in own_modules(backbone):
+        for key, module in delta_children(target).items() if target._modules else ():
+            record: Any = module.record
+            part = module.part
+            if record is None:
+                continue
+            # A delta has the same keys at nearly all of its targets.
+            known = (record, key, part)
+            if known not in numbers:
+                numbers[known] = _method_index(record, key, part)
+            site = Site(path_with_part(path, part) if part else path, target, module, numbers[known])
+            found.setdefault(record, []).append(site)
+    attached = [Attachment(backbone, record, sites) for record, sites in found.items()]
+    return sorted(attached, key=lambda attachment: attachment.record.order)
 
 
 def records_of(backbone: nn.Module) -> list[Record]:
     """Returns the records of the deltas attached to a backbone, in their order."""
-    found: dict[int, Any] = {id(module.record): module.record for *_, module in _delta_modules(backbone)}
-    return sorted(found.values(), key=lambda record: record.order)
-
-
-def _delta_modules(backbone: nn.Module) -> Iterator[tuple[str, nn.Module, str, DeltaModule]]:
-    for path, target in own_modules(backbone):
-        for key, module in target._modules.items():
-            if isinstance(module, DeltaModule) and module.record is not None:
-                yield path, target, key, module
+    found: dict[Any, None] = {}
+    for _, target in own_modules(backbone):
+        if target._modules:
+            found.update(dict.fromkeys(map(_RECORD, delta_children(target).values())))
+    found.pop(None, None)
+    return sorted(found, key=lambda record: record.order)
 
 
 def label_of(record: Record, index: int) -> str:

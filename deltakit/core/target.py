@@ -1,6 +1,8 @@
 """Target: what a selector matched, which is a module, a parameter or a feature slice of a fused projection."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -29,29 +31,45 @@ class WeightRead:
         return ".".join(filter(None, (self.scope, self.holder)))
 
 
+class Inferred(NamedTuple):
+    """What role inference says about a target: the size of the hidden states around it, and its roles."""
+
+    width: int | None = None
+    roles: frozenset[str] = frozenset()
+
+
 @dataclass(frozen=True)
 class Target:
     """What a selector matched: a module, a parameter of one, or a feature slice of a fused projection.
 
     - `path`: its path. `module`: the module itself, or the one that holds the parameter or slice.
     - `aliases`: other paths under which the same module is registered.
-    - `width`: the size of the hidden states in the block around it, in elements; None if the structure does not show it.
     - `parameter`, `feature_slice`: set if the target is only that part of the module.
     - `weight_read`: where its weight is read directly. `tied`: other names of the same weight.
     - `around`: the dtype of the nearest floating-point parameters around it.
-    - `roles`: its roles, such as `ff.down`.
+    - `inferred`: returns what role inference says about it. Most methods never ask, and inference takes as long as building a
+      delta module for each target.
     """
 
     path: str
     module: nn.Module
     aliases: tuple[str, ...] = ()
-    width: int | None = None
     parameter: str = ""
     feature_slice: FeatureSlice | None = None
     weight_read: WeightRead | None = None
     tied: tuple[str, ...] = ()
     around: torch.dtype | None = None
-    roles: frozenset[str] = frozenset()
+    inferred: Callable[[], Inferred] = Inferred
+
+    @property
+    def width(self) -> int | None:
+        """The size of the hidden states in the block around it, in elements; None if the structure does not show it."""
+        return self.inferred().width
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """Its roles, such as `ff.down`."""
+        return self.inferred().roles
 
     @property
     def never_called(self) -> bool:

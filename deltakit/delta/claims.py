@@ -12,6 +12,7 @@ from deltakit.core import (
     copy_buffers,
     key_of,
     notice_moved_buffers,
+    records_of,
 )
 from deltakit.delta.composition import refuse_beside_merged
 from deltakit.delta.full_training import refuse_taken
@@ -28,8 +29,7 @@ def claim(attachment: Attachment) -> None:
             delta is merged beside which this one would compute something else.
     """
     record = attachment.record
-    attached = attachments_of(attachment.backbone)
-    others = [other.record for other in attached]
+    others = records_of(attachment.backbone)
     name = free_name(record.name, others, chosen=record.named)
     for other in others:
         refuse_in_rows(name, other)
@@ -37,7 +37,7 @@ def claim(attachment: Attachment) -> None:
         notice_moved_buffers(attachment.backbone, others[0])
     refuse_taken(attachment, record.fully_trained)
     if not record.named:
-        _refuse_stacking(attachment, attached)
+        _refuse_stacking(attachment, attachments_of(attachment.backbone))
     named = replace(record, name=name)
     for site in attachment.sites:
         key = key_of(named, site.method, site.module.part)

@@ -85,7 +85,9 @@ def refuse_taken(attachment: Attachment, names: Sequence[str]) -> None:
     Raises:
         StateError: if another delta fully trains one of them under any name, or is merged into it.
     """
-    own = dict(tensors_of(attachment.backbone)) if names else {}
+    if not names:
+        return
+    own = dict(tensors_of(attachment.backbone))
     # By identity, because tied weights have several names.
     wanted = {id(own[name]) for name in names}
     for other in records_of(attachment.backbone):
@@ -103,10 +105,12 @@ def refuse_taken(attachment: Attachment, names: Sequence[str]) -> None:
 def put_trained_values(attachment: Attachment) -> None:
     """Copies the trained values into the backbone, and keeps the backbone's own."""
     record = attachment.record
-    taken = {name for other in records_of(attachment.backbone) if other is not record for name in other.backbone_values}
-    # Buffers that are not saved, such as caches, do not keep two deltas apart: the delta that was there first has them.
-    for name in record.unsaved & taken & record.trained_values.keys():
-        del record.trained_values[name]
+    if record.unsaved:
+        others = [other for other in records_of(attachment.backbone) if other is not record]
+        taken = {name for other in others for name in other.backbone_values}
+        # Buffers that are not saved, such as caches, do not keep two deltas apart: the delta that was there first has them.
+        for name in record.unsaved & taken & record.trained_values.keys():
+            del record.trained_values[name]
     if record.trained_values:
         # Both sides are complete in the record before a tensor changes. After an interruption the backbone holds a mixture,
         # and either side can be put into it.

@@ -23,9 +23,12 @@ def warn_frozen_head(index: BackboneIndex, trained: Collection[str], *, stacklev
         trained: the names of the backbone's tensors that are fully trained.
     """
     backbone = index.backbone
+    found = _new(backbone)
+    if not found:
+        return
     own = dict(own_parameters(backbone))
     also = {name for record in records_of(backbone) for name in record.fully_trained}
-    new = {name for name in _new(backbone) if name not in also and name not in trained and own[name].requires_grad}
+    new = {name for name in found if name not in also and name not in trained and own[name].requires_grad}
     if not new:
         return
     paths = sorted({_topmost(parent_of(name), new, own) for name in new})
@@ -45,7 +48,7 @@ def _new(backbone: Any) -> set[str]:
     if not isinstance(base, nn.Module) or not hasattr(backbone, "get_output_embeddings"):
         return set()
     own = {name: parameter for name, parameter in own_parameters(backbone) if not is_quantized(parameter)}
-    inside = {id(parameter) for parameter in base.parameters()}
+    inside = {id(parameter) for _, parameter in own_parameters(base)}
     text = {id(p) for p in _parameters(backbone.get_output_embeddings())}
     if not any(map(_is_loaded, own.values())):
         return set() if text else {name for name, parameter in own.items() if id(parameter) not in inside}
@@ -60,7 +63,7 @@ def _is_loaded(parameter: nn.Parameter) -> bool:
 
 
 def _parameters(module: nn.Module | None) -> list[nn.Parameter]:
-    return list(module.parameters()) if module is not None else []
+    return [parameter for _, parameter in own_parameters(module)] if module is not None else []
 
 
 def _topmost(path: str, new: Collection[str], own: Collection[str]) -> str:

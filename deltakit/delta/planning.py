@@ -14,6 +14,7 @@ from deltakit.core import (
     WeightRead,
     is_sharded,
     num_parameters,
+    own_modules,
     own_parameters,
     without_start_values,
 )
@@ -169,8 +170,8 @@ def original(backbone: nn.Module) -> nn.Module:
     backbone = getattr(backbone, "_orig_mod", backbone)
     if not isinstance(backbone, nn.Module):
         return backbone
-    sharded = next((name for name, parameter in backbone.named_parameters() if is_sharded(parameter)), None)
-    names = {kind.__name__ for module in backbone.modules() for kind in type(module).__mro__}
+    sharded = next((name for name, parameter in own_parameters(backbone) if is_sharded(parameter)), None)
+    names = {kind.__name__ for of in {type(module) for _, module in own_modules(backbone)} for kind in of.__mro__}
     for wrapper in ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel"):
         if wrapper in names:
             raise StateError(

@@ -2,12 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import nn
 
-from deltakit.core import Selector, Target, above, held_at, is_compute_dtype, is_of, join, own_modules, split_slice
+from deltakit.core import (
+    Inferred,
+    Selector,
+    Target,
+    above,
+    held_at,
+    is_compute_dtype,
+    is_of,
+    join,
+    own_modules,
+    split_slice,
+)
 from deltakit.errors import RoleError, SelectorError, TargetError
 from deltakit.selection.fused_qkv import FusedProjections
 from deltakit.selection.grammar import select_paths
@@ -130,12 +141,11 @@ class BackboneIndex:
             first,
             module,
             tuple(self.names[id(module)][1:]),
-            self._width(owner),
             parameter=parameter,
             feature_slice=self.fused.slice_at(base, letter) if letter else None,
             weight_read=self.weight_reads.of(owner, parameter),
             tied=tuple(self.weight_reads.other_names(owner, parameter or "weight")) if tensor is not None else (),
-            roles=self._roles_of.get(first, frozenset()),
+            inferred=partial(self._inferred, first, owner),
             # Looked up only if the weight itself does not say it, because each look-up walks the modules around.
             around=None if tensor is not None and is_compute_dtype(tensor.dtype) else self._dtype_around(owner),
         )
@@ -146,8 +156,9 @@ class BackboneIndex:
         dtypes = (p.dtype for found in near for _, m in found for p in m._parameters.values() if p is not None)
         return next(filter(is_compute_dtype, dtypes), None)
 
-    def _width(self, path: str) -> int | None:
-        return next((self._widths[name] for name in above(path) if name in self._widths), None)
+    def _inferred(self, path: str, owner: str) -> Inferred:
+        width = next((self._widths[name] for name in above(owner) if name in self._widths), None)
+        return Inferred(width, self._roles_of.get(path, frozenset()))
 
     def select(self, at: Selector, *, of: Sequence[str] | None = None, exclude: Selector | None = None) -> list[str]:
         """Returns the selected paths, each module instance once.
