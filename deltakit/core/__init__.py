@@ -31,6 +31,7 @@ from deltakit.core.logical import (
 )
 from deltakit.core.method import METHODS, BackboneView, Method, Selector
 from deltakit.core.mixed_batch import MixedBatch
+from deltakit.core.normal_tensors import normal_tensors
 from deltakit.core.paths import (
     above,
     held_at,
@@ -121,6 +122,7 @@ __all__ = [
     "logical_parameters",
     "name_of",
     "named_logical_parameters",
+    "normal_tensors",
     "notice_moved_buffers",
     "num_parameters",
     "open_rows",

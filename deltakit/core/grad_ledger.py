@@ -30,6 +30,9 @@ class GradLedger:
             freeze: whether all others do not, either. If not, they get the user's flag back.
         """
         for name, parameter in own_parameters(backbone):
+            if parameter.is_inference():
+                # Made under `torch.inference_mode`: torch refuses to change its flag later, and never trains it.
+                continue
             # The flag differs from ours: the user changed it since. From now on that is the value to restore.
             ours = self.ours.get(name)
             if ours is not None and ours != parameter.requires_grad:

@@ -31,7 +31,10 @@ class Start(NamedTuple):
 
 @dataclass(eq=False)
 class Record:
-    """The options and the state of one delta. `order`: the time of its creation, by which deltas at one target are sorted."""
+    """The options and the state of one delta.
+
+    `order` is the time of its first attachment, by which deltas at one target are sorted; 0 before.
+    """
 
     name: str
     methods: tuple[Method, ...]

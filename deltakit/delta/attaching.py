@@ -1,6 +1,5 @@
 """`attach` adds methods to a backbone, and `load` adds a saved delta."""
 
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -15,7 +14,6 @@ from deltakit.core import (
     Record,
     Selector,
     Site,
-    records_of,
     same_random_numbers,
     tensors_of,
 )
@@ -67,7 +65,7 @@ def attach(
     """
     with same_random_numbers(only_after_errors=True):
         plan = planned(backbone, methods, train)
-        record = _record(plan.backbone, plan.methods, name, freeze, plan.train)
+        record = _record(plan.methods, name, freeze, plan.train)
         record.trained_values = current_values(plan.backbone, plan.fully_trained, record)
         if freeze and train is None:
             warn_frozen_head(plan.index, plan.fully_trained)
@@ -128,7 +126,7 @@ def load(
     built = [rebuilt(index, method, paths, tensors, where) for method, paths in found]
     with nullcontext() if name is not None else from_file(where, "name"):
         name = name if name is not None else config["name"]
-        record = _record(backbone, [m for m, _ in found], name, freeze, config["train"]["selectors"])
+        record = _record([m for m, _ in found], name, freeze, config["train"]["selectors"])
     record.trained_values = current_values(backbone, full, record)
     delta = Delta(Attachment(backbone, record, _sites(index, built)))
     delta.load_state_dict(tensors, where=where)
@@ -137,19 +135,16 @@ def load(
 
 def new_delta(backbone: nn.Module, methods: Sequence[Method], name: str | None, sites: list[Site]) -> Delta:
     """Returns the handle of a new delta with these modules, not attached."""
-    return Delta(Attachment(backbone, _record(backbone, methods, name, True, ()), sites))
+    return Delta(Attachment(backbone, _record(methods, name, True, ()), sites))
 
 
-def _record(backbone: nn.Module, methods: Any, name: str | None, freeze: bool, train: Any) -> Record:
+def _record(methods: Any, name: str | None, freeze: bool, train: Any) -> Record:
     if name is not None and (not isinstance(name, str) or not name or not name.isprintable() or set(name) & {".", " "}):
         raise OptionError(
             f"name={name!r}: expected a word without dots, spaces and control characters, because it becomes part of "
             "parameter names; write '_' instead"
         )
-    # Deltas at one target apply in the order of their first attachment, even if they were never attached at the same time.
-    # So the order is a time, not a count of the attached deltas.
-    order = max([time.time_ns(), *(record.order + 1 for record in records_of(backbone))])
-    return Record(name or AUTOMATIC_NAME, tuple(methods), order, freeze, named=name is not None, train=tuple(train))
+    return Record(name or AUTOMATIC_NAME, tuple(methods), 0, freeze, named=name is not None, train=tuple(train))
 
 
 def _sites(index: BackboneIndex, built: Any) -> list[Site]:

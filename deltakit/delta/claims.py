@@ -1,6 +1,7 @@
 """Checks before a delta is attached or changed: is its name free, are its targets free, is it in a `rows` block?"""
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -43,9 +44,13 @@ def claim(attachment: Attachment) -> None:
         key = key_of(named, site.method, site.module.part)
         if hasattr(site.target, key):
             raise StateError(f"{site.path}: it has an attribute {key!r} of its own; choose another name= for the delta")
+    # Deltas at one target apply in the order of their first attachment, even if they were never attached at the same time.
+    # So the order is a time, not a count of the attached deltas.
+    order = record.order or max([time.time_ns(), *(other.order + 1 for other in others)])
     if record.active and any(other.merged for other in others):
-        refuse_beside_merged(attachment)
+        refuse_beside_merged(replace(attachment, record=replace(record, order=order)))
     record.name = name
+    record.order = order
     record.grad_ledger = others[0].grad_ledger if others else GradLedger()
     record.buffer_ledger = others[0].buffer_ledger if others else copy_buffers(attachment.backbone)
 

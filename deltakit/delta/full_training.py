@@ -18,6 +18,7 @@ from deltakit.core import (
     is_compute_dtype,
     linear_sizes,
     name_of,
+    normal_tensors,
     notice_moved_buffers,
     own_modules,
     parent_of,
@@ -48,6 +49,7 @@ def full_training_names(backbone: nn.Module, paths: list[str]) -> list[str]:
             if is_inside:
                 _refuse_quantized(path, module)
                 _refuse_offloaded(name, tensor, module)
+                _refuse_inference(name, tensor)
                 inside[name] = tensor
                 held.add(id(module))
             else:
@@ -74,6 +76,14 @@ def _refuse_quantized(path: str, module: nn.Module) -> None:
         raise StateError(
             f"train: {path or 'the backbone'} is a {type(module).__name__} with weights {found}, and full training needs "
             "floating-point parameters; leave it out of train= and attach a LoRA there"
+        )
+
+
+def _refuse_inference(name: str, tensor: Tensor) -> None:
+    if tensor.is_inference():
+        raise StateError(
+            f"train: {name} was made under torch.inference_mode, and torch cannot train such tensors; build or load the "
+            "backbone outside of that mode"
         )
 
 
@@ -161,7 +171,8 @@ def tensors_at(attachment: Attachment, names: Iterable[str]) -> dict[str, Tensor
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns copies of tensors by name. A tied tensor, which has several names, is copied once."""
-    copies = {key: tensor.detach().clone() for key, tensor in {id(t): t for t in tensors.values()}.items()}
+    with normal_tensors():
+        copies = {key: tensor.detach().clone() for key, tensor in {id(t): t for t in tensors.values()}.items()}
     return {name: copies[id(tensor)] for name, tensor in tensors.items()}
 
 
@@ -236,7 +247,8 @@ def freeze_but(attachment: Attachment, train: tuple[str, ...]) -> None:
 def current_values(backbone: nn.Module, names: Sequence[str], record: Record) -> dict[str, Tensor]:
     """Returns copies of these backbone tensors, except for those that the delta fully trains already."""
     own = dict(tensors_of(backbone)) if names else {}
-    return {name: own[name].detach().clone() for name in names if name not in record.fully_trained}
+    with normal_tensors():
+        return {name: own[name].detach().clone() for name in names if name not in record.fully_trained}
 
 
 def base_state_dict(backbone: nn.Module) -> dict[str, Tensor]:

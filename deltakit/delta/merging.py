@@ -11,7 +11,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from deltakit.core import Attachment, Record, Site, is_quantized, join, parent_of, records_of, tensors_of, wide
+from deltakit.core import (
+    Attachment,
+    Record,
+    Site,
+    is_quantized,
+    join,
+    normal_tensors,
+    parent_of,
+    records_of,
+    tensors_of,
+    wide,
+)
 from deltakit.delta.claims import refuse_in_rows
 from deltakit.delta.composition import refuse_beside_live, refuse_composed
 from deltakit.delta.full_training import tensors_at
@@ -137,7 +148,8 @@ def _kept(weight: Tensor) -> Tensor:
     """Returns what restores a weight: the parameter itself if it is quantized, else a copy of its values."""
     # A quantized parameter is replaced by another one when merging, so the old one keeps its values. The values of a plain
     # parameter are changed in place, so that optimisers and tied modules keep their references.
-    return weight if is_quantized(weight) else weight.detach().clone()
+    with normal_tensors():
+        return weight if is_quantized(weight) else weight.detach().clone()
 
 
 def _put(attachment: Attachment, name: str, weight: Tensor, value: Tensor) -> None:
@@ -215,6 +227,11 @@ def _check(
             raise StateError(
                 f"{name}: this weight is on the meta device, without values to merge into (accelerate may have offloaded it); "
                 "merge before offloading, or leave the delta attached"
+            )
+        if weight.is_inference():
+            raise StateError(
+                f"{name}: this weight was made under torch.inference_mode, and torch cannot change it now; build or load the "
+                "backbone outside of that mode, or leave the delta attached"
             )
         quantized = is_quantized(weight)
         if quantized and quantized_too and name.rpartition(".")[2] == "weight":

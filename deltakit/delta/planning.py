@@ -13,6 +13,7 @@ from deltakit.core import (
     Target,
     WeightRead,
     is_sharded,
+    normal_tensors,
     num_parameters,
     own_modules,
     own_parameters,
@@ -147,7 +148,8 @@ def build(index: BackboneIndex, method: Method, targets: Sequence[Target]) -> di
     for target in targets:
         if method.kind_at(target) is None:
             raise TargetError(_unserved(method, target))
-    built = method.build(index, targets)
+    with normal_tensors():
+        built = method.build(index, targets)
     at = {target.path: target for target in targets}
     for path, module in built.items():
         target = at.get(path) or index.target(path)

@@ -29,6 +29,8 @@ def put_all(attachment: Attachment) -> None:
             if site.module.shapes is None:
                 site.module.shapes = shapes_of(site.module)
                 site.module.target_sizes = logical_sizes(site.target)
+            else:
+                _follow(site)
             key = key_of(record, site.method, site.module.part)
             attachment.scopes[site.module] = put(backbone, site.target, key, site.module)
         if record.active:
@@ -39,6 +41,15 @@ def put_all(attachment: Attachment) -> None:
     except BaseException:
         take_all(attachment)
         raise
+
+
+def _follow(site: Site) -> None:
+    """Moves a delta module to the device of its target, which the user may have moved while the delta was detached."""
+    here = next((parameter.device for parameter in site.target._parameters.values() if parameter is not None), None)
+    own = next((parameter.device for parameter in site.module.parameters_read()), None)
+    # Offloaded parameters have no device of their own.
+    if here is not None and own is not None and here != own and "meta" not in (here.type, own.type):
+        site.module.to(here)
 
 
 def switch(attachment: Attachment, *, active: bool) -> None:

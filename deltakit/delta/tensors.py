@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltakit.core import Attachment, gathered, is_sharded, parameters_of, scatter, tensors_of
+from deltakit.core import Attachment, gathered, is_sharded, normal_tensors, parameters_of, scatter, tensors_of
 from deltakit.delta.changed_backbone import is_part
 from deltakit.delta.full_training import fully_trained_tensors
 from deltakit.delta.running_statistics import fit
@@ -138,8 +138,12 @@ def load_state_dict(attachment: Attachment, state: Mapping[str, Tensor], before:
         raise
 
 
-@torch.no_grad()
 def _load(attachment: Attachment, state: Mapping[str, Tensor]) -> None:
+    with normal_tensors(), torch.no_grad():
+        _load_into(attachment, state)
+
+
+def _load_into(attachment: Attachment, state: Mapping[str, Tensor]) -> None:
     for site in attachment.sites:
         own = site.module.saved_state()
         if any(map(is_sharded, own.values())):

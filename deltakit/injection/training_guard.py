@@ -16,6 +16,7 @@ from deltakit.errors import DeltaWarning, StateError
 class _Watched:
     """The modules of one delta, and where one of its parameters was last seen that requires gradients."""
 
+    record: Any
     modules: list[DeltaModule]
     holder: nn.Module | None = None
     name: str = ""
@@ -38,7 +39,7 @@ class TrainingGuard:
         found: dict[int, _Watched] = {}
         for module in modules:
             if module.record is not None:
-                found.setdefault(id(module.record), _Watched([])).modules.append(module)
+                found.setdefault(id(module.record), _Watched(module.record, [])).modules.append(module)
         self.deltas = list(found.values())
 
     def __call__(self, backbone: nn.Module, args: Any) -> None:
@@ -50,14 +51,29 @@ class TrainingGuard:
         if not backbone.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
         for watched in self.deltas:
+            if watched.record.weights_before_merge:
+                _warn_merged(watched)
+                continue
             holder = watched.holder
             parameter = holder._parameters.get(watched.name) if holder is not None else None
             if parameter is None or not parameter.requires_grad:
                 _check(backbone, watched)
 
 
+def _warn_merged(watched: _Watched) -> None:
+    record = watched.record
+    if isinstance(record, Record) and record.trainable and record.active and not watched.warned:
+        watched.warned = True
+        warnings.warn(
+            f"delta {record.name!r} is merged into the weights, and this is a forward in training mode: its parameters take "
+            "no part, so a backward pass would not train them; unmerge() it before training, or switch the model to eval()",
+            DeltaWarning,
+            stacklevel=3,
+        )
+
+
 def _check(backbone: nn.Module, watched: _Watched) -> None:
-    record = watched.modules[0].record
+    record = watched.record
     if not isinstance(record, Record) or not record.trainable or not record.live:
         return
     # A model is frozen before it is traced for inference.
