@@ -21,6 +21,7 @@ from deltakit.errors import StateError, TargetError
 Calls = tuple[RunningCall | None, ...]
 
 _TABLE = "_deltakit_sums"
+_BARE = "_deltakit_bare_reads"
 
 
 class _Lock:
@@ -64,6 +65,8 @@ def show_sum(holder: nn.Module, name: str, key: str, update: Callable[[Tensor], 
 
 def _enter(holder: nn.Module, name: str, key: str, update: Callable[[Tensor], Tensor]) -> None:
     call = running_call()
+    if _bare_reads(holder, key):
+        raise _shared_by_threads(holder, key)
     table: dict[str, Any] = holder.__dict__.setdefault(_TABLE, {})
     if name not in table:
         # `__dict__` may hold a value of somebody else's already. It is the base of the sum, and is restored afterwards.
@@ -80,16 +83,54 @@ def _enter(holder: nn.Module, name: str, key: str, update: Callable[[Tensor], Te
         entry["parts"][key] = (present, (*calls, call))
 
 
+def note_bare_read(holder: nn.Module, key: str) -> None:
+    """Notes a call that reads the parameters without the update of a delta, until `hide_sum` was called.
+
+    Raises:
+        StateError: if another thread's call reads them with that update now. All threads read the same attribute.
+    """
+    call = running_call()
+    if call is None:
+        return
+    with _locked():
+        if any(key in entry["parts"] for entry in holder.__dict__.get(_TABLE, {}).values()):
+            raise _shared_by_threads(holder, key)
+        holder.__dict__.setdefault(_BARE, {})[key] = (*_bare_reads(holder, key), call)
+
+
+def _bare_reads(holder: nn.Module, key: str) -> Calls:
+    return tuple(call for call in holder.__dict__.get(_BARE, {}).get(key, ()) if call and not call.over)
+
+
+def _forget_bare_reads(holder: nn.Module, key: str, left: Calls) -> None:
+    reads: dict[str, Calls] = holder.__dict__.get(_BARE, {})
+    reads.pop(key, None)
+    if left:
+        reads[key] = left
+    elif not reads:
+        holder.__dict__.pop(_BARE, None)
+
+
+def _shared_by_threads(holder: nn.Module, key: str) -> StateError:
+    return StateError(
+        f"{key}: a weight patch on this {type(holder).__name__} is seen by all threads, and two of them call the model at the "
+        "same time, one with this delta and one inside rows() without it; let them take one lock, or detach the delta"
+    )
+
+
 def hide_sum(holder: nn.Module, key: str) -> None:
     """Reverts one `show_sum` of a delta. After the last one, reads return the parameters themselves again."""
     call = running_call()
     with _locked():
+        if _BARE in holder.__dict__:
+            _forget_bare_reads(holder, key, tuple(o for o in _bare_reads(holder, key) if o and not o.same_as(call)))
         _keep(holder, lambda other, calls: _without(calls, call) if other == key else calls)
 
 
 def hide_sums_of(holder: nn.Module, key: str) -> None:
     """Reverts every `show_sum` of a delta."""
     with _locked():
+        _forget_bare_reads(holder, key, ())
         _keep(holder, lambda other, calls: () if other == key else calls)
 
 
@@ -189,7 +230,10 @@ class PatchHook:
             return
         hide_interrupted(holder)
         delta = self.delta(scope)
-        if delta is None or not delta.live or not delta.takes_part:
+        if delta is None or not delta.live:
+            return
+        if not delta.takes_part:
+            note_bare_read(holder, self.key)
             return
         _refuse_recomputing(scope, self.holder)
         for name, update in delta.scaled_updates(holder).items():

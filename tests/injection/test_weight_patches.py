@@ -1,5 +1,6 @@
 """Weight patches: a forward reads a weight without calling the layer that holds it."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -97,7 +98,7 @@ def test_a_tensor_that_stood_in_the_place_of_a_weight_stands_there_again():
 
 
 def test_forwards_by_weight_nest():
-    model, x = Tree(), torch.randn(2, 6)
+    model, x = Tree().eval(), torch.randn(2, 6)
     delta = randomize(dk.attach(model, dk.LoRA(r=2, at="weight")))
     attached = model(x)
     delta.merge()
@@ -142,3 +143,39 @@ def test_a_weight_in_a_block_that_is_computed_again_is_refused():
     with torch.no_grad():
         _refuse_recomputing(scope, "block.proj")
     _refuse_recomputing(scope.eval(), "block.proj")
+
+
+@pytest.mark.parametrize("rows_first", [True, False])
+def test_threads_with_and_without_a_patch_do_not_mix(rows_first):
+    # All threads read one attribute: a mixed batch without the delta would get the weight of the other thread's forward.
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(20, 4, 28, dropout=0, batch_first=True), 1).eval()
+    before = [sorted(vars(module)) for module in model.modules()]
+    delta = randomize(dk.attach(model, dk.LoRA(r=2, at="self_attn.out_proj.weight"), name="patched"))
+    x, inside, go_on = torch.randn(2, 7, 20), threading.Event(), threading.Event()
+
+    def wait(module, args):
+        inside.set()
+        go_on.wait()
+
+    def forward(mixed):
+        with torch.no_grad():
+            if not mixed:
+                return model(x)
+            with dk.rows(model, [None, None]):
+                return model(x)
+
+    wanted = forward(rows_first)
+    handle = model.layers[0].self_attn.register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(forward, rows_first)
+        inside.wait()
+        try:
+            with pytest.raises(dk.StateError, match="seen by all threads.*let them take one lock, or detach the delta"):
+                forward(not rows_first)
+        finally:
+            go_on.set()
+        assert torch.equal(first.result(), wanted)
+    handle.remove()
+    forward(not rows_first)
+    delta.detach()
+    assert [sorted(vars(module)) for module in model.modules()] == before
