@@ -4,9 +4,9 @@ Ctrl-C may come between any two lines. So attaching undoes what it did, detachin
 findable until the last step: `detach` of its handle, or of `deltas(model)`, does the rest.
 """
 
-from deltakit.core import Attachment, Site, drop_interrupted_calls, key_of, shapes_of
+from deltakit.core import Attachment, Site, drop_interrupted_calls, key_of, notice_moved_buffers, shapes_of
 from deltakit.delta.changed_backbone import logical_sizes
-from deltakit.delta.full_training import put_backbone_values, put_trained_values, refresh_gradients
+from deltakit.delta.full_training import put_backbone_values, put_trained_values, refresh_gradients, refuse_taken
 from deltakit.injection import (
     change_begins,
     forget_first_forward,
@@ -53,8 +53,17 @@ def _follow(site: Site) -> None:
 
 
 def switch(attachment: Attachment, *, active: bool) -> None:
-    """Switches a delta on or off. While it is off, the fully trained tensors have the backbone's own values."""
+    """Switches a delta on or off. While it is off, the fully trained tensors have the backbone's own values.
+
+    Raises:
+        StateError: if another delta got running statistics of its own where this one has some, while it was off.
+    """
     before = attachment.record.active
+    if attachment.attached:
+        # What moved so far belongs to the deltas that were active then.
+        notice_moved_buffers(attachment.backbone, attachment.record)
+        if active:
+            refuse_taken(attachment, attachment.record.fully_trained)
     try:
         _switch(attachment, active)
     except BaseException:
@@ -65,7 +74,7 @@ def switch(attachment: Attachment, *, active: bool) -> None:
 def _switch(attachment: Attachment, active: bool) -> None:
     record = attachment.record
     record.active = active
-    if record.fully_trained and attachment.attached:
+    if (record.backbone_values or record.trained_values) and attachment.attached:
         (put_trained_values if active else put_backbone_values)(attachment)
         refresh_gradients(attachment.backbone, record.grad_ledger)
         watch(attachment.backbone)

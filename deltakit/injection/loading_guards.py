@@ -50,9 +50,23 @@ class ReportPart:
 
 
 def _take_statistics(backbone: nn.Module, state: Mapping[str, Any], prefix: str) -> None:
-    """Makes the buffers of a base checkpoint the backbone's own. Otherwise detaching would put the old ones back over them."""
-    for record in records_of(backbone)[:1]:
+    """Makes the buffers of a base checkpoint the backbone's own. Otherwise detaching would put the old ones back over them.
+
+    Raises:
+        StateError: if they are running statistics that a delta has moved.
+    """
+    records = records_of(backbone)
+    for record in records[:1]:
         notice_moved_buffers(backbone, record)
+        for other in records:
+            for name in sorted(
+                name for name in other.moved & other.backbone_values.keys() if f"{prefix}{name}" in state
+            ):
+                raise StateError(
+                    f"{prefix}{name}: delta {other.name!r} has running statistics of its own here, which would be lost; "
+                    "detach() the delta before loading the backbone's weights, or load a state dict that has the delta's own "
+                    "tensors too"
+                )
         for name, own in record.buffer_ledger.own.items():
             loaded = state.get(f"{prefix}{name}")
             if isinstance(loaded, torch.Tensor) and loaded.shape == own.shape:
@@ -88,7 +102,7 @@ class RefuseLoading:
             )
             if not _has(module, record, state, prefix):
                 self._refuse(
-                    # The running statistics of a base checkpoint become the backbone's own (`_take_statistics`).
+                    # `_take_statistics` looks for running statistics that moved: nobody may have noticed them yet.
                     record.backbone_values.keys() - record.moved - record.unsaved,
                     state,
                     prefix,

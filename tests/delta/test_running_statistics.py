@@ -267,6 +267,66 @@ def test_a_base_checkpoint_that_is_loaded_stays(model):
     equal(dict(model.state_dict()), base)
 
 
+def test_a_base_checkpoint_does_not_replace_what_a_delta_moved(model):
+    delta = attach(model)
+    moved = buffers(step(model))
+    base = {name: value + 1 for name, value in Net().state_dict().items()}
+    with pytest.raises(
+        dk.StateError, match=r"bn1\.num_batches_tracked: delta 'delta' has running statistics .* detach\(\)"
+    ):
+        model.load_state_dict(base)
+    equal(buffers(model), moved)
+    delta.detach()
+    model.load_state_dict(base)
+    delta.attach()
+    assert all(torch.equal(buffers(model)[name], moved[name]) for name in STATISTICS)
+    delta.detach()
+    equal(dict(model.state_dict()), base)
+
+
+def test_a_delta_that_is_off_leaves_the_backbone_its_own(model):
+    own, output = buffers(model), model(x())
+    delta = attach(model)
+    moved, trained = buffers(step(model)), model(x())
+    delta.active = False
+    equal(buffers(model), own)
+    assert torch.equal(model(x()), output)
+    assert set(delta.fully_trained) == STATISTICS
+    delta.active = True
+    equal(buffers(model), moved)
+    assert torch.equal(model(x()), trained)
+    delta.active = False
+    # As without any delta: a forward in training is then the backbone's own.
+    model.train()(x(3))
+    mine = buffers(model.eval())
+    delta.active = True
+    assert torch.equal(model(x()), trained)
+    delta.detach()
+    equal(
+        {name: value for name, value in buffers(model).items() if name in STATISTICS},
+        {name: mine[name] for name in STATISTICS},
+    )
+
+
+def test_two_deltas_that_take_turns(model):
+    own = buffers(model)
+    one, two = attach(model, name="one"), attach(model, name="two")
+    two.active = False
+    step(model)
+    one.active, two.active = False, True
+    equal(buffers(model), own)
+    step(model, seed=5)
+    moved = buffers(model)
+    assert set(one.fully_trained) == set(two.fully_trained) == STATISTICS
+    with pytest.raises(dk.StateError, match=r"delta 'two' has running statistics of its own there already; detach\(\)"):
+        one.active = True
+    equal(buffers(model), moved)
+    two.detach()
+    one.active = True
+    one.detach()
+    equal(buffers(model), own)
+
+
 def test_a_training_checkpoint_brings_the_statistics_of_the_delta(model):
     fresh, own = copy.deepcopy(model), buffers(model)
     attach(model)
