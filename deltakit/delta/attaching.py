@@ -158,7 +158,9 @@ def _sites(index: BackboneIndex, built: Any) -> list[Site]:
 def _check_backbone(config: Mapping[str, Any], backbone: nn.Module, where: str, check: str) -> None:
     if check not in ("error", "warn"):
         raise OptionError(f"check={check!r}: expected 'error' or 'warn'")
-    other = differences(config["backbone"]["fingerprint"], backbone_identity(backbone)["fingerprint"])
+    found = backbone_identity(backbone)["fingerprint"]
+    with from_file(where, "backbone.fingerprint"):
+        other = differences(config["backbone"]["fingerprint"], found)
     if not other:
         return
     message = f"{where}: this is not the backbone the delta was trained on: {other[0]}"

@@ -54,13 +54,13 @@ def fingerprint(backbone: nn.Module, *, leave_out: Collection[str] = ()) -> dict
         "class": class_name(backbone),
         "structure": _hash((name, p.shape) for name, p in parameters.items()),
         "parameters": sum(p.numel for p in parameters.values()),
-        "values": {name: _sample(name, parameters[name].stored) for name in chosen if _plain(parameters[name])},
+        "values": _finite({name: _sample(name, parameters[name].stored) for name in chosen if _plain(parameters[name])}),
     }
     if any(p.stored.shape != p.shape or not is_compute_dtype(p.stored.dtype) for p in parameters.values()):
         found["packed"] = _hash((name, p.shape) for name, p in own_parameters(backbone))
     rounded = {name: _rounded_sample(backbone, name, parameters[name]) for name in _every(quantized, _PACKED_TENSORS)}
     if any(rounded.values()):
-        found["rounded"] = {name: values for name, values in rounded.items() if values is not None}
+        found["rounded"] = _finite(rounded)
     return found
 
 
@@ -129,6 +129,11 @@ def _places(name: str, count: int) -> list[int]:
 def _sample(name: str, parameter: Tensor) -> list[float]:
     flat = parameter.detach().reshape(-1)
     return [float(value) for value in flat[_places(name, flat.numel())].float().tolist()]
+
+
+def _finite(samples: Mapping[str, list[float] | None]) -> dict[str, list[float]]:
+    """Returns the samples that can be compared. Weights may hold infinite values, such as a mask, and JSON has none."""
+    return {name: values for name, values in samples.items() if values is not None and all(map(math.isfinite, values))}
 
 
 def _rounded_sample(backbone: nn.Module, name: str, parameter: LogicalParameter) -> list[float] | None:

@@ -21,7 +21,7 @@ from deltakit.selection import BackboneIndex
 from support.damaged_files import CONFIG, DAMAGED, FORGED, TENSORS, backbone, made, outcome, result
 from support.forged_files import forge
 from support.kind_methods import registered
-from support.models import same, snapshot
+from support.models import attached, same, snapshot
 from support.paths import CHECKPOINTS
 from support.tiny_transformers import build
 
@@ -118,6 +118,10 @@ FIELDS = {
     "an empty name": (put("name", value=""), "name: name='': expected a word without dots"),
     "fingerprint": (put("backbone", "fingerprint", value=[]), "backbone.fingerprint: expected `object`, got `array`"),
     "values": (put("backbone", "fingerprint", "values", value={"x": [1.0]}), r"backbone.fingerprint.values\[\.\.\.\]: expected `array` of"),
+    "numbers too large to compare": (
+        lambda config: config["backbone"]["fingerprint"].update(values={}, rounded={"first.weight": [1e308, -1e308]}),
+        "backbone.fingerprint: OverflowError",
+    ),
     "structure": (lambda config: config["backbone"]["fingerprint"].pop("structure"), "fingerprint: object missing required field `structure`"),
     "infinite": (put("num_parameters", value=float("inf")), "damaged: expected finite numbers, found Infinity"),
     "not a number": (put("methods", 0, "alpha", value=float("nan")), "damaged: expected finite numbers, found NaN"),
@@ -183,7 +187,7 @@ class Options(dk.Method):
 def test_options_of_a_user_s_method_are_read_by_their_annotations(tmp_path):
     with registered(Options):
         method = Options(at="norm", blocks=(3, 5), names=["a"], by_name={"a": 7}, pair=[1])
-        folder = dk.attach(backbone(), method).save(tmp_path)
+        folder = attached(backbone(), method).save(tmp_path)
         (again,) = dk.load(folder, backbone()).methods
         assert again == method
         for value, message in (
@@ -202,7 +206,7 @@ def test_options_of_a_user_s_method_are_read_by_their_annotations(tmp_path):
 def test_an_option_that_is_no_plain_data_is_refused_when_it_is_saved(tmp_path):
     with registered(Options):
         for value, message in ((torch.float32, "dtype is not JSON serializable"), (float("nan"), "not JSON compliant")):
-            delta = dk.attach(backbone(), Options(at="norm", unknown=value))
+            delta = attached(backbone(), Options(at="norm", unknown=value))
             with pytest.raises(
                 dk.CheckpointError,
                 match=f"an option of this delta cannot be written to a file: .*{message}.*; options must",
@@ -266,7 +270,7 @@ def test_no_memory_is_taken_for_sizes_that_the_file_does_not_have(folder, entry,
     ],
 )
 def test_no_memory_is_taken_for_prompts_that_the_file_does_not_have(tmp_path, method, change):
-    folder = dk.attach(build("bert"), method).save(tmp_path)
+    folder = attached(build("bert"), method).save(tmp_path)
     forge(folder, config=lambda config: config["methods"][0].update(change))
     refuse(folder, f"{method.name}: its options ask for a tensor of [0-9,]+ values", build("bert"))
 
@@ -291,6 +295,20 @@ def test_frozen_tensors_from_a_seed_are_not_in_the_file_and_load():
 
 
 # Tensors
+
+
+def test_a_backbone_with_infinite_weights(tmp_path):
+    model = backbone()
+    with torch.no_grad():
+        model.first.weight.fill_(-torch.inf)
+    delta = attached(model, dk.LoRA(r=1, at="last"))
+    folder = delta.save(tmp_path)
+    delta.detach()
+    dk.load(folder, model).detach()
+    with torch.no_grad():
+        model.last.weight.mul_(2)
+    with pytest.raises(dk.BackboneMismatch, match=r"such as last\.weight"):
+        dk.load(folder, model)
 
 
 def change_first(change):
@@ -330,7 +348,7 @@ class Masked(nn.Module):
 
 def test_counts_and_masks_that_the_backbone_has_are_saved_and_loaded(tmp_path):
     model = Masked()
-    delta = dk.attach(model, dk.LoRA(r=2, at="first"), train="last")
+    delta = attached(model, dk.LoRA(r=2, at="first"), train="last")
     folder = delta.save(tmp_path / "saved")
     delta.detach()
     dk.load(folder, model)
@@ -345,8 +363,8 @@ def test_a_delta_whose_training_has_failed_is_not_saved_over_a_good_one(folder, 
     delta = made(7)
     with torch.no_grad():
         dict(delta.named_parameters())[name].view(-1)[3] = torch.nan
-    for attached in (True, False):
-        if not attached:
+    for detached in (False, True):
+        if detached:
             delta.detach()
         with pytest.raises(
             dk.StateError, match=f"{name} has values that are infinite or not a number, so its training has failed"
@@ -375,7 +393,7 @@ def test_regular_expressions_in_a_file_are_not_run(folder):
 def test_modules_whose_names_look_like_ranges(tmp_path):
     names = ["{0-99999999999}", "{}", "{5-1}", "a,b", "0-9", "{a,b}"]
     model = nn.ModuleDict({name: nn.Linear(3, 2) for name in names})
-    delta = dk.attach(model, dk.LoRA(r=1, at="*"), train="re:a,b")
+    delta = attached(model, dk.LoRA(r=1, at="*"), train="re:a,b")
     folder = delta.save(tmp_path)
     delta.detach()
     assert list(dk.load(folder, model).modules) == names

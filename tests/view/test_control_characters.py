@@ -12,7 +12,7 @@ from torch import nn
 import deltakit as dk
 from deltakit.errors import DeltaError, printable
 from deltakit.files import model_card
-from support.models import Transformer
+from support.models import Transformer, attached
 from support.tiny_transformers import build
 
 # Clears the screen; a new line; overwrites the line; reverses what follows; a C1 control sequence; half of a pair; the end of a line.
@@ -65,7 +65,7 @@ def test_types_of_modules_and_of_models(tmp_path):
     backbone = nn.Sequential(kind(3, 5), nn.Linear(5, 2))
     assert is_safe(str(dk.show(backbone)))
     whole = type("Who\nle", (nn.Sequential,), {})(nn.Linear(3, 5), nn.Linear(5, 2))
-    delta = dk.attach(whole, dk.LoRA(r=1, at="0"))
+    delta = attached(whole, dk.LoRA(r=1, at="0"))
     assert repr(delta).startswith(r"delta 'delta' on Who\nle: attached")
     assert is_safe(repr(delta))
     assert is_safe(repr(dk.roles(whole)))
@@ -118,9 +118,9 @@ def test_a_delta_s_name_has_none(bad):
 def test_the_readable_copy(tmp_path):
     backbone = model()
     with pytest.raises(dk.CheckpointError, match=r"could not be saved: .*surrogates not allowed"):
-        dk.attach(backbone, dk.LoRA(r=1, at="part.*")).save(tmp_path)
+        attached(backbone, dk.LoRA(r=1, at="part.*")).save(tmp_path)
     dk.deltas(backbone)[0].detach()
-    folder = dk.attach(backbone, dk.LoRA(r=1, at="part.*", exclude="re:.*\ud800.*")).save(tmp_path)
+    folder = attached(backbone, dk.LoRA(r=1, at="part.*", exclude="re:.*\ud800.*")).save(tmp_path)
     assert is_safe((folder / "delta_config.json").read_text())
     assert is_safe((folder / "README.md").read_text())
 
@@ -191,7 +191,7 @@ def test_a_folder_of_the_user_is_in_no_file(tmp_path, monkeypatch, name):
     backbone = build("bert")
     backbone.config._name_or_path = name
     backbone.config._commit_hash = f"{name}"
-    folder = dk.attach(backbone, dk.LoRA(r=1)).save(tmp_path / "saved")
+    folder = attached(backbone, dk.LoRA(r=1)).save(tmp_path / "saved")
     saved = b"".join(file.read_bytes() for file in folder.iterdir()).decode("latin-1")
     assert not name or str(name).split("\\")[0] not in re.sub(r"[0-9]", "", saved)
     assert '"id": null' in saved
@@ -201,7 +201,7 @@ def test_a_folder_of_the_user_is_in_no_file(tmp_path, monkeypatch, name):
 def test_the_name_of_a_model_on_the_hub_is(tmp_path):
     backbone = build("bert")
     backbone.config._name_or_path, backbone.config._commit_hash = "some_one/a-model.v2", "0" * 40
-    saved = dk.attach(backbone, dk.LoRA(r=1)).save(tmp_path)
+    saved = attached(backbone, dk.LoRA(r=1)).save(tmp_path)
     card = (saved / "README.md").read_text()
     assert 'base_model: "some_one/a-model.v2"' in card
     assert "# A delta for some_one/a-model.v2" in card
