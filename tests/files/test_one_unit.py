@@ -201,6 +201,15 @@ def test_both_files_have_the_permissions_that_the_umask_says(tmp_path):
         assert {name: stat.S_IMODE((saved / name).stat().st_mode) for name in NAMES} == dict.fromkeys(NAMES, mode)
 
 
+def test_files_are_on_the_disk_before_they_get_their_names(folder, monkeypatch):
+    """Otherwise a loss of power can leave an empty file in the place of the old delta."""
+    replace, sync, done = Path.replace, os.fsync, []
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append("to the disk"), sync(file)))
+    monkeypatch.setattr(Path, "replace", lambda self, to: (done.append(to.name), replace(self, to)))
+    made(7).save(folder)
+    assert done == ["to the disk"] * 3 + NAMES
+
+
 def test_one_delta_always_gives_the_same_bytes(folder, tmp_path):
     again = dk.load(folder, backbone()).save(tmp_path / "again")
     assert [(folder / name).read_bytes() for name in NAMES] == [(again / name).read_bytes() for name in NAMES]
