@@ -47,6 +47,8 @@ from deltakit.core.paths import (
     tensors_in,
     tensors_of,
     type_names,
+    unwrapped,
+    wrapped_layer,
 )
 from deltakit.core.record import (
     Attachment,
@@ -146,6 +148,7 @@ __all__ = [
     "tensors_in",
     "tensors_of",
     "type_names",
+    "unwrapped",
     "wait_for_all",
     "wants_start_values",
     "weight_entries",
@@ -153,4 +156,5 @@ __all__ = [
     "wide",
     "without_start_values",
     "word_of",
+    "wrapped_layer",
 ]

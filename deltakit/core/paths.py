@@ -81,6 +81,20 @@ def name_of(path: str) -> str:
     return path.rpartition(".")[2]
 
 
+def wrapped_layer(module: nn.Module) -> nn.Module | None:
+    """Returns the layer inside a wrapper of PEFT's kind, whose other parts are PEFT's own; None for any other module."""
+    return module._modules.get("base_layer")
+
+
+def unwrapped(path: str) -> str:
+    """Returns the path that a layer would have without PEFT's wrappers around it.
+
+    >>> unwrapped("attn.q_proj.base_layer"), unwrapped("attn.q_proj")
+    ('attn.q_proj', 'attn.q_proj')
+    """
+    return ".".join(name for name in path.split(".") if name != "base_layer")
+
+
 def parent_of(path: str) -> str:
     """Returns the path without its last component."""
     return path.rpartition(".")[0]

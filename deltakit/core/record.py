@@ -44,6 +44,10 @@ class Record:
     """Whether the user chose the name. If not, it is changed when another delta has it."""
     train: tuple[str, ...] = ()
     """The selectors of the backbone modules that are fully trained."""
+    left_out: tuple[dict[str, str], ...] = ()
+    """For each method the default positions, and the layers in selected containers, that it cannot serve, with the reason."""
+    notes: tuple[str, ...] = ()
+    """For each method what is unusual about the choice of its targets. A loaded delta has no such notes."""
     active: bool = True
     scale: float = 1.0
     """Multiplies the delta's effect in forwards."""

@@ -66,6 +66,8 @@ def attach(
     with same_random_numbers(only_after_errors=True):
         plan = planned(backbone, methods, train)
         record = _record(plan.methods, name, freeze, plan.train)
+        record.left_out = tuple(found.left_out for found in plan.found)
+        record.notes = tuple(found.note for found in plan.found)
         record.trained_values = current_values(plan.backbone, plan.fully_trained, record)
         if freeze and train is None:
             warn_frozen_head(plan.index, plan.fully_trained)

@@ -21,7 +21,7 @@ from deltakit.core import (
 )
 from deltakit.delta.full_training import full_training_names
 from deltakit.errors import OptionError, StateError, TargetError
-from deltakit.selection import BackboneIndex, find_targets
+from deltakit.selection import BackboneIndex, Found, find_targets
 from deltakit.view import Line, report, share
 
 
@@ -29,13 +29,13 @@ from deltakit.view import Line, report, share
 class Plan:
     """What `attach` would do: the delta modules of each method by target, and the names of fully trained parameters.
 
-    `left_out`: for each method the modules at its default positions that it cannot be used on.
+    `found`: for each method the paths of its targets, what it leaves out and why, and what is unusual about the choice.
     """
 
     backbone: nn.Module
     methods: tuple[Method, ...]
     built: tuple[dict[str, DeltaModule], ...]
-    left_out: tuple[tuple[Target, ...], ...]
+    found: tuple[Found, ...]
     train: tuple[str, ...]
     fully_trained: tuple[str, ...]
     index: BackboneIndex
@@ -61,10 +61,11 @@ class Plan:
                 list(built),
                 sum(p.numel() for p in _parameters(built)),
                 [path for path, module in built.items() if module.weight_read is not None],
-                [target.path for target in left_out],
+                found.left_out,
                 [alias for path in built for alias in self.index.target(path).aliases],
+                found.note,
             )
-            for method, built, left_out in zip(self.methods, self.built, self.left_out, strict=True)
+            for method, built, found in zip(self.methods, self.built, self.found, strict=True)
         ]
         own = dict(own_parameters(self.backbone))
         total = num_parameters(self.backbone)
@@ -115,15 +116,15 @@ def planned(backbone: nn.Module, methods: tuple[Method, ...], train: Selector | 
     for method in methods:
         if not isinstance(method, Method):
             raise OptionError(f"expected methods such as LoRA(r=8), found {method!r}")
-    built, left_out = [], []
+    built, found = [], []
     for method in methods:
-        targets, unserved = find_targets(index, method)
+        targets, how = find_targets(index, method)
         built.append(build(index, method, targets))
-        left_out.append(tuple(unserved))
+        found.append(how)
     _refuse_twice(methods, built)
     selectors = (train,) if isinstance(train, str) else tuple(train or ())
     full = full_training_names(index.backbone, index.select(selectors)) if selectors else []
-    return Plan(index.backbone, methods, tuple(built), tuple(left_out), selectors, tuple(full), index)
+    return Plan(index.backbone, methods, tuple(built), tuple(found), selectors, tuple(full), index)
 
 
 def _refuse_twice(methods: Sequence[Method], built: Sequence[dict[str, DeltaModule]]) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltakit.core import Target, is_compute_dtype, linear_sizes, own_modules
+from deltakit.core import Target, is_compute_dtype, linear_sizes, own_children, own_modules
 from deltakit.errors import TargetError
+from deltakit.selection import output_features
 
 
 def sizes(target: Target, method: str) -> tuple[int, int]:
@@ -80,6 +81,9 @@ def output_size(target: Target, method: str) -> int:
         return weight.numel()
     if target.width is not None:
         return target.width
+    measured = output_features(module) if any(own_children(module)) else None
+    if measured is not None:
+        return measured[1]
     raise TargetError(
         f"{target.path or 'the backbone'}: the structure does not show the output size of this {type(module).__name__}; "
         f"{method} works on linear layers, norms and parts of a block; select one of these"

@@ -4,7 +4,8 @@ The grammar of selectors, the index of a backbone's modules and parameters, the 
 of fused projections, and the weights that a forward reads directly.
 """
 
-from deltakit.selection.feature_axis import feature_axis, features_last
+from deltakit.selection.default_positions import Found
+from deltakit.selection.feature_axis import feature_axis, features_last, output_features
 from deltakit.selection.index import BackboneIndex
 from deltakit.selection.role_inference.names import FUSED, FUSED_KV, PROJECTIONS, says_attention
 from deltakit.selection.role_table import RoleTable, roles
@@ -15,10 +16,12 @@ __all__ = [
     "FUSED_KV",
     "PROJECTIONS",
     "BackboneIndex",
+    "Found",
     "RoleTable",
     "feature_axis",
     "features_last",
     "find_targets",
+    "output_features",
     "roles",
     "says_attention",
     "select",

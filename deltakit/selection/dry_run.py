@@ -10,17 +10,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import own_children, projection_sizes
+from deltakit.core import is_compute_dtype, own_children, projection_sizes, wrapped_layer
 
 
-def dry_run(module: nn.Module) -> nn.Module:
+def dry_run(module: nn.Module, device: str = "cpu") -> nn.Module:
     """Returns a dry-run copy: same class, same attributes, cheap weights, without deltas and hooks.
 
     Its linear layers return ones, and its other weights are ones. It computes in float64 on the CPU. The original is not
     changed and its large weights are not copied, so it may be on any device, the meta device included.
+
+    Args:
+        device: "cpu", or "meta" to compute shapes only. There, linear layers keep their forward, unless they are quantized.
     """
+    wrapped = wrapped_layer(module)
+    if wrapped is not None:
+        return dry_run(wrapped, device)
     sizes = projection_sizes(module)
-    if sizes is not None:
+    if sizes is not None and not (device == "meta" and _has_plain_weight(module)):
         return Ones(sizes[1])
     # No constructor and no deepcopy: the constructor's arguments are unknown, and a deepcopy would copy the weights.
     new = module.__class__.__new__(module.__class__)
@@ -37,11 +43,13 @@ def dry_run(module: nn.Module) -> nn.Module:
     ):
         new.__dict__[table] = OrderedDict()
     new.__dict__["training"] = False
-    new.__dict__["_parameters"] = {n: None if p is None else _ones_like(p) for n, p in module._parameters.items()}
-    new.__dict__["_buffers"] = {n: None if b is None else _on_cpu(b) for n, b in module._buffers.items()}
+    new.__dict__["_parameters"] = {
+        n: None if p is None else _ones_like(p, device) for n, p in module._parameters.items()
+    }
+    new.__dict__["_buffers"] = {n: None if b is None else _on(device, b) for n, b in module._buffers.items()}
     # Without deltas: a prefix in the copy would add keys and values to the attention that is measured.
     empty = {name: None for name, child in module._modules.items() if child is None}
-    new.__dict__["_modules"] = {**empty, **{name: dry_run(child) for name, child in own_children(module)}}
+    new.__dict__["_modules"] = {**empty, **{name: dry_run(child, device) for name, child in own_children(module)}}
     config = module.__dict__.get("config")
     if config is not None and hasattr(config, "_attn_implementation"):
         # Flash and flex kernels refuse float64 or the CPU; eager attention runs everywhere.
@@ -49,6 +57,11 @@ def dry_run(module: nn.Module) -> nn.Module:
         config._attn_implementation = "eager"
         new.__dict__["config"] = config
     return new
+
+
+def _has_plain_weight(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and is_compute_dtype(weight.dtype)
 
 
 def forward_of(module: nn.Module) -> Callable[..., Any]:
@@ -59,13 +72,15 @@ def forward_of(module: nn.Module) -> Callable[..., Any]:
     return own.__func__ if isinstance(own, MethodType) and own.__self__ is module else type(module).forward
 
 
-def _ones_like(parameter: Tensor) -> nn.Parameter:
-    return nn.Parameter(torch.ones(parameter.shape, dtype=torch.float64), requires_grad=False)
+def _ones_like(parameter: Tensor, device: str) -> nn.Parameter:
+    return nn.Parameter(torch.ones(parameter.shape, dtype=torch.float64, device=device), requires_grad=False)
 
 
-def _on_cpu(buffer: Tensor) -> Tensor:
+def _on(device: str, buffer: Tensor) -> Tensor:
     # A buffer on the meta device has no values. Most buffers here are masks, and a mask of ones hides nothing.
-    buffer = torch.ones(buffer.shape, dtype=buffer.dtype) if buffer.is_meta else buffer.cpu()
+    if buffer.is_meta:
+        buffer = torch.ones(buffer.shape, dtype=buffer.dtype, device=device)
+    buffer = buffer.to(device)
     return buffer.double() if buffer.is_floating_point() else buffer
 
 

@@ -1,10 +1,12 @@
 """Finds the dimension of a module's output that holds its features."""
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from deltakit.core import linear_sizes
+from deltakit.core import hidden_output, linear_sizes, own_modules
 from deltakit.errors import TargetError
 from deltakit.selection.dry_run import dry_run
 
@@ -25,9 +27,54 @@ def feature_axis(module: nn.Module) -> int:
     if isinstance(module, _CHANNELS_FIRST):
         return 1
     weight = module._parameters.get("weight")
+    if weight is None and any(isinstance(inside, nn.modules.conv._ConvNd) for _, inside in own_modules(module)):
+        measured = output_features(module)
+        return measured[0] if measured is not None else -1
     if weight is None or weight.ndim != 1 or type(module) in (nn.LayerNorm, nn.RMSNorm) or linear_sizes(module):
         return -1
     return _axis_by_trial(module, weight.numel())
+
+
+def output_features(module: nn.Module) -> tuple[int, int] | None:
+    """Returns the dimension and the number of the features in a block's output; None if its forward does not show them.
+
+    A dry-run copy is called on the meta device with two sizes of everything but the features, which stay as they are.
+
+    >>> output_features(nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU()))
+    (-3, 5)
+    """
+    copy = dry_run(module, "meta")
+    for features, order in _inputs(module):
+        shapes = []
+        for sizes in ((2, 67, 71, 73), (3, 79, 83, 89)):
+            shape = [features if place == "C" else sizes[int(place)] for place in order]
+            try:
+                with torch.no_grad():
+                    shapes.append(hidden_output(copy(torch.ones(shape, dtype=torch.float64, device="meta"))).shape)
+            except Exception:
+                # An unknown forward may raise anything. Any error means that it does not accept this shape.
+                break
+        if len(shapes) == 2 and len(shapes[0]) == len(shapes[1]):
+            kept = [axis for axis, (a, b) in enumerate(zip(*shapes, strict=True)) if a == b]
+            if len(kept) == 1:
+                return kept[0] - len(shapes[0]), shapes[0][kept[0]]
+    return None
+
+
+def _inputs(module: nn.Module) -> Iterator[tuple[int, str]]:
+    """Inputs that a block may take: numbers of features, with the order of the dimensions (0 is the batch)."""
+    layers = [inside for _, inside in own_modules(module)]
+    convolved = any(isinstance(layer, nn.Conv2d) for layer in layers)
+    orders = ("0C12", "012C", "01C", "0C1") if convolved else ("01C", "0C1", "0C", "0C12", "012C", "0C123")
+    widths: dict[int, None] = {}
+    for layer in layers:
+        linear, weight = linear_sizes(layer), layer._parameters.get("weight")
+        if isinstance(layer, nn.modules.conv._ConvNd):
+            widths[layer.in_channels] = None
+        elif linear is not None or (weight is not None and weight.ndim == 1):
+            widths[linear[0] if linear is not None else len(weight)] = None  # type: ignore[arg-type]
+    for features in list(widths)[:4]:
+        yield from ((features, order) for order in orders)
 
 
 def _axis_by_trial(module: nn.Module, size: int) -> int:

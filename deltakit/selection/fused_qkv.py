@@ -6,7 +6,7 @@ from functools import cached_property
 
 from torch import nn
 
-from deltakit.core import FeatureSlice, above, held_at, join, linear_sizes, own_children
+from deltakit.core import FeatureSlice, above, held_at, join, linear_sizes, own_children, unwrapped
 from deltakit.selection.dry_run import forward_of
 from deltakit.selection.qkv_layout import measure
 from deltakit.selection.role_inference.names import says_attention
@@ -65,7 +65,8 @@ class FusedProjections:
         if key not in self._measured:
             # BERT-like models keep the output projection in a sibling; then the attention's own result is measured.
             below = output[len(inside) :] if output.startswith(inside) and output in self.modules else None
-            self._measured[key] = measure(attention, fused[len(inside) :], below)
+            fused = unwrapped(fused[len(inside) :])
+            self._measured[key] = measure(attention, fused, unwrapped(below) if below else None)
         return self._measured[key]
 
     def _shape(self, path: str) -> tuple[int, ...]:

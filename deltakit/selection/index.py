@@ -170,12 +170,19 @@ class BackboneIndex:
         return self.narrow(self._paths(at), of=of, exclude=exclude, wanted=repr(at))
 
     def narrow(
-        self, paths: Sequence[str], *, of: Sequence[str] | None, exclude: Selector | None, wanted: str
+        self,
+        paths: Sequence[str],
+        *,
+        of: Sequence[str] | None,
+        exclude: Selector | None,
+        wanted: str,
+        inside: bool = False,
     ) -> list[str]:
         """Returns the paths that are of the types `of` and that `exclude` does not match, each module instance once.
 
         Args:
             wanted: the description of the paths for error messages.
+            inside: whether to exclude what is inside an excluded module, too.
 
         Raises:
             SelectorError: if an entry of `exclude` is malformed or removes nothing, or if no path is left.
@@ -183,7 +190,7 @@ class BackboneIndex:
         """
         hits = list(paths)
         for entry in (exclude,) if isinstance(exclude, str) else exclude or ():
-            left = self._without(hits, set(self._paths(entry)))
+            left = self._without(hits, set(self._paths(entry)), inside)
             if hits and len(left) == len(hits):
                 raise SelectorError(
                     f"exclude={entry!r} removes none of the {len(hits)} targets that {wanted} selects in {self.owner}, such "
@@ -199,13 +206,16 @@ class BackboneIndex:
             )
         return list(dict.fromkeys(map(self.first_name, hits)))
 
-    def _without(self, hits: Sequence[str], excluded: set[str]) -> list[str]:
-        """The hits of which neither the path, nor the fused projection, nor the module that holds it is excluded."""
+    def _without(self, hits: Sequence[str], excluded: set[str], inside: bool) -> list[str]:
+        """The hits of which neither the path, nor the fused projection, nor the module that holds it is excluded.
+
+        With `inside` no module around it may be excluded either.
+        """
         left = []
         for path in hits:
             base, _ = split_slice(path)
             owner = base if base in self.by_path else base.rpartition(".")[0]
-            if excluded.isdisjoint((path, base, owner)):
+            if excluded.isdisjoint((path, base, owner, *(above(owner) if inside else ()))):
                 left.append(path)
         return left
 

@@ -26,7 +26,7 @@ def measure(attention: nn.Module, fused: str, output: str | None) -> dict[str, F
     """Returns the feature slices of a fused projection by letter (`q`, `k`, `v`); None if they cannot be determined.
 
     Args:
-        fused: the path of the fused projection below the attention module.
+        fused: the path of the fused projection below the attention module, without PEFT's wrappers.
         output: the path of the output projection below the attention module, or None if it is not inside.
     """
     # Selecting targets must not change the random numbers of the user's training run.

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from deltakit.core import Method, Selector, Target, fold, linear_sizes, type_names, without_start_values
-from deltakit.errors import DeltaError, RoleError
+from deltakit.core import Method, Selector, Target, is_of, split_slice, type_names
+from deltakit.errors import OptionError, TargetError
+from deltakit.selection.default_positions import Found, default_positions, refusals
 from deltakit.selection.index import BackboneIndex
+from deltakit.selection.layers import is_container, layers_in, takes_layers
 
 
 def select(
@@ -39,95 +41,76 @@ def select(
     return {path: index.parameters[path] if path in index.parameters else index.module_at(path)[0] for path in paths}
 
 
-def find_targets(index: BackboneIndex, method: Method) -> tuple[list[Target], list[Target]]:
-    """Returns the targets of a method, and the default positions that it cannot serve.
+def find_targets(index: BackboneIndex, method: Method) -> tuple[list[Target], Found]:
+    """Returns the targets of a method, and how they were found.
 
-    Targets come from the method's `at=`, or else from its default positions.
+    Targets come from the method's `at=`, or else from its default positions. For a method whose default positions are layers,
+    a container that `at=` selects means the layers in it.
 
     Raises:
         SelectorError: if a selector is malformed or matches nothing, or if `of` and `exclude` remove all matches.
         RoleError: if a role has no sure answer on this backbone, or the backbone has no default position.
+        TargetError: if a selected container has no layer in it that the method can serve.
     """
-    left_out: list[Target] = []
+    found, of = Found(), type_names(method.of)
     selected: list[Target] | None = None
     if method.at is not None:
-        selected = [index.target(path) for path in index.select(method.at)]
+        found.paths = index.select(method.at)
+        if takes_layers(method):
+            of = _into_containers(index, method, found, of)
     elif method.positions():
-        found, left_out = _default_paths(index, method)
-        selected = [index.target(path) for path in found]
+        found = default_positions(index, method)
+    if method.at is not None or method.positions():
+        selected = [index.target(path) for path in found.paths]
     # Narrowed behind the method's own choice: of a whole encoder, Prefix takes its attention, from which `exclude` removes.
     chosen = {target.path: target for target in method.targets(index, selected)}
     wanted = f"the default of {method.name}" if method.at is None else repr(method.at)
-    paths = index.narrow(list(chosen), of=type_names(method.of), exclude=method.exclude, wanted=wanted)
-    return [chosen.get(path) or index.target(path) for path in paths], left_out
+    inside = takes_layers(method)
+    found.paths = index.narrow(list(chosen), of=of, exclude=method.exclude, wanted=wanted, inside=inside)
+    return [chosen.get(path) or index.target(path) for path in found.paths], found
 
 
-def _default_paths(index: BackboneIndex, method: Method) -> tuple[list[str], list[Target]]:
-    left_out: dict[str, Target] = {}
-    paths = [path for roles in method.positions() for path in _first_role(index, method, roles, left_out)]
-    if not paths:
-        asked = ", ".join("@" + role for role in dict.fromkeys(roles[0] for roles in method.positions()))
-        why = ""
-        if left_out:
-            why = (
-                f" except {next(iter(left_out))}, which {method.name} cannot serve: its weight is read directly, so the "
-                "layer is never called"
-            )
-        raise RoleError(
-            f"{method.name}: no default position: {index.owner} has no {asked}{why}; {_hint(index, method)}"
-        )
-    order = {path: place for place, path in enumerate(index.by_path)}
-    found = sorted(dict.fromkeys(paths), key=lambda path: order.get(path, index.roles.rank(path)))
-    return found, [target for path, target in left_out.items() if path not in found]
+def _into_containers(
+    index: BackboneIndex, method: Method, found: Found, of: tuple[str, ...] | None
+) -> tuple[str, ...] | None:
+    """Replaces each container among the paths by the layers in it. Returns the `of` that is left to apply.
 
-
-def _hint(index: BackboneIndex, method: Method) -> str:
-    """What to write for `at=`: the linear layers and convolutions that the method can serve with these options, tried out."""
-    served = []
-    with without_start_values():
-        for path, module in index.by_path.items():
-            if linear_sizes(module) is None and not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-                continue
-            try:
-                target = index.target(path)
-                if method.kind_at(target) is not None:
-                    method.build_at(target)
-                    served.append(target.path)
-            except DeltaError:
-                # This one it cannot serve, such as a layer that is smaller than the rank.
-                continue
-    if not served:
-        return (
-            "no linear layer or convolution there can be served with these options either; name another target with at="
-        )
-    folded = fold(served)
-    more = f" and {len(folded) - 3} more" if len(folded) > 3 else ""
-    return f"name targets with at=, such as at={folded[0]!r}; it can serve {', '.join(folded[:3])}{more}"
-
-
-def _first_role(index: BackboneIndex, method: Method, roles: Sequence[str], left_out: dict[str, Target]) -> list[str]:
-    """For each unit the path of its first role that the method serves; for roles outside units all their paths.
-
-    A unit none of whose roles is served goes into `left_out`.
+    `of` may name the class of the containers, or that of the layers in them.
     """
-    kind, _, _ = roles[0].partition(".")
-    if kind not in ("attn", "ff"):
-        return list(index.roles.paths(roles[0]))
-    unit_paths = set(index.roles.paths(kind))
-    hits = []
-    for unit in index.roles.units:
-        if unit.kind != kind:
-            continue
-        own = {f"{kind}.{part}": path for part, path in unit.parts.items()}
-        if unit.path in unit_paths:
-            own[kind] = unit.path
-        # Measuring the slices of a fused projection is slow; it is skipped if the unit has the wanted role anyway.
-        if not own.keys() >= set(roles[:1]):
-            own = {**{f"attn.{letter}": path for letter, path in index.fused.slices_of(unit).items()}, **own}
-        there = [index.target(own[role]) for role in roles if role in own]
-        served = next((target for target in there if method.kind_at(target) is not None), None)
-        if served is not None:
-            hits.append(served.path)
+    excluded = index.select(method.exclude) if method.exclude else []
+    everything: list[str] = []
+    of_type: list[str] = []
+    for path in found.paths:
+        module, parameter = index.module_at(path)
+        if parameter or split_slice(path)[1] or not is_container(module):
+            inside = [path]
         else:
-            left_out |= {target.path: target for target in there[:1]}
-    return hits
+            inside = _layers_that_fit(index, method, path, found)
+            # What `exclude` removes need not have layers in it.
+            inside = inside or ([path] if path in excluded else [])
+            if of is None or is_of(module, of):
+                of_type += inside or _refuse_container(index, method, path, found)
+        everything += inside
+        of_type += [p for p in inside if of is None or (not index.module_at(p)[1] and is_of(index.module_at(p)[0], of))]
+    found.paths = list(dict.fromkeys(of_type or everything))
+    return None if of_type else of
+
+
+def _layers_that_fit(index: BackboneIndex, method: Method, container: str, found: Found) -> list[str]:
+    taken = []
+    for path, (why, error) in refusals(index, method, layers_in(index, container, method)).items():
+        # An option that does not fit, such as a rank above a layer's size, is left to fail when the layer's module is built.
+        if why and not isinstance(error, OptionError):
+            found.left_out[path] = why
+        else:
+            taken.append(path)
+    return taken
+
+
+def _refuse_container(index: BackboneIndex, method: Method, path: str, found: Found) -> list[str]:
+    there = [f"{other} ({why})" for other, why in found.left_out.items() if other.startswith(path)]
+    raise TargetError(
+        f"{path or 'the backbone'}: {method.name} is attached to layers, and this {type(index.by_path[path]).__name__} has "
+        f"none in it that it can serve{': ' + ', '.join(there[:3]) if there else ''}; select a module with linear layers or "
+        "convolutions in it, or leave this one out with exclude="
+    )

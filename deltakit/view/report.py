@@ -1,6 +1,7 @@
 """Builds the text of plans and of a delta's `repr`: what is attached where."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -18,10 +19,12 @@ class Line(NamedTuple):
     parameters: int
     by_weight: Sequence[str] = ()
     """The paths at which it uses a weight patch instead of an output hook."""
-    left_out: Sequence[str] = ()
-    """Default positions that the method cannot serve."""
+    left_out: Mapping[str, str] = MappingProxyType({})
+    """Paths that the method cannot serve, at default positions or in a selected container, each with the reason."""
     aliases: Sequence[str] = ()
     """Other paths of the same module instances."""
+    note: str = ""
+    """What is unusual about the choice of the paths."""
 
 
 def report(
@@ -49,7 +52,10 @@ def report(
         text += [f"      {selector or '(the backbone itself)'}" for selector in fold(by_output)]
         text += [f"      {selector}  weight patch" for selector in fold(line.by_weight)]
         text += [f"      {selector}  the same instances" for selector in fold(line.aliases)]
-        text += [f"      {selector}  left out: weight read directly" for selector in fold(line.left_out)]
+        for why in dict.fromkeys(line.left_out.values()):
+            left_out = [path for path, reason in line.left_out.items() if reason == why]
+            text += [f"      {selector}  left out: {why}" for selector in fold(left_out)]
+        text += [f"      ({line.note})"] if line.note else []
     for title, held in (("fully trained", fully_trained), ("running statistics", statistics)):
         if held:
             values = sum(tensor.numel() for tensor in held.values())
@@ -119,5 +125,7 @@ def _line(attachment: Attachment, index: int, names: Mapping[int, list[str]]) ->
         [site.path for site in own],
         sum(p.numel() for site in own for _, p, _ in site.module.trained_parameters()),
         by_weight=[site.path for site in own if site.module.weight_read is not None],
+        left_out=dict(attachment.record.left_out[index]) if attachment.record.left_out else {},
         aliases=list(dict.fromkeys(name for site in own for name in names.get(id(site.target), [])[1:])),
+        note=attachment.record.notes[index] if attachment.record.notes else "",
     )

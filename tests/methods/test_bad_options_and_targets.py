@@ -59,7 +59,7 @@ class Quantized(nn.Module):
     [
         (Transformer, dk.LoRA(r=21), r"q_proj: rank 21 is above the layer's size 20 to 20; use LoRA\(r=20\) or less"),
         (Transformer, dk.LoRA(at="norm_1"), r"layers\.0\.norm_1: LoRA works on Linear, Conv1D, .* found LayerNorm"),
-        (Transformer, dk.LoRA(at="layers"), r"layers: LoRA works on .* found ModuleList"),
+        (Transformer, dk.LoRA(r=21, at="mlp"), r"layers\.0\.mlp\.up_proj: rank 21 is above the layer's size 20 to 28; .* leave it out with exclude="),
         (lambda: nn.ModuleDict({"q": Quantized()}), dk.LoRA(r=2, at="q"), r"q: the weight of this Quantized is torch.int8"),
         (lambda: nn.ModuleDict({"c": nn.ConvTranspose2d(4, 6, 1)}), dk.LoRA(r=2, at="c"), "c: LoRA works on Linear, .* found ConvTranspose2d; .*the parameter 'c.weight'"),
         (lambda: nn.ModuleDict({"r": nn.ReLU()}), dk.Adapter(at="r"), "r: the structure does not show the output size of this ReLU"),
@@ -72,7 +72,7 @@ class Quantized(nn.Module):
         (Transformer, dk.Prefix(at="mlp"), r"layers\.0\.mlp: this MLP has no attention in it"),
         (Transformer, dk.SoftPrompt(at="classifier"), "classifier: soft_prompt expects the embedding of the input ids"),
         (lambda: build("vit"), dk.SoftPrompt(), "ViTModel: it has no embedding of token ids"),
-        (lambda: nn.Sequential(nn.Linear(2, 3)), dk.LoRA(r=1), r"lora: no default position: Sequential has no @attn\.q, @attn\.v; name targets with at=, such as at='0'"),
+        (lambda: nn.Sequential(nn.Linear(2, 3)), dk.LoRA(r=1), r"lora: no default position: Sequential has no @attn\.q or @attn\.v; name targets with at=, such as at='0'"),
         (nn.Identity, dk.LoRA(r=1), "lora: no default position: Identity has no @attn.q"),
         (lambda: "model", dk.LoRA(), "backbone: expected a torch.nn.Module, found str"),
     ],
@@ -110,17 +110,13 @@ def test_no_method_and_no_methods(unchecked):
         dk.attach(Transformer(), dk.LoRA)
 
 
-def a_resnet():
-    return tf.ResNetModel(tf.ResNetConfig(embedding_size=6, hidden_sizes=[10, 14], depths=[1, 1], layer_type="basic"))
-
-
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: nn.Sequential(nn.Linear(23, 19), nn.ReLU(), nn.Linear(19, 2)),
-        a_resnet,
+        lambda: nn.Sequential(nn.Linear(3, 19), nn.ReLU(), nn.Linear(19, 23)),
+        lambda: nn.ModuleDict({"words": nn.Embedding(31, 12), "lstm": nn.LSTM(12, 7), "classifier": nn.Linear(14, 11)}),
     ],
-    ids=["a layer below the rank", "resnet"],
+    ids=["a layer below the rank", "LSTM"],
 )
 def test_the_advice_where_there_is_no_default_position_works(make):
     """The advice at='**' with of=nn.Linear led to the next error: rank 8 is above the size of a classifier with 2 classes."""

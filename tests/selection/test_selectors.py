@@ -231,5 +231,6 @@ def test_an_exclude_takes_something_out_or_is_an_error():
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 2, 20, batch_first=True), 2)
     left = dk.plan(model, dk.LoRA(r=2, exclude="layers.0.self_attn")).paths["lora"]
     assert left == ["layers.1.self_attn.in_proj_weight[q]", "layers.1.self_attn.in_proj_weight[v]"]
+    assert dk.plan(model, dk.LoRA(r=2, exclude="layers.0")).paths["lora"] == left
     with pytest.raises(dk.SelectorError, match=r"exclude='layers\.0' removes none of the 2 .*'layers\.0/\*\*'"):
-        dk.plan(model, dk.LoRA(r=2, exclude=["layers.1/**", "layers.0"]))
+        dk.plan(model, dk.Adapter(size=2, exclude=["layers.1/**", "layers.0"]))

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from deltakit.core import above, linear_sizes, name_of, parent_of
+from deltakit.core import above, linear_sizes, name_of, parent_of, unwrapped
 from deltakit.selection.role_inference.names import EXPERTS, FUSED_GATES, GATES, says_feed_forward
 from deltakit.selection.role_inference.role_map import Unit
 from deltakit.selection.role_inference.walk import Walk
@@ -71,11 +71,13 @@ def _is_down(walk: Walk, linear: str, linears: Sequence[str], width: int | None)
     if any(walk.linears[other] == (out, inner) for other in others):
         return True
     doubled = [other for other in others if walk.linears[other] == (out, 2 * inner)]
-    return bool(doubled) and (len(others) == 1 or any(word in name_of(o) for o in doubled for word in FUSED_GATES))
+    return bool(doubled) and (
+        len(others) == 1 or any(word in name_of(unwrapped(o)) for o in doubled for word in FUSED_GATES)
+    )
 
 
 def _ups(ups: Sequence[str]) -> dict[str, str]:
-    gates = [up for up in ups if name_of(up) in GATES]
+    gates = [up for up in ups if name_of(unwrapped(up)) in GATES]
     plain = [up for up in ups if up not in gates]
     return {**({"gate": gates[0]} if len(gates) == 1 else {}), **({"up": plain[0]} if len(plain) == 1 else {})}
 

@@ -5,6 +5,8 @@ projection returns to their input size. A feed-forward part is a pair of linear 
 and back to it, outside attention. Uncertain parts get no role, because a guess would put deltas in the wrong place.
 """
 
+import dis
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -12,10 +14,14 @@ from torch import nn
 
 from deltakit.core import above, name_of, own_modules, parent_of
 from deltakit.selection.role_inference.attention import attention_units
+from deltakit.selection.role_inference.ends import embeddings, heads
 from deltakit.selection.role_inference.feed_forward import feed_forward_units
-from deltakit.selection.role_inference.names import HEADS, says_cross
+from deltakit.selection.role_inference.names import says_cross
 from deltakit.selection.role_inference.role_map import RoleMap, Unit
 from deltakit.selection.role_inference.walk import Walk
+
+# Python 3.10 has instructions of their own for sums.
+_SUMS = ("BINARY_ADD", "INPLACE_ADD")
 
 
 def infer_roles(backbone: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> RoleMap:
@@ -29,8 +35,9 @@ def infer_roles(backbone: nn.Module, modules: Mapping[str, nn.Module] | None = N
     widths = _block_widths(walk, attention)
     taken = {unit.path for unit in attention}
     units = sorted([*attention, *feed_forward_units(walk, taken, widths)], key=lambda unit: walk.order[unit.path])
-    blocks = sorted((block for block in widths if block in walk.repeated), key=walk.order.__getitem__)
-    return RoleMap(tuple(units), tuple(blocks), tuple(walk.norms), _embed(walk), _head(walk), walk.order)
+    # Without attention, blocks are found by their forwards, and need not be in a list (timm's RegNet).
+    blocks = sorted((b for b in widths if not attention or b in walk.repeated), key=walk.order.__getitem__)
+    return RoleMap(tuple(units), tuple(blocks), tuple(walk.norms), embeddings(walk), heads(walk), walk.order)
 
 
 def _crossed(units: list[Unit]) -> list[Unit]:
@@ -46,7 +53,8 @@ def _block_widths(walk: Walk, attention: Sequence[Unit]) -> dict[str, int | None
     """The hidden size of each block. A unit outside repeated blocks counts its parent module as its block.
 
     In hybrid models only some modules of a list attend (Jamba); all of them are blocks. In a backbone without attention
-    the innermost repeated modules are the blocks.
+    the blocks are the innermost repeated modules that add to their input; without such, the innermost repeated ones; without
+    repeated ones, those that add.
     """
     widths = {walk.block(unit.path): unit.width for unit in attention}
     lists: set[str] = set()
@@ -57,36 +65,18 @@ def _block_widths(walk: Walk, attention: Sequence[Unit]) -> dict[str, int | None
                 if sibling in walk.repeated:
                     widths.setdefault(sibling, widths[block])
     if not widths:
-        outer = {path for block in walk.repeated for path in above(parent_of(block))}
-        widths = dict.fromkeys(path for path in walk.modules if path in walk.repeated and path not in outer)
+        # The layers inside a residual block may be repeated modules, too (ResNet's convolutions with their norms).
+        adding = {path for path in walk.modules if path and _adds(walk.modules[path])}
+        repeated = adding & walk.repeated or walk.repeated or adding
+        outer = {path for block in repeated for path in above(parent_of(block))}
+        widths = dict.fromkeys(path for path in walk.modules if path in repeated and path not in outer)
     return widths
 
 
-def _embed(walk: Walk) -> tuple[str, ...]:
-    getter = getattr(walk.backbone, "get_input_embeddings", None)
-    try:
-        embedding = getter() if getter else None
-    except (NotImplementedError, AttributeError):
-        # transformers' getter raises on models without an input embedding, or with several.
-        embedding = None
-    if embedding is not None:
-        return tuple(path for path, module in walk.modules.items() if module is embedding)
-    # Embeddings inside blocks are those of distances (WavLM), not of tokens.
-    tables = {
-        path: m.num_embeddings
-        for path, m in walk.modules.items()
-        if isinstance(m, nn.Embedding) and not any(around in walk.repeated for around in above(path))
-    }
-    return (max(tables, key=tables.__getitem__),) if tables else ()
-
-
-def _head(walk: Walk) -> tuple[str, ...]:
-    getter = getattr(walk.backbone, "get_output_embeddings", None)
-    head = getter() if getter else None
-    if head is not None:
-        return tuple(path for path, module in walk.modules.items() if module is head)
-    base = getattr(walk.backbone, "base_model_prefix", "")
-    roots = [child for child in walk.children[""] if any(True for _ in walk.modules[child].parameters())]
-    if base and base in roots:
-        return tuple(child for child in roots if child != base)
-    return tuple(child for child in roots if child in HEADS)
+def _adds(module: nn.Module) -> bool:
+    """Whether a module's own forward has a sum in it, as that of a residual block has."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    # A norm adds to its counter, and a layer with a weight is no block.
+    if code is None or "weight" in module._parameters or type(module).__module__.startswith("torch.nn."):
+        return False
+    return any(step.opname in _SUMS or step.argrepr in ("+", "+=") for step in dis.get_instructions(code))

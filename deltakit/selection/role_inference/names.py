@@ -88,7 +88,8 @@ EXPERTS = {
 """Names of the 3-d parameters of a mixture of experts (or of modules that hold one each), and their roles."""
 
 HEADS = frozenset(
-    {"classifier", "score", "lm_head", "qa_outputs", "classification_head", "head", "fc", "fc_out", "pre_classifier"}
+    {"classifier", "score", "lm_head", "qa_outputs", "classification_head", "head", "heads", "fc", "fc_out"}
+    | {"pre_classifier"}
 )
 """Names of output heads at the root of a backbone."""
 

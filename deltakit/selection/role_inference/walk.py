@@ -5,7 +5,7 @@ from functools import cached_property
 
 from torch import nn
 
-from deltakit.core import above, name_of, parent_of, projection_sizes
+from deltakit.core import above, name_of, parent_of, projection_sizes, wrapped_layer
 
 
 class Walk:
@@ -13,9 +13,15 @@ class Walk:
 
     def __init__(self, backbone: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         self.backbone = backbone
-        self.modules = dict(modules)
         self.order = {path: place for place, path in enumerate(modules)}
-        self.linears = {path: size for path, module in modules.items() if (size := projection_sizes(module))}
+        self.modules = _without_wrappers_parts(modules)
+        modules = self.modules
+        self.linears: dict[str, tuple[int, int]] = {}
+        for path, module in modules.items():
+            size = projection_sizes(module)
+            # A layer counts once: not its wrapper, and not the small layers that some libraries keep inside a layer.
+            if size and wrapped_layer(module) is None and self.linears.keys().isdisjoint(above(parent_of(path))):
+                self.linears[path] = size
         self.children: dict[str, list[str]] = {path: [] for path in modules}
         for path in modules:
             if path and parent_of(path) in self.children:
@@ -63,9 +69,26 @@ class Walk:
                     repeated.update(inner)
         return repeated
 
+    def block_around(self, path: str) -> str | None:
+        """Returns the innermost repeated block around a path, or None."""
+        return next((other for other in above(parent_of(path)) if other in self.repeated), None) if path else None
+
     def block(self, path: str) -> str:
         """Returns the repeated block around a unit; if there is none, its parent module."""
-        return next((other for other in above(parent_of(path)) if other in self.repeated), parent_of(path))
+        around = self.block_around(path)
+        return parent_of(path) if around is None else around
+
+
+def _without_wrappers_parts(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The modules without what PEFT's wrappers hold beside the layer that they wrap."""
+    wrappers = {path for path, module in modules.items() if wrapped_layer(module) is not None}
+    if not wrappers:
+        return dict(modules)
+    return {
+        path: module
+        for path, module in modules.items()
+        if not any(parent_of(at) in wrappers and name_of(at) != "base_layer" for at in above(path) if at)
+    }
 
 
 def _is_norm(module: nn.Module) -> bool:

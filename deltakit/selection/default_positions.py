@@ -1,0 +1,139 @@
+"""The default positions of a method on a backbone, and what it takes where the backbone has none of them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from deltakit.core import Method, fold, without_start_values
+from deltakit.errors import DeltaError, OptionError, RoleError
+from deltakit.selection.index import BackboneIndex
+from deltakit.selection.layers import layers_in, takes_layers, trunk_layers
+from deltakit.selection.role_inference.role_map import Unit
+
+_UNKNOWN_LAYOUT = "its forward does not show which of its features are queries, keys and values"
+
+
+@dataclass
+class Found:
+    """The paths that a method is attached to.
+
+    `left_out` are paths at default positions, or in a selected container, that the method cannot serve, each with the reason.
+    `note` says what is unusual about the choice; "" if nothing is.
+    """
+
+    paths: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    note: str = ""
+
+
+def default_positions(index: BackboneIndex, method: Method) -> Found:
+    """Returns the default positions of a method.
+
+    Raises:
+        RoleError: if the backbone has no default position, and nothing that can take its place.
+    """
+    found, fused = Found(), list[str]()
+    paths = [path for roles in method.positions() for path in _with_first_role(index, method, roles, found, fused)]
+    if not paths:
+        return _instead(index, method, found)
+    order = {path: place for place, path in enumerate(index.by_path)}
+    found.paths = sorted(dict.fromkeys(paths), key=lambda path: order.get(path, index.roles.rank(path)))
+    found.left_out = {path: why for path, why in found.left_out.items() if path not in found.paths}
+    if fused:
+        found.note = f"the full projection {', '.join(fold(dict.fromkeys(fused)))}: {_UNKNOWN_LAYOUT}"
+    return found
+
+
+def refusals(index: BackboneIndex, method: Method, paths: Iterable[str]) -> dict[str, tuple[str, DeltaError | None]]:
+    """Returns by path why a method cannot serve it, and the error that it raises there; "" and None if it can.
+
+    It is tried out, because a method may refuse a target only when it builds the delta module.
+    """
+    with without_start_values():
+        return {path: _refusal(index, method, path) for path in paths}
+
+
+def _refusal(index: BackboneIndex, method: Method, path: str) -> tuple[str, DeltaError | None]:
+    target = index.target(path)
+    if method.kind_at(target) is None:
+        return "weight read directly", None
+    try:
+        method.build_at(target)
+    except OptionError as error:
+        return "an option does not fit its size", error
+    except DeltaError as error:
+        return "its weight is tied" if target.tied else "not a module that it can change", error
+    return "", None
+
+
+def _with_first_role(
+    index: BackboneIndex, method: Method, roles: Sequence[str], found: Found, fused: list[str]
+) -> list[str]:
+    """For each unit the path of its first role that the method serves; for roles outside units all their paths."""
+    kind, _, _ = roles[0].partition(".")
+    if kind not in ("attn", "ff"):
+        return list(index.roles.paths(roles[0]))
+    unit_paths = set(index.roles.paths(kind))
+    hits = []
+    for unit in index.roles.units:
+        if unit.kind != kind:
+            continue
+        own = {f"{kind}.{part}": path for part, path in unit.parts.items()}
+        if unit.path in unit_paths:
+            own[kind] = unit.path
+        # Measuring the slices of a fused projection is slow; it is skipped if the unit has the wanted role anyway.
+        slices = {} if own.keys() >= set(roles[:1]) else index.fused.slices_of(unit)
+        own = {**{f"attn.{letter}": path for letter, path in slices.items()}, **own}
+        there = [index.target(own[role]) for role in roles if role in own]
+        served = next((target for target in there if method.kind_at(target) is not None), None)
+        unknown = _unknown_layout(unit, roles[0], own)
+        if served is not None:
+            hits.append(served.path)
+            fused += [unknown] if served.path == unknown else []
+        elif there:
+            found.left_out[there[0].path] = "weight read directly"
+        elif unknown:
+            found.left_out[unknown] = _UNKNOWN_LAYOUT
+    return hits
+
+
+def _unknown_layout(unit: Unit, wanted: str, own: Mapping[str, str]) -> str:
+    """The unit's fused projection if it computes the wanted part and its slices are unknown; "" otherwise."""
+    part = wanted.removeprefix("attn.")
+    fused = unit.parts.get("qkv", "") if part == "q" else unit.parts.get("qkv") or unit.parts.get("kv", "")
+    return fused if part in ("q", "k", "v") and wanted not in own else ""
+
+
+def _instead(index: BackboneIndex, method: Method, found: Found) -> Found:
+    """The outputs of blocks, or the layers in them, on a backbone that has none of the default positions."""
+    *others, last = ["@" + role for role in dict.fromkeys(roles[0] for roles in method.positions())]
+    lacking = f"{index.owner} has no {', '.join(others)}{' or ' if others else ''}{last}"
+    if found.left_out:
+        path, why = next(iter(found.left_out.items()))
+        lacking += f" except {path}, which {method.name} cannot serve ({why})"
+    if index.roles.blocks and not takes_layers(method):
+        candidates, what = list(index.roles.blocks), "the outputs of its blocks"
+    else:
+        what = "the layers in its blocks" if index.roles.blocks else "its layers without the last"
+        candidates = trunk_layers(index, method)
+    for path, (why, _) in refusals(index, method, candidates).items():
+        if why:
+            found.left_out[path] = why
+        else:
+            found.paths.append(path)
+    if not found.paths:
+        raise RoleError(f"{method.name}: no default position: {lacking}; {_hint(index, method)}")
+    found.note = f"fallback: {lacking}, so these are {what}; choose others with at="
+    return found
+
+
+def _hint(index: BackboneIndex, method: Method) -> str:
+    """What to write for `at=`: the layers that the method can serve with these options, tried out."""
+    tried = refusals(index, method, layers_in(index, "", method))
+    served = [index.first_name(path) for path, (why, _) in tried.items() if not why]
+    if not served:
+        return (
+            "no linear layer or convolution there can be served with these options either; name another target with at="
+        )
+    folded = fold(dict.fromkeys(served))
+    more = f" and {len(folded) - 3} more" if len(folded) > 3 else ""
+    return f"name targets with at=, such as at={folded[0]!r}; it can serve {', '.join(folded[:3])}{more}"
