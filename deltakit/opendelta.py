@@ -5,15 +5,15 @@ The defaults are OpenDelta's: models attach at once, and nothing is frozen until
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
 
-from deltakit.core import DeltaModule, Method, num_parameters, records_of
-from deltakit.delta import Delta, attach, load
+from deltakit.core import DeltaModule, Method, above, fold, name_of, num_parameters, records_of
+from deltakit.delta import Delta, attach, load, plan
 from deltakit.errors import OptionError
 from deltakit.methods.adapter import Adapter
 from deltakit.methods.bitfit import BitFit
@@ -38,6 +38,8 @@ class DeltaModel:
 
     @classmethod
     def _attached(cls, backbone_model: nn.Module, method: Method) -> Delta:
+        if method.at is None and method.name != "soft_prompt":
+            method = replace(method, at=_default_targets(backbone_model, method))
         return attach(backbone_model, method, freeze=False)
 
     def freeze_module(self, exclude: Sequence[str] = ("deltas",)) -> None:
@@ -91,6 +93,23 @@ class DeltaModel:
         print(
             f"trainable {share(trained, total)}, delta {share(self.delta.num_parameters, total)} of {total:,} parameters"
         )
+
+
+def _default_targets(backbone: nn.Module, method: Method) -> tuple[str, ...] | None:
+    """OpenDelta's default targets, if they are fewer than the method's: no cross-attention, and not all norms; else None."""
+    planned = plan(backbone, replace(method, exclude=None))
+    index, found = planned.index, planned.paths[method.name]
+    cross, blocks, norms = (set(index.roles.paths(role)) for role in ("attn.cross", "block", "norm"))
+
+    def is_default(path: str) -> bool:
+        around = set(above(path))
+        if path not in norms or around & blocks:
+            return not around & cross
+        # Outside of blocks, OpenDelta's tables have the final norms of GPT-2 and T5, and not those of BERT and OPT.
+        return name_of(path) == "ln_f" or type(index.by_path[path]).__name__ == "T5LayerNorm"
+
+    kept = [path for path in found if is_default(path)]
+    return fold(kept) if len(kept) < len(found) else None
 
 
 class LoraModel(DeltaModel):

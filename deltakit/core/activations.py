@@ -18,11 +18,18 @@ _INPUT_NAMES = ("hidden_states", "input", "x", "inputs", "hidden_state", "input_
 def hidden_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """Returns the tensor of hidden states (or ids) that a module was called with, positional or by keyword.
 
+    If no argument is a tensor, it is the first tensor in a list (the blocks of DenseNet take all earlier features).
+
     Raises:
-        TargetError: if no argument is a tensor.
+        TargetError: if there is no such tensor.
     """
     if args and isinstance(args[0], Tensor):
         return args[0]
+    values = (*args, *kwargs.values())
+    if not any(isinstance(value, Tensor) for value in values):
+        lists = [value for value in values if isinstance(value, list | tuple) and value]
+        if lists and isinstance(lists[0][0], Tensor):
+            return lists[0][0]
     key = _input_key(args, kwargs)
     found: Tensor = args[key] if isinstance(key, int) else kwargs[key]
     return found

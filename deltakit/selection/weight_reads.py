@@ -89,8 +89,8 @@ _METADATA = frozenset(
     {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "is_cuda", "requires_grad", "data_ptr"}
 )
 _INSPECTING = frozenset({"isinstance", "hasattr", "getattr", "setattr", "type", "id"})
-# Parts of names of methods that no forward calls.
-_NOT_FORWARD = ("init", "reset", "load", "save", "resize", "tie", "extra_repr", "prune")
+# Parts of names of methods that no forward calls. diffusers' `fuse_projections` reads weights that its processors call.
+_NOT_FORWARD = ("init", "reset", "load", "save", "resize", "tie", "extra_repr", "prune", "fuse_projections")
 
 
 def reads(kind: type, chain: str) -> bool:

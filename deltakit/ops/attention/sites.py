@@ -20,6 +20,8 @@ _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_attn_heads", "heads")
 _HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "d_head", "dim_head", "d_kv")
 _PRODUCTS = {"matmul", "bmm", "baddbmm"}
+# transformers' interface, torch's function, and diffusers' function, which calls torch's by default.
+_FUNCTIONS = {"get_interface", "scaled_dot_product_attention", "dispatch_attention_fn"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def enters_by_interface(module: nn.Module) -> bool:
 def attends(module: nn.Module) -> bool:
     """Returns whether a module's own forward attends: by the interface, by torch's attention, or written out."""
     names = _names(module)
-    if isinstance(module, nn.MultiheadAttention) or names & {"get_interface", "scaled_dot_product_attention"}:
+    if isinstance(module, nn.MultiheadAttention) or names & _FUNCTIONS:
         return True
     if "multi_head_attention_forward" in names:
         return True
@@ -49,13 +51,17 @@ def attends(module: nn.Module) -> bool:
 
 
 def _names(module: nn.Module) -> frozenset[str]:
-    """The names that a module's forward uses, and those in the methods of its class that it calls."""
+    """The names that a module's forward uses, and those in the methods and helper objects that it calls."""
     kind = type(module)
     found = _code_names(kind.forward)
     for name in found:
         method = getattr(kind, name, None)
         if inspect.isfunction(method) and not method.__module__.startswith("torch."):
             found = found | _code_names(method)
+        # The attention of diffusers is computed by its `processor`, which is no module.
+        helper = vars(module).get(name)
+        if callable(helper) and not isinstance(helper, type):
+            found = found | _code_names(type(helper).__call__)
     return found
 
 

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 from torch import nn
 
-from deltakit.core import BackboneView, own_modules
+from deltakit.core import BackboneView, own_modules, parent_of, wrapped_layer
 from deltakit.errors import TargetError
 from deltakit.ops.attention.sites import attends
 
@@ -23,13 +23,19 @@ def input_embeddings(index: BackboneView) -> list[str]:
     """Returns the paths of all embeddings that share the input embedding's weight (T5 has three).
 
     Raises:
-        TargetError: if the backbone has no embedding of token ids.
+        TargetError: if the backbone has no embedding of token ids, or PEFT wraps it.
     """
     found = [path for path in index.role("embed") if isinstance(index.by_path[path], nn.Embedding)]
     if not found:
         raise TargetError(
             f"{index.owner}: it has no embedding of token ids, and a soft prompt is inserted there; use Prefix instead, which "
             "needs no embedding"
+        )
+    around = index.by_path[parent_of(found[0])]
+    if wrapped_layer(around) is index.by_path[found[0]]:
+        raise TargetError(
+            f"{found[0]}: PEFT's {type(around).__name__} around this embedding would look up the prompt's ids in its own "
+            "weights; call PEFT's merge_and_unload() first, or use Prefix instead"
         )
     weight = index.by_path[found[0]].weight
     return [path for path, m in index.by_path.items() if isinstance(m, nn.Embedding) and m.weight is weight]
@@ -62,9 +68,10 @@ def text_stack(index: BackboneView) -> tuple[str, str | None]:
             )
         return plain[0], None
     innermost = [path for path in masked if not any(_holds(path, other) and other != path for other in masked)]
-    config = getattr(index.backbone, "config", None)
+    # The config of the model may be inside a wrapper, and those of its stacks do not speak of the other stack.
+    configs = [getattr(index.by_path[path], "config", None) for path in holders]
     # `generate` calls the encoder on its own, without the model around it, so the prompt must enter at the encoder.
-    if len(innermost) > 1 and getattr(config, "is_encoder_decoder", False):
+    if len(innermost) > 1 and any(getattr(config, "is_encoder_decoder", False) for config in configs):
         decoder = next(
             p for p in reversed(innermost) if "encoder_hidden_states" in names_of_arguments(index.by_path[p])
         )

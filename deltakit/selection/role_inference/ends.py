@@ -76,7 +76,9 @@ def _has_parameters(module: nn.Module) -> bool:
 
 
 def _only_layer(walk: Walk, path: str) -> str:
-    """The only module with parameters at or below a path (torchvision's `heads.head`); the path itself if there are more."""
+    """The only module with parameters in an `nn.Sequential` (torchvision's `heads.head`); else the path itself."""
+    if not isinstance(walk.modules[path], nn.Sequential):
+        return path
     below = [path, *(other for other in walk.modules if other.startswith(f"{path}."))]
     layers = [other for other in below if any(p is not None for p in walk.modules[other]._parameters.values())]
     return layers[0] if len(layers) == 1 else path

@@ -53,8 +53,7 @@ def _block_widths(walk: Walk, attention: Sequence[Unit]) -> dict[str, int | None
     """The hidden size of each block. A unit outside repeated blocks counts its parent module as its block.
 
     In hybrid models only some modules of a list attend (Jamba); all of them are blocks. In a backbone without attention
-    the blocks are the innermost repeated modules that add to their input; without such, the innermost repeated ones; without
-    repeated ones, those that add.
+    the blocks are the innermost repeated modules, and those that add to their input rather than what is in them.
     """
     widths = {walk.block(unit.path): unit.width for unit in attention}
     lists: set[str] = set()
@@ -65,12 +64,25 @@ def _block_widths(walk: Walk, attention: Sequence[Unit]) -> dict[str, int | None
                 if sibling in walk.repeated:
                     widths.setdefault(sibling, widths[block])
     if not widths:
-        # The layers inside a residual block may be repeated modules, too (ResNet's convolutions with their norms).
-        adding = {path for path in walk.modules if path and _adds(walk.modules[path])}
-        repeated = adding & walk.repeated or walk.repeated or adding
-        outer = {path for block in repeated for path in above(parent_of(block))}
-        widths = dict.fromkeys(path for path in walk.modules if path in repeated and path not in outer)
+        widths = dict.fromkeys(_residual_blocks(walk))
     return widths
+
+
+def _residual_blocks(walk: Walk) -> list[str]:
+    """The blocks of a backbone without attention."""
+    adding = {path for path in walk.modules if path and _adds(walk.modules[path])}
+    residual = adding & walk.repeated
+    # The layers inside a residual block may be repeated modules, too (ResNet's convolutions with their norms), and so may be
+    # the layers beside the stages that hold the blocks (EfficientNet's first).
+    around = {path for block in residual for path in above(block)}
+    lists = {parent_of(path) for path in around}
+    others = {p for p in walk.repeated if parent_of(p) not in lists and residual.isdisjoint(above(p))}
+    repeated = {path for path in residual | others if "weight" not in walk.modules[path]._parameters}
+    outer = {path for block in repeated for path in above(parent_of(block))}
+    if not repeated:
+        # Blocks that are in no list (timm's RegNet): the outermost, because gates inside of them may add, too.
+        return [path for path in walk.modules if path in adding and adding.isdisjoint(above(parent_of(path)))]
+    return [path for path in walk.modules if path in repeated and path not in outer]
 
 
 def _adds(module: nn.Module) -> bool:
