@@ -13,6 +13,8 @@
 Warnings are `DeltaWarning`; `warnings.simplefilter("error", deltakit.DeltaWarning)` turns them into errors.
 """
 
+import sys
+import warnings
 from collections.abc import Iterable
 
 _LONGEST = 4_000
@@ -36,7 +38,8 @@ class DeltaError(Exception):
     """Base of every error that deltakit raises on purpose."""
 
     def __str__(self) -> str:
-        text = super().__str__()
+        # Not that of KeyError, which is the repr.
+        text = Exception.__str__(self)
         # A damaged file may have names of millions of characters.
         more = len(text) - _LONGEST
         return printable(text if more <= 0 else f"{text[:_LONGEST]}... and {more:,} more characters")
@@ -46,8 +49,11 @@ class SelectorError(DeltaError, ValueError):
     """A selector is malformed, or matches nothing."""
 
 
-class RoleError(DeltaError, LookupError):
-    """A role does not exist, or the structure of the backbone has no sure answer for it."""
+class RoleError(DeltaError, KeyError):
+    """A role does not exist, or the structure of the backbone has no sure answer for it.
+
+    It is a `KeyError` because a table of roles raises it for a role that it does not have.
+    """
 
 
 class OptionError(DeltaError, ValueError):
@@ -79,6 +85,20 @@ class DeltaWarning(UserWarning):
 
     def __str__(self) -> str:
         return printable(super().__str__())
+
+
+def warn(message: str) -> None:
+    """Warns at the line of the user's code that led here: the innermost one outside deltakit, torch and what wraps functions.
+
+    A fixed `stacklevel` would point into deltakit as soon as a function is called by another one or gets a decorator.
+    """
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _NOT_THE_USERS:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, DeltaWarning, stacklevel=level)
+
+
+_NOT_THE_USERS = ("deltakit", "torch", "contextlib", "jaxtyping", "beartype")
 
 
 def no_such_delta(where: str, name: object, attached: Iterable[str]) -> OptionError:

@@ -3,7 +3,6 @@
 The defaults are OpenDelta's: models attach at once, and nothing is frozen until `freeze_module` is called.
 """
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -12,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from deltakit.core import DeltaModule, Method, above, fold, name_of, num_parameters, records_of
+from deltakit.core import DeltaModule, Method, above, checked, fold, name_of, num_parameters, records_of
 from deltakit.delta import Delta, attach, load, plan
 from deltakit.errors import OptionError
 from deltakit.methods.adapter import Adapter
@@ -24,9 +23,10 @@ from deltakit.view import share, show
 
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_orig": "gelu", "swish": "silu"}
 
-Selectors = Sequence[str] | None
+Selectors = str | Sequence[str] | None
 
 
+@checked
 class DeltaModel:
     """A delta with OpenDelta's methods. `delta` is deltakit's own handle."""
 
@@ -42,7 +42,7 @@ class DeltaModel:
             method = replace(method, at=_default_targets(backbone_model, method))
         return attach(backbone_model, method, freeze=False)
 
-    def freeze_module(self, exclude: Sequence[str] = ("deltas",)) -> None:
+    def freeze_module(self, exclude: str | Sequence[str] = ("deltas",)) -> None:
         """Freezes the backbone except the modules in `exclude`, which are fully trained and saved with the delta.
 
         As in OpenDelta, the backbone stays frozen after `detach`, and for the next delta. `requires_grad_(True)` on the
@@ -56,7 +56,8 @@ class DeltaModel:
             RoleError: if a role does not exist, or this backbone has no sure answer for it.
             StateError: if the delta is not attached, or a module cannot be trained fully.
         """
-        self.delta.freeze(train=[name for name in exclude if name != "deltas"] or None)
+        entries = [exclude] if isinstance(exclude, str) else exclude
+        self.delta.freeze(train=[name for name in entries if name != "deltas"] or None)
         # A model class attaches without freezing. So the next one would train the whole backbone, and not save it.
         records_of(self.backbone_model)[0].grad_ledger.stay_frozen()
 
@@ -112,6 +113,7 @@ def _default_targets(backbone: nn.Module, method: Method) -> tuple[str, ...] | N
     return fold(kept) if len(kept) < len(found) else None
 
 
+@checked
 class LoraModel(DeltaModel):
     """LoRA with OpenDelta's options, attached at once. Raises what `attach` raises."""
 
@@ -131,6 +133,7 @@ class LoraModel(DeltaModel):
         super().__init__(self._attached(backbone_model, LoRA(**options, at=modified_modules, exclude=exclude_modules)))
 
 
+@checked
 class AdapterModel(DeltaModel):
     """Adapters with OpenDelta's options, attached at once. Raises what `attach` raises."""
 
@@ -150,6 +153,7 @@ class AdapterModel(DeltaModel):
         super().__init__(self._attached(backbone_model, method))
 
 
+@checked
 class BitFitModel(DeltaModel):
     """BitFit with OpenDelta's options, attached at once. Raises what `attach` raises."""
 
@@ -161,6 +165,7 @@ class BitFitModel(DeltaModel):
         super().__init__(self._attached(backbone_model, BitFit(at=modified_modules, exclude=exclude_modules)))
 
 
+@checked
 class PrefixModel(DeltaModel):
     """Prefix tuning with OpenDelta's options, attached at once. Raises what `attach` raises."""
 
@@ -182,6 +187,7 @@ class PrefixModel(DeltaModel):
         )
 
 
+@checked
 class SoftPromptModel(DeltaModel):
     """A soft prompt with OpenDelta's options, attached at once. Raises what `attach` raises."""
 
@@ -192,19 +198,26 @@ class SoftPromptModel(DeltaModel):
         super().__init__(self._attached(backbone_model, method))
 
 
-def _options(kind: type[DeltaModel]) -> list[str]:
-    return list(inspect.signature(kind).parameters)[1:]
-
-
 _MODELS = {kind.delta_type: kind for kind in (LoraModel, AdapterModel, BitFitModel, PrefixModel, SoftPromptModel)}
 
 
+def _kind(delta_type: object) -> Any:
+    for name, kind in _MODELS.items():
+        if delta_type == name:
+            return kind
+    raise OptionError(f"AutoDeltaConfig: unknown delta_type {delta_type!r}; use one of {', '.join(_MODELS)}")
+
+
+@checked
 @dataclass
 class AutoDeltaConfig:
     """The type of a delta and its options, with OpenDelta's names."""
 
     delta_type: str
     options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _kind(self.delta_type)
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any]) -> "AutoDeltaConfig":
@@ -213,14 +226,18 @@ class AutoDeltaConfig:
         Raises:
             OptionError: if the type is missing or unknown.
         """
-        delta_type = config_dict.get("delta_type")
-        if delta_type not in _MODELS:
-            raise OptionError(f"AutoDeltaConfig: unknown delta_type {delta_type!r}; use one of {', '.join(_MODELS)}")
-        return cls(delta_type, {key: value for key, value in config_dict.items() if key != "delta_type"})
+        return cls(
+            _kind(config_dict.get("delta_type")).delta_type,
+            {key: value for key, value in config_dict.items() if key != "delta_type"},
+        )
 
 
+@checked
 class AutoDeltaModel:
     """Makes deltas from a config or from saved files."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise OptionError("AutoDeltaModel has no instances: call AutoDeltaModel.from_config or from_finetuned")
 
     @staticmethod
     def from_config(config: AutoDeltaConfig, *, backbone_model: nn.Module) -> DeltaModel:
@@ -233,11 +250,7 @@ class AutoDeltaModel:
             TargetError: if the method cannot be attached to a selected module.
             StateError: if the targets are taken by another delta.
         """
-        kind = _MODELS[config.delta_type]
-        try:
-            return kind(backbone_model, **config.options)
-        except TypeError as error:
-            raise OptionError(f"{kind.__name__}: {error}; its options are {', '.join(_options(kind))}") from error
+        return _kind(config.delta_type)(backbone_model, **config.options)
 
     @staticmethod
     def from_finetuned(

@@ -5,6 +5,7 @@ and what a linear layer is. Imports nothing but `errors`.
 """
 
 from deltakit.core.activations import hidden_input, hidden_output, replace_hidden, replace_input
+from deltakit.core.arguments import checked
 from deltakit.core.attached_module import FROZEN
 from deltakit.core.backbone_call import CurrentCall, begin_call, current_call, drop_interrupted_calls, end_call
 from deltakit.core.bare_weight import (
@@ -20,7 +21,7 @@ from deltakit.core.buffer_ledger import copy_buffers
 from deltakit.core.caller_rows import begin_forward, close_rows, current_batch, end_forward, open_rows, rows_now
 from deltakit.core.delta_module import DeltaModule
 from deltakit.core.feature_slice import FeatureSlice, slice_where
-from deltakit.core.folding import breadth, expand, fold, span
+from deltakit.core.folding import breadth, expand, fold, is_plain, span
 from deltakit.core.grad_ledger import GradLedger
 from deltakit.core.linear import is_compute_dtype, is_conv1d, linear_sizes, projection_sizes, wide
 from deltakit.core.logical import (
@@ -56,6 +57,7 @@ from deltakit.core.record import (
     Site,
     Start,
     attachments_of,
+    is_slice,
     key_of,
     parameters_of,
     records_of,
@@ -96,6 +98,7 @@ __all__ = [
     "begin_call",
     "begin_forward",
     "breadth",
+    "checked",
     "class_name",
     "close_rows",
     "copy_buffers",
@@ -116,8 +119,10 @@ __all__ = [
     "is_conv1d",
     "is_first",
     "is_of",
+    "is_plain",
     "is_quantized",
     "is_sharded",
+    "is_slice",
     "join",
     "key_of",
     "linear_sizes",

@@ -16,6 +16,8 @@ from deltakit.errors import SelectorError
 _NUMBER = r"(0|[1-9][0-9]{0,17})"
 _RANGE = re.compile(rf"{_NUMBER}-{_NUMBER}(?::([1-9][0-9]{{0,17}}))?")
 _INDEX = re.compile(_NUMBER)
+# What means something in a selector: wildcards, braces and their commas, scopes, roles, anchors, prefixes and ranges.
+_SPECIAL = re.compile(r"[{},*/@^]|^\[|^re:|^\d+-\d|^\s|\s$")
 
 
 def span(names: Sequence[str]) -> str:
@@ -37,6 +39,15 @@ def span(names: Sequence[str]) -> str:
     return ",".join(_runs(numbers))
 
 
+def is_plain(name: str) -> bool:
+    """Returns whether the grammar of selectors reads a name as itself, also in braces.
+
+    >>> is_plain("q_proj"), is_plain("c_attn[q]"), is_plain("a/b"), is_plain("0-3")
+    (True, True, False, False)
+    """
+    return _SPECIAL.search(name) is None
+
+
 def fold(paths: Iterable[str]) -> tuple[str, ...]:
     """Returns the selectors that expand to exactly these paths, in the order of first occurrence.
 
@@ -46,8 +57,11 @@ def fold(paths: Iterable[str]) -> tuple[str, ...]:
     root = _Node()
     for path in paths:
         node = root
-        for component in path.split(".") if path else ():
-            node = node.children.setdefault(component, _Node())
+        components = path.split(".") if path else []
+        special = not all(map(is_plain, components))
+        # A path with a special name is not folded: in full, a selector matches it exactly.
+        for component in [path] if special else components:
+            node = node.children.setdefault(component, _Node(special=special))
         node.ends = True
     root.classify({})
     return tuple(root.selectors())
@@ -156,6 +170,8 @@ class _Node:
     """A node in the trie of components. Sibling nodes with equal subtrees (the same `kind`) are folded together."""
 
     ends: bool = False
+    special: bool = False
+    """Whether it stands for a whole path, which is not folded."""
     children: dict[str, "_Node"] = field(default_factory=dict)
     kind: int = -1
 
@@ -166,9 +182,9 @@ class _Node:
 
     def selectors(self) -> list[str]:
         found = [""] if self.ends else []
-        groups: dict[int, list[str]] = {}
+        groups: dict[int | str, list[str]] = {}
         for name, child in self.children.items():
-            groups.setdefault(child.kind, []).append(name)
+            groups.setdefault(name if child.special else child.kind, []).append(name)
         for names in groups.values():
             text = names[0] if len(names) == 1 else "{" + _together(names) + "}"
             found += [f"{text}.{rest}" if rest else text for rest in self.children[names[0]].selectors()]

@@ -4,12 +4,15 @@ A new method is one file in `deltakit/methods/`: a `Method` subclass with a name
 other file changes: selection, attaching, saving, drawing and the contract tests find the method by its name.
 """
 
+import inspect
+from abc import ABCMeta
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import nn
 
+from deltakit.core.arguments import Door, checked
 from deltakit.core.delta_module import DeltaModule
 from deltakit.core.paths import type_names
 from deltakit.core.target import Target
@@ -39,8 +42,32 @@ class BackboneView(Protocol):
         """Returns the paths of the modules that have a role such as `attn.q`."""
 
 
+class MethodType(ABCMeta):
+    """The class of method classes: it checks the options of each method by their annotations, those of third parties too.
+
+    The checks stand here and not in `Method.__init__`, because each dataclass gets an `__init__` of its own.
+    """
+
+    _own_door: Door
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = cls._door().read(args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        # Without it, help() would show the arguments of `__call__` above.
+        signature = inspect.signature(cls.__init__)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    def _door(cls) -> Door:
+        if "_own_door" not in vars(cls):
+            cls._own_door = Door(cls)
+        return cls._own_door
+
+
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(metaclass=MethodType):
     """The options of a method: what to attach, and where.
 
     Args:
@@ -57,6 +84,9 @@ class Method:
     exclude: Selector | None = None
 
     name: ClassVar[str]
+
+    _in_words: ClassVar[str] = "a method such as LoRA(r=8)"
+    """How error messages name what is expected where a method is."""
 
     kind: ClassVar[type[DeltaModule]] = DeltaModule
     """The class of its delta modules. A method with several classes overrides `kind_at`."""
@@ -160,7 +190,24 @@ class Method:
         options = {field.name: getattr(self, field.name) for field in fields(self)}
         return {"method": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}}
 
+    @staticmethod
+    def _advice_for(value: object) -> str:
+        """Returns what to write instead of something that is no method."""
+        if isinstance(value, str):
+            kind = next(
+                (kind for name, kind in METHODS.items() if value.lower() in (name, kind.__name__.lower())), None
+            )
+            return f"write {kind.__name__}()" if kind is not None else ""
+        if type(value).__module__.startswith("peft."):
+            given = {"r": "r", "alpha": "lora_alpha", "at": "target_modules", "dropout": "lora_dropout"}
+            options = {ours: getattr(value, theirs, None) for ours, theirs in given.items()}
+            options["at"] = sorted(options["at"]) if isinstance(options["at"], set) else options["at"]
+            written = ", ".join(f"{name}={option!r}" for name, option in options.items() if option)
+            return f"write a method with its options, such as LoRA({written})"
+        return ""
+
     @classmethod
+    @checked
     def from_dict(cls, data: Mapping[str, Any]) -> "Method":
         """Returns the method that `to_dict` described.
 

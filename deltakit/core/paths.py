@@ -1,31 +1,38 @@
 """Joins, splits and walks the paths of a backbone. Walks leave the deltas out."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from deltakit.core.delta_module import DeltaModule
-from deltakit.errors import OptionError
+
+_SLICED = re.compile(r"(.+)\[(\w+)\]", re.DOTALL)
 
 
 def held_at(modules: Mapping[str, nn.Module], path: str) -> tuple[nn.Module, str]:
     """Returns the module of a path, and the name of the parameter in it ("" if the path is that of a module)."""
-    base, _ = split_slice(path)
-    if base in modules:
-        return modules[base], ""
-    owner, _, name = base.rpartition(".")
-    return modules[owner], name
+    if path in modules:
+        return modules[path], ""
+    owner, _, name = path.rpartition(".")
+    if owner in modules and name in modules[owner]._parameters:
+        return modules[owner], name
+    base, letter = split_slice(path)
+    return held_at(modules, base) if letter else (modules[owner], name)
 
 
-def split_slice(path: str) -> tuple[str, str]:
+def split_slice(path: str, known: Container[str] = ()) -> tuple[str, str]:
     """Returns a path without its feature slice, and the name of the slice ("" without one).
 
-    >>> split_slice("h.0.attn.c_attn[q]"), split_slice("h.0")
-    (('h.0.attn.c_attn', 'q'), ('h.0', ''))
+    >>> split_slice("h.0.attn.c_attn[q]"), split_slice("h.0"), split_slice("a[b]", known=["a[b]"])
+    (('h.0.attn.c_attn', 'q'), ('h.0', ''), ('a[b]', ''))
+
+    Args:
+        known: paths of modules and parameters, whose names may have brackets, too.
     """
-    base, _, name = path.partition("[")
-    return base, name.removesuffix("]")
+    found = None if path in known else _SLICED.fullmatch(path)
+    return (found[1], found[2]) if found is not None else (path, "")
 
 
 def own_modules(backbone: nn.Module, *, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
@@ -152,14 +159,8 @@ def type_names(
 
     >>> type_names(nn.Linear)
     ('torch.nn.modules.linear.Linear',)
-
-    Raises:
-        OptionError: if one of them is neither a class nor a name.
     """
     if of is None:
         return None
-    kinds = tuple(of) if isinstance(of, tuple | list) else (of,)
-    for kind in kinds:
-        if not isinstance(kind, str | type):
-            raise OptionError(f"of={kind!r}: expected a module class or its name, found {type(kind).__name__}")
+    kinds = (of,) if isinstance(of, str | type) else tuple(of)
     return tuple(kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)

@@ -202,13 +202,18 @@ def word_of(part: str) -> str:
     return re.sub(r"\W+", "_", part).strip("_")
 
 
+def is_slice(part: str) -> bool:
+    """Returns whether a part of a module is a feature slice of its weight, and no parameter."""
+    return part.startswith("[") and part.endswith("]")
+
+
 def path_with_part(path: str, part: str) -> str:
     """Returns the path of a parameter or a feature slice of the module at a path.
 
     >>> path_with_part("h.0.attn.c_attn", "[q]"), path_with_part("mlp.experts", "down_proj")
     ('h.0.attn.c_attn[q]', 'mlp.experts.down_proj')
     """
-    return path + part if part.startswith("[") else join(path, part) if part else path
+    return path + part if is_slice(part) else join(path, part) if part else path
 
 
 def _method_index(record: Record, key: str, part: str) -> int:

@@ -1,6 +1,5 @@
 """`attach` adds methods to a backbone, and `load` adds a saved delta."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from os import PathLike
@@ -14,6 +13,7 @@ from deltakit.core import (
     Record,
     Selector,
     Site,
+    checked,
     same_random_numbers,
     tensors_of,
 )
@@ -23,7 +23,7 @@ from deltakit.delta.new_heads import warn_frozen_head
 from deltakit.delta.planning import original, planned
 from deltakit.delta.rebuilding import check_paths, rebuilt
 from deltakit.delta.untrained import start_of
-from deltakit.errors import BackboneMismatch, DeltaWarning, OptionError
+from deltakit.errors import BackboneMismatch, OptionError, warn
 from deltakit.files import (
     backbone_identity,
     differences,
@@ -39,6 +39,7 @@ from deltakit.selection import BackboneIndex
 AUTOMATIC_NAME = "delta"
 
 
+@checked
 def attach(
     backbone: nn.Module, *methods: Method, name: str | None = None, train: Selector | None = None, freeze: bool = True
 ) -> Delta:
@@ -76,6 +77,7 @@ def attach(
         return Delta(attachment).attach()
 
 
+@checked
 def load(
     source: str | PathLike[str],
     backbone: nn.Module,
@@ -158,8 +160,6 @@ def _sites(index: BackboneIndex, built: Any) -> list[Site]:
 
 
 def _check_backbone(config: Mapping[str, Any], backbone: nn.Module, where: str, check: str) -> None:
-    if check not in ("error", "warn"):
-        raise OptionError(f"check={check!r}: expected 'error' or 'warn'")
     found = backbone_identity(backbone)["fingerprint"]
     with from_file(where, "backbone.fingerprint"):
         other = differences(config["backbone"]["fingerprint"], found)
@@ -168,4 +168,4 @@ def _check_backbone(config: Mapping[str, Any], backbone: nn.Module, where: str, 
     message = f"{where}: this is not the backbone the delta was trained on: {other[0]}"
     if check == "error":
         raise BackboneMismatch(f"{message}; load that backbone, or pass check='warn' to load the delta all the same")
-    warnings.warn(message, DeltaWarning, stacklevel=3)
+    warn(message)

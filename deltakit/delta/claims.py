@@ -1,6 +1,5 @@
 """Checks before a delta is attached or changed: is its name free, are its targets free, is it in a `rows` block?"""
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +17,7 @@ from deltakit.core import (
 from deltakit.delta.composition import refuse_beside_merged
 from deltakit.delta.full_training import refuse_taken
 from deltakit.delta.running_statistics import held_of, holding_word
-from deltakit.errors import OptionError, StateError
+from deltakit.errors import StateError
 
 
 def claim(attachment: Attachment) -> None:
@@ -40,8 +39,15 @@ def claim(attachment: Attachment) -> None:
     if not record.named:
         _refuse_stacking(attachment, attachments_of(attachment.backbone))
     named = replace(record, name=name)
+    keys: set[tuple[int, str]] = set()
     for site in attachment.sites:
         key = key_of(named, site.method, site.module.part)
+        if (id(site.target), key) in keys:
+            raise StateError(
+                f"{site.path}: its delta module would be named {key!r}, as that of another parameter of the same module; "
+                "attach to one of the two with a delta of its own, under another name="
+            )
+        keys.add((id(site.target), key))
         if hasattr(site.target, key):
             raise StateError(f"{site.path}: it has an attribute {key!r} of its own; choose another name= for the delta")
     # Deltas at one target apply in the order of their first attachment, even if they were never attached at the same time.
@@ -118,18 +124,15 @@ def check_freezing(attachment: Attachment, *, training: bool) -> None:
         )
 
 
-def check_scale(attachment: Attachment, scale: float) -> None:
+def check_scalable(attachment: Attachment) -> None:
     """Checks that a delta may get another scale.
 
     Raises:
-        OptionError: if the scale is not a finite number.
         StateError: if the delta is merged or in a `rows` block, fully trains parts of the backbone, or has a method without
             a scale.
     """
     record = attachment.record
     name = record.name
-    if not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise OptionError(f"delta {name!r}: scale={scale!r}: expected a finite number")
     refuse_merged(record, "changing scale")
     refuse_in_rows(name, record, "changing scale")
     for held in held_of(attachment)[:1]:

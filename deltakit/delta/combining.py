@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from deltakit.core import METHODS, Method, Site, without_start_values
+from deltakit.core import METHODS, Method, Site, checked, without_start_values
 from deltakit.delta.attaching import new_delta
 from deltakit.delta.handle import Delta, deltas
 from deltakit.delta.planning import build, original
@@ -22,6 +22,7 @@ class Combination(NamedTuple):
     error: float
 
 
+@checked
 def combine(
     backbone: nn.Module, weights: Mapping[str | Delta, float], *, name: str | None = None, rank: int | None = None
 ) -> Combination:
@@ -43,9 +44,8 @@ def combine(
         TargetError: if a method is not linear.
     """
     backbone = original(backbone)
-    finite = all(isinstance(weight, int | float) and math.isfinite(weight) for weight in weights.values())
-    if not weights or not finite:
-        raise OptionError(f"combine({weights!r}): expected at least one delta, each with a finite weight")
+    if not weights:
+        raise OptionError("combine(weights={}): expected at least one delta with its weight, such as {'name': 0.5}")
     parts = [(float(weight), _delta(backbone, key)) for key, weight in weights.items()]
     for _, delta in parts:
         if delta.fully_trained:
@@ -56,7 +56,7 @@ def combine(
     modules, methods, sites = BackboneIndex(backbone), list[Method](), list[Site]()
     lost = total = 0.0
     for kind in dict.fromkeys(method.name for _, delta in parts for method in delta.methods):
-        own = [(weight, delta.modules_of(kind)) for weight, delta in parts]
+        own = [(w, delta.modules_of(kind)) for w, delta in parts if any(m.name == kind for m in delta.methods)]
         method = METHODS[kind].combination([m for _, delta in parts for m in delta.methods if m.name == kind], rank)
         paths = list(dict.fromkeys(path for _, there in own for path in there))
         with without_start_values():

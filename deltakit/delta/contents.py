@@ -1,23 +1,47 @@
 """DeltaContents: the part of a delta's handle that only reads, such as its modules and parameters."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from deltakit.core import Attachment, DeltaModule, Method
+from deltakit.core import Attachment, DeltaModule, Method, checked
 from deltakit.delta import tensors
 from deltakit.delta.running_statistics import held_of
+from deltakit.errors import OptionError
 from deltakit.selection import BackboneIndex
 from deltakit.view import described
 
+_INSTEAD = {
+    "attached": "; call attach() or detach()",
+    "merged": "; call merge() or unmerge()",
+    "name": "; give the name when attaching: attach(model, ..., name=)",
+}
 
+
+@checked
 class DeltaContents:
     """The modules, parameters and state of one delta on one backbone."""
+
+    _in_words: ClassVar[str] = "a delta such as attach and load return"
+    """How error messages name what is expected where a delta is."""
 
     def __init__(self, attachment: Attachment) -> None:
         self._attachment = attachment
         self._record = attachment.record
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Sets a property. A name that is none is an error: `delta.activ = False` would do nothing.
+
+        Raises:
+            OptionError: if there is no such property, or it cannot be set.
+        """
+        known = getattr(type(self), name, None)
+        if not name.startswith("_") and (not isinstance(known, property) or known.fset is None):
+            settable = [n for n in dir(type(self)) if getattr(getattr(type(self), n), "fset", None) is not None]
+            what = "cannot be set" if known is not None else "does not exist"
+            raise OptionError(f"delta.{name} {what}; {', '.join(settable)} can be set" + _INSTEAD.get(name, ""))
+        super().__setattr__(name, value)
 
     @property
     def backbone(self) -> nn.Module:
@@ -40,7 +64,16 @@ class DeltaContents:
         return self.modules_of(None)
 
     def modules_of(self, method: str | None) -> dict[str, list[DeltaModule]]:
-        """Returns the delta modules of the methods with this name (None for all), by the path of their target."""
+        """Returns the delta modules of the methods with this name (None for all), by the path of their target.
+
+        Raises:
+            OptionError: if the delta has no method with this name.
+        """
+        names = list(dict.fromkeys(own.name for own in self.methods))
+        if method is not None and method not in names:
+            raise OptionError(
+                f"modules_of({method!r}): delta {self.name!r} has no such method; its methods are {', '.join(names)}"
+            )
         found: dict[str, list[DeltaModule]] = {}
         for site in self._attachment.sites:
             if method in (None, self.methods[site.method].name):

@@ -4,7 +4,6 @@ The backbone must be bit-exact after detaching, so its own values are kept while
 while it is detached.
 """
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -15,6 +14,7 @@ from deltakit.core import (
     GradLedger,
     Record,
     above,
+    checked,
     is_compute_dtype,
     linear_sizes,
     name_of,
@@ -26,7 +26,7 @@ from deltakit.core import (
     tensors_in,
     tensors_of,
 )
-from deltakit.errors import DeltaWarning, StateError
+from deltakit.errors import StateError, warn
 from deltakit.injection import modules_of, watch
 from deltakit.selection import BackboneIndex
 
@@ -138,11 +138,9 @@ def put_backbone_values(attachment: Attachment) -> None:
         resized = _put(attachment, record.backbone_values)
         record.backbone_values = {}
         if resized:
-            warnings.warn(
+            warn(
                 f"{resized[0]}: delta {record.name!r} fully trains it, and it was resized while the delta was attached "
-                f"({len(resized)} such tensors); only the rows that it had before have the backbone's own values again",
-                DeltaWarning,
-                stacklevel=5,
+                f"({len(resized)} such tensors); only the rows that it had before have the backbone's own values again"
             )
 
 
@@ -251,6 +249,7 @@ def current_values(backbone: nn.Module, names: Sequence[str], record: Record) ->
         return {name: own[name].detach().clone() for name in names if name not in record.fully_trained}
 
 
+@checked
 def base_state_dict(backbone: nn.Module) -> dict[str, Tensor]:
     """Returns the backbone's state dict as it would be if nothing were attached.
 

@@ -8,10 +8,10 @@ from tempfile import TemporaryDirectory
 
 from torch import Tensor, nn
 
-from deltakit.core import Selector, attachments_of, is_first, is_sharded, wait_for_all
+from deltakit.core import Selector, attachments_of, checked, is_first, is_sharded, wait_for_all
 from deltakit.delta import merging, swapping, tensors
 from deltakit.delta.changed_backbone import refuse_changed
-from deltakit.delta.claims import check_freezing, check_scale, claim, refuse_in_rows, refuse_merged, refuse_scaled
+from deltakit.delta.claims import check_freezing, check_scalable, claim, refuse_in_rows, refuse_merged, refuse_scaled
 from deltakit.delta.composition import refuse_beside_merged
 from deltakit.delta.contents import DeltaContents
 from deltakit.delta.full_training import freeze_but, refresh_gradients
@@ -26,6 +26,7 @@ from deltakit.selection import BackboneIndex
 from deltakit.view import states
 
 
+@checked
 class Delta(DeltaContents):
     """One or more methods on one backbone, with all their delta modules.
 
@@ -46,12 +47,12 @@ class Delta(DeltaContents):
 
     @active.setter
     def active(self, active: bool) -> None:
-        if bool(active) != self.active:
+        if active != self.active:
             refuse_in_rows(self.name, self._record, "changing active")
             refuse_merged(self._record, "changing active")
             if active and self.attached and self._record.grad_ledger.merged:
                 refuse_beside_merged(self._attachment)
-            switch(self._attachment, active=bool(active))
+            switch(self._attachment, active=active)
 
     @property
     def scale(self) -> float:
@@ -69,7 +70,7 @@ class Delta(DeltaContents):
     @scale.setter
     def scale(self, scale: float) -> None:
         if scale != self.scale:
-            check_scale(self._attachment, scale)
+            check_scalable(self._attachment)
         self._record.scale = float(scale)
 
     @property
@@ -80,10 +81,10 @@ class Delta(DeltaContents):
     @trainable.setter
     def trainable(self, trainable: bool) -> None:
         held_of(self._attachment)  # statistics that moved so far belong to the deltas that were trainable then
-        self._record.trainable = bool(trainable)
+        self._record.trainable = trainable
         for site in self._attachment.sites:
             for _, parameter, _ in site.module.trained_parameters():
-                parameter.requires_grad_(bool(trainable))
+                parameter.requires_grad_(trainable)
         if self.attached:
             refresh_gradients(self.backbone, self._record.grad_ledger)
 
@@ -260,6 +261,7 @@ class Delta(DeltaContents):
             return upload(self.save(folder), repo_id, private=private, token=token, commit_message=message)
 
 
+@checked
 def deltas(backbone: nn.Module) -> list[Delta]:
     """Returns the deltas attached to a backbone, in their order. A deepcopy or an unpickled backbone has its own."""
     return [Delta(attachment) for attachment in attachments_of(backbone)]

@@ -5,7 +5,6 @@ either: restoring the weights of 8 layers takes 0.23 ms, and subtracting takes 1
 """
 
 import math
-import warnings
 from collections.abc import Mapping
 
 import torch
@@ -27,7 +26,7 @@ from deltakit.delta.claims import refuse_in_rows
 from deltakit.delta.composition import refuse_beside_live, refuse_composed
 from deltakit.delta.full_training import tensors_at
 from deltakit.delta.quantized import Quantize, Rounded, merge_quantized
-from deltakit.errors import DeltaWarning, StateError, TargetError
+from deltakit.errors import StateError, TargetError, warn
 from deltakit.injection import modules_of, watch
 from deltakit.view import states
 
@@ -114,12 +113,10 @@ def _warn_of_rounding(record: Record, found: Mapping[str, Rounded]) -> None:
     shares = {name: math.sqrt(one.lost / one.whole) if one.whole else 0.0 for name, one in found.items()}
     lost, total = (sum(norms) for norms in zip(*found.values(), strict=True))
     worst = max(shares, key=lambda name: shares[name])
-    warnings.warn(
+    warn(
         f"delta {record.name!r} is merged into {len(found)} quantized weights: rounding moved them by "
         f"{math.sqrt(lost / total) if total else 0:.3g} of the update's norm, at most by {shares[worst]:.3g} at {worst}; "
         "leave the delta attached if that is too much",
-        DeltaWarning,
-        stacklevel=4,
     )
 
 
@@ -188,11 +185,9 @@ def _unmerge(attachment: Attachment) -> None:
     record.set_merged({})
     watch(attachment.backbone)
     if changed:
-        warnings.warn(
+        warn(
             f"{changed[0]}: delta {record.name!r} was merged into it, and it was removed or resized since ({len(changed)} "
-            "such weights), so that the old weight cannot be restored",
-            DeltaWarning,
-            stacklevel=5,
+            "such weights), so that the old weight cannot be restored"
         )
 
 

@@ -10,6 +10,7 @@ from deltakit.core import (
     MixedBatch,
     Record,
     attachments_of,
+    checked,
     close_rows,
     current_batch,
     notice_moved_buffers,
@@ -73,6 +74,7 @@ class Rows:
         return records, batch
 
 
+@checked
 def rows(backbone: nn.Module, names: Sequence[str | None]) -> Rows:
     """Gives each example of a batch its own delta: inside `with rows(model, names):`, or in one call, `rows(model, names)(x)`.
 

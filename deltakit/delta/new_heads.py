@@ -1,6 +1,5 @@
 """Warns of a new head that freezing would leave with its random weights."""
 
-import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -8,11 +7,11 @@ from torch import nn
 
 from deltakit.core import is_quantized, own_parameters, parent_of, records_of
 from deltakit.delta.full_training import full_training_names
-from deltakit.errors import DeltaError, DeltaWarning
+from deltakit.errors import DeltaError, warn
 from deltakit.selection import BackboneIndex
 
 
-def warn_frozen_head(index: BackboneIndex, trained: Collection[str], *, stacklevel: int = 3) -> None:
+def warn_frozen_head(index: BackboneIndex, trained: Collection[str]) -> None:
     """Warns if freezing would freeze a head of a transformers model that has not learned anything yet.
 
     transformers marks each parameter that it loads from a checkpoint. Where it has marked none, as in a model from a config
@@ -33,12 +32,10 @@ def warn_frozen_head(index: BackboneIndex, trained: Collection[str], *, stacklev
         return
     paths = sorted({_topmost(parent_of(name), new, own) for name in new})
     named = ", ".join(path or "the backbone" for path in paths)
-    warnings.warn(
+    warn(
         f"{named}: new in this {type(backbone).__name__} and frozen: the parameters are outside the pretrained model or newly "
         f"initialised, so they would keep their random values; pass train={_advice(index, paths, new)} to train them fully "
-        "and save them with the delta, or train=() if they are trained already",
-        DeltaWarning,
-        stacklevel=stacklevel,
+        "and save them with the delta, or train=() if they are trained already"
     )
 
 

@@ -12,6 +12,7 @@ from deltakit.core import (
     Selector,
     Target,
     WeightRead,
+    checked,
     is_sharded,
     normal_tensors,
     num_parameters,
@@ -25,6 +26,7 @@ from deltakit.selection import BackboneIndex, Found, find_targets
 from deltakit.view import Line, report, share
 
 
+@checked
 @dataclass(frozen=True)
 class Plan:
     """What `attach` would do: the delta modules of each method by target, and the names of fully trained parameters.
@@ -79,6 +81,7 @@ class Plan:
         )
 
 
+@checked
 def plan(backbone: nn.Module, *methods: Method, train: Selector | None = None) -> Plan:
     """Returns what `attach` with the same arguments would do. Print it to see the targets. Nothing is changed.
 
@@ -113,9 +116,6 @@ def planned(backbone: nn.Module, methods: tuple[Method, ...], train: Selector | 
         )
     if not methods:
         raise OptionError("no method given: expected at least one; write attach(model, LoRA(r=8)), for example")
-    for method in methods:
-        if not isinstance(method, Method):
-            raise OptionError(f"expected methods such as LoRA(r=8), found {method!r}")
     built, found = [], []
     for method in methods:
         targets, how = find_targets(index, method)

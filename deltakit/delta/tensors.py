@@ -31,13 +31,8 @@ def parameter_groups(attachment: Attachment, options: Mapping[str, Mapping[str, 
     """Returns a delta's trained parameters as an optimiser's groups: one for each tag with options, and one for the others.
 
     Raises:
-        OptionError: if no parameter has one of the tags, or the value for a tag is not a mapping of options.
+        OptionError: if no parameter has one of the tags.
     """
-    for tag, option in options.items():
-        if not isinstance(option, Mapping):
-            raise OptionError(
-                f"parameter_groups({tag}={option!r}): expected options of the optimiser, such as {{'lr': 1e-3}}"
-            )
     groups: dict[str, list[nn.Parameter]] = {}
     tags: dict[str, None] = {}
     tagged = {id(p): tag for site in attachment.sites for _, p, tag in site.module.trained_parameters()}

@@ -1,13 +1,12 @@
 """Notices at saving that a delta is still as it was attached, so that somebody trained something else."""
 
-import warnings
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from deltakit.core import Attachment, Start, is_sharded
-from deltakit.errors import DeltaWarning
+from deltakit.errors import warn
 
 _SITES, _VALUES = 8, 16
 
@@ -35,12 +34,10 @@ def warn_untrained(attachment: Attachment, state: Mapping[str, Tensor]) -> None:
         if name in now and not now[name].is_meta and not is_sharded(now[name])
     ]
     if same and all(same):
-        warnings.warn(
+        warn(
             f"delta {attachment.record.name!r} is saved as it was attached: none of the parameters of its modules has changed "
             "since. If you trained it, the optimiser may have been made before attach(), or the model that was trained is "
-            "another one than that of this handle: dk.deltas(model) returns a model's own",
-            DeltaWarning,
-            stacklevel=3,
+            "another one than that of this handle: dk.deltas(model) returns a model's own"
         )
 
 

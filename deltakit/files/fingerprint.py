@@ -54,7 +54,9 @@ def fingerprint(backbone: nn.Module, *, leave_out: Collection[str] = ()) -> dict
         "class": class_name(backbone),
         "structure": _hash((name, p.shape) for name, p in parameters.items()),
         "parameters": sum(p.numel for p in parameters.values()),
-        "values": _finite({name: _sample(name, parameters[name].stored) for name in chosen if _plain(parameters[name])}),
+        "values": _finite(
+            {name: _sample(name, parameters[name].stored) for name in chosen if _plain(parameters[name])}
+        ),
     }
     if any(p.stored.shape != p.shape or not is_compute_dtype(p.stored.dtype) for p in parameters.values()):
         found["packed"] = _hash((name, p.shape) for name, p in own_parameters(backbone))

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
-from deltakit.errors import CheckpointError, HubError
+from deltakit.errors import CheckpointError, HubError, OptionError
 from deltakit.files.checkpoint import CARD_FILE, CONFIG_FILE, TENSORS_FILE
 
 _REPO_ID = re.compile(r"[\w][\w.-]*(?:/[\w][\w.-]*)?")
@@ -32,13 +32,23 @@ def find_folder(source: str | PathLike[str], *, revision: str | None = None, tok
         token: an access token, or False to send none; by default the one that `hf auth login` saved.
 
     Raises:
+        OptionError: if `revision` is given for a folder.
         CheckpointError: if the source can only be a local folder and does not exist, or is a file.
         HubError: if there is no such repository, it holds no delta, or the Hub cannot be reached or refuses.
     """
     name, folder = str(source), Path(source)
-    if name and folder.is_dir():
+    try:
+        is_folder, is_there = folder.is_dir(), folder.exists()
+    except OSError:
+        # Too long for a path.
+        is_folder = is_there = False
+    if is_folder and revision is not None:
+        raise OptionError(
+            f"revision={revision!r}: {name} is a folder, and only repositories have revisions; omit revision="
+        )
+    if is_folder:
         return folder
-    if name and folder.exists():
+    if is_there:
         raise CheckpointError(f"{name or repr(name)}: this is a file; pass the folder of a delta, or a Hub repository")
     if not isinstance(source, str) or not is_repository(name):
         raise CheckpointError(
@@ -104,6 +114,8 @@ def _explained(repo_id: str, revision: str | None, verb: str, *, missing_folder:
     no_network = (httpx.TransportError, ConnectionError, TimeoutError)
     try:
         yield
+    except errors.LocalTokenNotFoundError as error:
+        raise HubError(f"{repo_id}: token=True needs a saved token, and there is none: {_LOGIN}") from error
     except errors.GatedRepoError as error:
         raise HubError(f"{repo_id}: this repository is gated: ask for access on its page, then {_LOGIN}") from error
     except errors.RepositoryNotFoundError as error:

@@ -1,11 +1,10 @@
 """Compares `delta_config.json` with the config in the safetensors file, of which it is a copy to be read by people."""
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deltakit.errors import CheckpointError, DeltaWarning
+from deltakit.errors import CheckpointError, warn
 from deltakit.files.partial import is_saving
 from deltakit.files.schema import DeltaConfig, read_config
 from deltakit.files.seal import seal_in, seal_of
@@ -31,11 +30,9 @@ def check_copy(copy: Path, config: DeltaConfig, original: Path, was_replaced: Ca
     # A save that was at work a moment ago has now replaced the copy, or has been followed by another save.
     if _is_copy(copy, config, original) or was_replaced():
         return
-    warnings.warn(
+    warn(
         f"{copy} belongs to another save than {original.name}, which holds the delta that was loaded; save the delta again to "
-        "make the two agree",
-        DeltaWarning,
-        stacklevel=4,
+        "make the two agree"
     )
 
 

@@ -131,7 +131,9 @@ def watch_rows(backbone: nn.Module, attached: Sequence[Attachment]) -> None:
     roots = [module for module in backbone.modules() if module._load_state_dict_pre_hooks and ours(module, ReportPart)]
     # Nearly always it is the backbone itself, and this runs for each block.
     inside = {id(module) for root in roots for module in root.modules()} if roots != [backbone] else set()
-    if roots != [backbone] and any(id(site.target) not in inside for attachment in attached for site in attachment.sites):
+    if roots != [backbone] and any(
+        id(site.target) not in inside for attachment in attached for site in attachment.sites
+    ):
         roots.append(backbone)
     for root in roots:
         observe_rows(root, records)

@@ -1,6 +1,5 @@
 """The check that the first forward of a backbone calls every target."""
 
-import warnings
 from threading import get_ident
 from typing import Any, NamedTuple
 
@@ -8,7 +7,7 @@ import torch
 from torch import nn
 
 from deltakit.core import Attachment, DeltaModule, Record, above, is_callable, own_modules
-from deltakit.errors import DeltaWarning, StateError, TargetError
+from deltakit.errors import StateError, TargetError, warn
 from deltakit.injection.hooks import scopes_of
 from deltakit.injection.output_hooks import InputHook, OutputHook
 from deltakit.injection.tables import ours, unhook
@@ -113,12 +112,10 @@ class FirstForward:
             record.checked = True
             self.drop(backbone, record)
         if silent and not again:
-            warnings.warn(
+            warn(
                 f"delta {record.name!r}: {len(silent)} of its targets were not called in the first forward, such as "
                 f"{silent[0].path}, and neither was the module around it: the delta did nothing there so far; if these "
                 "modules are not used by your data, leave them out with exclude=",
-                DeltaWarning,
-                stacklevel=2,
             )
 
     def add(self, attachment: Attachment, *, again: bool) -> None:

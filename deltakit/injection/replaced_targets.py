@@ -4,7 +4,6 @@ The hooks of a delta go with a module that the user replaces (`model.classifier 
 silently run without that part. Libraries may also add a module that is called instead (diffusers' `fuse_qkv_projections`).
 """
 
-import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from deltakit.core import Record, RunningCall, attachments_of
-from deltakit.errors import DeltaWarning, StateError
+from deltakit.errors import StateError, warn
 from deltakit.injection.first_forward import FirstForward, watch_first_forward
 from deltakit.injection.tables import ours
 
@@ -91,7 +90,7 @@ class TargetGuard:
         there = {id(module) for module in backbone.modules()}
         gone = self._gone(there)
         if gone:
-            warnings.warn(_replaced(gone), DeltaWarning, stacklevel=3)
+            warn(_replaced(gone))
         self.reported.update(gone)
         # The targets that are still there may not be called any more.
         for attachment in attachments_of(backbone):

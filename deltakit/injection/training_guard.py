@@ -1,6 +1,5 @@
 """The check that a training forward trains something of each delta that is trainable."""
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import nn
 
 from deltakit.core import DeltaModule, Record, own_parameters
-from deltakit.errors import DeltaWarning, StateError
+from deltakit.errors import StateError, warn
 
 
 @dataclass
@@ -64,11 +63,9 @@ def _warn_merged(watched: _Watched) -> None:
     record = watched.record
     if isinstance(record, Record) and record.trainable and record.active and not watched.warned:
         watched.warned = True
-        warnings.warn(
+        warn(
             f"delta {record.name!r} is merged into the weights, and this is a forward in training mode: its parameters take "
-            "no part, so a backward pass would not train them; unmerge() it before training, or switch the model to eval()",
-            DeltaWarning,
-            stacklevel=3,
+            "no part, so a backward pass would not train them; unmerge() it before training, or switch the model to eval()"
         )
 
 
@@ -102,4 +99,4 @@ def _check(backbone: nn.Module, watched: _Watched) -> None:
     # Some train the head alone for a while. So this may be intended.
     if not watched.warned:
         watched.warned = True
-        warnings.warn(f"{message}; of this delta only {head[0]} is trained", DeltaWarning, stacklevel=2)
+        warn(f"{message}; of this delta only {head[0]} is trained")

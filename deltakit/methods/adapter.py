@@ -90,8 +90,8 @@ class Adapter(Method, name="adapter"):
             raise OptionError(f"Adapter(size={self.size}, reduction={self.reduction}): omit one of the two")
         for option in ("size", "reduction"):
             value = getattr(self, option)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise OptionError(f"Adapter({option}={value!r}): expected an integer of at least 1, or None")
+            if value is not None and value < 1:
+                raise OptionError(f"Adapter({option}={value}): expected at least 1, or None")
         if self.activation not in ACTIVATIONS:
             raise OptionError(f"Adapter(activation={self.activation!r}): expected one of {', '.join(ACTIVATIONS)}")
 

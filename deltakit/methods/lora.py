@@ -8,7 +8,7 @@ Kalajdzievski 2023, https://arxiv.org/abs/2312.03732.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from deltakit.core import DeltaModule, Method, Target, wants_start_values
 from deltakit.errors import OptionError, TargetError
-from deltakit.ops import LowRank, kaiming_uniform, like, sum_of_products
+from deltakit.ops import LowRank, check_dropout, kaiming_uniform, like, sum_of_products
 
 
 class LoRADelta(LowRank):
@@ -93,19 +93,18 @@ class LoRA(Method, name="lora"):
     alpha: float = 16
     rslora: bool = False
     dropout: float = 0.0
-    keep: str = "exact"
+    keep: Literal["exact", "int8"] = "exact"
     untie: bool = False
 
     def validate(self) -> None:
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            raise OptionError(f"LoRA(r={self.r!r}): the rank must be an integer of at least 1")
+        if self.r < 1:
+            raise OptionError(f"LoRA(r={self.r}): expected a rank of at least 1; 8 is usual")
         # Beyond what float32 holds, torch refuses to multiply by it.
-        if not _is_number(self.alpha) or not 0 <= self.alpha <= torch.finfo(torch.float32).max:
-            raise OptionError(f"LoRA(alpha={self.alpha!r}): must be a finite number of at least 0; r or 2 * r is usual")
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise OptionError(f"LoRA(dropout={self.dropout!r}): expected a probability in [0, 1)")
-        if self.keep not in ("exact", "int8"):
-            raise OptionError(f"LoRA(keep={self.keep!r}): expected 'exact' or 'int8'")
+        if not 0 <= self.alpha <= torch.finfo(torch.float32).max:
+            raise OptionError(
+                f"LoRA(alpha={self.alpha}): expected at least 0 and a float32 number; r or 2 * r is usual"
+            )
+        check_dropout("LoRA", self.dropout)
 
     @property
     def scaling(self) -> float:
@@ -152,10 +151,6 @@ class LoRA(Method, name="lora"):
     def combination(cls, methods: Sequence[Method], rank: int | None) -> "LoRA":
         r = rank if rank is not None else sum(method.r for method in methods if isinstance(method, LoRA))
         return cls(r=r, alpha=r)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _own_forward(module: nn.Module) -> bool:

@@ -143,8 +143,8 @@ class Prefix(Method, name="prefix"):
     def validate(self) -> None:
         for option in ("tokens", "hidden"):
             value = getattr(self, option)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise OptionError(f"Prefix({option}={value!r}): expected an integer of at least 1")
+            if value < 1:
+                raise OptionError(f"Prefix({option}={value}): expected at least 1")
 
     def targets(self, index: BackboneView, selected: Sequence[Target] | None) -> Sequence[Target]:
         paths = [path for path, module in index.by_path.items() if attends(module)]

@@ -5,7 +5,7 @@ inserts them in front of every text. They start as embeddings of the 5,000 first
 default is 20 tokens: the paper sees little gain with more (figure 3a). An untrained prompt is not the identity.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from deltakit.core import BackboneView, DeltaModule, Method, Target, wants_start_values
+from deltakit.core import BackboneView, DeltaModule, Method, Target, checked, wants_start_values
 from deltakit.errors import OptionError, StateError, TargetError
 from deltakit.ops import (
     CallContext,
@@ -202,7 +202,8 @@ class SoftPrompt(Method, name="soft_prompt"):
     identity: ClassVar[bool] = False
 
     @classmethod
-    def from_text(cls, text: str, tokenizer: Any, **options: Any) -> "SoftPrompt":
+    @checked
+    def from_text(cls, text: str, tokenizer: Callable[..., Any], **options: Any) -> "SoftPrompt":
         """Returns a prompt that starts as the embeddings of a text. It is as long as the text unless `tokens` is given.
 
         Args:
@@ -210,14 +211,20 @@ class SoftPrompt(Method, name="soft_prompt"):
             options: further options of `SoftPrompt`.
 
         Raises:
-            OptionError: if the text has no tokens, or an option is out of its range.
+            OptionError: if the text has no tokens, the tokenizer returns no ids, or an option is out of its range.
         """
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        try:
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        except Exception as error:
+            raise OptionError(
+                f"SoftPrompt.from_text(tokenizer=...): expected tokenizer(text, add_special_tokens=False)['input_ids'] to be "
+                f"ids, found {type(error).__name__}: {error}; pass the backbone's tokenizer"
+            ) from error
         return cls(**{"tokens": max(1, len(ids)), "init_ids": ids, **options})
 
     def validate(self) -> None:
-        if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1:
-            raise OptionError(f"SoftPrompt(tokens={self.tokens!r}): expected an integer of at least 1")
+        if self.tokens < 1:
+            raise OptionError(f"SoftPrompt(tokens={self.tokens}): expected at least 1")
         if self.init not in ("vocab", "random"):
             raise OptionError(
                 f"SoftPrompt(init={self.init!r}): expected 'vocab' or 'random'; for a text use SoftPrompt.from_text"
@@ -225,7 +232,7 @@ class SoftPrompt(Method, name="soft_prompt"):
         if self.where not in (None, "start", "after_first"):
             raise OptionError(f"SoftPrompt(where={self.where!r}): expected 'start', 'after_first' or None")
         if self.init_ids is not None:
-            if not len(self.init_ids) or not all(isinstance(i, int) and i >= 0 for i in self.init_ids):
+            if not self.init_ids or min(self.init_ids) < 0:
                 raise OptionError(f"SoftPrompt(init_ids={self.init_ids!r}): expected a list of at least one token id")
             object.__setattr__(self, "init_ids", tuple(self.init_ids))
 

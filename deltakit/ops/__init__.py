@@ -7,7 +7,7 @@ from deltakit.ops.attention.mode_stack import enter_prefix_mode, leave_prefix_mo
 from deltakit.ops.attention.sites import attends, enters_by_interface, heads_of
 from deltakit.ops.kinds.call_context import CallContext
 from deltakit.ops.kinds.input_map import InputMap
-from deltakit.ops.kinds.low_rank import LowRank, kaiming_uniform
+from deltakit.ops.kinds.low_rank import LowRank, check_dropout, kaiming_uniform
 from deltakit.ops.kinds.output_map import OutputMap
 from deltakit.ops.kinds.weight_map import WeightMap
 from deltakit.ops.low_rank_sum import sum_of_products
@@ -30,6 +30,7 @@ __all__ = [
     "WeightMap",
     "attends",
     "called_directly",
+    "check_dropout",
     "enter_prefix_mode",
     "enters_by_interface",
     "finish",

@@ -11,7 +11,9 @@
     experts.gate_up_proj        a parameter, if the last component has no wildcard
     c_attn[q]  c_attn[{q,v}]    the feature slices of a fused projection: queries, keys or values
 
-A selector that matches from the root is anchored there, so a full path means exactly that module.
+A full path means exactly that module or parameter, whatever characters are in its names: it is tried first. Then comes the
+end of a path as it is written, for names such as `a/b`. Only then the characters above have their meaning. A selector that
+matches from the root is anchored there.
 """
 
 import re
@@ -21,7 +23,7 @@ from difflib import get_close_matches
 from itertools import product
 from math import prod
 
-from deltakit.core import breadth, expand
+from deltakit.core import breadth, expand, is_plain
 from deltakit.errors import SelectorError
 
 _MOST_TEXTS = 1_000
@@ -32,7 +34,7 @@ Roles = Callable[[str], Sequence[str]]
 
 _OPENDELTA_ROLES = {"attn": "attn", "ff": "ff", "q": "q", "k": "k", "v": "v", "proj": "o", "w1": "up", "w2": "down"}
 
-Explicit = Callable[[bool], Sequence[str]]
+Explicit = Callable[[bool], Collection[str]]
 """Returns the paths that only an explicit selector matches: parameters, or with True the feature slices."""
 
 
@@ -42,7 +44,12 @@ def modules_only(_slices: bool) -> Sequence[str]:
 
 
 def select_paths(
-    selectors: str | Sequence[str], paths: Sequence[str], roles: Roles, *, owner: str, explicit: Explicit = modules_only
+    selectors: str | Sequence[str],
+    paths: Collection[str],
+    roles: Roles,
+    *,
+    owner: str,
+    explicit: Explicit = modules_only,
 ) -> list[str]:
     """Returns the paths that at least one selector matches: modules in the order of `paths`, then other paths.
 
@@ -68,7 +75,7 @@ def select_paths(
     return modules + [path for path in hits if path not in known]
 
 
-def match(selector: str, paths: Sequence[str], roles: Roles, explicit: Explicit = modules_only) -> list[str]:
+def match(selector: str, paths: Collection[str], roles: Roles, explicit: Explicit = modules_only) -> list[str]:
     """Returns the paths that one selector matches, in the order of `paths`. The result may be empty.
 
     >>> match("{q,v}", ["a.q", "a.k", "a.v", "a.qk"], lambda role: ())
@@ -82,6 +89,9 @@ def match(selector: str, paths: Sequence[str], roles: Roles, explicit: Explicit 
         raise SelectorError(
             f"selector {selector!r}: expected a text that is not empty, such as 'q_proj', '@attn.q' or '**.{{q,v}}'"
         )
+    literal = _literal(selector, paths, explicit)
+    if literal:
+        return literal
     for prefix, whole_path in (("re:", True), ("[r]", False)):
         if selector.startswith(prefix):
             return _match_regex(selector, selector[len(prefix) :], paths, explicit, whole_path=whole_path)
@@ -99,12 +109,23 @@ def match(selector: str, paths: Sequence[str], roles: Roles, explicit: Explicit 
     return hits + [name for name in _match_components(selector, explicit(False)) if name not in hits]
 
 
+def _literal(selector: str, paths: Collection[str], explicit: Explicit) -> list[str]:
+    """Returns the path that the selector is, or else the paths that end with a selector that has special characters."""
+    parameters = explicit(False)
+    if selector in paths or selector in parameters:
+        return [selector]
+    if all(map(is_plain, selector.split("."))):
+        return []
+    end = f".{selector}"
+    return [path for path in paths if path.endswith(end)] or [path for path in parameters if path.endswith(end)]
+
+
 def _match_regex(
-    selector: str, pattern: str, paths: Sequence[str], explicit: Explicit, *, whole_path: bool
+    selector: str, pattern: str, paths: Collection[str], explicit: Explicit, *, whole_path: bool
 ) -> list[str]:
     try:
         compiled = re.compile(pattern if whole_path else rf"(?:.*\.)?(?:{pattern})")
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise SelectorError(
             f"selector {selector!r}: invalid regular expression: {error}; correct what follows the prefix"
         ) from error
@@ -112,14 +133,14 @@ def _match_regex(
     return hits or [name for name in explicit(False) if compiled.fullmatch(name)]
 
 
-def _match_roles(selector: str, paths: Sequence[str], roles: Roles) -> list[str]:
+def _match_roles(selector: str, paths: Collection[str], roles: Roles) -> list[str]:
     hits = dict.fromkeys(path for role in alternatives(selector[1:], selector) for path in roles(role))
     modules = [path for path in paths if path in hits]
     known = set(modules)
     return modules + [path for path in hits if path not in known]
 
 
-def _match_components(selector: str, paths: Sequence[str]) -> list[str]:
+def _match_components(selector: str, paths: Collection[str]) -> list[str]:
     if selector == "^":
         return [path for path in paths if path == ""]
     components = selector.removeprefix("^").split(".")
@@ -148,7 +169,7 @@ def _component_regex(component: str, selector: str, numbers: Collection[int], *,
     return found + ("" if last else r"\.")
 
 
-def _numbers_in(paths: Sequence[str]) -> list[int]:
+def _numbers_in(paths: Collection[str]) -> list[int]:
     """Returns every number that a range could mean: those in the paths, and parts of them, as in `h{0-1}2`."""
     # A range is never expanded beyond these, so `{0-99999999999}` costs no more than `{0-9}`.
     digits = set(re.findall("[0-9]+", "\n".join(paths)))
@@ -196,7 +217,7 @@ def _from_opendelta(selector: str) -> str:
     return f"{scope}@{'.'.join(str(name) for name in known)}"
 
 
-def _miss(selector: str, paths: Sequence[str], owner: str) -> str:
+def _miss(selector: str, paths: Collection[str], owner: str) -> str:
     leaves = Counter(path.rpartition(".")[2] for path in paths if path)
     message = f"selector {selector!r} matches none of the {sum(leaves.values())} modules of {owner}"
     near = _nearest(selector, leaves, paths)
@@ -204,12 +225,14 @@ def _miss(selector: str, paths: Sequence[str], owner: str) -> str:
         message += f"; nearest: {', '.join(near)}"
     names = [name for name in leaves if not name.isdigit()]
     more = f" and {len(names) - 24} more" if len(names) > 24 else ""
+    if not all(map(is_plain, leaves)):
+        message += "; write a name with special characters with its full path, or as 're:' and a regular expression"
     if not names:
         return f"{message}; print(dk.show(model)) lists its paths"
     return f"{message}; last components of its paths: {', '.join(names[:24])}{more}"
 
 
-def _nearest(selector: str, leaves: Iterable[str], paths: Sequence[str]) -> list[str]:
+def _nearest(selector: str, leaves: Iterable[str], paths: Collection[str]) -> list[str]:
     if selector.startswith(("re:", "[r]", "@")):
         return []
     last = selector.rpartition(".")[2]

@@ -1,6 +1,6 @@
 """The index of a backbone: its modules and parameters by path, without those of deltas, and what follows from them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -15,6 +15,7 @@ from deltakit.core import (
     held_at,
     is_compute_dtype,
     is_of,
+    is_slice,
     join,
     own_modules,
     split_slice,
@@ -47,6 +48,8 @@ class BackboneIndex:
                 f"backbone: expected a torch.nn.Module, found {type(self.backbone).__name__}; pass the model itself"
             )
         self.by_path = dict(own_modules(self.backbone, every_name=True))
+        for path, module in self.by_path.items():
+            _refuse_nameless(path, module)
 
     @property
     def owner(self) -> str:
@@ -112,10 +115,15 @@ class BackboneIndex:
         return {unit.path: unit.width for unit in self.roles.units}
 
     def __contains__(self, path: str) -> bool:
-        base, letter = split_slice(path)
-        return (base in self.by_path or base in self.parameters) and (
-            not letter or self.fused.slice_at(base, letter) is not None
-        )
+        if path in self.by_path or path in self.parameters:
+            return True
+        base, letter = self._split(path)
+        known = base in self.by_path or base in self.parameters
+        return bool(letter) and known and self.fused.slice_at(base, letter) is not None
+
+    def _split(self, path: str) -> tuple[str, str]:
+        """Returns a path without its feature slice, and the name of the slice; a full path that exists has none."""
+        return (path, "") if path in self.by_path else split_slice(path, self.parameters)
 
     def module_at(self, path: str) -> tuple[nn.Module, str]:
         """Returns the module of a path, and the parameter's name in it, or "" if the path is not of a parameter."""
@@ -123,7 +131,7 @@ class BackboneIndex:
 
     def first_name(self, path: str) -> str:
         """Returns the first of all paths under which this module or parameter is registered."""
-        base, letter = split_slice(path)
+        base, letter = self._split(path)
         if base in self.by_path:
             first = self.names[id(self.by_path[base])][0]
         else:
@@ -133,7 +141,7 @@ class BackboneIndex:
     def target(self, path: str) -> Target:
         """Returns the target at a path; its own path is the first one of its module instance."""
         first = self.first_name(path)
-        base, letter = split_slice(first)
+        base, letter = self._split(first)
         module, parameter = self.module_at(first)
         owner = base.rpartition(".")[0] if parameter else base
         tensor = module._parameters.get(parameter or "weight")
@@ -213,19 +221,19 @@ class BackboneIndex:
         """
         left = []
         for path in hits:
-            base, _ = split_slice(path)
+            base, _ = self._split(path)
             owner = base if base in self.by_path else base.rpartition(".")[0]
             if excluded.isdisjoint((path, base, owner, *(above(owner) if inside else ()))):
                 left.append(path)
         return left
 
     def _paths(self, at: Selector) -> list[str]:
-        return select_paths(at, list(self.by_path), self.role, owner=self.owner, explicit=self._explicit)
+        return select_paths(at, self.by_path, self.role, owner=self.owner, explicit=self._explicit)
 
-    def _explicit(self, slices: bool) -> list[str]:
+    def _explicit(self, slices: bool) -> Collection[str]:
         """The paths that only an explicit selector matches: parameters, or the feature slices of fused projections."""
         if not slices:
-            return list(self.parameters)
+            return self.parameters
         fused = [path for unit in self.roles.units for path in self.fused.slices_of(unit).values()]
         return fused + [path for unit in self.roles.units for path in unit.parts.values() if "[" in path]
 
@@ -254,3 +262,17 @@ class BackboneIndex:
             f"forward of its {type(self.by_path[unit.path]).__name__} does not show which features are which; use "
             f"'@attn.{part}' to select the whole projection"
         )
+
+
+def _refuse_nameless(path: str, module: nn.Module) -> None:
+    """Refuses names that torch itself refuses, but that can be written into its dictionaries: they make paths ambiguous.
+
+    Raises:
+        TargetError: if a module or parameter has such a name.
+    """
+    for name in (*module._modules, *module._parameters):
+        if not name or "." in name or (is_slice(name) and name in module._parameters):
+            raise TargetError(
+                f"{path or 'the backbone'}: it holds a module or parameter named {name!r}, which cannot be part of a path; "
+                "rename it to a name that is not empty and has no dot (a parameter: not in brackets either)"
+            )

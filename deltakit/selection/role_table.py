@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from deltakit.core import fold
+from deltakit.core import checked, fold
 from deltakit.errors import RoleError, printable
 from deltakit.selection.index import BackboneIndex
 from deltakit.selection.role_inference.role_map import ROLES
 
 
+@checked
 @dataclass(frozen=True)
 class RoleTable(Mapping[str, tuple[str, ...]]):
     """The paths of each role that a backbone has, by the role as a selector spells it: `@attn.q`.
@@ -24,6 +25,10 @@ class RoleTable(Mapping[str, tuple[str, ...]]):
     untold: Mapping[str, str]
 
     def __getitem__(self, role: str) -> tuple[str, ...]:
+        if not isinstance(role, str) or role not in self.answers:
+            there = ", ".join(self.answers) or "none"
+            wanted = repr(role) if isinstance(role, str) else type(role).__name__
+            raise RoleError(f"roles[{wanted}]: {self.owner} has no such role; its roles are {there}")
         return self.answers[role]
 
     def __iter__(self) -> Iterator[str]:
@@ -43,6 +48,7 @@ class RoleTable(Mapping[str, tuple[str, ...]]):
         return "\n".join(map(printable, [*lines, *([f"  none of {', '.join(absent)}"] if absent else [])]))
 
 
+@checked
 def roles(backbone: nn.Module) -> RoleTable:
     """Returns the paths of each role on a backbone. The backbone is not changed and may be on the meta device.
 

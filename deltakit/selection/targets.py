@@ -4,13 +4,14 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from deltakit.core import Method, Selector, Target, is_of, split_slice, type_names
+from deltakit.core import Method, Selector, Target, checked, is_of, split_slice, type_names
 from deltakit.errors import OptionError, TargetError
 from deltakit.selection.default_positions import Found, default_positions, refusals
 from deltakit.selection.index import BackboneIndex
 from deltakit.selection.layers import is_container, layers_in, takes_layers
 
 
+@checked
 def select(
     backbone: nn.Module,
     at: Selector,

@@ -8,12 +8,14 @@ from rich.console import Console, ConsoleOptions
 from rich.text import Text
 from torch import nn
 
+from deltakit.core import checked
 from deltakit.errors import OptionError
 from deltakit.view.html import html
 from deltakit.view.text import COLUMNS, text
 from deltakit.view.tree import Node, build, cut
 
 
+@checked
 @dataclass(frozen=True)
 class View:
     """A tree that displays itself: as text with `print`, in colour with `rich`, as HTML in a notebook."""
@@ -22,6 +24,15 @@ class View:
     columns: tuple[str, ...]
     width: int | None = None
     ascii: bool | None = None
+
+    def __post_init__(self) -> None:
+        unknown = [column for column in self.columns if column not in COLUMNS]
+        if unknown:
+            raise OptionError(
+                f"columns={list(self.columns)!r}: unknown column {unknown[0]!r}; choose from {', '.join(COLUMNS)}"
+            )
+        if self.width is not None and self.width < 1:
+            raise OptionError(f"width={self.width}: expected at least 1; omit it for no limit")
 
     def _lines(self, width: int | None, encoding: str) -> list[Text]:
         plain = "utf" not in encoding.lower() if self.ascii is None else self.ascii
@@ -46,6 +57,7 @@ class View:
         return {"text/plain": str(self), "text/html": self.html()}
 
 
+@checked
 def show(
     backbone: nn.Module,
     *,
@@ -75,17 +87,12 @@ def show(
         TargetError: if the backbone is not a `torch.nn.Module`.
         OptionError: if a column is unknown, or `depth` or `width` is below 1.
     """
-    unknown = [column for column in columns if column not in COLUMNS]
-    if unknown:
-        raise OptionError(
-            f"show(columns={tuple(columns)!r}): unknown column {unknown[0]!r}; choose from {', '.join(COLUMNS)}"
-        )
-    for option, value in (("depth", depth), ("width", width)):
-        if value is not None and value < 1:
-            raise OptionError(f"show({option}={value!r}): expected at least 1, found {value!r}; omit it for no limit")
+    if depth is not None and depth < 1:
+        raise OptionError(f"show(depth={depth}): expected at least 1; omit it for no limit")
     return View(cut(build(backbone, fold=fold, all_modules=all_modules), depth), tuple(columns), width, ascii)
 
 
+@checked
 class Visualization:
     """OpenDelta's name for the tree: `Visualization(model).structure_graph()` prints it."""
 
@@ -101,7 +108,7 @@ class Visualization:
             print_tree: whether to print the tree.
 
         Raises:
-            TargetError: if the backbone is not a `torch.nn.Module`.
+            OptionError: if a column is unknown.
         """
         view = View(build(self.backbone, root=rootname), tuple(columns))
         if print_tree:

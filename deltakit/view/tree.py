@@ -11,8 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from deltakit.core import DeltaModule, LogicalParameter, join, logical_parameters, span, word_of
-from deltakit.errors import TargetError
+from deltakit.core import DeltaModule, LogicalParameter, is_plain, is_slice, join, logical_parameters, span, word_of
 
 
 @dataclass(frozen=True)
@@ -90,12 +89,7 @@ def build(backbone: nn.Module, *, fold: bool = True, root: str = "root", all_mod
         fold: whether equal siblings share one line.
         root: the name on the first line.
         all_modules: whether modules without any parameter get a line.
-
-    Raises:
-        TargetError: if the backbone is not a `torch.nn.Module`.
     """
-    if not isinstance(backbone, nn.Module):
-        raise TargetError(f"show: expected a torch.nn.Module, found {type(backbone).__name__}; pass the model itself")
     node, _ = _Builder(fold, all_modules).node(backbone, root, "")
     return node
 
@@ -163,6 +157,11 @@ class _Builder:
         by_number: dict[int, list[Node]] = {}
         by_name: dict[str, list[Node]] = {}
         for node, number in found:
+            if not is_plain(node.names[0]):
+                # A comma or a range in a name would make the line ambiguous.
+                by_number, by_name = ({}, {}) if contiguous else (by_number, by_name)
+                groups.append([node])
+                continue
             members = by_number.get(number) or by_name.get(_owner_of_weights(node) or "")
             if members is None:
                 if contiguous:
@@ -205,7 +204,7 @@ def _delta_line(key: str, module: DeltaModule) -> DeltaLine:
         label = f"{record.name}:{label}"
     if module.part:
         label = label.removesuffix(f"_{word_of(module.part)}")
-        label += module.part if module.part.startswith("[") else f" {module.part}"
+        label += module.part if is_slice(module.part) else f" {module.part}"
     weights = tuple(
         Weight(name, tuple(p.shape), str(p.dtype).removeprefix("torch."), p.requires_grad)
         for name, p in module.named_parameters()

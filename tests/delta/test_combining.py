@@ -93,7 +93,12 @@ def test_a_delta_by_half_is_half_of_it():
         (dk.Prefix(tokens=2), {"a": 1.0}, dk.TargetError, "Prefix.*Delta is not linear in its parameters"),
         (dk.LoRA(r=2), {"c": 1.0}, dk.OptionError, "no delta named 'c' is attached; the attached deltas are 'a'"),
         (dk.LoRA(r=2), {}, dk.OptionError, "expected at least one delta"),
-        (dk.LoRA(r=2), {"a": float("nan")}, dk.OptionError, "each with a finite weight"),
+        (
+            dk.LoRA(r=2),
+            {"a": float("nan")},
+            dk.OptionError,
+            "expected a dictionary of finite numbers, found a dictionary with the number nan",
+        ),
     ],
 )
 def test_bad_input(method, weights, error, message):

@@ -140,7 +140,11 @@ def test_bad_input(tmp_path):
         (["b", "c"], dk.OptionError, r"no delta named 'c' is attached; the attached deltas are 'b'"),
         ([None, "c"], dk.OptionError, r"no delta named 'c' is attached; the attached deltas are 'b'"),
         ([], dk.OptionError, r"expected a list with the name of a delta"),
-        ("b", dk.OptionError, r"expected a list with the name of a delta"),
+        (
+            "b",
+            dk.OptionError,
+            r"rows\(names='b'\): expected a list of texts or None, found the text 'b'; write names=\['b'\]",
+        ),
     ):
         with pytest.raises(error, match=message), dk.rows(model, names):
             pass

@@ -150,7 +150,7 @@ def test_another_backbone(saved, unchecked):
         dk.BackboneMismatch, match="trained on a Transformer with .* their parameters' names or shapes differ"
     ):
         dk.load(saved, Transformer(blocks=3))
-    with pytest.raises(dk.OptionError, match="check='no': expected 'error' or 'warn'"):
+    with pytest.raises(dk.OptionError, match=r"load\(check='no'\): expected 'error' or 'warn'"):
         dk.load(saved, backbone(), check="no")
 
 

@@ -149,7 +149,7 @@ def test_a_bare_name_is_a_folder_or_a_repository(hub):
 
 @pytest.mark.parametrize(
     "source",
-    ["./missing", "../missing", "runs/last/delta", "/a/b/c", "C:\\runs\\delta", "runs\\delta", "", Path("me/lora")],
+    ["./missing", "../missing", "runs/last/delta", "/a/b/c", "C:\\runs\\delta", "runs\\delta", Path("me/lora")],
 )
 def test_a_missing_folder_is_not_looked_up_on_the_hub(hub, source):
     with pytest.raises(

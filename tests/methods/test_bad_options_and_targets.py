@@ -16,16 +16,16 @@ from support.tiny_transformers import build
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: dk.LoRA(r=0), r"LoRA\(r=0\): the rank must be an integer of at least 1"),
+        (lambda: dk.LoRA(r=0), r"LoRA\(r=0\): expected a rank of at least 1"),
         (lambda: dk.LoRA(r=2.5), r"LoRA\(r=2.5\)"),
-        (lambda: dk.LoRA(alpha=-1), r"LoRA\(alpha=-1\): must be a finite number of at least 0"),
+        (lambda: dk.LoRA(alpha=-1), r"LoRA\(alpha=-1\): expected at least 0"),
         (lambda: dk.LoRA(alpha=float("nan")), r"LoRA\(alpha=nan\)"),
         (lambda: dk.LoRA(dropout=1.0), r"LoRA\(dropout=1.0\): expected a probability in \[0, 1\)"),
         (lambda: dk.LoRA(dropout=-0.1), r"LoRA\(dropout=-0.1\)"),
         (lambda: dk.LoRA(alpha="x"), r"LoRA\(alpha='x'\)"),
         (lambda: dk.LoRA(dropout="x"), r"LoRA\(dropout='x'\)"),
-        (lambda: dk.LoRA(of=3), r"of=3: expected a module class or its name"),
-        (lambda: dk.Adapter(size=0), r"Adapter\(size=0\): expected an integer of at least 1"),
+        (lambda: dk.LoRA(of=3), r"LoRA\(of=3\): expected a class of Module, a text, "),
+        (lambda: dk.Adapter(size=0), r"Adapter\(size=0\): expected at least 1"),
         (lambda: dk.Adapter(size=2, reduction=2), "omit one of the two"),
         (lambda: dk.Adapter(activation="gelo"), r"Adapter\(activation='gelo'\): expected one of gelu, "),
         (lambda: dk.BitFit(subset="half"), r"BitFit\(subset='half'\): expected one of all, query_mlp"),
@@ -74,7 +74,7 @@ class Quantized(nn.Module):
         (lambda: build("vit"), dk.SoftPrompt(), "ViTModel: it has no embedding of token ids"),
         (lambda: nn.Sequential(nn.Linear(2, 3)), dk.LoRA(r=1), r"lora: no default position: Sequential has no @attn\.q or @attn\.v; name targets with at=, such as at='0'"),
         (nn.Identity, dk.LoRA(r=1), "lora: no default position: Identity has no @attn.q"),
-        (lambda: "model", dk.LoRA(), "backbone: expected a torch.nn.Module, found str"),
+        (lambda: "model", dk.LoRA(), r"attach\(backbone=\'model\'\): expected a torch.nn.Module, found the text \'model\'; load the model first"),
     ],
 )  # fmt: skip
 def test_bad_targets_change_nothing(unchecked, make, method, message):
@@ -106,7 +106,9 @@ def test_an_error_that_tries_targets_out_draws_no_random_numbers():
 def test_no_method_and_no_methods(unchecked):
     with pytest.raises(dk.OptionError, match="no method given"):
         dk.attach(Transformer())
-    with pytest.raises(dk.OptionError, match=r"expected methods such as LoRA\(r=8\), found <class"):
+    with pytest.raises(
+        dk.OptionError, match=r"attach\(\): expected a method such as LoRA\(r=8\), found the class LoRA; write LoRA\(\)"
+    ):
         dk.attach(Transformer(), dk.LoRA)
 
 
@@ -139,10 +141,19 @@ def test_no_advice_where_nothing_can_be_served():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, d: dk.attach(m, dk.LoRA(), name=3), "name=3: expected a word"),
-        (lambda m, d: dk.attach(m, dk.LoRA(), name="a b"), "name='a b': expected a word without dots and spaces"),
-        (lambda m, d: d.parameter_groups(up=1e-3), r"parameter_groups\(up=0.001\): expected options of the optimiser"),
-        (lambda m, d: dk.combine(m, {"d": "x"}), "each with a finite weight"),
+        (
+            lambda m, d: dk.attach(m, dk.LoRA(), name=3),
+            r"attach\(name=3\): expected a text or None, found the number 3",
+        ),
+        (
+            lambda m, d: dk.attach(m, dk.LoRA(), name="a b"),
+            "name='a b': expected a word without dots, spaces and control characters",
+        ),
+        (lambda m, d: d.parameter_groups(up=1e-3), r"parameter_groups\(up=0.001\): expected a dictionary"),
+        (
+            lambda m, d: dk.combine(m, {"d": "x"}),
+            "expected a dictionary of finite numbers, found a dictionary with the text 'x'",
+        ),
         (lambda m, d: dk.combine(m, {"d": 1.0}, rank=0), r"LoRA\(r=0\)"),
         (lambda m, d: setattr(d, "scale", "a"), "scale='a': expected a finite number"),
     ],

@@ -215,9 +215,13 @@ def test_depth():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: dk.show("model"), "show: expected a torch.nn.Module, found str"),
+        (lambda: dk.show("model"), r"show\(backbone='model'\): expected a torch.nn.Module, found the text 'model'"),
         (lambda: dk.show(nn.ReLU(), columns=("size",)), "unknown column 'size'; choose from members, state, count"),
-        (lambda: dk.show(nn.ReLU(), width=0), r"show\(width=0\): expected at least 1"),
+        (
+            lambda: dk.Visualization(nn.ReLU()).structure_graph(columns=["size"]),
+            "unknown column 'size'; choose from members, state, count",
+        ),
+        (lambda: dk.show(nn.ReLU(), width=0), "width=0: expected at least 1"),
         (lambda: dk.show(nn.ReLU(), depth=-1), r"show\(depth=-1\)"),
     ],
 )

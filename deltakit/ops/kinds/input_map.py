@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import BareLayer, Target, hidden_input, linear_sizes, replace_input, weight_view
+from deltakit.core import BareLayer, Target, checked, hidden_input, linear_sizes, replace_input, weight_view
 from deltakit.errors import TargetError
 from deltakit.ops.kinds.maps import LayerMap, in_own_dtype
 from deltakit.ops.sizes import input_size
@@ -24,6 +24,7 @@ class InputMap(LayerMap):
         TargetError: if the target is a feature slice, a parameter or an embedding, or its input size is unknown.
     """
 
+    @checked
     def __init__(self, target: Target) -> None:
         super().__init__()
         if target.feature_slice is not None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,17 +13,31 @@ from deltakit.core import (
     DeltaModule,
     MixedBatch,
     Target,
+    checked,
     hidden_input,
     hidden_output,
     replace_hidden,
     weight_view,
     wide,
 )
-from deltakit.errors import StateError
+from deltakit.errors import OptionError, StateError
 from deltakit.ops.kinds.output_map import OutputMap
 from deltakit.ops.low_rank import Product, add_few_tokens, add_low_rank, convolved, fresh, watched
 from deltakit.ops.low_rank_batched import add_per_example, shared_work
 from deltakit.ops.sizes import sizes
+
+
+def check_dropout(where: str, dropout: float) -> None:
+    """Refuses a dropout that is no probability.
+
+    Args:
+        where: the class that got it, for the error message.
+
+    Raises:
+        OptionError: if it is out of [0, 1).
+    """
+    if not 0 <= dropout < 1:
+        raise OptionError(f"{where}(dropout={dropout}): expected a probability in [0, 1)")
 
 
 class LowRank(OutputMap):
@@ -39,11 +53,16 @@ class LowRank(OutputMap):
 
     Raises:
         TargetError: if the target is none of these.
+        OptionError: if `dropout` is out of its range.
     """
 
     has_weight_form: ClassVar[bool] = True
 
-    def __init__(self, target: Target, *, scaling: float = 1.0, dropout: float = 0.0, keep: str = "exact") -> None:
+    @checked
+    def __init__(
+        self, target: Target, *, scaling: float = 1.0, dropout: float = 0.0, keep: Literal["exact", "int8"] = "exact"
+    ) -> None:
+        check_dropout(self.word(), dropout)
         # OutputMap.__init__ reads the output size and the feature axis of a module, which a parameter does not have.
         DeltaModule.__init__(self)
         module = None if target.parameter else target.module

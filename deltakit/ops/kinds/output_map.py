@@ -11,6 +11,7 @@ from deltakit.core import (
     BareLayer,
     MixedBatch,
     Target,
+    checked,
     hidden_input,
     hidden_output,
     replace_hidden,
@@ -32,6 +33,7 @@ class OutputMap(LayerMap):
         TargetError: if the target is a parameter, or its output size is unknown.
     """
 
+    @checked
     def __init__(self, target: Target) -> None:
         super().__init__()
         self.size = output_size(target, self.word())

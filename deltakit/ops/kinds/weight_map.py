@@ -13,6 +13,7 @@ from deltakit.core import (
     Target,
     WeightView,
     bare_weight,
+    checked,
     hidden_input,
     hidden_output,
     linear_sizes,
@@ -37,6 +38,7 @@ class WeightMap(DeltaModule):
     has_weight_form: ClassVar[bool] = True
     reads_weight: ClassVar[bool] = True
 
+    @checked
     def __init__(self, target: Target, view: WeightView | None = None) -> None:
         super().__init__()
         self.view = weight_view(target) if view is None else view

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from deltakit.core import split_slice
 from deltakit.errors import RoleError
 
 PARTS = {
@@ -63,7 +64,7 @@ class RoleMap:
 
     def rank(self, path: str) -> int:
         """Returns the position of a path among the modules; a parameter has the position of its module."""
-        path = path.partition("[")[0]
+        path, _ = split_slice(path, self.order)
         return self.order[path] if path in self.order else self.order[path.rpartition(".")[0]]
 
 

@@ -1,0 +1,283 @@
+"""Every public function, method, setter and option with values that do not belong there, and what comes of each.
+
+A value that fits by chance is accepted; which ones those are, and why, is said for each argument in `test_bad_arguments.py`.
+"""
+
+import contextlib
+import inspect
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+import deltakit as dk
+from support.models import Transformer, randomize, same, snapshot
+
+
+class Awkward:
+    """Refuses to be looked at."""
+
+    def __bool__(self):
+        raise RuntimeError
+
+    __eq__ = __len__ = __iter__ = __str__ = __repr__ = __fspath__ = __float__ = __index__ = __bool__
+    __hash__ = object.__hash__
+
+
+class Text(str):
+    """A text of a class of its own."""
+
+
+BAD = {
+    "None": lambda: None,
+    "empty text": lambda: "",
+    "no": lambda: "no",
+    "false": lambda: "false",
+    "16": lambda: "16",
+    "zero byte": lambda: "a\0b",
+    "control": lambda: "\x1b[2J\n",
+    "long text": lambda: "x" * 100_000,
+    "own text": lambda: Text("no"),
+    "bytes": lambda: b"x",
+    "True": lambda: True,
+    "False": lambda: False,
+    "0": lambda: 0,
+    "-1": lambda: -1,
+    "1": lambda: 1,
+    "1.5": lambda: 1.5,
+    "2**70": lambda: 2**70,
+    "2**5000": lambda: 2**5000,
+    "nan": lambda: math.nan,
+    "inf": lambda: math.inf,
+    "complex": lambda: 1j,
+    "empty list": list,
+    "list of None": lambda: [None],
+    "nested list": lambda: [[["q"]]],
+    "empty dict": dict,
+    "dict of objects": lambda: {"a": object()},
+    "dict of numbers": lambda: {5: 5},
+    "empty tuple": tuple,
+    "set": lambda: {"q_proj"},
+    "object": object,
+    "awkward": Awkward,
+    "function": lambda: lambda: None,
+    "generator": lambda: (name for name in ["q_proj"]),
+    "range": lambda: range(3),
+    "class": lambda: int,
+    "module class": lambda: nn.Linear,
+    "method class": lambda: dk.LoRA,
+    "module": lambda: nn.Linear(2, 3),
+    "number tensor": lambda: torch.tensor(3.0),
+    "matrix": lambda: torch.zeros(2, 3),
+    "numpy int": lambda: np.int64(3),
+    "numpy nan": lambda: np.float64("nan"),
+    "numpy array": lambda: np.array([1, 2]),
+    "numpy bool": lambda: np.bool_(True),
+    "path": lambda: Path("nowhere"),
+    "exception": lambda: ValueError("x"),
+}
+"""The values by name, each made anew for each call."""
+
+
+class Tokenizer:
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [len(word) for word in text.split()]}
+
+
+class Scene:
+    """A backbone with a delta, another delta that is not attached, a bare backbone, and a saved delta."""
+
+    def __init__(self, saved):
+        self.saved = saved
+        self.bare, self.model = Transformer(blocks=1), Transformer(blocks=1)
+        self.delta = dk.attach(self.model, dk.LoRA(r=2, at="q_proj"), name="d")
+        self.other = dk.attach(self.model, dk.LoRA(r=2, at="q_proj"), name="e").detach()
+        self.before = self.state()
+
+    def state(self):
+        delta = (self.delta, self.other)
+        flags = [(d.name, d.attached, d.active, d.trainable, d.merged, d.scale, tuple(d.fully_trained)) for d in delta]
+        return [snapshot(self.bare), snapshot(self.model)], flags
+
+    def check_unchanged(self):
+        (models, flags), (models_now, flags_now) = self.before, self.state()
+        assert flags == flags_now
+        for was, now in zip(models, models_now, strict=True):
+            same(was, now)
+
+    @property
+    def target(self):
+        from deltakit.selection import BackboneIndex
+
+        return BackboneIndex(self.bare).target("layers.0.self_attn.q_proj")
+
+
+class Call(NamedTuple):
+    """A public function: how to get it, and arguments that it takes. `use` does with the result what users do next."""
+
+    function: object
+    arguments: object = lambda scene: {}
+    use: object = lambda scene, result: None
+
+
+def _used(scene, method):
+    """A method is attached, its options are written as JSON, and its delta saved: only then an option has done anything."""
+    dk.Method.from_dict(json.loads(json.dumps(method.to_dict(), allow_nan=False)))
+    randomize(dk.attach(scene.bare, method)).save("used").stat()
+
+
+def _entered(scene, context):
+    with context:
+        pass
+
+
+def _consumed(scene, result):
+    list(result)
+
+
+def _set(name):
+    return lambda scene: lambda value: setattr(scene.delta, name, value)
+
+
+def _option(kind):
+    return Call(lambda s: kind, lambda s: {}, _used)
+
+
+def _opendelta(kind):
+    return Call(lambda s: kind, lambda s: {"backbone_model": s.bare})
+
+
+def _opendelta_method(name, arguments=lambda s: {}):
+    return Call(lambda s: getattr(dk.LoraModel(s.bare, lora_r=2), name), arguments)
+
+
+_LORA = {"delta_type": "lora", "lora_r": 2}
+
+CALLS = {
+    "attach": Call(lambda s: dk.attach, lambda s: {"backbone": s.bare, "methods": dk.LoRA(r=2)}),
+    "plan": Call(lambda s: dk.plan, lambda s: {"backbone": s.bare, "methods": dk.LoRA(r=2)}),
+    "load": Call(lambda s: dk.load, lambda s: {"source": s.saved, "backbone": s.bare}),
+    "show": Call(lambda s: dk.show, lambda s: {"backbone": s.model}, lambda s, view: str(view)),
+    "roles": Call(lambda s: dk.roles, lambda s: {"backbone": s.model}),
+    "select": Call(lambda s: dk.select, lambda s: {"backbone": s.model, "at": "q_proj"}),
+    "rows": Call(lambda s: dk.rows, lambda s: {"backbone": s.model, "names": ["d"]}, _entered),
+    "combine": Call(lambda s: dk.combine, lambda s: {"backbone": s.model, "weights": {"d": 0.5}}),
+    "deltas": Call(lambda s: dk.deltas, lambda s: {"backbone": s.model}),
+    "base_state_dict": Call(lambda s: dk.base_state_dict, lambda s: {"backbone": s.model}),
+    "Delta.active": Call(_set("active")),
+    "Delta.scale": Call(_set("scale")),
+    "Delta.trainable": Call(_set("trainable")),
+    "Delta.attached": Call(_set("attached")),
+    "Delta.activ": Call(_set("activ")),
+    "Delta": Call(lambda s: dk.Delta, lambda s: {"attachment": s.delta._attachment}),
+    "Delta.attach": Call(lambda s: s.other.attach),
+    "Delta.detach": Call(lambda s: s.delta.detach),
+    "Delta.detached": Call(lambda s: s.delta.detached, use=_entered),
+    "Delta.freeze": Call(lambda s: s.delta.freeze),
+    "Delta.merge": Call(lambda s: s.delta.merge),
+    "Delta.unmerge": Call(lambda s: s.delta.unmerge),
+    "Delta.swap": Call(lambda s: s.delta.swap, lambda s: {"other": s.other}),
+    "Delta.save": Call(lambda s: s.delta.save, lambda s: {"folder": "new"}),
+    "Delta.push": Call(lambda s: s.delta.push, lambda s: {"repo_id": "user/name"}),
+    "Delta.state_dict": Call(lambda s: s.delta.state_dict),
+    "Delta.load_state_dict": Call(lambda s: s.delta.load_state_dict, lambda s: {"state": s.delta.state_dict()}),
+    "Delta.modules_of": Call(lambda s: s.delta.modules_of, lambda s: {"method": "lora"}),
+    "Delta.named_parameters": Call(lambda s: s.delta.named_parameters, use=_consumed),
+    "Delta.parameters": Call(lambda s: s.delta.parameters, use=_consumed),
+    "Delta.parameter_groups": Call(lambda s: s.delta.parameter_groups, lambda s: {"up": {"lr": 1e-3}}),
+    "LoRA": _option(dk.LoRA),
+    "Adapter": _option(dk.Adapter),
+    "BitFit": _option(dk.BitFit),
+    "IA3": _option(dk.IA3),
+    "Prefix": _option(dk.Prefix),
+    "SoftPrompt": _option(dk.SoftPrompt),
+    "SoftPrompt.from_text": Call(
+        lambda s: dk.SoftPrompt.from_text, lambda s: {"text": "a bc", "tokenizer": Tokenizer()}, _used
+    ),
+    "Method.from_dict": Call(lambda s: dk.Method.from_dict, lambda s: {"data": dk.LoRA(r=2).to_dict()}, _used),
+    "RoleTable[]": Call(lambda s: lambda role: dk.roles(s.bare)[role], lambda s: {"role": "@attn.q"}),
+    "View": Call(lambda s: dk.View, lambda s: {"node": dk.show(s.bare).node, "columns": ()}, lambda s, view: str(view)),
+    "View.html": Call(lambda s: dk.show(s.bare).html),
+    "Visualization": Call(lambda s: dk.Visualization, lambda s: {"backbone": s.bare}),
+    "Visualization.structure_graph": Call(lambda s: dk.Visualization(s.bare).structure_graph),
+    "OutputMap": Call(lambda s: dk.OutputMap, lambda s: {"target": s.target}),
+    "InputMap": Call(lambda s: dk.InputMap, lambda s: {"target": s.target}),
+    "WeightMap": Call(lambda s: dk.WeightMap, lambda s: {"target": s.target}),
+    "LowRank": Call(lambda s: dk.LowRank, lambda s: {"target": s.target}),
+    "LoraModel": _opendelta(dk.LoraModel),
+    "AdapterModel": _opendelta(dk.AdapterModel),
+    "BitFitModel": _opendelta(dk.BitFitModel),
+    "PrefixModel": _opendelta(dk.PrefixModel),
+    "SoftPromptModel": _opendelta(dk.SoftPromptModel),
+    "LoraModel.attach": _opendelta_method("attach"),
+    "LoraModel.detach": _opendelta_method("detach"),
+    "LoraModel.freeze_module": _opendelta_method("freeze_module"),
+    "LoraModel.log": _opendelta_method("log"),
+    "LoraModel.save_finetuned": _opendelta_method("save_finetuned"),
+    "AutoDeltaConfig": Call(lambda s: dk.AutoDeltaConfig, lambda s: {"delta_type": "lora"}),
+    "AutoDeltaConfig.from_dict": Call(
+        lambda s: dk.AutoDeltaConfig.from_dict,
+        lambda s: {"config_dict": _LORA},
+        lambda s, config: dk.AutoDeltaModel.from_config(config, backbone_model=s.bare),
+    ),
+    "AutoDeltaModel": Call(lambda s: dk.AutoDeltaModel),
+    "AutoDeltaModel.from_config": Call(
+        lambda s: dk.AutoDeltaModel.from_config,
+        lambda s: {"config": dk.AutoDeltaConfig.from_dict(_LORA), "backbone_model": s.bare},
+    ),
+    "AutoDeltaModel.from_finetuned": Call(
+        lambda s: dk.AutoDeltaModel.from_finetuned,
+        lambda s: {"finetuned_model_name_or_path": s.saved, "backbone_model": s.bare},
+    ),
+}
+"""Every public function by name."""
+
+TOO_MANY, UNKNOWN = "one more", "unknown option"
+
+
+def arguments_of(name, saved):
+    """The names of a function's arguments, and what every function has: one argument too many, and an unknown option."""
+    scene = Scene(saved)
+    signature = inspect.signature(CALLS[name].function(scene))
+    several = any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values())
+    setter = name.partition(".")[2] in ("active", "scale", "trainable", "attached", "activ") or name == "RoleTable[]"
+    return [*signature.parameters, *([] if setter else [UNKNOWN]), *([] if setter or several else [TOO_MANY])]
+
+
+def outcome(name, argument, value, saved):
+    """What comes of a call with one bad value: the accepted result, or the error. Other errors than ours are raised."""
+    scene = Scene(saved)
+    call = CALLS[name]
+    function = call.function(scene)
+    signature = inspect.signature(function)
+    scene.before = scene.state()
+    given = dict(call.arguments(scene))
+    extra = []
+    if argument == TOO_MANY:
+        by_place = [p for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        extra = [given.pop(p.name, p.default) for p in by_place] + [value]
+    elif argument == UNKNOWN:
+        given["typo"] = value
+    elif argument in signature.parameters and signature.parameters[argument].kind is inspect.Parameter.VAR_KEYWORD:
+        given["up" if name == "Delta.parameter_groups" else "tokens"] = value
+    else:
+        given[argument] = value
+    if "methods" in given:
+        extra = [given.pop("backbone"), given.pop("methods")]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(None):
+        warnings.simplefilter("ignore")
+        try:
+            result = function(*extra, **given)
+            call.use(scene, result)
+        except dk.DeltaError as error:
+            message = str(error)
+        else:
+            return None
+    if not name.startswith(("LoraModel.", "AutoDelta")):
+        scene.check_unchanged()
+    return message
