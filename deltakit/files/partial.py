@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -27,11 +27,13 @@ _OLD_NAME = re.compile(r"\.(delta_model\.safetensors|delta_config\.json|README\.
 def partial_folder(folder: Path) -> Iterator[Path]:
     """Gives an empty folder inside a folder, on the same disk, and removes it afterwards, also after an exception.
 
-    The outer folder is created if needed. What killed saves have left in it is removed.
+    The outer folder is created if needed, and removed again if nothing was put into it. What killed saves have left in it is
+    removed.
 
     Raises:
         OSError: if a folder cannot be created.
     """
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.iterdir():
         if _OLD_NAME.fullmatch(left.name):
@@ -43,6 +45,10 @@ def partial_folder(folder: Path) -> Iterator[Path]:
         yield own
     finally:
         _remove(own, lock)
+        if is_new:
+            # It cannot be removed if there is something in it, as after every save that succeeded.
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def is_saving(folder: Path) -> bool:

@@ -246,6 +246,9 @@ def test_a_full_disk(folder):
     with refused(folder, "File too large") as delta, full_disk():
         delta.save(folder)
     assert (loaded(folder), hidden(folder)) == (5, [])
+    with refused(folder, "File too large") as delta, full_disk():
+        delta.save(folder.parent / "new")
+    assert not (folder.parent / "new").exists()
 
 
 @pytest.mark.parametrize("call", ["mkdir", "replace", "write_text", "open"])
