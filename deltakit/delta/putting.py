@@ -4,7 +4,17 @@ Ctrl-C may come between any two lines. So attaching undoes what it did, detachin
 findable until the last step: `detach` of its handle, or of `deltas(model)`, does the rest.
 """
 
-from deltakit.core import Attachment, Site, drop_interrupted_calls, key_of, notice_moved_buffers, shapes_of
+import sys
+
+from deltakit.core import (
+    Attachment,
+    RunningCall,
+    Site,
+    drop_interrupted_calls,
+    key_of,
+    notice_moved_buffers,
+    shapes_of,
+)
 from deltakit.delta.changed_backbone import logical_sizes
 from deltakit.delta.full_training import put_backbone_values, put_trained_values, refresh_gradients, refuse_taken
 from deltakit.injection import (
@@ -22,7 +32,7 @@ def put_all(attachment: Attachment) -> None:
     """Attaches a delta, or leaves the backbone as it was if that fails or is interrupted."""
     backbone, record = attachment.backbone, attachment.record
     try:
-        change_begins(backbone)
+        change_begins(backbone, RunningCall(sys._getframe()))
         for site in attachment.sites:
             if site.module.record is not record:
                 site.module.record = record
@@ -93,7 +103,7 @@ def take_all(attachment: Attachment) -> None:
 def _take_all(attachment: Attachment) -> None:
     backbone, record = attachment.backbone, attachment.record
     record.leaving = True
-    change_begins(backbone)
+    change_begins(backbone, RunningCall(sys._getframe()))
     put_backbone_values(attachment)
     refresh_gradients(backbone, record.grad_ledger)
     forget_first_forward(attachment)

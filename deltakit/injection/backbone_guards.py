@@ -1,6 +1,5 @@
 """Backbone guards: hooks that a backbone needs besides the deltas' own, while deltas are attached."""
 
-import sys
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
@@ -10,6 +9,7 @@ from torch import nn
 
 from deltakit.core import Attachment, DeltaModule, RunningCall, join, parent_of
 from deltakit.injection.call_observer import CallObserver
+from deltakit.injection.first_forward import FirstForward
 from deltakit.injection.hooks import follow_hooks_when_compiled
 from deltakit.injection.loading_guards import ReportPart, refuse_loading
 from deltakit.injection.replaced_targets import TargetGuard
@@ -52,21 +52,30 @@ def watch(backbone: nn.Module) -> None:
     _stand(TrainingGuard, backbone, partial(_ahead, backbone), wanted=bool(deltas))
     for guard in ours(backbone, TrainingGuard):
         guard.follow(deltas)
-    _stand(TargetGuard, backbone, partial(_ahead, backbone), wanted=bool(deltas))
+    if deltas:
+        _stand(TargetGuard, backbone, partial(_ahead, backbone), wanted=True)
     refuse_loading(backbone, dict.fromkeys(delta.record for delta in deltas))
+    # Also one that is not wanted any more: a forward of another thread may be about to call it.
     for guard in ours(backbone, TargetGuard):
         _expect(guard, backbone, found, known)
+    _stand(TargetGuard, backbone, partial(_ahead, backbone), wanted=bool(deltas))
+    for first in ours(backbone, FirstForward):
+        first.changing = False
 
 
-def change_begins(backbone: nn.Module) -> None:
+def change_begins(backbone: nn.Module, change: RunningCall) -> None:
     """Notes that a delta is being attached or detached, until `watch` is called.
 
     A forward after an interruption raises a StateError then.
+
+    Args:
+        change: the function that attaches or detaches, and calls `watch`.
     """
     _stand(TargetGuard, backbone, partial(_ahead, backbone), wanted=True)
     for guard in ours(backbone, TargetGuard):
-        # Of the function that called, which ends after `watch`.
-        guard.changing = RunningCall(sys._getframe(1))
+        guard.changing = change
+    for first in ours(backbone, FirstForward):
+        first.change_begins()
 
 
 class _Found:

@@ -15,10 +15,11 @@ _IDS, _MASK, _CACHE = ("input_ids", "decoder_input_ids"), ("attention_mask",), (
 class CallObserver:
     """Sets the current call during the forwards of a backbone that has delta modules with `reads_call`."""
 
-    def begin(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         """Records the arguments of the backbone's call."""
         names = _argument_names(type(backbone).forward)
-        call = {**dict(zip(names, args, strict=False)), **kwargs}
+        # There are no keyword arguments while another thread attaches or detaches (see `InputHook`).
+        call = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
         ids = _first_tensor(call, _IDS)
         if ids is None and args and isinstance(args[0], Tensor) and not args[0].is_floating_point():
             # The user's own models may name their ids differently.

@@ -36,10 +36,11 @@ class ContextOutputHook(OutputHook):
         super().__init__(keys)
         self.calls = calls
 
-    def __call__(self, target: nn.Module, args: tuple[Any, ...], kwargs: Any = None, output: Any = None) -> Any:
+    def __call__(self, target: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Any:
         self.fired = True
         try:
-            # After a forward that raised, torch passes None as the output.
+            # After a forward that raised, torch passes None as the output. And it passes none while another thread attaches
+            # or detaches (see `InputHook`).
             if output is None:
                 _abandon(target)
             else:

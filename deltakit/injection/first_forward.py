@@ -10,7 +10,7 @@ from deltakit.core import Attachment, DeltaModule, Record, above, is_callable, o
 from deltakit.errors import StateError, TargetError, warn
 from deltakit.injection.hooks import scopes_of
 from deltakit.injection.output_hooks import InputHook, OutputHook
-from deltakit.injection.tables import ours, unhook
+from deltakit.injection.tables import ids_of_modules, ours, unhook
 from deltakit.injection.weight_patch import PatchHook, UnpatchHook
 
 
@@ -66,8 +66,18 @@ class FirstForward:
         self.around: dict[nn.Module, Ran] = {}
         self.again: set[Record] = set()
         """Those that are checked again, because the backbone was changed."""
-        self.checking: dict[int, list[Record]] = {}
-        """The records that the forward of each thread checks. One that was interrupted is replaced by the thread's next."""
+        self.checking: dict[int, tuple[list[Record], int]] = {}
+        """The records that the forward of each thread checks, and the number of `changes` when it began. One that was
+        interrupted is replaced by the thread's next."""
+        self.changing = False
+        """Whether a delta is being attached or detached."""
+        self.changes = 0
+        """How often a delta was attached or detached. That replaces hooks, so forwards around it do not tell who ran."""
+
+    def change_begins(self) -> None:
+        """Ends the checks of all forwards that are running. The next ones check again."""
+        self.changing = True
+        self.changes += 1
 
     def begin(self, backbone: nn.Module, args: Any) -> None:
         """Starts watching the modules around the targets.
@@ -77,13 +87,14 @@ class FirstForward:
         """
         if torch.compiler.is_compiling():
             return
-        records = [record for record in list(self.watched) if record.live]
+        changes = self.changes
+        records = [record for record in list(self.watched) if record.live and not self.changing]
         for record in records:
             self._refuse_offloaded(backbone, record)
         thread = get_ident()
         for ran in list(self.around.values()):
             ran.threads.discard(thread)
-        self.checking[thread] = records
+        self.checking[thread] = (records, changes)
 
     def end(self, backbone: nn.Module, args: Any, output: Any) -> None:
         """Checks the targets after a forward, unless it was compiled.
@@ -93,17 +104,21 @@ class FirstForward:
         """
         if torch.compiler.is_compiling():
             return
-        records = self.checking.pop(get_ident(), ())
+        records, changes = self.checking.pop(get_ident(), ([], 0))
         # What the user removed since is reported elsewhere (`replaced_targets`).
-        there = {id(module) for module in backbone.modules()} if records else set()
-        for record in records:
-            self._check(backbone, record, [one for one in self.watched.get(record, ()) if id(one.module) in there])
+        there = (ids_of_modules(backbone) if records else None) or set()
+        for record in records if there else ():
+            watched = [one for one in self.watched.get(record, ()) if id(one.module) in there]
+            self._check(backbone, record, watched, changes)
 
-    def _check(self, backbone: nn.Module, record: Record, watched: list[Watched]) -> None:
+    def _check(self, backbone: nn.Module, record: Record, watched: list[Watched], changes: int) -> None:
         # One delta may have several hooks (a tied weight is read in several modules). It is enough if one of them ran.
         ran = {id(one.delta) for one in watched if any(hook.fired for hook in one.hooks)}
         silent = [one for one in watched if id(one.delta) not in ran]
         skipped = [one for one in silent if one.around is None or get_ident() in one.around.threads]
+        if self.changes != changes or record not in self.watched:
+            # Meanwhile another thread attached or detached a delta, or has checked this one.
+            return
         if skipped:
             raise TargetError(_never_called(record, len(skipped), skipped[0]))
         again = record in self.again
@@ -131,8 +146,11 @@ class FirstForward:
             for module in ([site.target] if site.module.weight_read is None else scopes_of(backbone, site.module))
             if id(module) in paths
         ]
-        for hook in [hook for one in self.watched[record] for hook in one.hooks] if again else ():
-            hook.fired = False
+        if again:
+            # Forwards that are running now will not tell who ran before.
+            self.changes += 1
+            for hook in [hook for one in self.watched[record] for hook in one.hooks]:
+                hook.fired = False
 
     def _around(self, attachment: Attachment, path: str) -> Ran | None:
         """Returns what notes that the module around a path ran; None for the backbone."""

@@ -25,9 +25,12 @@ class InputHook:
         # Read by the check of the first forward.
         self.fired = False
 
-    # torch's quantizers copy hooks to the module that replaces the target, and call them there without keyword arguments.
-    # There is no delta module then, and `replaced_targets` tells the user.
+    # torch calls it without keyword arguments if they are not registered, or not any more: while another thread attaches or
+    # detaches a delta, after torch has read the table of hooks. And its quantizers copy hooks to the module that replaces the
+    # target, which has no delta; `replaced_targets` tells the user.
     def __call__(self, target: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> Any:
+        if kwargs is None:
+            return None
         self.fired = True
         changed = False
         for key in self.delta_keys:
@@ -47,8 +50,10 @@ class OutputHook:
         self.delta_keys = keys
         self.fired = False
 
-    # The last two have a default for the same reason as in `InputHook`.
-    def __call__(self, target: nn.Module, args: tuple[Any, ...], kwargs: Any = None, output: Any = None) -> Any:
+    # Without keyword arguments, for the same reasons as in `InputHook`, there is no fourth argument.
+    def __call__(self, target: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = _UNKNOWN) -> Any:
+        if output is _UNKNOWN:
+            return None
         self.fired = True
         return self._through(target, args, kwargs, output)
 

@@ -13,7 +13,7 @@ from torch import nn
 from deltakit.core import Record, RunningCall, attachments_of
 from deltakit.errors import StateError, warn
 from deltakit.injection.first_forward import FirstForward, watch_first_forward
-from deltakit.injection.tables import ours
+from deltakit.injection.tables import ids_of_modules, ours
 
 Holdings = Mapping[tuple[Record, str], nn.Module]
 """The modules that deltas change or fully train, by delta and path."""
@@ -45,18 +45,16 @@ class TargetGuard:
         known = {key: module for key, module in self.holdings.items() if key[0] in records}
         self.holdings = {**holdings, **known}
         self.reported = {key for key in self.reported if key in self.holdings}
-        self._remember(ways)
-        if self._gone(there):
-            # The next forward looks and tells.
-            self.sizes = [-1]
+        # If one is gone, the next forward looks and tells.
+        self._remember(ways, look=bool(self._gone(there)))
         self.changing = None
 
-    def _remember(self, ways: Iterable[tuple[nn.Module, str]]) -> None:
+    def _remember(self, ways: Iterable[tuple[nn.Module, str]], *, look: bool = False) -> None:
         self.ways = list(ways)
-        self.tables = [parent._modules for parent, _ in self.ways]
-        self.names = [name for _, name in self.ways]
-        self.modules = list(map(dict.get, self.tables, self.names))
-        self.sizes = list(map(len, self.tables))
+        tables = [parent._modules for parent, _ in self.ways]
+        names = [name for _, name in self.ways]
+        # In one assignment: forwards of other threads read it.
+        self.seen = (tables, names, list(map(dict.get, tables, names)), [-1] if look else list(map(len, tables)))
 
     def _gone(self, there: Collection[int]) -> list[tuple[Record, str]]:
         return [key for key, module in self.holdings.items() if id(module) not in there and key not in self.reported]
@@ -70,24 +68,25 @@ class TargetGuard:
         # Dynamo guards the modules of a compiled forward itself, and compiles it again if they are replaced.
         if torch.compiler.is_compiling():
             return
-        if (
-            self.changing is None
-            and list(map(dict.get, self.tables, self.names)) == self.modules
-            and list(map(len, self.tables)) == self.sizes
-        ):
+        tables, names, modules, sizes = self.seen
+        if self.changing is None and list(map(dict.get, tables, names)) == modules and list(map(len, tables)) == sizes:
             return
         self._look(backbone)
 
     def _look(self, backbone: nn.Module) -> None:
-        if self.changing is not None:
-            # Another thread attaches or detaches a delta, and will say then what is to be expected.
-            if not self.changing.over:
+        change = self.changing
+        if change is not None:
+            # Another thread attaches or detaches a delta, and will say then what is to be expected. A change that ends in this
+            # moment has said so already.
+            if not change.over or self.changing is not change:
                 return
             raise StateError(
                 "attaching or detaching a delta was interrupted, so that only a part of it is here; remove that by "
                 "detach(): deltakit.deltas(model) has its handle"
             )
-        there = {id(module) for module in backbone.modules()}
+        there = ids_of_modules(backbone)
+        if there is None:
+            return
         gone = self._gone(there)
         if gone:
             warn(_replaced(gone))

@@ -28,16 +28,25 @@ def ours(module: nn.Module, kind: type[Any]) -> list[Any]:
     return list(dict.fromkeys(hook for hook in found if isinstance(hook, kind)))
 
 
+def ids_of_modules(backbone: nn.Module) -> set[int] | None:
+    """Returns the ids of all modules in a backbone; None if another thread attaches or detaches a delta just now."""
+    try:
+        return {id(module) for module in backbone.modules()}
+    except RuntimeError:
+        # A table of modules changed while Python was reading it.
+        return None
+
+
 def unhook(module: nn.Module, hooks: Iterable[Any]) -> None:
     """Removes hooks from a module. It can be repeated after an interruption."""
     removed = {id(hook) for hook in hooks}
     for name, others in _TABLES.items():
         table = module.__dict__[name]
         for number in [number for number, hook in list(table.items()) if id(_object_of(hook)) in removed]:
-            del table[number]
+            table.pop(number, None)
         for about in map(module.__dict__.__getitem__, others):
-            for number in about.keys() - table.keys():
-                del about[number]
+            for number in {*about} - {*table}:
+                about.pop(number, None)
 
 
 def _object_of(hook: Any) -> Any:

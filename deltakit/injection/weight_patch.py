@@ -224,6 +224,9 @@ class PatchHook:
             return None
 
     def __call__(self, scope: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> Any:
+        # Another thread attaches or detaches (see `InputHook`).
+        if kwargs is None:
+            return
         self.fired = True
         holder = self.holder_in(scope)
         if holder is None:

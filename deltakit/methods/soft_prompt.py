@@ -112,6 +112,11 @@ class PromptVectorsDelta(PromptDelta):
 
     def leave(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         ids = args[0] if args else kwargs["input"]
+        if not hasattr(ids, "prompt_indices"):
+            raise StateError(
+                "the ids of this call are not those in which the soft prompt was found: another hook replaced them, or the "
+                "delta was attached while the call ran; call the model again, and hold a lock around attach() and forwards"
+            )
         index, is_prompt = ids.prompt_indices
         tables = [peer.shared.prompt.to(output.dtype) for peer in self.peers(target)]
         table = tables[0] if len(tables) == 1 else torch.cat(tables)

@@ -256,10 +256,13 @@ def fresh(target: nn.Module, delta: nn.Module) -> tuple[nn.Module | None, bool]:
     """
     if not (type(target) is nn.Linear or is_conv1d(target)) or "forward" in target.__dict__ or _EVERYWHERE:
         return None, False
-    # torch 2.6 cannot trace `next` with a default.
-    hook = next(iter(target._forward_hooks.values())) if target._forward_hooks else None
-    keys = getattr(hook, "delta_keys", ())
+    keys: tuple[str, ...] = ()
     alone = True
+    # The first hook. Not by `next`: torch 2.6 cannot trace it with a default, and another thread may change the table between
+    # two calls, but not in the head of a loop.
+    for hook in target._forward_hooks.values():
+        keys = getattr(hook, "delta_keys", ())
+        break
     for key in keys:
         held = target._modules.get(key)
         if held is delta:

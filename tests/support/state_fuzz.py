@@ -353,7 +353,8 @@ class Fuzz:
         if not ours or len(trained) > len({id(p) for p in ours}):
             return
         optimizer = torch.optim.SGD(trained, lr=1e-2)
-        self.model.train(self.name == "residual" and self.random.random() < 0.5)
+        # Statistics that move while no delta is active are the user's own change of the backbone.
+        self.model.train(self.name == "residual" and bool(self.live()) and self.random.random() < 0.5)
         try:
             loss = self.run(self.model).square().mean()
             if loss.requires_grad:

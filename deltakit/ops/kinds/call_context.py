@@ -29,8 +29,11 @@ class CallContext(DeltaModule):
 
     def peers(self, target: nn.Module) -> list[Any]:
         """Returns the active delta modules of its class on a target, in the order of attachment, itself included."""
-        there = [child for child in list(target._modules.values()) if type(child) is type(self)]
-        found = [child for child in there if isinstance(child, DeltaModule) and child.live and child.takes_part]
+        there: list[DeltaModule] = [child for child in list(target._modules.values()) if type(child) is type(self)]
+        if self not in there:
+            # Another thread detaches it while the target is called.
+            there.append(self)
+        found = [child for child in there if child.live and child.takes_part]
         return sorted(found, key=lambda child: child.record.order if child.record is not None else 0)
 
     def _leads(self, target: nn.Module) -> bool:

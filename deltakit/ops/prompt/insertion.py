@@ -176,12 +176,13 @@ def grown_mask(module: nn.Module, mask: Tensor, layout: Layout) -> Tensor:
 
 def finish(call: Mapping[str, Any], output: Any, *, trim: bool) -> Any:
     """Ends a call of the text stack: returns its result without the prompt, if `trim` is set, and hides it in the cache."""
-    ids = call["input_ids"]
+    # There are none by keyword if the prompt was attached while the call ran.
+    ids = call.get("input_ids")
     layout = getattr(ids, "with_prompt", None)
     held = layout or getattr(ids, "in_cache", None)
     if held is not None:
         close_cache(call, output, held)
-    return output if layout is None or not trim else trimmed(output, ids.shape[1] - layout.width, layout)
+    return output if layout is None or ids is None or not trim else trimmed(output, ids.shape[1] - layout.width, layout)
 
 
 def trimmed(output: Any, length: int, layout: Layout) -> Any:
