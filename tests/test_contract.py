@@ -206,7 +206,7 @@ def test_a_selector_that_misses_changes_nothing(model, name, at):
 @every_method
 def test_a_failure_after_building_changes_nothing(model, name):
     before = snapshot(model)
-    with pytest.raises(dk.OptionError, match="without dots and spaces"):
+    with pytest.raises(dk.OptionError, match="without dots, spaces and control characters"):
         dk.attach(model, method(name), name="a.b")
     with pytest.raises(dk.SelectorError, match="nowhere"):
         dk.attach(model, method(name), train="nowhere")

@@ -102,7 +102,7 @@ class LoRA(Method, name="lora"):
         # Beyond what float32 holds, torch refuses to multiply by it.
         if not 0 <= self.alpha <= torch.finfo(torch.float32).max:
             raise OptionError(
-                f"LoRA(alpha={self.alpha}): expected at least 0 and a float32 number; r or 2 * r is usual"
+                f"LoRA(alpha={self.alpha}): expected a finite number of at least 0 that float32 holds; r or 2 * r is usual"
             )
         check_dropout("LoRA", self.dropout)
 

@@ -221,10 +221,8 @@ class SoftPrompt(Method, name="soft_prompt"):
         try:
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         except Exception as error:
-            raise OptionError(
-                f"SoftPrompt.from_text(tokenizer=...): expected tokenizer(text, add_special_tokens=False)['input_ids'] to be "
-                f"ids, found {type(error).__name__}: {error}; pass the backbone's tokenizer"
-            ) from error
+            what = f"the tokenizer raised {type(error).__name__}: {error}; pass the backbone's tokenizer"
+            raise OptionError(f"SoftPrompt.from_text: {what}") from error
         return cls(**{"tokens": max(1, len(ids)), "init_ids": ids, **options})
 
     def validate(self) -> None:

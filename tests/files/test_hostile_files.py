@@ -109,7 +109,7 @@ FIELDS = {
     "at": (put("methods", 0, "at", value=[1]), r"methods\[0\].at\[0\]: expected `str`, got `int`"),
     "of": (put("methods", 0, "of", value={}), r"methods\[0\].of: expected `str | array | null`, got `object`"),
     "range": (put("methods", 0, "dropout", value=2.0), r"methods\[0\]: LoRA\(dropout=2.0\): expected a probability in \[0, 1\)"),
-    "too strong": (put("methods", 0, "alpha", value=1e308), r"methods\[0\]: LoRA\(alpha=1e\+308\): must be a finite number"),
+    "too strong": (put("methods", 0, "alpha", value=1e308), r"methods\[0\]: LoRA\(alpha=1e\+308\): expected a finite number"),
     "train": (put("train", value=None), "train: expected `object`, got `null`"),
     "names": (put("train", "names", value=[0]), r"train.names\[0\]: expected `str`, got `int`"),
     "selectors": (put("train", "selectors", value=None), "train.selectors: expected `array`, got `null`"),

@@ -18,7 +18,7 @@ from support.tiny_transformers import build
     [
         (lambda: dk.LoRA(r=0), r"LoRA\(r=0\): expected a rank of at least 1"),
         (lambda: dk.LoRA(r=2.5), r"LoRA\(r=2.5\)"),
-        (lambda: dk.LoRA(alpha=-1), r"LoRA\(alpha=-1\): expected at least 0"),
+        (lambda: dk.LoRA(alpha=-1), r"LoRA\(alpha=-1\): expected a finite number of at least 0"),
         (lambda: dk.LoRA(alpha=float("nan")), r"LoRA\(alpha=nan\)"),
         (lambda: dk.LoRA(dropout=1.0), r"LoRA\(dropout=1.0\): expected a probability in \[0, 1\)"),
         (lambda: dk.LoRA(dropout=-0.1), r"LoRA\(dropout=-0.1\)"),
