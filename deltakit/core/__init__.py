@@ -35,6 +35,7 @@ from deltakit.core.mixed_batch import MixedBatch
 from deltakit.core.normal_tensors import normal_tensors
 from deltakit.core.paths import (
     above,
+    delta_children,
     held_at,
     is_callable,
     is_of,
@@ -60,6 +61,7 @@ from deltakit.core.record import (
     is_slice,
     key_of,
     parameters_of,
+    records_at,
     records_of,
     shapes_of,
     word_of,
@@ -104,6 +106,7 @@ __all__ = [
     "copy_buffers",
     "current_batch",
     "current_call",
+    "delta_children",
     "dequantized",
     "drop_interrupted_calls",
     "end_call",
@@ -139,6 +142,7 @@ __all__ = [
     "parameters_of",
     "parent_of",
     "projection_sizes",
+    "records_at",
     "records_of",
     "replace_hidden",
     "replace_input",

@@ -72,7 +72,10 @@ def delta_children(module: nn.Module) -> Mapping[str, DeltaModule]:
 def _are_deltas(children: Mapping[str, nn.Module | None]) -> bool:
     # Layers have no children but their deltas, of which there may be hundreds. So their classes are compared instead, which
     # are few, and are collected by C code.
-    return all(issubclass(kind, DeltaModule) for kind in set(map(type, children.values())))
+    first = next(iter(children.values()), None)
+    return isinstance(first, DeltaModule) and all(
+        issubclass(kind, DeltaModule) for kind in set(map(type, children.values()))
+    )
 
 
 def is_of(module: nn.Module, of: Sequence[str]) -> bool:

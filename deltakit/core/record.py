@@ -122,7 +122,15 @@ class Site(NamedTuple):
     def key(self) -> str | None:
         """The name under which the target holds the delta module; None while it is detached."""
         # Looked up in the target, because a deepcopy or `del target.name` changes it without telling the delta.
-        return next((key for key, child in self.target._modules.items() if child is self.module), None)
+        children = self.target._modules
+        usual = (
+            key_of(self.module.record, self.method, self.module.part) if isinstance(self.module.record, Record) else ""
+        )
+        if children.get(usual) is self.module:
+            return usual
+        if self.module not in children.values():
+            return None
+        return next(key for key, child in children.items() if child is self.module)
 
 
 @dataclass(eq=False)
@@ -169,12 +177,18 @@ def attachments_of(backbone: nn.Module) -> list[Attachment]:
 
 def records_of(backbone: nn.Module) -> list[Record]:
     """Returns the records of the deltas attached to a backbone, in their order."""
-    found: dict[Any, None] = {}
+    found: dict[Record, None] = {}
     for _, target in own_modules(backbone):
         if target._modules:
-            found.update(dict.fromkeys(map(_RECORD, delta_children(target).values())))
-    found.pop(None, None)
+            found.update(records_at(target))
     return sorted(found, key=lambda record: record.order)
+
+
+def records_at(target: nn.Module) -> dict[Record, None]:
+    """Returns the records of the deltas on one module."""
+    found: dict[Any, None] = dict.fromkeys(map(_RECORD, delta_children(target).values()))
+    found.pop(None, None)
+    return found
 
 
 def label_of(record: Record, index: int) -> str:

@@ -22,7 +22,9 @@ from deltakit.injection import (
     forget_first_forward,
     put,
     scopes_of,
+    sort_patches,
     take,
+    take_patches,
     watch,
     watch_first_forward,
 )
@@ -43,6 +45,8 @@ def put_all(attachment: Attachment) -> None:
                 _follow(site)
             key = key_of(record, site.method, site.module.part)
             attachment.scopes[site.module] = put(backbone, site.target, key, site.module)
+        for scope in dict.fromkeys(scope for scopes in attachment.scopes.values() for scope in scopes):
+            sort_patches(scope)
         if record.active:
             put_trained_values(attachment)
         refresh_gradients(backbone, record.grad_ledger)
@@ -108,17 +112,17 @@ def _take_all(attachment: Attachment) -> None:
     refresh_gradients(backbone, record.grad_ledger)
     forget_first_forward(attachment)
     drop_interrupted_calls()
+    keys = {site.module: key_of(record, site.method, site.module.part) for site in attachment.sites}
+    patched = [module for module in keys if module.weight_read is not None]
+    for scope in dict.fromkeys(
+        scope for module in patched for scope in attachment.scopes.get(module) or scopes_of(backbone, module)
+    ):
+        take_patches(scope, set(keys.values()), set(patched))
     # By the modules that are left a delta is found again, so the last of them goes last.
     first, *others = attachment.sites
     for site in others:
-        _take(attachment, site)
+        take(site.target, keys[site.module], site.module)
     watch(backbone)
-    _take(attachment, first)
+    take(first.target, keys[first.module], first.module)
     attachment.scopes.clear()
     record.leaving = False
-
-
-def _take(attachment: Attachment, site: Site) -> None:
-    key = key_of(attachment.record, site.method, site.module.part)
-    scopes = attachment.scopes.get(site.module) or scopes_of(attachment.backbone, site.module)
-    take(site.target, key, site.module, scopes)

@@ -6,7 +6,7 @@ that stand on a backbone while it holds deltas.
 
 from deltakit.injection.backbone_guards import change_begins, watch, watch_rows
 from deltakit.injection.first_forward import forget_first_forward, watch_first_forward
-from deltakit.injection.hooks import put, scopes_of, take
+from deltakit.injection.hooks import put, scopes_of, sort_patches, take, take_patches
 from deltakit.injection.replaced_targets import modules_of
 
 __all__ = [
@@ -15,7 +15,9 @@ __all__ = [
     "modules_of",
     "put",
     "scopes_of",
+    "sort_patches",
     "take",
+    "take_patches",
     "watch",
     "watch_first_forward",
     "watch_rows",

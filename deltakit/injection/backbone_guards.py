@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
 
-from deltakit.core import Attachment, DeltaModule, RunningCall, join, parent_of
+from deltakit.core import Attachment, Record, RunningCall, delta_children, join, own_children, parent_of, records_at
 from deltakit.injection.call_observer import CallObserver
 from deltakit.injection.first_forward import FirstForward
 from deltakit.injection.hooks import follow_hooks_when_compiled
@@ -18,6 +19,8 @@ from deltakit.injection.tables import ours, unhook
 from deltakit.injection.training_guard import TrainingGuard
 
 _NESTED = "_deltakit_nested"
+# In C code, because a module may have hundreds of deltas.
+_LEAVING = attrgetter("leaving")
 
 
 class InputGradients:
@@ -46,19 +49,19 @@ def watch(backbone: nn.Module) -> None:
     found = _Found()
     known: dict[int, bool] = {}
     _watch_inside(backbone, "", known, found)
-    deltas = [delta for _, _, delta in found.deltas]
-    _stand(ReportPart, backbone, lambda guard: backbone.register_load_state_dict_pre_hook(guard), wanted=bool(deltas))
-    _stand(CallObserver, backbone, partial(_around, backbone), wanted=any(delta.reads_call for delta in deltas))
-    _stand(TrainingGuard, backbone, partial(_ahead, backbone), wanted=bool(deltas))
+    holds = bool(found.records)
+    _stand(ReportPart, backbone, lambda guard: backbone.register_load_state_dict_pre_hook(guard), wanted=holds)
+    _stand(CallObserver, backbone, partial(_around, backbone), wanted=found.reads_call)
+    _stand(TrainingGuard, backbone, partial(_ahead, backbone), wanted=holds)
     for guard in ours(backbone, TrainingGuard):
-        guard.follow(deltas)
-    if deltas:
+        guard.follow(found.records)
+    if holds:
         _stand(TargetGuard, backbone, partial(_ahead, backbone), wanted=True)
-    refuse_loading(backbone, dict.fromkeys(delta.record for delta in deltas))
+    refuse_loading(backbone, found.records)
     # Also one that is not wanted any more: a forward of another thread may be about to call it.
     for guard in ours(backbone, TargetGuard):
-        _expect(guard, backbone, found, known)
-    _stand(TargetGuard, backbone, partial(_ahead, backbone), wanted=bool(deltas))
+        guard.expect(found.ways, _holdings(backbone, found, guard.holdings), known.keys())
+    _stand(TargetGuard, backbone, partial(_ahead, backbone), wanted=holds)
     for first in ours(backbone, FirstForward):
         first.changing = False
 
@@ -79,27 +82,37 @@ def change_begins(backbone: nn.Module, change: RunningCall) -> None:
 
 
 class _Found:
-    """What `_watch_inside` finds: delta modules with the path and module of their target, and the ways to the targets."""
+    """What `_watch_inside` finds: the records of the deltas, the targets with those on each, and the ways to the targets."""
 
     def __init__(self) -> None:
-        self.deltas: list[tuple[str, nn.Module, Any]] = []
+        self.records: dict[Record, None] = {}
+        self.targets: list[tuple[str, nn.Module, Collection[Record]]] = []
         self.ways: list[tuple[nn.Module, str]] = []
+        self.reads_call = False
 
 
-def _expect(guard: TargetGuard, backbone: nn.Module, found: _Found, there: Collection[int]) -> None:
-    """Tells the guard which modules must be there: those with delta modules, and those with fully trained tensors."""
-    holdings = {(delta.record, path): module for path, module, delta in found.deltas}
-    ways = list(found.ways)
-    for record in dict.fromkeys(record for record, _ in holdings):
+def _holdings(backbone: nn.Module, found: _Found, known: Collection[Record]) -> dict[Record, dict[str, nn.Module]]:
+    """Returns the modules that each delta changes or fully trains, by path. Adds the ways to the latter.
+
+    Args:
+        known: the deltas whose targets are known already. There may be hundreds, and only one was attached.
+    """
+    holdings: dict[Record, dict[str, nn.Module]] = {record: {} for record in found.records}
+    new = [record for record in found.records if record not in known]
+    for path, module, records in found.targets if new else ():
+        for record in new:
+            if record in records:
+                holdings[record][path] = module
+    for record, held in holdings.items():
         for owner in dict.fromkeys(map(parent_of, record.fully_trained)):
-            module: nn.Module | None = backbone
+            holder: nn.Module | None = backbone
             for name in owner.split(".") if owner else ():
-                if module is not None:
-                    ways.append((module, name))
-                    module = module._modules.get(name)
-            if module is not None:
-                holdings[record, owner] = module
-    guard.expect(ways, holdings, there)
+                if holder is not None:
+                    found.ways.append((holder, name))
+                    holder = holder._modules.get(name)
+            if holder is not None:
+                held[owner] = holder
+    return holdings
 
 
 def _watch_inside(module: nn.Module, path: str, known: dict[int, bool], all_found: _Found) -> bool:
@@ -111,12 +124,16 @@ def _watch_inside(module: nn.Module, path: str, known: dict[int, bool], all_foun
     if id(module) in known:
         return known[id(module)]
     found = known[id(module)] = False
-    for name, child in module._modules.items():
-        if isinstance(child, DeltaModule):
-            if child.record is not None and not child.record.leaving:
-                all_found.deltas.append((path, module, child))
-                found = True
-        elif child is not None and _watch_inside(child, join(path, name), known, all_found):
+    records = records_at(module) if module._modules else {}
+    if any(map(_LEAVING, records)):
+        records = {record: None for record in records if not record.leaving}
+    if records:
+        all_found.targets.append((path, module, records))
+        all_found.records.update(records)
+        all_found.reads_call |= _reads_call(module)
+        found = True
+    for name, child in own_children(module):
+        if _watch_inside(child, join(path, name), known, all_found):
             all_found.ways.append((module, name))
             found = True
     known[id(module)] = found
@@ -127,6 +144,15 @@ def _watch_inside(module: nn.Module, path: str, known: dict[int, bool], all_foun
     if isinstance(module, nn.TransformerEncoder):
         _keep_unnested(module, wanted=found)
     return found
+
+
+def _reads_call(target: nn.Module) -> bool:
+    deltas: Any = delta_children(target).values()
+    # By class first, because a target may have hundreds of delta modules.
+    kinds: set[Any] = set(map(type, deltas))
+    if not any(kind.reads_call for kind in kinds):
+        return False
+    return any(delta.reads_call and delta.record is not None and not delta.record.leaving for delta in deltas)
 
 
 def watch_rows(backbone: nn.Module, attached: Sequence[Attachment]) -> None:

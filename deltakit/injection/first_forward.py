@@ -1,5 +1,6 @@
 """The check that the first forward of a backbone calls every target."""
 
+from collections.abc import Iterable
 from threading import get_ident
 from typing import Any, NamedTuple
 
@@ -38,16 +39,6 @@ class Watched(NamedTuple):
     key: str
     delta: DeltaModule
     around: Ran | None
-
-    @property
-    def hooks(self) -> list[Any]:
-        """The hooks that call the delta module, or apply its weight patch."""
-        # Looked up each time: another delta at the target replaces its hooks.
-        called = (*ours(self.module, InputHook), *ours(self.module, OutputHook))
-        patches = [hook for hook in ours(self.module, PatchHook) if not isinstance(hook, UnpatchHook)]
-        return [hook for hook in called if self.key in hook.delta_keys] + [
-            hook for hook in patches if hook.key == self.key and hook.delta(self.module) is self.delta
-        ]
 
 
 class FirstForward:
@@ -113,7 +104,8 @@ class FirstForward:
 
     def _check(self, backbone: nn.Module, record: Record, watched: list[Watched], changes: int) -> None:
         # One delta may have several hooks (a tied weight is read in several modules). It is enough if one of them ran.
-        ran = {id(one.delta) for one in watched if any(hook.fired for hook in one.hooks)}
+        hooks = _hooks(watched)
+        ran = {id(one.delta) for one in watched if any(hook.fired for hook in hooks.get((one.module, one.delta), ()))}
         silent = [one for one in watched if id(one.delta) not in ran]
         skipped = [one for one in silent if one.around is None or get_ident() in one.around.threads]
         if self.changes != changes or record not in self.watched:
@@ -149,7 +141,7 @@ class FirstForward:
         if again:
             # Forwards that are running now will not tell who ran before.
             self.changes += 1
-            for hook in [hook for one in self.watched[record] for hook in one.hooks]:
+            for hook in [hook for hooks in _hooks(self.watched[record]).values() for hook in hooks]:
                 hook.fired = False
 
     def _around(self, attachment: Attachment, path: str) -> Ran | None:
@@ -190,6 +182,25 @@ class FirstForward:
                     f"{path}: delta {record.name!r} was offloaded with its backbone and would not be trained, because "
                     "offloaded parameters get no gradients; offload the backbone first and attach the delta afterwards"
                 )
+
+
+def _hooks(watched: Iterable[Watched]) -> dict[tuple[nn.Module, DeltaModule], list[Any]]:
+    """Returns the hooks that call a delta module or apply its weight patch, by the module with the hooks and the delta module."""
+    # Looked up each time: another delta at the target replaces its hooks. In one pass over the hooks of a module, because one
+    # module may apply thousands of weight patches.
+    found: dict[tuple[nn.Module, DeltaModule], list[Any]] = {}
+    for module in dict.fromkeys(one.module for one in watched):
+        for hook in ours(module, PatchHook):
+            delta = hook.delta(module)
+            if delta is not None and not isinstance(hook, UnpatchHook):
+                found.setdefault((module, delta), []).append(hook)
+    for one in watched:
+        for hook in (
+            (*ours(one.module, InputHook), *ours(one.module, OutputHook)) if one.delta.weight_read is None else ()
+        ):
+            if one.key in hook.delta_keys:
+                found.setdefault((one.module, one.delta), []).append(hook)
+    return found
 
 
 def _never_called(record: Record, count: int, one: Watched) -> str:

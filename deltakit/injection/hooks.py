@@ -1,25 +1,29 @@
 """Adds a delta module and its hooks to its target, and removes them again."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection
 from contextlib import suppress
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
 
-from deltakit.core import DeltaModule
+from deltakit.core import DeltaModule, delta_children
 from deltakit.injection.context_hooks import ContextInputHook, ContextOutputHook, calls_of, clean_up
 from deltakit.injection.output_hooks import InputHook, OutputHook
 from deltakit.injection.tables import ours, unhook
 from deltakit.injection.weight_patch import PatchHook, UnpatchHook, hide_sums_of
+
+_ORDER, _WEIGHT_READ = attrgetter("record.order"), attrgetter("weight_read")
 
 
 def put(backbone: nn.Module, target: nn.Module, key: str, delta: DeltaModule) -> list[nn.Module]:
     """Registers a delta module as a child of its target, and the hooks that its kind and its target need.
 
     Returns:
-        The modules whose hooks patch the weight; none of them if the hooks are on the target.
+        The modules whose hooks patch the weight; none of them if the hooks are on the target. Their hooks need
+        `sort_patches` when all delta modules are there.
     """
     if delta.training is not target.training:
         delta.train(target.training)
@@ -36,24 +40,35 @@ def put(backbone: nn.Module, target: nn.Module, key: str, delta: DeltaModule) ->
     return scopes
 
 
-def take(target: nn.Module, key: str, delta: DeltaModule, scopes: Iterable[nn.Module]) -> None:
+def take_patches(scope: nn.Module, keys: Collection[str], deltas: Collection[DeltaModule]) -> None:
+    """Removes the hooks by which a module applies the weight patches of some delta modules of one delta.
+
+    All at once, because a module may have thousands of such hooks. It can be repeated after an interruption.
+
+    Args:
+        keys: the names of the delta modules in their targets.
+    """
+    # The user may have removed the module that a hook belongs to.
+    hooks = [
+        hook
+        for hook in ours(scope, PatchHook)
+        if hook.key in keys and ((delta := hook.delta(scope)) is None or delta in deltas)
+    ]
+    for holder, key in {(hook.holder_in(scope), hook.key) for hook in hooks}:
+        if holder is not None:
+            hide_sums_of(holder, key)
+    unhook(scope, hooks)
+
+
+def take(target: nn.Module, key: str, delta: DeltaModule) -> None:
     """Removes a delta module and its hooks from its target. It can be repeated, and works on what is there only in part.
 
     The delta module itself is removed last: as long as it is there, an interrupted removal is found and made again.
-
-    Args:
-        scopes: the modules whose hooks patch the weight.
     """
-    for scope in scopes:
-        # The user may have removed the module that a hook belongs to.
-        hooks = [hook for hook in ours(scope, PatchHook) if hook.key == key and hook.delta(scope) in (delta, None)]
-        for holder in filter(None, [hook.holder_in(scope) for hook in hooks]):
-            hide_sums_of(holder, key)
-        unhook(scope, hooks)
-        _sort_patches(scope)
+    there = target._modules.get(key) is delta
     if delta.weight_read is None:
-        _hook_target(target, without=delta)
-    if target._modules.get(key) is delta:
+        _hook_target(target, without=key if there else "")
+    if there:
         del target._modules[key]
 
 
@@ -68,30 +83,33 @@ def scopes_of(backbone: nn.Module, delta: DeltaModule) -> list[nn.Module]:
     return found
 
 
-def _hook_target(target: nn.Module, without: DeltaModule | None = None) -> None:
+def _hook_target(target: nn.Module, without: str = "") -> None:
     """Registers the hooks of all delta modules on a target again, in the order in which the deltas were first attached.
 
     They come before all other hooks. transformers installs its hooks that capture hidden states in the first call that
     needs them, and a delta attached later would be missing from the captured states.
 
     Args:
-        without: a delta module that is about to be removed.
+        without: the name of a delta module that is about to be removed.
     """
     calls = calls_of(target)
     clean_up(target, calls)
     unhook(target, (*ours(target, InputHook), *ours(target, OutputHook)))
-    held = [
-        (key, child)
-        for key, child in target._modules.items()
-        if isinstance(child, DeltaModule) and child.weight_read is None and child is not without
-    ]
-    held.sort(key=lambda item: _order(item[1]))
-    keys_before = tuple(key for key, child in held if child.acts_before())
-    keys_after = tuple(key for key, child in held if child.acts_after())
-    always = any(child.cleans_up() for _, child in held)
+    # In C code and by class, because a target may have hundreds of delta modules, and each attach and detach asks for all.
+    held = dict(delta_children(target))
+    held.pop(without, None)
+    if any(map(_WEIGHT_READ, held.values())):
+        held = {key: child for key, child in held.items() if child.weight_read is None}
+    keys = sorted(held, key=dict(zip(held, map(_ORDER, held.values()), strict=True)).__getitem__)
+    kinds: set[type[DeltaModule]] = set(map(type, held.values()))
+    before = {kind for kind in kinds if kind.acts_before()}
+    behind = {kind for kind in kinds if kind.acts_after()}
+    keys_before = tuple(key for key in keys if type(held[key]) in before) if before else ()
+    keys_after = tuple(keys if behind == kinds else (key for key in keys if type(held[key]) in behind))
+    always = any(kind.cleans_up() for kind in kinds)
     if keys_before:
-        before = ContextInputHook(keys_before, calls) if always else InputHook(keys_before)
-        target.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+        ahead = ContextInputHook(keys_before, calls) if always else InputHook(keys_before)
+        target.register_forward_pre_hook(ahead, prepend=True, with_kwargs=True)
     if keys_after:
         after = ContextOutputHook(keys_after, calls) if always else OutputHook(keys_after)
         target.register_forward_hook(after, prepend=True, with_kwargs=True, always_call=always)
@@ -105,10 +123,9 @@ def _hook_weight(scope: nn.Module, key: str, holder: str, source: DeltaModule | 
     """Registers the hooks that patch a weight around the forward that reads it."""
     scope.register_forward_pre_hook(PatchHook(key, holder, source, name), with_kwargs=True)
     scope.register_forward_hook(UnpatchHook(key, holder, source, name), with_kwargs=True, always_call=True)
-    _sort_patches(scope)
 
 
-def _sort_patches(scope: nn.Module) -> None:
+def sort_patches(scope: nn.Module) -> None:
     """Sorts the patch hooks of a module by delta, ahead of all other hooks.
 
     Floating-point sums depend on the order, so the order must not depend on who was attached last. The hooks are moved and

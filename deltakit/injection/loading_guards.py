@@ -119,12 +119,12 @@ class RefuseLoading:
 
 def _has(module: nn.Module, record: Record, state: dict[str, Any], prefix: str) -> bool:
     """Returns whether a state dict has tensors of a delta below a module: then it is a checkpoint with the delta."""
-    starts = tuple(
-        join(path, "")
+    paths = {
+        path
         for path, child in module.named_modules(prefix=prefix.rstrip("."))
         if isinstance(child, DeltaModule) and child.record is record
-    )
-    return any(name.startswith(starts) for name in state)
+    }
+    return any(path in paths for name in state for path in above(parent_of(name)))
 
 
 def refuse_loading(backbone: nn.Module, records: Iterable[Record]) -> None:

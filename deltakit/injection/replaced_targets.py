@@ -4,7 +4,7 @@ The hooks of a delta go with a module that the user replaces (`model.classifier 
 silently run without that part. Libraries may also add a module that is called instead (diffusers' `fuse_qkv_projections`).
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import torch
@@ -14,9 +14,6 @@ from deltakit.core import Record, RunningCall, attachments_of
 from deltakit.errors import StateError, warn
 from deltakit.injection.first_forward import FirstForward, watch_first_forward
 from deltakit.injection.tables import ids_of_modules, ours
-
-Holdings = Mapping[tuple[Record, str], nn.Module]
-"""The modules that deltas change or fully train, by delta and path."""
 
 
 class TargetGuard:
@@ -28,23 +25,28 @@ class TargetGuard:
     def __init__(self) -> None:
         self.changing: RunningCall | None = None
         """The attaching or detaching that is going on, or that was interrupted."""
-        self.holdings: dict[tuple[Record, str], nn.Module] = {}
+        self.holdings: dict[Record, dict[str, nn.Module]] = {}
+        """The modules that each delta changes or fully trains, by path."""
         self.reported: set[tuple[Record, str]] = set()
         """Those that are no longer in the backbone, as far as the user was told."""
         self._remember(())
 
-    def expect(self, ways: Iterable[tuple[nn.Module, str]], holdings: Holdings, there: Collection[int]) -> None:
+    def expect(
+        self,
+        ways: Iterable[tuple[nn.Module, str]],
+        holdings: Mapping[Record, dict[str, nn.Module]],
+        there: Set[int],
+    ) -> None:
         """Sets the modules that must be there from now on.
 
         Args:
             ways: each module on the way to a target, and the name of its child on that way.
+            holdings: the modules of each delta by path; of a delta that is known already, only those that may be new.
             there: the ids of all modules in the backbone.
         """
-        records = {record for record, _ in holdings}
         # While its delta is attached, a module that was replaced is not forgotten, nor the new one taken for it.
-        known = {key: module for key, module in self.holdings.items() if key[0] in records}
-        self.holdings = {**holdings, **known}
-        self.reported = {key for key in self.reported if key in self.holdings}
+        self.holdings = {record: {**held, **self.holdings.get(record, {})} for record, held in holdings.items()}
+        self.reported = {(record, path) for record, path in self.reported if path in self.holdings.get(record, {})}
         # If one is gone, the next forward looks and tells.
         self._remember(ways, look=bool(self._gone(there)))
         self.changing = None
@@ -56,8 +58,14 @@ class TargetGuard:
         # In one assignment: forwards of other threads read it.
         self.seen = (tables, names, list(map(dict.get, tables, names)), [-1] if look else list(map(len, tables)))
 
-    def _gone(self, there: Collection[int]) -> list[tuple[Record, str]]:
-        return [key for key, module in self.holdings.items() if id(module) not in there and key not in self.reported]
+    def _gone(self, there: Set[int]) -> list[tuple[Record, str]]:
+        return [
+            (record, path)
+            for record, held in self.holdings.items()
+            if not there >= set(map(id, held.values()))
+            for path, module in held.items()
+            if id(module) not in there and (record, path) not in self.reported
+        ]
 
     def __call__(self, backbone: nn.Module, args: Any) -> None:
         """Compares the modules.
@@ -117,4 +125,4 @@ def modules_of(backbone: nn.Module, record: Record) -> dict[str, nn.Module]:
     It is empty while the delta is being attached.
     """
     guards: list[TargetGuard] = ours(backbone, TargetGuard)
-    return {path: module for guard in guards for (of, path), module in guard.holdings.items() if of is record}
+    return {path: module for guard in guards for path, module in guard.holdings.get(record, {}).items()}

@@ -9,12 +9,15 @@ from typing import Any
 
 from torch import nn
 
+from deltakit.core import own_modules
+
 # Each table of hooks, and the tables that say how its hooks are called.
 _TABLES = {
     "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
     "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     "_load_state_dict_pre_hooks": (),
 }
+_ABOUT = [name for others in _TABLES.values() for name in others]
 
 
 # Tables are copied before they are read: another thread may change them.
@@ -29,9 +32,9 @@ def ours(module: nn.Module, kind: type[Any]) -> list[Any]:
 
 
 def ids_of_modules(backbone: nn.Module) -> set[int] | None:
-    """Returns the ids of all modules in a backbone; None if another thread attaches or detaches a delta just now."""
+    """Returns the ids of all modules of a backbone; None if another thread attaches or detaches a delta just now."""
     try:
-        return {id(module) for module in backbone.modules()}
+        return {id(module) for _, module in own_modules(backbone)}
     except RuntimeError:
         # A table of modules changed while Python was reading it.
         return None
@@ -40,6 +43,9 @@ def ids_of_modules(backbone: nn.Module) -> set[int] | None:
 def unhook(module: nn.Module, hooks: Iterable[Any]) -> None:
     """Removes hooks from a module. It can be repeated after an interruption."""
     removed = {id(hook) for hook in hooks}
+    if not removed and not any(map(module.__dict__.__getitem__, _ABOUT)):
+        # As for most modules, at each attach.
+        return
     for name, others in _TABLES.items():
         table = module.__dict__[name]
         for number in [number for number, hook in list(table.items()) if id(_object_of(hook)) in removed]:

@@ -1,22 +1,21 @@
 """The check that a training forward trains something of each delta that is trainable."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from deltakit.core import DeltaModule, Record, own_parameters
+from deltakit.core import DeltaModule, Record, delta_children, own_modules, own_parameters
 from deltakit.errors import StateError, warn
 
 
 @dataclass
 class _Watched:
-    """The modules of one delta, and where one of its parameters was last seen that requires gradients."""
+    """One delta, and where one of its parameters was last seen that requires gradients."""
 
     record: Any
-    modules: list[DeltaModule]
     holder: nn.Module | None = None
     name: str = ""
     warned: bool = False
@@ -33,13 +32,12 @@ class TrainingGuard:
     def __init__(self) -> None:
         self.deltas: list[_Watched] = []
 
-    def follow(self, modules: Iterable[DeltaModule]) -> None:
-        """Watches these delta modules, and no others."""
-        found: dict[int, _Watched] = {}
-        for module in modules:
-            if module.record is not None:
-                found.setdefault(id(module.record), _Watched(module.record, [])).modules.append(module)
-        self.deltas = list(found.values())
+    def follow(self, records: Iterable[Record]) -> None:
+        """Watches these deltas, and no others."""
+        known = {watched.record: watched for watched in self.deltas}
+        self.deltas = [known.get(record) or _Watched(record) for record in records]
+        for watched in self.deltas:
+            watched.warned = False
 
     def __call__(self, backbone: nn.Module, args: Any) -> None:
         """Checks the flags.
@@ -69,6 +67,14 @@ def _warn_merged(watched: _Watched) -> None:
         )
 
 
+def _modules_of(backbone: nn.Module, record: Record) -> Iterator[DeltaModule]:
+    # Looked up instead of kept: a check usually ends at the first of them, and each attach would collect those of all deltas.
+    for _, target in own_modules(backbone):
+        for module in delta_children(target).values() if target._modules else ():
+            if module.record is record:
+                yield module
+
+
 def _check(backbone: nn.Module, watched: _Watched) -> None:
     record = watched.record
     if not isinstance(record, Record) or not record.trainable or not record.live:
@@ -77,7 +83,7 @@ def _check(backbone: nn.Module, watched: _Watched) -> None:
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return
     watched.holder, count = None, 0
-    for module in watched.modules:
+    for module in _modules_of(backbone, record):
         for name, parameter, _ in module.trained_parameters():
             if parameter.requires_grad:
                 path, _, watched.name = name.rpartition(".")
