@@ -185,7 +185,7 @@ class FirstForward:
 
 
 def _hooks(watched: Iterable[Watched]) -> dict[tuple[nn.Module, DeltaModule], list[Any]]:
-    """Returns the hooks that call a delta module or apply its weight patch, by the module with the hooks and the delta module."""
+    """Returns the hooks that call a delta module or apply its weight patch, by the hooked module and the delta module."""
     # Looked up each time: another delta at the target replaces its hooks. In one pass over the hooks of a module, because one
     # module may apply thousands of weight patches.
     found: dict[tuple[nn.Module, DeltaModule], list[Any]] = {}

@@ -57,7 +57,7 @@ class OutputHook:
         self.fired = True
         return self._through(target, args, kwargs, output)
 
-    def _through(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def _through(self, target: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> Any:
         # This runs in every call of every target, so it reads each attribute once.
         batch: Any = _UNKNOWN
         for key in self.delta_keys:

@@ -63,7 +63,8 @@ def _warn_merged(watched: _Watched) -> None:
         watched.warned = True
         warn(
             f"delta {record.name!r} is merged into the weights, and this is a forward in training mode: its parameters take "
-            "no part, so a backward pass would not train them; unmerge() it before training, or switch the model to eval()"
+            "no part, so a backward pass would not train them; unmerge() it before training, or call model.eval(); or set its "
+            "trainable = False if it is not to be trained"
         )
 
 

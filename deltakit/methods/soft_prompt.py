@@ -219,7 +219,7 @@ class SoftPrompt(Method, name="soft_prompt"):
             OptionError: if the text has no tokens, the tokenizer returns no ids, or an option is out of its range.
         """
         try:
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         except Exception as error:
             what = f"the tokenizer raised {type(error).__name__}: {error}; pass the backbone's tokenizer"
             raise OptionError(f"SoftPrompt.from_text: {what}") from error
@@ -229,9 +229,8 @@ class SoftPrompt(Method, name="soft_prompt"):
         if self.tokens < 1:
             raise OptionError(f"SoftPrompt(tokens={self.tokens}): expected at least 1")
         if self.init not in ("vocab", "random"):
-            raise OptionError(
-                f"SoftPrompt(init={self.init!r}): expected 'vocab' or 'random'; for a text use SoftPrompt.from_text"
-            )
+            what = "expected 'vocab' or 'random'; for a text use SoftPrompt.from_text"
+            raise OptionError(f"SoftPrompt(init={self.init!r}): {what}")
         if self.where not in (None, "start", "after_first"):
             raise OptionError(f"SoftPrompt(where={self.where!r}): expected 'start', 'after_first' or None")
         if self.init_ids is not None:
@@ -243,9 +242,9 @@ class SoftPrompt(Method, name="soft_prompt"):
         embeddings = input_embeddings(index)
         for target in selected or ():
             if target.path not in embeddings:
+                found = type(target.module).__name__
                 raise TargetError(
-                    f"{target.path}: soft_prompt expects the embedding of the input ids, found a "
-                    f"{type(target.module).__name__}; omit at="
+                    f"{target.path}: soft_prompt expects the embedding of the input ids, found a {found}; omit at="
                 )
         return [index.target(path) for path in embeddings] if selected is None else selected
 
@@ -288,8 +287,10 @@ class SoftPrompt(Method, name="soft_prompt"):
         assert isinstance(weight, Tensor)
         new = like(target)
         start = torch.empty(self.tokens, weight.shape[1], **new)
-        if self.init == "random" and self.init_ids is None:
-            return start.uniform_(-0.5, 0.5) if wants_start_values(start) else start
+        if self.init_ids is None and not wants_start_values(start):
+            return start
+        if self.init_ids is None and self.init == "random":
+            return start.uniform_(-0.5, 0.5)
         if self.init_ids is not None:
             outside = [i for i in self.init_ids if i >= weight.shape[0]]
             if outside:
@@ -298,8 +299,6 @@ class SoftPrompt(Method, name="soft_prompt"):
                     f"{weight.shape[0]} tokens; use this backbone's own tokenizer"
                 )
             ids = torch.tensor([self.init_ids[i % len(self.init_ids)] for i in range(self.tokens)])
-        elif wants_start_values(start):
-            ids = torch.randint(min(_FREQUENT, weight.shape[0]), (self.tokens,))
         else:
-            return start
+            ids = torch.randint(min(_FREQUENT, weight.shape[0]), (self.tokens,))
         return weight.detach()[ids.to(weight.device)].to(**new).clone()

@@ -54,7 +54,9 @@ def refusals(index: BackboneIndex, method: Method, paths: Iterable[str]) -> dict
 
 def _refusal(index: BackboneIndex, method: Method, path: str) -> tuple[str, DeltaError | None]:
     target = index.target(path)
-    if method.kind_at(target) is None:
+    kind = method.kind_at(target)
+    # Falcon-Mamba calls its projections or reads their weights, depending on its kernels.
+    if kind is None or (target.weight_read is not None and not kind.patches_weight(target)):
         return "weight read directly", None
     try:
         method.build_at(target)

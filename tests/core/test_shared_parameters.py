@@ -155,7 +155,7 @@ def test_it_is_one_bank_in_forwards_gradients_and_steps(form):
 
 @every_form
 def test_rows_merging_and_autocast(form):
-    model = three()
+    model = three().eval()
     x = torch.randn(3, 5, SIZE, dtype=torch.float64)
     bare = model(x)
     delta = randomize(attached(model, form))

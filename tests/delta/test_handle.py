@@ -172,7 +172,7 @@ def test_the_first_attached_comes_first():
 
 def test_order_does_not_need_a_clock_that_moves(model, monkeypatch):
     """Two deltas that are attached in one tick would change places when the first one comes back."""
-    monkeypatch.setattr("deltakit.delta.attaching.time.time_ns", lambda: 7)
+    monkeypatch.setattr("deltakit.delta.claims.time.time_ns", lambda: 7)
     made = [randomize(dk.attach(model, dk.Adapter(size=size, at="@attn.o"), name=f"by_{size}")) for size in (3, 5)]
     output = model(ids())
     made[0].detach().attach()

@@ -138,7 +138,7 @@ class TestBesideAnotherDelta:
     """A merged delta acts before all others at its target: with some of them that gives another function."""
 
     def outputs(self, first, second, merged):
-        model = nn.Sequential(nn.Linear(7, 5)).double()
+        model = nn.Sequential(nn.Linear(7, 5)).double().eval()
         deltas = [dk.attach(model, method, name=name) for name, method in (("first", first), ("second", second))]
         for delta in deltas:
             randomize(delta)

@@ -43,7 +43,7 @@ class TestMergingIntoQuantizedWeights:
 
     def attached(self):
         torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 64))
+        model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 64)).eval()
         for layer in model:
             quantize(layer)
         return model, randomize(dk.attach(model, dk.LoRA(r=4, at="*")), 0.1)

@@ -111,7 +111,8 @@ def test_roles_inside_wrappers_are_those_of_the_model(kind, wrapper):
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "t5"])
 def test_a_delta_inside_a_wrapper_computes_what_it_does_without(kind, wrapper, method):
-    model = build(kind, MODELS[kind])
+    # Without `train=` a new head that gets frozen is a warning.
+    model = build(kind, MODELS[kind]).requires_grad_(False)
     wrapped, batch = WRAPPERS[wrapper][0](copy.deepcopy(model)).eval(), inputs(kind, model)
     delta, inside = randomize(dk.attach(model, method)), dk.attach(wrapped, method)
     for parameter, other in zip(delta.parameters(), inside.parameters(), strict=True):
