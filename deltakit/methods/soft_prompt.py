@@ -287,17 +287,13 @@ class SoftPrompt(Method, name="soft_prompt"):
         assert isinstance(weight, Tensor)
         new = like(target)
         start = torch.empty(self.tokens, weight.shape[1], **new)
-        if self.init_ids is None and not wants_start_values(start):
-            return start
-        if self.init_ids is None and self.init == "random":
-            return start.uniform_(-0.5, 0.5)
+        if self.init_ids is None and (self.init == "random" or not wants_start_values(start)):
+            return start.uniform_(-0.5, 0.5) if wants_start_values(start) else start
         if self.init_ids is not None:
             outside = [i for i in self.init_ids if i >= weight.shape[0]]
             if outside:
-                raise OptionError(
-                    f"{target.path}: SoftPrompt(init_ids=...) has the id {outside[0]}, beyond the vocabulary of "
-                    f"{weight.shape[0]} tokens; use this backbone's own tokenizer"
-                )
+                what = f"beyond the vocabulary of {weight.shape[0]} tokens; use this backbone's own tokenizer"
+                raise OptionError(f"{target.path}: SoftPrompt(init_ids=...) has the id {outside[0]}, {what}")
             ids = torch.tensor([self.init_ids[i % len(self.init_ids)] for i in range(self.tokens)])
         else:
             ids = torch.randint(min(_FREQUENT, weight.shape[0]), (self.tokens,))
