@@ -199,7 +199,8 @@ class Delta(DeltaContents):
         """
         refuse_merged(self._record, "loading tensors into it")
         before = self.state_dict()
-        check_tensors(state, fitting(self._attachment, state, before), where=where)
+        own = self._record.fully_trained
+        check_tensors(state, fitting(self._attachment, state, before), own=own, where=where)
         tensors.load_state_dict(self._attachment, state, before)
 
     def swap(self, other: "Delta") -> "Delta":

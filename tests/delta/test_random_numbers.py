@@ -171,7 +171,7 @@ def test_a_call_that_fails_draws_nothing(unchanged):
     unchanged(lambda: failing(lambda: dk.plan(model, dk.LoRA(r=3, at="**"))))
     # Without attention, the message of the prefix may try other methods on the layers that it names.
     unchanged(lambda: failing(lambda: dk.attach(model, dk.Prefix())))
-    unchanged(lambda: failing(lambda: dk.attach(model, dk.IA3())))
+    unchanged(lambda: failing(lambda: dk.attach(model, dk.IA3(at="@attn.q"))))
     dk.attach(model, dk.LoRA(r=2, at="0"), name="taken")
     unchanged(lambda: failing(lambda: dk.attach(model, dk.LoRA(r=2, at="1"), name="taken")))
 

@@ -463,7 +463,7 @@ class TestMerging:
     @pytest.mark.parametrize("kind", ["low_rank", "weight_update", "new_weight", "output"])
     def test_embeddings(self, kind):
         torch.manual_seed(1)
-        model = One(nn.Embedding(13, 5)).double()
+        model = One(nn.Embedding(13, 5)).double().eval()
         if kind == "output":
             # A shift of every row has no place to go to.
             randomize(delta := dk.attach(model, Affine(at="target")))
@@ -517,7 +517,7 @@ class TestMerging:
         "kinds", [("output", "low_rank"), ("low_rank", "weight_update"), ("output", "new_weight")], ids="-".join
     )
     def test_several_methods_of_one_delta_on_one_weight(self, kinds):
-        model = One(nn.Linear(5, 7)).double()
+        model = One(nn.Linear(5, 7)).double().eval()
         delta = randomize(dk.attach(model, *(KINDS[kind](at="target") for kind in kinds)))
         x = torch.randn(3, 5, dtype=torch.float64)
         delta.scale = 0.5
@@ -537,7 +537,7 @@ class TestMerging:
         ids="-".join,
     )
     def test_methods_whose_changes_do_not_add_up_are_not_merged(self, kinds):
-        model = One(nn.Linear(5, 7)).double()
+        model = One(nn.Linear(5, 7)).double().eval()
         delta = randomize(dk.attach(model, *(KINDS[kind](at="target") for kind in kinds)))
         model(torch.randn(3, 5, dtype=torch.float64))
         before = snapshot(model)
@@ -793,7 +793,7 @@ class TestParameters:
     @pytest.mark.parametrize("transposed", [True, False])
     @pytest.mark.parametrize("kind", ON_WEIGHTS)
     def test_equals_the_formula_and_merges(self, kind, transposed):
-        model = One(self.Stack(transposed)).double()
+        model = One(self.Stack(transposed)).double().eval()
         delta = randomize(dk.attach(model, KINDS[kind](at="target.weight")))
         (module,) = delta.modules["target.weight"]
         weight = model.target.weight.detach()

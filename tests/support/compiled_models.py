@@ -55,7 +55,10 @@ def start():
 
 def failure(check, *args):
     """The traceback with which a check failed, or None. As text: Dynamo's exceptions cannot be sent between processes."""
+    from torch._dynamo.utils import counters
+
     torch.compiler.reset()
+    counters.clear()
     torch.manual_seed(0)
     try:
         # As it is for users: hooks are not guarded.
