@@ -4,6 +4,7 @@ torch calls a hook with `always_call` after an `Exception`, but not after Ctrl-C
 without its output hook is cleaned up ahead of the next call, or when a delta is attached to the target or detached.
 """
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -55,8 +56,8 @@ class ContextOutputHook(OutputHook):
 
     def _end(self) -> None:
         call = running_call()
-        # In place, because the input hook has the same list.
-        self.calls[:] = [other for other in self.calls if not other.same_as(call)]
+        for mine in [other for other in self.calls if other.same_as(call)]:
+            _drop(self.calls, mine)
 
 
 def clean_up(target: nn.Module, calls: list[RunningCall]) -> None:
@@ -66,6 +67,13 @@ def clean_up(target: nn.Module, calls: list[RunningCall]) -> None:
         return
     for call in [call for call in calls if call.over]:
         _abandon(target)
+        _drop(calls, call)
+
+
+def _drop(calls: list[RunningCall], call: RunningCall) -> None:
+    """Removes a call from the list that both hooks and all threads share."""
+    # One at a time: threads add to the list meanwhile. Another thread may have found the same call, and removed it.
+    with suppress(ValueError):
         calls.remove(call)
 
 

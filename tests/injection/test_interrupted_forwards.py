@@ -268,3 +268,21 @@ def test_a_delta_that_is_switched_off_after_an_interruption_has_no_effect():
             delta.active = False
             assert torch.equal(model(x), bare), line
             delta.active = True
+
+
+def test_two_threads_may_find_the_same_interrupted_call():
+    # The other thread removes the call between this one's look and its removal.
+    from deltakit.core import RunningCall
+    from deltakit.injection.context_hooks import clean_up
+
+    calls = []
+
+    class Over(RunningCall):
+        @property
+        def over(self):
+            calls.clear()
+            return True
+
+    calls.append(Over())
+    clean_up(nn.Linear(2, 3), calls)
+    assert calls == []
