@@ -57,18 +57,19 @@ class FirstForward:
         self.around: dict[nn.Module, Ran] = {}
         self.again: set[Record] = set()
         """Those that are checked again, because the backbone was changed."""
-        self.checking: dict[int, tuple[list[Record], int]] = {}
-        """The records that the forward of each thread checks, and the number of `changes` when it began. One that was
-        interrupted is replaced by the thread's next."""
+        self.checking: dict[int, tuple[list[Record], object]] = {}
+        """The records that the forward of each thread checks, and the `change` before it. One that was interrupted is
+        replaced by the thread's next."""
         self.changing = False
         """Whether a delta is being attached or detached."""
-        self.changes = 0
-        """How often a delta was attached or detached. That replaces hooks, so forwards around it do not tell who ran."""
+        self.change = object()
+        """Stands for the last time that a delta was attached or detached. That replaces hooks, so forwards around it do not
+        tell who ran. It is not a number: of two threads that count, one may undo what the other counted."""
 
     def change_begins(self) -> None:
         """Ends the checks of all forwards that are running. The next ones check again."""
         self.changing = True
-        self.changes += 1
+        self.change = object()
 
     def begin(self, backbone: nn.Module, args: Any) -> None:
         """Starts watching the modules around the targets.
@@ -78,14 +79,14 @@ class FirstForward:
         """
         if torch.compiler.is_compiling():
             return
-        changes = self.changes
+        change = self.change
         records = [record for record in list(self.watched) if record.live and not self.changing]
         for record in records:
             self._refuse_offloaded(backbone, record)
         thread = get_ident()
         for ran in list(self.around.values()):
             ran.threads.discard(thread)
-        self.checking[thread] = (records, changes)
+        self.checking[thread] = (records, change)
 
     def end(self, backbone: nn.Module, args: Any, output: Any) -> None:
         """Checks the targets after a forward, unless it was compiled.
@@ -95,20 +96,20 @@ class FirstForward:
         """
         if torch.compiler.is_compiling():
             return
-        records, changes = self.checking.pop(get_ident(), ([], 0))
+        records, change = self.checking.pop(get_ident(), ([], None))
         # What the user removed since is reported elsewhere (`replaced_targets`).
         there = (ids_of_modules(backbone) if records else None) or set()
         for record in records if there else ():
             watched = [one for one in self.watched.get(record, ()) if id(one.module) in there]
-            self._check(backbone, record, watched, changes)
+            self._check(backbone, record, watched, change)
 
-    def _check(self, backbone: nn.Module, record: Record, watched: list[Watched], changes: int) -> None:
+    def _check(self, backbone: nn.Module, record: Record, watched: list[Watched], change: object) -> None:
         # One delta may have several hooks (a tied weight is read in several modules). It is enough if one of them ran.
         hooks = _hooks(watched)
         ran = {id(one.delta) for one in watched if any(hook.fired for hook in hooks.get((one.module, one.delta), ()))}
         silent = [one for one in watched if id(one.delta) not in ran]
         skipped = [one for one in silent if one.around is None or get_ident() in one.around.threads]
-        if self.changes != changes or record not in self.watched:
+        if self.change is not change or record not in self.watched:
             # Meanwhile another thread attached or detached a delta, or has checked this one.
             return
         if skipped:
@@ -128,10 +129,12 @@ class FirstForward:
     def add(self, attachment: Attachment, *, again: bool) -> None:
         """Watches the targets of a delta."""
         backbone, record = attachment.backbone, attachment.record
+        # Not watched until the end: other threads check nothing while the hooks forget that they ran.
+        self.watched.pop(record, None)
         (self.again.add if again else self.again.discard)(record)
         paths = {id(module): path for path, module in own_modules(backbone)}
         self.deltas[record] = [(site.owner, site.module) for site in attachment.sites]
-        self.watched[record] = [
+        watched = [
             Watched(paths[id(module)], module, str(site.key), site.module, self._around(attachment, paths[id(module)]))
             for site in attachment.sites
             if site.module.must_be_called
@@ -139,10 +142,11 @@ class FirstForward:
             if id(module) in paths
         ]
         if again:
-            # Forwards that are running now will not tell who ran before.
-            self.changes += 1
-            for hook in [hook for hooks in _hooks(self.watched[record]).values() for hook in hooks]:
+            for hook in [hook for hooks in _hooks(watched).values() for hook in hooks]:
                 hook.fired = False
+            # Forwards that are running now do not tell who ran before.
+            self.change = object()
+        self.watched[record] = watched
 
     def _around(self, attachment: Attachment, path: str) -> Ran | None:
         """Returns what notes that the module around a path ran; None for the backbone."""
@@ -240,13 +244,15 @@ def watch_first_forward(attachment: Attachment, *, again: bool = False) -> None:
     Args:
         again: whether they were checked before the backbone was changed. Then only errors are reported.
     """
+    backbone = attachment.backbone
     if not attachment.record.checked:
-        standing = ours(attachment.backbone, FirstForward)
+        standing = ours(backbone, FirstForward)
         first = standing[0] if standing else FirstForward()
         first.add(attachment, again=again)
-        if not standing:
-            attachment.backbone.register_forward_pre_hook(first.begin)
-            attachment.backbone.register_forward_hook(first.end)
+        # Asked again: another thread may have ended the last other check meanwhile.
+        if not ours(backbone, FirstForward):
+            backbone.register_forward_pre_hook(first.begin)
+            backbone.register_forward_hook(first.end)
 
 
 def forget_first_forward(attachment: Attachment) -> None:

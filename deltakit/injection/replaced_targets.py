@@ -13,7 +13,10 @@ from torch import nn
 from deltakit.core import Record, RunningCall, attachments_of
 from deltakit.errors import StateError, warn
 from deltakit.injection.first_forward import FirstForward, watch_first_forward
+from deltakit.injection.lock import Lock
 from deltakit.injection.tables import ids_of_modules, ours
+
+_LOCK = Lock()
 
 
 class TargetGuard:
@@ -76,12 +79,14 @@ class TargetGuard:
         # Dynamo guards the modules of a compiled forward itself, and compiles it again if they are replaced.
         if torch.compiler.is_compiling():
             return
-        tables, names, modules, sizes = self.seen
+        seen = tables, names, modules, sizes = self.seen
         if self.changing is None and list(map(dict.get, tables, names)) == modules and list(map(len, tables)) == sizes:
             return
-        self._look(backbone)
+        # One thread at a time, because two that look would each restart the check that the other began.
+        with _LOCK:
+            self._look(backbone, seen)
 
-    def _look(self, backbone: nn.Module) -> None:
+    def _look(self, backbone: nn.Module, seen: tuple[Any, ...]) -> None:
         change = self.changing
         if change is not None:
             # Another thread attaches or detaches a delta, and will say then what is to be expected. A change that ends in this
@@ -92,8 +97,9 @@ class TargetGuard:
                 "attaching or detaching a delta was interrupted, so that only a part of it is here; remove that by "
                 "detach(): deltakit.deltas(model) has its handle"
             )
-        there = ids_of_modules(backbone)
+        there = ids_of_modules(backbone) if self.seen is seen else None
         if there is None:
+            # Another thread has attached or detached a delta, or has looked, since this one compared.
             return
         gone = self._gone(there)
         if gone:

@@ -9,7 +9,6 @@ call that Ctrl-C ended never takes its sum away: the next forward finds that it 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from threading import RLock
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from deltakit.core import DeltaModule, RunningCall, running_call
 from deltakit.errors import StateError, TargetError
+from deltakit.injection.lock import Lock
 
 Calls = tuple[RunningCall | None, ...]
 
@@ -24,26 +24,7 @@ _TABLE = "_deltakit_sums"
 _BARE = "_deltakit_bare_reads"
 
 
-class _Lock:
-    """A lock for statements that are never inside each other. Ctrl-C cannot leave it locked.
-
-    Python may raise KeyboardInterrupt between the end of a `with` block and `__exit__`.
-    """
-
-    def __init__(self) -> None:
-        self.lock: Any = RLock()
-
-    def __enter__(self) -> None:
-        # What this thread holds already was left by an interruption.
-        while self.lock._is_owned():
-            self.lock.release()
-        self.lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self.lock.release()
-
-
-_LOCK = _Lock()
+_LOCK = Lock()
 
 
 def _locked() -> AbstractContextManager[Any]:

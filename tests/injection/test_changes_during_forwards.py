@@ -9,6 +9,9 @@ import pytest
 import torch
 
 import deltakit as dk
+from deltakit.injection.first_forward import FirstForward
+from deltakit.injection.replaced_targets import TargetGuard
+from deltakit.injection.tables import ours
 from support.models import Transformer, ids, randomize
 
 METHODS = {
@@ -112,6 +115,21 @@ def test_forwards_of_other_threads_do_not_raise(method, switching):
             over.set()
         for future in served:
             future.result()
+
+
+def test_a_comparison_from_before_a_change_restarts_no_check():
+    """A forward compares the modules while another thread attaches a delta; that is no replacement by the user."""
+    model = Transformer().eval()
+    dk.attach(model, dk.LoRA(r=2), name="first")
+    guard = ours(model, TargetGuard)[0]
+    before = guard.seen
+    model(ids())
+    second = dk.attach(model, dk.Adapter(size=2), name="second")
+    first_forward = ours(model, FirstForward)[0]
+    change = first_forward.change
+    guard._look(model, before)
+    assert first_forward.change is change
+    assert list(first_forward.watched) == [second._record]
 
 
 def test_with_a_lock_each_forward_sees_all_of_a_delta_or_nothing(switching):
