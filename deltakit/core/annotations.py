@@ -87,6 +87,9 @@ def _int(value: Any) -> int:
 
 
 def _float(value: Any) -> float:
+    if type(value) is float and math.isfinite(value):
+        # Nearly always, and abstract classes of numbers are asked ten times as long.
+        return value
     if isinstance(value, bool) or not isinstance(value, Real):
         raise Unfit(described(value))
     try:

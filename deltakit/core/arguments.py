@@ -75,6 +75,31 @@ class Door:
         return {name: reader(self.hints[name]) for name in self.signature.parameters if name in self.hints}
 
     @cached_property
+    def places(self) -> tuple[str, ...]:
+        """The parameters that can be given without a name, in their order."""
+        return tuple(p.name for p in self.signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD)
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """The parameters that can be given by name; none of them if the function takes any number of arguments."""
+        parameters = self.signature.parameters.values()
+        named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        return frozenset(named if len(named) == len(parameters) else ())
+
+    @cached_property
+    def required(self) -> frozenset[str]:
+        return frozenset(name for name, p in self.signature.parameters.items() if p.default is p.empty)
+
+    def _simple(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Returns whether the arguments are those of the function, one for each name: nearly always they are."""
+        # `Signature.bind` tells the same, and takes most of the time of a check.
+        places = self.places
+        if not self.names or len(args) > len(places) or not kwargs.keys() <= self.names:
+            return False
+        given = {*places[: len(args)], *kwargs}
+        return len(given) == len(args) + len(kwargs) and given >= self.required
+
+    @cached_property
     def bound(self) -> bool:
         """Whether the first argument is the object or the class that the function belongs to."""
         return next(iter(self.signature.parameters), "") in ("self", "cls")
@@ -86,6 +111,20 @@ class Door:
             OptionError: if an argument does not fit, is missing or unknown, or there are too many.
             TargetError: if an argument must be a module and is none.
         """
+        if self._simple(args, kwargs):
+            places, readers = self.places, self.readers
+            return (
+                tuple(
+                    [
+                        self._one(name, value, name, args) if name in readers else value
+                        for name, value in zip(places, args, strict=False)
+                    ]
+                ),
+                {
+                    name: self._one(name, value, name, args) if name in readers else value
+                    for name, value in kwargs.items()
+                },
+            )
         try:
             found = self.signature.bind(*args, **kwargs)
         except TypeError as error:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deltakit.core.bare_weight import is_quantized
 from deltakit.core.linear import is_compute_dtype, linear_sizes
-from deltakit.core.paths import join, own_modules
+from deltakit.core.paths import join, module_at, own_modules
 
 _LARGEST = 2**28
 """The number of bytes that are copied at most. Statistics are small; what is larger is data, such as packed experts."""
@@ -55,9 +55,7 @@ def copy_buffers(backbone: nn.Module) -> BufferLedger:
 def buffer_at(backbone: nn.Module, name: str) -> Tensor | None:
     """Returns the buffer of a name; None if it is gone."""
     path, _, key = name.rpartition(".")
-    module: nn.Module | None = backbone
-    for part in path.split(".") if path else ():
-        module = module._modules.get(part) if module is not None else None
+    module = module_at(backbone, path)
     return module._buffers.get(key) if module is not None else None
 
 

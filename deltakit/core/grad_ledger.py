@@ -47,7 +47,7 @@ class GradLedger:
         found = dict(own_parameters(backbone))
         self._release(found)
         for name, parameter in found.items():
-            if name not in self.ours:
+            if self.ours and name not in self.ours:
                 # `prune`, `parametrize` and `weight_norm` give the frozen parameter another name.
                 former = _COMPUTED.sub(r"\2", name)
                 if former in self.ours and former not in found:

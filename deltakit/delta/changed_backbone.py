@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from deltakit.core import Attachment, is_sharded, linear_sizes
+from deltakit.core import Attachment, is_sharded, linear_sizes, module_at
 from deltakit.delta.full_training import fully_trained_tensors
 from deltakit.errors import StateError
 from deltakit.injection import modules_of
@@ -54,10 +54,7 @@ def _changed_targets(attachment: Attachment) -> Iterator[str]:
 
 
 def _is_there(backbone: nn.Module, path: str, module: nn.Module) -> bool:
-    try:
-        there = backbone.get_submodule(path)
-    except AttributeError:
-        there = backbone
+    there = module_at(backbone, path) or backbone
     # Engines wrap modules in place (FSDP1, checkpoint wrappers).
     return there is module or any(other is module for other in there.modules())
 

@@ -36,7 +36,7 @@ def claim(attachment: Attachment) -> None:
     if others:
         notice_moved_buffers(attachment.backbone, others[0])
     refuse_taken(attachment, record.fully_trained)
-    if not record.named:
+    if others and not record.named:
         _refuse_stacking(attachment, attachments_of(attachment.backbone))
     named = replace(record, name=name)
     keys: set[tuple[int, str]] = set()

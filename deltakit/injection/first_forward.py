@@ -1,13 +1,13 @@
 """The check that the first forward of a backbone calls every target."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from deltakit.core import Attachment, DeltaModule, Record, above, is_callable, own_modules
+from deltakit.core import Attachment, DeltaModule, Record, above, is_callable, module_at, own_modules
 from deltakit.errors import StateError, TargetError, warn
 from deltakit.injection.hooks import scopes_of
 from deltakit.injection.output_hooks import InputHook, OutputHook
@@ -39,6 +39,9 @@ class Watched(NamedTuple):
     key: str
     delta: DeltaModule
     around: Ran | None
+
+
+Hooks = dict[tuple[nn.Module, DeltaModule], list[Any]]
 
 
 class FirstForward:
@@ -99,13 +102,18 @@ class FirstForward:
         records, change = self.checking.pop(get_ident(), ([], None))
         # What the user removed since is reported elsewhere (`replaced_targets`).
         there = (ids_of_modules(backbone) if records else None) or set()
-        for record in records if there else ():
-            watched = [one for one in self.watched.get(record, ()) if id(one.module) in there]
-            self._check(backbone, record, watched, change)
+        watched = {
+            record: [one for one in self.watched.get(record, ()) if id(one.module) in there]
+            for record in records
+            if there
+        }
+        # Once for all deltas: there may be hundreds on the same modules.
+        hooks = _hooks([one for of_record in watched.values() for one in of_record])
+        for record, of_record in watched.items():
+            self._check(backbone, record, of_record, hooks, change)
 
-    def _check(self, backbone: nn.Module, record: Record, watched: list[Watched], change: object) -> None:
+    def _check(self, backbone: nn.Module, record: Record, watched: list[Watched], hooks: Hooks, change: object) -> None:
         # One delta may have several hooks (a tied weight is read in several modules). It is enough if one of them ran.
-        hooks = _hooks(watched)
         ran = {id(one.delta) for one in watched if any(hook.fired for hook in hooks.get((one.module, one.delta), ()))}
         silent = [one for one in watched if id(one.delta) not in ran]
         skipped = [one for one in silent if one.around is None or get_ident() in one.around.threads]
@@ -188,20 +196,18 @@ class FirstForward:
                 )
 
 
-def _hooks(watched: Iterable[Watched]) -> dict[tuple[nn.Module, DeltaModule], list[Any]]:
+def _hooks(watched: Collection[Watched]) -> Hooks:
     """Returns the hooks that call a delta module or apply its weight patch, by the hooked module and the delta module."""
     # Looked up each time: another delta at the target replaces its hooks. In one pass over the hooks of a module, because one
     # module may apply thousands of weight patches.
-    found: dict[tuple[nn.Module, DeltaModule], list[Any]] = {}
+    found: Hooks = {}
     for module in dict.fromkeys(one.module for one in watched):
         for hook in ours(module, PatchHook):
             delta = hook.delta(module)
             if delta is not None and not isinstance(hook, UnpatchHook):
                 found.setdefault((module, delta), []).append(hook)
     for one in watched:
-        for hook in (
-            (*ours(one.module, InputHook), *ours(one.module, OutputHook)) if one.delta.weight_read is None else ()
-        ):
+        for hook in ours(one.module, (InputHook, OutputHook)) if one.delta.weight_read is None else ():
             if one.key in hook.delta_keys:
                 found.setdefault((one.module, one.delta), []).append(hook)
     return found
@@ -232,8 +238,8 @@ def _offloaded(delta: DeltaModule) -> bool:
 def _caller(backbone: nn.Module, path: str) -> nn.Module:
     """Returns the innermost module around a path that can be called: a list of modules cannot."""
     for name in above(path.rpartition(".")[0]):
-        module = backbone.get_submodule(name)
-        if is_callable(module):
+        module = module_at(backbone, name)
+        if module is not None and is_callable(module):
             return module
     return backbone
 

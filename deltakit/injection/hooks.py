@@ -2,14 +2,13 @@
 
 import sys
 from collections.abc import Collection
-from contextlib import suppress
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
 
-from deltakit.core import DeltaModule, delta_children
+from deltakit.core import DeltaModule, delta_children, module_at
 from deltakit.injection.context_hooks import ContextInputHook, ContextOutputHook, calls_of, clean_up
 from deltakit.injection.output_hooks import InputHook, OutputHook
 from deltakit.injection.tables import ours, unhook
@@ -76,11 +75,8 @@ def scopes_of(backbone: nn.Module, delta: DeltaModule) -> list[nn.Module]:
     """Returns the modules whose hooks patch the weight of a delta module that is attached, as far as they are there."""
     read = delta.weight_read
     paths = [read.scope, *(other.scope for other in read.also)] if read is not None else []
-    found = []
-    for path in dict.fromkeys(paths):
-        with suppress(AttributeError):
-            found.append(backbone.get_submodule(path))
-    return found
+    found = [module_at(backbone, path) for path in dict.fromkeys(paths)]
+    return [module for module in found if module is not None]
 
 
 def _hook_target(target: nn.Module, without: str = "") -> None:
@@ -94,7 +90,7 @@ def _hook_target(target: nn.Module, without: str = "") -> None:
     """
     calls = calls_of(target)
     clean_up(target, calls)
-    unhook(target, (*ours(target, InputHook), *ours(target, OutputHook)))
+    unhook(target, ours(target, (InputHook, OutputHook)))
     # In C code and by class, because a target may have hundreds of delta modules, and each attach and detach asks for all.
     held = dict(delta_children(target))
     held.pop(without, None)

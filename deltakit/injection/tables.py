@@ -17,17 +17,14 @@ _TABLES = {
     "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     "_load_state_dict_pre_hooks": (),
 }
-_ABOUT = [name for others in _TABLES.values() for name in others]
 
 
 # Tables are copied before they are read: another thread may change them.
-def ours(module: nn.Module, kind: type[Any]) -> list[Any]:
-    """Returns the hooks of one of our classes on a module, each once: hooks, or the objects whose methods are hooks."""
+def ours(module: nn.Module, kind: type[Any] | tuple[type[Any], ...]) -> list[Any]:
+    """Returns the hooks of some of our classes on a module, each once: hooks, or the objects whose methods are hooks."""
     own = module.__dict__
-    if not (own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_load_state_dict_pre_hooks"]):
-        # As most modules, all of which are asked at each attach.
-        return []
-    found = [_object_of(hook) for name in _TABLES for hook in list(own[name].values())]
+    # Nearly all tables are empty, and all modules are asked at each attach.
+    found = [_object_of(hook) for name in _TABLES if own[name] for hook in list(own[name].values())]
     return list(dict.fromkeys(hook for hook in found if isinstance(hook, kind)))
 
 
@@ -42,17 +39,17 @@ def ids_of_modules(backbone: nn.Module) -> set[int] | None:
 
 def unhook(module: nn.Module, hooks: Iterable[Any]) -> None:
     """Removes hooks from a module. It can be repeated after an interruption."""
-    removed = {id(hook) for hook in hooks}
-    if not removed and not any(map(module.__dict__.__getitem__, _ABOUT)):
-        # As for most modules, at each attach.
-        return
+    own, removed = module.__dict__, {id(hook) for hook in hooks}
     for name, others in _TABLES.items():
-        table = module.__dict__[name]
-        for number in [number for number, hook in list(table.items()) if id(_object_of(hook)) in removed]:
-            table.pop(number, None)
-        for about in map(module.__dict__.__getitem__, others):
-            for number in {*about} - {*table}:
-                about.pop(number, None)
+        table = own[name]
+        if table and removed:
+            for number in [number for number, hook in list(table.items()) if id(_object_of(hook)) in removed]:
+                table.pop(number, None)
+        for about in others:
+            # Also what an interruption left of hooks that are gone.
+            if own[about]:
+                for number in {*own[about]} - {*table}:
+                    own[about].pop(number, None)
 
 
 def _object_of(hook: Any) -> Any:

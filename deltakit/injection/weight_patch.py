@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltakit.core import DeltaModule, RunningCall, running_call
+from deltakit.core import DeltaModule, RunningCall, module_at, running_call
 from deltakit.errors import StateError, TargetError
 from deltakit.injection.lock import Lock
 
@@ -197,12 +197,7 @@ class PatchHook:
 
     def holder_in(self, scope: nn.Module) -> nn.Module | None:
         """Returns the module whose weight is patched; None if the user removed it."""
-        if not self.holder:
-            return scope
-        try:
-            return scope.get_submodule(self.holder)
-        except AttributeError:
-            return None
+        return module_at(scope, self.holder)
 
     def __call__(self, scope: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> Any:
         # Another thread attaches or detaches (see `InputHook`).

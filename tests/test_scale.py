@@ -1,0 +1,96 @@
+"""What a call costs grows with the number of targets and not faster, and not with the number of other deltas.
+
+Costs are counted in byte-code instructions, so the tests do not depend on the machine.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+import deltakit as dk
+from support.steps import bend, steps
+
+SIZES = (8, 16, 24)
+
+
+class Chain(nn.Module):
+    def __init__(self, count):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(count))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+METHODS = {
+    "outputs": lambda: (dk.LoRA(r=1, at="layers.*"), dk.BitFit(at="layers.*")),
+    "inputs and outputs": lambda: (dk.IA3(at="layers.*"), dk.Adapter(size=1, at="layers.*")),
+    "weights": lambda: (dk.LoRA(r=1, at="layers.*.weight"),),
+}
+
+
+def counted(count, method, folder):
+    """The instructions of each call on a chain of `count` layers."""
+    model, x = Chain(count), torch.ones(2, 3)
+    methods = METHODS[method]()
+    found, made = {}, []
+    found["plan"] = steps(lambda: dk.plan(model, *methods))
+    found["attach"] = steps(lambda: made.append(dk.attach(model, *methods)))
+    delta = made[0]
+    for name in ("first forward", "second forward"):
+        found[name] = steps(lambda: model(x))
+    found["print"] = steps(lambda: str(delta))
+    found["show"] = steps(lambda: str(dk.show(model)))
+    with torch.no_grad():
+        for value in delta.parameters():
+            value.normal_()
+    found["save"] = steps(lambda: delta.save(folder / "saved"))
+    if method != "inputs and outputs":
+        found["merge"], found["unmerge"] = steps(delta.merge), steps(delta.unmerge)
+    found["detach"] = steps(delta.detach)
+    found["attach again"] = steps(delta.attach)
+    delta.detach()
+    found["load"] = steps(lambda: dk.load(folder / "saved", model))
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_costs_grow_as_the_number_of_targets(method, tmp_path):
+    counted(2, method, tmp_path)
+    at = [counted(count, method, tmp_path / str(count)) for count in SIZES]
+    bends = {name: bend([found[name] for found in at]) for name in at[0]}
+    assert not {name: value for name, value in bends.items() if value > 0.1}
+
+
+@pytest.mark.parametrize("method", ["outputs", "inputs and outputs"])
+def test_one_of_many_deltas_costs_what_it_costs_alone(method):
+    at = {others: beside(others, method) for others in (2, 40)}
+    ratios = {name: count / at[2][name] for name, count in at[40].items()}
+    assert not {name: ratio for name, ratio in ratios.items() if ratio > 1.5}
+
+
+def test_weight_patches_of_many_deltas_cost_what_their_number_says():
+    """All are hooks of one module, which attach and detach sort."""
+    at = [beside(others, "weights") for others in (10, 20, 30)]
+    bends = {name: bend([found[name] for found in at]) for name in at[0]}
+    # A forward shows one sum for each delta, of all those before it.
+    forwards = bends.pop("first forward"), bends.pop("second forward")
+    assert not {name: value for name, value in bends.items() if value > 0.1}
+    assert max(forwards) < 0.6
+    assert at[2]["first forward"] < 1.5 * at[2]["second forward"]
+
+
+def beside(others, method):
+    """The instructions of each call of a delta, of which there are others on the same targets; of forwards for each delta."""
+    model, x, methods = Chain(4), torch.ones(2, 3), METHODS[method]()
+    made = [dk.attach(model, *methods, name=f"d{k}") for k in range(others)]
+    found = {"attach": steps(lambda: made.append(dk.attach(model, *methods, name="last")))}
+    found["detach"] = steps(made[-1].detach)
+    found["attach again"] = steps(made[-1].attach)
+    with torch.no_grad():
+        found["first forward"] = steps(lambda: model(x))
+        found["second forward"] = steps(lambda: model(x))
+    share = 1 if method == "weights" else len(made)
+    return {name: count // (share if "forward" in name else 1) for name, count in found.items()}
