@@ -14,7 +14,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ON_GPU = ("step", "memory", "forward", "many", "optimizer")
-PARTS = ("step", "memory", "forward", "attach", "many", "optimizer", "compiled")
+PARTS = ("step", "memory", "forward", "attach", "scale", "many", "optimizer", "compiled")
 
 
 def ratio(found: list[float]) -> str:
@@ -78,6 +78,30 @@ def attach(found: Any) -> list[str]:
         more = f"{theirs:.1f} | {theirs / mine:.0f}" if theirs else " | "
         lines.append(f"| {name} | {mine:.2f} | {more} |")
     return [f"A Llama shape of {found['layers']} layers, {7 * found['layers']} targets, without weights.", "", *lines]
+
+
+def scale(rows: Any) -> list[str]:
+    counts = list(next(iter(rows["targets"].values()))["ratios"])
+    lines = [
+        f"| what | seconds, {counts[-1]} targets | {' | '.join(f'for each, of {count}' for count in counts)} |",
+        "|---|---|" + "---|" * len(counts),
+    ]
+    for name, row in rows["targets"].items():
+        own = sorted(row["seconds"][counts[-1]])
+        each = " | ".join(f"{row['ratios'][count]:.2f}" for count in counts)
+        lines.append(f"| {name} | {own[len(own) // 2]:.2f} | {each} |")
+    last = {name: row["ratio"] for name, row in rows["deltas"].items() if name != "count"}
+    return [
+        "CPU time of the calls of one LoRA on a chain of linear layers, and for each target as a ratio to the shortest chain.",
+        "",
+        *lines,
+        "",
+        f"The last of {rows['deltas']['count']} deltas on 56 layers, as a ratio to the first; forwards for each delta.",
+        "",
+        f"| {' | '.join(last)} |",
+        "|" + "---|" * len(last),
+        f"| {' | '.join(f'{value:.2f}' for value in last.values())} |",
+    ]
 
 
 def many(rows: Any) -> list[str]:

@@ -23,6 +23,7 @@ from deltakit.core.delta_module import DeltaModule
 from deltakit.core.feature_slice import FeatureSlice, slice_where
 from deltakit.core.folding import breadth, expand, fold, is_plain, span
 from deltakit.core.grad_ledger import GradLedger
+from deltakit.core.held import add_held, held_in, remove_held
 from deltakit.core.linear import is_compute_dtype, is_conv1d, linear_sizes, projection_sizes, wide
 from deltakit.core.logical import (
     LogicalParameter,
@@ -96,6 +97,7 @@ __all__ = [
     "WeightRead",
     "WeightView",
     "above",
+    "add_held",
     "attachments_of",
     "bare_weight",
     "begin_call",
@@ -116,6 +118,7 @@ __all__ = [
     "fold",
     "gathered",
     "held_at",
+    "held_in",
     "hidden_input",
     "hidden_output",
     "is_callable",
@@ -146,6 +149,7 @@ __all__ = [
     "projection_sizes",
     "records_at",
     "records_of",
+    "remove_held",
     "replace_hidden",
     "replace_input",
     "rows_now",

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltakit.core.delta_module import DeltaModule
+from deltakit.core.held import held_in
 
 _SLICED = re.compile(r"(.+)\[(\w+)\]", re.DOTALL)
 
@@ -59,7 +60,7 @@ def own_modules(backbone: nn.Module, *, every_name: bool = False) -> Iterator[tu
         seen.add(id(module))
         yield path, module
         children = module._modules
-        if not children or _are_deltas(children):
+        if not children or held_in(children) is not None:
             continue
         prefix = f"{path}." if path else ""
         inside = around | {id(module)} if every_name else around
@@ -74,7 +75,7 @@ def own_modules(backbone: nn.Module, *, every_name: bool = False) -> Iterator[tu
 def own_children(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """Returns the names and modules directly inside a module, without deltas."""
     children = module._modules
-    if _are_deltas(children):
+    if held_in(children) is not None:
         return []
     return [
         (name, child) for name, child in children.items() if child is not None and not isinstance(child, DeltaModule)
@@ -84,19 +85,9 @@ def own_children(module: nn.Module) -> list[tuple[str, nn.Module]]:
 def delta_children(module: nn.Module) -> Mapping[str, DeltaModule]:
     """Returns the delta modules directly inside a module by their names."""
     children: Any = module._modules
-    if _are_deltas(children):
+    if held_in(children) is not None:
         return children
     return {name: child for name, child in children.items() if isinstance(child, DeltaModule)}
-
-
-def _are_deltas(children: Mapping[str, nn.Module | None]) -> bool:
-    # Layers have no children but their deltas, of which there may be hundreds. So their classes are compared instead, which
-    # are few, and are collected by C code.
-    for first in children.values():
-        if not isinstance(first, DeltaModule):
-            return False
-        return len(children) == 1 or all(issubclass(kind, DeltaModule) for kind in set(map(type, children.values())))
-    return False
 
 
 def is_of(module: nn.Module, of: Sequence[str]) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from deltakit.core.buffer_ledger import BufferLedger
 from deltakit.core.delta_module import DeltaModule
 from deltakit.core.grad_ledger import GradLedger
+from deltakit.core.held import held_in
 from deltakit.core.method import Method
 from deltakit.core.paths import delta_children, join, own_modules
 
@@ -186,7 +187,10 @@ def records_of(backbone: nn.Module) -> list[Record]:
 
 def records_at(target: nn.Module) -> dict[Record, None]:
     """Returns the records of the deltas on one module."""
-    found: dict[Any, None] = dict.fromkeys(map(_RECORD, delta_children(target).values()))
+    held = held_in(target._modules)
+    found: dict[Any, None] = dict.fromkeys(
+        held.records if held is not None else map(_RECORD, delta_children(target).values())
+    )
     found.pop(None, None)
     return found
 

@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltakit.core import Attachment, Record, RunningCall, delta_children, join, own_children, parent_of, records_at
+from deltakit.core import (
+    Attachment,
+    Record,
+    RunningCall,
+    delta_children,
+    held_in,
+    join,
+    own_children,
+    parent_of,
+    records_at,
+)
 from deltakit.injection.call_observer import CallObserver
 from deltakit.injection.first_forward import FirstForward
 from deltakit.injection.hooks import follow_hooks_when_compiled
@@ -149,7 +159,8 @@ def _watch_inside(module: nn.Module, path: str, known: dict[int, bool], all_foun
 def _reads_call(target: nn.Module) -> bool:
     deltas: Any = delta_children(target).values()
     # By class first, because a target may have hundreds of delta modules.
-    kinds: set[Any] = set(map(type, deltas))
+    held = held_in(target._modules)
+    kinds: Any = held.kinds if held is not None else set(map(type, deltas))
     if not any(kind.reads_call for kind in kinds):
         return False
     return any(delta.reads_call and delta.record is not None and not delta.record.leaving for delta in deltas)

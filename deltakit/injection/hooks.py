@@ -1,14 +1,15 @@
 """Adds a delta module and its hooks to its target, and removes them again."""
 
 import sys
-from collections.abc import Collection
+from bisect import bisect_right
+from collections.abc import Collection, Mapping, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from deltakit.core import DeltaModule, delta_children, module_at
+from deltakit.core import DeltaModule, add_held, delta_children, held_in, module_at, remove_held
 from deltakit.injection.context_hooks import ContextInputHook, ContextOutputHook, calls_of, clean_up
 from deltakit.injection.output_hooks import InputHook, OutputHook
 from deltakit.injection.tables import ours, unhook
@@ -26,10 +27,10 @@ def put(backbone: nn.Module, target: nn.Module, key: str, delta: DeltaModule) ->
     """
     if delta.training is not target.training:
         delta.train(target.training)
-    target.add_module(key, delta)
+    add_held(target, key, delta)
     read = delta.weight_read
     if read is None:
-        _hook_target(target)
+        _hook_target(target, added=key)
         return []
     scopes = [backbone.get_submodule(path) for path in (read.scope, *(other.scope for other in read.also))]
     _hook_weight(scopes[0], key, read.holder)
@@ -66,9 +67,9 @@ def take(target: nn.Module, key: str, delta: DeltaModule) -> None:
     """
     there = target._modules.get(key) is delta
     if delta.weight_read is None:
-        _hook_target(target, without=key if there else "")
+        _hook_target(target, removed=key if there else "")
     if there:
-        del target._modules[key]
+        remove_held(target, key)
 
 
 def scopes_of(backbone: nn.Module, delta: DeltaModule) -> list[nn.Module]:
@@ -79,19 +80,39 @@ def scopes_of(backbone: nn.Module, delta: DeltaModule) -> list[nn.Module]:
     return [module for module in found if module is not None]
 
 
-def _hook_target(target: nn.Module, without: str = "") -> None:
+class Keys(NamedTuple):
+    """The names of the delta modules that the hooks of a target call before and after it, and whether they clean up."""
+
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    always: bool
+
+
+def _hook_target(target: nn.Module, *, added: str = "", removed: str = "") -> None:
     """Registers the hooks of all delta modules on a target again, in the order in which the deltas were first attached.
 
     They come before all other hooks. transformers installs its hooks that capture hidden states in the first call that
     needs them, and a delta attached later would be missing from the captured states.
 
     Args:
-        without: the name of a delta module that is about to be removed.
+        added: the name of a delta module that has just been added.
+        removed: the name of a delta module that is about to be removed.
     """
     calls = calls_of(target)
     clean_up(target, calls)
-    unhook(target, ours(target, (InputHook, OutputHook)))
-    # In C code and by class, because a target may have hundreds of delta modules, and each attach and detach asks for all.
+    hooks = ours(target, (InputHook, OutputHook))
+    keys = _changed_keys(target, hooks, added, removed) or _all_keys(target, without=removed)
+    unhook(target, hooks)
+    if keys.before:
+        ahead = ContextInputHook(keys.before, calls) if keys.always else InputHook(keys.before)
+        target.register_forward_pre_hook(ahead, prepend=True, with_kwargs=True)
+    if keys.after:
+        after = ContextOutputHook(keys.after, calls) if keys.always else OutputHook(keys.after)
+        target.register_forward_hook(after, prepend=True, with_kwargs=True, always_call=keys.always)
+
+
+def _all_keys(target: nn.Module, without: str) -> Keys:
+    # In C code and by class, because a target may have hundreds of delta modules.
     held = dict(delta_children(target))
     held.pop(without, None)
     if any(map(_WEIGHT_READ, held.values())):
@@ -100,15 +121,46 @@ def _hook_target(target: nn.Module, without: str = "") -> None:
     kinds: set[type[DeltaModule]] = set(map(type, held.values()))
     before = {kind for kind in kinds if kind.acts_before()}
     behind = {kind for kind in kinds if kind.acts_after()}
-    keys_before = tuple(key for key in keys if type(held[key]) in before) if before else ()
-    keys_after = tuple(keys if behind == kinds else (key for key in keys if type(held[key]) in behind))
-    always = any(kind.cleans_up() for kind in kinds)
-    if keys_before:
-        ahead = ContextInputHook(keys_before, calls) if always else InputHook(keys_before)
-        target.register_forward_pre_hook(ahead, prepend=True, with_kwargs=True)
-    if keys_after:
-        after = ContextOutputHook(keys_after, calls) if always else OutputHook(keys_after)
-        target.register_forward_hook(after, prepend=True, with_kwargs=True, always_call=always)
+    return Keys(
+        tuple(key for key in keys if type(held[key]) in before) if before else (),
+        tuple(keys if behind == kinds else (key for key in keys if type(held[key]) in behind)),
+        any(kind.cleans_up() for kind in kinds),
+    )
+
+
+def _changed_keys(target: nn.Module, hooks: Sequence[Any], added: str, removed: str) -> Keys | None:
+    """Returns the keys of the hooks that are there with one more or one less; None if that cannot be told from them.
+
+    Then all delta modules at the target are looked at: after an interruption, beside weight patches, or with context hooks,
+    of which one less may need no cleaning up.
+    """
+    if any(isinstance(hook, ContextInputHook | ContextOutputHook) for hook in hooks) or bool(added) == bool(removed):
+        return None
+    children: Any = target._modules
+    before = next((hook.delta_keys for hook in hooks if isinstance(hook, InputHook)), ())
+    after = next((hook.delta_keys for hook in hooks if isinstance(hook, OutputHook)), ())
+    there = len({*before, *after} if before and after else before or after) + bool(added)
+    delta = children[added or removed]
+    if type(delta).cleans_up() or there != len(children) or held_in(children) is None:
+        return None
+    if removed:
+        return Keys(_without(before, removed), _without(after, removed), always=False)
+    return Keys(
+        _with(children, before, added) if type(delta).acts_before() else before,
+        _with(children, after, added) if type(delta).acts_after() else after,
+        always=False,
+    )
+
+
+def _without(keys: tuple[str, ...], removed: str) -> tuple[str, ...]:
+    place = keys.index(removed) if removed in keys else len(keys)
+    return keys[:place] + keys[place + 1 :]
+
+
+def _with(children: Mapping[str, DeltaModule], keys: tuple[str, ...], added: str) -> tuple[str, ...]:
+    """Returns the keys with one more, by the order of the deltas. One behind others of the same order comes last."""
+    place = bisect_right(keys, _ORDER(children[added]), key=lambda key: _ORDER(children[key]))
+    return (*keys[:place], added, *keys[place:])
 
 
 def _order(delta: DeltaModule | None) -> int:

@@ -17,6 +17,7 @@ from deltakit.core import (
     is_of,
     is_slice,
     join,
+    own_children,
     own_modules,
     split_slice,
 )
@@ -270,7 +271,7 @@ def _refuse_nameless(path: str, module: nn.Module) -> None:
     Raises:
         TargetError: if a module or parameter has such a name.
     """
-    for name in (*module._modules, *module._parameters):
+    for name in (*(name for name, _ in own_children(module)), *module._parameters):
         if not name or "." in name or (is_slice(name) and name in module._parameters):
             raise TargetError(
                 f"{path or 'the backbone'}: it holds a module or parameter named {name!r}, which cannot be part of a path; "

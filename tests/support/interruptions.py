@@ -43,7 +43,9 @@ def interrupted(call, line=None, then=None, model=None):
 
     def again(frame, event, _):
         nonlocal calls
-        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
+        # Not in a generator: its `close` is a call, too, and Python drops what is raised there.
+        generator = frame.f_code.co_flags & inspect.CO_GENERATOR
+        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE) and not generator:
             calls += 1
             if calls == then:
                 raise KeyboardInterrupt

@@ -1,0 +1,80 @@
+"""What is known of the delta modules that one module holds, so that hundreds of them are not looked at in each walk."""
+
+from collections import Counter
+from operator import attrgetter
+from typing import Any
+
+from torch import nn
+
+from deltakit.core.delta_module import DeltaModule
+
+_KNOWN = "_deltakit_held"
+_RECORD = attrgetter("record")
+
+
+class Held:
+    """The delta modules of a module whose children are all delta modules.
+
+    The first of them keeps it, so that copies and pickles have it too. It is believed as long as the number of children and
+    the name of the last one are those that it was made for: a child that the user adds is the last one.
+    """
+
+    def __init__(self, children: dict[str, Any]) -> None:
+        # By C code: there may be hundreds.
+        self.kinds: Counter[type] = Counter(map(type, children.values()))
+        """How many of them there are of each class."""
+        self.all_deltas = all(issubclass(kind, DeltaModule) for kind in self.kinds)
+        self.records: Counter[Any] = Counter(map(_RECORD, children.values())) if self.all_deltas else Counter()
+        """How many of them belong to each delta."""
+        self.last = next(reversed(children))
+        self.count = len(children)
+
+    def fits(self, children: dict[str, Any]) -> bool:
+        return self.count == len(children) and self.last == next(reversed(children))
+
+
+def held_in(children: dict[str, Any]) -> Held | None:
+    """Returns what is known of the children of a module; None if they are not all delta modules, or there are none."""
+    for first in children.values():
+        if not isinstance(first, DeltaModule):
+            return None
+        known: Held | None = first.__dict__.get(_KNOWN)
+        if known is not None and known.fits(children):
+            return known
+        known = Held(children)
+        if not known.all_deltas:
+            return None
+        first.__dict__[_KNOWN] = known
+        return known
+    return None
+
+
+def add_held(module: nn.Module, key: str, delta: DeltaModule) -> None:
+    """Registers a delta module as a child, behind all others."""
+    children: Any = module._modules
+    known = held_in(children) if children and key not in children else None
+    module.add_module(key, delta)
+    if known is not None:
+        # The count comes last: an interruption before it leaves one that does not fit, and all are looked at again.
+        known.records[delta.record] += 1
+        known.kinds[type(delta)] += 1
+        known.last = key
+        known.count += 1
+
+
+def remove_held(module: nn.Module, key: str) -> None:
+    """Removes a delta module from the children of a module."""
+    children: Any = module._modules
+    delta = children[key]
+    known = held_in(children)
+    del children[key]
+    delta.__dict__.pop(_KNOWN, None)
+    if known is None or not children or next(iter(children.values())).__dict__.get(_KNOWN) is not known:
+        return
+    counters: tuple[tuple[Counter[Any], Any], ...] = ((known.records, delta.record), (known.kinds, type(delta)))
+    for counts, mine in counters:
+        counts[mine] -= 1
+        if not counts[mine]:
+            del counts[mine]
+    known.last = next(reversed(children))
+    known.count -= 1
