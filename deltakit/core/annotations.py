@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from deltakit.core.argument_words import described, is_bool
 
 _INT64 = 2**63
+_FLOAT32 = (2 - 2**-23) * 2.0**127
 
 Read = Callable[[Any], Any]
 
@@ -87,7 +88,7 @@ def _int(value: Any) -> int:
 
 
 def _float(value: Any) -> float:
-    if type(value) is float and math.isfinite(value):
+    if type(value) is float and -_FLOAT32 <= value <= _FLOAT32:
         # Nearly always, and abstract classes of numbers are asked ten times as long.
         return value
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -98,6 +99,9 @@ def _float(value: Any) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise Unfit(described(value))
+    if not -_FLOAT32 <= number <= _FLOAT32:
+        # torch refuses to multiply by it.
+        raise Unfit(f"{described(value)}, which float32 cannot hold")
     # An integer stays one: `alpha=16` is printed and saved as 16.
     return int(value) if isinstance(value, Integral) and abs(number) < _INT64 else number
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deltakit.core.bare_weight import is_quantized
 from deltakit.core.linear import is_compute_dtype, linear_sizes
-from deltakit.core.paths import join, module_at, own_modules
+from deltakit.core.paths import join, module_at, name_of, own_modules, parent_of
 
 _LARGEST = 2**28
 """The number of bytes that are copied at most. Statistics are small; what is larger is data, such as packed experts."""
@@ -22,15 +22,23 @@ _LARGEST = 2**28
 class BufferLedger:
     """The backbone's own values of its buffers by name. All deltas on one backbone share one ledger, made at the first attach.
 
-    `unsaved`: the names of those that a state dict does not have, and so no file of a delta either.
+    `unsaved`: the names of those that a state dict does not have, and so no file of a delta either. `empty`: those that are
+    None until a forward fills them.
     """
 
     own: dict[str, Tensor] = field(default_factory=dict)
     unsaved: set[str] = field(default_factory=set)
+    empty: list[str] = field(default_factory=list)
 
     def moved(self, backbone: nn.Module) -> list[str]:
         """Returns the names of the buffers that differ from the backbone's own values."""
         return [name for name, value in self.own.items() if _differs(buffer_at(backbone, name), value)]
+
+    def empty_again(self, backbone: nn.Module) -> None:
+        """Sets the buffers to None that were None, when the last delta is detached."""
+        for name in self.empty:
+            if buffer_at(backbone, name) is not None:
+                module_at(backbone, parent_of(name))._buffers[name_of(name)] = None  # type: ignore[union-attr]
 
     def accept(self, name: str, value: Tensor) -> None:
         """Makes a value the backbone's own."""
@@ -49,6 +57,12 @@ def copy_buffers(backbone: nn.Module) -> BufferLedger:
     return BufferLedger(
         {name: tensor.detach().clone() for name, tensor, _ in found if name in kept},
         {name for name, _, saved in found if not saved},
+        [
+            join(path, key)
+            for path, module in own_modules(backbone)
+            for key in module._buffers
+            if module._buffers[key] is None
+        ],
     )
 
 

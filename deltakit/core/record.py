@@ -65,6 +65,8 @@ class Record:
     trainable: bool = True
     start: Start | None = None
     """How its modules were when it was attached; None if they got values since, from a file or a state dict."""
+    version: int = 0
+    """What `Attachment.version` returned when the delta was attached."""
     grad_ledger: GradLedger = field(default_factory=GradLedger)
     buffer_ledger: BufferLedger = field(default_factory=BufferLedger)
     backbone_values: dict[str, Tensor] = field(default_factory=dict)
@@ -148,6 +150,14 @@ class Attachment:
     def attached(self) -> bool:
         """Whether the delta modules are in the backbone, or some of them after an interruption or the user's changes."""
         return any(site.key is not None for site in self.sites)
+
+    def version(self) -> int:
+        """Returns a number that grows whenever a trained parameter of its delta modules is changed."""
+        return sum(
+            0 if parameter.is_inference() else parameter._version
+            for site in self.sites
+            for _, parameter, _ in site.module.trained_parameters()
+        )
 
     def named(self, site: Site, name: str) -> str:
         """Returns the name of a delta module's tensor in files: `path.method.tensor`."""

@@ -11,13 +11,14 @@ from torch import nn
 
 from deltakit.core.buffer_ledger import buffer_at
 from deltakit.core.paths import own_parameters, parent_of
-from deltakit.core.record import Record, records_of
+from deltakit.core.record import Record, attachments_of
 
 
 def notice_moved_buffers(backbone: nn.Module, record: Record) -> None:
-    """Gives the buffers that forwards have changed to a delta: the first that is active and trainable, else the first active.
+    """Gives the buffers that forwards have changed to an active delta.
 
-    They are the backbone's own where nothing is frozen around them, or no delta is active.
+    It is the first that was trained since it was attached; if none was, the first that is trainable, else the first. The
+    buffers are the backbone's own where nothing is frozen around them, or no delta is active.
 
     Args:
         record: an attached delta.
@@ -26,11 +27,16 @@ def notice_moved_buffers(backbone: nn.Module, record: Record) -> None:
     moved = ledger.moved(backbone)
     if not moved:
         return
-    attached = records_of(backbone)
+    attachments = attachments_of(backbone)
+    attached = [attachment.record for attachment in attachments]
     if not any(other is record for other in attached):
         return
     taken = {id(buffer_at(backbone, name)) for other in attached for name in other.backbone_values}
-    active = sorted((other for other in attached if other.active), key=lambda other: not other.trainable)
+    trained = {id(other.record) for other in attachments if other.version() != other.record.version}
+    active = sorted(
+        (other for other in attached if other.active),
+        key=lambda other: (not (other.trainable and id(other) in trained), not other.trainable),
+    )
     frozen = _frozen_around(backbone, attached)
     for name in moved:
         here = buffer_at(backbone, name)

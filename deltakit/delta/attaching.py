@@ -21,7 +21,7 @@ from deltakit.delta.full_training import current_values
 from deltakit.delta.handle import Delta
 from deltakit.delta.new_heads import warn_frozen_head
 from deltakit.delta.planning import original, planned
-from deltakit.delta.rebuilding import check_paths, rebuilt
+from deltakit.delta.rebuilding import check_paths, has_its_tensors, rebuilt
 from deltakit.delta.untrained import start_of
 from deltakit.errors import BackboneMismatch, OptionError, warn
 from deltakit.files import (
@@ -127,10 +127,15 @@ def load(
     with from_file(where, "train.names"):
         full = expanded(config["train"]["names"], own, limit)
     check_paths(own, full, where)
-    built = [rebuilt(index, method, paths, tensors, where) for method, paths in found]
     with nullcontext() if name is not None else from_file(where, "name"):
         name = name if name is not None else config["name"]
         record = _record([m for m, _ in found], name, freeze, config["train"]["selectors"])
+    built = []
+    for number, (method, paths) in enumerate(found):
+        built.append(rebuilt(index, method, paths, tensors, where))
+        if number + 1 < len(found) and not has_its_tensors(record, number, built[-1], tensors):
+            # `load_state_dict` lists what is missing.
+            break
     record.trained_values = current_values(backbone, full, record)
     delta = Delta(Attachment(backbone, record, _sites(index, built)))
     delta.load_state_dict(tensors, where=where)

@@ -12,6 +12,7 @@ from deltakit.delta.handle import Delta, deltas
 from deltakit.delta.planning import build, original
 from deltakit.delta.running_statistics import holding_word
 from deltakit.errors import OptionError, StateError, no_such_delta
+from deltakit.files import is_finite
 from deltakit.selection import BackboneIndex
 
 
@@ -65,6 +66,11 @@ def combine(
             here = [(weight, part) for weight, there in own for part in there.get(path, [])]
             terms = module.take_sum(here)
             lost, total = lost + terms[0], total + terms[1]
+            if not all(map(is_finite, module.parameters_read())):
+                raise OptionError(
+                    f"combine: at {path} the sum has values that are infinite or not a number; use smaller weights, or leave "
+                    "out the delta that has such values"
+                )
             sites.append(Site(path, modules.module_at(path)[0], module, len(methods)))
         methods.append(method)
     delta = new_delta(backbone, methods, name, sites)
@@ -73,6 +79,11 @@ def combine(
 
 def _delta(backbone: nn.Module, key: str | Delta) -> Delta:
     if isinstance(key, Delta):
+        if key.backbone is not backbone:
+            raise OptionError(
+                f"combine: delta {key.name!r} is a delta of another {type(key.backbone).__name__}; pass the model that it was "
+                "attached to or loaded for"
+            )
         return key
     there = {delta.name: delta for delta in deltas(backbone)}
     if key not in there:

@@ -135,13 +135,32 @@ def put_backbone_values(attachment: Attachment) -> None:
     notice_moved_buffers(attachment.backbone, record)
     if record.backbone_values:
         record.trained_values = record.trained_values or _copies(tensors_at(attachment, record.backbone_values))
-        resized = _put(attachment, record.backbone_values)
+        resized = [*_put(attachment, record.backbone_values), *_put_resized(attachment)]
         record.backbone_values = {}
         if resized:
             warn(
                 f"{resized[0]}: delta {record.name!r} fully trains it, and it was resized while the delta was attached "
                 f"({len(resized)} such tensors); only the rows that it had before have the backbone's own values again"
             )
+
+
+@torch.no_grad()
+def _put_resized(attachment: Attachment) -> list[str]:
+    """Copies the backbone's own rows into heads that were resized into new modules, and returns the names of their tensors.
+
+    `resize_token_embeddings` makes a new head that starts with the rows of the old one: those that the delta has trained.
+    """
+    record, found = attachment.record, []
+    here, held = dict(tensors_of(attachment.backbone)), tensors_at(attachment, record.backbone_values)
+    for name, own in record.backbone_values.items():
+        new, trained = here.get(name), record.trained_values.get(name)
+        if new is None or trained is None or new is held.get(name) or not new.ndim or new.shape == own.shape:
+            continue
+        rows = min(len(new), len(own))
+        if new.shape[1:] == own.shape[1:] and torch.equal(new[:rows], trained[:rows].to(new.device, new.dtype)):
+            new[:rows].copy_(own[:rows])
+            found.append(name)
+    return found
 
 
 def fully_trained_tensors(attachment: Attachment) -> dict[str, Tensor]:

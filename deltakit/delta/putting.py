@@ -13,6 +13,7 @@ from deltakit.core import (
     drop_interrupted_calls,
     key_of,
     notice_moved_buffers,
+    records_of,
     shapes_of,
 )
 from deltakit.delta.changed_backbone import logical_sizes
@@ -50,6 +51,7 @@ def put_all(attachment: Attachment) -> None:
         if record.active:
             put_trained_values(attachment)
         refresh_gradients(backbone, record.grad_ledger)
+        record.version = attachment.version()
         watch_first_forward(attachment)
         watch(backbone)
     except BaseException:
@@ -109,6 +111,8 @@ def _take_all(attachment: Attachment) -> None:
     record.leaving = True
     change_begins(backbone, RunningCall(sys._getframe()))
     put_backbone_values(attachment)
+    if all(other.leaving for other in records_of(backbone)):
+        record.buffer_ledger.empty_again(backbone)
     refresh_gradients(backbone, record.grad_ledger)
     forget_first_forward(attachment)
     drop_interrupted_calls()

@@ -47,7 +47,12 @@ def merge_quantized(
     sum_of_both.weight.copy_(wanted)
     made = quantize(sum_of_both)
     made = sum_of_both if made is None else made
-    weight = made.weight
+    weight = getattr(made, "weight", None)
+    if not isinstance(weight, Tensor) or tuple(sizes) != linear_sizes(made):
+        raise TargetError(
+            f"{path}: quantize= returned a {type(made).__name__}, and expected is a linear layer of size {sizes[0]} to "
+            f"{sizes[1]}; let it quantize the linear layer that it gets, in place or by returning another layer"
+        )
     if not isinstance(weight, nn.Parameter) or not is_quantized(weight):
         raise TargetError(
             f"{path}: quantize= left the weight in {weight.dtype}; let it quantize the linear layer that it gets, in place or "

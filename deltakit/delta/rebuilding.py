@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from deltakit.core import DeltaModule, Method, without_start_values
+from deltakit.core import DeltaModule, Method, Record, join, label_of, without_start_values
 from deltakit.delta.planning import build
 from deltakit.errors import CheckpointError
 from deltakit.files import from_file
@@ -75,6 +75,20 @@ def rebuilt(
             f"differ at {other[0]}; load the backbone that the delta was trained on"
         )
     return built
+
+
+def has_its_tensors(record: Record, number: int, built: Mapping[str, DeltaModule], saved: Mapping[str, Tensor]) -> bool:
+    """Returns whether a file has all tensors of the delta modules that were built for the method `number`.
+
+    The first method that lacks some is the last that is built: a short file may list thousands of methods, each on all layers.
+
+    Args:
+        saved: the tensors in the file.
+    """
+    label = label_of(record, number)
+    return all(
+        f"{join(path, label)}.{name}" in saved for path, module in built.items() for name in module.saved_state()
+    )
 
 
 def check_paths(known: BackboneIndex | Mapping[str, Tensor], paths: Sequence[str], where: str) -> None:

@@ -31,8 +31,15 @@ def parameter_groups(attachment: Attachment, options: Mapping[str, Mapping[str, 
     """Returns a delta's trained parameters as an optimiser's groups: one for each tag with options, and one for the others.
 
     Raises:
-        OptionError: if no parameter has one of the tags.
+        OptionError: if no parameter has one of the tags, or the options name the parameters themselves.
     """
+    for tag, own in options.items():
+        reserved = sorted(own.keys() & {"params", "tag"})
+        if reserved:
+            raise OptionError(
+                f"parameter_groups({tag}=...): expected options of an optimiser, such as lr, found {reserved[0]!r}, which "
+                "parameter_groups sets itself; leave it out"
+            )
     groups: dict[str, list[nn.Parameter]] = {}
     tags: dict[str, None] = {}
     tagged = {id(p): tag for site in attachment.sites for _, p, tag in site.module.trained_parameters()}

@@ -13,7 +13,7 @@ _SITES, _VALUES = 8, 16
 
 def start_of(attachment: Attachment) -> Start:
     """Returns what shows later whether a new delta was trained."""
-    return Start(_version(attachment), {name: _sample(parameter) for name, parameter in _sampled(attachment)})
+    return Start(attachment.version(), {name: _sample(parameter) for name, parameter in _sampled(attachment)})
 
 
 def warn_untrained(attachment: Attachment, state: Mapping[str, Tensor]) -> None:
@@ -23,7 +23,7 @@ def warn_untrained(attachment: Attachment, state: Mapping[str, Tensor]) -> None:
         state: its tensors as they are saved.
     """
     start = attachment.record.start
-    if start is None or _version(attachment) > start.version:
+    if start is None or attachment.version() > start.version:
         return
     # Some optimisers write behind torch's back, through `.data` or in a kernel of their own. Then the version stays the same
     # and the values differ.
@@ -39,15 +39,6 @@ def warn_untrained(attachment: Attachment, state: Mapping[str, Tensor]) -> None:
             "since. If you trained it, the optimiser may have been made before attach(), or the model that was trained is "
             "another one than that of this handle: dk.deltas(model) returns a model's own"
         )
-
-
-def _version(attachment: Attachment) -> int:
-    """Returns a number that grows whenever a trained parameter is changed."""
-    return sum(
-        0 if parameter.is_inference() else parameter._version
-        for site in attachment.sites
-        for _, parameter, _ in site.module.trained_parameters()
-    )
 
 
 def _sampled(attachment: Attachment) -> Iterator[tuple[str, Tensor]]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from deltakit.errors import CheckpointError
 
 # A delta may be loaded in another precision than it was saved in, but not from integers, booleans or single bytes.
+_VALUES = "has values that are infinite or not a number"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -33,12 +34,20 @@ def check_tensors(
     ]
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise CheckpointError(
-            f"{where}: {len(problems)} of its tensors do not fit: {shown}; load the backbone that the delta was trained on"
+        values = all(problem.endswith(_VALUES) for problem in problems)
+        advice = (
+            "save them again from a run that did not fail"
+            if values
+            else "load the backbone that the delta was trained on"
         )
+        raise CheckpointError(f"{where}: {len(problems)} of its tensors do not fit: {shown}; {advice}")
 
 
 def _problem(name: str, found: Tensor, expected: Tensor, own: bool) -> str:
+    if found.layout is not torch.strided or found.is_nested:
+        return f"{name} is sparse or nested; make it dense first (to_dense)"
+    if found.is_meta and not expected.is_meta:
+        return f"{name} is on the meta device and has no values"
     if found.shape != expected.shape:
         return f"{name}: the file has {tuple(found.shape)}, the backbone needs {tuple(expected.shape)}"
     if found.dtype != expected.dtype and not (found.dtype in _FLOATS and expected.dtype in _FLOATS):
@@ -47,7 +56,7 @@ def _problem(name: str, found: Tensor, expected: Tensor, own: bool) -> str:
     # while loading they are not initialised.
     if is_finite(found) or (own and not is_finite(expected)):
         return ""
-    return f"{name} has values that are infinite or not a number"
+    return f"{name} {_VALUES}"
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -220,6 +220,12 @@ class PatchHook:
             show_sum(holder, self.name or name, self.key, partial(self._fitting, scope, update))
 
     def _fitting(self, scope: nn.Module, update: Tensor, weight: Tensor) -> Tensor:
+        if update.shape != weight.shape and update.ndim == weight.ndim and update.shape[1:] == weight.shape[1:]:
+            raise StateError(
+                f"{self.holder or type(scope).__name__}: the delta was attached to a weight of shape {tuple(update.shape)}, "
+                f"and it has the shape {tuple(weight.shape)} now: it was resized (resize_token_embeddings?); detach() the "
+                "delta and attach a new one"
+            )
         if weight.is_meta and not update.is_meta:
             raise TargetError(
                 f"{self.holder or type(scope).__name__}: this weight is offloaded and has no values here, so a weight patch "

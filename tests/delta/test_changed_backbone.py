@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+import transformers as tf
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import deltakit as dk
-from support.models import Transformer, attached, ids, same, snapshot
+from support.models import Transformer, attached, ids, randomize, same, snapshot
 from support.tiny_transformers import build
 
 
@@ -233,3 +234,29 @@ def test_moved_while_detached():
     module.to = lambda device: moved.append(device)
     delta.attach().detach()
     assert not moved
+
+
+@pytest.mark.parametrize("size", [60, 40])
+def test_a_head_that_was_resized_into_a_new_module_has_the_backbone_s_rows_again(size):
+    model = build("llama", tf.AutoModelForCausalLM, tie_word_embeddings=False, vocab_size=50)
+    own = model.lm_head.weight.detach().clone()
+    delta = randomize(dk.attach(model, dk.LoRA(r=2), train="lm_head"))
+    model.resize_token_embeddings(size)
+    rows = min(size, 50)
+    assert not torch.equal(model.lm_head.weight[:rows], own[:rows])
+    with pytest.warns(UserWarning, match=r"lm_head\.weight: .* was resized while the delta was attached"):
+        delta.detach()
+    assert torch.equal(model.lm_head.weight[:rows], own[:rows])
+
+
+@pytest.mark.parametrize("size", [60, 40])
+def test_a_weight_patch_on_a_resized_embedding(size):
+    model = build("llama", vocab_size=50).eval()
+    delta = dk.attach(model, dk.LoRA(r=2, at="embed_tokens.weight"), train=())
+    x = torch.arange(3, 9)[None]
+    model(input_ids=x)
+    model.resize_token_embeddings(size)
+    with pytest.raises(dk.StateError, match=r"Embedding: .*was resized.*detach\(\) the delta and attach a new one"):
+        model(input_ids=x)
+    delta.detach()
+    model(input_ids=x)

@@ -443,3 +443,58 @@ def test_caches_of_two_deltas_do_not_keep_them_apart():
     one.detach()
     two.detach()
     assert torch.equal(model.cache, torch.zeros(2))
+
+
+def test_the_statistics_go_to_the_delta_that_was_trained(tmp_path):
+    base = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+    model, x = copy.deepcopy(base), torch.randn(9, 6) * 3 + 1
+    randomize(dk.attach(model, dk.LoRA(r=2, at="0"), name="first")).save(tmp_path / "first")
+    dk.deltas(model)[0].detach()
+    first = dk.load(tmp_path / "first", model)
+    second = dk.attach(model, dk.LoRA(r=2, at="2"), name="second")
+    optimizer = torch.optim.SGD(second.parameters(), lr=0.1)
+    model.train()
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    wanted = model.eval()(x)
+    assert not first.fully_trained
+    assert "1.running_mean" in second.fully_trained
+    second.save(tmp_path / "second")
+    dk.load(tmp_path / "first", base)
+    dk.load(tmp_path / "second", base)
+    assert torch.equal(base.eval()(x), wanted)
+
+
+class Filled(nn.Module):
+    """Its buffer is None until the first forward in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("average", None)
+
+    def forward(self, x):
+        y = self.layer(x)
+        if self.training:
+            mean = y.detach().mean(0)
+            self.average = mean if self.average is None else 0.9 * self.average + 0.1 * mean
+        return y if self.average is None else y - self.average
+
+
+def test_a_buffer_that_forwards_fill_is_empty_again():
+    model, x = Filled(), torch.randn(3, 4)
+    keys = list(model.state_dict())
+    one = dk.attach(model, dk.LoRA(r=2, at="layer"), name="one")
+    two = dk.attach(model, dk.BitFit(at="layer"), name="two")
+    model.train()(x).sum().backward()
+    one.detach()
+    assert model.average is not None
+    two.detach()
+    assert model.average is None
+    assert list(model.state_dict()) == keys
+    model(x)
+    two.attach()
+    two.detach()
+    assert model.average is not None
