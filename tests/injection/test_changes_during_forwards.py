@@ -4,6 +4,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
+from functools import partial
 
 import pytest
 import torch
@@ -137,9 +138,14 @@ def test_with_a_lock_each_forward_sees_all_of_a_delta_or_nothing(switching):
     model, lock = Transformer().eval(), threading.Lock()
     with torch.no_grad():
         plain = model(ids())
-        delta = randomize(dk.attach(model, dk.LoRA(r=2), dk.Prefix(tokens=2, at="layers.*")))
+        delta = randomize(
+            dk.attach(model, dk.LoRA(r=2), dk.Prefix(tokens=2, at="layers.*"), dk.SoftPrompt(tokens=2, prepend=False))
+        )
         wanted = model(ids())
     over = threading.Event()
+
+    def activate(active):
+        delta.active = active
 
     def serve():
         seen = []
@@ -151,7 +157,7 @@ def test_with_a_lock_each_forward_sees_all_of_a_delta_or_nothing(switching):
     with ThreadPoolExecutor(2) as pool:
         served = [pool.submit(serve) for _ in range(2)]
         for _ in range(10):
-            for change in (delta.detach, delta.attach):
+            for change in (delta.detach, delta.attach, partial(activate, False), partial(activate, True)):
                 with lock:
                     change()
         over.set()
