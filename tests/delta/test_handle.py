@@ -280,7 +280,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(steps=STEPS)
 def test_any_sequence_of_calls_is_undone_bit_for_bit(steps, tmp_path_factory):
     torch.manual_seed(0)

@@ -16,8 +16,12 @@ def compiler():
         yield pool
 
 
-# Adapters, BitFit and IA3 hook layers as LoRA does, which runs in both of these backbones: one of them, or the toy, is enough.
-SLOW = {"adapter-bert", "bitfit-llama", "ia3-bert", "ia3-llama"}
+# Adapters, BitFit and IA3 hook layers as LoRA does, which runs in both of these backbones: the toy is enough. Of the prompts,
+# each runs in one of them.
+SLOW = {
+    *("adapter-bert", "adapter-llama", "bitfit-bert", "bitfit-llama", "ia3-bert", "ia3-llama"),
+    *("prefix-bert", "soft_prompt-llama"),
+}
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] if c in SLOW else []) for c in CASES])
