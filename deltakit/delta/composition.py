@@ -1,7 +1,7 @@
 """Which delta modules on one weight may be merged, so that the outputs stay the same.
 
-A merged delta acts with the weight, before all others at its target. That changes nothing for a delta that only adds to the
-output, that changes the input for both, or that was attached later and changes the output.
+A merged delta acts with the weight, before all others at its target. That changes nothing for a delta that was attached later
+and changes the output, for one that changes the input for both, and if both only add to the output.
 """
 
 from collections.abc import Sequence
@@ -65,7 +65,11 @@ def _refuse(merged: Attachment, live: Attachment, advice: str) -> None:
 
 
 def _same_function(merged: Site, live: Site, merged_record: Record, live_record: Record) -> bool:
-    follows = live_record.order > merged_record.order or live.module.has_weight_form or live.module.acts_before()
+    # What only adds (it has a weight form) commutes with what only adds, and not with what scales the output.
+    both_add = live.module.has_weight_form and merged.module.has_weight_form
+    # A weight patch acts with the weight, too, whenever it was attached.
+    later = live_record.order > merged_record.order and live.module.weight_read is None
+    follows = later or both_add or live.module.acts_before()
     return follows and not merged.module.acts_before() and not live.module.reads_weight
 
 

@@ -201,3 +201,23 @@ class TestBesideAnotherDelta:
             dk.StateError, match=r"0: delta '(first|second)' has a \w+ here, and with '(first|second)' merged"
         ):
             self.outputs(first, second, merged)
+
+    METHODS = {
+        "lora": dk.LoRA(r=2, at="0"),
+        "bitfit": dk.BitFit(at="0"),
+        "scale": dk.IA3(at="0"),
+        "input scale": dk.IA3(at="0", side="input"),
+        "adapter": dk.Adapter(size=3, at="0"),
+        "patch": dk.LoRA(r=2, at="0.weight"),
+    }
+
+    @pytest.mark.parametrize("merged", [0, 1])
+    @pytest.mark.parametrize("second", METHODS)
+    @pytest.mark.parametrize("first", METHODS)
+    def test_each_pair_is_the_same_function_or_refused(self, first, second, merged):
+        try:
+            found, wanted = self.outputs(self.METHODS[first], self.METHODS[second], merged)
+        except (dk.StateError, dk.TargetError) as error:
+            assert "together compute something else" in str(error) or "cannot be merged" in str(error)
+        else:
+            torch.testing.assert_close(found, wanted)
