@@ -134,6 +134,16 @@ def test_a_part_of_a_delta_is_missing_under_any_prefix():
     model.load_state_dict({name: value for name, value in state.items() if "delta_lora" not in name})
 
 
+METHODS = {
+    "lora": dk.LoRA(r=2, at="0"),
+    "bitfit": dk.BitFit(at="0"),
+    "scale": dk.IA3(at="0"),
+    "input scale": dk.IA3(at="0", side="input"),
+    "adapter": dk.Adapter(size=3, at="0"),
+    "patch": dk.LoRA(r=2, at="0.weight"),
+}
+
+
 class TestBesideAnotherDelta:
     """A merged delta acts before all others at its target: with some of them that gives another function."""
 
@@ -202,21 +212,12 @@ class TestBesideAnotherDelta:
         ):
             self.outputs(first, second, merged)
 
-    METHODS = {
-        "lora": dk.LoRA(r=2, at="0"),
-        "bitfit": dk.BitFit(at="0"),
-        "scale": dk.IA3(at="0"),
-        "input scale": dk.IA3(at="0", side="input"),
-        "adapter": dk.Adapter(size=3, at="0"),
-        "patch": dk.LoRA(r=2, at="0.weight"),
-    }
-
     @pytest.mark.parametrize("merged", [0, 1])
     @pytest.mark.parametrize("second", METHODS)
     @pytest.mark.parametrize("first", METHODS)
     def test_each_pair_is_the_same_function_or_refused(self, first, second, merged):
         try:
-            found, wanted = self.outputs(self.METHODS[first], self.METHODS[second], merged)
+            found, wanted = self.outputs(METHODS[first], METHODS[second], merged)
         except (dk.StateError, dk.TargetError) as error:
             assert "together compute something else" in str(error) or "cannot be merged" in str(error)
         else:
