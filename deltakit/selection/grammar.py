@@ -97,6 +97,11 @@ def match(selector: str, paths: Collection[str], roles: Roles, explicit: Explici
             return _match_regex(selector, selector[len(prefix) :], paths, explicit, whole_path=whole_path)
     scope, slash, rest = selector.rpartition("/")
     if slash:
+        if not scope or not rest:
+            raise SelectorError(
+                f"selector {selector!r}: one side of the slash is empty; write the modules around before it and a selector "
+                "of what is in them after it, such as 'encoder/@attn.q'"
+            )
         below = tuple(f"{path}." if path else "" for path in match(scope, paths, roles, explicit))
         return [path for path in match(rest, paths, roles, explicit) if path.startswith(below)] if below else []
     if selector.endswith("@"):
@@ -123,6 +128,12 @@ def _literal(selector: str, paths: Collection[str], explicit: Explicit) -> list[
 def _match_regex(
     selector: str, pattern: str, paths: Collection[str], explicit: Explicit, *, whole_path: bool
 ) -> list[str]:
+    if not pattern:
+        # It would match the backbone itself, and so mean all of it.
+        raise SelectorError(
+            f"selector {selector!r}: no regular expression follows the prefix; write one, such as {selector + '.*query'!r}, "
+            "or '^' for the backbone itself"
+        )
     try:
         compiled = re.compile(pattern if whole_path else rf"(?:.*\.)?(?:{pattern})")
     except (re.error, OverflowError, RecursionError) as error:
@@ -134,7 +145,13 @@ def _match_regex(
 
 
 def _match_roles(selector: str, paths: Collection[str], roles: Roles) -> list[str]:
-    hits = dict.fromkeys(path for role in alternatives(selector[1:], selector) for path in roles(role))
+    wanted = alternatives(selector[1:], selector)
+    if any("" in role.split(".") for role in wanted):
+        raise SelectorError(
+            f"selector {selector!r}: a part of the role is empty; write '@' and one role, such as '@attn', '@attn.q' or "
+            "'@attn.{q,v}'"
+        )
+    hits = dict.fromkeys(path for role in wanted for path in roles(role))
     modules = [path for path in paths if path in hits]
     known = set(modules)
     return modules + [path for path in hits if path not in known]

@@ -99,6 +99,18 @@ def test_equals_a_slow_obvious_matcher(paths, pattern):
         ("{5-1}", "the range '5-1' runs backwards"),
         ("re:(", "invalid regular expression"),
         ("block@.x@", "OpenDelta's common names are attn@"),
+        ("@attn.", "selector '@attn.': a part of the role is empty; write '@' and one role"),
+        ("@ff.", "a part of the role is empty"),
+        ("@block.", "a part of the role is empty"),
+        ("@.q", "a part of the role is empty"),
+        ("@attn..q", "a part of the role is empty"),
+        ("@{attn,ff}.", "a part of the role is empty"),
+        ("dec/@attn.", "a part of the role is empty"),
+        ("re:", "selector 're:': no regular expression follows the prefix; write one, such as 're:.*query'"),
+        ("[r]", "selector '[r]': no regular expression follows the prefix"),
+        ("dec/re:", "no regular expression follows the prefix"),
+        ("dec/", "selector 'dec/': one side of the slash is empty"),
+        ("/dec", "one side of the slash is empty"),
     ],
 )
 def test_malformed(selector, message):
@@ -167,6 +179,15 @@ def test_a_typo_in_one_entry_of_a_list_is_an_error():
         dk.SelectorError, match=r"selector 'v_projj' matches none of the \d+ modules.*nearest: .*v_proj"
     ):
         dk.select(Transformer(), ["q_proj", "v_projj"])
+
+
+@pytest.mark.parametrize("option", ["at", "exclude", "train"])
+def test_malformed_selectors_never_mean_the_whole_backbone(option):
+    for selector in ("re:", "[r]", "@attn.", "@ff."):
+        method = dk.LoRA(r=2, **({} if option == "train" else {option: selector}))
+        with pytest.raises(dk.SelectorError, match="is empty|no regular expression"):
+            dk.plan(Transformer(), method, train=selector if option == "train" else None)
+    assert dk.select(nn.ModuleDict({"re:": nn.Linear(2, 2), "0": nn.Linear(2, 2)}), "re:").keys() == {"re:"}
 
 
 def test_narrowing():

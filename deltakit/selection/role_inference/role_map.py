@@ -56,8 +56,8 @@ class RoleMap:
         plain = {"block": self.blocks, "norm": self.norms, "embed": self.embed, "head": self.head}
         if role in plain:
             return plain[role]
-        kind, _, part = role.partition(".")
-        if kind not in PARTS or (part and part not in PARTS[kind]):
+        kind, dot, part = role.partition(".")
+        if kind not in PARTS or (dot and part not in PARTS[kind]):
             raise RoleError(f"there is no role '@{role}'; use one of {', '.join('@' + name for name in ROLES)}")
         hits = [path for unit in self.units if unit.kind == kind for path in _answer(unit, part)]
         return tuple(sorted(dict.fromkeys(hits), key=self.rank))
