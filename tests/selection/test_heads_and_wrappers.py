@@ -37,6 +37,23 @@ class Timm(Net):
         return self.head.fc
 
 
+class Packed(nn.Module):
+    """A quantized layer, whose weights are buffers."""
+
+    in_features, out_features, compute_dtype = 5, 2, torch.float32
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("packed", torch.zeros(2, 5, dtype=torch.int8))
+
+
+class Shared(nn.Sequential):
+    """It has its own forward, so its last child need not compute its output."""
+
+    def forward(self, x):
+        return self[0](self[1](x))
+
+
 def pooled():
     return nn.ModuleDict({"norm": nn.LayerNorm(7), "fc": nn.Linear(7, 2)})
 
@@ -47,18 +64,44 @@ def pooled():
         (lambda: Net("heads", nn.Sequential(OrderedDict(head=nn.Linear(7, 2)))), ["heads.head"]),
         (lambda: Net("fc", nn.Linear(7, 2)), ["fc"]),
         (lambda: Net("classifier", nn.Sequential(nn.Dropout(), nn.Linear(7, 2))), ["classifier.1"]),
-        (lambda: Net("classifier", nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 2))), ["classifier"]),
+        (lambda: Net("classifier", nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 2))), ["classifier.2"]),
+        (lambda: Net("classifier", nn.Sequential(nn.Conv2d(7, 5, 3), nn.ReLU(), nn.Conv2d(5, 2, 1))), ["classifier.2"]),
+        (lambda: Net("classifier", nn.Sequential(nn.LayerNorm(7), nn.Flatten(), nn.Linear(7, 2))), ["classifier.2"]),
+        (lambda: Net("head", nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5))), ["head"]),
+        (lambda: Net("head", Shared(nn.Linear(7, 7), nn.Linear(7, 7))), ["head"]),
         (lambda: Timm("head", pooled()), ["head.fc"]),
         (lambda: Net("head", pooled()), ["head"]),
         (lambda: nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 2)), ["2"]),
         (lambda: nn.Sequential(build("bert"), nn.Sequential(nn.Dropout(), nn.Linear(24, 2))), ["1.1"]),
+        (lambda: nn.Sequential(build("bert"), nn.Sequential(nn.Linear(24, 7), nn.Tanh(), nn.Linear(7, 2))), ["1.2"]),
+        (lambda: build("roberta", tf.AutoModelForSequenceClassification), ["classifier"]),
     ],
-    ids=["torchvision ViT", "ResNet", "EfficientNet", "VGG", "timm", "a head with a norm", "Sequential", "nested"],
+    ids=[
+        "torchvision ViT",
+        "ResNet",
+        "EfficientNet",
+        "VGG",
+        "convolutions",
+        "ConvNeXt",
+        "a norm at the end",
+        "its own forward",
+        "timm",
+        "a head with a norm",
+        "Sequential",
+        "nested",
+        "nested VGG",
+        "RoBERTa",
+    ],
 )
 def test_head(make, head):
     model = make()
     assert list(dk.select(model, "@head")) == head
     assert dk.attach(model, dk.BitFit(), train="@head").num_parameters > 0
+
+
+def test_the_last_layer_of_a_head_may_be_quantized():
+    model = Net("head", nn.Sequential(nn.Linear(7, 5), nn.ReLU(), Packed()))
+    assert list(dk.select(model, "@head")) == ["head.2"]
 
 
 @pytest.mark.parametrize(

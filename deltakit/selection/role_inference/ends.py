@@ -38,7 +38,7 @@ def heads(walk: Walk, root: str = "") -> tuple[str, ...]:
     base = getattr(model, "base_model_prefix", "")
     if base and base in names.values():
         return tuple(child for child in roots if names[child] != base)
-    found = tuple(_only_layer(walk, child) for child in roots if names[child] in HEADS) or _last(walk, root, roots)
+    found = tuple(_last_layer(walk, child) for child in roots if names[child] in HEADS) or _last(walk, root, roots)
     if found:
         return found
     # A wrapper: a LightningModule, PeftModel or SentenceTransformer around a model with a head of its own.
@@ -75,13 +75,24 @@ def _has_parameters(module: nn.Module) -> bool:
     return any(p is not None for _, m in own_modules(module) for p in m._parameters.values())
 
 
-def _only_layer(walk: Walk, path: str) -> str:
-    """The only module with parameters in an `nn.Sequential` (torchvision's `heads.head`); else the path itself."""
-    if not isinstance(walk.modules[path], nn.Sequential):
-        return path
-    below = [path, *(other for other in walk.modules if other.startswith(f"{path}."))]
-    layers = [other for other in below if any(p is not None for p in walk.modules[other]._parameters.values())]
-    return layers[0] if len(layers) == 1 else path
+def _last_layer(walk: Walk, path: str) -> str:
+    """The layer that computes the output of an `nn.Sequential` (VGG's `classifier.6`); the path itself if there is none.
+
+    A class with its own forward is one head, whatever is in it (RoBERTa's has a dense layer and the projection to classes).
+    """
+    at = path
+    while _runs_in_order(walk.modules[at]) or wrapped_layer(walk.modules[at]) is not None:
+        # The packed weights of a quantized layer are buffers.
+        inside = [p for p in walk.children[at] if walk.linears_below(p) or _has_parameters(walk.modules[p])]
+        if not inside:
+            return path
+        at = inside[-1]
+    last = walk.modules[at]
+    return at if linear_sizes(last) is not None or isinstance(last, nn.modules.conv._ConvNd) else path
+
+
+def _runs_in_order(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
 def _last(walk: Walk, root: str, children: Iterable[str]) -> tuple[str, ...]:
@@ -89,5 +100,5 @@ def _last(walk: Walk, root: str, children: Iterable[str]) -> tuple[str, ...]:
     children = list(children)
     if not isinstance(walk.modules[root], nn.Sequential) or len(children) < 2:
         return ()
-    last = _only_layer(walk, children[-1])
+    last = _last_layer(walk, children[-1])
     return (last,) if linear_sizes(walk.modules[last]) else ()
