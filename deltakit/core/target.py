@@ -77,6 +77,11 @@ class Target:
         return bool(self.parameter or (self.weight_read is not None and self.weight_read.never_called))
 
     @property
+    def named(self) -> str:
+        """What messages call it: its path, or "the backbone" for the backbone itself."""
+        return self.path or "the backbone"
+
+    @property
     def part(self) -> str:
         """The parameter's name and the feature slice in brackets, or "" if the target is the full module."""
         return self.parameter + (f"[{self.feature_slice.name}]" if self.feature_slice is not None else "")

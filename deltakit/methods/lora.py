@@ -124,17 +124,17 @@ class LoRA(Method, name="lora"):
         kind = self.kind_at(target)
         if isinstance(target.module, nn.Embedding) and target.module.max_norm is not None:
             raise TargetError(
-                f"{target.path}: LoRA expects an embedding without max_norm, which rewrites its weight in each forward; leave "
-                "it out with exclude="
+                f"{target.named}: LoRA expects an embedding without max_norm, which rewrites its weight in each forward; "
+                "leave it out with exclude="
             )
         if self.dropout and kind.patches_weight(target):
             raise OptionError(
-                f"{target.path}: LoRA(dropout={self.dropout:g}) drops inputs, but here LoRA patches a weight whose input no "
+                f"{target.named}: LoRA(dropout={self.dropout:g}) drops inputs, but here LoRA patches a weight whose input no "
                 "hook sees; use dropout=0, or leave it out with exclude="
             )
         if target.tied and not target.parameter and not self.untie:
             raise TargetError(
-                f"{target.path}: its weight is tied to {target.tied[0]}, and an update of this module alone would make the "
+                f"{target.named}: its weight is tied to {target.tied[0]}, and an update of this module alone would make the "
                 f"two differ; write at='{target.path}.weight' to update both, pass untie=True to update this module alone, or "
                 f"leave it out with exclude={target.path!r}"
             )
@@ -142,8 +142,8 @@ class LoRA(Method, name="lora"):
         largest = min(delta.d_in, delta.d_out)
         if self.r > largest:
             raise OptionError(
-                f"{target.path}: rank {self.r} is above the layer's size {delta.d_in} to {delta.d_out}; use LoRA(r={largest}) "
-                "or less, or leave it out with exclude="
+                f"{target.named}: rank {self.r} is above the layer's size {delta.d_in} to {delta.d_out}; use "
+                f"LoRA(r={largest}) or less, or leave it out with exclude="
             )
         return delta
 

@@ -164,7 +164,7 @@ class Prefix(Method, name="prefix"):
             below = inside.get(target.path)
             if below is None:
                 raise TargetError(
-                    f"{target.path}: this {type(target.module).__name__} has no attention in it, and prefix needs one; this "
+                    f"{target.named}: this {type(target.module).__name__} has no attention in it, and prefix needs one; this "
                     f"backbone has attention at {', '.join(paths[:3]) or 'no path'}"
                 )
             found += [index.target(path) for path in below]

@@ -244,7 +244,7 @@ class SoftPrompt(Method, name="soft_prompt"):
             if target.path not in embeddings:
                 found = type(target.module).__name__
                 raise TargetError(
-                    f"{target.path}: soft_prompt expects the embedding of the input ids, found a {found}; omit at="
+                    f"{target.named}: soft_prompt expects the embedding of the input ids, found a {found}; omit at="
                 )
         return [index.target(path) for path in embeddings] if selected is None else selected
 
@@ -293,7 +293,7 @@ class SoftPrompt(Method, name="soft_prompt"):
             outside = [i for i in self.init_ids if i >= weight.shape[0]]
             if outside:
                 what = f"beyond the vocabulary of {weight.shape[0]} tokens; use this backbone's own tokenizer"
-                raise OptionError(f"{target.path}: SoftPrompt(init_ids=...) has the id {outside[0]}, {what}")
+                raise OptionError(f"{target.named}: SoftPrompt(init_ids=...) has the id {outside[0]}, {what}")
             ids = torch.tensor([self.init_ids[i % len(self.init_ids)] for i in range(self.tokens)])
         else:
             ids = torch.randint(min(_FREQUENT, weight.shape[0]), (self.tokens,))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltakit.core import Target, is_compute_dtype, linear_sizes, own_children, own_modules
+from deltakit.core import Target, is_compute_dtype, join, linear_sizes, own_children, own_modules
 from deltakit.errors import TargetError
 from deltakit.selection import output_features
 
@@ -35,9 +35,9 @@ def sizes(target: Target, method: str) -> tuple[int, int]:
     if linear is not None:
         return linear[0], target.feature_slice.size if target.feature_slice else linear[1]
     own = [name for name, parameter in module._parameters.items() if parameter is not None and parameter.ndim > 1]
-    named = f", or the parameter '{target.path}.{own[0]}'" if own and target.path else ""
+    named = f", or the parameter '{join(target.path, own[0])}'" if own else ""
     raise TargetError(
-        f"{target.path or 'the backbone'}: {method} works on Linear, Conv1D, Embedding and Conv1d to Conv3d, found "
+        f"{target.named}: {method} works on Linear, Conv1D, Embedding and Conv1d to Conv3d, found "
         f"{type(module).__name__}; leave it out with of= or exclude=, or select a module inside it{named}"
     )
 
@@ -46,7 +46,7 @@ def _parameter_sizes(target: Target, method: str) -> tuple[int, int]:
     tensor = target.module._parameters[target.parameter]
     if tensor is None or tensor.ndim < 2:
         raise TargetError(
-            f"{target.path}: {method} on a parameter expects a matrix, or a stack of matrices, found shape "
+            f"{target.named}: {method} on a parameter expects a matrix, or a stack of matrices, found shape "
             f"{tuple(tensor.shape) if tensor is not None else ()}; leave it out with exclude="
         )
     out, d_in = (int(size) for size in tensor.shape[-2:])
@@ -70,7 +70,7 @@ def output_size(target: Target, method: str) -> int:
     module = target.module
     if target.parameter:
         raise TargetError(
-            f"{target.path}: {method} changes the output of a module, but this is a parameter; select the module around it"
+            f"{target.named}: {method} changes the output of a module, but this is a parameter; select the module around it"
         )
     if linear_sizes(module) is not None or isinstance(module, nn.Embedding):
         return sizes(target, method)[1]
@@ -85,7 +85,7 @@ def output_size(target: Target, method: str) -> int:
     if measured is not None:
         return measured[1]
     raise TargetError(
-        f"{target.path or 'the backbone'}: the structure does not show the output size of this {type(module).__name__}; "
+        f"{target.named}: the structure does not show the output size of this {type(module).__name__}; "
         f"{method} works on linear layers, norms and parts of a block; select one of these"
     )
 
@@ -106,7 +106,7 @@ def input_size(target: Target, method: str) -> int:
         return sizes(target, method)[0]
     if isinstance(module, nn.Embedding):
         raise TargetError(
-            f"{target.path}: {method} changes the input features of a module, but an embedding takes ids; leave it out with "
+            f"{target.named}: {method} changes the input features of a module, but an embedding takes ids; leave it out with "
             "exclude="
         )
     return output_size(target, method)
@@ -124,7 +124,7 @@ def dtype_of(target: Target) -> torch.dtype:
     tensors = _tensors(target)
     if not tensors:
         raise TargetError(
-            f"{target.path}: a {type(target.module).__name__} has no parameters, so its dtype and device are unknown; "
+            f"{target.named}: a {type(target.module).__name__} has no parameters, so its dtype and device are unknown; "
             "select a module with weights"
         )
     for dtype in _dtypes(target):
@@ -132,11 +132,11 @@ def dtype_of(target: Target) -> torch.dtype:
             return dtype
     if target.parameter:
         raise TargetError(
-            f"{target.path}: expected a parameter in floating point of at least 16 bits to add an update to, found "
+            f"{target.named}: expected a parameter in floating point of at least 16 bits to add an update to, found "
             f"{tensors[0].dtype}; select the module around it, whose output is in floating point"
         )
     raise TargetError(
-        f"{target.path}: the weight of this {type(target.module).__name__} is {tensors[0].dtype} and it has no "
+        f"{target.named}: the weight of this {type(target.module).__name__} is {tensors[0].dtype} and it has no "
         "compute_dtype, so the dtype of its output is unknown; set its compute_dtype, such as torch.bfloat16"
     )
 

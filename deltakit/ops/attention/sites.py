@@ -108,7 +108,7 @@ def heads_of(target: Target) -> Heads:
         size = size or fused // (3 * heads)
         return Heads(_first(module, _KV_HEADS) or heads, size, size)
     raise TargetError(
-        f"{target.path}: the number and size of heads of this {type(module).__name__} cannot be determined: expected "
+        f"{target.named}: the number and size of heads of this {type(module).__name__} cannot be determined: expected "
         "attributes such as num_heads and head_dim, and layers such as k_proj and v_proj, or qkv; omit it with exclude="
     )
 
