@@ -1,13 +1,14 @@
 """The default positions of a method on a backbone, and what it takes where the backbone has none of them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from deltakit.core import Method, fold, without_start_values
+from deltakit.core import Method, fold
 from deltakit.errors import DeltaError, OptionError, RoleError
 from deltakit.selection.index import BackboneIndex
-from deltakit.selection.layers import layers_in, takes_layers, trunk_layers
+from deltakit.selection.layers import takes_layers, trunk_layers
 from deltakit.selection.role_inference.role_map import Unit
+from deltakit.selection.served import advice, refusals
 
 _UNKNOWN_LAYOUT = "its forward does not show which of its features are queries, keys and values"
 
@@ -30,6 +31,7 @@ def default_positions(index: BackboneIndex, method: Method) -> Found:
 
     Raises:
         RoleError: if the backbone has no default position, and nothing that can take its place.
+        OptionError: if there are such layers, and only an option of the method does not fit them.
     """
     found, fused = Found(), list[str]()
     paths = [path for roles in method.positions() for path in _with_first_role(index, method, roles, found, fused)]
@@ -41,30 +43,6 @@ def default_positions(index: BackboneIndex, method: Method) -> Found:
     if fused:
         found.note = f"the full projection {', '.join(fold(dict.fromkeys(fused)))}: {_UNKNOWN_LAYOUT}"
     return found
-
-
-def refusals(index: BackboneIndex, method: Method, paths: Iterable[str]) -> dict[str, tuple[str, DeltaError | None]]:
-    """Returns by path why a method cannot serve it, and the error that it raises there; "" and None if it can.
-
-    It is tried out, because a method may refuse a target only when it builds the delta module.
-    """
-    with without_start_values():
-        return {path: _refusal(index, method, path) for path in paths}
-
-
-def _refusal(index: BackboneIndex, method: Method, path: str) -> tuple[str, DeltaError | None]:
-    target = index.target(path)
-    kind = method.kind_at(target)
-    # Falcon-Mamba calls its projections or reads their weights, depending on its kernels.
-    if kind is None or (target.weight_read is not None and not kind.patches_weight(target)):
-        return "weight read directly", None
-    try:
-        method.build_at(target)
-    except OptionError as error:
-        return "an option does not fit its size", error
-    except DeltaError as error:
-        return "its weight is tied" if target.tied else "not a module that it can change", error
-    return "", None
 
 
 def _with_first_role(
@@ -115,27 +93,24 @@ def _instead(index: BackboneIndex, method: Method, found: Found) -> Found:
     if index.roles.blocks and not takes_layers(method):
         candidates, what = list(index.roles.blocks), "the outputs of its blocks"
     else:
-        what = "the layers in its blocks" if index.roles.blocks else "its layers without the last"
-        candidates = trunk_layers(index, method)
-    for path, (why, _) in refusals(index, method, candidates).items():
+        candidates, what = trunk_layers(index, method)
+    tried = refusals(index, method, candidates)
+    for path, (why, _) in tried.items():
         if why:
             found.left_out[path] = why
         else:
             found.paths.append(path)
     if not found.paths:
-        raise RoleError(f"{method.name}: no default position: {lacking}; {_hint(index, method)}")
+        raise _nowhere(index, method, lacking, [error for _, error in tried.values() if isinstance(error, OptionError)])
     found.note = f"fallback: {lacking}, so these are {what}; choose others with at="
     return found
 
 
-def _hint(index: BackboneIndex, method: Method) -> str:
-    """What to write for `at=`: the layers that the method can serve with these options, tried out."""
-    tried = refusals(index, method, layers_in(index, "", method))
-    served = [index.first_name(path) for path, (why, _) in tried.items() if not why]
-    if not served:
-        return (
-            "no linear layer or convolution there can be served with these options either; name another target with at="
-        )
-    folded = fold(dict.fromkeys(served))
-    more = f" and {len(folded) - 3} more" if len(folded) > 3 else ""
-    return f"name targets with at=, such as at={folded[0]!r}; it can serve {', '.join(folded[:3])}{more}"
+def _nowhere(index: BackboneIndex, method: Method, lacking: str, misfits: Sequence[OptionError]) -> DeltaError:
+    """The error for a backbone on which no position is left. `misfits` say which options would help."""
+    instead = advice(index, method)
+    if misfits and not instead.selectors:
+        return misfits[0]
+    text = instead.text or f"{method.name} cannot serve any of its layers and parameters; use another method"
+    options = f"{misfits[0]}; or " if misfits else ""
+    return RoleError(f"{method.name}: no default position: {lacking}; {options}{text}")

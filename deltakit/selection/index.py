@@ -118,11 +118,11 @@ class BackboneIndex:
     def __contains__(self, path: str) -> bool:
         if path in self.by_path or path in self.parameters:
             return True
-        base, letter = self._split(path)
+        base, letter = self.split(path)
         known = base in self.by_path or base in self.parameters
         return bool(letter) and known and self.fused.slice_at(base, letter) is not None
 
-    def _split(self, path: str) -> tuple[str, str]:
+    def split(self, path: str) -> tuple[str, str]:
         """Returns a path without its feature slice, and the name of the slice; a full path that exists has none."""
         return (path, "") if path in self.by_path else split_slice(path, self.parameters)
 
@@ -132,7 +132,7 @@ class BackboneIndex:
 
     def first_name(self, path: str) -> str:
         """Returns the first of all paths under which this module or parameter is registered."""
-        base, letter = self._split(path)
+        base, letter = self.split(path)
         if base in self.by_path:
             first = self.names[id(self.by_path[base])][0]
         else:
@@ -142,7 +142,7 @@ class BackboneIndex:
     def target(self, path: str) -> Target:
         """Returns the target at a path; its own path is the first one of its module instance."""
         first = self.first_name(path)
-        base, letter = self._split(first)
+        base, letter = self.split(first)
         module, parameter = self.module_at(first)
         owner = base.rpartition(".")[0] if parameter else base
         tensor = module._parameters.get(parameter or "weight")
@@ -222,7 +222,7 @@ class BackboneIndex:
         """
         left = []
         for path in hits:
-            base, _ = self._split(path)
+            base, _ = self.split(path)
             owner = base if base in self.by_path else base.rpartition(".")[0]
             if excluded.isdisjoint((path, base, owner, *(above(owner) if inside else ()))):
                 left.append(path)

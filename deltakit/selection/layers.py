@@ -1,10 +1,12 @@
 """Finds the layers inside a container, and those that a method takes where its default positions do not exist."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor, nn
 
-from deltakit.core import Method, above, is_callable, linear_sizes, own_children, parent_of, split_slice, wrapped_layer
+from deltakit.core import Method, above, is_callable, linear_sizes, own_children, parent_of, wrapped_layer
 from deltakit.core import join as joined
 from deltakit.selection.index import BackboneIndex
 
@@ -38,24 +40,42 @@ def is_container(module: nn.Module) -> bool:
     return not is_layer(module) and (any(own_children(module)) or bool(module._parameters))
 
 
-def layers_in(index: BackboneIndex, container: str, method: Method) -> list[str]:
-    """Returns the paths of the layers in a container that a method may take, without trying whether it can.
+@dataclass
+class LayerSearch:
+    """Finds the layers in containers that a method may take, without trying whether it can.
 
     These are linear layers, convolutions, and parameters with a role (the projections of torch's attention, stacks of
     experts). Norms and embeddings are among them if they are among the method's default positions.
     """
-    roles = {role for roles in method.positions() for role in roles}
-    wanted = {path for role in ("norm", "embed") if role in roles for path in index.roles.paths(role)}
-    parameters = [p for unit in index.roles.units for p in unit.parts.values() if split_slice(p)[0] in index.parameters]
-    by_owner: dict[str, list[str]] = {}
-    for path in parameters:
-        by_owner.setdefault(parent_of(split_slice(path)[0]), []).append(path)
-    found: list[str] = []
-    for path, module in _outermost(container, index.by_path[container]):
-        found += by_owner.get(path, [])
-        if linear_sizes(module) is not None or isinstance(module, nn.modules.conv._ConvNd) or path in wanted:
-            found += [path] if is_layer(module) else []
-    return found
+
+    index: BackboneIndex
+    method: Method
+
+    @cached_property
+    def _also(self) -> set[str]:
+        roles = {role for roles in self.method.positions() for role in roles}
+        return {path for role in ("norm", "embed") if role in roles for path in self.index.roles.paths(role)}
+
+    @cached_property
+    def _parameters(self) -> dict[str, list[str]]:
+        """The parameters with a role, by the module that holds them."""
+        held: dict[str, list[str]] = {}
+        for path in (path for unit in self.index.roles.units for path in unit.parts.values()):
+            base, _ = self.index.split(path)
+            if base in self.index.parameters:
+                held.setdefault(parent_of(base), []).append(path)
+        return held
+
+    def inside(self, container: str) -> list[str]:
+        """Returns the paths of the layers in the module at a path, or the path itself if that is a layer."""
+        found: list[str] = []
+        for path, module in _outermost(container, self.index.by_path[container]):
+            found += self._parameters.get(path, [])
+            known = (
+                linear_sizes(module) is not None or isinstance(module, nn.modules.conv._ConvNd) or path in self._also
+            )
+            found += [path] if known and is_layer(module) else []
+        return found
 
 
 def _outermost(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -69,10 +89,15 @@ def _outermost(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield from _outermost(joined(path, name), child)
 
 
-def trunk_layers(index: BackboneIndex, method: Method) -> list[str]:
-    """Returns the layers in the blocks of a backbone; if it has no blocks, all of its layers but the head or the last."""
-    blocks, heads = index.roles.blocks, set(index.roles.head)
-    found = list(dict.fromkeys(path for root in blocks or ("",) for path in layers_in(index, root, method)))
+def trunk_layers(index: BackboneIndex, method: Method) -> tuple[list[str], str]:
+    """Returns the layers in the blocks of a backbone, or all of its layers if it has no blocks, and what to call them.
+
+    The head is not among them. Without blocks and without a head, the last layer is not, because it computes the output.
+    """
+    blocks, heads, search = index.roles.blocks, set(index.roles.head), LayerSearch(index, method)
+    found = list(dict.fromkeys(path for root in blocks or ("",) for path in search.inside(root)))
     trunk = [path for path in found if heads.isdisjoint(above(path))]
-    # Without blocks and without a module that is named a head, the last layer computes the output.
-    return trunk if blocks or heads else trunk[:-1]
+    what = "the layers in its blocks" if blocks else "its layers"
+    if len(trunk) < len(found):
+        return trunk, f"{what} without the head"
+    return (trunk, what) if blocks else (trunk[:-1], f"{what} without the last")

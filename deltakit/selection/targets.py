@@ -1,14 +1,16 @@
 """Turns selectors into targets: the modules, parameters and feature slices that a method is attached to."""
 
 from collections.abc import Sequence
+from itertools import chain
 
 from torch import nn
 
-from deltakit.core import Method, Selector, Target, checked, is_of, split_slice, type_names
+from deltakit.core import Method, Selector, Target, above, checked, is_of, type_names
 from deltakit.errors import OptionError, TargetError
-from deltakit.selection.default_positions import Found, default_positions, refusals
+from deltakit.selection.default_positions import Found, default_positions
 from deltakit.selection.index import BackboneIndex
-from deltakit.selection.layers import is_container, layers_in, takes_layers
+from deltakit.selection.layers import LayerSearch, is_container, takes_layers
+from deltakit.selection.served import advice, refusals
 
 
 @checked
@@ -81,15 +83,12 @@ def _into_containers(
     excluded = index.select(method.exclude) if method.exclude else []
     everything: list[str] = []
     of_type: list[str] = []
-    for path in found.paths:
-        module, parameter = index.module_at(path)
-        if parameter or split_slice(path)[1] or not is_container(module):
-            inside = [path]
-        else:
-            inside = _layers_that_fit(index, method, path, found)
+    for path, layers in _layers_by_container(index, method, found).items():
+        inside = [path] if layers is None else layers
+        if layers is not None:
             # What `exclude` removes need not have layers in it.
             inside = inside or ([path] if path in excluded else [])
-            if of is None or is_of(module, of):
+            if of is None or is_of(index.by_path[path], of):
                 of_type += inside or _refuse_container(index, method, path, found)
         everything += inside
         of_type += [p for p in inside if of is None or (not index.module_at(p)[1] and is_of(index.module_at(p)[0], of))]
@@ -97,21 +96,26 @@ def _into_containers(
     return None if of_type else of
 
 
-def _layers_that_fit(index: BackboneIndex, method: Method, container: str, found: Found) -> list[str]:
-    taken = []
-    for path, (why, error) in refusals(index, method, layers_in(index, container, method)).items():
+def _layers_by_container(index: BackboneIndex, method: Method, found: Found) -> dict[str, list[str] | None]:
+    """For each selected container the layers in it that the method takes, and None for each other path."""
+    # A parameter and a feature slice are no modules. The name of a module may look like a slice, though.
+    containers = [path for path in found.paths if path in index.by_path and is_container(index.by_path[path])]
+    search = LayerSearch(index, method)
+    inside = {path: search.inside(path) for path in containers}
+    # Each layer is tried once, however many of the selected containers hold it: `**` selects all containers around it.
+    for path, (why, error) in refusals(index, method, chain.from_iterable(inside.values())).items():
         # An option that does not fit, such as a rank above a layer's size, is left to fail when the layer's module is built.
         if why and not isinstance(error, OptionError):
             found.left_out[path] = why
-        else:
-            taken.append(path)
-    return taken
+    taken = {path: [layer for layer in layers if layer not in found.left_out] for path, layers in inside.items()}
+    return {path: taken.get(path) for path in found.paths}
 
 
 def _refuse_container(index: BackboneIndex, method: Method, path: str, found: Found) -> list[str]:
-    there = [f"{other} ({why})" for other, why in found.left_out.items() if other.startswith(path)]
+    there = [f"{other} ({why})" for other, why in found.left_out.items() if path in above(index.split(other)[0])]
+    instead = advice(index, method, path).text or "select a module with linear layers or convolutions in it"
     raise TargetError(
         f"{path or 'the backbone'}: {method.name} is attached to layers, and this {type(index.by_path[path]).__name__} has "
-        f"none in it that it can serve{': ' + ', '.join(there[:3]) if there else ''}; select a module with linear layers or "
-        "convolutions in it, or leave this one out with exclude="
+        f"no linear layer or convolution in it that it can serve{': ' + ', '.join(there[:3]) if there else ''}; {instead}; "
+        "or leave this one out with exclude="
     )

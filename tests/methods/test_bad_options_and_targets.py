@@ -131,11 +131,16 @@ def test_the_advice_where_there_is_no_default_position_works(make):
     assert delta.num_parameters > 0
 
 
-def test_no_advice_where_nothing_can_be_served():
+def test_where_only_an_option_does_not_fit_the_advice_is_another_one():
     with pytest.raises(
-        dk.RoleError, match="no linear layer or convolution there can be served with these options either"
+        dk.RoleError, match=r"such as at='0', and other options: 0: rank 8 is above .*; use LoRA\(r=2\) or less"
     ):
         dk.attach(nn.Sequential(nn.Linear(3, 2)), dk.LoRA(r=8))
+
+
+def test_no_advice_where_nothing_can_be_served():
+    with pytest.raises(dk.RoleError, match="lora cannot serve any of its layers and parameters; use another method"):
+        dk.attach(nn.Sequential(nn.LayerNorm(3), nn.ReLU()), dk.LoRA(r=8))
 
 
 @pytest.mark.parametrize(

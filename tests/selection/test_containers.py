@@ -98,7 +98,7 @@ def test_torch_attention_is_a_container_of_its_projections():
     assert planned.num_parameters == 4 * 12
     with pytest.raises(
         dk.TargetError,
-        match=r"layers\.0\.self_attn: ia3 is attached to layers, .* MultiheadAttention has none .*read directly",
+        match=r"layers\.0\.self_attn: ia3 is attached to layers, .* MultiheadAttention has no linear layer .*read directly",
     ):
         dk.plan(model, dk.IA3(at="self_attn"))
     planned = dk.plan(model, dk.IA3(at="layers.0"))
@@ -123,7 +123,10 @@ def test_experts_are_containers_of_their_stacks():
 )
 def test_a_container_without_layers_is_an_error_whose_advice_works(container, method):
     model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(7, 11), nn.Linear(11, 13)), "b": container})
-    with pytest.raises(dk.TargetError, match=r"b: lora is attached to layers, and this Sequential has none in it"):
+    with pytest.raises(
+        dk.TargetError,
+        match=r"b: lora is attached to layers, and this Sequential has no linear layer or convolution in it",
+    ):
         dk.plan(model, dk.LoRA(r=2, at=["a", "b"]))
     assert paths(model, dk.LoRA(r=2, at=["a", "b"], exclude="b")) == ["a.0", "a.1"]
 
@@ -139,6 +142,16 @@ def test_a_tied_layer_in_a_container_is_left_out_and_shown():
     planned = dk.plan(build("gpt2", tf.AutoModelForCausalLM), dk.LoRA(r=2, at="^"))
     assert "lm_head" not in planned.paths["lora"]
     assert "lm_head  left out: its weight is tied" in repr(planned)
+
+
+def test_each_layer_is_tried_once_however_many_containers_hold_it(monkeypatch):
+    tried, build_at = [], dk.LoRA.build_at
+    monkeypatch.setattr(
+        dk.LoRA, "build_at", lambda method, target: tried.append(target.path) or build_at(method, target)
+    )
+    assert sorted(paths(build("bert"), dk.LoRA(r=2, at=["attention", "layer", "encoder"]))) == sorted(set(tried))
+    # Once to find whether the method can serve it, and once for the plan.
+    assert set(map(tried.count, tried)) == {2}
 
 
 def test_quantized_layers_and_convolutions_are_layers():

@@ -88,6 +88,18 @@ class Perceptron(nn.Module):
         return self.fc3(torch.relu(self.fc2(torch.relu(self.fc1(x)))))
 
 
+class Vgg(nn.Module):
+    """torchvision's VGG and AlexNet: a classifier of several layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 7, 3), nn.ReLU(), nn.Conv2d(7, 5, 3))
+        self.classifier = nn.Sequential(nn.Linear(5, 11), nn.ReLU(), nn.Dropout(), nn.Linear(11, 4))
+
+    def forward(self, x):
+        return self.classifier(self.features(x).mean((2, 3)))
+
+
 class Residual(nn.Module):
     def __init__(self):
         super().__init__()
@@ -136,6 +148,12 @@ MODELS = {
         [f"b{i}.{name}" for i in (1, 2) for name in ("conv1", "conv2")],
         ["b1", "b2"],
     ),
+    "VGG": (
+        Vgg,
+        IMAGES,
+        ["features.0", "features.2", "classifier.0"],
+        ["features.0", "features.2", "classifier.0"],
+    ),
     "MLP": (Perceptron, VECTORS, ["fc1", "fc2"], ["fc1", "fc2"]),
     "Sequential": (
         lambda: nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 5)),
@@ -172,6 +190,26 @@ def test_every_method_has_default_positions_that_work(name, method):
     assert all(parameter.grad is not None for parameter in delta.parameters())
     delta.detach()
     assert torch.equal(output(model, x), bare)
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (Vgg, "its layers without the head"),
+        (Perceptron, "its layers without the last"),
+        (lambda: nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 5)), "its layers without the head"),
+        (Unlisted, "the layers in its blocks"),
+        (
+            lambda: nn.Sequential(*(nn.Sequential(nn.Linear(5, 5), nn.ReLU()) for _ in range(3))),
+            "the layers in its blocks without the head",
+        ),
+    ],
+)
+def test_the_note_says_which_layers_these_are(make, what):
+    planned = dk.plan(make(), dk.LoRA(r=2))
+    assert f", so these are {what}; choose others" in repr(planned)
+    layers = [path for path, module in make().named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    assert len(planned.paths["lora"]) == len(layers) - ("without" in what or make is Unlisted)
 
 
 def test_an_adapter_behind_a_block_works_on_its_channels():
@@ -212,7 +250,7 @@ def test_layers_that_an_option_does_not_fit_are_left_out_and_shown():
 
 def test_looking_for_defaults_draws_no_random_numbers():
     model, state = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3)), torch.random.get_rng_state()
-    with pytest.raises(dk.RoleError, match="no default position"):
+    with pytest.raises(dk.OptionError, match="0: rank 6 is above the layer's size 7 to 5"):
         dk.plan(model, dk.LoRA(r=6))
     assert torch.equal(torch.random.get_rng_state(), state)
 

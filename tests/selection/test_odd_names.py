@@ -9,6 +9,7 @@ from torch import nn
 import deltakit as dk
 from deltakit.core import fold
 from support.models import randomize
+from support.tiny_transformers import build
 
 ODD = ["a[b]", "a,b", "a b", "{a", "a}", "*", "**", "a/b", "@attn", "q@", "^a", "^", "re:a", "[r]a", "0-3", "{q,v}", "ключ", " a", "a ", "a!", "a:b", "x[q]", "[q]"]  # fmt: skip
 
@@ -150,3 +151,21 @@ def test_parameters_whose_names_give_one_word_are_refused():
 def test_expressions_that_cannot_be_compiled(selector):
     with pytest.raises(dk.SelectorError, match="invalid regular expression"):
         dk.select(nn.Sequential(nn.Linear(2, 3)), selector)
+
+
+def test_a_container_named_like_a_slice_means_the_layers_in_it():
+    model = nn.Sequential()
+    model.add_module("a[q]", nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)))
+    model.add_module("out", nn.Linear(6, 3))
+    for method in (dk.LoRA(r=2, at="a[q]"), dk.BitFit(at="a[q]"), dk.IA3(at="a[q]")):
+        assert dk.plan(model, method).paths == {method.name: ["a[q].0", "a[q].2"]}
+
+
+def test_a_role_means_the_layers_in_a_container_named_like_a_slice():
+    model, plain = build("bert"), build("bert")
+    for layer in model.encoder.layer:
+        layer._modules["attention[q]"] = layer._modules.pop("attention")
+    expected = [
+        path.replace("attention.", "attention[q].") for path in dk.plan(plain, dk.LoRA(r=2, at="@attn")).paths["lora"]
+    ]
+    assert dk.plan(model, dk.LoRA(r=2, at="@attn")).paths["lora"] == expected
