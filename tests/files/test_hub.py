@@ -121,7 +121,11 @@ def test_the_cache_serves_when_the_hub_is_gone(hub, delta):
             r"me/private: .* the Hub has no such repository, or it is private: .* log in with `hf auth login`",
         ),
         ("me/gated", {"token": LoopbackHub.READER}, r"me/gated: this repository is gated: ask for access"),
-        ("me/other", {}, r"me/other: the repository holds no delta: expected delta_model.safetensors, found a.txt, b.txt"),
+        (
+            "me/other",
+            {},
+            r"me/other: the repository holds no delta: expected delta_model.safetensors, found a.txt, b.txt",
+        ),
         ("me/other", {"revision": "v9"}, r"me/other: the repository has no revision 'v9'"),
         ("me/other", {"token": "hf_wrong"}, r"me/other: the token is not valid"),
     ],
