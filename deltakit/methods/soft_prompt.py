@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from deltakit.core import BackboneView, DeltaModule, Method, Target, checked, wants_start_values
+from deltakit.core import BackboneView, DeltaModule, Method, Target, checked
 from deltakit.errors import OptionError, StateError, TargetError
 from deltakit.ops import (
     CallContext,
@@ -24,12 +24,10 @@ from deltakit.ops import (
     input_embeddings,
     insert,
     layout_for,
-    like,
     stack_at,
+    start_vectors,
     text_stack,
 )
-
-_FREQUENT = 5_000
 
 
 class PromptVectors(nn.Module):
@@ -259,7 +257,9 @@ class SoftPrompt(Method, name="soft_prompt"):
             OptionError: if `init_ids` has an id beyond the vocabulary.
         """
         embeddings = [target for target in targets if isinstance(target.module, nn.Embedding)]
-        vectors = PromptVectors(self._start(embeddings[0]))
+        vectors = PromptVectors(
+            start_vectors(embeddings[0], self.tokens, random=self.init == "random", init_ids=self.init_ids)
+        )
         vocabulary: Any = embeddings[0].module.num_embeddings
         built: dict[str, DeltaModule] = {}
         for target in embeddings:
@@ -281,20 +281,3 @@ class SoftPrompt(Method, name="soft_prompt"):
         # A pooler inside the stack reads the first hidden state before the prompt is removed from the result. So the text's
         # first token must stay first.
         return int(getattr(index.by_path[stack], "pooler", None) is not None)
-
-    def _start(self, target: Target) -> Float[Tensor, "tokens d"]:
-        weight = target.module.weight
-        assert isinstance(weight, Tensor)
-        new = like(target)
-        start = torch.empty(self.tokens, weight.shape[1], **new)
-        if self.init_ids is None and (self.init == "random" or not wants_start_values(start)):
-            return start.uniform_(-0.5, 0.5) if wants_start_values(start) else start
-        if self.init_ids is not None:
-            outside = [i for i in self.init_ids if i >= weight.shape[0]]
-            if outside:
-                what = f"beyond the vocabulary of {weight.shape[0]} tokens; use this backbone's own tokenizer"
-                raise OptionError(f"{target.path}: SoftPrompt(init_ids=...) has the id {outside[0]}, {what}")
-            ids = torch.tensor([self.init_ids[i % len(self.init_ids)] for i in range(self.tokens)])
-        else:
-            ids = torch.randint(min(_FREQUENT, weight.shape[0]), (self.tokens,))
-        return weight.detach()[ids.to(weight.device)].to(**new).clone()
