@@ -237,12 +237,14 @@ class SoftPrompt(Method, name="soft_prompt"):
             object.__setattr__(self, "init_ids", tuple(self.init_ids))
 
     def targets(self, index: BackboneView, selected: Sequence[Target] | None) -> Sequence[Target]:
-        embeddings = input_embeddings(index)
+        embeddings = [path for group in input_embeddings(index) for path in group]
         for target in selected or ():
             if target.path not in embeddings:
                 found = type(target.module).__name__
+                inside = [path for path in embeddings if path.startswith(f"{target.path}.")]
                 raise TargetError(
-                    f"{target.path}: soft_prompt expects the embedding of the input ids, found a {found}; omit at="
+                    f"{target.path}: soft_prompt expects the embedding of the input ids, found a {found}; omit at=, or write "
+                    f"at={(inside or embeddings)[0]!r}"
                 )
         return [index.target(path) for path in embeddings] if selected is None else selected
 
@@ -250,26 +252,31 @@ class SoftPrompt(Method, name="soft_prompt"):
         return PromptVectorsDelta
 
     def build(self, index: BackboneView, targets: Sequence[Target]) -> dict[str, DeltaModule]:
-        """Returns the delta modules at the embeddings and, with `prepend`, at the text stack and its decoder, if any.
+        """Returns the delta modules at the embeddings and, with `prepend`, at the text stacks and their decoders, if any.
 
         Raises:
-            TargetError: if `prepend` is set and no module around the embedding accepts `input_ids`.
+            TargetError: if `prepend` is set and no module around an embedding accepts `input_ids`.
             OptionError: if `init_ids` has an id beyond the vocabulary.
         """
-        embeddings = [target for target in targets if isinstance(target.module, nn.Embedding)]
-        vectors = PromptVectors(
-            start_vectors(embeddings[0], self.tokens, random=self.init == "random", init_ids=self.init_ids)
-        )
-        vocabulary: Any = embeddings[0].module.num_embeddings
         built: dict[str, DeltaModule] = {}
-        for target in embeddings:
-            built[target.path] = PromptVectorsDelta(self.tokens, int(vocabulary), inserted=self.prepend)
+        for group in input_embeddings(index):
+            own = [target for target in targets if target.path in group]
+            built |= self._build_in_model(index, group, own) if own else {}
+        return built
+
+    def _build_in_model(
+        self, index: BackboneView, group: Sequence[str], targets: Sequence[Target]
+    ) -> dict[str, DeltaModule]:
+        start = start_vectors(targets[0], self.tokens, random=self.init == "random", init_ids=self.init_ids)
+        vectors, vocabulary = PromptVectors(start), int(targets[0].module.num_embeddings)  # type: ignore[arg-type]
+        built: dict[str, DeltaModule] = {}
+        for target in targets:
+            built[target.path] = PromptVectorsDelta(self.tokens, vocabulary, inserted=self.prepend)
             built[target.path].share(vectors, holds=len(built) == 1)
         if self.prepend:
-            stack, decoder = text_stack(index)
+            stack, decoder = text_stack(index, group)
             at = self._tokens_before(index, stack)
-            known = stack_at(index, stack, at)
-            insertion = Insertion(int(vocabulary), self.tokens, at, known, trim=decoder is None)
+            insertion = Insertion(vocabulary, self.tokens, at, stack_at(index, stack, at), trim=decoder is None)
             built[stack] = InsertPromptDelta(insertion)
             if decoder is not None:
                 built[decoder] = PromptMaskDelta(insertion)
