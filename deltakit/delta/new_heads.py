@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 from torch import nn
 
-from deltakit.core import above, is_quantized, module_at, own_children, own_parameters, parent_of, records_of
+from deltakit.core import is_quantized, module_at, own_children, own_parameters, parent_of, records_of
 from deltakit.delta.full_training import full_training_names
 from deltakit.errors import DeltaError, warn
-from deltakit.selection import BackboneIndex, outermost_models, told_by
+from deltakit.selection import BackboneIndex, heads_of, outermost_models, told_by
 
 
 class Spelling(NamedTuple):
@@ -44,7 +44,7 @@ def warn_frozen_head(
         selectors: what selected them.
     """
     backbone = index.backbone
-    found = {key for path in outermost_models(index.by_path, _GETTER) for key in _new(index, path)}
+    found = {key for path in outermost_models(index.by_path, _GETTER) for key in _new(index.by_path[path])}
     if not found:
         return
     own = dict(own_parameters(backbone))
@@ -67,9 +67,8 @@ def warn_frozen_head(
 _GETTER = "get_output_embeddings"
 
 
-def _new(index: BackboneIndex, path: str) -> set[int]:
-    """Returns the ids of the parameters that are not pretrained in the model at a path, if its head is among them."""
-    model = index.by_path[path]
+def _new(model: nn.Module) -> set[int]:
+    """Returns the ids of a model's parameters that are not pretrained, if its head is among them."""
     own = [parameter for parameter in _parameters(model) if not is_quantized(parameter)]
     text = {id(p) for p in _parameters(told_by(model, _GETTER))}
     base = module_at(model, str(getattr(model, "base_model_prefix", "") or "?"))
@@ -86,8 +85,7 @@ def _new(index: BackboneIndex, path: str) -> set[int]:
     if new <= inside:
         return set()
     # A base model by itself has no head either: whether its pooler is used is the user's business.
-    has_head = base is not None or any(path in above(head) for head in index.role("head"))
-    return new if has_head else set()
+    return new if base is not None or heads_of(model) else set()
 
 
 def _is_loaded(parameter: nn.Parameter) -> bool:

@@ -220,6 +220,10 @@ def test_heads_inside_a_module_of_one_s_own(base):
     dk.attach(Module(a=tf.BertForSequenceClassification.from_pretrained(base / "classifier")), dk.LoRA(r=2))
     dk.attach(Module(a=tf.BertModel.from_pretrained(base / "encoder")), dk.LoRA(r=2))
     # Each model is judged by its own marks.
+    own = Module(a=tf.T5ForQuestionAnswering(tf.T5Config(**STACK)))
+    own.classifier = nn.Linear(3, 3)
+    with pytest.warns(dk.DeltaWarning, match=r'^models\.a\.qa_outputs: new .* pass train="models\.a\.qa_outputs"'):
+        dk.attach(own, dk.LoRA(r=2))
     both = Module(a=classifier(), b=tf.BertForSequenceClassification.from_pretrained(base / "classifier"))
     with pytest.warns(dk.DeltaWarning, match=r'^models\.a\.classifier: new .* pass train="@head"'):
         dk.attach(both, dk.LoRA(r=2))

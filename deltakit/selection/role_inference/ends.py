@@ -25,6 +25,11 @@ def embeddings(walk: Walk) -> tuple[str, ...]:
     return (max(tables, key=tables.__getitem__),) if tables else ()
 
 
+def heads_of(model: nn.Module) -> tuple[str, ...]:
+    """Returns the paths of the output heads of a model, without the inference of its other roles."""
+    return heads(Walk(model, dict(own_modules(model))))
+
+
 def heads(walk: Walk, root: str = "") -> tuple[str, ...]:
     """Returns the paths of the output heads of the model at a path, or of the models inside it if it is a wrapper."""
     model = walk.modules[root]
