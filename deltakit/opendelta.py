@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from deltakit.core import DeltaModule, Method, above, checked, fold, name_of, num_parameters, records_of
-from deltakit.delta import Delta, attach, load, plan
+from deltakit.delta import Delta, Spelling, attach, freeze_backbone, load, plan
 from deltakit.errors import OptionError
 from deltakit.methods.adapter import Adapter
 from deltakit.methods.bitfit import BitFit
@@ -22,6 +22,8 @@ from deltakit.methods.soft_prompt import SoftPrompt
 from deltakit.view import share, show
 
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_orig": "gelu", "swish": "silu"}
+
+_EXCLUDE = Spelling("exclude", always=("deltas",), role="", none="")
 
 Selectors = str | Sequence[str] | None
 
@@ -48,6 +50,9 @@ class DeltaModel:
         As in OpenDelta, the backbone stays frozen after `detach`, and for the next delta. `requires_grad_(True)` on the
         backbone, or on a part of it, ends that.
 
+        A warning names what is new in the backbone, such as a head, and would stay frozen with random weights. Add it to
+        `exclude`. If it is trained already, call `requires_grad_(False)` on it before.
+
         Args:
             exclude: selectors of modules to train fully; "deltas" stands for the delta itself and is always trained.
 
@@ -57,7 +62,7 @@ class DeltaModel:
             StateError: if the delta is not attached, or a module cannot be trained fully.
         """
         entries = [exclude] if isinstance(exclude, str) else exclude
-        self.delta.freeze(train=[name for name in entries if name != "deltas"] or None)
+        freeze_backbone(self.delta, [name for name in entries if name != "deltas"] or None, _EXCLUDE)
         # A model class attaches without freezing. So the next one would train the whole backbone, and not save it.
         records_of(self.backbone_model)[0].grad_ledger.stay_frozen()
 

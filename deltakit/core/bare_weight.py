@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from deltakit.core.feature_slice import FeatureSlice
@@ -125,6 +125,17 @@ def dequantized(layer: nn.Module, dtype: torch.dtype) -> Float[Tensor, "d_out d_
     device = next((tensor.device for tensor in (*layer.parameters(), *layer.buffers())), None)
     output, bias = layer.forward(torch.eye(sizes[0], dtype=dtype, device=device)), getattr(layer, "bias", None)
     return wide(output if bias is None else output - bias).mT
+
+
+@torch.no_grad()
+def embedding_rows(layer: nn.Embedding, ids: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens d"]:
+    """Returns the vectors of these ids in an embedding's own weight: dequantized, and before the embedding scales them."""
+    ids = ids.to(layer.weight.device)
+    if not is_quantized(layer.weight):
+        return layer.weight.detach()[ids]
+    # As in `dequantized`: formats differ, but each forward looks vectors up. The forward without hooks.
+    rows: Tensor = layer.forward(ids)
+    return rows / getattr(layer, "embed_scale", 1.0)
 
 
 @torch.no_grad()

@@ -49,8 +49,9 @@ def attach(
         methods: what to attach, such as `LoRA(r=8)`; at least one.
         name: the delta's name among those on this backbone. It is only required to put a method on a target that has the
             same method from another delta.
-        train: selectors of backbone modules that are trained fully and saved with the delta, such as "@head". Without it, a
-            warning names a new head that would stay frozen with random weights; `train=()` says that this is intended.
+        train: selectors of backbone modules that are trained fully and saved with the delta, such as "@head". A warning names
+            what is new in the backbone, such as a head, and would stay frozen with random weights; `train=()` says that this
+            is intended.
         freeze: whether to freeze the backbone's own parameters. They stay frozen as long as such a delta is attached; after
             the last one they require gradients as before. With False the delta leaves them as they are, and `print(delta)`
             says how many of them are trained without being saved.
@@ -70,8 +71,8 @@ def attach(
         record.left_out = tuple(found.left_out for found in plan.found)
         record.notes = tuple(found.note for found in plan.found)
         record.trained_values = current_values(plan.backbone, plan.fully_trained, record)
-        if freeze and train is None:
-            warn_frozen_head(plan.index, plan.fully_trained)
+        if freeze and (train is None or plan.train):
+            warn_frozen_head(plan.index, plan.fully_trained, plan.train)
         attachment = Attachment(plan.backbone, record, _sites(plan.index, plan.built))
         record.start = start_of(attachment)
         return Delta(attachment).attach()

@@ -27,8 +27,7 @@ from deltakit.core import (
     tensors_of,
 )
 from deltakit.errors import StateError, warn
-from deltakit.injection import modules_of, watch
-from deltakit.selection import BackboneIndex
+from deltakit.injection import modules_of
 
 
 def full_training_names(backbone: nn.Module, paths: list[str]) -> list[str]:
@@ -227,38 +226,6 @@ def refresh_gradients(backbone: nn.Module, grad_ledger: GradLedger) -> None:
     train = {name for record in attached if record.trainable and record.active for name in record.fully_trained}
     hold = {name for record in attached for name in record.fully_trained} - train
     grad_ledger.apply(backbone, train=train, hold=hold, freeze=any(record.freeze for record in attached))
-
-
-def freeze_but(attachment: Attachment, train: tuple[str, ...]) -> None:
-    """Freezes the backbone of an attached delta, except for the modules that these selectors match: they are fully trained.
-
-    Raises:
-        SelectorError: if a selector is malformed or matches nothing.
-        RoleError: if a role does not exist, or the backbone has no sure answer for it.
-        StateError: if a parameter is tied to one outside, quantized, offloaded, fully trained by another delta, or has
-            another delta merged into it.
-    """
-    backbone, record = attachment.backbone, attachment.record
-    paths = BackboneIndex(backbone).select(train) if train else []
-    notice_moved_buffers(backbone, record)
-    names = full_training_names(backbone, paths) if paths else []
-    refuse_taken(attachment, names)
-    values = current_values(backbone, names, record)
-    before = record.backbone_values, record.trained_values, record.train, record.freeze
-    try:
-        if record.active:
-            record.backbone_values = record.backbone_values | values
-        else:
-            record.trained_values = record.trained_values | values
-        record.train += tuple(selector for selector in train if selector not in record.train)
-        record.freeze = True
-        refresh_gradients(backbone, record.grad_ledger)
-        watch(backbone)
-    except BaseException:
-        record.backbone_values, record.trained_values, record.train, record.freeze = before
-        refresh_gradients(backbone, record.grad_ledger)
-        watch(backbone)
-        raise
 
 
 def current_values(backbone: nn.Module, names: Sequence[str], record: Record) -> dict[str, Tensor]:

@@ -11,18 +11,17 @@ from torch import Tensor, nn
 from deltakit.core import Selector, attachments_of, checked, is_first, is_sharded, wait_for_all
 from deltakit.delta import merging, swapping, tensors
 from deltakit.delta.changed_backbone import refuse_changed
-from deltakit.delta.claims import check_freezing, check_scalable, claim, refuse_in_rows, refuse_merged, refuse_scaled
+from deltakit.delta.claims import check_scalable, claim, refuse_in_rows, refuse_merged, refuse_scaled
 from deltakit.delta.composition import refuse_beside_merged
 from deltakit.delta.contents import DeltaContents
-from deltakit.delta.full_training import freeze_but, refresh_gradients
-from deltakit.delta.new_heads import warn_frozen_head
+from deltakit.delta.freezing import freeze_backbone
+from deltakit.delta.full_training import refresh_gradients
 from deltakit.delta.putting import put_all, switch, take_all
 from deltakit.delta.quantized import Quantize
 from deltakit.delta.running_statistics import fitting, held_of
 from deltakit.delta.untrained import warn_untrained
 from deltakit.errors import StateError
 from deltakit.files import check_tensors, delta_config, model_card, upload, write_folder
-from deltakit.selection import BackboneIndex
 from deltakit.view import states
 
 
@@ -94,8 +93,8 @@ class Delta(DeltaContents):
         The backbone is frozen while the delta is attached, as with `attach(..., freeze=True)`.
 
         Args:
-            train: selectors of backbone modules, such as "@head". Without it, a warning names a new head that would stay
-                frozen with random weights; `train=()` says that this is intended.
+            train: selectors of backbone modules, such as "@head". A warning names what is new in the backbone, such
+                as a head, and would stay frozen with random weights; `train=()` says that this is intended.
 
         Raises:
             SelectorError: if a selector is malformed or matches nothing.
@@ -104,11 +103,7 @@ class Delta(DeltaContents):
                 or a parameter in `train` is tied to one outside, quantized, offloaded, fully trained by another delta, or
                 has another delta merged into it.
         """
-        selectors = (train,) if isinstance(train, str) else tuple(train or ())
-        check_freezing(self._attachment, training=bool(selectors))
-        if train is None:
-            warn_frozen_head(BackboneIndex(self.backbone), ())
-        freeze_but(self._attachment, selectors)
+        freeze_backbone(self, train)
         return self
 
     def attach(self) -> "Delta":

@@ -61,7 +61,8 @@ def find_folder(source: str | PathLike[str], *, revision: str | None = None, tok
         copy = snapshot_download(
             name, revision=revision, token=token, allow_patterns=[CONFIG_FILE, TENSORS_FILE, CARD_FILE]
         )
-    if not (Path(copy) / CONFIG_FILE).is_file():
+    # Only this file: it is the whole delta, and the config beside it a readable copy.
+    if not (Path(copy) / TENSORS_FILE).is_file():
         raise HubError(
             f"{name}: the repository holds no delta: {_found(name, revision, token)}; pass the id of a repository that "
             "delta.push wrote"
@@ -99,7 +100,7 @@ def _found(repo_id: str, revision: str | None, token: str | bool | None) -> str:
     with _explained(repo_id, revision, "read"):
         files = HfApi(token=token).list_repo_files(repo_id, revision=revision)
     more = f" and {len(files) - 10} more" if len(files) > 10 else ""
-    return f"expected {CONFIG_FILE}, found {', '.join(files[:10]) or 'no files'}{more}"
+    return f"expected {TENSORS_FILE}, found {', '.join(files[:10]) or 'no files'}{more}"
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import DeltaModule, Method, Target, wants_start_values
+from deltakit.core import DeltaModule, Method, Target, is_quantized, wants_start_values
 from deltakit.errors import OptionError, TargetError
 from deltakit.ops import LowRank, check_dropout, kaiming_uniform, like, sum_of_products
 
@@ -117,8 +117,10 @@ class LoRA(Method, name="lora"):
     def kind_at(self, target: Target) -> type[LoRADelta]:
         # A subclass with its own forward may change the vectors of an embedding (Gemma scales them), or the input and the
         # weight of a convolution (BiT pads and standardises them). Adding to its output would be wrong; a weight patch is
-        # right, because the subclass's own code runs with the new weight.
-        return LoRAPatchDelta if _own_forward(target.module) else LoRADelta
+        # right, because the subclass's own code runs with the new weight. A quantized weight cannot be added to, and the
+        # forward of a quantized embedding only looks it up.
+        quantized = isinstance(target.module, nn.Embedding) and is_quantized(target.module.weight)
+        return LoRAPatchDelta if _own_forward(target.module) and not quantized else LoRADelta
 
     def build_at(self, target: Target) -> DeltaModule:
         kind = self.kind_at(target)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from deltakit.core import BackboneView, DeltaModule, Method, Target, checked, wants_start_values
+from deltakit.core import BackboneView, DeltaModule, Method, Target, checked
 from deltakit.errors import OptionError, StateError, TargetError
 from deltakit.ops import (
     CallContext,
@@ -24,12 +24,10 @@ from deltakit.ops import (
     input_embeddings,
     insert,
     layout_for,
-    like,
     stack_at,
+    start_vectors,
     text_stack,
 )
-
-_FREQUENT = 5_000
 
 
 class PromptVectors(nn.Module):
@@ -178,7 +176,7 @@ class PromptMaskDelta(PromptDelta):
 
 def _inserts(module: nn.Module) -> bool:
     """Whether a module is a text stack into which an active soft prompt is inserted."""
-    return any(isinstance(child, InsertPromptDelta) and child.live for child in module._modules.values())
+    return any(isinstance(child, InsertPromptDelta) and child.live for child in list(module._modules.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,12 +237,14 @@ class SoftPrompt(Method, name="soft_prompt"):
             object.__setattr__(self, "init_ids", tuple(self.init_ids))
 
     def targets(self, index: BackboneView, selected: Sequence[Target] | None) -> Sequence[Target]:
-        embeddings = input_embeddings(index)
+        embeddings = [path for group in input_embeddings(index) for path in group]
         for target in selected or ():
             if target.path not in embeddings:
                 found = type(target.module).__name__
+                inside = [path for path in embeddings if path.startswith(f"{target.path}.")]
                 raise TargetError(
-                    f"{target.named}: soft_prompt expects the embedding of the input ids, found a {found}; omit at="
+                    f"{target.named}: soft_prompt expects the embedding of the input ids, found a {found}; omit at=, or write "
+                    f"at={(inside or embeddings)[0]!r}"
                 )
         return [index.target(path) for path in embeddings] if selected is None else selected
 
@@ -252,24 +252,31 @@ class SoftPrompt(Method, name="soft_prompt"):
         return PromptVectorsDelta
 
     def build(self, index: BackboneView, targets: Sequence[Target]) -> dict[str, DeltaModule]:
-        """Returns the delta modules at the embeddings and, with `prepend`, at the text stack and its decoder, if any.
+        """Returns the delta modules at the embeddings and, with `prepend`, at the text stacks and their decoders, if any.
 
         Raises:
-            TargetError: if `prepend` is set and no module around the embedding accepts `input_ids`.
+            TargetError: if `prepend` is set and no module around an embedding accepts `input_ids`.
             OptionError: if `init_ids` has an id beyond the vocabulary.
         """
-        embeddings = [target for target in targets if isinstance(target.module, nn.Embedding)]
-        vectors = PromptVectors(self._start(embeddings[0]))
-        vocabulary: Any = embeddings[0].module.num_embeddings
         built: dict[str, DeltaModule] = {}
-        for target in embeddings:
-            built[target.path] = PromptVectorsDelta(self.tokens, int(vocabulary), inserted=self.prepend)
+        for group in input_embeddings(index):
+            own = [target for target in targets if target.path in group]
+            built |= self._build_in_model(index, group, own) if own else {}
+        return built
+
+    def _build_in_model(
+        self, index: BackboneView, group: Sequence[str], targets: Sequence[Target]
+    ) -> dict[str, DeltaModule]:
+        start = start_vectors(targets[0], self.tokens, random=self.init == "random", init_ids=self.init_ids)
+        vectors, vocabulary = PromptVectors(start), int(targets[0].module.num_embeddings)  # type: ignore[arg-type]
+        built: dict[str, DeltaModule] = {}
+        for target in targets:
+            built[target.path] = PromptVectorsDelta(self.tokens, vocabulary, inserted=self.prepend)
             built[target.path].share(vectors, holds=len(built) == 1)
         if self.prepend:
-            stack, decoder = text_stack(index)
+            stack, decoder = text_stack(index, group)
             at = self._tokens_before(index, stack)
-            known = stack_at(index, stack, at)
-            insertion = Insertion(int(vocabulary), self.tokens, at, known, trim=decoder is None)
+            insertion = Insertion(vocabulary, self.tokens, at, stack_at(index, stack, at), trim=decoder is None)
             built[stack] = InsertPromptDelta(insertion)
             if decoder is not None:
                 built[decoder] = PromptMaskDelta(insertion)
@@ -281,20 +288,3 @@ class SoftPrompt(Method, name="soft_prompt"):
         # A pooler inside the stack reads the first hidden state before the prompt is removed from the result. So the text's
         # first token must stay first.
         return int(getattr(index.by_path[stack], "pooler", None) is not None)
-
-    def _start(self, target: Target) -> Float[Tensor, "tokens d"]:
-        weight = target.module.weight
-        assert isinstance(weight, Tensor)
-        new = like(target)
-        start = torch.empty(self.tokens, weight.shape[1], **new)
-        if self.init_ids is None and (self.init == "random" or not wants_start_values(start)):
-            return start.uniform_(-0.5, 0.5) if wants_start_values(start) else start
-        if self.init_ids is not None:
-            outside = [i for i in self.init_ids if i >= weight.shape[0]]
-            if outside:
-                what = f"beyond the vocabulary of {weight.shape[0]} tokens; use this backbone's own tokenizer"
-                raise OptionError(f"{target.named}: SoftPrompt(init_ids=...) has the id {outside[0]}, {what}")
-            ids = torch.tensor([self.init_ids[i % len(self.init_ids)] for i in range(self.tokens)])
-        else:
-            ids = torch.randint(min(_FREQUENT, weight.shape[0]), (self.tokens,))
-        return weight.detach()[ids.to(weight.device)].to(**new).clone()

@@ -13,6 +13,7 @@ from deltakit.ops.kinds.weight_map import WeightMap
 from deltakit.ops.low_rank_sum import sum_of_products
 from deltakit.ops.prompt.direct_call import called_directly
 from deltakit.ops.prompt.insertion import Insertion, finish, grown_mask, insert, layout_for
+from deltakit.ops.prompt.start_vectors import start_vectors
 from deltakit.ops.prompt.text_stack import input_embeddings, stack_at, text_stack
 from deltakit.ops.recompute import linear_with
 from deltakit.ops.seeded import Seeded, normal, uniform
@@ -48,6 +49,7 @@ __all__ = [
     "linear_with",
     "normal",
     "stack_at",
+    "start_vectors",
     "sum_of_products",
     "text_stack",
     "uniform",

@@ -7,6 +7,7 @@ of fused projections, and the weights that a forward reads directly.
 from deltakit.selection.default_positions import Found
 from deltakit.selection.feature_axis import feature_axis, features_last, output_features
 from deltakit.selection.index import BackboneIndex
+from deltakit.selection.role_inference.ends import heads_of, outermost_models, told_by
 from deltakit.selection.role_inference.names import FUSED, FUSED_KV, PROJECTIONS, says_attention
 from deltakit.selection.role_table import RoleTable, roles
 from deltakit.selection.targets import find_targets, select
@@ -21,8 +22,11 @@ __all__ = [
     "feature_axis",
     "features_last",
     "find_targets",
+    "heads_of",
+    "outermost_models",
     "output_features",
     "roles",
     "says_attention",
     "select",
+    "told_by",
 ]

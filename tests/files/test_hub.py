@@ -62,6 +62,23 @@ def test_push_and_load(hub, delta, tmp_path):
     assert len(hub.repos["me/lora"].commits) == 1
 
 
+def test_the_file_of_tensors_alone_is_a_delta(hub, delta, monkeypatch, tmp_path):
+    saved = delta.save(tmp_path / "saved")
+    hub.add_repo("me/bare", {"delta_model.safetensors": (saved / "delta_model.safetensors").read_bytes()})
+    for offline in (False, True):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        model = fresh()
+        dk.load("me/bare", model)
+        assert torch.equal(model(ids()), delta.backbone(ids()))
+
+
+def test_the_readable_copy_alone_is_none(hub, delta, tmp_path):
+    saved = delta.save(tmp_path / "saved")
+    hub.add_repo("me/copy", {"delta_config.json": (saved / "delta_config.json").read_bytes()})
+    with pytest.raises(dk.HubError, match=r"expected delta_model\.safetensors, found delta_config\.json; pass the id"):
+        dk.load("me/copy", fresh())
+
+
 def test_only_loopback_was_asked(hub, delta):
     delta.push("me/lora", token=TOKEN, private=True)
     assert hub.repos["me/lora"].private
@@ -104,7 +121,11 @@ def test_the_cache_serves_when_the_hub_is_gone(hub, delta):
             r"me/private: .* the Hub has no such repository, or it is private: .* log in with `hf auth login`",
         ),
         ("me/gated", {"token": LoopbackHub.READER}, r"me/gated: this repository is gated: ask for access"),
-        ("me/other", {}, r"me/other: the repository holds no delta: expected delta_config.json, found a.txt, b.txt"),
+        (
+            "me/other",
+            {},
+            r"me/other: the repository holds no delta: expected delta_model.safetensors, found a.txt, b.txt",
+        ),
         ("me/other", {"revision": "v9"}, r"me/other: the repository has no revision 'v9'"),
         ("me/other", {"token": "hf_wrong"}, r"me/other: the token is not valid"),
     ],
@@ -177,5 +198,5 @@ def test_private_repository_with_a_token(hub, delta):
 )
 def test_a_repository_of_something_else_says_what_it_holds(hub, count, found):
     hub.add_repo("me/other", {f"f{n}": b"1" for n in range(count)})
-    with pytest.raises(dk.HubError, match=f"expected delta_config.json, found {found}"):
+    with pytest.raises(dk.HubError, match=f"expected delta_model.safetensors, found {found}"):
         dk.load("me/other", fresh())

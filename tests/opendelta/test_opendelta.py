@@ -128,3 +128,22 @@ def test_what_freeze_module_excludes_belongs_to_its_delta():
     assert trained_values(backbone) == trained
     with pytest.raises(dk.SelectorError, match="no_such_module"):
         dk.AdapterModel(backbone).freeze_module(exclude=["no_such_module"])
+
+
+def test_a_new_head_that_freeze_module_would_freeze_is_named():
+    config = build("bert").config
+    backbone = tf.BertForSequenceClassification(config)
+    delta = dk.LoraModel(backbone)
+    for exclude in ((), ("deltas",), "deltas"):
+        with pytest.raises(dk.DeltaWarning, match=r'^classifier: .*; pass exclude=\["deltas", "classifier"\] to train'):
+            delta.freeze_module(exclude=exclude)
+    with pytest.raises(dk.DeltaWarning, match=r'; pass exclude=\["deltas", "bert\.pooler", "classifier"\] to train'):
+        delta.freeze_module(exclude=["deltas", "bert.pooler"])
+    delta.freeze_module(exclude=["deltas", "classifier"])
+    assert set(delta.delta.fully_trained) == {"classifier.weight", "classifier.bias"}
+    # The user can say that it is trained already.
+    trained = tf.BertForSequenceClassification(config)
+    trained.classifier.requires_grad_(False)
+    delta = dk.LoraModel(trained)
+    delta.freeze_module()
+    assert trained_values(trained) == delta.delta.num_parameters

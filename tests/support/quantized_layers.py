@@ -93,3 +93,14 @@ def quantized_backbone(kind, architecture, dtype=torch.float32, change=None):
             model.set_submodule(path, KINDS[kind](linear.float(), dtype))
     model.requires_grad_(False)
     return model
+
+
+def embedding_of_bitsandbytes(embedding, bits):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layers = pytest.importorskip("bitsandbytes").nn
+    layer = {4: layers.Embedding4bit, 8: layers.Embedding8bit}[bits](*embedding.weight.shape)
+    layer.load_state_dict(embedding.state_dict())
+    # As in `of_bitsandbytes`; moving the whole layer on a CPU drops the scales of 8 bits.
+    layer.weight = layer.weight.to("cpu")
+    return layer

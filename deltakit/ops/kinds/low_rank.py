@@ -98,8 +98,8 @@ class LowRank(OutputMap):
         if type(output) is not Tensor:
             # What is inside a tuple, or of another class, may be held by somebody else: no layer is named, so nothing is
             # changed in place.
-            layer_of_convolution = target if self.groups else None
-            return replace_hidden(output, self(hidden_input(args, kwargs), hidden_output(output), layer_of_convolution))
+            layer = None if self.linear else target
+            return replace_hidden(output, self(hidden_input(args, kwargs), hidden_output(output), layer))
         if not self.linear:
             return self(x, output, target)
         # Not by the properties `strength` and `drops`: this runs in every call of every target, and they cost 240 ns.
@@ -130,7 +130,7 @@ class LowRank(OutputMap):
         """Returns y with the product added.
 
         Args:
-            layer: the linear layer that computed y from x, if y may be changed in place; a convolution always.
+            layer: the linear layer that computed y from x, if y may be changed in place; a convolution or embedding always.
             alone: whether y is exactly the layer's output, without other deltas.
         """
         a, b = self.factors()
@@ -146,7 +146,9 @@ class LowRank(OutputMap):
                     f"{self.word()} was attached to an embedding of {a.shape[1]} ids, and there are ids beyond: the embedding "
                     "was resized (resize_token_embeddings?); detach() the delta and attach a new one"
                 ) from error
-            return y + (F.linear(h, b) * product.scale).to(y.dtype)
+            # A subclass that scales its vectors has a weight patch, except where the weight is quantized.
+            scale = product.scale * getattr(layer, "embed_scale", 1.0)
+            return y + (F.linear(h, b) * scale).to(y.dtype)
         if self.dropout and self.training:
             # With dropout the input differs from the layer's, so one autograd node cannot serve both.
             x, alone = self._dropped(x), False

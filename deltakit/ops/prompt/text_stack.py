@@ -1,6 +1,7 @@
 """Finds where soft prompts enter: the embeddings of token ids, and the module that turns ids into hidden states."""
 
 import inspect
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from torch import nn
@@ -8,6 +9,7 @@ from torch import nn
 from deltakit.core import BackboneView, own_modules, parent_of, wrapped_layer
 from deltakit.errors import TargetError
 from deltakit.ops.attention.sites import attends
+from deltakit.selection import outermost_models
 
 Positions = Literal["given", "padding", "relative", "unknown"]
 """How a text stack gets the positions of tokens.
@@ -19,8 +21,10 @@ Positions = Literal["given", "padding", "relative", "unknown"]
 """
 
 
-def input_embeddings(index: BackboneView) -> list[str]:
-    """Returns the paths of all embeddings that share the input embedding's weight (T5 has three).
+def input_embeddings(index: BackboneView) -> list[list[str]]:
+    """Returns the paths of the embeddings of token ids: for each model all that share the weight (T5 has three).
+
+    Nearly always the backbone is one model. A module that holds two encoders holds two.
 
     Raises:
         TargetError: if the backbone has no embedding of token ids, or PEFT wraps it.
@@ -31,28 +35,44 @@ def input_embeddings(index: BackboneView) -> list[str]:
             f"{index.owner}: it has no embedding of token ids, and a soft prompt is inserted there; use Prefix instead, which "
             "needs no embedding"
         )
-    around = index.by_path[parent_of(found[0])]
-    if wrapped_layer(around) is index.by_path[found[0]]:
+    models = outermost_models(index.by_path)
+    groups: list[list[str]] = []
+    for first in found:
+        if any(first in group for group in groups):
+            continue
+        _refuse_wrapped(index, first)
+        model = next((path for path in models if _holds(path, first)), "")
+        weight = index.by_path[first].weight
+        modules = index.by_path.items()
+        groups.append(
+            [path for path, m in modules if isinstance(m, nn.Embedding) and m.weight is weight and _holds(model, path)]
+        )
+    return groups
+
+
+def _refuse_wrapped(index: BackboneView, embedding: str) -> None:
+    around = index.by_path[parent_of(embedding)]
+    if wrapped_layer(around) is index.by_path[embedding]:
         raise TargetError(
-            f"{found[0]}: PEFT's {type(around).__name__} around this embedding would look up the prompt's ids in its own "
+            f"{embedding}: PEFT's {type(around).__name__} around this embedding would look up the prompt's ids in its own "
             "weights; call PEFT's merge_and_unload() first, or use Prefix instead"
         )
-    weight = index.by_path[found[0]].weight
-    return [path for path, m in index.by_path.items() if isinstance(m, nn.Embedding) and m.weight is weight]
 
 
-def text_stack(index: BackboneView) -> tuple[str, str | None]:
+def text_stack(index: BackboneView, embeddings: Sequence[str]) -> tuple[str, str | None]:
     """Returns the path of the module that turns ids into hidden states, and the path of the decoder that attends to it.
 
     The second path is None unless the model is an encoder and a decoder.
 
+    Args:
+        embeddings: the embeddings of one model, as `input_embeddings` returns them.
+
     Raises:
-        TargetError: if the backbone has no embedding of token ids, or no module around it accepts `input_ids`.
+        TargetError: if no module around these embeddings accepts `input_ids`.
     """
     # Ids must be inserted where masks and positions are still derived from them. An embedding hook alone is too late: by
     # then their shapes are fixed. The innermost module that accepts ids and mask is early enough, and heads around it
     # never see the prompt.
-    embeddings = input_embeddings(index)
     holders = [path for path in index.by_path if any(_holds(path, embedding) for embedding in embeddings)]
     blocks = index.role("block")
     if blocks:
@@ -106,7 +126,8 @@ def stack_at(index: BackboneView, path: str, at: int) -> Stack:
 
 
 def _positions(index: BackboneView, stack: str) -> Positions:
-    blocks, embeddings = index.role("block"), input_embeddings(index)
+    blocks = index.role("block")
+    embeddings = {path for group in input_embeddings(index) for path in group}
     outside = [
         module
         for path, module in index.by_path.items()

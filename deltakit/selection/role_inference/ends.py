@@ -1,6 +1,6 @@
 """Finds the two ends of a backbone: the embedding of its inputs and its output head."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -12,7 +12,7 @@ from deltakit.selection.role_inference.walk import Walk
 
 def embeddings(walk: Walk) -> tuple[str, ...]:
     """Returns the paths of the input embeddings, as the models say, or else of the largest embedding outside of blocks."""
-    said = [_asked(walk.modules[path], "get_input_embeddings") for path in _models(walk)]
+    said = [told_by(walk.modules[path], "get_input_embeddings") for path in outermost_models(walk.modules)]
     found = {id(_unwrapped(module)) for module in said if isinstance(module, nn.Module)}
     if found:
         return tuple(path for path, module in walk.modules.items() if id(module) in found)
@@ -25,11 +25,16 @@ def embeddings(walk: Walk) -> tuple[str, ...]:
     return (max(tables, key=tables.__getitem__),) if tables else ()
 
 
+def heads_of(model: nn.Module) -> tuple[str, ...]:
+    """Returns the paths of the output heads of a model, without the inference of its other roles."""
+    return heads(Walk(model, dict(own_modules(model))))
+
+
 def heads(walk: Walk, root: str = "") -> tuple[str, ...]:
     """Returns the paths of the output heads of the model at a path, or of the models inside it if it is a wrapper."""
     model = walk.modules[root]
     # transformers' models name the head of language models, timm's name their classifier.
-    said = _asked(model, "get_output_embeddings") or _asked(model, "get_classifier")
+    said = told_by(model, "get_output_embeddings") or told_by(model, "get_classifier")
     if said is not None:
         told = {id(module) for module in (said if isinstance(said, tuple | list) else (said,))}
         return tuple(path for path, m in walk.modules.items() if id(m) in told and _has_parameters(m))
@@ -42,22 +47,23 @@ def heads(walk: Walk, root: str = "") -> tuple[str, ...]:
     if found:
         return found
     # A wrapper: a LightningModule, PeftModel or SentenceTransformer around a model with a head of its own.
-    models = _models(walk)
+    models = outermost_models(walk.modules)
     inner = roots if len(roots) == 1 else [child for child in roots if any(child in above(path) for path in models)]
     return tuple(head for path in inner for head in heads(walk, path))
 
 
-def _models(walk: Walk) -> list[str]:
-    """The backbone if it says what its input embedding is, as transformers' models do; else the models inside that say it."""
+def outermost_models(modules: Mapping[str, nn.Module], getter: str = "get_input_embeddings") -> list[str]:
+    """The paths of the models that have a getter of transformers' models, without those inside another one."""
     found: list[str] = []
-    for path, module in walk.modules.items():
+    for path, module in modules.items():
         inside = any(not other or path.startswith(f"{other}.") for other in found)
-        if not inside and hasattr(module, "get_input_embeddings"):
+        # Asked of the class: wrappers such as PEFT's pass every name on to the model inside.
+        if not inside and hasattr(type(module), getter):
             found.append(path)
     return found
 
 
-def _asked(module: nn.Module, getter: str) -> Any:
+def told_by(module: nn.Module, getter: str) -> Any:
     """What a model's own getter returns; None if it has none, or if it raises."""
     function = getattr(module, getter, None)
     try:

@@ -89,7 +89,7 @@ EXPERTS = {
 
 HEADS = frozenset(
     {"classifier", "score", "lm_head", "qa_outputs", "classification_head", "head", "heads", "fc", "fc_out"}
-    | {"pre_classifier"}
+    | {"pre_classifier", "ctc_head"}
 )
 """Names of output heads at the root of a backbone."""
 
