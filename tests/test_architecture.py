@@ -5,7 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jaxtyping
+import pytest
+import torch
+
 import deltakit as dk
+from deltakit.ops.int8_inputs import packed
 
 PACKAGE = Path(dk.__file__).parent
 
@@ -151,6 +156,16 @@ def test_files_and_functions_are_short():
                 body = node.body[1:] if ast.get_docstring(node) is not None else node.body
                 length = node.end_lineno - (body[0].lineno if body else node.lineno) + 1
                 assert length <= FUNCTION_LENGTH, f"{name}: {node.name} has {length} lines"
+
+
+def test_every_shape_in_a_signature_is_checked(pytestconfig):
+    *checked, _ = pytestconfig.getoption("jaxtyping_packages").split(",")
+    for name, _, tree in sources():
+        if any(isinstance(node, ast.ImportFrom) and node.module == "jaxtyping" for node in tree.body):
+            own = f"deltakit.{name}"
+            assert any(own == other or own.startswith(f"{other}.") for other in checked) or name == "__init__", own
+    with pytest.raises(jaxtyping.TypeCheckError, match="tokens d"):
+        packed(torch.zeros(2))
 
 
 def test_importing_is_light():
