@@ -70,6 +70,7 @@ from deltakit.core.record import (
     shapes_of,
     word_of,
 )
+from deltakit.core.roots import RootHook, rooted_at, roots_inside
 from deltakit.core.running_call import RunningCall, running_call
 from deltakit.core.running_statistics import notice_moved_buffers
 from deltakit.core.sharding import class_name, gathered, is_first, is_sharded, scatter, wait_for_all
@@ -91,6 +92,7 @@ __all__ = [
     "Method",
     "MixedBatch",
     "Record",
+    "RootHook",
     "RunningCall",
     "Selector",
     "Site",
@@ -156,6 +158,8 @@ __all__ = [
     "remove_held",
     "replace_hidden",
     "replace_input",
+    "rooted_at",
+    "roots_inside",
     "rows_now",
     "running_call",
     "same_random_numbers",

@@ -18,6 +18,7 @@ from deltakit.core.grad_ledger import GradLedger
 from deltakit.core.held import held_in
 from deltakit.core.method import Method
 from deltakit.core.paths import delta_children, join, own_modules
+from deltakit.core.roots import rooted_at, roots_inside
 
 # Asking a target for the records of its deltas runs in C code: it may have hundreds.
 _RECORD = attrgetter("record")
@@ -166,7 +167,16 @@ class Attachment:
 
 
 def attachments_of(backbone: nn.Module) -> list[Attachment]:
-    """Returns the deltas attached to a backbone, in their order."""
+    """Returns the deltas attached to a backbone or to parts of it, in their order. The `backbone` of each is its root."""
+    inside = roots_inside(backbone)
+    found = {record: Attachment(backbone, record, sites) for record, sites in _sites_of(backbone).items()}
+    for record, (_, root) in inside.items():
+        if record in found:
+            found[record] = Attachment(root, record, _sites_of(root).get(record, found[record].sites))
+    return sorted(found.values(), key=lambda attachment: attachment.record.order)
+
+
+def _sites_of(backbone: nn.Module) -> dict[Record, list[Site]]:
     # Read from the module tree, not from a registry: so a deepcopy or an unpickled backbone has its deltas, too.
     found: dict[Any, list[Site]] = {}
     numbers: dict[tuple[Any, str, str], int] = {}
@@ -182,17 +192,19 @@ def attachments_of(backbone: nn.Module) -> list[Attachment]:
                 numbers[known] = _method_index(record, key, part)
             site = Site(path_with_part(path, part) if part else path, target, module, numbers[known])
             found.setdefault(record, []).append(site)
-    attached = [Attachment(backbone, record, sites) for record, sites in found.items()]
-    return sorted(attached, key=lambda attachment: attachment.record.order)
+    return found
 
 
 def records_of(backbone: nn.Module) -> list[Record]:
-    """Returns the records of the deltas attached to a backbone, in their order."""
+    """Returns the records of the deltas attached to a backbone, in their order, without those attached to a part of it."""
     found: dict[Record, None] = {}
-    for _, target in own_modules(backbone):
+    elsewhere: set[Record] = set()
+    for path, target in own_modules(backbone):
         if target._modules:
             found.update(records_at(target))
-    return sorted(found, key=lambda record: record.order)
+        if path and target._forward_pre_hooks:
+            elsewhere.update(rooted_at(target))
+    return sorted(found.keys() - elsewhere, key=lambda record: record.order)
 
 
 def records_at(target: nn.Module) -> dict[Record, None]:

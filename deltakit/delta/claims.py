@@ -4,6 +4,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+from torch import nn
+
 from deltakit.core import (
     Attachment,
     GradLedger,
@@ -13,11 +15,13 @@ from deltakit.core import (
     key_of,
     notice_moved_buffers,
     records_of,
+    roots_inside,
 )
 from deltakit.delta.composition import refuse_beside_merged
 from deltakit.delta.full_training import refuse_taken
 from deltakit.delta.running_statistics import held_of, holding_word
 from deltakit.errors import StateError
+from deltakit.injection import records_around
 
 
 def claim(attachment: Attachment) -> None:
@@ -25,10 +29,12 @@ def claim(attachment: Attachment) -> None:
 
     Raises:
         StateError: if the name is taken, a target has an attribute of that name or the same method from another delta,
-            another delta fully trains the same parameters or is merged into them, the backbone is in a `rows` block, or a
-            delta is merged beside which this one would compute something else.
+            another delta fully trains the same parameters or is merged into them, the backbone is in a `rows` block, a
+            delta is merged beside which this one would compute something else, or a delta is attached to a part of the
+            backbone, or to a model around it.
     """
     record = attachment.record
+    _refuse_other_roots(attachment.backbone)
     others = records_of(attachment.backbone)
     name = free_name(record.name, others, chosen=record.named)
     for other in others:
@@ -59,6 +65,22 @@ def claim(attachment: Attachment) -> None:
     record.order = order
     record.grad_ledger = others[0].grad_ledger if others else GradLedger()
     record.buffer_ledger = others[0].buffer_ledger if others else copy_buffers(attachment.backbone)
+
+
+def _refuse_other_roots(backbone: nn.Module) -> None:
+    """Refuses a backbone inside which, or around which, another module has a delta."""
+    # Each of the two would keep flags, values and guards of the other's by other names, and put them back at the wrong time.
+    advice = (
+        "attach both to the same module (at= takes the path of the part), or detach() that delta first: "
+        "deltakit.deltas(model) has its handle"
+    )
+    for record, (path, root) in roots_inside(backbone).items():
+        raise StateError(f"{path}: delta {record.name!r} is attached to this {type(root).__name__} alone; {advice}")
+    for record in records_around(backbone):
+        raise StateError(
+            f"this {type(backbone).__name__} has parts of delta {record.name!r}, which is attached to a model around it; "
+            f"{advice}"
+        )
 
 
 def _refuse_stacking(attachment: Attachment, others: Sequence[Attachment]) -> None:

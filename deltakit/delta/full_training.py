@@ -4,7 +4,7 @@ The backbone must be bit-exact after detaching, so its own values are kept while
 while it is detached.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,12 @@ from deltakit.core import (
     own_modules,
     parent_of,
     records_of,
+    roots_inside,
     tensors_in,
     tensors_of,
 )
 from deltakit.errors import StateError, warn
-from deltakit.injection import modules_of
+from deltakit.injection import modules_of, records_around
 
 
 def full_training_names(backbone: nn.Module, paths: list[str]) -> list[str]:
@@ -241,15 +242,35 @@ def base_state_dict(backbone: nn.Module) -> dict[str, Tensor]:
 
     It has no keys of deltas, the weights are those from before a merge, and fully trained tensors and running statistics have
     the backbone's own values: the trained ones are in the delta's file.
+
+    Raises:
+        StateError: if this is a part of the model that a delta is attached to, and the delta is merged into or fully trains
+            something here.
     """
+    for record in records_around(backbone):
+        if record.backbone_values or record.weights_before_merge:
+            # The names in the record are those of the whole model.
+            raise StateError(
+                f"base_state_dict: this {type(backbone).__name__} has parts of delta {record.name!r}, which is attached to a "
+                "model around it and keeps the own values; call it with that model"
+            )
     own = dict(tensors_of(backbone))
-    records = records_of(backbone)
-    for record in records[:1]:
-        notice_moved_buffers(backbone, record)
-    kept = [record.backbone_values | record.weights_before_merge for record in records]
+    bare: dict[int, Tensor] = {}
     # By identity: a tied tensor has several names, and is kept under one of them.
-    bare = {id(own[name]): value.detach() for values in kept for name, value in values.items() if name in own}
+    for root in (backbone, *dict.fromkeys(root for _, root in roots_inside(backbone).values())):
+        bare |= {id(tensor): value.detach() for tensor, value in _kept_values(root)}
     return {name: bare.get(id(own[name]), value) for name, value in backbone.state_dict().items() if name in own}
+
+
+def _kept_values(root: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the tensors of a backbone that have other values while its deltas are attached, with their own values."""
+    records = records_of(root)
+    for record in records[:1]:
+        notice_moved_buffers(root, record)
+    own = dict(tensors_of(root))
+    for record in records:
+        kept = record.backbone_values | record.weights_before_merge
+        yield from ((own[name], value) for name, value in kept.items() if name in own)
 
 
 def _refuse_offloaded(name: str, tensor: Tensor, module: nn.Module) -> None:

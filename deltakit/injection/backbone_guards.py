@@ -18,6 +18,7 @@ from deltakit.core import (
     own_children,
     parent_of,
     records_at,
+    roots_inside,
 )
 from deltakit.injection.call_observer import CallObserver
 from deltakit.injection.first_forward import FirstForward
@@ -56,7 +57,7 @@ class InputGradients:
 def watch(backbone: nn.Module) -> None:
     """Adds the guards that a backbone needs for its current delta modules, and removes all others."""
     follow_hooks_when_compiled()
-    found = _Found()
+    found = _Found(roots_inside(backbone))
     known: dict[int, bool] = {}
     _watch_inside(backbone, "", known, found)
     holds = bool(found.records)
@@ -92,9 +93,14 @@ def change_begins(backbone: nn.Module, change: RunningCall) -> None:
 
 
 class _Found:
-    """What `_watch_inside` finds: the records of the deltas, the targets with those on each, and the ways to the targets."""
+    """What `_watch_inside` finds: the records of the deltas, the targets with those on each, and the ways to the targets.
 
-    def __init__(self) -> None:
+    Args:
+        elsewhere: the deltas attached to a part of the backbone, which has guards of its own for them.
+    """
+
+    def __init__(self, elsewhere: Collection[Record]) -> None:
+        self.elsewhere = elsewhere
         self.records: dict[Record, None] = {}
         self.targets: list[tuple[str, nn.Module, Collection[Record]]] = []
         self.ways: list[tuple[nn.Module, str]] = []
@@ -133,15 +139,17 @@ def _watch_inside(module: nn.Module, path: str, known: dict[int, bool], all_foun
     """
     if id(module) in known:
         return known[id(module)]
-    found = known[id(module)] = False
+    known[id(module)] = False
     records = records_at(module) if module._modules else {}
     if any(map(_LEAVING, records)):
         records = {record: None for record in records if not record.leaving}
+    found = bool(records)
+    if all_found.elsewhere:
+        records = {record: None for record in records if record not in all_found.elsewhere}
     if records:
         all_found.targets.append((path, module, records))
         all_found.records.update(records)
         all_found.reads_call |= _reads_call(module)
-        found = True
     for name, child in own_children(module):
         if _watch_inside(child, join(path, name), known, all_found):
             all_found.ways.append((module, name))

@@ -15,6 +15,7 @@ from deltakit.core import (
     own_modules,
     parent_of,
     records_of,
+    rooted_at,
 )
 from deltakit.errors import StateError
 from deltakit.injection.tables import ours, unhook
@@ -153,3 +154,13 @@ def refuse_loading(backbone: nn.Module, records: Iterable[Record]) -> None:
 
 def _guards(module: nn.Module) -> list[RefuseLoading]:
     return ours(module, RefuseLoading) if module._load_state_dict_pre_hooks else []
+
+
+def records_around(backbone: nn.Module) -> list[Record]:
+    """Returns the records of deltas that have something in a backbone, and were attached to a module around it."""
+    # A delta that only trains tensors here fully has no modules here, but guards.
+    above_it = [record for guard in _guards(backbone) if guard.path for record in guard.records]
+    here = rooted_at(backbone)
+    there = [record for record in records_of(backbone) if record not in here]
+    # What an interrupted detach has left is not held by any module.
+    return [record for record in dict.fromkeys((*above_it, *there)) if not record.leaving]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltakit.core import Record, RunningCall, attachments_of
+from deltakit.core import Record, RootHook, RunningCall, attachments_of
 from deltakit.errors import StateError, warn
 from deltakit.injection.first_forward import FirstForward, watch_first_forward
 from deltakit.injection.lock import Lock
@@ -19,7 +19,7 @@ from deltakit.injection.tables import ids_of_modules, ours
 _LOCK = Lock()
 
 
-class TargetGuard:
+class TargetGuard(RootHook):
     """Compares the modules on the way to the targets with those that were there when a delta was last attached or detached.
 
     This runs in each forward of the backbone, so it compares by identity in three calls of C code.
@@ -106,7 +106,8 @@ class TargetGuard:
             warn(_replaced(gone))
         self.reported.update(gone)
         # The targets that are still there may not be called any more.
-        for attachment in attachments_of(backbone):
+        own = [attachment for attachment in attachments_of(backbone) if attachment.backbone is backbone]
+        for attachment in own:
             attachment.record.checked = False
             watch_first_forward(attachment, again=True)
         for first in ours(backbone, FirstForward):
