@@ -4,7 +4,7 @@ The backbone must be bit-exact after detaching, so its own values are kept while
 while it is detached.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,21 +14,20 @@ from deltakit.core import (
     GradLedger,
     Record,
     above,
-    checked,
     is_compute_dtype,
     linear_sizes,
     name_of,
     normal_tensors,
     notice_moved_buffers,
     own_modules,
+    own_parameters,
     parent_of,
     records_of,
-    roots_inside,
     tensors_in,
     tensors_of,
 )
 from deltakit.errors import StateError, warn
-from deltakit.injection import modules_of, records_around
+from deltakit.injection import modules_of
 
 
 def full_training_names(backbone: nn.Module, paths: list[str]) -> list[str]:
@@ -223,9 +222,19 @@ def refresh_gradients(backbone: nn.Module, grad_ledger: GradLedger) -> None:
     """Sets `requires_grad` of the backbone's parameters for all attached deltas together."""
     # `hold`: a delta that is not trainable must keep the values of its modules, even if no delta freezes the backbone.
     attached = [record for record in records_of(backbone) if not record.leaving]
+    own = dict(own_parameters(backbone))
+    there = set(map(id, own.values()))
+    held = {
+        record: {
+            # What the user put in the place of a removed module, such as a resized head, is trained in its stead.
+            id(tensor if id(tensor) in there else own.get(name, tensor))
+            for name, tensor in tensors_at(Attachment(backbone, record, []), record.fully_trained).items()
+        }
+        for record in attached
+    }
     # While a delta is not active, the tensors have the backbone's own values, which nobody trains.
-    train = {name for record in attached if record.trainable and record.active for name in record.fully_trained}
-    hold = {name for record in attached for name in record.fully_trained} - train
+    train = {key for record, keys in held.items() if record.trainable and record.active for key in keys}
+    hold = {key for keys in held.values() for key in keys} - train
     grad_ledger.apply(backbone, train=train, hold=hold, freeze=any(record.freeze for record in attached))
 
 
@@ -234,43 +243,6 @@ def current_values(backbone: nn.Module, names: Sequence[str], record: Record) ->
     own = dict(tensors_of(backbone)) if names else {}
     with normal_tensors():
         return {name: own[name].detach().clone() for name in names if name not in record.fully_trained}
-
-
-@checked
-def base_state_dict(backbone: nn.Module) -> dict[str, Tensor]:
-    """Returns the backbone's state dict as it would be if nothing were attached.
-
-    It has no keys of deltas, the weights are those from before a merge, and fully trained tensors and running statistics have
-    the backbone's own values: the trained ones are in the delta's file.
-
-    Raises:
-        StateError: if this is a part of the model that a delta is attached to, and the delta is merged into or fully trains
-            something here.
-    """
-    for record in records_around(backbone):
-        if record.backbone_values or record.weights_before_merge:
-            # The names in the record are those of the whole model.
-            raise StateError(
-                f"base_state_dict: this {type(backbone).__name__} has parts of delta {record.name!r}, which is attached to a "
-                "model around it and keeps the own values; call it with that model"
-            )
-    own = dict(tensors_of(backbone))
-    bare: dict[int, Tensor] = {}
-    # By identity: a tied tensor has several names, and is kept under one of them.
-    for root in (backbone, *dict.fromkeys(root for _, root in roots_inside(backbone).values())):
-        bare |= {id(tensor): value.detach() for tensor, value in _kept_values(root)}
-    return {name: bare.get(id(own[name]), value) for name, value in backbone.state_dict().items() if name in own}
-
-
-def _kept_values(root: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the tensors of a backbone that have other values while its deltas are attached, with their own values."""
-    records = records_of(root)
-    for record in records[:1]:
-        notice_moved_buffers(root, record)
-    own = dict(tensors_of(root))
-    for record in records:
-        kept = record.backbone_values | record.weights_before_merge
-        yield from ((own[name], value) for name, value in kept.items() if name in own)
 
 
 def _refuse_offloaded(name: str, tensor: Tensor, module: nn.Module) -> None:

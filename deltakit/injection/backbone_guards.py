@@ -24,10 +24,12 @@ from deltakit.injection.call_observer import CallObserver
 from deltakit.injection.first_forward import FirstForward
 from deltakit.injection.hooks import follow_hooks_when_compiled
 from deltakit.injection.loading_guards import ReportPart, refuse_loading
+from deltakit.injection.output_hooks import InputHook, OutputHook
 from deltakit.injection.replaced_targets import TargetGuard
 from deltakit.injection.rows_observer import forget_rows, observe_rows
 from deltakit.injection.tables import ours, unhook
 from deltakit.injection.training_guard import TrainingGuard
+from deltakit.injection.weight_patch import PatchHook
 
 _NESTED = "_deltakit_nested"
 # In C code, because a module may have hundreds of deltas.
@@ -60,6 +62,11 @@ def watch(backbone: nn.Module) -> None:
     found = _Found(roots_inside(backbone))
     known: dict[int, bool] = {}
     _watch_inside(backbone, "", known, found)
+    there, removed = set(known), []
+    for guard in ours(backbone, TargetGuard):
+        removed += guard.removed(there)
+    # What was taken out of the backbone may be put back after the delta was detached.
+    guarded = [m for m in removed if _watch_inside(m, "", known, _Found(())) or m._load_state_dict_pre_hooks]
     holds = bool(found.records)
     _stand(ReportPart, backbone, lambda guard: backbone.register_load_state_dict_pre_hook(guard), wanted=holds)
     _stand(CallObserver, backbone, partial(_around, backbone), wanted=found.reads_call)
@@ -68,10 +75,10 @@ def watch(backbone: nn.Module) -> None:
         guard.follow(found.records)
     if holds:
         _stand(TargetGuard, backbone, partial(_ahead, backbone), wanted=True)
-    refuse_loading(backbone, found.records)
+    refuse_loading(backbone, found.records, removed)
     # Also one that is not wanted any more: a forward of another thread may be about to call it.
     for guard in ours(backbone, TargetGuard):
-        guard.expect(found.ways, _holdings(backbone, found, guard.holdings), known.keys())
+        guard.expect(found.ways, _holdings(backbone, found, guard.holdings), there, guarded)
     _stand(TargetGuard, backbone, partial(_ahead, backbone), wanted=holds)
     for first in ours(backbone, FirstForward):
         first.changing = False
@@ -143,6 +150,8 @@ def _watch_inside(module: nn.Module, path: str, known: dict[int, bool], all_foun
     records = records_at(module) if module._modules else {}
     if any(map(_LEAVING, records)):
         records = {record: None for record in records if not record.leaving}
+    elif not records:
+        _remove_copies(module)
     found = bool(records)
     if all_found.elsewhere:
         records = {record: None for record in records if record not in all_found.elsewhere}
@@ -162,6 +171,14 @@ def _watch_inside(module: nn.Module, path: str, known: dict[int, bool], all_foun
     if isinstance(module, nn.TransformerEncoder):
         _keep_unnested(module, wanted=found)
     return found
+
+
+def _remove_copies(module: nn.Module) -> None:
+    """Removes hooks of delta modules from a module that has none: torch's quantizers copy hooks to the layers they make."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        unhook(module, ours(module, (InputHook, OutputHook)))
+        patches = ours(module, PatchHook)
+        unhook(module, [hook for hook in patches if hook.holder_in(module) is module and hook.delta(module) is None])
 
 
 def _reads_call(target: nn.Module) -> bool:

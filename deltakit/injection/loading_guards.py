@@ -128,8 +128,12 @@ def _has(module: nn.Module, record: Record, state: dict[str, Any], prefix: str) 
     return any(path in paths for name in state for path in above(parent_of(name)))
 
 
-def refuse_loading(backbone: nn.Module, records: Iterable[Record]) -> None:
-    """Registers `RefuseLoading` where it is needed for these deltas, and removes it where it is not."""
+def refuse_loading(backbone: nn.Module, records: Iterable[Record], removed: Iterable[nn.Module]) -> None:
+    """Registers `RefuseLoading` where it is needed for these deltas, and removes it where it is not.
+
+    Args:
+        removed: modules that the user took out of the backbone. They keep theirs until the delta is detached.
+    """
     wanted: dict[str, list[Record]] = {}
     known = list(records)
     for record in known:
@@ -147,6 +151,10 @@ def refuse_loading(backbone: nn.Module, records: Iterable[Record]) -> None:
             if here not in _guards(module):
                 module.register_load_state_dict_pre_hook(here)
             here.records += wanted[path]
+    for module in removed:
+        for guard in _guards(module):
+            guard.records = [record for record in guard.records if not record.leaving]
+            guarded.append((module, guard))
     for module, guard in guarded:
         if not guard.records:
             unhook(module, [guard])
