@@ -96,16 +96,17 @@ def refuse_taken(attachment: Attachment, names: Sequence[str]) -> None:
     """
     if not names:
         return
-    own = dict(tensors_of(attachment.backbone))
+    backbone, record = attachment.backbone, attachment.record
     # By identity, because tied weights have several names.
-    wanted = {id(own[name]) for name in names}
-    for other in records_of(attachment.backbone):
-        if other is attachment.record:
+    wanted = {id(tensor) for tensor in tensors_at(backbone, record, names).values()}
+    for other in records_of(backbone):
+        if other is record:
             continue
         for found, advice in ((other.fully_trained, "detach()"), (other.weights_before_merge, "unmerge()")):
-            both = sorted(name for name in found if name in own and id(own[name]) in wanted)
+            held = tensors_at(backbone, other, found)
+            both = sorted(name for name, tensor in held.items() if id(tensor) in wanted)
             if both:
-                trains = isinstance(own[both[0]], nn.Parameter)
+                trains = isinstance(held[both[0]], nn.Parameter)
                 so = "fully trains it already" if trains else "has running statistics of its own there already"
                 so = so if advice == "detach()" else "is merged into it"
                 raise StateError(f"{both[0]}: delta {other.name!r} {so}; {advice} that delta first")
@@ -123,7 +124,9 @@ def put_trained_values(attachment: Attachment) -> None:
     if record.trained_values:
         # Both sides are complete in the record before a tensor changes. After an interruption the backbone holds a mixture,
         # and either side can be put into it.
-        record.backbone_values = record.backbone_values or _copies(tensors_at(attachment, record.trained_values))
+        record.backbone_values = record.backbone_values or _copies(
+            tensors_at(attachment.backbone, record, record.trained_values)
+        )
         _put(attachment, record.trained_values)
         record.trained_values = {}
 
@@ -133,7 +136,9 @@ def put_backbone_values(attachment: Attachment) -> None:
     record = attachment.record
     notice_moved_buffers(attachment.backbone, record)
     if record.backbone_values:
-        record.trained_values = record.trained_values or _copies(tensors_at(attachment, record.backbone_values))
+        record.trained_values = record.trained_values or _copies(
+            tensors_at(attachment.backbone, record, record.backbone_values)
+        )
         resized = [*_put(attachment, record.backbone_values), *_put_resized(attachment)]
         record.backbone_values = {}
         if resized:
@@ -150,7 +155,7 @@ def _put_resized(attachment: Attachment) -> list[str]:
     `resize_token_embeddings` makes a new head that starts with the rows of the old one: those that the delta has trained.
     """
     record, found = attachment.record, []
-    here, held = dict(tensors_of(attachment.backbone)), tensors_at(attachment, record.backbone_values)
+    here, held = dict(tensors_of(attachment.backbone)), tensors_at(attachment.backbone, record, record.backbone_values)
     for name, own in record.backbone_values.items():
         new, trained = here.get(name), record.trained_values.get(name)
         if new is None or trained is None or new is held.get(name) or not new.ndim or new.shape == own.shape:
@@ -164,18 +169,18 @@ def _put_resized(attachment: Attachment) -> list[str]:
 
 def fully_trained_tensors(attachment: Attachment) -> dict[str, Tensor]:
     """Returns the tensors of the backbone that a delta fully trains, and the running statistics that moved, by name."""
-    return tensors_at(attachment, attachment.record.fully_trained)
+    return tensors_at(attachment.backbone, attachment.record, attachment.record.fully_trained)
 
 
-def tensors_at(attachment: Attachment, names: Iterable[str]) -> dict[str, Tensor]:
-    """Returns tensors of the backbone by name, as far as they are there.
+def tensors_at(backbone: nn.Module, record: Record, names: Iterable[str]) -> dict[str, Tensor]:
+    """Returns tensors of the backbone by the names that an attached delta has for them, as far as they are there.
 
-    If the user replaced their module since the delta was attached, they are those of the old module: the new one's values
-    are the user's.
+    If the user replaced, wrapped or removed their module since the delta was attached, they are those of the old module: the
+    new one's values are the user's.
     """
     wanted = list(names)
-    own = dict(tensors_of(attachment.backbone, unsaved=True)) if wanted else {}
-    held = modules_of(attachment.backbone, attachment.record) if wanted else {}
+    own = dict(tensors_of(backbone, unsaved=True)) if wanted else {}
+    held = modules_of(backbone, record) if wanted else {}
     found = {}
     for name in wanted:
         module = held.get(parent_of(name))
@@ -197,7 +202,7 @@ def _put(attachment: Attachment, values: Mapping[str, Tensor]) -> list[str]:
     """Copies values into a backbone's tensors, and returns the names of those that have another shape."""
     # Copied in place: optimisers, compiled code and tied modules keep their references to the parameters.
     resized = []
-    for name, tensor in tensors_at(attachment, values).items():
+    for name, tensor in tensors_at(attachment.backbone, attachment.record, values).items():
         value = values[name]
         if tensor.shape == value.shape and not tensor.is_inference():
             tensor.copy_(value)
@@ -228,7 +233,7 @@ def refresh_gradients(backbone: nn.Module, grad_ledger: GradLedger) -> None:
         record: {
             # What the user put in the place of a removed module, such as a resized head, is trained in its stead.
             id(tensor if id(tensor) in there else own.get(name, tensor))
-            for name, tensor in tensors_at(Attachment(backbone, record, []), record.fully_trained).items()
+            for name, tensor in tensors_at(backbone, record, record.fully_trained).items()
         }
         for record in attached
     }

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from deltakit.core import checked, notice_moved_buffers, records_of, roots_inside, tensors_of
+from deltakit.delta.full_training import tensors_at
 from deltakit.errors import StateError
 from deltakit.injection import records_around
 
@@ -40,7 +41,6 @@ def _kept_values(root: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     records = records_of(root)
     for record in records[:1]:
         notice_moved_buffers(root, record)
-    own = dict(tensors_of(root))
     for record in records:
         kept = record.backbone_values | record.weights_before_merge
-        yield from ((own[name], value) for name, value in kept.items() if name in own)
+        yield from ((tensor, kept[name]) for name, tensor in tensors_at(root, record, kept).items())

@@ -1,12 +1,12 @@
 """Builds the text of plans and of a delta's `repr`: what is attached where."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from deltakit.core import Attachment, fold, named_logical_parameters, own_parameters, records_of, tensors_of
+from deltakit.core import Attachment, fold, named_logical_parameters, tensors_of
 from deltakit.errors import printable
 
 
@@ -79,27 +79,29 @@ def described(
     *,
     trained: int,
     names: Mapping[int, list[str]],
+    full: Mapping[str, Tensor],
+    saved: Collection[int],
 ) -> str:
     """Returns a delta as a report: its states, each method with its targets, and its number of parameters.
 
     Args:
         trained: the number of parameters that the delta trains.
         names: all paths of each module of the backbone, by the module's id.
+        full: the parameters that the delta fully trains, by name.
+        saved: the ids of the backbone's tensors that any attached delta saves.
     """
     record = attachment.record
-    own = dict(own_parameters(attachment.backbone))
     buffers = {name for name, tensor in tensors_of(attachment.backbone) if not isinstance(tensor, nn.Parameter)}
     logical = dict(named_logical_parameters(attachment.backbone))
     total = sum(parameter.numel for parameter in logical.values())
     foot = f"{trained:,} parameters, {share(trained, total)} of the backbone's {total:,}"
-    saved = {name for other in records_of(attachment.backbone) for name in other.fully_trained}
-    unsaved = sum(p.numel for name, p in logical.items() if p.stored.requires_grad and name not in saved)
+    unsaved = sum(p.numel for p in logical.values() if p.stored.requires_grad and id(p.stored) not in saved)
     if attachment.attached and unsaved:
         foot += f"; {unsaved:,} more of the backbone's are not frozen, and are not saved with the delta"
     return report(
         f"delta {record.name!r} on {type(attachment.backbone).__name__}: {states(attachment)}",
         [_line(attachment, index, names) for index in range(len(record.methods))],
-        {name: own[name] for name in record.fully_trained if name in own},
+        full,
         foot,
         total,
         {name: tensor for name, tensor in (record.backbone_values or record.trained_values).items() if name in buffers},

@@ -329,3 +329,40 @@ def test_nothing_stays_on_quantized_layers():
     assert hooks_in(model[0])
     delta.detach()
     assert hooks_in(model) == []
+
+
+def take_out(model):
+    model.classifier = nn.Identity()
+
+
+@pytest.mark.parametrize("change", [wrap, take_out])
+@pytest.mark.parametrize("call", ["active", "freeze", "load_state_dict"])
+def test_switching_and_training_after_a_fully_trained_module_moved(model, change, call):
+    head = model.classifier
+    delta = trained(model, train="classifier")
+    other = dk.attach(model, dk.BitFit(at="norm"), name="other", train="norm")
+    own, values = delta._record.backbone_values["classifier.weight"].clone(), head.weight.detach().clone()
+    change(model)
+    if call == "active":
+        delta.active = False
+        assert torch.equal(head.weight, own)
+        delta.active = True
+    elif call == "freeze":
+        other.freeze(train="layers.0.norm_1")
+    else:
+        other.load_state_dict({name: value.clone() for name, value in other.state_dict().items()})
+    assert torch.equal(head.weight, values)
+    if change is wrap:
+        with pytest.raises(dk.StateError, match="delta 'delta' fully trains it already; detach"):
+            other.freeze(train="classifier")
+    delta.detach()
+    assert torch.equal(head.weight, own)
+
+
+def test_printing_and_the_own_values_after_a_fully_trained_module_moved(model):
+    before = model.classifier.weight.detach().clone()
+    delta = trained(model, train="classifier")
+    wrap(model)
+    assert torch.equal(dk.base_state_dict(model)["classifier.1.weight"], before)
+    assert "fully trained" in repr(delta)
+    assert "are not frozen, and are not saved" not in repr(delta)
