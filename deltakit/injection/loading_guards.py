@@ -18,6 +18,7 @@ from deltakit.core import (
     records_of,
     relative,
     rooted_at,
+    tensors_of,
 )
 from deltakit.errors import StateError
 from deltakit.injection.tables import ours, unhook
@@ -65,6 +66,8 @@ class RefuseLoading:
     def __init__(self, path: str) -> None:
         self.path = path
         self.records: list[Record] = []
+        self.tied: Mapping[str, str] = {}
+        """The other names of these tensors in the backbone, each with the name by which a delta knows the tensor."""
 
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         # When a module above is loaded, that one was asked, and it saw the complete state dict.
@@ -113,7 +116,8 @@ class RefuseLoading:
                 ledger.accept(name, loaded)
 
     def _refuse(self, names: Iterable[str], state: Mapping[str, Any], prefix: str, why: str) -> None:
-        for name in sorted(names):
+        known = set(names)
+        for name in sorted(known | {other for other, name in self.tied.items() if name in known}):
             if is_below(name, self.path) and prefix + relative(name, self.path) in state:
                 raise StateError(f"{prefix}{name}: {why}")
 
@@ -136,9 +140,11 @@ def refuse_loading(backbone: nn.Module, records: Iterable[Record], removed: Iter
     """
     wanted: dict[str, list[Record]] = {}
     known = list(records)
+    tied = _other_names(backbone, known)
     for record in known:
-        ledger = record.buffer_ledger
-        names = (*_replaced(record), *ledger.own.keys() - ledger.unsaved)
+        ledger, own = record.buffer_ledger, _replaced(record)
+        others = [other for other, name in tied.items() if name in own]
+        names = (*own, *others, *ledger.own.keys() - ledger.unsaved)
         for path in dict.fromkeys(path for owner in dict.fromkeys(map(parent_of, names)) for path in above(owner)):
             wanted.setdefault(path, []).append(record)
     # A module may have several paths, and a guard for each.
@@ -152,6 +158,7 @@ def refuse_loading(backbone: nn.Module, records: Iterable[Record], removed: Iter
             if here not in _guards(module):
                 module.register_load_state_dict_pre_hook(here)
             here.records += wanted[path]
+            here.tied = tied
     for module in removed:
         for guard in _guards(module):
             guard.records = [record for record in guard.records if not record.leaving]
@@ -161,9 +168,18 @@ def refuse_loading(backbone: nn.Module, records: Iterable[Record], removed: Iter
             unhook(module, [guard])
 
 
-def _replaced(record: Record) -> list[str]:
+def _other_names(backbone: nn.Module, records: Iterable[Record]) -> dict[str, str]:
+    """Returns the other names of the tensors that these deltas replaced, each with the name in the record."""
+    kept = {name for record in records for name in _replaced(record)}
+    own = dict(tensors_of(backbone)) if kept else {}
+    # A weight that is merged in all modules that share it is kept under one of its names.
+    names = {id(own[name]): name for name in kept if name in own}
+    return {name: names[id(tensor)] for name, tensor in own.items() if id(tensor) in names and name not in kept}
+
+
+def _replaced(record: Record) -> set[str]:
     """Returns the names of the weights that a delta is merged into, and of the tensors that it fully trains."""
-    return [*record.weights_before_merge, *record.backbone_values.keys() - record.moved - record.unsaved]
+    return record.weights_before_merge.keys() | (record.backbone_values.keys() - record.moved - record.unsaved)
 
 
 def _guards(module: nn.Module) -> list[RefuseLoading]:
