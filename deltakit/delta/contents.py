@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from deltakit.core import Attachment, DeltaModule, Method, checked, records_of
 from deltakit.delta import tensors
+from deltakit.delta.changed_backbone import gone_modules
 from deltakit.delta.full_training import fully_trained_tensors, tensors_at
 from deltakit.delta.running_statistics import held_of
 from deltakit.errors import OptionError
@@ -142,6 +143,7 @@ class DeltaContents:
             trained=self.num_parameters,
             names=BackboneIndex(backbone).names,
             full={name: tensor for name, tensor in own.items() if first.get(id(tensor)) == name},
+            gone=gone_modules(self._attachment),
             saved={
                 id(tensor)
                 for other in records_of(backbone)
