@@ -17,7 +17,7 @@ from deltakit.core.delta_module import DeltaModule
 from deltakit.core.grad_ledger import GradLedger
 from deltakit.core.held import held_in
 from deltakit.core.method import Method
-from deltakit.core.paths import delta_children, join, own_modules
+from deltakit.core.paths import delta_children, join, own_modules, split_slice
 from deltakit.core.roots import rooted_at, roots_inside
 
 # Asking a target for the records of its deltas runs in C code: it may have hundreds.
@@ -245,6 +245,20 @@ def word_of(part: str) -> str:
 def is_slice(part: str) -> bool:
     """Returns whether a part of a module is a feature slice of its weight, and no parameter."""
     return part.startswith("[") and part.endswith("]")
+
+
+def are_apart(one: str, other: str) -> bool:
+    """Returns whether two parts of one module have nothing in common: different parameters, or different feature slices.
+
+    >>> are_apart("[q]", "[v]"), are_apart("weight", "bias"), are_apart("[q]", "weight"), are_apart("", "weight")
+    (True, True, False, False)
+    """
+    # A slice without a parameter is one of the weight, whatever its name.
+    (base, letter), (other_base, other_letter) = (
+        ("", part) if is_slice(part) else split_slice(part) for part in (one, other)
+    )
+    letters = {letter.strip("[]"), other_letter.strip("[]")}
+    return (len(letters) == 2 and "" not in letters) or ("" not in (base, other_base) and base != other_base)
 
 
 def path_with_part(path: str, part: str) -> str:

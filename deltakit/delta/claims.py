@@ -10,6 +10,8 @@ from deltakit.core import (
     Attachment,
     GradLedger,
     Record,
+    Site,
+    are_apart,
     attachments_of,
     copy_buffers,
     key_of,
@@ -86,18 +88,20 @@ def _refuse_other_roots(backbone: nn.Module) -> None:
 def _refuse_stacking(attachment: Attachment, others: Sequence[Attachment]) -> None:
     """Refuses a delta without a name of its own on a target that has the same method already."""
     # In a notebook, a cell that attaches or loads a delta is easily run twice. Without an error its effect would double.
-    taken = {
-        (site.path, other.record.methods[site.method].name): other.record.name
-        for other in others
-        for site in other.sites
-    }
+    # By module, because one place has several paths: `query` and `query.weight`, a fused projection and its slices.
+    taken: dict[tuple[int, str], list[tuple[Site, str]]] = {}
+    for other in others:
+        for site in other.sites:
+            method = other.record.methods[site.method].name
+            taken.setdefault((id(site.target), method), []).append((site, other.record.name))
     for site in attachment.sites:
         method = attachment.record.methods[site.method].name
-        if (site.path, method) in taken:
-            raise StateError(
-                f"{site.path}: delta {taken[site.path, method]!r} has a {method} there already; detach() that delta first, or "
-                "give this one a name= to have both"
-            )
+        for there, name in taken.get((id(site.target), method), ()):
+            if not are_apart(there.module.part, site.module.part):
+                raise StateError(
+                    f"{there.path}: delta {name!r} has a {method} there already; detach() that delta first, or give this one "
+                    "a name= to have both"
+                )
 
 
 def refuse_in_rows(name: str, record: Record, what: str = "attach or detach") -> None:
