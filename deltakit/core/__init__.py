@@ -18,7 +18,7 @@ from deltakit.core.bare_weight import (
     weight_entries,
     weight_view,
 )
-from deltakit.core.buffer_ledger import copy_buffers
+from deltakit.core.buffer_ledger import copy_buffers, is_below, relative
 from deltakit.core.caller_rows import begin_forward, close_rows, current_batch, end_forward, open_rows, rows_now
 from deltakit.core.delta_module import DeltaModule
 from deltakit.core.feature_slice import FeatureSlice, slice_where
@@ -60,6 +60,7 @@ from deltakit.core.record import (
     Record,
     Site,
     Start,
+    are_apart,
     attachments_of,
     is_slice,
     key_of,
@@ -70,8 +71,9 @@ from deltakit.core.record import (
     shapes_of,
     word_of,
 )
+from deltakit.core.roots import RootHook, rooted_at, roots_inside
 from deltakit.core.running_call import RunningCall, running_call
-from deltakit.core.running_statistics import notice_moved_buffers
+from deltakit.core.running_statistics import moved_in, notice_moved_buffers
 from deltakit.core.sharding import class_name, gathered, is_first, is_sharded, scatter, wait_for_all
 from deltakit.core.start_values import same_random_numbers, wants_start_values, without_start_values
 from deltakit.core.target import Inferred, Target, WeightRead
@@ -91,6 +93,7 @@ __all__ = [
     "Method",
     "MixedBatch",
     "Record",
+    "RootHook",
     "RunningCall",
     "Selector",
     "Site",
@@ -100,6 +103,7 @@ __all__ = [
     "WeightView",
     "above",
     "add_held",
+    "are_apart",
     "attachments_of",
     "bare_weight",
     "begin_call",
@@ -124,6 +128,7 @@ __all__ = [
     "held_in",
     "hidden_input",
     "hidden_output",
+    "is_below",
     "is_callable",
     "is_compute_dtype",
     "is_conv1d",
@@ -139,6 +144,7 @@ __all__ = [
     "linear_sizes",
     "logical_parameters",
     "module_at",
+    "moved_in",
     "name_of",
     "named_logical_parameters",
     "normal_tensors",
@@ -153,9 +159,12 @@ __all__ = [
     "projection_sizes",
     "records_at",
     "records_of",
+    "relative",
     "remove_held",
     "replace_hidden",
     "replace_input",
+    "rooted_at",
+    "roots_inside",
     "rows_now",
     "running_call",
     "same_random_numbers",

@@ -30,9 +30,17 @@ class BufferLedger:
     unsaved: set[str] = field(default_factory=set)
     empty: list[str] = field(default_factory=list)
 
-    def moved(self, backbone: nn.Module) -> list[str]:
-        """Returns the names of the buffers that differ from the backbone's own values."""
-        return [name for name, value in self.own.items() if _differs(buffer_at(backbone, name), value)]
+    def moved(self, module: nn.Module, path: str = "") -> list[str]:
+        """Returns the names of the buffers that differ from the backbone's own values.
+
+        Args:
+            module, path: the backbone, or a module in it and its path. Then only the buffers of that module are compared.
+        """
+        return [
+            name
+            for name, value in self.own.items()
+            if is_below(name, path) and _differs(buffer_at(module, relative(name, path)), value)
+        ]
 
     def empty_again(self, backbone: nn.Module) -> None:
         """Sets the buffers to None that were None, when the last delta is detached."""
@@ -71,6 +79,16 @@ def buffer_at(backbone: nn.Module, name: str) -> Tensor | None:
     path, _, key = name.rpartition(".")
     module = module_at(backbone, path)
     return module._buffers.get(key) if module is not None else None
+
+
+def is_below(name: str, path: str) -> bool:
+    """Returns whether a name is that of something in the module at a path."""
+    return not path or name.startswith(f"{path}.")
+
+
+def relative(name: str, path: str) -> str:
+    """Returns a name as it is seen from the module at a path."""
+    return name.removeprefix(f"{path}.") if path else name
 
 
 def _buffers(backbone: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:

@@ -36,16 +36,16 @@ class GradLedger:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, changed=WeakValueDictionary())
 
-    def apply(self, backbone: nn.Module, *, train: Collection[str], hold: Collection[str], freeze: bool) -> None:
+    def apply(self, backbone: nn.Module, *, train: Collection[int], hold: Collection[int], freeze: bool) -> None:
         """Sets `requires_grad` on all parameters of the backbone.
 
         Args:
-            train: names of the parameters that require gradients.
-            hold: names of the parameters that do not.
+            train: ids of the parameters that require gradients.
+            hold: ids of the parameters that do not.
             freeze: whether all others do not, either. If not, they get the user's flag back.
         """
         found = dict(own_parameters(backbone))
-        self._release(found)
+        self._follow(found)
         for name, parameter in found.items():
             if self.ours and name not in self.ours:
                 # `prune`, `parametrize` and `weight_norm` give the frozen parameter another name.
@@ -59,9 +59,9 @@ class GradLedger:
             ours = self.ours.get(name)
             if ours is not None and ours != parameter.requires_grad:
                 self.original[name] = parameter.requires_grad
-            if name in train:
+            if id(parameter) in train:
                 wanted = True
-            elif freeze or name in hold:
+            elif freeze or id(parameter) in hold:
                 wanted = False
             else:
                 wanted = self.original.get(name, parameter.requires_grad)
@@ -74,13 +74,31 @@ class GradLedger:
                 parameter.requires_grad_(wanted)
             self.ours[name] = wanted
 
-    def _release(self, found: Mapping[str, nn.Parameter]) -> None:
-        """Restores the flags of parameters that the user removed from the backbone."""
-        there = set(map(id, found.values()))
+    def _follow(self, found: Mapping[str, nn.Parameter]) -> None:
+        """Restores the flags of parameters that the user removed from the backbone, and follows those that got another name.
+
+        A layer that is wrapped in another module, such as `nn.Sequential(nn.Dropout(), model.classifier)`, is renamed.
+        """
+        names = {id(parameter): name for name, parameter in found.items()} if self.changed else {}
+        renamed = {}
         for name, parameter in list(self.changed.items()):
-            if id(parameter) not in there:
+            now = names.get(id(parameter))
+            if now is None:
                 parameter.requires_grad_(self.original.get(name, parameter.requires_grad))
                 del self.changed[name]
+            elif now != name:
+                renamed[name] = now, parameter
+        # Two may have exchanged their names, so all old names go before the new ones come.
+        flags = {old: (self.original.pop(old, None), self.ours.pop(old, None)) for old in renamed}
+        for old in renamed:
+            del self.changed[old]
+        for old, (now, parameter) in renamed.items():
+            original, ours = flags[old]
+            self.changed[now] = parameter
+            if original is not None:
+                self.original[now] = original
+            if ours is not None:
+                self.ours[now] = ours
 
     def stay_frozen(self) -> None:
         """Makes the frozen backbone the user's own choice: it stays frozen when the last delta is detached."""

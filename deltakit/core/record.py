@@ -17,7 +17,8 @@ from deltakit.core.delta_module import DeltaModule
 from deltakit.core.grad_ledger import GradLedger
 from deltakit.core.held import held_in
 from deltakit.core.method import Method
-from deltakit.core.paths import delta_children, join, own_modules
+from deltakit.core.paths import delta_children, join, own_modules, split_slice
+from deltakit.core.roots import rooted_at, roots_inside
 
 # Asking a target for the records of its deltas runs in C code: it may have hundreds.
 _RECORD = attrgetter("record")
@@ -166,7 +167,16 @@ class Attachment:
 
 
 def attachments_of(backbone: nn.Module) -> list[Attachment]:
-    """Returns the deltas attached to a backbone, in their order."""
+    """Returns the deltas attached to a backbone or to parts of it, in their order. The `backbone` of each is its root."""
+    inside = roots_inside(backbone)
+    found = {record: Attachment(backbone, record, sites) for record, sites in _sites_of(backbone).items()}
+    for record, (_, root) in inside.items():
+        if record in found:
+            found[record] = Attachment(root, record, _sites_of(root).get(record, found[record].sites))
+    return sorted(found.values(), key=lambda attachment: attachment.record.order)
+
+
+def _sites_of(backbone: nn.Module) -> dict[Record, list[Site]]:
     # Read from the module tree, not from a registry: so a deepcopy or an unpickled backbone has its deltas, too.
     found: dict[Any, list[Site]] = {}
     numbers: dict[tuple[Any, str, str], int] = {}
@@ -182,17 +192,19 @@ def attachments_of(backbone: nn.Module) -> list[Attachment]:
                 numbers[known] = _method_index(record, key, part)
             site = Site(path_with_part(path, part) if part else path, target, module, numbers[known])
             found.setdefault(record, []).append(site)
-    attached = [Attachment(backbone, record, sites) for record, sites in found.items()]
-    return sorted(attached, key=lambda attachment: attachment.record.order)
+    return found
 
 
 def records_of(backbone: nn.Module) -> list[Record]:
-    """Returns the records of the deltas attached to a backbone, in their order."""
+    """Returns the records of the deltas attached to a backbone, in their order, without those attached to a part of it."""
     found: dict[Record, None] = {}
-    for _, target in own_modules(backbone):
+    elsewhere: set[Record] = set()
+    for path, target in own_modules(backbone):
         if target._modules:
             found.update(records_at(target))
-    return sorted(found, key=lambda record: record.order)
+        if path and target._forward_pre_hooks:
+            elsewhere.update(rooted_at(target))
+    return sorted(found.keys() - elsewhere, key=lambda record: record.order)
 
 
 def records_at(target: nn.Module) -> dict[Record, None]:
@@ -233,6 +245,20 @@ def word_of(part: str) -> str:
 def is_slice(part: str) -> bool:
     """Returns whether a part of a module is a feature slice of its weight, and no parameter."""
     return part.startswith("[") and part.endswith("]")
+
+
+def are_apart(one: str, other: str) -> bool:
+    """Returns whether two parts of one module have nothing in common: different parameters, or different feature slices.
+
+    >>> are_apart("[q]", "[v]"), are_apart("weight", "bias"), are_apart("[q]", "weight"), are_apart("", "weight")
+    (True, True, False, False)
+    """
+    # A slice without a parameter is one of the weight, whatever its name.
+    (base, letter), (other_base, other_letter) = (
+        ("", part) if is_slice(part) else split_slice(part) for part in (one, other)
+    )
+    letters = {letter.strip("[]"), other_letter.strip("[]")}
+    return (len(letters) == 2 and "" not in letters) or ("" not in (base, other_base) and base != other_base)
 
 
 def path_with_part(path: str, part: str) -> str:

@@ -3,10 +3,10 @@
 from deltakit.delta.attaching import attach, load
 from deltakit.delta.combining import Combination, combine
 from deltakit.delta.freezing import freeze_backbone
-from deltakit.delta.full_training import base_state_dict
 from deltakit.delta.handle import Delta, deltas
 from deltakit.delta.mixed_rows import rows
 from deltakit.delta.new_heads import Spelling
+from deltakit.delta.own_values import base_state_dict
 from deltakit.delta.planning import Plan, plan
 
 __all__ = [

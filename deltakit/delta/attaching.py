@@ -61,9 +61,9 @@ def attach(
         RoleError: if a default position is not found on this backbone, or a role does not exist.
         TargetError: if a method cannot be used on a target.
         OptionError: if no method is given, an option does not fit a target, or `name` is not a word without dots.
-        StateError: if the name is taken, a target has the same method already, the backbone is wrapped for distribution or
-            in a `rows` block, or a weight in `train` is tied to one outside, quantized, offloaded, fully trained by another
-            delta, or has another delta merged into it.
+        StateError: if the name is taken, a target has the same method already, a delta is attached to a part of the backbone
+            or to a model around it, the backbone is wrapped for distribution or in a `rows` block, or a weight in `train` is
+            tied to one outside, quantized, offloaded, fully trained by another delta, or has another delta merged into it.
     """
     with same_random_numbers(only_after_errors=True):
         plan = planned(backbone, methods, train)

@@ -34,16 +34,20 @@ def refuse_changed(attachment: Attachment, what: str) -> None:
         )
 
 
-def _changed_targets(attachment: Attachment) -> Iterator[str]:
-    backbone, name = attachment.backbone, attachment.record.name
+def gone_modules(attachment: Attachment) -> dict[str, nn.Module]:
+    """Returns the modules of a delta that are no longer in the backbone under their names, by path."""
     # A handle that `deltas` made knows only the targets that are still there.
-    held = modules_of(backbone, attachment.record) | {site.owner: site.target for site in attachment.sites}
-    for path, module in held.items():
-        if not _is_there(backbone, path, module):
-            yield (
-                f"{path}: the {type(module).__name__} that delta {name!r} was attached to is no longer in the backbone under "
-                "this name: it was replaced or removed"
-            )
+    held = modules_of(attachment.backbone, attachment.record) | {site.owner: site.target for site in attachment.sites}
+    return {path: module for path, module in held.items() if not _is_there(attachment.backbone, path, module)}
+
+
+def _changed_targets(attachment: Attachment) -> Iterator[str]:
+    name = attachment.record.name
+    for path, module in gone_modules(attachment).items():
+        yield (
+            f"{path}: the {type(module).__name__} that delta {name!r} was attached to is no longer in the backbone under "
+            "this name: it was replaced or removed"
+        )
     for site in attachment.sites:
         sizes, before = logical_sizes(site.target), site.module.target_sizes
         if None not in (sizes, before) and sizes != before:

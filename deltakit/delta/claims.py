@@ -4,20 +4,26 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+from torch import nn
+
 from deltakit.core import (
     Attachment,
     GradLedger,
     Record,
+    Site,
+    are_apart,
     attachments_of,
     copy_buffers,
     key_of,
     notice_moved_buffers,
     records_of,
+    roots_inside,
 )
 from deltakit.delta.composition import refuse_beside_merged
 from deltakit.delta.full_training import refuse_taken
 from deltakit.delta.running_statistics import held_of, holding_word
 from deltakit.errors import StateError
+from deltakit.injection import records_around
 
 
 def claim(attachment: Attachment) -> None:
@@ -25,10 +31,12 @@ def claim(attachment: Attachment) -> None:
 
     Raises:
         StateError: if the name is taken, a target has an attribute of that name or the same method from another delta,
-            another delta fully trains the same parameters or is merged into them, the backbone is in a `rows` block, or a
-            delta is merged beside which this one would compute something else.
+            another delta fully trains the same parameters or is merged into them, the backbone is in a `rows` block, a
+            delta is merged beside which this one would compute something else, or a delta is attached to a part of the
+            backbone, or to a model around it.
     """
     record = attachment.record
+    _refuse_other_roots(attachment.backbone)
     others = records_of(attachment.backbone)
     name = free_name(record.name, others, chosen=record.named)
     for other in others:
@@ -61,21 +69,39 @@ def claim(attachment: Attachment) -> None:
     record.buffer_ledger = others[0].buffer_ledger if others else copy_buffers(attachment.backbone)
 
 
+def _refuse_other_roots(backbone: nn.Module) -> None:
+    """Refuses a backbone inside which, or around which, another module has a delta."""
+    # Each of the two would keep flags, values and guards of the other's by other names, and put them back at the wrong time.
+    advice = (
+        "attach both to the same module (at= takes the path of the part), or detach() that delta first: "
+        "deltakit.deltas(model) has its handle"
+    )
+    for record, (path, root) in roots_inside(backbone).items():
+        raise StateError(f"{path}: delta {record.name!r} is attached to this {type(root).__name__} alone; {advice}")
+    for record in records_around(backbone):
+        raise StateError(
+            f"this {type(backbone).__name__} has parts of delta {record.name!r}, which is attached to a model around it; "
+            f"{advice}"
+        )
+
+
 def _refuse_stacking(attachment: Attachment, others: Sequence[Attachment]) -> None:
     """Refuses a delta without a name of its own on a target that has the same method already."""
     # In a notebook, a cell that attaches or loads a delta is easily run twice. Without an error its effect would double.
-    taken = {
-        (site.path, other.record.methods[site.method].name): other.record.name
-        for other in others
-        for site in other.sites
-    }
+    # By module, because one place has several paths: `query` and `query.weight`, a fused projection and its slices.
+    taken: dict[tuple[int, str], list[tuple[Site, str]]] = {}
+    for other in others:
+        for site in other.sites:
+            method = other.record.methods[site.method].name
+            taken.setdefault((id(site.target), method), []).append((site, other.record.name))
     for site in attachment.sites:
         method = attachment.record.methods[site.method].name
-        if (site.path, method) in taken:
-            raise StateError(
-                f"{site.path}: delta {taken[site.path, method]!r} has a {method} there already; detach() that delta first, or "
-                "give this one a name= to have both"
-            )
+        for there, name in taken.get((id(site.target), method), ()):
+            if not are_apart(there.module.part, site.module.part):
+                raise StateError(
+                    f"{there.path}: delta {name!r} has a {method} there already; detach() that delta first, or give this one "
+                    "a name= to have both"
+                )
 
 
 def refuse_in_rows(name: str, record: Record, what: str = "attach or detach") -> None:

@@ -1,12 +1,12 @@
 """Weighted sums of deltas as a new delta: `combine(model, {"a": 0.7, "b": -0.3})`."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import nn
 
-from deltakit.core import METHODS, Method, Site, checked, without_start_values
+from deltakit.core import METHODS, Method, Site, checked, own_modules, without_start_values
 from deltakit.delta.attaching import new_delta
 from deltakit.delta.handle import Delta, deltas
 from deltakit.delta.planning import build, original
@@ -41,13 +41,14 @@ def combine(
     Raises:
         OptionError: if there is no such delta, a weight is not finite, the rank of the sum is above a layer's size, or
             `name` is not a word without dots.
-        StateError: if a delta fully trains parts of the backbone, or the backbone is wrapped for distribution.
+        StateError: if a delta fully trains parts of the backbone, the deltas were attached to different parts of it, or it is
+            wrapped for distribution.
         TargetError: if a method is not linear.
     """
-    backbone = original(backbone)
     if not weights:
         raise OptionError("combine(weights={}): expected at least one delta with its weight, such as {'name': 0.5}")
-    parts = [(float(weight), _delta(backbone, key)) for key, weight in weights.items()]
+    parts = [(float(weight), _delta(original(backbone), key)) for key, weight in weights.items()]
+    backbone = _root(original(backbone), [delta for _, delta in parts])
     for _, delta in parts:
         if delta.fully_trained:
             raise StateError(
@@ -89,3 +90,21 @@ def _delta(backbone: nn.Module, key: str | Delta) -> Delta:
     if key not in there:
         raise no_such_delta("combine", key, there)
     return there[key]
+
+
+def _root(backbone: nn.Module, parts: Sequence[Delta]) -> nn.Module:
+    """Returns the module to which deltas were attached: the backbone, or a part of it.
+
+    Raises:
+        StateError: if they were attached to several.
+    """
+    inside = {id(module): path for path, module in own_modules(backbone)}
+    # A handle may also be one of a copy of the backbone.
+    roots = {inside[id(delta.backbone)]: delta for delta in parts if id(delta.backbone) in inside}
+    if len(roots) > 1:
+        (path, delta), (other_path, other) = list(roots.items())[:2]
+        raise StateError(
+            f"combine: delta {delta.name!r} was attached to {path or 'the backbone'}, and {other.name!r} to "
+            f"{other_path or 'the backbone'}; only deltas that were attached to the same module have a sum"
+        )
+    return next((delta.backbone for delta in roots.values()), backbone)

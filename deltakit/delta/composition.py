@@ -6,7 +6,7 @@ and changes the output, for one that changes the input for both, and if both onl
 
 from collections.abc import Sequence
 
-from deltakit.core import Attachment, Record, Site, attachments_of
+from deltakit.core import Attachment, Record, Site, are_apart, attachments_of
 from deltakit.errors import StateError, TargetError
 
 
@@ -22,7 +22,7 @@ def refuse_composed(name: str, sites: Sequence[Site]) -> None:
     for number, site in enumerate(sites):
         for earlier in sites[:number]:
             adds = site.module.has_weight_form and (earlier.module.has_weight_form or not earlier.module.acts_before())
-            if not _are_apart(earlier, site) and not adds:
+            if not are_apart(earlier.module.part, site.module.part) and not adds:
                 both = " and ".join(module.word() for module in (earlier.module, site.module))
                 raise TargetError(
                     f"{name}: {both} follow each other here, and their changes of this weight do not add up; leave the delta "
@@ -56,7 +56,9 @@ def _refuse(merged: Attachment, live: Attachment, advice: str) -> None:
     at = {id(site.target): site for site in merged.sites}
     for site in live.sites:
         mine = at.get(id(site.target))
-        if mine is None or _are_apart(mine, site) or _same_function(mine, site, merged.record, live.record):
+        if mine is None or are_apart(mine.module.part, site.module.part):
+            continue
+        if _same_function(mine, site, merged.record, live.record):
             continue
         raise StateError(
             f"{site.path}: delta {live.record.name!r} has a {site.module.word()} here, and with {merged.record.name!r} merged "
@@ -71,9 +73,3 @@ def _same_function(merged: Site, live: Site, merged_record: Record, live_record:
     later = live_record.order > merged_record.order and live.module.weight_read is None
     follows = later or both_add or live.module.acts_before()
     return follows and not merged.module.acts_before() and not live.module.reads_weight
-
-
-def _are_apart(one: Site, other: Site) -> bool:
-    """Whether the two sites are different slices of one fused projection."""
-    parts = {one.module.part, other.module.part}
-    return len(parts) == 2 and all("[" in part for part in parts)

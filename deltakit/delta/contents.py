@@ -5,8 +5,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from deltakit.core import Attachment, DeltaModule, Method, checked
+from deltakit.core import Attachment, DeltaModule, Method, checked, records_of
 from deltakit.delta import tensors
+from deltakit.delta.changed_backbone import gone_modules
+from deltakit.delta.full_training import fully_trained_tensors, tensors_at
 from deltakit.delta.running_statistics import held_of
 from deltakit.errors import OptionError
 from deltakit.selection import BackboneIndex
@@ -133,4 +135,18 @@ class DeltaContents:
 
     def __repr__(self) -> str:
         held_of(self._attachment)
-        return described(self._attachment, trained=self.num_parameters, names=BackboneIndex(self.backbone).names)
+        backbone, own = self.backbone, fully_trained_tensors(self._attachment)
+        # Each once: a tied parameter has several names.
+        first = {id(tensor): name for name, tensor in reversed(own.items()) if isinstance(tensor, nn.Parameter)}
+        return described(
+            self._attachment,
+            trained=self.num_parameters,
+            names=BackboneIndex(backbone).names,
+            full={name: tensor for name, tensor in own.items() if first.get(id(tensor)) == name},
+            gone=gone_modules(self._attachment),
+            saved={
+                id(tensor)
+                for other in records_of(backbone)
+                for tensor in tensors_at(backbone, other, other.fully_trained).values()
+            },
+        )

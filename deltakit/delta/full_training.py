@@ -14,13 +14,13 @@ from deltakit.core import (
     GradLedger,
     Record,
     above,
-    checked,
     is_compute_dtype,
     linear_sizes,
     name_of,
     normal_tensors,
     notice_moved_buffers,
     own_modules,
+    own_parameters,
     parent_of,
     records_of,
     tensors_in,
@@ -96,16 +96,17 @@ def refuse_taken(attachment: Attachment, names: Sequence[str]) -> None:
     """
     if not names:
         return
-    own = dict(tensors_of(attachment.backbone))
+    backbone, record = attachment.backbone, attachment.record
     # By identity, because tied weights have several names.
-    wanted = {id(own[name]) for name in names}
-    for other in records_of(attachment.backbone):
-        if other is attachment.record:
+    wanted = {id(tensor) for tensor in tensors_at(backbone, record, names).values()}
+    for other in records_of(backbone):
+        if other is record:
             continue
         for found, advice in ((other.fully_trained, "detach()"), (other.weights_before_merge, "unmerge()")):
-            both = sorted(name for name in found if name in own and id(own[name]) in wanted)
+            held = tensors_at(backbone, other, found)
+            both = sorted(name for name, tensor in held.items() if id(tensor) in wanted)
             if both:
-                trains = isinstance(own[both[0]], nn.Parameter)
+                trains = isinstance(held[both[0]], nn.Parameter)
                 so = "fully trains it already" if trains else "has running statistics of its own there already"
                 so = so if advice == "detach()" else "is merged into it"
                 raise StateError(f"{both[0]}: delta {other.name!r} {so}; {advice} that delta first")
@@ -123,7 +124,9 @@ def put_trained_values(attachment: Attachment) -> None:
     if record.trained_values:
         # Both sides are complete in the record before a tensor changes. After an interruption the backbone holds a mixture,
         # and either side can be put into it.
-        record.backbone_values = record.backbone_values or _copies(tensors_at(attachment, record.trained_values))
+        record.backbone_values = record.backbone_values or _copies(
+            tensors_at(attachment.backbone, record, record.trained_values)
+        )
         _put(attachment, record.trained_values)
         record.trained_values = {}
 
@@ -133,7 +136,9 @@ def put_backbone_values(attachment: Attachment) -> None:
     record = attachment.record
     notice_moved_buffers(attachment.backbone, record)
     if record.backbone_values:
-        record.trained_values = record.trained_values or _copies(tensors_at(attachment, record.backbone_values))
+        record.trained_values = record.trained_values or _copies(
+            tensors_at(attachment.backbone, record, record.backbone_values)
+        )
         resized = [*_put(attachment, record.backbone_values), *_put_resized(attachment)]
         record.backbone_values = {}
         if resized:
@@ -150,7 +155,7 @@ def _put_resized(attachment: Attachment) -> list[str]:
     `resize_token_embeddings` makes a new head that starts with the rows of the old one: those that the delta has trained.
     """
     record, found = attachment.record, []
-    here, held = dict(tensors_of(attachment.backbone)), tensors_at(attachment, record.backbone_values)
+    here, held = dict(tensors_of(attachment.backbone)), tensors_at(attachment.backbone, record, record.backbone_values)
     for name, own in record.backbone_values.items():
         new, trained = here.get(name), record.trained_values.get(name)
         if new is None or trained is None or new is held.get(name) or not new.ndim or new.shape == own.shape:
@@ -164,18 +169,18 @@ def _put_resized(attachment: Attachment) -> list[str]:
 
 def fully_trained_tensors(attachment: Attachment) -> dict[str, Tensor]:
     """Returns the tensors of the backbone that a delta fully trains, and the running statistics that moved, by name."""
-    return tensors_at(attachment, attachment.record.fully_trained)
+    return tensors_at(attachment.backbone, attachment.record, attachment.record.fully_trained)
 
 
-def tensors_at(attachment: Attachment, names: Iterable[str]) -> dict[str, Tensor]:
-    """Returns tensors of the backbone by name, as far as they are there.
+def tensors_at(backbone: nn.Module, record: Record, names: Iterable[str]) -> dict[str, Tensor]:
+    """Returns tensors of the backbone by the names that an attached delta has for them, as far as they are there.
 
-    If the user replaced their module since the delta was attached, they are those of the old module: the new one's values
-    are the user's.
+    If the user replaced, wrapped or removed their module since the delta was attached, they are those of the old module: the
+    new one's values are the user's.
     """
     wanted = list(names)
-    own = dict(tensors_of(attachment.backbone, unsaved=True)) if wanted else {}
-    held = modules_of(attachment.backbone, attachment.record) if wanted else {}
+    own = dict(tensors_of(backbone, unsaved=True)) if wanted else {}
+    held = modules_of(backbone, record) if wanted else {}
     found = {}
     for name in wanted:
         module = held.get(parent_of(name))
@@ -197,7 +202,7 @@ def _put(attachment: Attachment, values: Mapping[str, Tensor]) -> list[str]:
     """Copies values into a backbone's tensors, and returns the names of those that have another shape."""
     # Copied in place: optimisers, compiled code and tied modules keep their references to the parameters.
     resized = []
-    for name, tensor in tensors_at(attachment, values).items():
+    for name, tensor in tensors_at(attachment.backbone, attachment.record, values).items():
         value = values[name]
         if tensor.shape == value.shape and not tensor.is_inference():
             tensor.copy_(value)
@@ -222,9 +227,19 @@ def refresh_gradients(backbone: nn.Module, grad_ledger: GradLedger) -> None:
     """Sets `requires_grad` of the backbone's parameters for all attached deltas together."""
     # `hold`: a delta that is not trainable must keep the values of its modules, even if no delta freezes the backbone.
     attached = [record for record in records_of(backbone) if not record.leaving]
+    own = dict(own_parameters(backbone))
+    there = set(map(id, own.values()))
+    held = {
+        record: {
+            # What the user put in the place of a removed module, such as a resized head, is trained in its stead.
+            id(tensor if id(tensor) in there else own.get(name, tensor))
+            for name, tensor in tensors_at(backbone, record, record.fully_trained).items()
+        }
+        for record in attached
+    }
     # While a delta is not active, the tensors have the backbone's own values, which nobody trains.
-    train = {name for record in attached if record.trainable and record.active for name in record.fully_trained}
-    hold = {name for record in attached for name in record.fully_trained} - train
+    train = {key for record, keys in held.items() if record.trainable and record.active for key in keys}
+    hold = {key for keys in held.values() for key in keys} - train
     grad_ledger.apply(backbone, train=train, hold=hold, freeze=any(record.freeze for record in attached))
 
 
@@ -233,23 +248,6 @@ def current_values(backbone: nn.Module, names: Sequence[str], record: Record) ->
     own = dict(tensors_of(backbone)) if names else {}
     with normal_tensors():
         return {name: own[name].detach().clone() for name in names if name not in record.fully_trained}
-
-
-@checked
-def base_state_dict(backbone: nn.Module) -> dict[str, Tensor]:
-    """Returns the backbone's state dict as it would be if nothing were attached.
-
-    It has no keys of deltas, the weights are those from before a merge, and fully trained tensors and running statistics have
-    the backbone's own values: the trained ones are in the delta's file.
-    """
-    own = dict(tensors_of(backbone))
-    records = records_of(backbone)
-    for record in records[:1]:
-        notice_moved_buffers(backbone, record)
-    kept = [record.backbone_values | record.weights_before_merge for record in records]
-    # By identity: a tied tensor has several names, and is kept under one of them.
-    bare = {id(own[name]): value.detach() for values in kept for name, value in values.items() if name in own}
-    return {name: bare.get(id(own[name]), value) for name, value in backbone.state_dict().items() if name in own}
 
 
 def _refuse_offloaded(name: str, tensor: Tensor, module: nn.Module) -> None:

@@ -259,5 +259,8 @@ class Delta(DeltaContents):
 
 @checked
 def deltas(backbone: nn.Module) -> list[Delta]:
-    """Returns the deltas attached to a backbone, in their order. A deepcopy or an unpickled backbone has its own."""
+    """Returns the deltas attached to a backbone or to parts of it, in their order.
+
+    A deepcopy or an unpickled backbone has its own.
+    """
     return [Delta(attachment) for attachment in attachments_of(backbone)]

@@ -5,7 +5,7 @@ either: restoring the weights of 8 layers takes 0.23 ms, and subtracting takes 1
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -123,14 +123,14 @@ def _warn_of_rounding(record: Record, found: Mapping[str, Rounded]) -> None:
 def merged_weights(attachment: Attachment) -> dict[str, Tensor]:
     """Returns copies of the merged weights by name; nothing if the delta is not merged."""
     names = attachment.record.weights_before_merge
-    return {name: _kept(weight) for name, weight in tensors_at(attachment, list(names)).items()}
+    return {name: _kept(weight) for name, weight in tensors_at(attachment.backbone, attachment.record, names).items()}
 
 
 @torch.no_grad()
 def merge_again(attachment: Attachment, merged: Mapping[str, Tensor]) -> None:
     """Merges again by copying the weights that `merged_weights` returned."""
     # Not by adding the update again: with quantized weights that would need the user's `quantize` a second time.
-    parameters = tensors_at(attachment, list(merged))
+    parameters = tensors_at(attachment.backbone, attachment.record, merged)
     try:
         attachment.record.set_merged({name: _kept(parameters[name]) for name in merged})
         for name, value in merged.items():
@@ -174,7 +174,7 @@ def unmerge(attachment: Attachment) -> None:
 @torch.no_grad()
 def _unmerge(attachment: Attachment) -> None:
     record = attachment.record
-    weights = tensors_at(attachment, list(record.weights_before_merge))
+    weights = tensors_at(attachment.backbone, record, record.weights_before_merge)
     changed = []
     for name, value in record.weights_before_merge.items():
         weight = weights.get(name)
@@ -249,15 +249,20 @@ def _check_others(
     backbone: nn.Module, record: Record, updates: dict[str, Tensor], parameters: dict[str, Tensor]
 ) -> None:
     """Refuses weights that another delta fully trains or is merged into."""
+    wanted = {id(parameters[name]): name for name in updates}
+
+    def taken(other: Record, names: Iterable[str]) -> list[str]:
+        held = tensors_at(backbone, other, names).values()
+        return sorted(wanted[id(tensor)] for tensor in held if id(tensor) in wanted)
+
     for other in records_of(backbone):
-        trained = {id(parameters[name]) for name in other.fully_trained if name in parameters}
-        taken = sorted(name for name in updates if id(parameters[name]) in trained)
-        if taken and other is not record:
+        trained = taken(other, other.fully_trained) if other is not record else []
+        if trained:
             raise StateError(
-                f"{taken[0]}: delta {other.name!r} fully trains this weight, and detaching it would discard the merge; "
+                f"{trained[0]}: delta {other.name!r} fully trains this weight, and detaching it would discard the merge; "
                 "detach() that delta first, or leave this one attached"
             )
-        both = sorted(other.weights_before_merge.keys() & updates.keys())
-        if both and other is not record:
+        both = taken(other, other.weights_before_merge) if other is not record else []
+        if both:
             # Restoring the copies in another order than that of merging would restore wrong weights.
             raise StateError(f"{both[0]}: delta {other.name!r} is merged into it; unmerge() that delta first")

@@ -59,9 +59,9 @@ class Rows:
     def _open(self, *, suspends: bool) -> tuple[list[Record], MixedBatch]:
         _refuse_batch_second(self.backbone)
         attached = attachments_of(self.backbone)
-        for attachment in attached[:1]:
-            # Once for all of them: on a GPU, comparing buffers waits for the device.
-            notice_moved_buffers(self.backbone, attachment.record)
+        for attachment in {id(attachment.backbone): attachment for attachment in attached}.values():
+            # Once for all on one module: on a GPU, comparing buffers waits for the device.
+            notice_moved_buffers(attachment.backbone, attachment.record)
         for attachment in attached:
             _refuse_shared(attachment, named=attachment.record.name in self.names)
         records = [attachment.record for attachment in attached]

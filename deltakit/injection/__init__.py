@@ -7,6 +7,7 @@ that stand on a backbone while it holds deltas.
 from deltakit.injection.backbone_guards import change_begins, watch, watch_rows
 from deltakit.injection.first_forward import forget_first_forward, watch_first_forward
 from deltakit.injection.hooks import put, scopes_of, sort_patches, take, take_patches
+from deltakit.injection.loading_guards import records_around
 from deltakit.injection.replaced_targets import modules_of
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "forget_first_forward",
     "modules_of",
     "put",
+    "records_around",
     "scopes_of",
     "sort_patches",
     "take",

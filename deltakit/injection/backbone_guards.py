@@ -18,15 +18,18 @@ from deltakit.core import (
     own_children,
     parent_of,
     records_at,
+    roots_inside,
 )
 from deltakit.injection.call_observer import CallObserver
 from deltakit.injection.first_forward import FirstForward
 from deltakit.injection.hooks import follow_hooks_when_compiled
 from deltakit.injection.loading_guards import ReportPart, refuse_loading
+from deltakit.injection.output_hooks import InputHook, OutputHook
 from deltakit.injection.replaced_targets import TargetGuard
 from deltakit.injection.rows_observer import forget_rows, observe_rows
 from deltakit.injection.tables import ours, unhook
 from deltakit.injection.training_guard import TrainingGuard
+from deltakit.injection.weight_patch import PatchHook
 
 _NESTED = "_deltakit_nested"
 # In C code, because a module may have hundreds of deltas.
@@ -56,9 +59,14 @@ class InputGradients:
 def watch(backbone: nn.Module) -> None:
     """Adds the guards that a backbone needs for its current delta modules, and removes all others."""
     follow_hooks_when_compiled()
-    found = _Found()
+    found = _Found(roots_inside(backbone))
     known: dict[int, bool] = {}
     _watch_inside(backbone, "", known, found)
+    there, removed = set(known), []
+    for guard in ours(backbone, TargetGuard):
+        removed += guard.removed(there)
+    # What was taken out of the backbone may be put back after the delta was detached.
+    guarded = [m for m in removed if _watch_inside(m, "", known, _Found(())) or m._load_state_dict_pre_hooks]
     holds = bool(found.records)
     _stand(ReportPart, backbone, lambda guard: backbone.register_load_state_dict_pre_hook(guard), wanted=holds)
     _stand(CallObserver, backbone, partial(_around, backbone), wanted=found.reads_call)
@@ -67,10 +75,10 @@ def watch(backbone: nn.Module) -> None:
         guard.follow(found.records)
     if holds:
         _stand(TargetGuard, backbone, partial(_ahead, backbone), wanted=True)
-    refuse_loading(backbone, found.records)
+    refuse_loading(backbone, found.records, removed)
     # Also one that is not wanted any more: a forward of another thread may be about to call it.
     for guard in ours(backbone, TargetGuard):
-        guard.expect(found.ways, _holdings(backbone, found, guard.holdings), known.keys())
+        guard.expect(found.ways, _holdings(backbone, found, guard.holdings), there, guarded)
     _stand(TargetGuard, backbone, partial(_ahead, backbone), wanted=holds)
     for first in ours(backbone, FirstForward):
         first.changing = False
@@ -92,9 +100,14 @@ def change_begins(backbone: nn.Module, change: RunningCall) -> None:
 
 
 class _Found:
-    """What `_watch_inside` finds: the records of the deltas, the targets with those on each, and the ways to the targets."""
+    """What `_watch_inside` finds: the records of the deltas, the targets with those on each, and the ways to the targets.
 
-    def __init__(self) -> None:
+    Args:
+        elsewhere: the deltas attached to a part of the backbone, which has guards of its own for them.
+    """
+
+    def __init__(self, elsewhere: Collection[Record]) -> None:
+        self.elsewhere = elsewhere
         self.records: dict[Record, None] = {}
         self.targets: list[tuple[str, nn.Module, Collection[Record]]] = []
         self.ways: list[tuple[nn.Module, str]] = []
@@ -133,15 +146,19 @@ def _watch_inside(module: nn.Module, path: str, known: dict[int, bool], all_foun
     """
     if id(module) in known:
         return known[id(module)]
-    found = known[id(module)] = False
+    known[id(module)] = False
     records = records_at(module) if module._modules else {}
     if any(map(_LEAVING, records)):
         records = {record: None for record in records if not record.leaving}
+    elif not records:
+        _remove_copies(module)
+    found = bool(records)
+    if all_found.elsewhere:
+        records = {record: None for record in records if record not in all_found.elsewhere}
     if records:
         all_found.targets.append((path, module, records))
         all_found.records.update(records)
         all_found.reads_call |= _reads_call(module)
-        found = True
     for name, child in own_children(module):
         if _watch_inside(child, join(path, name), known, all_found):
             all_found.ways.append((module, name))
@@ -154,6 +171,14 @@ def _watch_inside(module: nn.Module, path: str, known: dict[int, bool], all_foun
     if isinstance(module, nn.TransformerEncoder):
         _keep_unnested(module, wanted=found)
     return found
+
+
+def _remove_copies(module: nn.Module) -> None:
+    """Removes hooks of delta modules from a module that has none: torch's quantizers copy hooks to the layers they make."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        unhook(module, ours(module, (InputHook, OutputHook)))
+        patches = ours(module, PatchHook)
+        unhook(module, [hook for hook in patches if hook.holder_in(module) is module and hook.delta(module) is None])
 
 
 def _reads_call(target: nn.Module) -> bool:

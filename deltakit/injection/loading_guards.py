@@ -10,11 +10,15 @@ from deltakit.core import (
     DeltaModule,
     Record,
     above,
-    join,
+    is_below,
+    moved_in,
     notice_moved_buffers,
     own_modules,
     parent_of,
     records_of,
+    relative,
+    rooted_at,
+    tensors_of,
 )
 from deltakit.errors import StateError
 from deltakit.injection.tables import ours, unhook
@@ -42,43 +46,18 @@ class ReportPart:
                 keys = module.state_dict(prefix=f"{path}.")
                 present = not keys.keys().isdisjoint(state)
                 held.setdefault(id(module.record), []).extend((key, present) for key in keys)
-        if not any(present for keys_of_delta in held.values() for _, present in keys_of_delta):
-            _take_statistics(backbone, state, prefix)
         for keys_of_delta in held.values():
             if any(present for _, present in keys_of_delta):
                 missing += [key for key, present in keys_of_delta if not present]
 
 
-def _take_statistics(backbone: nn.Module, state: Mapping[str, Any], prefix: str) -> None:
-    """Makes the buffers of a base checkpoint the backbone's own. Otherwise detaching would put the old ones back over them.
-
-    Raises:
-        StateError: if they are running statistics that a delta has moved.
-    """
-    records = records_of(backbone)
-    for record in records[:1]:
-        notice_moved_buffers(backbone, record)
-        for other in records:
-            for name in sorted(
-                name for name in other.moved & other.backbone_values.keys() if f"{prefix}{name}" in state
-            ):
-                raise StateError(
-                    f"{prefix}{name}: delta {other.name!r} has running statistics of its own here, which would be lost; "
-                    "detach() the delta before loading the backbone's weights, or load a state dict that has the delta's own "
-                    "tensors too"
-                )
-        for name, own in record.buffer_ledger.own.items():
-            loaded = state.get(f"{prefix}{name}")
-            if isinstance(loaded, torch.Tensor) and loaded.shape == own.shape:
-                record.buffer_ledger.accept(name, loaded)
-
-
 class RefuseLoading:
     """Raises an error when the backbone's weights are loaded into tensors that hold a delta's values.
 
-    Those are the weights that a delta is merged into, and those that it fully trains: unmerging and detaching would restore
-    the old values over the loaded ones. It stands on every module from the backbone down to those tensors, because a
-    sub-module can be loaded alone.
+    Those are the weights that a delta is merged into, those that it fully trains, and the running statistics that it moved:
+    unmerging and detaching would restore the old values over the loaded ones. Statistics that no delta moved become the
+    backbone's own. It stands on every module from the backbone down to those tensors, because a sub-module can be loaded
+    alone.
 
     Args:
         path: the path of the module on which it stands.
@@ -87,11 +66,14 @@ class RefuseLoading:
     def __init__(self, path: str) -> None:
         self.path = path
         self.records: list[Record] = []
+        self.tied: Mapping[str, str] = {}
+        """The other names of these tensors in the backbone, each with the name by which a delta knows the tensor."""
 
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         # When a module above is loaded, that one was asked, and it saw the complete state dict.
         if self.path and prefix:
             return
+        with_delta = [record for record in self.records if _has(module, record, state, prefix)]
         for record in self.records:
             self._refuse(
                 record.weights_before_merge,
@@ -100,20 +82,43 @@ class RefuseLoading:
                 f"delta {record.name!r} is merged into this weight, and unmerging would restore the old weight; unmerge() the "
                 "delta before loading the backbone's weights",
             )
-            if not _has(module, record, state, prefix):
+            if record not in with_delta:
                 self._refuse(
-                    # `_take_statistics` looks for running statistics that moved: nobody may have noticed them yet.
+                    # Running statistics that moved come below: nobody may have noticed them yet.
                     record.backbone_values.keys() - record.moved - record.unsaved,
                     state,
                     prefix,
                     f"delta {record.name!r} fully trains this tensor, and detaching would restore the old value; detach() the "
                     "delta before loading the backbone's weights, or load a state dict that has the delta's own tensors too",
                 )
+        if self.records and not with_delta:
+            self._take_statistics(module, state, prefix)
 
-    def _refuse(self, names: Iterable[str], state: dict[str, Any], prefix: str, why: str) -> None:
-        above_it = join(self.path, "") if self.path else ""
-        for name in sorted(names):
-            if name.startswith(above_it) and prefix + name.removeprefix(above_it) in state:
+    def _take_statistics(self, module: nn.Module, state: Mapping[str, Any], prefix: str) -> None:
+        """Makes the buffers of a base checkpoint the backbone's own, unless a delta has moved them."""
+        why = (
+            "has running statistics of its own here, which would be lost; detach() the delta before loading the backbone's "
+            "weights, or load a state dict that has the delta's own tensors too"
+        )
+        if not self.path:
+            notice_moved_buffers(module, self.records[0])
+        else:
+            # Which of several deltas has moved them is only known on the whole backbone.
+            active = " or ".join(repr(record.name) for record in self.records if record.active)
+            self._refuse(moved_in(module, self.path, self.records), state, prefix, f"delta {active} {why}")
+        for record in self.records:
+            own = record.moved & record.backbone_values.keys()
+            self._refuse(own, state, prefix, f"delta {record.name!r} {why}")
+        ledger = self.records[0].buffer_ledger
+        for name, own in ledger.own.items():
+            loaded = state.get(prefix + relative(name, self.path)) if is_below(name, self.path) else None
+            if isinstance(loaded, torch.Tensor) and loaded.shape == own.shape:
+                ledger.accept(name, loaded)
+
+    def _refuse(self, names: Iterable[str], state: Mapping[str, Any], prefix: str, why: str) -> None:
+        known = set(names)
+        for name in sorted(known | {other for other, name in self.tied.items() if name in known}):
+            if is_below(name, self.path) and prefix + relative(name, self.path) in state:
                 raise StateError(f"{prefix}{name}: {why}")
 
 
@@ -127,12 +132,19 @@ def _has(module: nn.Module, record: Record, state: dict[str, Any], prefix: str) 
     return any(path in paths for name in state for path in above(parent_of(name)))
 
 
-def refuse_loading(backbone: nn.Module, records: Iterable[Record]) -> None:
-    """Registers `RefuseLoading` where it is needed for these deltas, and removes it where it is not."""
+def refuse_loading(backbone: nn.Module, records: Iterable[Record], removed: Iterable[nn.Module]) -> None:
+    """Registers `RefuseLoading` where it is needed for these deltas, and removes it where it is not.
+
+    Args:
+        removed: modules that the user took out of the backbone. They keep theirs until the delta is detached.
+    """
     wanted: dict[str, list[Record]] = {}
     known = list(records)
+    tied = _other_names(backbone, known)
     for record in known:
-        names = (*record.weights_before_merge, *record.backbone_values.keys() - record.moved - record.unsaved)
+        ledger, own = record.buffer_ledger, _replaced(record)
+        others = [other for other, name in tied.items() if name in own]
+        names = (*own, *others, *ledger.own.keys() - ledger.unsaved)
         for path in dict.fromkeys(path for owner in dict.fromkeys(map(parent_of, names)) for path in above(owner)):
             wanted.setdefault(path, []).append(record)
     # A module may have several paths, and a guard for each.
@@ -146,10 +158,44 @@ def refuse_loading(backbone: nn.Module, records: Iterable[Record]) -> None:
             if here not in _guards(module):
                 module.register_load_state_dict_pre_hook(here)
             here.records += wanted[path]
+            here.tied = tied
+    for module in removed:
+        for guard in _guards(module):
+            guard.records = [record for record in guard.records if not record.leaving]
+            guarded.append((module, guard))
     for module, guard in guarded:
         if not guard.records:
             unhook(module, [guard])
 
 
+def _other_names(backbone: nn.Module, records: Iterable[Record]) -> dict[str, str]:
+    """Returns the other names of the tensors that these deltas replaced, each with the name in the record."""
+    kept = {name for record in records for name in _replaced(record)}
+    own = dict(tensors_of(backbone)) if kept else {}
+    # A weight that is merged in all modules that share it is kept under one of its names.
+    names = {id(own[name]): name for name in kept if name in own}
+    return {name: names[id(tensor)] for name, tensor in own.items() if id(tensor) in names and name not in kept}
+
+
+def _replaced(record: Record) -> set[str]:
+    """Returns the names of the weights that a delta is merged into, and of the tensors that it fully trains."""
+    return record.weights_before_merge.keys() | (record.backbone_values.keys() - record.moved - record.unsaved)
+
+
 def _guards(module: nn.Module) -> list[RefuseLoading]:
     return ours(module, RefuseLoading) if module._load_state_dict_pre_hooks else []
+
+
+def records_around(backbone: nn.Module) -> list[Record]:
+    """Returns the records of deltas that have something in a backbone, and were attached to a module around it."""
+    # A delta that only trains tensors here fully has no modules here, but guards.
+    above_it = [
+        record
+        for guard in _guards(backbone)
+        for record in guard.records
+        if guard.path and any(is_below(name, guard.path) for name in _replaced(record))
+    ]
+    here = rooted_at(backbone)
+    there = [record for record in records_of(backbone) if record not in here]
+    # What an interrupted detach has left is not held by any module.
+    return [record for record in dict.fromkeys((*above_it, *there)) if not record.leaving]

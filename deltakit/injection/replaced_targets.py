@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltakit.core import Record, RunningCall, attachments_of
+from deltakit.core import Record, RootHook, RunningCall, attachments_of
 from deltakit.errors import StateError, warn
 from deltakit.injection.first_forward import FirstForward, watch_first_forward
 from deltakit.injection.lock import Lock
@@ -19,7 +19,7 @@ from deltakit.injection.tables import ids_of_modules, ours
 _LOCK = Lock()
 
 
-class TargetGuard:
+class TargetGuard(RootHook):
     """Compares the modules on the way to the targets with those that were there when a delta was last attached or detached.
 
     This runs in each forward of the backbone, so it compares by identity in three calls of C code.
@@ -32,13 +32,25 @@ class TargetGuard:
         """The modules that each delta changes or fully trains, by path."""
         self.reported: set[tuple[Record, str]] = set()
         """Those that are no longer in the backbone, as far as the user was told."""
+        self.guarded: list[nn.Module] = []
+        """The modules that may have guards of their own, also those that are no longer in the backbone."""
         self._remember(())
+
+    def removed(self, there: Set[int]) -> list[nn.Module]:
+        """Returns the modules that may have guards and are no longer in the backbone.
+
+        Args:
+            there: the ids of all modules in the backbone.
+        """
+        modules = [*self.guarded, *(module for held in self.holdings.values() for module in held.values())]
+        return [module for module in dict.fromkeys(modules) if id(module) not in there]
 
     def expect(
         self,
         ways: Iterable[tuple[nn.Module, str]],
         holdings: Mapping[Record, dict[str, nn.Module]],
         there: Set[int],
+        removed: Iterable[nn.Module],
     ) -> None:
         """Sets the modules that must be there from now on.
 
@@ -46,7 +58,10 @@ class TargetGuard:
             ways: each module on the way to a target, and the name of its child on that way.
             holdings: the modules of each delta by path; of a delta that is known already, only those that may be new.
             there: the ids of all modules in the backbone.
+            removed: modules that were taken out of it, and still have guards.
         """
+        ways = list(ways)
+        self.guarded = list(dict.fromkeys((*(parent for parent, _ in ways), *removed)))
         # While its delta is attached, a module that was replaced is not forgotten, nor the new one taken for it.
         self.holdings = {record: {**held, **self.holdings.get(record, {})} for record, held in holdings.items()}
         self.reported = {(record, path) for record, path in self.reported if path in self.holdings.get(record, {})}
@@ -106,7 +121,8 @@ class TargetGuard:
             warn(_replaced(gone))
         self.reported.update(gone)
         # The targets that are still there may not be called any more.
-        for attachment in attachments_of(backbone):
+        own = [attachment for attachment in attachments_of(backbone) if attachment.backbone is backbone]
+        for attachment in own:
             attachment.record.checked = False
             watch_first_forward(attachment, again=True)
         for first in ours(backbone, FirstForward):

@@ -1,13 +1,15 @@
 """Builds the text of plans and of a delta's `repr`: what is attached where."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from deltakit.core import Attachment, fold, named_logical_parameters, own_parameters, records_of, tensors_of
+from deltakit.core import Attachment, fold, named_logical_parameters, tensors_of
 from deltakit.errors import printable
+
+_GONE = "no longer in the backbone: replaced or removed"
 
 
 class Line(NamedTuple):
@@ -25,6 +27,8 @@ class Line(NamedTuple):
     """Other paths of the same module instances."""
     note: str = ""
     """What is unusual about the choice of the paths."""
+    gone: Collection[str] = ()
+    """The paths whose module the user has replaced or removed."""
 
 
 def report(
@@ -34,6 +38,7 @@ def report(
     foot: str,
     total: int,
     statistics: Mapping[str, Tensor] | None = None,
+    gone: Collection[str] = (),
 ) -> str:
     """Returns the text of a report.
 
@@ -42,15 +47,18 @@ def report(
 
     Args:
         total: the number of the backbone's parameters.
+        gone: the modules that the user has replaced or removed, besides those on the lines.
     """
     text = [head]
     for line in lines:
         targets = f"{len(line.paths)} target{'s' if len(line.paths) != 1 else ''}"
         text.append(f"  {' '.join((line.method, line.summary)).strip():<32} {targets:>12}  +{line.parameters:,}")
         by_weight = set(line.by_weight)
-        by_output = [path for path in line.paths if path not in by_weight]
+        there = [path for path in line.paths if path not in line.gone]
+        by_output = [path for path in there if path not in by_weight]
         text += [f"      {selector or '(the backbone itself)'}" for selector in fold(by_output)]
-        text += [f"      {selector}  weight patch" for selector in fold(line.by_weight)]
+        text += [f"      {selector}  weight patch" for selector in fold([path for path in there if path in by_weight])]
+        text += [f"      {selector}  {_GONE}" for selector in fold([path for path in line.paths if path in line.gone])]
         text += [f"      {selector}  the same instances" for selector in fold(line.aliases)]
         for why in dict.fromkeys(line.left_out.values()):
             left_out = [path for path, reason in line.left_out.items() if reason == why]
@@ -62,6 +70,7 @@ def report(
             part = f", {share(values, total)} of the backbone" if title == "fully trained" else ""
             text.append(f"  {title:<32} {'':>12}   {values:,}{part}")
             text += [f"      {selector}" for selector in fold(held)]
+    text += [f"  {selector}  {_GONE}" for selector in fold(gone)]
     return "\n".join(map(printable, [*text, foot]))
 
 
@@ -79,30 +88,35 @@ def described(
     *,
     trained: int,
     names: Mapping[int, list[str]],
+    full: Mapping[str, Tensor],
+    saved: Collection[int],
+    gone: Collection[str],
 ) -> str:
     """Returns a delta as a report: its states, each method with its targets, and its number of parameters.
 
     Args:
         trained: the number of parameters that the delta trains.
         names: all paths of each module of the backbone, by the module's id.
+        full: the parameters that the delta fully trains, by name.
+        saved: the ids of the backbone's tensors that any attached delta saves.
+        gone: the paths of the delta's modules that the user has replaced or removed.
     """
     record = attachment.record
-    own = dict(own_parameters(attachment.backbone))
     buffers = {name for name, tensor in tensors_of(attachment.backbone) if not isinstance(tensor, nn.Parameter)}
     logical = dict(named_logical_parameters(attachment.backbone))
     total = sum(parameter.numel for parameter in logical.values())
     foot = f"{trained:,} parameters, {share(trained, total)} of the backbone's {total:,}"
-    saved = {name for other in records_of(attachment.backbone) for name in other.fully_trained}
-    unsaved = sum(p.numel for name, p in logical.items() if p.stored.requires_grad and name not in saved)
+    unsaved = sum(p.numel for p in logical.values() if p.stored.requires_grad and id(p.stored) not in saved)
     if attachment.attached and unsaved:
         foot += f"; {unsaved:,} more of the backbone's are not frozen, and are not saved with the delta"
     return report(
         f"delta {record.name!r} on {type(attachment.backbone).__name__}: {states(attachment)}",
-        [_line(attachment, index, names) for index in range(len(record.methods))],
-        {name: own[name] for name in record.fully_trained if name in own},
+        [_line(attachment, index, names, gone) for index in range(len(record.methods))],
+        full,
         foot,
         total,
         {name: tensor for name, tensor in (record.backbone_values or record.trained_values).items() if name in buffers},
+        sorted({*gone} - {site.owner for site in attachment.sites}),
     )
 
 
@@ -117,7 +131,7 @@ def states(attachment: Attachment) -> str:
     return ", ".join(words + (["merged"] if record.merged else []))
 
 
-def _line(attachment: Attachment, index: int, names: Mapping[int, list[str]]) -> Line:
+def _line(attachment: Attachment, index: int, names: Mapping[int, list[str]], gone: Collection[str]) -> Line:
     own = [site for site in attachment.sites if site.method == index]
     return Line(
         attachment.record.methods[index].name,
@@ -128,4 +142,5 @@ def _line(attachment: Attachment, index: int, names: Mapping[int, list[str]]) ->
         left_out=dict(attachment.record.left_out[index]) if attachment.record.left_out else {},
         aliases=list(dict.fromkeys(name for site in own for name in names.get(id(site.target), [])[1:])),
         note=attachment.record.notes[index] if attachment.record.notes else "",
+        gone={site.path for site in own if site.owner in gone},
     )

@@ -234,8 +234,8 @@ class TestOutside:
                 return self.head(self.inner(tokens[:, :4]))
 
         model = Outer().double().eval()
-        dk.attach(model.inner, AtMark(at="layers.0.mlp.up_proj"))
         delta = dk.attach(model, AtMark(at="head"), name="outer")
+        dk.attach(model.inner, AtMark(at="layers.0.mlp.up_proj"))
         (module,) = delta.modules["head"]
         module.forward = lambda x, y: (module.seen.append(current_call().ids), y)[1]
         model(marked())

@@ -1,6 +1,7 @@
 """Detaching and saving after the user replaced, resized, moved or reparametrized what a delta stands on."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -260,3 +261,108 @@ def test_a_weight_patch_on_a_resized_embedding(size):
         model(input_ids=x)
     delta.detach()
     model(input_ids=x)
+
+
+def wrap(model):
+    """The classifier is then found under another name."""
+    model.classifier = nn.Sequential(nn.Dropout(0.0), model.classifier)
+
+
+def exchange(model):
+    model.norm, model.layers[0].norm_1 = model.layers[0].norm_1, model.norm
+
+
+@pytest.mark.parametrize("change", [wrap, exchange])
+@pytest.mark.parametrize("train", [(), "classifier"])
+@pytest.mark.parametrize("again", [False, True])
+def test_flags_follow_parameters_that_get_another_name(model, change, train, again):
+    model.norm.weight.requires_grad_(False)
+    flags = {p: p.requires_grad for p in model.parameters()}
+    delta = dk.attach(model, dk.LoRA(r=2, at="q_proj"), train=train)
+    change(model)
+    if again:
+        dk.attach(model, dk.BitFit(at="v_proj"), name="other").detach()
+    trained = {p for p in model.parameters() if p.requires_grad}
+    assert trained == set(delta.parameters())
+    delta.detach()
+    assert {p: p.requires_grad for p in model.parameters()} == flags
+
+
+def hooks_in(module):
+    """What a module and those in it hold of deltakit."""
+    return [
+        (path, hook)
+        for path, inner in module.named_modules()
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_load_state_dict_pre_hooks")
+        for hook in vars(inner)[name].values()
+        if "deltakit" in type(getattr(getattr(hook, "hook", hook), "__self__", getattr(hook, "hook", hook))).__module__
+    ]
+
+
+@pytest.mark.parametrize("put_back", ["before", "after"])
+@pytest.mark.parametrize("merged", [False, True])
+def test_nothing_stays_on_what_was_taken_out(put_back, merged):
+    model = build("bert")
+    delta = dk.attach(model, dk.LoRA(r=2), name="one", train=["pooler", "layer.1.output"])
+    other = dk.attach(model, dk.LoRA(r=2), name="two")
+    layers, pooler = model.encoder.layer, model.pooler
+    if merged:
+        delta.merge()
+    model.encoder.layer, model.pooler = layers[:1], None
+    with pytest.warns(dk.DeltaWarning) if put_back == "after" else nullcontext():
+        if put_back == "after":
+            model(torch.tensor([[3, 4]]))
+        else:
+            model.encoder.layer, model.pooler = layers, pooler
+    other.detach()
+    delta.detach()
+    model.encoder.layer, model.pooler = layers, pooler
+    assert hooks_in(model) == []
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_nothing_stays_on_quantized_layers():
+    """torch copies the hooks of a layer to the quantized one that replaces it."""
+    model = nn.Sequential(nn.Linear(7, 5), nn.LSTM(5, 4)).eval()
+    delta = dk.attach(model, dk.LoRA(r=2, at=["0", "1.weight_hh_l0"]), train=())
+    torch.ao.quantization.quantize_dynamic(model, {nn.Linear, nn.LSTM}, inplace=True)
+    assert hooks_in(model[0])
+    delta.detach()
+    assert hooks_in(model) == []
+
+
+def take_out(model):
+    model.classifier = nn.Identity()
+
+
+@pytest.mark.parametrize("change", [wrap, take_out])
+@pytest.mark.parametrize("call", ["active", "freeze", "load_state_dict"])
+def test_switching_and_training_after_a_fully_trained_module_moved(model, change, call):
+    head = model.classifier
+    delta = trained(model, train="classifier")
+    other = dk.attach(model, dk.BitFit(at="norm"), name="other", train="norm")
+    own, values = delta._record.backbone_values["classifier.weight"].clone(), head.weight.detach().clone()
+    change(model)
+    if call == "active":
+        delta.active = False
+        assert torch.equal(head.weight, own)
+        delta.active = True
+    elif call == "freeze":
+        other.freeze(train="layers.0.norm_1")
+    else:
+        other.load_state_dict({name: value.clone() for name, value in other.state_dict().items()})
+    assert torch.equal(head.weight, values)
+    if change is wrap:
+        with pytest.raises(dk.StateError, match="delta 'delta' fully trains it already; detach"):
+            other.freeze(train="classifier")
+    delta.detach()
+    assert torch.equal(head.weight, own)
+
+
+def test_printing_and_the_own_values_after_a_fully_trained_module_moved(model):
+    before = model.classifier.weight.detach().clone()
+    delta = trained(model, train="classifier")
+    wrap(model)
+    assert torch.equal(dk.base_state_dict(model)["classifier.1.weight"], before)
+    assert "fully trained" in repr(delta)
+    assert "are not frozen, and are not saved" not in repr(delta)

@@ -284,6 +284,52 @@ def test_a_base_checkpoint_does_not_replace_what_a_delta_moved(model):
     equal(dict(model.state_dict()), base)
 
 
+def part_of(state, name):
+    return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+
+
+@pytest.mark.parametrize("part", ["bn1", "book", "fc", "fc.parametrizations"])
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_base_checkpoint_of_a_part_that_is_loaded_stays(model, part, copied):
+    delta = attach(model)
+    model = copy.deepcopy(model) if copied else model
+    own = buffers(model)
+    model.get_submodule(part).load_state_dict(part_of({k: v + 1 for k, v in Net().state_dict().items()}, part))
+    loaded = buffers(model)
+    step(model)
+    (delta,) = dk.deltas(model)
+    assert set(delta.fully_trained) == STATISTICS
+    delta.detach()
+    equal(buffers(model), loaded)
+    assert not all(torch.equal(own[name], loaded[name]) for name in own)
+
+
+@pytest.mark.parametrize("part", ["bn1", "book", "fc", "fc.parametrizations"])
+@pytest.mark.parametrize("noticed", [False, True])
+def test_a_base_checkpoint_of_a_part_does_not_replace_what_a_delta_moved(model, part, noticed):
+    delta = attach(model)
+    moved = buffers(step(model))
+    assert not noticed or delta.fully_trained
+    state = part_of({k: v + 1 for k, v in Net().state_dict().items()}, part)
+    with pytest.raises(dk.StateError, match=r": delta 'delta' has running statistics .* detach\(\)"):
+        model.get_submodule(part).load_state_dict(state)
+    equal(buffers(model), moved)
+    delta.detach()
+    model.get_submodule(part).load_state_dict(state)
+
+
+def test_a_part_that_the_user_trains_may_be_loaded(model):
+    """Its statistics are the backbone's own, whether they have moved or not."""
+    delta = attach(model, freeze=False)
+    step(model)
+    model.book.load_state_dict({"average": torch.ones(7), "replaced": torch.ones(7)})
+    model.bn1.load_state_dict(part_of(Net().state_dict(), "bn1"))
+    loaded = buffers(model)
+    assert delta.fully_trained == []
+    delta.detach()
+    equal(buffers(model), loaded)
+
+
 def test_a_delta_that_is_off_leaves_the_backbone_its_own(model):
     own, output = buffers(model), model(x())
     delta = attach(model)

@@ -1,12 +1,14 @@
 """What one delta keeps copies of (fully trained tensors, merged weights) no other delta may train, freeze or merge."""
 
 import json
+import re
 
 import pytest
 import torch
 
 import deltakit as dk
 from support.models import Transformer, ids, randomize, same, snapshot
+from support.tiny_transformers import build
 
 
 @pytest.fixture
@@ -131,6 +133,33 @@ def test_a_delta_without_a_name_is_attached_once(model, tmp_path):
     assert torch.equal(waiting.attach().backbone(ids()), once)
     refused(model, delta.attach, match)
     assert dk.load(saved, model, name="second").attached
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "where"),
+    [
+        ("q_proj", "q_proj.weight", "q_proj"),
+        ("q_proj.weight", "q_proj", "q_proj.weight"),
+        ("c_attn[q]", "c_attn", "c_attn[q]"),
+        ("c_attn", "c_attn[v]", "c_attn"),
+        ("c_attn.weight", "c_attn[v]", "c_attn.weight"),
+    ],
+)
+def test_one_place_under_two_paths(model, one, other, where):
+    """A module and its weight, a fused projection and its slices."""
+    model = build("gpt2") if "c_attn" in one else model
+    delta = dk.attach(model, dk.LoRA(r=2, at=one), train=())
+    match = rf"{re.escape(where)}: delta 'delta' has a lora there already; detach\(\) .* name="
+    refused(model, lambda: dk.attach(model, dk.LoRA(r=2, at=other), train=()), match)
+    dk.attach(model, dk.LoRA(r=2, at=other), train=(), name="second").detach()
+    delta.detach()
+
+
+def test_two_places_in_one_module():
+    model = build("gpt2")
+    dk.attach(model, dk.LoRA(r=2, at="c_attn[q]"))
+    dk.attach(model, dk.LoRA(r=2, at="c_attn[v]"))
+    dk.attach(model, dk.LoRA(r=2, at="c_attn[k]"), dk.BitFit(at="c_attn"))
 
 
 def test_a_saved_name_tells_two_deltas_apart(model, tmp_path):

@@ -153,3 +153,21 @@ def test_a_half_attached_delta_is_an_error(model):
     dk.deltas(model)[0].detach()
     delta.attach()
     assert torch.equal(model(ids()), before)
+
+
+def test_the_printout_says_what_was_replaced(model):
+    delta = attached(model, dk.LoRA(r=2, at=["classifier", "q_proj"]), train="norm")
+    before = repr(delta)
+    assert "no longer" not in before
+    head, norm = model.classifier, model.norm
+    model.classifier, model.norm = nn.Linear(20, 3), nn.LayerNorm(20)
+    gone = "no longer in the backbone: replaced or removed"
+    for handle in (delta, dk.deltas(model)[0]):
+        lines = repr(handle).splitlines()
+        assert any(line.startswith("      layers.") and line.endswith(".self_attn.q_proj") for line in lines)
+        said = " ".join(line for line in lines if gone in line)
+        assert "classifier" in said
+        assert "norm" in said
+        assert "      classifier" not in lines
+    model.classifier, model.norm = head, norm
+    assert repr(delta) == before

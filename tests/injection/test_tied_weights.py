@@ -1,5 +1,7 @@
 """Weights that several layers share."""
 
+import copy
+
 import pytest
 import torch
 import transformers as tf
@@ -7,7 +9,7 @@ from torch import nn
 
 import deltakit as dk
 from support.changed_weights import check_against_changed_weights
-from support.models import randomize
+from support.models import attached, randomize
 from support.tiny_transformers import build
 
 
@@ -70,3 +72,22 @@ def test_a_tied_weight_under_recomputation(again):
         return [x.grad, *(parameter.grad for parameter in delta.parameters())]
 
     torch.testing.assert_close(backward(again), list(gradients("")))
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_loading_a_merged_weight_under_its_other_name(copied):
+    """safetensors' `save_model` writes one of the names."""
+    model = build("gpt2", tf.AutoModelForCausalLM)
+    delta = attached(model, dk.LoRA(r=2, at="transformer.wte.weight"), train=()).merge()
+    model = copy.deepcopy(model) if copied else model
+    merged, new = model.lm_head.weight.detach().clone(), torch.zeros_like(model.lm_head.weight)
+    for part, name in ((model, "lm_head.weight"), (model.lm_head, "weight"), (model.transformer.wte, "weight")):
+        with pytest.raises(
+            dk.StateError, match=r"weight: delta 'delta' is merged into this weight, .* unmerge\(\) the delta"
+        ):
+            part.load_state_dict({name: new}, strict=False)
+    assert torch.equal(model.lm_head.weight, merged)
+    (delta,) = dk.deltas(model)
+    delta.detach()
+    model.load_state_dict({"lm_head.weight": new}, strict=False)
+    assert torch.equal(model.transformer.wte.weight, new)
