@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
 
+import torch
 from torch import nn
 
 from deltakit.core.paths import own_parameters
@@ -25,6 +26,9 @@ class GradLedger:
     ours: dict[str, bool] = field(default_factory=dict)
     merged: set[str] = field(default_factory=set)
     """The names of the merged deltas. So `active = True` does not search the backbone for them (2.9 ms at 560 targets)."""
+
+    inference: str = ""
+    """The name of a parameter that was made under `torch.inference_mode`; "" if there is none. Nothing can be trained then."""
 
     changed: WeakValueDictionary[str, nn.Parameter] = field(default_factory=WeakValueDictionary)
     """The parameters whose flags differ from the user's, because some may be removed from the backbone meanwhile."""
@@ -46,15 +50,13 @@ class GradLedger:
         """
         found = dict(own_parameters(backbone))
         self._follow(found)
+        self.inference = next((name for name, parameter in found.items() if parameter.is_inference()), "")
         for name, parameter in found.items():
             if self.ours and name not in self.ours:
                 # `prune`, `parametrize` and `weight_norm` give the frozen parameter another name.
                 former = _COMPUTED.sub(r"\2", name)
                 if former in self.ours and former not in found:
                     self.original[name] = self.original.get(former, self.ours[former])
-            if parameter.is_inference():
-                # Made under `torch.inference_mode`: torch refuses to change its flag later, and never trains it.
-                continue
             # The flag differs from ours: the user changed it since. From now on that is the value to restore.
             ours = self.ours.get(name)
             if ours is not None and ours != parameter.requires_grad:
@@ -71,7 +73,7 @@ class GradLedger:
                 # Between the next two lines an interruption must not look like a change by the user.
                 self.ours.pop(name, None)
                 self.changed[name] = parameter
-                parameter.requires_grad_(wanted)
+                _set(parameter, wanted)
             self.ours[name] = wanted
 
     def _follow(self, found: Mapping[str, nn.Parameter]) -> None:
@@ -84,7 +86,7 @@ class GradLedger:
         for name, parameter in list(self.changed.items()):
             now = names.get(id(parameter))
             if now is None:
-                parameter.requires_grad_(self.original.get(name, parameter.requires_grad))
+                _set(parameter, self.original.get(name, parameter.requires_grad))
                 del self.changed[name]
             elif now != name:
                 renamed[name] = now, parameter
@@ -103,3 +105,9 @@ class GradLedger:
     def stay_frozen(self) -> None:
         """Makes the frozen backbone the user's own choice: it stays frozen when the last delta is detached."""
         self.original = dict.fromkeys(self.ours, False)
+
+
+def _set(parameter: nn.Parameter, requires_grad: bool) -> None:
+    # torch sets the flag of a parameter that was made under `torch.inference_mode` only there.
+    with torch.inference_mode(parameter.is_inference()):
+        parameter.requires_grad_(requires_grad)

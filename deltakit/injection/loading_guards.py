@@ -110,9 +110,9 @@ class RefuseLoading:
             own = record.moved & record.backbone_values.keys()
             self._refuse(own, state, prefix, f"delta {record.name!r} {why}")
         ledger = self.records[0].buffer_ledger
-        for name, own in ledger.own.items():
+        for name, value in list(ledger.own.items()):
             loaded = state.get(prefix + relative(name, self.path)) if is_below(name, self.path) else None
-            if isinstance(loaded, torch.Tensor) and loaded.shape == own.shape:
+            if isinstance(loaded, torch.Tensor) and loaded.shape == value.shape:
                 ledger.accept(name, loaded)
 
     def _refuse(self, names: Iterable[str], state: Mapping[str, Any], prefix: str, why: str) -> None:

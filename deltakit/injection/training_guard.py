@@ -43,8 +43,11 @@ class TrainingGuard:
         """Checks the flags.
 
         Raises:
-            StateError: if none of the parameters of a trainable delta requires gradients.
+            StateError: if none of the parameters of a trainable delta requires gradients, or the backbone was made under
+                `torch.inference_mode` and gradients are asked for.
         """
+        if self.deltas and self.deltas[0].record.grad_ledger.inference and torch.is_grad_enabled():
+            _refuse_inference(self.deltas)
         if not backbone.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
         for watched in self.deltas:
@@ -55,6 +58,15 @@ class TrainingGuard:
             parameter = holder._parameters.get(watched.name) if holder is not None else None
             if parameter is None or not parameter.requires_grad:
                 _check(backbone, watched)
+
+
+def _refuse_inference(deltas: Iterable[_Watched]) -> None:
+    records = [watched.record for watched in deltas]
+    if any(isinstance(record, Record) and record.trainable and record.live for record in records):
+        raise StateError(
+            f"{records[0].grad_ledger.inference}: the backbone was made under torch.inference_mode(), and torch takes no "
+            "gradients through such tensors; make or load the model outside of it, or call it under torch.no_grad()"
+        )
 
 
 def _warn_merged(watched: _Watched) -> None:

@@ -177,8 +177,14 @@ def test_a_backbone_made_under_inference_mode():
     with pytest.raises(dk.StateError, match=r"train: classifier\.weight was made under torch\.inference_mode"):
         dk.attach(model, dk.LoRA(r=2), train="classifier")
     delta = attached(model, dk.LoRA(r=2))
+    assert not any(parameter.requires_grad for parameter in model.parameters() if parameter.is_inference())
     with torch.no_grad():
         model(ids())
+    with pytest.raises(dk.StateError, match=r"embed\.weight: the backbone was made under torch\.inference_mode"):
+        model(ids())
+    delta.trainable = False
+    model(ids())
+    delta.trainable = True
     with pytest.raises(dk.StateError, match=r"this weight was made under torch\.inference_mode"):
         delta.merge()
     delta.detach()
