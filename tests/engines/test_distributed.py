@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import deltakit as dk
 from support.models import Transformer
-from support.sharded_training import batch, losses, to_train, worker
+from support.sharded_training import batch, leave, losses, to_train, worker
 
 
 def free_port():
@@ -77,6 +77,7 @@ def train_by_ddp(rank, port, results):
         optimizer.zero_grad()
     results[rank] = {name: value.clone() for name, value in delta.state_dict().items()}
     dist.destroy_process_group()
+    leave()
 
 
 def with_trained_head():

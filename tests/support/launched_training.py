@@ -4,7 +4,6 @@ PYTHONPATH=tests python tests/support/launched_training.py accelerate|accelerate
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 import deltakit as dk
-from support.sharded_training import batch, losses, shard, to_train
+from support.sharded_training import batch, leave, losses, shard, to_train
 
 STEPS = range(3)
 
@@ -56,6 +55,7 @@ def by_accelerate(engine, out):
         write(out, found, accelerator.distributed_type.value, size, model)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    leave()
 
 
 def by_torch(engine, out):
@@ -84,6 +84,7 @@ def by_torch(engine, out):
         write(out, [float(loss) / size for loss in found], engine, size, model)
     dist.barrier()
     dist.destroy_process_group()
+    leave()
 
 
 def write(out, found, engine, size, model):
@@ -95,7 +96,3 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     start = by_accelerate if sys.argv[1].startswith("accelerate") else by_torch
     start(sys.argv[1], Path(sys.argv[2]))
-    # All is written. Threads of torch's process group may still run when the interpreter ends, and then abort it with
-    # "terminate called without an active exception" (in one of six runs of the suite).
-    sys.stdout.flush()
-    os._exit(0)
