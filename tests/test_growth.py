@@ -66,8 +66,8 @@ def test_costs_grow_as_the_number_of_targets(method, tmp_path):
 
 @pytest.mark.parametrize("method", ["outputs", "inputs and outputs"])
 def test_one_of_many_deltas_costs_what_it_costs_alone(method):
-    at = {others: beside(others, method) for others in (2, 40)}
-    ratios = {name: count / at[2][name] for name, count in at[40].items()}
+    at = {others: beside(others, method) for others in (2, 30)}
+    ratios = {name: count / at[2][name] for name, count in at[30].items()}
     assert not {name: ratio for name, ratio in ratios.items() if ratio > 1.5}
 
 
@@ -78,13 +78,13 @@ def test_weight_patches_of_many_deltas_cost_what_their_number_says():
     # A forward shows one sum for each delta, of all those before it.
     forwards = bends.pop("first forward"), bends.pop("second forward")
     assert not {name: value for name, value in bends.items() if value > 0.1}
-    assert max(forwards) < 0.6
+    assert max(forwards) < 1
     assert at[2]["first forward"] < 1.5 * at[2]["second forward"]
 
 
 def beside(others, method):
     """The instructions of each call of a delta, of which there are others on the same targets; of forwards for each delta."""
-    model, x, methods = Chain(4), torch.ones(2, 3), METHODS[method]()
+    model, x, methods = Chain(4 if method == "weights" else 12), torch.ones(2, 3), METHODS[method]()
     made = [dk.attach(model, *methods, name=f"d{k}") for k in range(others)]
     found = {"attach": steps(lambda: made.append(dk.attach(model, *methods, name="last")))}
     found["detach"] = steps(made[-1].detach)
