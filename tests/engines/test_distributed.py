@@ -30,7 +30,10 @@ def agree(state, delta):
     torch.testing.assert_close(state, dict(delta.state_dict()), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("engine", "size"), [("ddp", 2), ("fsdp2", 2), ("fsdp2", 4)])
+# Four processes are in `test_resumed_with_another_number_of_processes`, too.
+@pytest.mark.parametrize(
+    ("engine", "size"), [("ddp", 2), ("fsdp2", 2), pytest.param("fsdp2", 4, marks=pytest.mark.slow)]
+)
 def test_as_in_one_process(engine, size, tmp_path):
     model, delta = to_train()
     alone = [float(loss) for loss in losses(model, delta, range(3))]
