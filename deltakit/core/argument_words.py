@@ -166,7 +166,8 @@ def _number(value: Any) -> int | float | None:
         number = float(value) if isinstance(value, str | float) else None
     except ValueError:
         return None
-    if number is None or number - number != 0:
+    # What is beyond 64 bits would not fit either; nor do infinities, and what is not a number.
+    if number is None or not abs(number) < 2**63:
         return None
     return int(number) if number.is_integer() else number
 

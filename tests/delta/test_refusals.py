@@ -40,7 +40,7 @@ def test_a_sum_that_overflows(delta):
 @pytest.mark.parametrize("number", [1e39, -1e300, 10**60])
 @pytest.mark.parametrize("use", ["scale", "alpha", "weight"])
 def test_numbers_that_float32_does_not_hold(delta, use, number):
-    with pytest.raises(dk.OptionError, match="which float32 cannot hold"):
+    with pytest.raises(dk.OptionError, match="which float32 cannot hold$|which float32 cannot hold; omit"):
         if use == "scale":
             delta.scale = number
         elif use == "alpha":
