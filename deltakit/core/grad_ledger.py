@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
@@ -51,8 +52,9 @@ class GradLedger:
         found = dict(own_parameters(backbone))
         self._follow(found)
         self.inference = next((name for name, parameter in found.items() if parameter.is_inference()), "")
+        before = bool(self.ours)
         for name, parameter in found.items():
-            if self.ours and name not in self.ours:
+            if before and name not in self.ours:
                 # `prune`, `parametrize` and `weight_norm` give the frozen parameter another name.
                 former = _COMPUTED.sub(r"\2", name)
                 if former in self.ours and former not in found:
@@ -109,5 +111,5 @@ class GradLedger:
 
 def _set(parameter: nn.Parameter, requires_grad: bool) -> None:
     # torch sets the flag of a parameter that was made under `torch.inference_mode` only there.
-    with torch.inference_mode(parameter.is_inference()):
+    with torch.inference_mode() if parameter.is_inference() else nullcontext():
         parameter.requires_grad_(requires_grad)

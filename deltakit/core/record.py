@@ -153,11 +153,12 @@ class Attachment:
         return any(site.key is not None for site in self.sites)
 
     def version(self) -> int:
-        """Returns a number that grows whenever a trained parameter of its delta modules is changed."""
+        """Returns a number that grows whenever a parameter of its delta modules is changed."""
+        # Also of those that are never trained: they do not change.
         return sum(
             0 if parameter.is_inference() else parameter._version
             for site in self.sites
-            for _, parameter, _ in site.module.trained_parameters()
+            for parameter in parameters_of(site.module).values()
         )
 
     def named(self, site: Site, name: str) -> str:

@@ -14,6 +14,7 @@ from deltakit.core import (
     Selector,
     Site,
     checked,
+    one_walk,
     same_random_numbers,
     tensors_of,
 )
@@ -67,15 +68,16 @@ def attach(
     """
     with same_random_numbers(only_after_errors=True):
         plan = planned(backbone, methods, train)
-        record = _record(plan.methods, name, freeze, plan.train)
-        record.left_out = tuple(found.left_out for found in plan.found)
-        record.notes = tuple(found.note for found in plan.found)
-        record.trained_values = current_values(plan.backbone, plan.fully_trained, record)
-        if freeze and (train is None or plan.train):
-            warn_frozen_head(plan.index, plan.fully_trained, plan.train)
-        attachment = Attachment(plan.backbone, record, _sites(plan.index, plan.built))
-        record.start = start_of(attachment)
-        return Delta(attachment).attach()
+        with one_walk(plan.backbone):
+            record = _record(plan.methods, name, freeze, plan.train)
+            record.left_out = tuple(found.left_out for found in plan.found)
+            record.notes = tuple(found.note for found in plan.found)
+            record.trained_values = current_values(plan.backbone, plan.fully_trained, record)
+            if freeze and (train is None or plan.train):
+                warn_frozen_head(plan.index, plan.fully_trained, plan.train)
+            attachment = Attachment(plan.backbone, record, _sites(plan.index, plan.built))
+            record.start = start_of(attachment)
+            return Delta(attachment).attach()
 
 
 @checked

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 from torch import Tensor, nn
 
-from deltakit.core import Selector, attachments_of, checked, is_first, is_sharded, wait_for_all
+from deltakit.core import Selector, attachments_of, checked, is_first, is_sharded, one_walk, wait_for_all
 from deltakit.delta import merging, swapping, tensors
 from deltakit.delta.changed_backbone import refuse_changed
 from deltakit.delta.claims import check_scalable, claim, refuse_in_rows, refuse_merged, refuse_scaled
@@ -116,9 +116,10 @@ class Delta(DeltaContents):
         """
         if self.attached or self._record.leaving:
             raise StateError(f"delta {self.name!r} is attached already; detach() it before attaching it again")
-        refuse_changed(self._attachment, "attaching")
-        claim(self._attachment)
-        put_all(self._attachment)
+        with one_walk(self.backbone):
+            refuse_changed(self._attachment, "attaching")
+            claim(self._attachment)
+            put_all(self._attachment)
         return self
 
     def detach(self) -> "Delta":
@@ -133,7 +134,8 @@ class Delta(DeltaContents):
         refuse_in_rows(self.name, self._record)
         if self.merged:
             self.unmerge()
-        take_all(self._attachment)
+        with one_walk(self.backbone):
+            take_all(self._attachment)
         return self
 
     @contextmanager

@@ -111,7 +111,7 @@ def _take_all(attachment: Attachment) -> None:
     record.leaving = True
     change_begins(backbone, RunningCall(sys._getframe()))
     put_backbone_values(attachment)
-    if all(other.leaving for other in records_of(backbone)):
+    if record.buffer_ledger.empty and all(other.leaving for other in records_of(backbone)):
         record.buffer_ledger.empty_again(backbone)
     refresh_gradients(backbone, record.grad_ledger)
     forget_first_forward(attachment)

@@ -77,11 +77,6 @@ def _drop(calls: list[RunningCall], call: RunningCall) -> None:
         calls.remove(call)
 
 
-def calls_of(target: nn.Module) -> list[RunningCall]:
-    """Returns the list in which the hooks of a target note its calls; a new one if it has no such hooks."""
-    return next((hook.calls for hook in ours(target, ContextInputHook)), [])
-
-
 def _abandon(target: nn.Module) -> None:
     for hook in ours(target, ContextOutputHook):
         for key in hook.delta_keys:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from deltakit.core import DeltaModule, add_held, delta_children, held_in, module_at, remove_held
-from deltakit.injection.context_hooks import ContextInputHook, ContextOutputHook, calls_of, clean_up
+from deltakit.injection.context_hooks import ContextInputHook, ContextOutputHook, clean_up
 from deltakit.injection.output_hooks import InputHook, OutputHook
 from deltakit.injection.tables import ours, unhook
 from deltakit.injection.weight_patch import PatchHook, UnpatchHook, hide_sums_of
@@ -98,9 +98,9 @@ def _hook_target(target: nn.Module, *, added: str = "", removed: str = "") -> No
         added: the name of a delta module that has just been added.
         removed: the name of a delta module that is about to be removed.
     """
-    calls = calls_of(target)
-    clean_up(target, calls)
     hooks = ours(target, (InputHook, OutputHook))
+    calls = next((hook.calls for hook in hooks if isinstance(hook, ContextInputHook)), [])
+    clean_up(target, calls)
     keys = _changed_keys(target, hooks, added, removed) or _all_keys(target, without=removed)
     unhook(target, hooks)
     if keys.before:

@@ -42,4 +42,6 @@ def observe_rows(module: nn.Module, records: Sequence[Record]) -> None:
 
 def forget_rows(module: nn.Module) -> None:
     """Removes the two hooks from a module."""
-    unhook(module, ours(module, RowsHook))
+    # Nearly all modules have no hooks, and all are asked at each attach.
+    if module._forward_pre_hooks or module._forward_hooks:
+        unhook(module, ours(module, RowsHook))
