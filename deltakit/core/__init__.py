@@ -59,6 +59,7 @@ from deltakit.core.paths import (
 from deltakit.core.record import (
     Attachment,
     Record,
+    Sample,
     Site,
     Start,
     are_apart,
@@ -96,6 +97,7 @@ __all__ = [
     "Record",
     "RootHook",
     "RunningCall",
+    "Sample",
     "Selector",
     "Site",
     "Start",

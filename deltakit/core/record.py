@@ -24,11 +24,19 @@ from deltakit.core.roots import rooted_at, roots_inside
 _RECORD = attrgetter("record")
 
 
-class Start(NamedTuple):
-    """A new delta as it was attached: the sum of its parameters' versions, and a few of their values by name."""
+class Sample(NamedTuple):
+    """What shows whether a parameter was changed: its version, a few of its values, and the sum of all."""
 
     version: int
-    values: dict[str, Tensor]
+    values: Tensor
+    total: float
+
+
+class Start(NamedTuple):
+    """A new delta as it was attached: the sum of its parameters' versions, and samples of a few of them by name."""
+
+    version: int
+    samples: dict[str, Sample]
 
 
 @dataclass(eq=False)

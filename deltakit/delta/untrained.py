@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from deltakit.core import Attachment, Start, is_sharded
+from deltakit.core import Attachment, Sample, Start, is_sharded
 from deltakit.errors import warn
 
 _SITES, _VALUES = 8, 16
@@ -17,22 +17,26 @@ def start_of(attachment: Attachment) -> Start:
 
 
 def warn_untrained(attachment: Attachment, state: Mapping[str, Tensor]) -> None:
-    """Warns if none of the parameters of a delta's modules has changed since it was attached.
+    """Warns if none of the parameters of a delta's modules has other values than when it was attached.
 
     Args:
         state: its tensors as they are saved.
     """
     start = attachment.record.start
-    if start is None or attachment.version() > start.version:
+    if start is None:
+        return
+    now = {name: (parameter, state.get(name, parameter)) for name, parameter in _sampled(attachment)}
+    there = {name: pair for name, pair in now.items() if not pair[1].is_meta and not is_sharded(pair[1])}
+    if attachment.version() > start.version and not any(
+        _version(parameter) > start.samples[name].version
+        for name, (parameter, _) in there.items()
+        if name in start.samples
+    ):
+        # What was trained is not among the samples.
         return
     # Some optimisers write behind torch's back, through `.data` or in a kernel of their own. Then the version stays the same
-    # and the values differ.
-    now = {name: state.get(name, parameter) for name, parameter in _sampled(attachment)}
-    same = [
-        torch.equal(_sample(now[name]), value.to(now[name].device, now[name].dtype))
-        for name, value in start.values.items()
-        if name in now and not now[name].is_meta and not is_sharded(now[name])
-    ]
+    # and the values differ. With a learning rate of zero it is the other way round.
+    same = [_is_same(there[name][1], sample) for name, sample in start.samples.items() if name in there]
     if same and all(same):
         warn(
             f"delta {attachment.record.name!r} is saved as it was attached: none of the parameters of its modules has changed "
@@ -50,6 +54,18 @@ def _sampled(attachment: Attachment) -> Iterator[tuple[str, Tensor]]:
                 yield attachment.named(site, name), parameter
 
 
-def _sample(tensor: Tensor) -> Tensor:
+def _sample(tensor: Tensor) -> Sample:
     flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, len(flat) // _VALUES)][:_VALUES].clone()
+    return Sample(_version(tensor), flat[:: max(1, len(flat) // _VALUES)][:_VALUES].clone(), float(flat.double().sum()))
+
+
+def _is_same(now: Tensor, before: Sample) -> bool:
+    found = _sample(now)
+    values = before.values.to(now.device, now.dtype)
+    # The sum of rounded values is another one, and so may be that of another device.
+    moved = (now.dtype, now.device) != (before.values.dtype, before.values.device)
+    return torch.equal(found.values, values) and (moved or found.total == before.total)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

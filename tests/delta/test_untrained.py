@@ -152,6 +152,26 @@ def test_values_that_torch_does_not_see_change(model, method, tmp_path):
     delta.save(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "method", [dk.LoRA(r=3), dk.LoRA(r=3, at="embed"), dk.Adapter(size=2), dk.SoftPrompt(tokens=2)]
+)
+def test_a_learning_rate_of_zero(model, method, tmp_path):
+    delta = dk.attach(model, method)
+    step(model, torch.optim.SGD(delta.parameters(), lr=0.0))
+    with pytest.warns(dk.DeltaWarning, match=UNTRAINED):
+        delta.save(tmp_path)
+    step(model, torch.optim.SGD(delta.parameters(), lr=0.1))
+    delta.save(tmp_path)
+
+
+def test_a_value_between_the_samples_is_enough(tmp_path):
+    model = nn.Sequential(nn.Linear(300, 300))
+    delta = dk.attach(model, dk.LoRA(r=1, at="0"))
+    with torch.no_grad():
+        next(iter(delta.modules["0"])).A[0, 1] += 1
+    delta.save(tmp_path)
+
+
 def test_one_trained_parameter_is_enough(tmp_path):
     model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(29)))
     delta = dk.attach(model, dk.LoRA(r=1, at="**", of=nn.Linear))
