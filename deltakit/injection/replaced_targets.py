@@ -34,7 +34,24 @@ class TargetGuard(RootHook):
         """Those that are no longer in the backbone, as far as the user was told."""
         self.guarded: list[nn.Module] = []
         """The modules that may have guards of their own, also those that are no longer in the backbone."""
+        self.ids: dict[Record, frozenset[int]] = {}
+        """The ids of the modules in `holdings`, so that those of hundreds of deltas are compared in C code."""
         self._remember(())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has other modules.
+        return {**self.__dict__, "ids": {}}
+
+    def _absent(self, there: Set[int]) -> list[tuple[Record, dict[str, nn.Module]]]:
+        """Returns the deltas that have modules that are not there, with all their modules."""
+        found = []
+        for record, held in self.holdings.items():
+            ids = self.ids.get(record)
+            if ids is None:
+                ids = self.ids[record] = frozenset(map(id, held.values()))
+            if not there >= ids:
+                found.append((record, held))
+        return found
 
     def removed(self, there: Set[int]) -> list[nn.Module]:
         """Returns the modules that may have guards and are no longer in the backbone.
@@ -42,7 +59,7 @@ class TargetGuard(RootHook):
         Args:
             there: the ids of all modules in the backbone.
         """
-        modules = [*self.guarded, *(module for held in self.holdings.values() for module in held.values())]
+        modules = [*self.guarded, *(module for _, held in self._absent(there) for module in held.values())]
         return [module for module in dict.fromkeys(modules) if id(module) not in there]
 
     def expect(
@@ -63,7 +80,12 @@ class TargetGuard(RootHook):
         ways = list(ways)
         self.guarded = list(dict.fromkeys((*(parent for parent, _ in ways), *removed)))
         # While its delta is attached, a module that was replaced is not forgotten, nor the new one taken for it.
-        self.holdings = {record: {**held, **self.holdings.get(record, {})} for record, held in holdings.items()}
+        known = {record: self.holdings.get(record, {}) for record in holdings}
+        new = {record for record, held in holdings.items() if held.keys() - known[record].keys()}
+        self.ids = {record: ids for record, ids in self.ids.items() if record in holdings and record not in new}
+        self.holdings = {
+            record: {**held, **known[record]} if record in new else known[record] for record, held in holdings.items()
+        }
         self.reported = {(record, path) for record, path in self.reported if path in self.holdings.get(record, {})}
         # If one is gone, the next forward looks and tells.
         self._remember(ways, look=bool(self._gone(there)))
@@ -79,8 +101,7 @@ class TargetGuard(RootHook):
     def _gone(self, there: Set[int]) -> list[tuple[Record, str]]:
         return [
             (record, path)
-            for record, held in self.holdings.items()
-            if not there >= set(map(id, held.values()))
+            for record, held in self._absent(there)
             for path, module in held.items()
             if id(module) not in there and (record, path) not in self.reported
         ]
