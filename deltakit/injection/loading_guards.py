@@ -139,7 +139,8 @@ def refuse_loading(backbone: nn.Module, records: Iterable[Record], removed: Iter
         removed: modules that the user took out of the backbone. They keep theirs until the delta is detached.
     """
     wanted: dict[str, list[Record]] = {}
-    known = list(records)
+    # A set: there may be hundreds, and guards at hundreds of modules.
+    known = dict.fromkeys(records)
     tied = _other_names(backbone, known)
     for record in known:
         ledger, own = record.buffer_ledger, _replaced(record)
