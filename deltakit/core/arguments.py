@@ -112,26 +112,15 @@ class Door:
             TargetError: if an argument must be a module and is none.
         """
         if self._simple(args, kwargs):
-            places, readers = self.places, self.readers
             return (
-                tuple(
-                    [
-                        self._one(name, value, name, args) if name in readers else value
-                        for name, value in zip(places, args, strict=False)
-                    ]
-                ),
-                {
-                    name: self._one(name, value, name, args) if name in readers else value
-                    for name, value in kwargs.items()
-                },
+                tuple(self._one(name, value, name, args) for name, value in zip(self.places, args, strict=False)),
+                {name: self._one(name, value, name, args) for name, value in kwargs.items()},
             )
         try:
             found = self.signature.bind(*args, **kwargs)
         except TypeError as error:
             raise self._refused(args, kwargs, error) from None
         for name, value in found.arguments.items():
-            if name not in self.readers:
-                continue
             kind = self.signature.parameters[name].kind
             if kind is inspect.Parameter.VAR_POSITIONAL:
                 found.arguments[name] = tuple(self._one(name, entry, "", args) for entry in value)
@@ -143,6 +132,8 @@ class Door:
 
     def _one(self, name: str, value: Any, label: str, args: tuple[Any, ...]) -> Any:
         """Reads one value. `label` is the name that the caller gave it, or "" if it has none."""
+        if name not in self.readers:
+            return value
         try:
             return self.readers[name](value)
         except Unfit as unfit:

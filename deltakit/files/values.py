@@ -7,8 +7,8 @@ from torch import Tensor
 
 from deltakit.errors import CheckpointError
 
-# A delta may be loaded in another precision than it was saved in, but not from integers, booleans or single bytes.
 _VALUES = "has values that are infinite or not a number"
+# A delta may be loaded in another precision than it was saved in, but not from integers, booleans or single bytes.
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
