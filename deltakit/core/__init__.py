@@ -34,7 +34,7 @@ from deltakit.core.logical import (
 )
 from deltakit.core.method import METHODS, BackboneView, Method, Selector
 from deltakit.core.mixed_batch import MixedBatch
-from deltakit.core.normal_tensors import normal_tensors
+from deltakit.core.normal_tensors import normal_tensors, version_of
 from deltakit.core.paths import (
     above,
     delta_children,
@@ -181,6 +181,7 @@ __all__ = [
     "tensors_of",
     "type_names",
     "unwrapped",
+    "version_of",
     "wait_for_all",
     "wants_start_values",
     "weight_entries",

@@ -17,6 +17,7 @@ from deltakit.core.delta_module import DeltaModule
 from deltakit.core.grad_ledger import GradLedger
 from deltakit.core.held import held_in
 from deltakit.core.method import Method
+from deltakit.core.normal_tensors import version_of
 from deltakit.core.paths import delta_children, join, own_modules, split_slice
 from deltakit.core.roots import rooted_at, roots_inside
 
@@ -163,11 +164,7 @@ class Attachment:
     def version(self) -> int:
         """Returns a number that grows whenever a parameter of its delta modules is changed."""
         # Also of those that are never trained: they do not change.
-        return sum(
-            0 if parameter.is_inference() else parameter._version
-            for site in self.sites
-            for parameter in parameters_of(site.module).values()
-        )
+        return sum(version_of(parameter) for site in self.sites for parameter in parameters_of(site.module).values())
 
     def named(self, site: Site, name: str) -> str:
         """Returns the name of a delta module's tensor in files: `path.method.tensor`."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from deltakit.core import Attachment, Sample, Start, is_sharded
+from deltakit.core import Attachment, Sample, Start, is_sharded, version_of
 from deltakit.errors import warn
 
 _SITES, _VALUES = 8, 16
@@ -28,7 +28,7 @@ def warn_untrained(attachment: Attachment, state: Mapping[str, Tensor]) -> None:
     now = {name: (parameter, state.get(name, parameter)) for name, parameter in _sampled(attachment)}
     there = {name: pair for name, pair in now.items() if not pair[1].is_meta and not is_sharded(pair[1])}
     if attachment.version() > start.version and not any(
-        _version(parameter) > start.samples[name].version
+        version_of(parameter) > start.samples[name].version
         for name, (parameter, _) in there.items()
         if name in start.samples
     ):
@@ -56,7 +56,9 @@ def _sampled(attachment: Attachment) -> Iterator[tuple[str, Tensor]]:
 
 def _sample(tensor: Tensor) -> Sample:
     flat = tensor.detach().reshape(-1)
-    return Sample(_version(tensor), flat[:: max(1, len(flat) // _VALUES)][:_VALUES].clone(), float(flat.double().sum()))
+    return Sample(
+        version_of(tensor), flat[:: max(1, len(flat) // _VALUES)][:_VALUES].clone(), float(flat.double().sum())
+    )
 
 
 def _is_same(now: Tensor, before: Sample) -> bool:
@@ -65,7 +67,3 @@ def _is_same(now: Tensor, before: Sample) -> bool:
     # The sum of rounded values is another one, and so may be that of another device.
     moved = (now.dtype, now.device) != (before.values.dtype, before.values.device)
     return torch.equal(found.values, values) and (moved or found.total == before.total)
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
