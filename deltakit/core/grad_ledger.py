@@ -10,8 +10,6 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
-from deltakit.core.paths import own_parameters
-
 _COMPUTED = re.compile(r"(parametrizations\.)?(\w+)(\.original\d*|_orig|_g|_v)$")
 
 
@@ -41,15 +39,17 @@ class GradLedger:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, changed=WeakValueDictionary())
 
-    def apply(self, backbone: nn.Module, *, train: Collection[int], hold: Collection[int], freeze: bool) -> None:
+    def apply(
+        self, found: Mapping[str, nn.Parameter], *, train: Collection[int], hold: Collection[int], freeze: bool
+    ) -> None:
         """Sets `requires_grad` on all parameters of the backbone.
 
         Args:
+            found: these parameters by name, each once.
             train: ids of the parameters that require gradients.
             hold: ids of the parameters that do not.
             freeze: whether all others do not, either. If not, they get the user's flag back.
         """
-        found = dict(own_parameters(backbone))
         self._follow(found)
         self.inference = next((name for name, parameter in found.items() if parameter.is_inference()), "")
         before = bool(self.ours)

@@ -240,7 +240,7 @@ def refresh_gradients(backbone: nn.Module, grad_ledger: GradLedger) -> None:
     # While a delta is not active, the tensors have the backbone's own values, which nobody trains.
     train = {key for record, keys in held.items() if record.trainable and record.active for key in keys}
     hold = {key for keys in held.values() for key in keys} - train
-    grad_ledger.apply(backbone, train=train, hold=hold, freeze=any(record.freeze for record in attached))
+    grad_ledger.apply(own, train=train, hold=hold, freeze=any(record.freeze for record in attached))
 
 
 def current_values(backbone: nn.Module, names: Sequence[str], record: Record) -> dict[str, Tensor]:
