@@ -5,6 +5,7 @@ copy of it. The record has no references to modules. Otherwise a deepcopy of one
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from deltakit.core.held import held_in
 from deltakit.core.method import Method
 from deltakit.core.normal_tensors import version_of
 from deltakit.core.paths import delta_children, join, own_modules, split_slice
-from deltakit.core.roots import rooted_at, roots_inside
+from deltakit.core.roots import roots_inside
 
 # Asking a target for the records of its deltas runs in C code: it may have hundreds.
 _RECORD = attrgetter("record")
@@ -135,15 +136,15 @@ class Site(NamedTuple):
     def key(self) -> str | None:
         """The name under which the target holds the delta module; None while it is detached."""
         # Looked up in the target, because a deepcopy or `del target.name` changes it without telling the delta.
-        children = self.target._modules
-        usual = (
-            key_of(self.module.record, self.method, self.module.part) if isinstance(self.module.record, Record) else ""
-        )
+        children, record = self.target._modules, self.module.record
+        held = held_in(children)
+        if held is not None and record not in held.records:
+            # It is not looked for among the hundreds of delta modules of others.
+            return None
+        usual = key_of(record, self.method, self.module.part) if isinstance(record, Record) else ""
         if children.get(usual) is self.module:
             return usual
-        if self.module not in children.values():
-            return None
-        return next(key for key, child in children.items() if child is self.module)
+        return next((key for key, child in children.items() if child is self.module), None)
 
 
 @dataclass(eq=False)
@@ -203,22 +204,25 @@ def _sites_of(backbone: nn.Module) -> dict[Record, list[Site]]:
 
 def records_of(backbone: nn.Module) -> list[Record]:
     """Returns the records of the deltas attached to a backbone, in their order, without those attached to a part of it."""
-    found: dict[Record, None] = {}
-    elsewhere: set[Record] = set()
-    for path, target in own_modules(backbone):
+    return sorted(records_in(backbone).keys() - roots_inside(backbone).keys(), key=lambda record: record.order)
+
+
+def records_in(backbone: nn.Module) -> Mapping[Record, Any]:
+    """Returns the records of the deltas on the modules of a backbone, as the keys."""
+    found: dict[Record, Any] = {}
+    for _, target in own_modules(backbone):
         if target._modules:
             found.update(records_at(target))
-        if path and target._forward_pre_hooks:
-            elsewhere.update(rooted_at(target))
-    return sorted(found.keys() - elsewhere, key=lambda record: record.order)
+    return found
 
 
-def records_at(target: nn.Module) -> dict[Record, None]:
-    """Returns the records of the deltas on one module."""
+def records_at(target: nn.Module) -> Mapping[Record, Any]:
+    """Returns the records of the deltas on one module, as the keys."""
     held = held_in(target._modules)
-    found: dict[Any, None] = dict.fromkeys(
-        held.records if held is not None else map(_RECORD, delta_children(target).values())
-    )
+    if held is not None and None not in held.records:
+        # Not copied: a hundred modules may each have hundreds of deltas.
+        return held.records
+    found: dict[Any, None] = dict.fromkeys(map(_RECORD, delta_children(target).values()))
     found.pop(None, None)
     return found
 

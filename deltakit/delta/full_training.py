@@ -236,6 +236,7 @@ def refresh_gradients(backbone: nn.Module, grad_ledger: GradLedger) -> None:
             for name, tensor in tensors_at(backbone, record, record.fully_trained).items()
         }
         for record in attached
+        if record.backbone_values or record.trained_values
     }
     # While a delta is not active, the tensors have the backbone's own values, which nobody trains.
     train = {key for record, keys in held.items() if record.trainable and record.active for key in keys}

@@ -1,8 +1,7 @@
 """Backbone guards: hooks that a backbone needs besides the deltas' own, while deltas are attached."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from deltakit.core import (
     own_children,
     parent_of,
     records_at,
+    records_in,
     roots_inside,
 )
 from deltakit.injection.call_observer import CallObserver
@@ -32,8 +32,6 @@ from deltakit.injection.training_guard import TrainingGuard
 from deltakit.injection.weight_patch import PatchHook
 
 _NESTED = "_deltakit_nested"
-# In C code, because a module may have hundreds of deltas.
-_LEAVING = attrgetter("leaving")
 
 
 class InputGradients:
@@ -59,14 +57,14 @@ class InputGradients:
 def watch(backbone: nn.Module) -> None:
     """Adds the guards that a backbone needs for its current delta modules, and removes all others."""
     follow_hooks_when_compiled()
-    found = _Found(roots_inside(backbone))
+    found = _Found(backbone, roots_inside(backbone))
     known: dict[int, bool] = {}
     _watch_inside(backbone, "", known, found)
     there, removed = set(known), []
     for guard in ours(backbone, TargetGuard):
         removed += guard.removed(there)
     # What was taken out of the backbone may be put back after the delta was detached.
-    guarded = [m for m in removed if _watch_inside(m, "", known, _Found(())) or m._load_state_dict_pre_hooks]
+    guarded = [m for m in removed if _watch_inside(m, "", known, _Found(m)) or m._load_state_dict_pre_hooks]
     holds = bool(found.records)
     _stand(ReportPart, backbone, lambda guard: backbone.register_load_state_dict_pre_hook(guard), wanted=holds)
     _stand(CallObserver, backbone, partial(_around, backbone), wanted=found.reads_call)
@@ -103,13 +101,15 @@ class _Found:
     """What `_watch_inside` finds: the records of the deltas, the targets with those on each, and the ways to the targets.
 
     Args:
+        module: where it looks.
         elsewhere: the deltas attached to a part of the backbone, which has guards of its own for them.
     """
 
-    def __init__(self, elsewhere: Collection[Record]) -> None:
+    def __init__(self, module: nn.Module, elsewhere: Collection[Record] = ()) -> None:
         self.elsewhere = elsewhere
+        self.leaving = {record for record in records_in(module) if record.leaving}
         self.records: dict[Record, None] = {}
-        self.targets: list[tuple[str, nn.Module, Collection[Record]]] = []
+        self.targets: list[tuple[str, nn.Module, Mapping[Record, Any]]] = []
         self.ways: list[tuple[nn.Module, str]] = []
         self.reads_call = False
 
@@ -148,13 +148,11 @@ def _watch_inside(module: nn.Module, path: str, known: dict[int, bool], all_foun
         return known[id(module)]
     known[id(module)] = False
     records = records_at(module) if module._modules else {}
-    if any(map(_LEAVING, records)):
-        records = {record: None for record in records if not record.leaving}
-    elif not records:
+    if not records:
         _remove_copies(module)
+    records = _without(records, all_found.leaving)
     found = bool(records)
-    if all_found.elsewhere:
-        records = {record: None for record in records if record not in all_found.elsewhere}
+    records = _without(records, all_found.elsewhere)
     if records:
         all_found.targets.append((path, module, records))
         all_found.records.update(records)
@@ -171,6 +169,12 @@ def _watch_inside(module: nn.Module, path: str, known: dict[int, bool], all_foun
     if isinstance(module, nn.TransformerEncoder):
         _keep_unnested(module, wanted=found)
     return found
+
+
+def _without(records: Mapping[Record, Any], others: Collection[Record]) -> Mapping[Record, Any]:
+    # There may be hundreds of records, and nearly always none or one of the others.
+    there = {record for record in others if record in records}
+    return {record: None for record in records if record not in there} if there else records
 
 
 def _remove_copies(module: nn.Module) -> None:

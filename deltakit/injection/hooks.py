@@ -144,7 +144,7 @@ def _changed_keys(target: nn.Module, hooks: Sequence[Any], added: str, removed: 
     if type(delta).cleans_up() or there != len(children) or held_in(children) is None:
         return None
     if removed:
-        return Keys(_without(before, removed), _without(after, removed), always=False)
+        return Keys(_without(children, before, removed), _without(children, after, removed), always=False)
     return Keys(
         _with(children, before, added) if type(delta).acts_before() else before,
         _with(children, after, added) if type(delta).acts_after() else after,
@@ -152,15 +152,22 @@ def _changed_keys(target: nn.Module, hooks: Sequence[Any], added: str, removed: 
     )
 
 
-def _without(keys: tuple[str, ...], removed: str) -> tuple[str, ...]:
-    place = keys.index(removed) if removed in keys else len(keys)
-    return keys[:place] + keys[place + 1 :]
+def _without(children: Mapping[str, DeltaModule], keys: tuple[str, ...], removed: str) -> tuple[str, ...]:
+    # Those of the same order are few, and those of other deltas may be hundreds.
+    place = _place(children, keys, removed)
+    while place and keys[place - 1] != removed:
+        place -= 1
+    return keys[: place - 1] + keys[place:] if place else keys
 
 
 def _with(children: Mapping[str, DeltaModule], keys: tuple[str, ...], added: str) -> tuple[str, ...]:
-    """Returns the keys with one more, by the order of the deltas. One behind others of the same order comes last."""
-    place = bisect_right(keys, _ORDER(children[added]), key=lambda key: _ORDER(children[key]))
+    place = _place(children, keys, added)
     return (*keys[:place], added, *keys[place:])
+
+
+def _place(children: Mapping[str, DeltaModule], keys: tuple[str, ...], key: str) -> int:
+    """Returns where a key belongs by the order of the deltas: behind all others of the same order."""
+    return bisect_right(keys, _ORDER(children[key]), key=lambda other: _ORDER(children[other]))
 
 
 def _order(delta: DeltaModule | None) -> int:

@@ -144,6 +144,8 @@ def refuse_loading(backbone: nn.Module, records: Iterable[Record], removed: Iter
     tied = _other_names(backbone, known)
     for record in known:
         ledger, own = record.buffer_ledger, _replaced(record)
+        if not (own or ledger.own):
+            continue
         others = [other for other, name in tied.items() if name in own]
         names = (*own, *others, *ledger.own.keys() - ledger.unsaved)
         for path in dict.fromkeys(path for owner in dict.fromkeys(map(parent_of, names)) for path in above(owner)):
@@ -180,6 +182,8 @@ def _other_names(backbone: nn.Module, records: Iterable[Record]) -> dict[str, st
 
 def _replaced(record: Record) -> set[str]:
     """Returns the names of the weights that a delta is merged into, and of the tensors that it fully trains."""
+    if not (record.weights_before_merge or record.backbone_values):
+        return set()
     return record.weights_before_merge.keys() | (record.backbone_values.keys() - record.moved - record.unsaved)
 
 

@@ -44,12 +44,18 @@ class TargetGuard(RootHook):
 
     def _absent(self, there: Set[int]) -> list[tuple[Record, dict[str, nn.Module]]]:
         """Returns the deltas that have modules that are not there, with all their modules."""
+        # Hundreds of deltas may have the same modules: their ids are one set, which is compared once.
+        same = {ids: ids for ids in self.ids.values()}
+        compared: dict[frozenset[int], bool] = {}
         found = []
         for record, held in self.holdings.items():
             ids = self.ids.get(record)
             if ids is None:
-                ids = self.ids[record] = frozenset(map(id, held.values()))
-            if not there >= ids:
+                ids = frozenset(map(id, held.values()))
+                ids = self.ids[record] = same.setdefault(ids, ids)
+            if ids not in compared:
+                compared[ids] = there >= ids
+            if not compared[ids]:
                 found.append((record, held))
         return found
 
@@ -81,7 +87,7 @@ class TargetGuard(RootHook):
         self.guarded = list(dict.fromkeys((*(parent for parent, _ in ways), *removed)))
         # While its delta is attached, a module that was replaced is not forgotten, nor the new one taken for it.
         known = {record: self.holdings.get(record, {}) for record in holdings}
-        new = {record for record, held in holdings.items() if held.keys() - known[record].keys()}
+        new = {record for record, held in holdings.items() if held and held.keys() - known[record].keys()}
         self.ids = {record: ids for record, ids in self.ids.items() if record in holdings and record not in new}
         self.holdings = {
             record: {**held, **known[record]} if record in new else known[record] for record, held in holdings.items()
