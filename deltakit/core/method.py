@@ -5,7 +5,6 @@ other file changes: selection, attaching, saving, drawing and the contract tests
 """
 
 import inspect
-from abc import ABCMeta
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -42,10 +41,11 @@ class BackboneView(Protocol):
         """Returns the paths of the modules that have a role such as `attn.q`."""
 
 
-class MethodType(ABCMeta):
+class MethodType(type):
     """The class of method classes: it checks the options of each method by their annotations, those of third parties too.
 
-    The checks stand here and not in `Method.__init__`, because each dataclass gets an `__init__` of its own.
+    The checks stand here and not in `Method.__init__`, because each dataclass gets an `__init__` of its own. It is no
+    `ABCMeta`, which takes no `name=` in Python 3.10.
     """
 
     _own_door: Door
