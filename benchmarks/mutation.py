@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ["core", "injection", "ops", "delta", "files"]
 # Tests that start processes, which load the module on disk, and those of the docs and of the package's shape.
 OMITTED = ["engines/test_compile.py", "engines/test_distributed.py", "engines/test_launchers.py"]
-# `test_growth.py` counts instructions, which coverage counts too while it measures.
+# `test_growth.py` counts lines, of which coverage runs some while it measures.
 OMITTED += ["demo", "test_docs.py", "test_architecture.py", "test_growth.py"]
 # No jaxtyping: its checks would kill mutants that no test notices.
 OPTIONS = ["-m", "not slow", "--doctest-modules", "-x", "-q", "--assert=plain", "-oaddopts=", "-pno:cacheprovider"]

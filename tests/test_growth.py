@@ -1,6 +1,6 @@
 """What a call costs grows with the number of targets and not faster, and not with the number of other deltas.
 
-Costs are counted in byte-code instructions, so the tests do not depend on the machine.
+Costs are counted in lines that Python runs, so the tests do not depend on the machine.
 """
 
 import pytest
@@ -10,7 +10,7 @@ from torch import nn
 import deltakit as dk
 from support.steps import bend, steps
 
-SIZES = (8, 16, 24)
+SIZES = (5, 10, 15)
 
 
 class Chain(nn.Module):
@@ -32,7 +32,7 @@ METHODS = {
 
 
 def counted(count, method, folder):
-    """The instructions of each call on a chain of `count` layers."""
+    """The lines of each call on a chain of `count` layers."""
     model, x = Chain(count), torch.ones(2, 3)
     methods = METHODS[method]()
     found, made = {}, []
@@ -61,7 +61,7 @@ def test_costs_grow_as_the_number_of_targets(method, tmp_path):
     counted(2, method, tmp_path)
     at = [counted(count, method, tmp_path / str(count)) for count in SIZES]
     bends = {name: bend([found[name] for found in at]) for name in at[0]}
-    assert not {name: value for name, value in bends.items() if value > 0.1}
+    assert not {name: value for name, value in bends.items() if value > 0.005}
 
 
 @pytest.mark.parametrize("method", ["outputs", "inputs and outputs"])
@@ -77,13 +77,13 @@ def test_weight_patches_of_many_deltas_cost_what_their_number_says():
     bends = {name: bend([found[name] for found in at]) for name in at[0]}
     # A forward shows one sum for each delta, of all those before it.
     forwards = bends.pop("first forward"), bends.pop("second forward")
-    assert not {name: value for name, value in bends.items() if value > 0.1}
+    assert not {name: value for name, value in bends.items() if value > 0.005}
     assert max(forwards) < 1
     assert at[2]["first forward"] < 1.5 * at[2]["second forward"]
 
 
 def beside(others, method):
-    """The instructions of each call of a delta, of which there are others on the same targets; of forwards for each delta."""
+    """The lines of each call of a delta, of which there are others on the same targets; of forwards for each delta."""
     model, x, methods = Chain(4 if method == "weights" else 12), torch.ones(2, 3), METHODS[method]()
     made = [dk.attach(model, *methods, name=f"d{k}") for k in range(others)]
     found = {"attach": steps(lambda: made.append(dk.attach(model, *methods, name="last")))}

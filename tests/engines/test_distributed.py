@@ -1,12 +1,14 @@
 """DDP and FSDP2 on processes of this machine: the same training as in one process, whole files, resumed at another size."""
 
 import json
+import multiprocessing
 import socket
 
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 import deltakit as dk
@@ -20,10 +22,19 @@ def free_port():
         return free.getsockname()[1]
 
 
-def run(size, engine, steps, out, start=None):
-    results = torch.multiprocessing.Manager().dict()
-    torch.multiprocessing.spawn(worker, (size, free_port(), engine, steps, start, str(out), results), nprocs=size)
+def in_processes(size, function, *arguments):
+    """Runs a function in several processes at once; returns what each put into the dictionary that is the last argument.
+
+    They are forks of one process that has imported torch: importing it takes longer than the training.
+    """
+    multiprocessing.set_forkserver_preload(["deltakit", "torch.distributed.fsdp"])
+    results = multiprocessing.Manager().dict()
+    start_processes(function, (*arguments, results), nprocs=size, start_method="forkserver")
     return dict(results)
+
+
+def run(size, engine, steps, out, start=None):
+    return in_processes(size, worker, size, free_port(), engine, steps, start, str(out))
 
 
 def agree(state, delta):
@@ -90,8 +101,7 @@ def with_trained_head():
 
 
 def test_two_processes_train_in_step_with_one():
-    results = torch.multiprocessing.Manager().dict()
-    torch.multiprocessing.spawn(train_by_ddp, (free_port(), results), nprocs=2)
+    results = in_processes(2, train_by_ddp, free_port())
     model, delta = with_trained_head()
     optimizer = torch.optim.SGD(delta.parameters(), lr=0.1)
     for step in range(3):
