@@ -32,6 +32,7 @@ METHODS = {
     "LoRA": dk.LoRA(r=1),
     "Adapter": dk.Adapter(size=2),
     "BitFit": dk.BitFit(),
+    "IA3": dk.IA3(),
     "Prefix": dk.Prefix(tokens=2),
     "SoftPrompt": dk.SoftPrompt(tokens=2),
 }
