@@ -29,6 +29,8 @@ def expected(hint: Any, *, several: bool = False) -> str:
 
     >>> expected(str | Sequence[str] | None)
     'a text, a list of texts or None'
+    >>> expected(Sequence[int | None])
+    'a list of whole numbers or None'
     """
     # None comes last: it is what a reader least looks for.
     words = dict.fromkeys(_one(member, several) for member in members_of(hint))

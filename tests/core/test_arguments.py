@@ -38,6 +38,8 @@ class Shape(Protocol):
     ("hint", "value", "wanted"),
     [
         (int, np.int64(4), 4),
+        (int, -(2**63), -(2**63)),
+        (int, 2**63 - 1, 2**63 - 1),
         (float, np.float32(0.5), 0.5),
         (float, 16, 16),
         (float, 2**80, float(2**80)),
@@ -71,6 +73,7 @@ def test_what_fits(hint, value, wanted):
         (int, True),
         (int, 8.0),
         (int, 2**63),
+        (int, -(2**63) - 1),
         (int, torch.tensor(8)),
         (float, "0.5"),
         (float, float("nan")),

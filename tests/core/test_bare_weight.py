@@ -208,3 +208,9 @@ class TestOtherDeltas:
             model(torch.tensor([1, 3]))
         assert noted
         assert all(torch.equal(weight, own.T) for weight in noted)
+
+
+def test_only_the_weight_itself_must_be_in_memory():
+    layer = nn.Linear(3, 5)
+    layer.bias = nn.Parameter(layer.bias.to("meta"))
+    assert torch.equal(bare_weight(layer, WeightView()), layer.weight)

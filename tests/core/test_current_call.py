@@ -14,7 +14,7 @@ from torch import nn
 
 import deltakit as dk
 from deltakit.core import DeltaModule
-from deltakit.core.backbone_call import current_call
+from deltakit.core.backbone_call import CurrentCall, begin_call, current_call, end_call
 from deltakit.injection.call_observer import CallObserver
 from deltakit.ops import OutputMap, like
 from support.kind_methods import registered
@@ -263,6 +263,19 @@ class TestOutside:
 
 
 class TestObserver:
+    def test_a_call_that_cannot_be_told_to_run_ends_with_the_next_of_its_backbone(self):
+        """A compiled forward has no frame to ask. If it was interrupted, the next one is not inside it."""
+        backbone, other = 1, 2
+        for _ in range(2):
+            begin_call(CurrentCall(None, None, backbone=backbone))
+        begin_call(CurrentCall(None, None, backbone=other))
+        assert current_call().backbone == other
+        end_call()
+        assert current_call().backbone == backbone
+        end_call()
+        with pytest.raises(dk.StateError, match="are not known here"):
+            current_call()
+
     def test_detach_removes_its_hooks(self):
         model = Tagger().eval()
         before = snapshot(model)

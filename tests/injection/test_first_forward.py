@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import deltakit as dk
-from support.models import randomize, same, snapshot
+from support.models import Transformer, ids, randomize, same, snapshot
 
 
 def hidden_read(model, x):
@@ -47,6 +47,15 @@ def test_a_target_that_is_never_called_is_an_error_until_it_is_detached():
     delta = randomize(dk.attach(model, dk.LoRA(r=2, at="read.weight")))
     torch.testing.assert_close(model(x), bare + x @ delta.modules["read.weight"][0].update().T)
     assert update.shape == (5, 7)
+
+
+def test_deltas_beside_one_that_cleans_up_are_called():
+    """The hooks of all deltas on a module are one, also where a prefix needs another kind of hook."""
+    model = Transformer()
+    prefix = dk.attach(model, dk.Prefix(tokens=2))
+    delta = dk.attach(model, dk.Adapter(size=2, at=list(prefix.modules)))
+    model(ids())
+    assert delta.modules.keys() == prefix.modules.keys()
 
 
 def test_a_forward_that_raised_proves_nothing():

@@ -56,6 +56,23 @@ class Tied(nn.Module):
         return x
 
 
+class Kernel(nn.Module):
+    """Holds the weight of another layer under another name."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.kernel = weight
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.kernel)
+
+
+def test_a_tied_weight_that_has_another_name_elsewhere():
+    layer = nn.Linear(6, 6, bias=False)
+    model, x = nn.Sequential(layer, nn.Tanh(), Kernel(layer.weight)).double(), torch.randn(2, 6, dtype=torch.float64)
+    check_against_changed_weights(model, lambda m: m(x), dk.LoRA(r=2, at="0.weight"), ["0.weight"])
+
+
 @pytest.mark.parametrize("again", ["reentrant", "not reentrant"])
 def test_a_tied_weight_under_recomputation(again):
     model, x = Tied().double(), torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
