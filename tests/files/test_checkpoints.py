@@ -148,7 +148,9 @@ def test_another_backbone(saved, unchecked):
     with torch.no_grad():
         for weight in different.parameters():
             weight.add_(1)
-    with pytest.raises(dk.BackboneMismatch, match=r"the weights differ in (\d+) of \1 tensors .* such as (\S+, ){2}\S+;"):
+    with pytest.raises(
+        dk.BackboneMismatch, match=r"the weights differ in (\d+) of \1 tensors .* such as (\S+, ){2}\S+;"
+    ):
         dk.load(saved, different)
     with pytest.warns(dk.DeltaWarning, match="this is not the backbone the delta was trained on"):
         dk.load(saved, other, check="warn")
