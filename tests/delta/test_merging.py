@@ -222,3 +222,23 @@ class TestBesideAnotherDelta:
             assert "together compute something else" in str(error) or "cannot be merged" in str(error)
         else:
             torch.testing.assert_close(found, wanted)
+
+
+class Int8Linear(nn.Linear):
+    """A weight that a layer scales itself, in a plain parameter of eight bits."""
+
+    def __init__(self, d_in, d_out):
+        super().__init__(d_in, d_out)
+        codes = torch.randint(-127, 127, (d_out, d_in), dtype=torch.int8)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) / 127, self.bias)
+
+
+def test_a_weight_of_whole_numbers_cannot_be_merged_into():
+    model = nn.Sequential(Int8Linear(5, 7))
+    delta = randomize(dk.attach(model, dk.LoRA(r=2, at="0"), train=()))
+    wanted = r"^0\.weight: expected a floating-point weight of shape \(7, 5\) to merge into, found torch\.int8 \(7, 5\); leave"
+    with pytest.raises(dk.TargetError, match=wanted):
+        delta.merge()

@@ -205,3 +205,15 @@ def test_values_that_are_loaded_are_not_drawn_before(model, method, tmp_path, mo
     dk.load(tmp_path, model)
     if not getattr(method, "reparam", False):
         dk.plan(model, method)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_generators_of_devices_in_use(kind, model, monkeypatch):
+    """On a machine without one: what is asked for is given back."""
+    device, given = getattr(torch, kind), []
+    monkeypatch.setattr(device, "is_initialized", lambda: True)
+    monkeypatch.setattr(device, "get_rng_state_all", lambda: ["the state"])
+    monkeypatch.setattr(device, "set_rng_state_all", given.append)
+    dk.plan(model, dk.LoRA(r=3))
+    assert given
+    assert all(state == ["the state"] for state in given)
