@@ -27,7 +27,7 @@ from deltakit.core import (
     tensors_of,
 )
 from deltakit.errors import StateError, warn
-from deltakit.injection import modules_of
+from deltakit.injection import holder_of, modules_of
 
 
 def full_training_names(backbone: nn.Module, paths: list[str]) -> list[str]:
@@ -208,7 +208,8 @@ def _put(attachment: Attachment, values: Mapping[str, Tensor]) -> list[str]:
             tensor.copy_(value)
         elif not isinstance(tensor, nn.Parameter):
             # A forward has replaced the buffer by one of another shape, or by one that cannot be changed in place.
-            _owner(attachment, name)._buffers[name_of(name)] = value.to(tensor.device, tensor.dtype, copy=True)
+            holder = holder_of(attachment.backbone, attachment.record, name)
+            holder._buffers[name_of(name)] = value.to(tensor.device, tensor.dtype, copy=True)
         else:
             resized.append(name)
             # `resize_token_embeddings` keeps the first rows of embeddings and heads.
@@ -216,11 +217,6 @@ def _put(attachment: Attachment, values: Mapping[str, Tensor]) -> list[str]:
                 rows = min(len(tensor), len(value))
                 tensor[:rows].copy_(value[:rows])
     return resized
-
-
-def _owner(attachment: Attachment, name: str) -> nn.Module:
-    path = parent_of(name)
-    return modules_of(attachment.backbone, attachment.record).get(path) or attachment.backbone.get_submodule(path)
 
 
 def refresh_gradients(backbone: nn.Module, grad_ledger: GradLedger) -> None:

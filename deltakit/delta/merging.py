@@ -17,7 +17,6 @@ from deltakit.core import (
     is_quantized,
     join,
     normal_tensors,
-    parent_of,
     records_of,
     tensors_of,
     wide,
@@ -27,7 +26,7 @@ from deltakit.delta.composition import refuse_beside_live, refuse_composed
 from deltakit.delta.full_training import tensors_at
 from deltakit.delta.quantized import Quantize, Rounded, merge_quantized
 from deltakit.errors import StateError, TargetError, warn
-from deltakit.injection import modules_of, watch
+from deltakit.injection import holder_of, watch
 from deltakit.view import states
 
 
@@ -63,7 +62,7 @@ def merge(attachment: Attachment, quantize: Quantize | None = None) -> None:
         # All weights are kept before the first one changes.
         record.set_merged(kept)
         if quantize is not None and rounded:
-            found = _merge_rounded(backbone, {name: (updates[name], dtypes[name]) for name in rounded}, quantize)
+            found = _merge_rounded(attachment, {name: (updates[name], dtypes[name]) for name in rounded}, quantize)
         for name, value in merged.items():
             parameters[name].copy_(value)
         if rounded:
@@ -100,11 +99,13 @@ def _updates(attachment: Attachment) -> tuple[dict[str, Tensor], dict[str, torch
 
 
 def _merge_rounded(
-    backbone: nn.Module, updates: Mapping[str, tuple[Tensor, torch.dtype]], quantize: Quantize
+    attachment: Attachment, updates: Mapping[str, tuple[Tensor, torch.dtype]], quantize: Quantize
 ) -> dict[str, Rounded]:
     """Merges into quantized weights, and returns what rounding lost at each."""
     return {
-        name: merge_quantized(_holder(backbone, name), update, dtype, quantize, path=name)
+        name: merge_quantized(
+            holder_of(attachment.backbone, attachment.record, name), update, dtype, quantize, path=name
+        )
         for name, (update, dtype) in updates.items()
     }
 
@@ -151,14 +152,10 @@ def _kept(weight: Tensor) -> Tensor:
 
 def _put(attachment: Attachment, name: str, weight: Tensor, value: Tensor) -> None:
     if is_quantized(value):
-        held = modules_of(attachment.backbone, attachment.record).get(parent_of(name))
-        (held or _holder(attachment.backbone, name))._parameters["weight"] = value  # type: ignore[assignment]
+        holder = holder_of(attachment.backbone, attachment.record, name)
+        holder._parameters["weight"] = value  # type: ignore[assignment]
     else:
         weight.copy_(value)
-
-
-def _holder(backbone: nn.Module, name: str) -> nn.Module:
-    return backbone.get_submodule(name.rpartition(".")[0])
 
 
 def unmerge(attachment: Attachment) -> None:

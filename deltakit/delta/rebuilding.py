@@ -42,8 +42,7 @@ class SizeLimit(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _NEW:
-            plain = {name: value for name, value in kwargs.items() if name not in ("generator", "pin_memory")}
-            size = func(*args, **{**plain, "device": "meta"}).numel()
+            size = func(*args, **{**kwargs, "device": "meta"}).numel()
             self.left -= size
             if size > self.largest or self.left < 0:
                 raise CheckpointError(

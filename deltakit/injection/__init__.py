@@ -8,11 +8,12 @@ from deltakit.injection.backbone_guards import change_begins, watch, watch_rows
 from deltakit.injection.first_forward import forget_first_forward, watch_first_forward
 from deltakit.injection.hooks import put, scopes_of, sort_patches, take, take_patches
 from deltakit.injection.loading_guards import records_around
-from deltakit.injection.replaced_targets import modules_of
+from deltakit.injection.replaced_targets import holder_of, modules_of
 
 __all__ = [
     "change_begins",
     "forget_first_forward",
+    "holder_of",
     "modules_of",
     "put",
     "records_around",

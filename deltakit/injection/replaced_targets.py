@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltakit.core import Record, RootHook, RunningCall, attachments_of
+from deltakit.core import Record, RootHook, RunningCall, attachments_of, parent_of
 from deltakit.errors import StateError, warn
 from deltakit.injection.first_forward import FirstForward, watch_first_forward
 from deltakit.injection.lock import Lock
@@ -175,3 +175,9 @@ def modules_of(backbone: nn.Module, record: Record) -> dict[str, nn.Module]:
     """
     guards: list[TargetGuard] = ours(backbone, TargetGuard)
     return {path: module for guard in guards for path, module in guard.holdings.get(record, {}).items()}
+
+
+def holder_of(backbone: nn.Module, record: Record, name: str) -> nn.Module:
+    """Returns the module that has a tensor which an attached delta changes or fully trains, also if the user replaced it."""
+    path = parent_of(name)
+    return modules_of(backbone, record).get(path) or backbone.get_submodule(path)

@@ -114,6 +114,7 @@ PEFT = type("LoraConfig", (SimpleNamespace,), {"__module__": "peft.tuners.lora.c
         (lambda m: dk.LoRA(r=8.0), "LoRA(r=8.0): expected a whole number, found the number 8.0; write r=8"),
         (lambda m: dk.LoRA(r=torch.tensor(8)), "LoRA(r=...): expected a whole number, found a tensor of shape []; write .item() behind it"),
         (lambda m: dk.LoRA(rslora="no"), "LoRA(rslora='no'): expected True or False, found the text 'no'; write rslora=False"),
+        (lambda m: dk.LoRA(rslora=""), "LoRA(rslora=''): expected True or False, found an empty text; write rslora=False"),
         (lambda m: dk.LoRA(at=["q", 5]), "LoRA(at=...): expected a text, a list of texts or None, found a list with the number 5; omit at= for None"),
         (lambda m: dk.LoRA(at={"q"}), "LoRA(at=...): expected a text, a list of texts or None, found a set; put list(...) around it"),
         (lambda m: dk.LoRA(8), "LoRA: it takes no values without a name, and the number 8 is one more; write r=8"),
@@ -170,6 +171,53 @@ def test_what_setters_say(name, value, message):
     with pytest.raises(dk.OptionError) as caught:
         setattr(delta, name, value)
     assert str(caught.value) == message
+
+
+def test_what_is_said_without_a_name_and_of_a_default_that_is_long():
+    @checked
+    def add(*sizes: int, by: int | Sequence[int] = (1,)) -> None:
+        """Takes numbers."""
+
+    with pytest.raises(dk.OptionError) as caught:
+        add("3")
+    assert str(caught.value) == "add(): expected a whole number, found the text '3'; write 3"
+    with pytest.raises(dk.OptionError) as caught:
+        add(by=5.5)
+    assert str(caught.value) == (
+        "add(by=5.5): expected a whole number or a list of whole numbers, found the number 5.5; omit by="
+    )
+
+
+FOREIGN = {
+    dk.LoRA: {
+        "r": ("rank", "lora_r", "lora_rank"),
+        "alpha": ("lora_alpha",),
+        "at": ("target_modules", "target_parameters", "modified_modules", "targets", "modules", "layers"),
+        "exclude": ("exclude_modules",),
+        "dropout": ("lora_dropout",),
+        "rslora": ("use_rslora", "use_rs_lora"),
+    },
+    dk.Prefix: {
+        "tokens": ("num_virtual_tokens", "prefix_token_num", "num_tokens", "prefix_length"),
+        "reparam": ("prefix_projection", "reparameterize"),
+        "hidden": ("encoder_hidden_size", "mid_dim"),
+    },
+    dk.SoftPrompt: {"tokens": ("soft_token_num",), "init": ("prompt_tuning_init", "token_init")},
+    dk.Adapter: {
+        "size": ("bottleneck_dim", "bottleneck_size", "adapter_size", "adapter_dim"),
+        "reduction": ("reduction_factor",),
+        "activation": ("non_linearity",),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "ours", "theirs"),
+    [(method, ours, one) for method, names in FOREIGN.items() for ours, others in names.items() for one in others],
+)
+def test_names_of_others_are_answered_with_ours(method, ours, theirs):
+    with pytest.raises(dk.OptionError, match=rf"write {ours}= for {theirs}$"):
+        method(**{theirs: 1})
 
 
 def test_numbers_of_numpy_can_be_saved():
@@ -236,7 +284,7 @@ def test_a_class_is_checked_in_all_that_is_public():
             return self.size + by
 
         @classmethod
-        def of(cls, size: int) -> "Thing":
+        def of(cls, size: int) -> Any:
             return cls(size)
 
         @staticmethod
@@ -248,14 +296,14 @@ def test_a_class_is_checked_in_all_that_is_public():
 
     assert Thing.of(3).grow(4) == 7
     assert Thing(3)._own("x") == "x"
-    for call in (
-        lambda: Thing("x"),
-        lambda: Thing(3).grow("x"),
-        lambda: Thing.of("x"),
-        lambda: Thing.double("x"),
-        lambda: Thing(3).grow(1, 2),
+    for call, where in (
+        (lambda: Thing("x"), r"Thing\(size='x'\): "),
+        (lambda: Thing(3).grow("x"), r"Thing\.grow\(by='x'\): "),
+        (lambda: Thing.of("x"), r"Thing\.of\(size='x'\): "),
+        (lambda: Thing.double("x"), r"double\(size='x'\): "),
+        (lambda: Thing(3).grow(1, 2), r"Thing\.grow: it takes at most 1 values"),
     ):
-        with pytest.raises(dk.OptionError, match="Thing|double"):
+        with pytest.raises(dk.OptionError, match=f"^{where}"):
             call()
 
 

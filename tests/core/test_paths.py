@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from deltakit.core import own_modules, own_parameters
+from deltakit.core import one_walk, own_modules, own_parameters
 
 
 @pytest.mark.parametrize("every_name", [True, False])
@@ -11,6 +11,23 @@ def test_a_module_that_holds_one_around_it(every_name):
     backbone = nn.Sequential(nn.Linear(2, 2))
     backbone[0].__dict__["_modules"] = {"owner": backbone}
     assert [path for path, _ in own_modules(backbone, every_name=every_name)] == ["", "0"]
+
+
+def test_a_walk_that_was_left_behind_is_not_used():
+    """As Ctrl-C may leave it: the call that began it is over, and the one around it goes on."""
+
+    def left_behind():
+        walk = one_walk(backbone)
+        walk.__enter__()
+        return walk
+
+    backbone = nn.ModuleDict({"one": nn.Linear(2, 2)})
+    walk = left_behind()
+    backbone["two"] = nn.Linear(2, 2)
+    assert [path for path, _ in own_modules(backbone)] == ["", "one", "two"]
+    walk.__exit__(None, None, None)
+    with one_walk(backbone):
+        assert [path for path, _ in own_modules(backbone)] == ["", "one", "two"]
 
 
 def test_each_parameter_has_its_first_name():

@@ -224,6 +224,15 @@ class TestBesideAnotherDelta:
             torch.testing.assert_close(found, wanted)
 
 
+def test_a_weight_of_another_shape_cannot_be_merged_into():
+    model = nn.Sequential(nn.Linear(5, 7))
+    delta = attached(model, dk.LoRA(r=2, at="0"))
+    model[0].weight = nn.Parameter(torch.zeros(9, 5))
+    wanted = r"shape \(7, 5\) to merge into, found torch\.float32 \(9, 5\); leave the delta attached$"
+    with pytest.raises(dk.TargetError, match=wanted):
+        delta.merge()
+
+
 class Int8Linear(nn.Linear):
     """A weight that a layer scales itself, in a plain parameter of eight bits."""
 

@@ -38,6 +38,20 @@ def quantize(linear):
     quantization.quantize_(linear, quantization.Int8WeightOnlyConfig())
 
 
+def test_a_quantizer_gets_the_weight_without_the_bias():
+    model, delta = TestMergingIntoQuantizedWeights().attached()
+    biases = []
+
+    def noting(linear):
+        biases.append(linear.bias)
+        quantize(linear)
+
+    with pytest.warns(dk.DeltaWarning):
+        delta.merge(quantize=noting)
+    assert biases == [None, None]
+    assert all(layer.bias is not None for layer in model)
+
+
 class TestMergingIntoQuantizedWeights:
     """Asked for by the quantizer; what its rounding loses is said, and unmerging is exact."""
 

@@ -1,6 +1,7 @@
 """Each row of a batch with a delta of its own: as if it had been run alone with that delta."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,8 +25,9 @@ METHODS = {
 NAMES = ["spelling", "topic", None, "facts", "topic"]
 
 
-def several(model, kind):
-    made = [dk.attach(model, METHODS[kind](k), name=name) for k, name in enumerate(("spelling", "topic", "facts"))]
+def several(model, kind, **options):
+    methods = [replace(METHODS[kind](k), **options) for k in range(3)]
+    made = [dk.attach(model, m, name=name) for m, name in zip(methods, ("spelling", "topic", "facts"), strict=True)]
     return {delta.name: randomize(delta, 0.3) for delta in made}
 
 
@@ -118,6 +120,22 @@ def test_many_rows_of_few_deltas(tokens, grad):
         assert bool(made) is not grad
     for row, own in enumerate(names):
         torch.testing.assert_close(together[row], alone(model, deltas, own)(batch[row : row + 1])[0])
+
+
+def test_factors_without_a_version_are_read_each_time():
+    """In inference mode tensors do not count their changes."""
+    model = Transformer().eval()
+    randomize(dk.attach(model, dk.LoRA(r=2), name="a"))
+    tokens = torch.cat([ids()] * 2)[:4]
+    with torch.inference_mode():
+        twin = copy.deepcopy(model)
+        (delta,) = dk.deltas(twin)
+        with dk.rows(twin, ["a", None, "a", "a"]):
+            before = twin(tokens)
+            next(delta.parameters()).add_(1)
+            assert not torch.equal(twin(tokens), before)
+    with torch.no_grad(), dk.rows(model, ["a", None, "a", "a"]):
+        torch.testing.assert_close(model(tokens), before)
 
 
 def test_trained_factors_are_used_at_once():
@@ -298,11 +316,13 @@ def test_experts_are_refused():
 class TestSoftPrompts:
     """Prompts of different lengths: padding behind the text, or ahead of it where a cache is filled."""
 
-    @pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "gpt_neox"])
+    @pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "gpt_neox", "roberta"])
     def test_ahead_of_the_text_where_a_cache_is_filled(self, name):
-        model = build(name, tf.AutoModel).double()
+        # RoBERTa takes the positions from the ids that are its padding.
+        own = {"is_decoder": True, "pad_token_id": 1} if name == "roberta" else {}
+        model = build(name, tf.AutoModel, **own).double()
         model.config.use_cache = True
-        deltas, batch = several(model, "SoftPrompt"), the_batch(model)
+        deltas, batch = several(model, "SoftPrompt", where="start"), the_batch(model)
         batch["attention_mask"][1] = torch.tensor([1, 1, 1, 1, 1, 0, 0])
         with dk.rows(model, NAMES):
             together = outputs(model, batch)

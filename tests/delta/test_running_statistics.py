@@ -157,6 +157,15 @@ def test_evaluation_moves_nothing(model):
     assert set(delta.state_dict()) == {f"conv{i}.lora.{factor}" for i in (1, 2) for factor in "AB"}
 
 
+def test_statistics_that_are_no_numbers_have_not_moved():
+    model = Net().eval()
+    with torch.no_grad():
+        model.bn1.running_mean[2] = torch.nan
+    delta = attach(model)
+    model(x())
+    assert delta.fully_trained == []
+
+
 def test_one_delta_has_the_statistics(model, tmp_path):
     before, own = snapshot(model), buffers(model)
     first, second = attach(model, name="first"), attach(model, name="second")

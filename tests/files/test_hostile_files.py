@@ -118,6 +118,7 @@ FIELDS = {
     "an empty name": (put("name", value=""), "name: name='': expected a word without dots"),
     "fingerprint": (put("backbone", "fingerprint", value=[]), "backbone.fingerprint: expected `object`, got `array`"),
     "values": (put("backbone", "fingerprint", "values", value={"x": [1.0]}), r"backbone.fingerprint.values\[\.\.\.\]: expected `array` of"),
+    "three values": (put("backbone", "fingerprint", "values", value={"x": [1.0] * 3}), r"backbone.fingerprint.values\[\.\.\.\]: expected `array` of"),
     "numbers too large to compare": (
         lambda config: config["backbone"]["fingerprint"].update(values={}, rounded={"first.weight": [1e308, -1e308]}),
         "backbone.fingerprint: OverflowError",

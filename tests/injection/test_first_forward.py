@@ -81,6 +81,16 @@ def test_a_target_whose_surroundings_did_not_run_is_a_warning():
     assert not model._forward_hooks
 
 
+def test_surroundings_that_ran_in_a_forward_that_raised_prove_nothing():
+    model, x = Reads(), torch.ones(1, 7)
+    dk.attach(model, dk.LoRA(r=2, at=["called", "experts.0.0"]))
+    model.experts[0][0].forward = lambda x: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        model(x, expert=0)
+    with pytest.warns(dk.DeltaWarning, match=r"not called in the first forward, such as experts\.0\.0"):
+        model(x)
+
+
 def test_the_error_counts_the_targets_that_were_never_called():
     model = Reads()
     model.read_too = nn.Linear(7, 5)

@@ -72,6 +72,29 @@ def test_what_is_removed_with_the_module_around_it():
     same(before, snapshot(model))
 
 
+class Reads(nn.Module):
+    """Reads the weight of its layer, which is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(7, 5)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.layer.weight)
+
+
+def test_weight_patches_of_a_removed_module_go_with_the_delta():
+    model = nn.Sequential(Reads())
+    before, (old,) = snapshot(model), model
+    delta = attached(model, dk.LoRA(r=2, at="0.layer.weight"))
+    model[0] = Reads()
+    delta.detach()
+    assert not old._forward_hooks
+    assert not old._forward_pre_hooks
+    model[0] = old
+    same(before, snapshot(model))
+
+
 class Fused(nn.Module):
     """Attention whose queries and keys can be computed by one layer, as in diffusers."""
 

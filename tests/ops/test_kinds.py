@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import deltakit as dk
-from deltakit.core import hidden_output
+from deltakit.core import Target, hidden_output
 from deltakit.ops import InputMap, LowRank, OutputMap, WeightMap
 from support.kind_methods import EVERY_KIND, KINDS, ON_WEIGHTS, Affine, Around, AroundDelta, by_hand, registered, values
 from support.models import STYLES, Calls, Transformer, ids, randomize, same, snapshot
@@ -150,6 +150,12 @@ class TestMixedBatch:
         held[0].active, held[1].active = False, True
         wanted = torch.autograd.grad(loss + model(x[1:2]).square().sum(), parameters)
         torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
+
+    def test_what_belongs_to_no_delta_has_no_examples(self):
+        delta = dk.LoRA(r=2).build_at(Target("0", nn.Linear(5, 7)))
+        assert delta.record is None
+        assert delta.batch is None
+        assert delta.takes_part
 
     @each_kind
     def test_a_delta_that_no_example_names_takes_no_part(self, kind):

@@ -6,6 +6,8 @@ import transformers as tf
 from torch import nn
 
 import deltakit as dk
+from deltakit.ops.prompt.insertion import _ones
+from deltakit.ops.prompt.layout import Layout
 from deltakit.ops.prompt.text_stack import stack_at
 from deltakit.selection import BackboneIndex
 from support.models import Transformer
@@ -37,6 +39,14 @@ def test_a_table_outside_the_blocks_may_hold_positions(buffers, parameters, posi
     index = BackboneIndex(Stack(buffers, parameters))
     assert stack_at(index, "", 0).positions == positions
     assert stack_at(index, "", 1).positions == "unknown"
+
+
+def test_a_cache_without_a_length_gets_no_mask_of_ones():
+    """Lists of keys and values, as models outside of transformers have them."""
+    ids = torch.tensor([[5, 6], [7, 8]])
+    layout = Layout(3, 0, lengths=(3, 1))
+    assert torch.equal(_ones({}, ids, layout, cached=False), torch.ones_like(ids))
+    assert _ones({"past_key_values": [(ids, ids)]}, ids, layout, cached=True) is None
 
 
 def test_a_mask_that_cannot_grow_names_the_model():
