@@ -32,7 +32,7 @@ from deltakit.files import (
     find_folder,
     from_file,
     methods_of,
-    read_folder,
+    read_saved,
     room_for,
 )
 from deltakit.selection import BackboneIndex
@@ -94,6 +94,8 @@ def load(
 ) -> Delta:
     """Loads a delta from a folder or a Hub repository, attaches it to the backbone, and returns it.
 
+    It reads deltas that deltakit saved, and LoRA and IA3 adapters that PEFT saved.
+
     Args:
         source: the folder, or the repository as "owner/name".
         name: the delta's name; by default the one that it was saved with. One of the two is required to put a method on a
@@ -103,7 +105,7 @@ def load(
             says how many of them are trained without being saved.
         attach: whether to attach it now. A delta that is loaded but not attached costs nothing in forwards; its `attach()`
             attaches it later.
-        check: "error" or "warn" if the backbone is not the one that the delta was trained on.
+        check: "error" or "warn" if the backbone is not the one that the delta was trained on. Adapters of PEFT do not say.
         revision: a branch, tag or commit of the repository.
         token: the Hub's access token; by default the one of `hf auth login`.
 
@@ -121,27 +123,28 @@ def load(
     index = BackboneIndex(backbone)
     folder = find_folder(source, revision=revision, token=token)
     # A reader of another format would be chosen here, by the files in the folder, and return the same two.
-    config, tensors = read_folder(folder)
-    where = str(source)
-    _check_backbone(config, backbone, where, check)
     own = dict(tensors_of(backbone))
+    saved = read_saved(folder, own)
+    where = str(source)
+    if saved.fingerprint is not None:
+        _check_backbone(saved.fingerprint, backbone, where, check)
     limit = room_for([*index.by_path, *own])
-    found = methods_of(config, index, limit, where)
+    found = methods_of(saved.methods, index, limit, where)
     with from_file(where, "train.names"):
-        full = expanded(config["train"]["names"], own, limit)
+        full = expanded(saved.train.names, own, limit)
     check_paths(own, full, where)
     with nullcontext() if name is not None else from_file(where, "name"):
-        name = name if name is not None else config["name"]
-        record = _record([m for m, _ in found], name, freeze, config["train"]["selectors"])
+        name = name if name is not None else saved.name
+        record = _record([m for m, _ in found], name, freeze, saved.train.selectors)
     built = []
     for number, (method, paths) in enumerate(found):
-        built.append(rebuilt(index, method, paths, tensors, where))
-        if number + 1 < len(found) and not has_its_tensors(record, number, built[-1], tensors):
+        built.append(rebuilt(index, method, paths, saved.tensors, where))
+        if number + 1 < len(found) and not has_its_tensors(record, number, built[-1], saved.tensors):
             # `load_state_dict` lists what is missing.
             break
     record.trained_values = current_values(backbone, full, record)
     delta = Delta(Attachment(backbone, record, _sites(index, built)))
-    delta.load_state_dict(tensors, where=where)
+    delta.load_state_dict(saved.tensors, where=where)
     return delta.attach() if attach else delta
 
 
@@ -167,10 +170,10 @@ def _sites(index: BackboneIndex, built: Any) -> list[Site]:
     ]
 
 
-def _check_backbone(config: Mapping[str, Any], backbone: nn.Module, where: str, check: str) -> None:
+def _check_backbone(fingerprint: Mapping[str, Any], backbone: nn.Module, where: str, check: str) -> None:
     found = backbone_identity(backbone)["fingerprint"]
     with from_file(where, "backbone.fingerprint"):
-        other = differences(config["backbone"]["fingerprint"], found)
+        other = differences(fingerprint, found)
     if not other:
         return
     message = f"{where}: this is not the backbone the delta was trained on: {other[0]}"

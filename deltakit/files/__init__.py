@@ -1,9 +1,11 @@
-"""Bytes in and out: a delta's folder, its config and model card, the fingerprint of its backbone, and the Hub."""
+"""Bytes in and out: a delta's folder, its config and model card, the fingerprint of its backbone, the formats of others, and
+the Hub."""
 
 from deltakit.files.card import model_card
-from deltakit.files.checkpoint import read_folder, write_folder
+from deltakit.files.checkpoint import write_folder
 from deltakit.files.config import backbone_identity, delta_config, expanded, methods_of, room_for
 from deltakit.files.fingerprint import differences
+from deltakit.files.formats import read_saved
 from deltakit.files.hub import find_folder, upload
 from deltakit.files.schema import from_file
 from deltakit.files.values import check_tensors, is_finite
@@ -19,7 +21,7 @@ __all__ = [
     "is_finite",
     "methods_of",
     "model_card",
-    "read_folder",
+    "read_saved",
     "room_for",
     "upload",
     "write_folder",

@@ -102,6 +102,15 @@ def read_folder(folder: Path) -> tuple[DeltaConfig, dict[str, Tensor]]:
     return config, tensors
 
 
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: if it is damaged.
+    """
+    return _read(file)[1]
+
+
 def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor], object]:
     """Returns the metadata and the tensors of a safetensors file, and the identity of the file."""
     for _ in range(_TRIES):

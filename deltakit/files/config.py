@@ -13,7 +13,7 @@ from deltakit.core import Attachment, Method, Record, breadth, class_name, expan
 from deltakit.errors import SelectorError
 from deltakit.files.fingerprint import fingerprint
 from deltakit.files.hub import is_repository
-from deltakit.files.schema import FORMAT_VERSION, DeltaConfig, from_file, read_method
+from deltakit.files.schema import FORMAT_VERSION, MethodEntry, from_file, read_method
 from deltakit.version import __version__
 
 
@@ -68,8 +68,8 @@ def backbone_identity(backbone: nn.Module, record: Record | None = None) -> dict
     return {"class": class_name(backbone), "fingerprint": fingerprint(backbone, leave_out=changed)}
 
 
-def methods_of(config: DeltaConfig, known: Paths, limit: int, where: str) -> list[tuple[Method, list[str]]]:
-    """Returns the methods that a config describes, each with the paths of its targets.
+def methods_of(entries: Sequence[MethodEntry], known: Paths, limit: int, where: str) -> list[tuple[Method, list[str]]]:
+    """Returns the methods that a file describes, each with the paths of its targets.
 
     Args:
         known, limit: the backbone's paths, as for `expanded`.
@@ -80,7 +80,7 @@ def methods_of(config: DeltaConfig, known: Paths, limit: int, where: str) -> lis
             stand for more paths than the backbone has.
     """
     found = []
-    for number, entry in enumerate(config["methods"]):
+    for number, entry in enumerate(entries):
         field = f"methods[{number}]"
         with from_file(where, f"{field}.targets"):
             paths = expanded(entry["targets"], known, limit)

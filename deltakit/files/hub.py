@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 
 from deltakit.errors import CheckpointError, HubError, OptionError
-from deltakit.files.checkpoint import CARD_FILE, CONFIG_FILE, TENSORS_FILE
+from deltakit.files.formats import FILES, holds_delta, no_delta
 
 _REPO_ID = re.compile(r"[\w][\w.-]*(?:/[\w][\w.-]*)?")
 _LOGIN = "log in with `hf auth login` or pass token="
@@ -58,15 +58,9 @@ def find_folder(source: str | PathLike[str], *, revision: str | None = None, tok
     from huggingface_hub import snapshot_download
 
     with _explained(name, revision, "read", missing_folder=f"no local folder {name!r} exists, and "):
-        copy = snapshot_download(
-            name, revision=revision, token=token, allow_patterns=[CONFIG_FILE, TENSORS_FILE, CARD_FILE]
-        )
-    # Only this file: it is the whole delta, and the config beside it a readable copy.
-    if not (Path(copy) / TENSORS_FILE).is_file():
-        raise HubError(
-            f"{name}: the repository holds no delta: {_found(name, revision, token)}; pass the id of a repository that "
-            "delta.push wrote"
-        )
+        copy = snapshot_download(name, revision=revision, token=token, allow_patterns=list(FILES))
+    if not holds_delta(Path(copy)):
+        raise HubError(f"{name}: {no_delta(_files(name, revision, token))}")
     return Path(copy)
 
 
@@ -94,13 +88,11 @@ def upload(
     return str(url)
 
 
-def _found(repo_id: str, revision: str | None, token: str | bool | None) -> str:
+def _files(repo_id: str, revision: str | None, token: str | bool | None) -> list[str]:
     from huggingface_hub import HfApi
 
     with _explained(repo_id, revision, "read"):
-        files = HfApi(token=token).list_repo_files(repo_id, revision=revision)
-    more = f" and {len(files) - 10} more" if len(files) > 10 else ""
-    return f"expected {TENSORS_FILE}, found {', '.join(files[:10]) or 'no files'}{more}"
+        return list(HfApi(token=token).list_repo_files(repo_id, revision=revision))
 
 
 @contextmanager

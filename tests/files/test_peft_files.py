@@ -1,0 +1,262 @@
+"""Adapters that PEFT saved give PEFT's own outputs, train on, and come off exactly; others are refused by name."""
+
+import json
+import re
+import warnings
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+
+import deltakit as dk
+from support.models import same, snapshot
+from support.tiny_transformers import build
+
+peft = pytest.importorskip("peft")
+
+RESNET = {"embedding_size": 10, "hidden_sizes": [10, 14], "depths": [1, 1], "layer_type": "basic", "num_labels": 3}
+
+
+def resnet():
+    torch.manual_seed(1)
+    return tf.ResNetForImageClassification(tf.ResNetConfig(**RESNET)).eval()
+
+
+MODELS = {
+    "bert": lambda: build("bert", tf.AutoModelForSequenceClassification),
+    "gpt2": lambda: build("gpt2", tf.AutoModelForCausalLM),
+    "llama": lambda: build("llama", tf.AutoModelForCausalLM),
+    "t5": lambda: build("t5", tf.AutoModelForSeq2SeqLM),
+    "mixtral": lambda: build("mixtral", tf.AutoModelForCausalLM),
+    "resnet": resnet,
+}
+QUERIES = {
+    "bert": ["query", "value"],
+    "gpt2": ["c_attn"],
+    "llama": ["q_proj", "v_proj"],
+    "t5": ["q", "v"],
+    "mixtral": ["q_proj", "v_proj"],
+    "resnet": ["convolution"],
+}
+IA3 = {
+    "bert": (["key", "value", "output.dense"], ["output.dense"]),
+    "gpt2": (["c_attn", "mlp.c_proj"], ["mlp.c_proj"]),
+    "llama": (["k_proj", "v_proj", "down_proj"], ["down_proj"]),
+    "t5": (["k", "v", "wo"], ["wo"]),
+    "mixtral": (["k_proj", "v_proj"], []),
+    "resnet": (["convolution", "0.shortcut.convolution"], ["0.shortcut.convolution"]),
+}
+
+
+# torch has no grouped product of experts in float64.
+EXACT = {"mixtral": {"rtol": 1e-5, "atol": 1e-6}}
+
+
+def wide(name):
+    return MODELS[name]() if name in EXACT else MODELS[name]().double()
+
+
+def outputs(name, model):
+    generator = torch.Generator().manual_seed(4)
+    if name == "resnet":
+        return model(torch.randn(2, 3, 20, 20, generator=generator, dtype=model.dtype)).logits
+    ids = torch.randint(3, 90, (2, 7), generator=generator)
+    more = {"decoder_input_ids": ids[:, :5]} if model.config.is_encoder_decoder else {}
+    return model(input_ids=ids, **more).logits
+
+
+def saved(name, config, folder, **how):
+    """PEFT's outputs with a random adapter, which it saves."""
+    with warnings.catch_warnings():
+        # PEFT's, of transposed weights, and of embeddings that it saves.
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(wide(name), config).eval()
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for key, value in model.named_parameters():
+                if value.requires_grad:
+                    value.add_(torch.randn(value.shape, generator=generator), alpha=0.3)
+                assert value.requires_grad or "lora" not in key
+        model.save_pretrained(folder, **how)
+    return outputs(name, model)
+
+
+def loads_as(name, expected, folder):
+    model = wide(name)
+    before, bare = snapshot(model), outputs(name, model)
+    assert (bare - expected).abs().max() > 1e-5
+    delta = dk.load(folder, model)
+    torch.testing.assert_close(outputs(name, model), expected, **EXACT.get(name, {"rtol": 1e-10, "atol": 1e-10}))
+    assert any(parameter.requires_grad for parameter in delta.parameters())
+    delta.detach()
+    same(before, snapshot(model))
+    return delta
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_lora(name, tmp_path):
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=QUERIES[name])
+    delta = loads_as(name, saved(name, config, tmp_path), tmp_path)
+    assert [(method.r, method.alpha) for method in delta.methods] == [(3, 5)]
+
+
+def test_from_the_hub(hub, tmp_path):
+    expected = saved("llama", peft.LoraConfig(r=3, target_modules=["q_proj"]), tmp_path)
+    hub.add_repo("me/theirs", {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()})
+    model = wide("llama")
+    dk.load("me/theirs", model)
+    torch.testing.assert_close(outputs("llama", model), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ia3(name, tmp_path):
+    targets, inputs = IA3[name]
+    config = peft.IA3Config(target_modules=targets, feedforward_modules=inputs)
+    loads_as(name, saved(name, config, tmp_path), tmp_path)
+
+
+LLAMA = {
+    "all linear layers": {"target_modules": "all-linear"},
+    "a regular expression": {"target_modules": r".*\.1\.mlp\.(up|down)_proj"},
+    "ranks and alphas": {
+        "target_modules": ["q_proj", "v_proj", "o_proj"],
+        "rank_pattern": {"layers.0.self_attn.q_proj": 2, "v_proj": 1},
+        "alpha_pattern": {"v_proj": 7, r"^model\.layers\.1\..*o_proj": 3},
+    },
+    "rslora": {"target_modules": ["q_proj"], "use_rslora": True},
+    "some layers": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+    "biases": {"target_modules": ["q_proj"], "bias": "lora_only"},
+    "all biases": {"target_modules": ["q_proj"], "bias": "all"},
+    "a module in full": {"target_modules": ["q_proj"], "modules_to_save": ["norm", "lm_head"]},
+    "embeddings": {"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+    "dropout": {"target_modules": ["q_proj", "embed_tokens"], "lora_dropout": 0.3},
+    "gaussian": {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"},
+}
+
+
+@pytest.mark.parametrize("case", LLAMA)
+@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "pickle"])
+def test_forms_of_lora(case, pickled, tmp_path):
+    config = peft.LoraConfig(r=4, lora_alpha=6, **LLAMA[case])
+    loads_as("llama", saved("llama", config, tmp_path, safe_serialization=not pickled), tmp_path)
+
+
+def test_a_head_and_the_biases_of_a_classifier(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["query"], bias="all", task_type="SEQ_CLS")
+    delta = loads_as("bert", saved("bert", config, tmp_path), tmp_path)
+    assert "classifier.weight" in delta.fully_trained
+    assert "bert.encoder.layer.0.attention.self.key.bias" in delta.fully_trained
+
+
+def test_a_module_alone_whose_weight_is_tied(tmp_path):
+    """PEFT adapts the head and leaves the embedding, although they are one weight."""
+    config = peft.LoraConfig(r=2, target_modules=["lm_head", "c_attn"])
+    delta = loads_as("gpt2", saved("gpt2", config, tmp_path), tmp_path)
+    assert {method.untie for method in delta.methods} == {False, True}
+
+
+def test_it_trains_on_and_is_saved_as_a_delta(tmp_path):
+    expected = saved("llama", peft.LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.1), tmp_path / "theirs")
+    model = wide("llama")
+    delta = dk.load(tmp_path / "theirs", model, name="theirs")
+    assert delta.name == "theirs"
+    assert delta.methods[0].dropout == 0.1
+    optimizer = torch.optim.SGD(delta.parameters(), lr=0.1)
+    outputs("llama", model).square().mean().backward()
+    optimizer.step()
+    trained = outputs("llama", model)
+    assert not torch.equal(trained, expected)
+    delta.save(tmp_path / "ours")
+    delta.detach()
+    dk.load(tmp_path / "ours", model)
+    assert torch.equal(outputs("llama", model), trained)
+
+
+def adapter(folder, **config):
+    """The files of a LoRA on a Llama, with changes to its config."""
+    saved("llama", peft.LoraConfig(r=2, target_modules=["q_proj"]), folder)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    return folder
+
+
+def with_tensors(folder, change):
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+REFUSED = {
+    "another kind": (lambda f: adapter(f, peft_type="XLORA"), "this is PEFT's XLORA, which deltakit does not read; of PEFT it reads LORA"),
+    "no kind": (lambda f: adapter(f, peft_type=None), "this is an adapter of AdapterHub, which deltakit does not read"),
+    "DoRA": (lambda f: adapter(f, use_dora=True), r"has DoRA \(use_dora\), which deltakit does not have; merge it"),
+    "PiSSA": (lambda f: adapter(f, init_lora_weights="pissa_niter_4"), r"changing the backbone's weights \(init_lora_weights='pissa_niter_4'\)"),
+    "a wrong type": (lambda f: adapter(f, lora_alpha="much"), r"adapter_config.json is damaged at lora_alpha: expected `float`, got `str`"),
+    "a hostile alpha": (lambda f: adapter(f, lora_alpha=1e300), r"LoRA\(alpha=1e\+300\): expected a finite number"),
+    "a bad pattern": (lambda f: adapter(f, alpha_pattern={"(": 3.0}), r"adapter_config.json/alpha_pattern: a pattern is no regular expression \(missing \)"),
+    "a pattern without an end": (lambda f: adapter(f, alpha_pattern={"((.|.)*)*[A-Z]": 3.0}), r"alpha_pattern: a pattern takes too long"),
+    "no tensors": (lambda f: (adapter(f) / "adapter_model.safetensors").unlink(), "neither adapter_model.safetensors nor adapter_model.bin; save or"),
+    "damaged": (lambda f: (adapter(f) / "adapter_model.safetensors").write_bytes(b"x"), "is damaged or cut off"),
+    "empty": (lambda f: with_tensors(adapter(f), dict.clear), "it has no tensor of a LORA adapter"),
+    "one factor": (lambda f: with_tensors(adapter(f), lambda t: t.pop(f"{Q}.lora_A.weight")), r"layers.0.self_attn.q_proj has one factor of LoRA without"),
+    "unknown tensor": (lambda f: with_tensors(adapter(f), lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(32)})), "q_proj.lora_magnitude_vector is in no module"),
+    "another module": (lambda f: with_tensors(adapter(f), lambda t: t.update({k.replace("layers.0", "layers.9"): t.pop(k) for k in list(t)})), r"1 of its 2 targets are not in this backbone, such as model.layers.9"),
+    "another shape": (lambda f: with_tensors(adapter(f), lambda t: t.update({f"{Q}.lora_B.weight": torch.ones(31, 2)})), r"the file has \(31, 2\), the backbone needs \(32, 2\)"),
+    "not finite": (lambda f: with_tensors(adapter(f), lambda t: t[f"{Q}.lora_B.weight"].fill_(torch.nan)), "has values that are infinite or not a number"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(case, tmp_path):
+    make, message = REFUSED[case]
+    make(tmp_path)
+    model = MODELS["llama"]()
+    before = snapshot(model)
+    with pytest.raises(dk.CheckpointError, match=message):
+        dk.load(tmp_path, model)
+    same(before, snapshot(model))
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    adapter(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    torch.save({"a": re.compile("x")}, tmp_path / "adapter_model.bin")
+    with pytest.raises(
+        dk.CheckpointError, match=r"adapter_model.bin is damaged, or holds more than tensors: UnpicklingError"
+    ):
+        dk.load(tmp_path, MODELS["llama"]())
+    torch.save({"a": 3}, tmp_path / "adapter_model.bin")
+    with pytest.raises(dk.CheckpointError, match=r"adapter_model.bin holds more than tensors; save it again"):
+        dk.load(tmp_path, MODELS["llama"]())
+
+
+def test_a_module_in_full_that_is_tied_here(tmp_path):
+    saved("gpt2", peft.LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["lm_head"]), tmp_path)
+    with pytest.raises(dk.CheckpointError, match=r"lm_head.weight trained in full, .* tied to transformer.wte.weight"):
+        dk.load(tmp_path, MODELS["gpt2"]())
+
+
+def test_several_adapters_in_one_folder(tmp_path):
+    adapter(tmp_path / "poems")
+    adapter(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(dk.CheckpointError, match=r"pass one of its folders poems$"):
+        dk.load(tmp_path, MODELS["llama"]())
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("pytorch_lora_weights.safetensors", "this is a LoRA of diffusers, which deltakit does not read"),
+        ("pytorch_adapter.bin", "this is an adapter of AdapterHub, which"),
+        ("model.safetensors", "this is a whole model, which"),
+        ("notes.txt", r"there is no delta here: expected delta_model.safetensors, .* found notes.txt; pass the folder"),
+    ],
+)
+def test_folders_of_others(file, message, tmp_path):
+    (tmp_path / file).write_text("")
+    with pytest.raises(dk.CheckpointError, match=message):
+        dk.load(tmp_path, MODELS["llama"]())
