@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ from deltakit.delta.quantized import Quantize
 from deltakit.delta.running_statistics import fitting, held_of
 from deltakit.delta.untrained import warn_untrained
 from deltakit.errors import StateError
-from deltakit.files import check_tensors, delta_config, model_card, upload, write_folder
+from deltakit.files import WRITERS, check_tensors, delta_config, model_card, upload, write_folder
 from deltakit.view import states
 
 
@@ -213,13 +214,18 @@ class Delta(DeltaContents):
         swapping.swap(self._attachment, other._attachment)
         return self
 
-    def save(self, folder: str | PathLike[str]) -> Path:
+    def save(self, folder: str | PathLike[str], *, format: Literal["deltakit", "peft"] = "deltakit") -> Path:
         """Writes the delta's config, tensors and model card into a folder, and returns the folder.
 
         Under FSDP2 every process must call it; the first process writes. A warning says if the delta is as it was attached.
 
+        Args:
+            format: "peft" for an adapter of PEFT: LoRA or IA3, with the modules that are trained in full. LoRAs of different
+                ranks or scales are padded to one rank, which changes no output.
+
         Raises:
-            CheckpointError: if the files cannot be written. What was saved there before is unchanged then.
+            CheckpointError: if the files cannot be written, or the format has no such delta. What was saved there before is
+                unchanged then.
             StateError: if its scale is not 1, a value is infinite or not a number, a target was replaced or resized since the
                 delta was attached, it was offloaded with its backbone, or this process has only a part of it (FSDP1,
                 DeepSpeed ZeRO-3).
@@ -234,13 +240,22 @@ class Delta(DeltaContents):
         tensors.refuse_not_finite(self._attachment, state)
         warn_untrained(self._attachment, state)
         if not sharded or is_first():
-            write_folder(Path(folder), config, state, model_card(config))
+            if format == "deltakit":
+                write_folder(Path(folder), config, state, model_card(config))
+            else:
+                WRITERS[format](Path(folder), self._attachment, state)
         if sharded:
             wait_for_all()
         return Path(folder)
 
     def push(
-        self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, message: str | None = None
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        message: str | None = None,
+        format: Literal["deltakit", "peft"] = "deltakit",
     ) -> str:
         """Uploads the delta to a Hub repository, which is created if it does not exist, and returns its URL.
 
@@ -249,14 +264,18 @@ class Delta(DeltaContents):
             private: whether to create a private repository; None for the owner's default.
             token: the Hub's access token; by default the one of `hf auth login`.
             message: the commit message.
+            format: what to upload, as for `save`.
 
         Raises:
+            CheckpointError: if the format has no such delta.
             HubError: if the Hub cannot be reached or refuses the upload.
             StateError: if its scale is not 1, a value is infinite or not a number, it was offloaded with its backbone, or this
                 process has only a part of it.
         """
         with TemporaryDirectory() as folder:
-            return upload(self.save(folder), repo_id, private=private, token=token, commit_message=message)
+            return upload(
+                self.save(folder, format=format), repo_id, private=private, token=token, commit_message=message
+            )
 
 
 @checked

@@ -5,12 +5,13 @@ from deltakit.files.card import model_card
 from deltakit.files.checkpoint import write_folder
 from deltakit.files.config import backbone_identity, delta_config, expanded, methods_of, room_for
 from deltakit.files.fingerprint import differences
-from deltakit.files.formats import read_saved
+from deltakit.files.formats import WRITERS, read_saved
 from deltakit.files.hub import find_folder, upload
 from deltakit.files.schema import from_file
 from deltakit.files.values import check_tensors, is_finite
 
 __all__ = [
+    "WRITERS",
     "backbone_identity",
     "check_tensors",
     "delta_config",

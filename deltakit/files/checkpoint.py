@@ -9,7 +9,7 @@ Their names differ from PEFT's on purpose: transformers' `from_pretrained` fails
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +41,49 @@ def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, 
     Raises:
         CheckpointError: if the files cannot be written, or an option of a method is not plain data.
     """
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    plain = plain_tensors(tensors)
     whole = sealed(config, plain, folder)
+
+    def fill(own: Path) -> list[str]:
+        # Only one entry, and not the usual "format": safetensors writes several in random order, and then one delta would not
+        # always give the same bytes.
+        write_tensors(own / TENSORS_FILE, plain, {_ENTRY: json.dumps(whole)})
+        (own / CONFIG_FILE).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+        names = [TENSORS_FILE, CONFIG_FILE]
+        if _is_ours(folder / CARD_FILE):
+            (own / CARD_FILE).write_bytes(card.rstrip().encode() + b"\n\n" + _CARD_MARK + b"\n")
+            names.append(CARD_FILE)
+        return names
+
+    write_files(folder, fill)
+
+
+def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns copies on the CPU that share no memory, as safetensors needs them."""
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file of plain tensors."""
+    file.touch()
+    mode = file.stat().st_mode & 0o777
+    save_file(dict(tensors), file, metadata=dict(metadata))
+    # safetensors makes a file that only its owner can read. It gets what the user's umask says, as the others do.
+    file.chmod(mode)
+
+
+def write_files(folder: Path, fill: Callable[[Path], Sequence[str]]) -> None:
+    """Puts files into a folder, which is created if needed, in the place of those that have their names.
+
+    Args:
+        fill: writes the files into the folder that it gets, and returns their names.
+
+    Raises:
+        CheckpointError: if they cannot be written. What was there before is unchanged then.
+    """
     try:
         with partial_folder(folder) as own:
-            # Only one entry, and not the usual "format": safetensors writes several in random order, and then one delta would
-            # not always give the same bytes.
-            save_file(plain, own / TENSORS_FILE, metadata={_ENTRY: json.dumps(whole)})
-            (own / CONFIG_FILE).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-            # safetensors makes a file that only its owner can read. Both files get what the user's umask says.
-            (own / TENSORS_FILE).chmod((own / CONFIG_FILE).stat().st_mode & 0o777)
-            names = [TENSORS_FILE, CONFIG_FILE]
-            if _is_ours(folder / CARD_FILE):
-                (own / CARD_FILE).write_bytes(card.rstrip().encode() + b"\n\n" + _CARD_MARK + b"\n")
-                names.append(CARD_FILE)
+            names = fill(own)
             for name in names:
                 _settle(own / name, folder / name)
             for name in names:

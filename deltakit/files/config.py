@@ -4,7 +4,6 @@ import re
 from collections.abc import Collection, Sequence
 from itertools import product
 from math import prod
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
@@ -12,7 +11,7 @@ from torch import nn
 from deltakit.core import Attachment, Method, Record, breadth, class_name, expand, fold, records_of
 from deltakit.errors import SelectorError
 from deltakit.files.fingerprint import fingerprint
-from deltakit.files.hub import is_repository
+from deltakit.files.repository import hub_id
 from deltakit.files.schema import FORMAT_VERSION, MethodEntry, from_file, read_method
 from deltakit.version import __version__
 
@@ -39,17 +38,12 @@ def delta_config(attachment: Attachment, num_parameters: int) -> dict[str, Any]:
         "methods": methods,
         "train": {"selectors": list(record.train), "names": compact(record.fully_trained)},
         "backbone": {
-            "id": _hub_id(getattr(details, "_name_or_path", None)),
+            "id": hub_id(backbone),
             "commit": _commit(getattr(details, "_commit_hash", None)),
             **backbone_identity(backbone, record),
         },
         "num_parameters": num_parameters,
     }
-
-
-def _hub_id(name: object) -> str | None:
-    """Returns the name of a backbone if it is one of the Hub: a folder says nothing to others, and may name its user."""
-    return name if isinstance(name, str) and is_repository(name) and not Path(name).exists() else None
 
 
 def _commit(name: object) -> str | None:

@@ -4,7 +4,6 @@
 them before the user's code can set them.
 """
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -12,14 +11,9 @@ from pathlib import Path
 
 from deltakit.errors import CheckpointError, HubError, OptionError
 from deltakit.files.formats import FILES, holds_delta, no_delta
+from deltakit.files.repository import is_repository
 
-_REPO_ID = re.compile(r"[\w][\w.-]*(?:/[\w][\w.-]*)?")
 _LOGIN = "log in with `hf auth login` or pass token="
-
-
-def is_repository(name: str) -> bool:
-    """Returns whether a text can be the id of a Hub repository, such as "user/name"."""
-    return _REPO_ID.fullmatch(name) is not None
 
 
 def find_folder(source: str | PathLike[str], *, revision: str | None = None, token: str | bool | None = None) -> Path:

@@ -35,6 +35,8 @@ class Format(Protocol):
 
 
 FORMATS: tuple[Format, ...] = (peft,)  # type: ignore[assignment]
+WRITERS = {"peft": peft.write}
+"""What writes the formats of others, by the name that `Delta.save(format=)` has for it."""
 FILES = (CONFIG_FILE, TENSORS_FILE, CARD_FILE, *(name for kind in FORMATS for name in kind.FILES))
 """The files that are downloaded: all that some format reads."""
 

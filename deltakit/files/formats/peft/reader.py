@@ -1,8 +1,7 @@
-"""Adapters that PEFT saved: LoRA and IA3, with fully trained modules and biases.
+"""Reads PEFT's adapters.
 
-The forms of keys and the rules for patterns are those of PEFT 0.21.2, found by saving adapters of each kind. The keys name
-every module in full, so the options that chose the modules (`target_modules`, `layers_to_transform`, `rank_pattern`) are not
-needed to read them.
+Their keys name every module in full, so the options that chose the modules (`target_modules`, `layers_to_transform`,
+`rank_pattern`) are not needed.
 """
 
 import re
@@ -17,17 +16,14 @@ from torch import Tensor
 from deltakit.core import join
 from deltakit.errors import CheckpointError
 from deltakit.files.checkpoint import read_tensors
+from deltakit.files.formats.peft.keys import CONFIG, IA3, LORA, LORA_OF_EMBEDDINGS, PICKLE, TENSORS
 from deltakit.files.saved import Saved, Trained
 from deltakit.files.schema import MethodEntry, checked, read_json
-
-CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-FILES = (CONFIG, TENSORS, PICKLE)
 
 _PREFIX = re.compile(r"^base_model\.(model\.)?")
 # PEFT's wrappers around a module, and the copy that it keeps of a module in `modules_to_save`.
 _WRAPPER, _COPY = re.compile(r"\.(base_layer|modules_to_save)(?=\.)"), ".original_module."
-_LORA = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B"}
-_IA3 = {".ia3_l": "scale"}
+_LORA = LORA | LORA_OF_EMBEDDINGS
 
 _SECONDS = 2.0
 """The longest that matching one pattern may take. Patterns that people write take microseconds."""
@@ -89,12 +85,12 @@ def read(folder: Path, own: Mapping[str, Tensor]) -> Saved:
     _refuse_absent(found, folder)
     config = _DEFAULTS | checked({key: found[key] for key in _Config.__annotations__ if key in found}, _Config, where)
     tensors = {_PREFIX.sub("", name): tensor for name, tensor in _tensors(folder).items()}
-    parts = _parts(tensors, _LORA if kind == "LORA" else _IA3)
+    parts = _parts(tensors, _LORA if kind == "LORA" else IA3)
     if not parts:
         raise CheckpointError(f"{folder}: it has no tensor of a {kind} adapter; save or download it again")
     groups = _lora(parts, config, own, folder) if kind == "LORA" else _ia3(parts, config, folder)
     methods, renamed = _numbered(groups)
-    rest = {name: tensor for name, tensor in tensors.items() if not name.endswith((*_LORA, *_IA3))}
+    rest = {name: tensor for name, tensor in tensors.items() if not name.endswith((*_LORA, *IA3))}
     full = _fully_trained(rest, own, folder)
     return Saved(methods, renamed | full, Trained(names=sorted(full)))
 

@@ -2,35 +2,17 @@
 
 import json
 import re
-import warnings
 
 import pytest
 import torch
-import transformers as tf
 from safetensors.torch import load_file, save_file
 
 import deltakit as dk
 from support.models import same, snapshot
-from support.tiny_transformers import build
+from support.peft_models import MODELS, close, outputs, saved, wide
 
 peft = pytest.importorskip("peft")
 
-RESNET = {"embedding_size": 10, "hidden_sizes": [10, 14], "depths": [1, 1], "layer_type": "basic", "num_labels": 3}
-
-
-def resnet():
-    torch.manual_seed(1)
-    return tf.ResNetForImageClassification(tf.ResNetConfig(**RESNET)).eval()
-
-
-MODELS = {
-    "bert": lambda: build("bert", tf.AutoModelForSequenceClassification),
-    "gpt2": lambda: build("gpt2", tf.AutoModelForCausalLM),
-    "llama": lambda: build("llama", tf.AutoModelForCausalLM),
-    "t5": lambda: build("t5", tf.AutoModelForSeq2SeqLM),
-    "mixtral": lambda: build("mixtral", tf.AutoModelForCausalLM),
-    "resnet": resnet,
-}
 QUERIES = {
     "bert": ["query", "value"],
     "gpt2": ["c_attn"],
@@ -49,45 +31,12 @@ IA3 = {
 }
 
 
-# torch has no grouped product of experts in float64.
-EXACT = {"mixtral": {"rtol": 1e-5, "atol": 1e-6}}
-
-
-def wide(name):
-    return MODELS[name]() if name in EXACT else MODELS[name]().double()
-
-
-def outputs(name, model):
-    generator = torch.Generator().manual_seed(4)
-    if name == "resnet":
-        return model(torch.randn(2, 3, 20, 20, generator=generator, dtype=model.dtype)).logits
-    ids = torch.randint(3, 90, (2, 7), generator=generator)
-    more = {"decoder_input_ids": ids[:, :5]} if model.config.is_encoder_decoder else {}
-    return model(input_ids=ids, **more).logits
-
-
-def saved(name, config, folder, **how):
-    """PEFT's outputs with a random adapter, which it saves."""
-    with warnings.catch_warnings():
-        # PEFT's, of transposed weights, and of embeddings that it saves.
-        warnings.simplefilter("ignore")
-        model = peft.get_peft_model(wide(name), config).eval()
-        generator = torch.Generator().manual_seed(7)
-        with torch.no_grad():
-            for key, value in model.named_parameters():
-                if value.requires_grad:
-                    value.add_(torch.randn(value.shape, generator=generator), alpha=0.3)
-                assert value.requires_grad or "lora" not in key
-        model.save_pretrained(folder, **how)
-    return outputs(name, model)
-
-
 def loads_as(name, expected, folder):
     model = wide(name)
     before, bare = snapshot(model), outputs(name, model)
     assert (bare - expected).abs().max() > 1e-5
     delta = dk.load(folder, model)
-    torch.testing.assert_close(outputs(name, model), expected, **EXACT.get(name, {"rtol": 1e-10, "atol": 1e-10}))
+    close(name, outputs(name, model), expected)
     assert any(parameter.requires_grad for parameter in delta.parameters())
     delta.detach()
     same(before, snapshot(model))
@@ -106,7 +55,7 @@ def test_from_the_hub(hub, tmp_path):
     hub.add_repo("me/theirs", {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()})
     model = wide("llama")
     dk.load("me/theirs", model)
-    torch.testing.assert_close(outputs("llama", model), expected, rtol=1e-10, atol=1e-10)
+    close("llama", outputs("llama", model), expected)
 
 
 @pytest.mark.parametrize("name", MODELS)

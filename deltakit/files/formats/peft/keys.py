@@ -1,0 +1,10 @@
+"""The names of PEFT's files, and of the tensors in them."""
+
+CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+FILES = (CONFIG, TENSORS, PICKLE)
+
+PREFIX = "base_model.model."
+LORA = {".lora_A.weight": "A", ".lora_B.weight": "B"}
+LORA_OF_EMBEDDINGS = {".lora_embedding_A": "A", ".lora_embedding_B": "B"}
+IA3 = {".ia3_l": "scale"}
+"""Each: what stands behind the path of the module, and the name of the tensor in deltakit."""

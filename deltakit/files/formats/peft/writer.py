@@ -1,0 +1,192 @@
+"""Writes a delta as an adapter of PEFT: its LoRA or IA3, and the modules that it trains fully.
+
+`PeftModel.from_pretrained`, transformers' `load_adapter` and servers open it. An adapter of PEFT has one rank and one alpha
+where nothing else is said, and some servers read nothing else. So LoRAs that differ are padded with zeros to the largest rank,
+and their scales are multiplied into B, which changes no output.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deltakit.core import (
+    Attachment,
+    Site,
+    is_conv1d,
+    name_of,
+    own_modules,
+    parent_of,
+    split_slice,
+    tensors_in,
+    tensors_of,
+)
+from deltakit.errors import CheckpointError
+from deltakit.files.checkpoint import plain_tensors, write_files, write_tensors
+from deltakit.files.formats.peft.keys import CONFIG, IA3, LORA, LORA_OF_EMBEDDINGS, PREFIX, TENSORS
+from deltakit.files.repository import hub_id
+
+_TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+
+
+class _Factors(NamedTuple):
+    """One LoRA on a module: A [r, d_in] and B [d_out, r] over all of its features, and the method that it is of."""
+
+    a: Tensor
+    b: Tensor
+    method: Any
+
+
+def write(folder: Path, attachment: Attachment, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a delta into a folder as an adapter of PEFT.
+
+    Args:
+        tensors: those of the delta's state dict.
+
+    Raises:
+        CheckpointError: if PEFT has no such adapter, or the files cannot be written.
+    """
+    record = attachment.record
+    kinds = {method.name for method in record.methods}
+    if kinds not in ({"lora"}, {"ia3"}):
+        raise _impossible(
+            attachment, f"an adapter of PEFT is LoRA or IA3, and this delta is {' and '.join(sorted(kinds))}"
+        )
+    options, named = (_lora if kinds == {"lora"} else _ia3)(attachment, tensors)
+    modules, biases = _fully_trained(attachment, [name for name in record.fully_trained if name in tensors])
+    targets = {site.owner for site in attachment.sites}
+    both = next((module for module in modules if module in targets), None)
+    if both is not None:
+        raise _impossible(attachment, f"it trains {both} in full beside its {record.methods[0].name}")
+    if biases and kinds == {"ia3"}:
+        raise _impossible(attachment, f"it trains {biases[0]}, and IA3 of PEFT trains no biases")
+    if biases:
+        options["bias"] = "lora_only" if targets.issuperset(map(parent_of, biases)) else "all"
+    for name in record.fully_trained if modules or biases else ():
+        owner = parent_of(name)
+        named[f"{owner}.base_layer.{name_of(name)}" if owner in targets else name] = tensors[name]
+    config = {
+        "peft_type": "LORA" if kinds == {"lora"} else "IA3",
+        **options,
+        "modules_to_save": modules or None,
+        "base_model_name_or_path": hub_id(attachment.backbone),
+        "task_type": next(
+            (task for end, task in _TASKS.items() if type(attachment.backbone).__name__.endswith(end)), None
+        ),
+        "inference_mode": True,
+    }
+    plain = plain_tensors({f"{PREFIX}{name}": value for name, value in named.items()})
+
+    def fill(own: Path) -> list[str]:
+        write_tensors(own / TENSORS, plain, {"format": "pt"})
+        (own / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        return [TENSORS, CONFIG]
+
+    write_files(folder, fill)
+
+
+def _impossible(attachment: Attachment, why: str) -> CheckpointError:
+    name = attachment.record.name
+    return CheckpointError(f"delta {name!r} cannot be saved as an adapter of PEFT: {why}; save it without format=")
+
+
+def _lora(attachment: Attachment, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    by_path: dict[str, list[_Factors]] = {}
+    targets: dict[str, nn.Module] = {}
+    for site in attachment.sites:
+        _refuse(attachment, site)
+        a, b = (tensors[attachment.named(site, name)] for name in "AB")
+        part = getattr(site.module, "feature_slice", None)
+        b = part.spread(b.mT).mT if part is not None else b
+        by_path.setdefault(site.owner, []).append(_Factors(a, b, attachment.record.methods[site.method]))
+        targets[site.owner] = site.target
+    every = [one for factors in by_path.values() for one in factors]
+    method = every[0].method
+    options = {"r": method.r, "lora_alpha": method.alpha, "use_rslora": method.rslora}
+    alike = len({(one.method.r, one.method.alpha, one.method.rslora) for one in every}) == 1
+    if not alike or len(every) > len(by_path):
+        r = max(sum(len(one.a) for one in factors) for factors in by_path.values())
+        options = {"r": r, "lora_alpha": r, "use_rslora": False}
+        by_path = {path: [_Factors(*_sum(factors, r), method)] for path, factors in by_path.items()}
+    found: dict[str, Tensor] = {}
+    for path, (one,) in by_path.items():
+        found |= _named(path, targets[path], one.a, one.b)
+    return {**options, "lora_dropout": method.dropout, "bias": "none", **_targets(attachment, targets)}, found
+
+
+def _sum(factors: Sequence[_Factors], r: int) -> tuple[Tensor, Tensor]:
+    """Returns the factors of the sum of several LoRAs, with the scales in B, padded with zeros to a rank."""
+    a = torch.cat([one.a for one in factors])
+    b = torch.cat([one.b * one.method.scaling for one in factors], 1)
+    return F.pad(a, (0, 0, 0, r - len(a))), F.pad(b, (0, r - len(a)))
+
+
+def _named(path: str, target: nn.Module, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+    names = LORA_OF_EMBEDDINGS if isinstance(target, nn.Embedding) else LORA
+    kernel = getattr(target, "kernel_size", ())
+    if isinstance(target, nn.modules.conv._ConvNd):
+        a, b = a.unflatten(1, (-1, *kernel)), b[(..., *([None] * len(kernel)))]
+    return {f"{path}{suffix}": {"A": a, "B": b}[ours] for suffix, ours in names.items()}
+
+
+def _refuse(attachment: Attachment, site: Site) -> None:
+    parameter = split_slice(site.module.part)[0] if not site.module.part.startswith("[") else ""
+    if parameter not in ("", "weight") or not isinstance(weight := site.target._parameters.get("weight"), Tensor):
+        raise _impossible(attachment, f"{site.path} is a parameter, and deltakit writes LoRA of modules alone")
+    tied = [name for name, tensor in tensors_of(attachment.backbone) if tensor is weight]
+    if parameter and len(tied) > 1:
+        raise _impossible(attachment, f"{tied[0]} and {tied[1]} are one weight here, and two in PEFT")
+    if getattr(site.target, "groups", 1) != 1:
+        raise _impossible(attachment, f"{site.path} is a grouped convolution")
+
+
+def _ia3(attachment: Attachment, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    found: dict[str, Tensor] = {}
+    inputs, targets = [], {}
+    ((suffix, name),) = IA3.items()
+    for site in attachment.sites:
+        if site.module.part:
+            raise _impossible(attachment, f"{site.path} is a part of a module, and IA3 of PEFT scales all of it")
+        scale, before = tensors[attachment.named(site, name)], type(site.module).acts_before()
+        inputs += [site.path] if before else []
+        targets[site.path] = site.target
+        if isinstance(site.target, nn.modules.conv._ConvNd):
+            shape = (1, -1, *([1] * len(site.target.kernel_size)))
+        else:
+            shape = (1, -1) if before else (-1, 1)
+        found[f"{site.path}{suffix}"] = scale.reshape(shape)
+    return {**_targets(attachment, targets), "feedforward_modules": inputs}, found
+
+
+def _targets(attachment: Attachment, targets: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Returns the options that name the targets. PEFT takes a name for the end of a path, which may be that of others, too."""
+    paths = [path for path, _ in own_modules(attachment.backbone)]
+    others = any(path not in targets and path.endswith(f".{name}") for path in paths for name in targets)
+    names: Any = "|".join(map(re.escape, targets)) if others else list(targets)
+    return {"target_modules": names, "fan_in_fan_out": all(map(is_conv1d, targets.values()))}
+
+
+def _fully_trained(attachment: Attachment, names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the modules that hold these tensors, and the biases among them that are trained alone.
+
+    PEFT trains modules in full, and biases, and no other single tensors.
+    """
+    modules = dict(own_modules(attachment.backbone))
+    whole, biases = [], []
+    for owner in dict.fromkeys(map(parent_of, names)):
+        mine = [name for name in names if parent_of(name) == owner]
+        missing = [name for name, _ in tensors_in(owner, modules[owner]) if name not in mine]
+        if not missing:
+            whole.append(owner)
+        elif [name_of(name) for name in mine] == ["bias"]:
+            biases += mine
+        else:
+            raise _impossible(
+                attachment, f"it trains {mine[0]} without {missing[0]}, and PEFT trains whole modules or biases"
+            )
+    return whole, biases
