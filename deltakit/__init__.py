@@ -12,7 +12,7 @@ delta 'delta' on Sequential: attached, active, trainable
 
 from deltakit import methods as methods
 from deltakit.core import METHODS, DeltaModule, Method, Target
-from deltakit.delta import Combination, Delta, Plan, attach, base_state_dict, combine, deltas, load, plan, rows
+from deltakit.delta import Combination, Delta, Plan, attach, base_state_dict, combine, deltas, load, plan, rows, use
 from deltakit.errors import (
     BackboneMismatch,
     CheckpointError,
@@ -95,4 +95,5 @@ __all__ = [
     "rows",
     "select",
     "show",
+    "use",
 ]

@@ -18,7 +18,7 @@ from deltakit.core.bare_weight import (
     weight_entries,
     weight_view,
 )
-from deltakit.core.buffer_ledger import copy_buffers, is_below, relative
+from deltakit.core.buffer_ledger import buffer_at, copy_buffers, is_below, relative
 from deltakit.core.caller_rows import begin_forward, close_rows, current_batch, end_forward, open_rows, rows_now
 from deltakit.core.delta_module import DeltaModule
 from deltakit.core.feature_slice import FeatureSlice, slice_where
@@ -113,6 +113,7 @@ __all__ = [
     "begin_call",
     "begin_forward",
     "breadth",
+    "buffer_at",
     "checked",
     "class_name",
     "close_rows",

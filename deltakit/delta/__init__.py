@@ -8,6 +8,7 @@ from deltakit.delta.mixed_rows import rows
 from deltakit.delta.new_heads import Spelling
 from deltakit.delta.own_values import base_state_dict
 from deltakit.delta.planning import Plan, plan
+from deltakit.delta.using import use
 
 __all__ = [
     "Combination",
@@ -22,4 +23,5 @@ __all__ = [
     "load",
     "plan",
     "rows",
+    "use",
 ]

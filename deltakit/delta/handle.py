@@ -5,14 +5,13 @@ from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
 
 from torch import Tensor, nn
 
-from deltakit.core import Selector, attachments_of, checked, is_first, is_sharded, one_walk, wait_for_all
-from deltakit.delta import merging, swapping, tensors
+from deltakit.core import Selector, attachments_of, checked, one_walk
+from deltakit.delta import merging, saving, swapping, tensors
 from deltakit.delta.changed_backbone import refuse_changed
-from deltakit.delta.claims import check_scalable, claim, refuse_in_rows, refuse_merged, refuse_scaled
+from deltakit.delta.claims import check_scalable, claim, refuse_in_rows, refuse_merged
 from deltakit.delta.composition import refuse_beside_merged
 from deltakit.delta.contents import DeltaContents
 from deltakit.delta.freezing import freeze_backbone
@@ -20,9 +19,9 @@ from deltakit.delta.full_training import refresh_gradients
 from deltakit.delta.putting import put_all, switch, take_all
 from deltakit.delta.quantized import Quantize
 from deltakit.delta.running_statistics import fitting, held_of
-from deltakit.delta.untrained import warn_untrained
+from deltakit.delta.unloading import unload
 from deltakit.errors import StateError
-from deltakit.files import WRITERS, check_tensors, delta_config, model_card, upload, write_folder
+from deltakit.files import check_tensors, upload
 from deltakit.view import states
 
 
@@ -117,6 +116,11 @@ class Delta(DeltaContents):
         """
         if self.attached or self._record.leaving:
             raise StateError(f"delta {self.name!r} is attached already; detach() it before attaching it again")
+        if self._record.unloaded:
+            raise StateError(
+                f"delta {self.name!r} is in the backbone's weights for good (merge_and_unload), and would apply twice; save() "
+                "it, and load it onto a fresh backbone"
+            )
         with one_walk(self.backbone):
             refuse_changed(self._attachment, "attaching")
             claim(self._attachment)
@@ -184,6 +188,25 @@ class Delta(DeltaContents):
         merging.unmerge(self._attachment)
         return self
 
+    def merge_and_unload(self, *, quantize: Quantize | None = None) -> nn.Module:
+        """Adds the delta to the backbone's weights for good, removes all else of it, and returns the backbone.
+
+        The backbone is then a plain model: exports, quantizers and `save_pretrained` see the sums. Fully trained parts and
+        running statistics keep the delta's values. The delta can be saved, before and after, but not attached again.
+
+        Args:
+            quantize: as for `merge`.
+
+        Raises:
+            StateError: as `merge` does; a delta that is merged already stays merged.
+            TargetError: as `merge` does.
+        """
+        if not self.merged:
+            merging.merge(self._attachment, quantize)
+        refuse_in_rows(self.name, self._record)
+        unload(self._attachment)
+        return self.backbone
+
     def load_state_dict(self, state: Mapping[str, Tensor], *, where: str = "the state dict") -> None:
         """Loads all tensors of a `state_dict()`.
 
@@ -214,7 +237,7 @@ class Delta(DeltaContents):
         swapping.swap(self._attachment, other._attachment)
         return self
 
-    def save(self, folder: str | PathLike[str], *, format: Literal["deltakit", "peft"] = "deltakit") -> Path:
+    def save(self, folder: str | PathLike[str], *, format: saving.Format = "deltakit") -> Path:
         """Writes the delta's config, tensors and model card into a folder, and returns the folder.
 
         Under FSDP2 every process must call it; the first process writes. A warning says if the delta is as it was attached.
@@ -230,23 +253,7 @@ class Delta(DeltaContents):
                 delta was attached, it was offloaded with its backbone, or this process has only a part of it (FSDP1,
                 DeepSpeed ZeRO-3).
         """
-        refuse_scaled(self._record)
-        held_of(self._attachment)
-        refuse_changed(self._attachment, "saving")
-        config = delta_config(self._attachment, self.num_parameters)
-        sharded = any(map(is_sharded, self.parameters()))
-        state = self.state_dict()
-        tensors.refuse_absent(state)
-        tensors.refuse_not_finite(self._attachment, state)
-        warn_untrained(self._attachment, state)
-        if not sharded or is_first():
-            if format == "deltakit":
-                write_folder(Path(folder), config, state, model_card(config))
-            else:
-                WRITERS[format](Path(folder), self._attachment, state)
-        if sharded:
-            wait_for_all()
-        return Path(folder)
+        return saving.save(self, folder, format)
 
     def push(
         self,
@@ -255,7 +262,7 @@ class Delta(DeltaContents):
         private: bool | None = None,
         token: str | bool | None = None,
         message: str | None = None,
-        format: Literal["deltakit", "peft"] = "deltakit",
+        format: saving.Format = "deltakit",
     ) -> str:
         """Uploads the delta to a Hub repository, which is created if it does not exist, and returns its URL.
 

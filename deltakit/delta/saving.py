@@ -1,0 +1,42 @@
+"""Saves a delta, in deltakit's own format or in another."""
+
+from os import PathLike
+from pathlib import Path
+from typing import Literal
+
+from deltakit.core import is_first, is_sharded, wait_for_all
+from deltakit.delta import tensors
+from deltakit.delta.changed_backbone import refuse_changed
+from deltakit.delta.claims import refuse_scaled
+from deltakit.delta.contents import DeltaContents
+from deltakit.delta.running_statistics import held_of
+from deltakit.delta.untrained import warn_untrained
+from deltakit.files import WRITERS, delta_config, model_card, write_folder
+
+Format = Literal["deltakit", "peft"]
+
+
+def save(delta: DeltaContents, folder: str | PathLike[str], format: Format) -> Path:
+    """Writes a delta into a folder. Under FSDP2 every process calls it, and the first one writes.
+
+    Raises:
+        DeltaError: as `Delta.save` does.
+    """
+    attachment = delta._attachment
+    refuse_scaled(attachment.record)
+    held_of(attachment)
+    refuse_changed(attachment, "saving")
+    state = delta.state_dict()
+    sharded = any(map(is_sharded, delta.parameters()))
+    tensors.refuse_absent(state)
+    tensors.refuse_not_finite(attachment, state)
+    warn_untrained(attachment, state)
+    if not sharded or is_first():
+        if format == "deltakit":
+            config = delta_config(attachment, delta.num_parameters)
+            write_folder(Path(folder), config, state, model_card(config))
+        else:
+            WRITERS[format](Path(folder), attachment, state)
+    if sharded:
+        wait_for_all()
+    return Path(folder)
