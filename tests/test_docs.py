@@ -51,7 +51,7 @@ def test_the_whole_method_in_contributing_is_the_file():
 
 def test_ci_runs_the_readme_s_command():
     (_, test) = blocks("README.md", "sh")
-    assert test.strip().endswith(".venv/bin/python -m pytest -n auto")
+    assert test.strip().endswith(".venv/bin/python -m pytest -n auto --dist worksteal")
     assert "<!-- test -->\n```sh\n" + test in (ROOT / "README.md").read_text(encoding="utf-8")
     assert "README.md" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
