@@ -108,6 +108,6 @@ def no_such_delta(where: str, name: object, attached: Iterable[str]) -> OptionEr
         where: the function that was called.
         attached: the names of the attached deltas.
     """
-    return OptionError(
-        f"{where}: no delta named {name!r} is attached; the attached deltas are {', '.join(map(repr, attached)) or 'none'}"
-    )
+    known = ", ".join(map(repr, attached))
+    what = f"the attached deltas are {known}" if known else "none is: attach or load one first"
+    return OptionError(f"{where}: no delta named {name!r} is attached; {what}")

@@ -46,7 +46,9 @@ ACCEPTED = {
     **dict.fromkeys(["Delta.scale.value", "LowRank.scaling"], NUMBER),
     "LowRank.dropout": {"0"},
     # Not called where no weight is quantized. A class is a function, and so is a module.
-    "Delta.merge.quantize": NOTHING | {"function", "class", "module class", "method class", "module"},
+    **dict.fromkeys(["Delta.merge.quantize", "Delta.merge_and_unload.quantize"], NOTHING | {"function", "class", "module class", "method class", "module"}),
+    # No delta.
+    "use.names": NOTHING,
     # Folders may be called so. A path with a zero byte or of 100,000 characters cannot be.
     **dict.fromkeys(["Delta.save.folder", "LoraModel.save_finetuned.finetuned_delta_path"], (WORD | {"control", "path"}) - {"long text"}),
     # A text for error messages.

@@ -122,7 +122,6 @@ def load(
     backbone = original(backbone)
     index = BackboneIndex(backbone)
     folder = find_folder(source, revision=revision, token=token)
-    # A reader of another format would be chosen here, by the files in the folder, and return the same two.
     own = dict(tensors_of(backbone))
     saved = read_saved(folder, own)
     where = str(source)

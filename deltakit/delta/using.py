@@ -6,7 +6,7 @@ from torch import nn
 
 from deltakit.core import checked
 from deltakit.delta.handle import Delta, deltas
-from deltakit.errors import OptionError
+from deltakit.errors import OptionError, no_such_delta
 
 
 class Used:
@@ -45,12 +45,10 @@ def use(backbone: nn.Module, *names: str | None) -> Used:
     there = deltas(backbone)
     wanted = tuple(dict.fromkeys(name for name in names if name is not None))
     unknown = [name for name in wanted if name not in {delta.name for delta in there}]
-    if unknown or not names:
-        known = ", ".join(delta.name for delta in there) or "none"
-        what = f"no delta {unknown[0]!r} is attached" if unknown else "no name was given"
-        raise OptionError(
-            f"use: {what}; the attached deltas are {known}; pass some of them, or None for the bare backbone"
-        )
+    if unknown:
+        raise no_such_delta("use", unknown[0], [delta.name for delta in there])
+    if not names:
+        raise OptionError("use: no name was given; pass the names of attached deltas, or None for the bare backbone")
     before = {delta: delta.active for delta in there}
     _set({delta: delta.name in wanted for delta in there})
     return Used(before, wanted)

@@ -57,10 +57,13 @@ def test_what_is_detached_in_a_block_is_left_alone(model):
 def test_names_that_are_not_there(model):
     dk.use(model, "topic")
     with pytest.raises(
-        dk.OptionError, match=r"use: no delta 'fact' is attached; the attached deltas are spelling, topic, facts; pass"
+        dk.OptionError,
+        match=r"use: no delta named 'fact' is attached; the attached deltas are 'spelling', 'topic', 'facts'$",
     ):
         dk.use(model, "facts", "fact")
-    with pytest.raises(dk.OptionError, match="use: no name was given; .* None for the bare backbone"):
+    with pytest.raises(
+        dk.OptionError, match="use: no name was given; pass the names of attached deltas, or None for the bare backbone"
+    ):
         dk.use(model)
     assert active(model) == ["topic"]
 

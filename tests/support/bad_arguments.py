@@ -168,6 +168,7 @@ CALLS = {
     "rows": Call(lambda s: dk.rows, lambda s: {"backbone": s.model, "names": ["d"]}, _entered),
     "combine": Call(lambda s: dk.combine, lambda s: {"backbone": s.model, "weights": {"d": 0.5}}),
     "deltas": Call(lambda s: dk.deltas, lambda s: {"backbone": s.model}),
+    "use": Call(lambda s: dk.use, lambda s: {"backbone": s.model, "names": "d"}),
     "base_state_dict": Call(lambda s: dk.base_state_dict, lambda s: {"backbone": s.model}),
     "Delta.active": Call(_set("active")),
     "Delta.scale": Call(_set("scale")),
@@ -180,6 +181,7 @@ CALLS = {
     "Delta.detached": Call(lambda s: s.delta.detached, use=_entered),
     "Delta.freeze": Call(lambda s: s.delta.freeze),
     "Delta.merge": Call(lambda s: s.delta.merge),
+    "Delta.merge_and_unload": Call(lambda s: s.delta.merge_and_unload),
     "Delta.unmerge": Call(lambda s: s.delta.unmerge),
     "Delta.swap": Call(lambda s: s.delta.swap, lambda s: {"other": s.other}),
     "Delta.save": Call(lambda s: s.delta.save, lambda s: {"folder": "new"}),
@@ -267,8 +269,9 @@ def outcome(name, argument, value, saved):
         given["up" if name == "Delta.parameter_groups" else "tokens"] = value
     else:
         given[argument] = value
-    if "methods" in given:
-        extra = [given.pop("backbone"), given.pop("methods")]
+    several = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_POSITIONAL), None)
+    if several in given:
+        extra = [given.pop("backbone"), given.pop(several)]
     with warnings.catch_warnings(), contextlib.redirect_stdout(None):
         warnings.simplefilter("ignore")
         try:

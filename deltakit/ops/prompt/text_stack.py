@@ -32,8 +32,8 @@ def input_embeddings(index: BackboneView) -> list[list[str]]:
     found = [path for path in index.role("embed") if isinstance(index.by_path[path], nn.Embedding)]
     if not found:
         raise TargetError(
-            f"{index.owner}: it has no embedding of token ids, and a soft prompt is inserted there; use Prefix instead, which "
-            "needs no embedding"
+            f"{index.owner}: it has no embedding of token ids, and a soft prompt is inserted there; use another method: "
+            "LoRA, or Prefix where there is attention"
         )
     models = outermost_models(index.by_path)
     groups: list[list[str]] = []
