@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="fine-tune a real backbone with every kind of delta (about two minutes)")
     demo.add_argument("--model", help="a folder or Hub id; by default the encoder that deltakit[demo] installs")
     demo.add_argument(
-        "--rows", type=_positive, default=1200, help="number of training requests, at most 4,000 (%(default)s)"
+        "--examples", type=_positive, default=1200, help="number of training requests, at most 4,000 (%(default)s)"
     )
     demo.add_argument("--epochs", type=_positive, default=2, help="number of passes over them (%(default)s)")
     demo.add_argument("--out", type=Path, default=Path("demo-deltas"), help="where to save the deltas (%(default)s)")
@@ -67,7 +67,7 @@ def _demo(options: argparse.Namespace) -> None:
 
     run(
         model=options.model,
-        rows=min(options.rows, 4000),
+        examples=min(options.examples, 4000),
         epochs=options.epochs,
         out=options.out,
         full=not options.no_full,

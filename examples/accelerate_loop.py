@@ -2,7 +2,7 @@
 
 Attach before `accelerator.prepare`, so that DDP or FSDP2 synchronises the delta's gradients.
 
-    accelerate launch examples/accelerate_loop.py [--model FOLDER_OR_HUB_ID] [--rows N] [--epochs N] [--out FOLDER]
+    accelerate launch examples/accelerate_loop.py [--model FOLDER_OR_HUB_ID] [--examples N] [--epochs N] [--out FOLDER]
 """
 
 import torch
@@ -17,7 +17,7 @@ def main():
     options = arguments("accelerate-delta")
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     tokenizer = tokenizer_of(options.model)
-    train, valid = (encode(read(split)[: options.rows], tokenizer) for split in ("train", "valid"))
+    train, valid = (encode(read(split)[: options.examples], tokenizer) for split in ("train", "valid"))
     model = fresh_model(options.model)
 
     delta = dk.attach(model, dk.LoRA(r=8), train="@head")  # 1
@@ -28,8 +28,8 @@ def main():
     prepared.train()
     for epoch in range(options.epochs):
         # Each process trains on its own share of the examples.
-        rows = train[accelerator.process_index :: accelerator.num_processes]
-        for batch in batches(rows, 32, tokenizer.pad_token_id, seed=epoch):
+        own = train[accelerator.process_index :: accelerator.num_processes]
+        for batch in batches(own, 32, tokenizer.pad_token_id, seed=epoch):
             batch = {name: value.to(accelerator.device) for name, value in batch.items()}
             accelerator.backward(prepared(**batch).loss)
             optimizer.step()

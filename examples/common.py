@@ -19,7 +19,7 @@ logging.set_verbosity_error()
 def arguments(out):
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", help="a folder or Hub id (default: the encoder that the demo extra installs)")
-    parser.add_argument("--rows", type=int, default=800, help="number of training examples (default: %(default)s)")
+    parser.add_argument("--examples", type=int, default=800, help="number of training examples (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=2, help="number of epochs (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path(out), help="folder for the saved delta (default: %(default)s)")
     options = parser.parse_args()

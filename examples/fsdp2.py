@@ -2,7 +2,7 @@
 
 Two processes on one machine:
 
-    torchrun --nproc-per-node 2 examples/fsdp2.py [--model FOLDER_OR_HUB_ID] [--rows N] [--epochs N] [--out FOLDER]
+    torchrun --nproc-per-node 2 examples/fsdp2.py [--model FOLDER_OR_HUB_ID] [--examples N] [--epochs N] [--out FOLDER]
 
 Two machines with eight GPUs each. Run this on both; HOST is the address of the first machine:
 
@@ -26,7 +26,7 @@ def main():
     rank, size = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", rank % torch.cuda.device_count()) if gpu else torch.device("cpu")
     tokenizer = tokenizer_of(options.model)
-    train, valid = (encode(read(split)[: options.rows], tokenizer) for split in ("train", "valid"))
+    train, valid = (encode(read(split)[: options.examples], tokenizer) for split in ("train", "valid"))
     model = fresh_model(options.model).to(device)
 
     # Attach before sharding. Attaching to a sharded model raises an error.
@@ -40,8 +40,8 @@ def main():
     model.train()
     for epoch in range(options.epochs):
         # All processes must take the same number of steps, or the collective calls hang.
-        rows = train[: len(train) // size * size][rank::size]
-        for batch in batches(rows, 32, tokenizer.pad_token_id, seed=epoch):
+        own = train[: len(train) // size * size][rank::size]
+        for batch in batches(own, 32, tokenizer.pad_token_id, seed=epoch):
             loss = model(**{name: value.to(device) for name, value in batch.items()}).loss
             loss.backward()
             optimizer.step()

@@ -1,6 +1,6 @@
 """Train a delta in a plain PyTorch loop. Three lines are new, marked `# 1` to `# 3`.
 
-python examples/plain_loop.py [--model FOLDER_OR_HUB_ID] [--rows N] [--epochs N] [--out FOLDER]
+python examples/plain_loop.py [--model FOLDER_OR_HUB_ID] [--examples N] [--epochs N] [--out FOLDER]
 """
 
 import torch
@@ -13,7 +13,7 @@ from deltakit.demo.data import batches, encode, read
 def main():
     options = arguments("plain-loop-delta")
     tokenizer = tokenizer_of(options.model)
-    train, valid = (encode(read(split)[: options.rows], tokenizer) for split in ("train", "valid"))
+    train, valid = (encode(read(split)[: options.examples], tokenizer) for split in ("train", "valid"))
     model = fresh_model(options.model)
 
     delta = dk.attach(model, dk.LoRA(r=8), train="@head")  # 1

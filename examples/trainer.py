@@ -1,6 +1,6 @@
 """Train a delta with the transformers `Trainer`. Three lines are new, marked `# 1` to `# 3`.
 
-    python examples/trainer.py [--model FOLDER_OR_HUB_ID] [--rows N] [--epochs N] [--out FOLDER]
+    python examples/trainer.py [--model FOLDER_OR_HUB_ID] [--examples N] [--epochs N] [--out FOLDER]
 
 The Trainer's own checkpoints hold the whole model, with the delta's tensors beside the model's own.
 `delta.save` writes a small folder with the delta alone, which `dk.load` reads.
@@ -16,14 +16,14 @@ import deltakit as dk
 from deltakit.demo.data import encode, read
 
 
-def rows(examples):
+def dataset(examples):
     return [{"input_ids": example.ids, "labels": example.label} for example in examples]
 
 
 def main():
     options = arguments("trainer-delta")
     tokenizer = tokenizer_of(options.model)
-    train, valid = (encode(read(split)[: options.rows], tokenizer) for split in ("train", "valid"))
+    train, valid = (encode(read(split)[: options.examples], tokenizer) for split in ("train", "valid"))
     model = fresh_model(options.model)
 
     delta = dk.attach(model, dk.LoRA(r=8), train="@head")  # 1
@@ -42,7 +42,7 @@ def main():
             dataloader_pin_memory=False,
         )
         collator = DataCollatorWithPadding(tokenizer)
-        Trainer(model, settings, train_dataset=rows(train), data_collator=collator).train()
+        Trainer(model, settings, train_dataset=dataset(train), data_collator=collator).train()
 
     delta.save(options.out)  # 3
     report(model.cpu(), options, valid, tokenizer.pad_token_id)

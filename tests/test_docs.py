@@ -64,7 +64,7 @@ def test_examples(name, toy, tmp_path):
         str(ROOT / "examples" / f"{name}.py"),
         "--model",
         str(toy),
-        "--rows",
+        "--examples",
         "40",
         "--epochs",
         "1",
@@ -78,7 +78,7 @@ def test_examples(name, toy, tmp_path):
 
 def test_the_sharded_example_on_two_processes(toy, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = [str(ROOT / "examples" / "fsdp2.py"), "--model", str(toy), "--rows", "40", "--epochs", "1"]
+    script = [str(ROOT / "examples" / "fsdp2.py"), "--model", str(toy), "--examples", "40", "--epochs", "1"]
     command = [*launch, *script, "--out", str(tmp_path / "delta")]
     run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]

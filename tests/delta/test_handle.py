@@ -82,7 +82,7 @@ def test_two_deltas_share_one_freezing(model):
     assert trainable(model) == before
 
 
-def test_a_head_trained_whole_belongs_to_the_delta(model, tmp_path):
+def test_a_fully_trained_head_belongs_to_the_delta(model, tmp_path):
     fresh, before, output = copy.deepcopy(model), snapshot(model), model(ids())
     delta = dk.attach(model, dk.LoRA(r=3), train="@head")
     assert torch.equal(model(ids()), output)
@@ -282,7 +282,7 @@ STEPS = st.lists(
 
 @settings(max_examples=25)
 @given(steps=STEPS)
-def test_any_sequence_of_calls_is_undone_bit_for_bit(steps, tmp_path_factory):
+def test_any_sequence_of_calls_is_undone_bit_exactly(steps, tmp_path_factory):
     torch.manual_seed(0)
     model = Transformer(blocks=1).eval()
     model.norm.requires_grad_(False)
@@ -320,7 +320,7 @@ def test_any_sequence_of_calls_is_undone_bit_for_bit(steps, tmp_path_factory):
     assert torch.equal(model(ids()), output)
 
 
-def test_tied_weights_that_are_trained_whole_come_and_go_exactly(tmp_path):
+def test_tied_weights_that_are_fully_trained_come_and_go_exactly(tmp_path):
     model = build("gpt2", tf.AutoModelForCausalLM)
     weight = model.lm_head.weight
     assert weight is model.transformer.wte.weight
@@ -340,7 +340,7 @@ def test_tied_weights_that_are_trained_whole_come_and_go_exactly(tmp_path):
     assert torch.equal(weight, base)
 
 
-def test_a_module_with_two_names_is_trained_whole_by_either(model):
+def test_a_module_with_two_names_is_fully_trained_by_either(model):
     model.again = model.layers[1].norm_1
     delta = dk.attach(model, dk.LoRA(r=2), train="layers.1.norm_1")
     assert model.again.weight.requires_grad

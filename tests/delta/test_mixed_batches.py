@@ -241,7 +241,7 @@ def test_batch_second_is_refused():
         pass
 
 
-def test_by_weight_is_shared():
+def test_a_weight_patch_is_shared():
     model = nn.Sequential(nn.TransformerEncoderLayer(12, 2, 20, batch_first=True))
     dk.attach(model, dk.LoRA(r=2), name="a")
     with pytest.raises(dk.StateError, match="patches a weight"), dk.rows(model, ["a", None]):
@@ -257,7 +257,7 @@ def two_layers(*methods):
     return model, x, bare, [randomize(dk.attach(model, method, name=f"d{k}"), 0.3) for k, method in enumerate(methods)]
 
 
-def test_a_delta_by_weight_that_is_not_named_takes_no_part():
+def test_a_weight_patch_that_is_not_named_takes_no_part():
     model, x, bare, _ = two_layers(dk.LoRA(r=2, at="1.weight"), dk.LoRA(r=2, at="0"))
     with dk.rows(model, ["d1", None]):
         together = model(x)

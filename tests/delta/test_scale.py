@@ -36,7 +36,7 @@ class TestScale:
             torch.testing.assert_close(model(x), bare + 0.5 * whole)
             delta.detach()
 
-    def test_by_weight_and_merged(self):
+    def test_a_weight_patch_and_merged(self):
         model = torch.nn.TransformerEncoderLayer(12, 2, 20, dropout=0, batch_first=True).eval()
         x = torch.randn(2, 5, 12)
         delta = randomize(dk.attach(model, dk.LoRA(r=2, at=["self_attn.in_proj_weight", "linear1"])), 0.3)
@@ -91,7 +91,7 @@ class TestScale:
         assert delta.scale == 1
         delta.scale = 1
 
-    def test_what_is_trained_whole_has_none(self):
+    def test_what_is_fully_trained_has_none(self):
         delta = dk.attach(Transformer().eval(), dk.LoRA(r=2), train="norm")
         with pytest.raises(dk.StateError, match=r"fully trains norm\.weight, whose values are in the backbone itself"):
             delta.scale = 0.5

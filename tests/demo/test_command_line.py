@@ -17,7 +17,7 @@ def test_roles(toy, capsys):
     assert "pass a folder or Hub id with a config.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["demo", "--rows", "0"], ["nothing"]])
+@pytest.mark.parametrize("arguments", [[], ["demo", "--examples", "0"], ["nothing"]])
 def test_bad_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)

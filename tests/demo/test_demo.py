@@ -10,7 +10,7 @@ from support.tiny_transformers import build
 
 
 def test_the_demo_at_toy_size(toy, tmp_path, capsys):
-    assert main(["demo", "--model", str(toy), "--rows", "40", "--epochs", "1", "--out", str(tmp_path / "out")]) == 0
+    assert main(["demo", "--model", str(toy), "--examples", "40", "--epochs", "1", "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     for row in ("linear probe", "LoRA", "Adapter", "BitFit", "Prefix", "full fine-tuning"):
         assert row in out

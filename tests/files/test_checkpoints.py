@@ -299,7 +299,7 @@ def test_transformers_loads_its_own_folder_beside_a_delta(tmp_path):
     shutil.rmtree(tmp_path)
 
 
-def test_files_hold_rows_and_parameters(tmp_path):
+def test_files_hold_feature_slices_and_parameters(tmp_path):
     for kind, at in (("bloom", "@attn.{q,v}"), ("mixtral", ["@ff.down", "@attn.v"])):
         model = build(kind)
         batch = inputs(kind, model)

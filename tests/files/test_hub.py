@@ -142,16 +142,18 @@ def test_no_right_to_write(hub, delta):
         delta.push("me/lora", token=LoopbackHub.READER)
 
 
-def test_a_bare_name_is_a_folder_or_a_repository(hub):
-    with pytest.raises(
-        dk.HubError, match="my-delta: no local folder 'my-delta' exists, and the Hub has no such repository"
-    ):
-        dk.load("my-delta", fresh())
-
-
 @pytest.mark.parametrize(
     "source",
-    ["./missing", "../missing", "runs/last/delta", "/a/b/c", "C:\\runs\\delta", "runs\\delta", Path("me/lora")],
+    [
+        "my-delta",
+        "./missing",
+        "../missing",
+        "runs/last/delta",
+        "/a/b/c",
+        "C:\\runs\\delta",
+        "runs\\delta",
+        Path("me/lora"),
+    ],
 )
 def test_a_missing_folder_is_not_looked_up_on_the_hub(hub, source):
     with pytest.raises(

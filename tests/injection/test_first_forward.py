@@ -101,7 +101,7 @@ def test_the_error_counts_the_targets_that_were_never_called():
         model(torch.ones(1, 7))
 
 
-def test_a_first_forward_that_fails_leaves_no_watchers():
+def test_a_first_forward_that_fails_leaves_no_hooks():
     model = nn.Sequential(nn.Sequential(nn.Linear(7, 5)))
     dk.attach(model, dk.LoRA(r=2, at="0.0"))
     before = snapshot(model)

@@ -17,7 +17,7 @@ from support.models import randomize
 from support.tiny_transformers import COMMON, build
 
 
-def test_what_a_class_reads_itself_is_adapted_by_weight():
+def test_what_a_class_reads_itself_is_adapted_by_a_weight_patch():
     config = tf.MambaConfig(hidden_size=24, num_hidden_layers=2, state_size=4, **COMMON)
     model = tf.AutoModel.from_config(config).eval().double()
     ids = torch.randint(3, 97, (2, 7))
@@ -31,7 +31,7 @@ def test_what_a_class_reads_itself_is_adapted_by_weight():
     assert "layers.{0-1}.mixer.in_proj\n" in plan
 
 
-def test_an_embedding_with_a_forward_of_its_own_is_adapted_by_weight():
+def test_an_embedding_with_a_forward_of_its_own_is_adapted_by_a_weight_patch():
     model = build("gemma3_text").double()
     ids = torch.randint(3, 97, (2, 7))
     check_against_changed_weights(
@@ -97,7 +97,7 @@ def test_a_tensor_that_stood_in_the_place_of_a_weight_stands_there_again():
     assert holder.weight is other
 
 
-def test_forwards_by_weight_nest():
+def test_forwards_with_weight_patches_nest():
     model, x = Tree().eval(), torch.randn(2, 6)
     delta = randomize(dk.attach(model, dk.LoRA(r=2, at="weight")))
     attached = model(x)
@@ -107,7 +107,7 @@ def test_forwards_by_weight_nest():
     assert not any(name.startswith("_deltakit") for name in vars(model))
 
 
-def test_forwards_by_weight_in_threads():
+def test_forwards_with_weight_patches_in_threads():
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(24, 4, 40, batch_first=True), 2).eval()
     randomize(dk.attach(model, dk.LoRA(r=2)))
     x = torch.randn(1, 5, 24)

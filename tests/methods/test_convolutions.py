@@ -35,6 +35,6 @@ class Causal(nn.Conv1d):
         return super().forward(nn.functional.pad(x, (self.kernel_size[0] - 1, 0)))
 
 
-def test_a_convolution_with_a_forward_of_its_own_is_adapted_by_weight():
+def test_a_convolution_with_a_forward_of_its_own_is_adapted_by_a_weight_patch():
     x = torch.randn(2, 6, 3).double()
     check_against_changed_weights(nn.Sequential(Causal(6, 5, 3)).double(), lambda m: m(x), dk.LoRA(r=2, at="0"), ["0"])

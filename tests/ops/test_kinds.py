@@ -86,7 +86,7 @@ class TestScale:
             torch.testing.assert_close(model(x[0, :1]), (bare + scale * (whole - bare))[0, :1], rtol=1e-12, atol=1e-12)
 
     @each_kind
-    def test_zero_is_the_bare_model_bit_for_bit(self, kind):
+    def test_zero_is_the_bare_model_bit_exactly(self, kind):
         model, delta, _ = on(nn.Linear(5, 7), kind)
         x = torch.randn(3, 5, dtype=torch.float64)
         delta.scale = 0

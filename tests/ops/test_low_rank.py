@@ -250,10 +250,10 @@ def test_a_layer_that_keeps_itself_out_of_autocast(graph):
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_beside_a_delta_by_weight(again):
+def test_beside_a_weight_patch(again):
     """The layer's own gradient is then that of the sum."""
     model = torch.nn.Sequential(torch.nn.Linear(8, 8).double())
-    first = randomize(dk.attach(model, dk.LoRA(r=2, at="0.weight"), name="by_weight"))
+    first = randomize(dk.attach(model, dk.LoRA(r=2, at="0.weight"), name="patch"))
     second = randomize(dk.attach(model, dk.LoRA(r=2, at="0"), name="by_output"))
     if again:
         second.detach().attach()

@@ -511,7 +511,7 @@ class Fuzz:
             known.delta.trainable = known.trainable
 
     def restored(self):
-        """Without deltas the backbone is what it was, bit for bit."""
+        """Without deltas the backbone is what it was, bit-exact."""
         same(self.before, snapshot(self.model))
         with torch.no_grad():
             assert torch.equal(self.run(self.model), self.output)
