@@ -30,7 +30,8 @@ class Delta(DeltaContents):
     """One or more methods on one backbone, with all their delta modules.
 
     `attached`, `active` and `trainable` are independent: changing one does not change the others. `attach`, `detach`,
-    `freeze`, `merge`, `unmerge` and `swap` return the delta itself.
+    `freeze`, `merge`, `unmerge` and `swap` return the delta itself. An argument or a value that is set is an `OptionError` if
+    it has the wrong type.
     """
 
     @property
@@ -276,8 +277,7 @@ class Delta(DeltaContents):
         Raises:
             CheckpointError: if the format has no such delta.
             HubError: if the Hub cannot be reached or refuses the upload.
-            StateError: if its scale is not 1, a value is infinite or not a number, it was offloaded with its backbone, or this
-                process has only a part of it.
+            StateError: as `save` does.
         """
         with TemporaryDirectory() as folder:
             return upload(
@@ -290,5 +290,8 @@ def deltas(backbone: nn.Module) -> list[Delta]:
     """Returns the deltas attached to a backbone or to parts of it, in their order.
 
     A deepcopy or an unpickled backbone has its own.
+
+    Raises:
+        TargetError: if the backbone is no module.
     """
     return [Delta(attachment) for attachment in attachments_of(backbone)]

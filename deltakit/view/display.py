@@ -18,7 +18,11 @@ from deltakit.view.tree import Node, build, cut
 @checked
 @dataclass(frozen=True)
 class View:
-    """A tree that displays itself: as text with `print`, in colour with `rich`, as HTML in a notebook."""
+    """A tree that displays itself: as text with `print`, in colour with `rich`, as HTML in a notebook.
+
+    Raises:
+        OptionError: if a column is unknown, or `width` is below 1.
+    """
 
     node: Node
     columns: tuple[str, ...]
