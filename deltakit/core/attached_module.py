@@ -89,6 +89,11 @@ class AttachedModule(nn.Module):
         return found if shared is None or "shared" in self._modules else [*found, *shared[0].parameters()]
 
     @property
+    def target_never_called(self) -> bool:
+        """Whether its target is certain not to be called: the module around it reads the weight directly."""
+        return self.weight_read is not None and self.weight_read.never_called
+
+    @property
     def strength(self) -> float:
         """The factor on its effect: `Delta.scale`, or 1 while it belongs to no delta."""
         return 1.0 if self.record is None else self.record.scale

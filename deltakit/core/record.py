@@ -91,8 +91,8 @@ class Record:
     """The names of those that no file has: buffers that a state dict does not have either, or that got another shape."""
     weights_before_merge: dict[str, Tensor] = field(default_factory=dict)
     """While the delta is merged: the original weights, by name."""
-    unloaded: bool = False
-    """Whether it is in the backbone's weights for good, so that it cannot be attached again."""
+    unloaded: dict[str, Any] = field(default_factory=dict)
+    """Once it is in the backbone's weights for good, and cannot be attached again: what identifies the backbone before."""
     leaving: bool = False
     """Whether it is being detached. After an interruption it stays so, and `detach` does the rest."""
 

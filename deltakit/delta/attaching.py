@@ -24,7 +24,7 @@ from deltakit.delta.new_heads import warn_frozen_head
 from deltakit.delta.planning import original, planned
 from deltakit.delta.rebuilding import check_paths, has_its_tensors, rebuilt
 from deltakit.delta.untrained import start_of
-from deltakit.errors import BackboneMismatch, OptionError, warn
+from deltakit.errors import BackboneMismatch, CheckpointError, OptionError, warn
 from deltakit.files import (
     backbone_identity,
     differences,
@@ -123,7 +123,7 @@ def load(
     index = BackboneIndex(backbone)
     folder = find_folder(source, revision=revision, token=token)
     own = dict(tensors_of(backbone))
-    saved = read_saved(folder, own)
+    saved = read_saved(folder, backbone)
     where = str(source)
     if saved.fingerprint is not None:
         _check_backbone(saved.fingerprint, backbone, where, check)
@@ -142,9 +142,26 @@ def load(
             # `load_state_dict` lists what is missing.
             break
     record.trained_values = current_values(backbone, full, record)
-    delta = Delta(Attachment(backbone, record, _sites(index, built)))
+    sites = _sites(index, built)
+    if saved.fingerprint is None:
+        _refuse_unseen(sites, where)
+    delta = Delta(Attachment(backbone, record, sites))
     delta.load_state_dict(saved.tensors, where=where)
     return delta.attach() if attach else delta
+
+
+def _refuse_unseen(sites: Sequence[Site], where: str) -> None:
+    """Refuses an adapter of others at a module that is never called: there it did nothing, and a weight patch would.
+
+    Raises:
+        CheckpointError: if there is one.
+    """
+    for site in sites:
+        if site.module.target_never_called:
+            raise CheckpointError(
+                f"{where}: the module around {site.path} reads its weight directly, so the adapter has no effect there in the "
+                "library that saved it; attach a new delta"
+            )
 
 
 def new_delta(backbone: nn.Module, methods: Sequence[Method], name: str | None, sites: list[Site]) -> Delta:

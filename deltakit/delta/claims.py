@@ -117,6 +117,19 @@ def refuse_in_rows(name: str, record: Record, what: str = "attach or detach") ->
         raise StateError(f"delta {name!r}: its backbone is in a rows() block; leave the block before {what}")
 
 
+def refuse_unloaded(record: Record) -> None:
+    """Refuses to use a delta that is in the backbone's weights for good.
+
+    Raises:
+        StateError: if it is.
+    """
+    if record.unloaded:
+        raise StateError(
+            f"delta {record.name!r} is in the backbone's weights for good (merge_and_unload), and would apply twice; save() "
+            "it, and load it onto a fresh backbone"
+        )
+
+
 def refuse_merged(record: Record, what: str) -> None:
     """Refuses to change a merged delta.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deltakit.core import Selector, attachments_of, checked, one_walk
 from deltakit.delta import merging, saving, swapping, tensors
 from deltakit.delta.changed_backbone import refuse_changed
-from deltakit.delta.claims import check_scalable, claim, refuse_in_rows, refuse_merged
+from deltakit.delta.claims import check_scalable, claim, refuse_in_rows, refuse_merged, refuse_unloaded
 from deltakit.delta.composition import refuse_beside_merged
 from deltakit.delta.contents import DeltaContents
 from deltakit.delta.freezing import freeze_backbone
@@ -50,6 +50,7 @@ class Delta(DeltaContents):
         if active != self.active:
             refuse_in_rows(self.name, self._record, "changing active")
             refuse_merged(self._record, "changing active")
+            refuse_unloaded(self._record)
             if active and self.attached and self._record.grad_ledger.merged:
                 refuse_beside_merged(self._attachment)
             switch(self._attachment, active=active)
@@ -117,11 +118,7 @@ class Delta(DeltaContents):
         """
         if self.attached or self._record.leaving:
             raise StateError(f"delta {self.name!r} is attached already; detach() it before attaching it again")
-        if self._record.unloaded:
-            raise StateError(
-                f"delta {self.name!r} is in the backbone's weights for good (merge_and_unload), and would apply twice; save() "
-                "it, and load it onto a fresh backbone"
-            )
+        refuse_unloaded(self._record)
         with one_walk(self.backbone):
             refuse_changed(self._attachment, "attaching")
             claim(self._attachment)
@@ -173,6 +170,7 @@ class Delta(DeltaContents):
             TargetError: if one of its methods cannot be merged, a weight is computed from others (weight norm), or a weight is
                 quantized and `quantize` is not given or does not fit.
         """
+        refuse_unloaded(self._record)
         merging.merge(self._attachment, quantize)
         return self
 
@@ -203,7 +201,7 @@ class Delta(DeltaContents):
             TargetError: as `merge` does.
         """
         if not self.merged:
-            merging.merge(self._attachment, quantize)
+            self.merge(quantize=quantize)
         refuse_in_rows(self.name, self._record)
         unload(self._attachment)
         return self.backbone

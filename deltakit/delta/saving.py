@@ -11,7 +11,7 @@ from deltakit.delta.claims import refuse_scaled
 from deltakit.delta.contents import DeltaContents
 from deltakit.delta.running_statistics import held_of
 from deltakit.delta.untrained import warn_untrained
-from deltakit.files import WRITERS, delta_config, model_card, write_folder
+from deltakit.files import WRITERS, delta_config, model_card, refuse_others, write_folder
 
 Format = Literal["deltakit", "peft"]
 
@@ -32,6 +32,7 @@ def save(delta: DeltaContents, folder: str | PathLike[str], format: Format) -> P
     tensors.refuse_not_finite(attachment, state)
     warn_untrained(attachment, state)
     if not sharded or is_first():
+        refuse_others(Path(folder), format)
         if format == "deltakit":
             config = delta_config(attachment, delta.num_parameters)
             write_folder(Path(folder), config, state, model_card(config))

@@ -3,6 +3,7 @@
 from deltakit.core import Attachment, buffer_at, notice_moved_buffers, one_walk
 from deltakit.delta.full_training import fully_trained_tensors
 from deltakit.delta.putting import take_all
+from deltakit.files import backbone_identity
 
 
 def unload(attachment: Attachment) -> None:
@@ -27,8 +28,9 @@ def _unload(attachment: Attachment) -> None:
         found = buffer_at(backbone, name)
         if found is not None:
             record.buffer_ledger.accept(name, found)
+    record.unloaded = record.unloaded or backbone_identity(backbone, record)
     # Not active first: while it is attached, it must not apply on top of what the weights have already.
-    record.unloaded, record.active = True, False
+    record.active = False
     record.backbone_values = {}
     record.set_merged({})
     with one_walk(backbone):

@@ -17,6 +17,11 @@ class Used:
         self.names = names
 
     def __enter__(self) -> "Used":
+        # Again, for an object that is kept and entered twice.
+        now = {delta: delta.active for delta in self._before if delta.attached}
+        if now != {delta: delta.name in self.names for delta in now}:
+            self._before = now
+            _set({delta: delta.name in self.names for delta in now})
         return self
 
     def __exit__(

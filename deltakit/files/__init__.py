@@ -5,7 +5,7 @@ from deltakit.files.card import model_card
 from deltakit.files.checkpoint import write_folder
 from deltakit.files.config import backbone_identity, delta_config, expanded, methods_of, room_for
 from deltakit.files.fingerprint import differences
-from deltakit.files.formats import WRITERS, read_saved
+from deltakit.files.formats import WRITERS, read_saved, refuse_others
 from deltakit.files.hub import find_folder, upload
 from deltakit.files.schema import from_file
 from deltakit.files.values import check_tensors, is_finite
@@ -23,6 +23,7 @@ __all__ = [
     "methods_of",
     "model_card",
     "read_saved",
+    "refuse_others",
     "room_for",
     "upload",
     "write_folder",

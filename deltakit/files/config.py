@@ -40,7 +40,7 @@ def delta_config(attachment: Attachment, num_parameters: int) -> dict[str, Any]:
         "backbone": {
             "id": hub_id(backbone),
             "commit": _commit(getattr(details, "_commit_hash", None)),
-            **backbone_identity(backbone, record),
+            **(record.unloaded or backbone_identity(backbone, record)),
         },
         "num_parameters": num_parameters,
     }

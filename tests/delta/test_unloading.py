@@ -1,5 +1,7 @@
 """`merge_and_unload`: a plain model with the delta in its weights."""
 
+import copy
+
 import pytest
 import torch
 import transformers as tf
@@ -51,6 +53,21 @@ def test_it_can_be_saved_before_and_after(tmp_path):
     before, after = (load_file(tmp_path / name / "delta_model.safetensors") for name in ("before", "after"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_is_saved_after_fits_the_bare_backbone(tmp_path):
+    torch.manual_seed(3)
+    model = Transformer().double().eval()
+    fresh = copy.deepcopy(model)
+    delta = randomize(dk.attach(model, dk.LoRA(r=2), train="@head"), 0.3)
+    expected = model(ids())
+    delta.merge_and_unload()
+    delta.save(tmp_path / "after")
+    dk.load(tmp_path / "after", fresh)
+    torch.testing.assert_close(fresh(ids()), expected)
+    for again in (delta.attach, delta.merge, delta.merge_and_unload, lambda: setattr(delta, "active", True)):
+        with pytest.raises(dk.StateError, match="in the backbone's weights for good"):
+            again()
 
 
 def test_what_transformers_saves_is_a_plain_model(tmp_path):

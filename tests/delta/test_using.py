@@ -48,6 +48,15 @@ def test_a_block_brings_the_earlier_choice_back(model):
     assert active(model) == ["topic"]
 
 
+def test_what_is_kept_can_be_entered_again(model):
+    topic = dk.use(model, "topic")
+    dk.use(model, "facts")
+    for _ in range(2):
+        with topic:
+            assert active(model) == ["topic"]
+        assert active(model) == ["facts"]
+
+
 def test_what_is_detached_in_a_block_is_left_alone(model):
     with dk.use(model, "facts"):
         dk.deltas(model)[0].detach()

@@ -43,7 +43,7 @@ def loads_as(name, expected, folder):
     return delta
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", QUERIES)
 def test_lora(name, tmp_path):
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=QUERIES[name])
     delta = loads_as(name, saved(name, config, tmp_path), tmp_path)
@@ -58,7 +58,7 @@ def test_from_the_hub(hub, tmp_path):
     close("llama", outputs("llama", model), expected)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", IA3)
 def test_ia3(name, tmp_path):
     targets, inputs = IA3[name]
     config = peft.IA3Config(target_modules=targets, feedforward_modules=inputs)
@@ -150,7 +150,11 @@ REFUSED = {
     "no tensors": (lambda f: (adapter(f) / "adapter_model.safetensors").unlink(), "neither adapter_model.safetensors nor adapter_model.bin; save or"),
     "damaged": (lambda f: (adapter(f) / "adapter_model.safetensors").write_bytes(b"x"), "is damaged or cut off"),
     "empty": (lambda f: with_tensors(adapter(f), dict.clear), "it has no tensor of a LORA adapter"),
-    "one factor": (lambda f: with_tensors(adapter(f), lambda t: t.pop(f"{Q}.lora_A.weight")), r"layers.0.self_attn.q_proj has one factor of LoRA without"),
+    "factors of one number": (lambda f: with_tensors(adapter(f), lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(3)})), r"q_proj has no two factors of LoRA"),
+    "a long pattern": (lambda f: adapter(f, alpha_pattern={"a" * 2000: 3.0}), r"alpha_pattern: a pattern is longer or repeats more than paths need"),
+    "a hungry pattern": (lambda f: adapter(f, alpha_pattern={"(a{60000}){60000}": 3.0}), r"a pattern is longer or repeats more"),
+    "a recursive pattern": (lambda f: adapter(f, alpha_pattern={"(?R)": 3.0}), r"a pattern is no regular expression \(unknown extension"),
+    "one factor": (lambda f: with_tensors(adapter(f), lambda t: t.pop(f"{Q}.lora_A.weight")), r"layers.0.self_attn.q_proj has no two factors of LoRA"),
     "unknown tensor": (lambda f: with_tensors(adapter(f), lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(32)})), "q_proj.lora_magnitude_vector is in no module"),
     "another module": (lambda f: with_tensors(adapter(f), lambda t: t.update({k.replace("layers.0", "layers.9"): t.pop(k) for k in list(t)})), r"1 of its 2 targets are not in this backbone, such as model.layers.9"),
     "another shape": (lambda f: with_tensors(adapter(f), lambda t: t.update({f"{Q}.lora_B.weight": torch.ones(31, 2)})), r"the file has \(31, 2\), the backbone needs \(32, 2\)"),
@@ -209,3 +213,100 @@ def test_folders_of_others(file, message, tmp_path):
     (tmp_path / file).write_text("")
     with pytest.raises(dk.CheckpointError, match=message):
         dk.load(tmp_path, MODELS["llama"]())
+
+
+def test_both_ends_of_a_tied_weight_in_full(tmp_path):
+    """PEFT trains two copies."""
+    saved("gpt2", peft.LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["wte", "lm_head"]), tmp_path)
+    with pytest.raises(dk.CheckpointError, match=r"trained in full, .* tied to .*; untie the two first"):
+        dk.load(tmp_path, MODELS["gpt2"]())
+
+
+def test_a_rank_above_the_size_of_the_layer(tmp_path):
+    config = peft.LoraConfig(r=9, lora_alpha=5, target_modules=["classifier", "query"])
+    delta = loads_as("bert", saved("bert", config, tmp_path), tmp_path)
+    assert {len(module.A) for module in delta.modules["classifier"]} == {2}
+
+
+def test_biases_inside_a_module_in_full(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["query"], bias="all", modules_to_save=["classifier", "pooler"])
+    loads_as("bert", saved("bert", config, tmp_path), tmp_path)
+
+
+def test_a_narrower_adapter_leaves_the_embedding_as_it_is(tmp_path):
+    """PEFT saves the embedding beside its LoRA, in the adapter's dtype."""
+    saved("llama", peft.LoraConfig(r=2, target_modules=["embed_tokens"]), tmp_path)
+    with_tensors(tmp_path, lambda t: t.update({key: value.bfloat16() for key, value in t.items()}))
+    assert dk.load(tmp_path, wide("llama")).fully_trained == []
+
+
+class Square(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.dup = torch.nn.Linear(5, 5), torch.nn.Linear(5, 5)
+
+    def forward(self, x):
+        return self.dup(torch.tanh(self.up(x)))
+
+
+def test_scales_of_inputs_and_outputs_are_told_by_their_shape(tmp_path):
+    """PEFT takes a name in `feedforward_modules` for the end of a path, also within a word."""
+    torch.manual_seed(0)
+    model, x = Square().double(), torch.randn(2, 5, dtype=torch.float64)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    adapted = peft.get_peft_model(model, peft.IA3Config(target_modules=["up", "dup"], feedforward_modules=["up"]))
+    with torch.no_grad():
+        for value in adapted.parameters():
+            if value.requires_grad:
+                value.uniform_(0.5, 2)
+    adapted.save_pretrained(tmp_path)
+    fresh = Square().double()
+    fresh.load_state_dict(state)
+    dk.load(tmp_path, fresh)
+    torch.testing.assert_close(fresh(x), adapted(x))
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd")
+@pytest.mark.parametrize("options", [{"padding_mode": "reflect", "padding": 1}, {"dilation": 2}, {"groups": 2}])
+def test_convolutions_of_other_kinds_are_refused(options, tmp_path):
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3, **options))
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"])).save_pretrained(tmp_path)
+    fresh = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3, **options))
+    with pytest.raises(dk.CheckpointError, match=r"0 is a .*convolution.*, where PEFT's LoRA computes something else"):
+        dk.load(tmp_path, fresh)
+
+
+def test_two_formats_in_one_folder(tmp_path):
+    adapter(tmp_path)
+    model = MODELS["llama"]()
+    delta = dk.load(tmp_path, model)
+    with pytest.raises(
+        dk.CheckpointError, match=r"a delta in the format 'peft' is here already, and would stay beside"
+    ):
+        delta.save(tmp_path)
+    delta.save(tmp_path / "ours")
+    with pytest.raises(dk.CheckpointError, match=r"a delta in the format 'deltakit' is here already"):
+        delta.save(tmp_path / "ours", format="peft")
+    (tmp_path / "ours" / "adapter_config.json").write_text("{}")
+    delta.detach()
+    with pytest.raises(dk.CheckpointError, match=r"deltas of two formats, deltakit and peft, which may differ"):
+        dk.load(tmp_path / "ours", model)
+
+
+def test_a_weight_that_is_read_directly(tmp_path):
+    """PEFT's layer is not called there."""
+
+    class Reads(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = torch.nn.Linear(5, 5)
+
+        def forward(self, x):
+            return torch.nn.functional.linear(x, self.proj.weight)
+
+    model = torch.nn.Sequential(Reads())
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["proj"])).save_pretrained(tmp_path)
+    with pytest.raises(
+        dk.CheckpointError, match=r"the module around 0.proj reads its weight directly, so the adapter has no"
+    ):
+        dk.load(tmp_path, torch.nn.Sequential(Reads()))

@@ -144,6 +144,7 @@ REFUSED = {
     "two methods": ("llama", (dk.LoRA(), dk.BitFit(at="norm")), (), "this delta is bitfit and lora"),
     "experts": ("mixtral", (dk.LoRA(r=2, at="@ff.down"),), (), "experts.down_proj is a parameter, and deltakit writes LoRA of modules"),
     "a tied weight": ("gpt2", (dk.LoRA(r=2, at="wte.weight"),), (), "transformer.wte.weight and lm_head.weight are one weight here"),
+    "a layer that PEFT does not know": ("llama", (dk.IA3(at="embed_tokens", side="output"),), (), "embed_tokens is a Embedding, for which PEFT has no ia3"),
     "a target in full": ("bert", (dk.LoRA(r=2, at="classifier"),), "classifier", "it trains classifier in full beside its lora"),
     "a slice": ("gpt2", (dk.IA3(at="c_attn[k]"),), (), r"c_attn\[k\] is a part of a module, and IA3"),
 }  # fmt: skip
@@ -156,6 +157,38 @@ def test_what_peft_cannot_express(case, tmp_path):
     with pytest.raises(dk.CheckpointError, match=f"delta 'delta' cannot be saved as an adapter of PEFT: .*{message}"):
         delta.save(tmp_path / "adapter", format="peft")
     assert not (tmp_path / "adapter").exists()
+
+
+def test_small_and_large_layers_are_read_again(tmp_path):
+    """All are padded to the largest rank, which is above the size of the classifier."""
+    model = wide("bert")
+    methods = dk.LoRA(r=8, at="query"), dk.LoRA(r=2, at="classifier")
+    randomize(dk.attach(model, *methods, train=()), 0.3).save(tmp_path, format="peft")
+    close("bert", opened("bert", tmp_path), outputs("bert", model))
+    again = wide("bert")
+    delta = dk.load(tmp_path, again)
+    close("bert", outputs("bert", again), outputs("bert", model))
+    assert {len(module.A) for modules in delta.modules.values() for module in modules} == {8, 2}
+
+
+@pytest.mark.filterwarnings("ignore:pre_classifier")
+def test_an_accidental_module(tmp_path):
+    """PEFT takes a name in `modules_to_save` for the end of a path, also within a word."""
+    delta = randomize(dk.attach(wide("distilbert"), dk.LoRA(r=2), train="^classifier"))
+    with pytest.raises(
+        dk.CheckpointError, match="it trains classifier, and PEFT would also take pre_classifier; train both"
+    ):
+        delta.save(tmp_path / "adapter", format="peft")
+
+
+def test_moved_statistics_have_no_place(tmp_path):
+    model = MODELS["resnet"]().train()
+    delta = randomize(dk.attach(model, dk.LoRA(r=2), train=()))
+    outputs("resnet", model).sum().backward()
+    with pytest.raises(
+        dk.CheckpointError, match=r"running statistics moved, such as .*, and PEFT has no place for them"
+    ):
+        delta.save(tmp_path / "adapter", format="peft")
 
 
 def test_an_unknown_format(tmp_path):

@@ -270,7 +270,7 @@ def outcome(name, argument, value, saved):
     else:
         given[argument] = value
     several = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_POSITIONAL), None)
-    if several in given:
+    if several in given and "backbone" in given:
         extra = [given.pop("backbone"), given.pop(several)]
     with warnings.catch_warnings(), contextlib.redirect_stdout(None):
         warnings.simplefilter("ignore")

@@ -20,6 +20,7 @@ def resnet():
 
 MODELS = {
     "bert": lambda: build("bert", tf.AutoModelForSequenceClassification),
+    "distilbert": lambda: build("distilbert", tf.AutoModelForSequenceClassification),
     "gpt2": lambda: build("gpt2", tf.AutoModelForCausalLM),
     "llama": lambda: build("llama", tf.AutoModelForCausalLM),
     "t5": lambda: build("t5", tf.AutoModelForSeq2SeqLM),

@@ -1,10 +1,10 @@
 """The formats of deltas: one file for each format of others. What is in a folder says which one reads it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
-from torch import Tensor
+from torch import nn
 
 from deltakit.errors import CheckpointError
 from deltakit.files.checkpoint import CARD_FILE, CONFIG_FILE, TENSORS_FILE, read_folder
@@ -23,11 +23,8 @@ class Format(Protocol):
         """Returns whether a folder has this format."""
 
     @staticmethod
-    def read(folder: Path, own: Mapping[str, Tensor]) -> Saved:
-        """Returns what a folder of this format holds.
-
-        Args:
-            own: the backbone's parameters and saved buffers, under all of their names.
+    def read(folder: Path, backbone: nn.Module) -> Saved:
+        """Returns what a folder of this format holds, for a backbone.
 
         Raises:
             CheckpointError: if a file is missing or damaged, or holds what deltakit does not have.
@@ -35,6 +32,7 @@ class Format(Protocol):
 
 
 FORMATS: tuple[Format, ...] = (peft,)  # type: ignore[assignment]
+_BY_NAME = {"peft": peft}
 WRITERS = {"peft": peft.write}
 """What writes the formats of others, by the name that `Delta.save(format=)` has for it."""
 FILES = (CONFIG_FILE, TENSORS_FILE, CARD_FILE, *(name for kind in FORMATS for name in kind.FILES))
@@ -53,20 +51,45 @@ _OTHERS = {
 }
 
 
-def read_saved(folder: Path, own: Mapping[str, Tensor]) -> Saved:
+def read_saved(folder: Path, backbone: nn.Module) -> Saved:
     """Returns the delta in a folder, of whichever format.
 
     Raises:
-        CheckpointError: as `Format.read`; and if the folder has no format that deltakit reads. The message says what is there.
+        CheckpointError: as `Format.read`; and if the folder has no format that deltakit reads, or several. The message says
+            what is there.
     """
-    if (folder / TENSORS_FILE).is_file() or (folder / CONFIG_FILE).is_file():
+    there = _formats_in(folder)
+    if len(there) > 1:
+        raise CheckpointError(
+            f"{folder}: here are deltas of two formats, {' and '.join(there)}, which may differ; keep the files of one of them"
+        )
+    if there == ["deltakit"]:
         config, tensors = read_folder(folder)
         train = Trained(config["train"]["selectors"], config["train"]["names"])
         return Saved(config["methods"], tensors, train, config["name"], config["backbone"]["fingerprint"])
     for kind in FORMATS:
         if kind.recognises(folder):
-            return kind.read(folder, own)
+            return kind.read(folder, backbone)
     raise CheckpointError(f"{folder}: {no_delta(sorted(entry.name for entry in folder.iterdir()))}")
+
+
+def refuse_others(folder: Path, format: str) -> None:
+    """Refuses to write into a folder that has a delta of another format: whoever reads it could get the old one.
+
+    Raises:
+        CheckpointError: if there is one.
+    """
+    others = [other for other in _formats_in(folder) if other != format]
+    if others:
+        raise CheckpointError(
+            f"{folder}: a delta in the format {others[0]!r} is here already, and would stay beside the new one; save to "
+            "another folder, or remove it first"
+        )
+
+
+def _formats_in(folder: Path) -> list[str]:
+    ours = (folder / TENSORS_FILE).is_file() or (folder / CONFIG_FILE).is_file()
+    return ["deltakit"] * ours + [name for name, kind in _BY_NAME.items() if kind.recognises(folder)]
 
 
 def holds_delta(folder: Path) -> bool:

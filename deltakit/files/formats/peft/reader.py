@@ -4,29 +4,33 @@ Their keys name every module in full, so the options that chose the modules (`ta
 `rank_pattern`) are not needed.
 """
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-import regex
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from deltakit.core import join
+from deltakit.core import is_quantized, join, module_at, tensors_of
 from deltakit.errors import CheckpointError
 from deltakit.files.checkpoint import read_tensors
 from deltakit.files.formats.peft.keys import CONFIG, IA3, LORA, LORA_OF_EMBEDDINGS, PICKLE, TENSORS
+from deltakit.files.formats.peft.layers import differs
+from deltakit.files.formats.peft.patterns import is_chosen, matching
 from deltakit.files.saved import Saved, Trained
 from deltakit.files.schema import MethodEntry, checked, read_json
 
 _PREFIX = re.compile(r"^base_model\.(model\.)?")
 # PEFT's wrappers around a module, and the copy that it keeps of a module in `modules_to_save`.
-_WRAPPER, _COPY = re.compile(r"\.(base_layer|modules_to_save)(?=\.)"), ".original_module."
+# Where a module in it has modules of its own, the adapter's name stands in between.
+_WRAPPERS = (
+    re.compile(r"\.(base_layer|modules_to_save)(?=\.)"),
+    re.compile(r"\.(base_layer|modules_to_save\.[^.]+)(?=\.)"),
+)
+_COPY = ".original_module."
 _LORA = LORA | LORA_OF_EMBEDDINGS
-
-_SECONDS = 2.0
-"""The longest that matching one pattern may take. Patterns that people write take microseconds."""
 
 _ABSENT = {
     "use_dora": "DoRA",
@@ -67,11 +71,8 @@ def recognises(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def read(folder: Path, own: Mapping[str, Tensor]) -> Saved:
-    """Returns the adapter in a folder.
-
-    Args:
-        own: the backbone's parameters and saved buffers, under all of their names.
+def read(folder: Path, backbone: nn.Module) -> Saved:
+    """Returns the adapter in a folder, for a backbone.
 
     Raises:
         CheckpointError: if a file is missing or damaged, or the adapter is of a kind that deltakit does not have.
@@ -88,10 +89,10 @@ def read(folder: Path, own: Mapping[str, Tensor]) -> Saved:
     parts = _parts(tensors, _LORA if kind == "LORA" else IA3)
     if not parts:
         raise CheckpointError(f"{folder}: it has no tensor of a {kind} adapter; save or download it again")
-    groups = _lora(parts, config, own, folder) if kind == "LORA" else _ia3(parts, config, folder)
+    groups = _lora(parts, config, backbone, folder) if kind == "LORA" else _ia3(parts, config, folder)
     methods, renamed = _numbered(groups)
     rest = {name: tensor for name, tensor in tensors.items() if not name.endswith((*_LORA, *IA3))}
-    full = _fully_trained(rest, own, folder)
+    full = _fully_trained(rest, dict(tensors_of(backbone)), folder)
     return Saved(methods, renamed | full, Trained(names=sorted(full)))
 
 
@@ -131,7 +132,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{folder / PICKLE} is damaged, or holds more than tensors: {type(error).__name__}; save it again as {TENSORS}"
         ) from error
-    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+    if not isinstance(found, dict) or not all(isinstance(t, Tensor) and not t.is_meta for t in found.values()):
         raise CheckpointError(f"{folder / PICKLE} holds more than tensors; save it again as {TENSORS}")
     return {str(name): tensor for name, tensor in found.items()}
 
@@ -145,33 +146,66 @@ def _parts(tensors: Mapping[str, Tensor], suffixes: Mapping[str, str]) -> _Parts
     return found
 
 
-def _lora(parts: _Parts, config: _Config, own: Mapping[str, Tensor], folder: Path) -> _Groups:
+def _lora(parts: _Parts, config: _Config, backbone: nn.Module, folder: Path) -> _Groups:
     groups: _Groups = {}
+    weights = [id(tensor) for _, tensor in tensors_of(backbone)]
     for path, pair in parts.items():
-        if pair.keys() != {"A", "B"}:
+        if pair.keys() != {"A", "B"} or any(tensor.ndim < 2 for tensor in pair.values()):
+            raise CheckpointError(f"{folder}: {path} has no two factors of LoRA; save or download it again")
+        module = module_at(backbone, path)
+        if differs(module):
             raise CheckpointError(
-                f"{folder}: {path} has one factor of LoRA without the other; save or download it again"
+                f"{folder}: {path} {differs(module)}, where PEFT's LoRA computes something else than deltakit's; "
+                "merge it by PEFT's merge_and_unload()"
             )
+        weight = module._parameters.get("weight") if module is not None else None
+        alpha = matching(config["alpha_pattern"] or {}, path, config["lora_alpha"], folder / CONFIG)
         # Of convolutions, A [r, in, *kernel] and B [out, r, 1, ...]; ours are matrices.
         a, b = (tensor.flatten(1) for tensor in (pair["A"], pair["B"]))
-        weight = own.get(join(path, "weight"))
+        full = a.shape[0]
+        a, b = _needed(a, b)
+        r, rslora = a.shape[0], config["use_rslora"]
         options = {
-            "r": a.shape[0],
-            "alpha": _matching(config["alpha_pattern"] or {}, path, config["lora_alpha"], folder / CONFIG),
-            "rslora": config["use_rslora"],
-            "dropout": config["lora_dropout"],
+            "r": r,
+            "alpha": alpha if r == full else alpha * (math.sqrt(r / full) if rslora else r / full),
+            "rslora": rslora,
+            # PEFT drops no inputs of embeddings: they are ids.
+            "dropout": 0.0 if isinstance(module, nn.Embedding) else config["lora_dropout"],
             # PEFT adapts the module alone, also if its weight is tied.
-            "untie": sum(weight is other for other in own.values()) > 1 if weight is not None else False,
+            "untie": weights.count(id(weight)) > 1,
         }
         groups.setdefault(tuple(options.items()), {})[path] = {"A": a, "B": b}
     return groups
 
 
+def _needed(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns factors with the same product, of a rank that is at most the smaller side of the weight.
+
+    Rows of zeros that were padded are left out. PEFT also allows more rows than the product has.
+    """
+    if a.shape[0] != b.shape[1] or a.is_meta:
+        return a, b
+    used = a.any(1) | b.any(0)
+    if not used.all():
+        used[0] |= not used.any()
+        a, b = a[used], b[:, used]
+    if a.shape[0] <= min(a.shape[1], b.shape[0]):
+        return a, b
+    product = (b.double() @ a.double()).to(a.dtype)
+    if a.shape[1] <= b.shape[0]:
+        return torch.eye(a.shape[1], dtype=a.dtype), product
+    return product, torch.eye(b.shape[0], dtype=b.dtype)
+
+
 def _ia3(parts: _Parts, config: _Config, folder: Path) -> _Groups:
     groups: _Groups = {}
     for path, part in parts.items():
-        side = "input" if _is_chosen(config["feedforward_modules"] or [], path, folder / CONFIG) else "output"
-        groups.setdefault((("side", side),), {})[path] = {"scale": part["scale"].flatten()}
+        scale = part["scale"]
+        # Scales of a linear layer's input are a row, and those of its output a column; a convolution's shape does not tell.
+        before = scale.shape[0] == 1 if scale.ndim == 2 and 1 in scale.shape and scale.numel() > 1 else None
+        if before is None:
+            before = is_chosen(config["feedforward_modules"] or [], path, folder / CONFIG)
+        groups.setdefault((("side", "input" if before else "output"),), {})[path] = {"scale": scale.flatten()}
     return groups
 
 
@@ -187,47 +221,32 @@ def _numbered(groups: _Groups) -> tuple[list[MethodEntry], dict[str, Tensor]]:
     return methods, tensors
 
 
-def _matching(patterns: Mapping[str, float], path: str, default: float, where: Path) -> float:
-    """Returns the value of the first pattern that matches the end of a path, as PEFT matches them."""
-    found = (value for key, value in patterns.items() if _matches(rf"(.*\.)?({key})$", path, where / "alpha_pattern"))
-    return next(found, default)
-
-
-def _is_chosen(modules: str | Sequence[str], path: str, where: Path) -> bool:
-    """Returns whether PEFT's options choose a module: a text is a regular expression, a list has ends of paths."""
-    if isinstance(modules, str):
-        return _matches(f"({modules})$", path, where / "feedforward_modules")
-    return any(path == name or path.endswith(f".{name}") for name in modules)
-
-
-def _matches(pattern: str, path: str, where: Path) -> bool:
-    # Python's own `re` cannot be stopped, and a pattern in somebody else's file may take years: (a+)+$.
-    try:
-        return regex.match(pattern, path, timeout=_SECONDS) is not None
-    except (regex.error, TimeoutError) as error:
-        why = f"is no regular expression ({error})" if isinstance(error, regex.error) else "takes too long to match"
-        raise CheckpointError(f"{where}: a pattern {why}; save or download it again") from error
-
-
 def _fully_trained(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """Returns the tensors that replace the backbone's: modules in `modules_to_save`, and biases."""
     found: dict[str, Tensor] = {}
     for full, tensor in tensors.items():
-        name = _WRAPPER.sub("", full)
-        held = own.get(name)
-        if held is None and _COPY not in full:
+        name = next((name for name in (pattern.sub("", full) for pattern in _WRAPPERS) if name in own), None)
+        if name is None and _COPY not in full:
             raise CheckpointError(
                 f"{folder}: {full} is in no module of this backbone, and no part of LoRA or IA3 that deltakit has; load the "
                 "backbone that the adapter was trained on"
             )
-        # PEFT saves an embedding that LoRA adapts whole, because it may have been resized.
-        if held is not None and not (".base_layer." in full and torch.equal(held.cpu(), tensor.to(held.dtype))):
+        if name is not None and not (".base_layer." in full and _is_copy(tensor, own[name])):
             found[name] = tensor
-    for name in found:
-        tied = [other for other, tensor in own.items() if tensor is own[name] and other not in found]
-        if tied:
+    for name, tensor in found.items():
+        tied = [other for other, held in own.items() if held is own[name] and other != name]
+        apart = next((other for other in tied if other not in found or not torch.equal(found[other], tensor)), None)
+        if apart is not None:
             raise CheckpointError(
-                f"{folder}: it has {name} trained in full, and in this backbone that is tied to {tied[0]}, which would "
-                "change, too; untie the two first"
+                f"{folder}: it has {name} trained in full, and in this backbone that is tied to {apart}, which would change, "
+                "too; untie the two first"
             )
     return found
+
+
+def _is_copy(tensor: Tensor, held: Tensor) -> bool:
+    """Returns whether a tensor is the backbone's own. PEFT saves an embedding that LoRA adapts, as it may be resized."""
+    if is_quantized(held) or held.is_meta:
+        # Its values cannot be compared, and nobody trains them.
+        return True
+    return torch.equal(held.detach().cpu().to(tensor.dtype), tensor)

@@ -2,7 +2,7 @@
 
 `PeftModel.from_pretrained`, transformers' `load_adapter` and servers open it. An adapter of PEFT has one rank and one alpha
 where nothing else is said, and some servers read nothing else. So LoRAs that differ are padded with zeros to the largest rank,
-and their scales are multiplied into B, which changes no output.
+and their scales are multiplied into B, which changes no output; of different dropouts the largest is written.
 """
 
 import json
@@ -29,6 +29,7 @@ from deltakit.core import (
 from deltakit.errors import CheckpointError
 from deltakit.files.checkpoint import plain_tensors, write_files, write_tensors
 from deltakit.files.formats.peft.keys import CONFIG, IA3, LORA, LORA_OF_EMBEDDINGS, PREFIX, TENSORS
+from deltakit.files.formats.peft.layers import adapts, differs
 from deltakit.files.repository import hub_id
 
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
@@ -99,7 +100,8 @@ def _lora(attachment: Attachment, tensors: Mapping[str, Tensor]) -> tuple[dict[s
     by_path: dict[str, list[_Factors]] = {}
     targets: dict[str, nn.Module] = {}
     for site in attachment.sites:
-        _refuse(attachment, site)
+        _refuse_parameters(attachment, site)
+        _refuse(attachment, site, "lora")
         a, b = (tensors[attachment.named(site, name)] for name in "AB")
         part = getattr(site.module, "feature_slice", None)
         b = part.spread(b.mT).mT if part is not None else b
@@ -116,7 +118,12 @@ def _lora(attachment: Attachment, tensors: Mapping[str, Tensor]) -> tuple[dict[s
     found: dict[str, Tensor] = {}
     for path, (one,) in by_path.items():
         found |= _named(path, targets[path], one.a, one.b)
-    return {**options, "lora_dropout": method.dropout, "bias": "none", **_targets(attachment, targets)}, found
+    return {
+        **options,
+        "lora_dropout": max(one.method.dropout for one in every),
+        "bias": "none",
+        **_targets(attachment, targets),
+    }, found
 
 
 def _sum(factors: Sequence[_Factors], r: int) -> tuple[Tensor, Tensor]:
@@ -134,15 +141,27 @@ def _named(path: str, target: nn.Module, a: Tensor, b: Tensor) -> dict[str, Tens
     return {f"{path}{suffix}": {"A": a, "B": b}[ours] for suffix, ours in names.items()}
 
 
-def _refuse(attachment: Attachment, site: Site) -> None:
+def _refuse(attachment: Attachment, site: Site, kind: str) -> None:
+    if site.module.target_never_called:
+        raise _impossible(
+            attachment, f"the module around {site.path} reads its weight directly, where PEFT has no effect"
+        )
+    if not adapts(site.target, kind):
+        raise _impossible(attachment, f"{site.path} is a {type(site.target).__name__}, for which PEFT has no {kind}")
+    if kind == "ia3" and site.module.part:
+        raise _impossible(attachment, f"{site.path} is a part of a module, and IA3 of PEFT scales all of it")
+    if kind == "lora" and differs(site.target):
+        raise _impossible(attachment, f"{site.path} {differs(site.target)}, where PEFT's LoRA computes something else")
+
+
+def _refuse_parameters(attachment: Attachment, site: Site) -> None:
     parameter = split_slice(site.module.part)[0] if not site.module.part.startswith("[") else ""
-    if parameter not in ("", "weight") or not isinstance(weight := site.target._parameters.get("weight"), Tensor):
+    weight = site.target._parameters.get("weight")
+    if parameter not in ("", "weight") or weight is None:
         raise _impossible(attachment, f"{site.path} is a parameter, and deltakit writes LoRA of modules alone")
     tied = [name for name, tensor in tensors_of(attachment.backbone) if tensor is weight]
     if parameter and len(tied) > 1:
         raise _impossible(attachment, f"{tied[0]} and {tied[1]} are one weight here, and two in PEFT")
-    if getattr(site.target, "groups", 1) != 1:
-        raise _impossible(attachment, f"{site.path} is a grouped convolution")
 
 
 def _ia3(attachment: Attachment, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -150,8 +169,7 @@ def _ia3(attachment: Attachment, tensors: Mapping[str, Tensor]) -> tuple[dict[st
     inputs, targets = [], {}
     ((suffix, name),) = IA3.items()
     for site in attachment.sites:
-        if site.module.part:
-            raise _impossible(attachment, f"{site.path} is a part of a module, and IA3 of PEFT scales all of it")
+        _refuse(attachment, site, "ia3")
         scale, before = tensors[attachment.named(site, name)], type(site.module).acts_before()
         inputs += [site.path] if before else []
         targets[site.path] = site.target
@@ -160,7 +178,10 @@ def _ia3(attachment: Attachment, tensors: Mapping[str, Tensor]) -> tuple[dict[st
         else:
             shape = (1, -1) if before else (-1, 1)
         found[f"{site.path}{suffix}"] = scale.reshape(shape)
-    return {**_targets(attachment, targets), "feedforward_modules": inputs}, found
+    # PEFT takes each name for the end of a path, here also within a word.
+    others = any(path not in inputs and path.endswith(name) for path in targets for name in inputs)
+    names: Any = "|".join(map(re.escape, inputs)) if others else inputs
+    return {**_targets(attachment, targets), "feedforward_modules": names}, found
 
 
 def _targets(attachment: Attachment, targets: Mapping[str, nn.Module]) -> dict[str, Any]:
@@ -178,13 +199,22 @@ def _fully_trained(attachment: Attachment, names: Sequence[str]) -> tuple[list[s
     """
     modules = dict(own_modules(attachment.backbone))
     whole, biases = [], []
-    for owner in dict.fromkeys(map(parent_of, names)):
+    owners = dict.fromkeys(map(parent_of, names))
+    for owner in owners:
         mine = [name for name in names if parent_of(name) == owner]
         missing = [name for name, _ in tensors_in(owner, modules[owner]) if name not in mine]
         if not missing:
             whole.append(owner)
+            other = next((path for path in modules if path.endswith(owner) and path not in owners), None)
+            if other is not None:
+                raise _impossible(attachment, f"it trains {owner}, and PEFT would also take {other}; train both")
         elif [name_of(name) for name in mine] == ["bias"]:
             biases += mine
+        elif attachment.record.moved.issuperset(mine):
+            raise _impossible(
+                attachment,
+                f"running statistics moved, such as {mine[0]}, and PEFT has no place for them",
+            )
         else:
             raise _impossible(
                 attachment, f"it trains {mine[0]} without {missing[0]}, and PEFT trains whole modules or biases"
