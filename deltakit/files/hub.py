@@ -6,8 +6,10 @@ them before the user's code can set them.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from deltakit.errors import CheckpointError, HubError, OptionError
 from deltakit.files.formats import FILES, holds_delta, no_delta
@@ -97,8 +99,8 @@ def _explained(repo_id: str, revision: str | None, verb: str, *, missing_folder:
     `missing_folder` starts the messages of the errors after which a local folder may be what the user meant.
     """
     from huggingface_hub import errors
-    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
+    httpx = _httpx()
     no_network = (httpx.TransportError, ConnectionError, TimeoutError)
     try:
         yield
@@ -124,6 +126,14 @@ def _explained(repo_id: str, revision: str | None, verb: str, *, missing_folder:
         raise HubError(
             f"{repo_id}: {missing_folder}the Hub cannot be reached{cached}: check the network, or unset HF_HUB_OFFLINE"
         ) from error
+
+
+def _httpx() -> Any:
+    """Returns the network library of the installed huggingface_hub."""
+    from huggingface_hub import utils
+
+    # From some release on it is a copy of its own under this name, and before that the package httpx.
+    return utils.httpx if hasattr(utils, "httpx") else import_module("httpx")
 
 
 def _refusal(error: Exception, verb: str) -> str:
