@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import deltakit as dk
 from deltakit.core import METHODS, checked
 from deltakit.core.annotations import Unfit, reader
+from deltakit.core.argument_words import expected
 from support.kind_methods import AffineDelta
 from support.models import Transformer
 
@@ -171,6 +172,11 @@ def test_what_setters_say(name, value, message):
     with pytest.raises(dk.OptionError) as caught:
         setattr(delta, name, value)
     assert str(caught.value) == message
+
+
+def test_what_is_expected_in_words():
+    assert expected(Sequence[int | None]) == "a list of whole numbers or None"
+    assert expected(int | None) == "a whole number or None"
 
 
 def test_what_is_said_without_a_name_and_of_a_default_that_is_long():

@@ -314,3 +314,12 @@ def test_packing_loses_no_more_than_its_steps():
         step = packed.scales.max()
         assert packed.qweight.dtype is torch.int32
         assert (packed(x) - linear(x)).abs().max() <= step / 2 * x.abs().sum(-1).max() * 1.01
+
+
+def test_three_of_the_tensors_that_differ_are_named():
+    """Of eight quantized weights, with two values each."""
+    one = {f"layers.{n}.weight": [1.0, -1.0] for n in range(8)}
+    common = {"class": "Net", "structure": "s", "parameters": 8, "values": {}}
+    other = {name: [-first, -second] for name, (first, second) in one.items()}
+    (found,) = differences({**common, "rounded": one}, {**common, "rounded": other})
+    assert found.endswith("in 8 tensors compared, such as layers.0.weight, layers.1.weight, layers.2.weight")
