@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from deltakit.core import DeltaModule, Method, Target, wants_start_values
@@ -46,7 +46,7 @@ class AdapterDelta(OutputMap):
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
 
-    def forward(self, x: Tensor, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+    def forward(self, x: Shaped[Tensor, "*input"], y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         return y + self.up(ACTIVATIONS[self.activation](self.down(y)))
 
     def summary(self) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from deltakit.core import BareLayer, DeltaModule, FeatureSlice, Method, Target, WeightView, wide
@@ -37,7 +37,7 @@ class BitFitDelta(OutputMap):
         super().__init__(target)
         self.bias = nn.Parameter(torch.zeros(self.size, **like(target)))
 
-    def forward(self, x: Tensor, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+    def forward(self, x: Shaped[Tensor, "*input"], y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         return y + self.bias
 
     def linear_update(self, layer: BareLayer) -> tuple[None, Float[Tensor, " d"]]:

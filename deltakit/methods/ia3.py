@@ -7,7 +7,7 @@ The third scale multiplies the input of the feed-forward output projection, afte
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from deltakit.core import BareLayer, DeltaModule, Method, Target
@@ -22,7 +22,7 @@ class IA3Delta(OutputMap):
         super().__init__(target)
         self.scale = nn.Parameter(torch.ones(self.size, **like(target)))
 
-    def forward(self, x: Tensor, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+    def forward(self, x: Shaped[Tensor, "*input"], y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         return y * self.scale
 
     def linear_update(self, layer: BareLayer) -> tuple[Tensor, Tensor | None]:

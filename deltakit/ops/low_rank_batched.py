@@ -137,7 +137,11 @@ def _add_masked(x: Tensor, y: Tensor, factors: Masked, examples: int, *, in_plac
     return (flat.addmm_(h, factors.high) if in_place else torch.addmm(flat, h, factors.high)).view(y.shape)
 
 
-def masked_factors(factors: Sequence[tuple[Tensor, Tensor]], places: Sequence[int], x: Tensor) -> Masked | None:
+def masked_factors(
+    factors: Sequence[tuple[Float[Tensor, "_ d_in"], Float[Tensor, "d_out _"]]],
+    places: Sequence[int],
+    x: Float[Tensor, "*batch d_in"],
+) -> Masked | None:
     """Returns the factors of all deltas side by side; None if one of them is not finite.
 
     Args:
@@ -154,7 +158,11 @@ def masked_factors(factors: Sequence[tuple[Tensor, Tensor]], places: Sequence[in
     return Masked(low, high, torch.tensor(places, device=x.device)[:, None] == owner)
 
 
-def gathered_factors(factors: Sequence[tuple[Tensor, Tensor]], places: Sequence[int], x: Tensor) -> Gathered:
+def gathered_factors(
+    factors: Sequence[tuple[Float[Tensor, "_ d_in"], Float[Tensor, "d_out _"]]],
+    places: Sequence[int],
+    x: Float[Tensor, "*batch d_in"],
+) -> Gathered:
     """Returns the factors of each example's delta, stacked.
 
     Args:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from deltakit.core import BareLayer, Target, checked, hidden_input, linear_sizes, replace_input, weight_view
@@ -40,7 +40,7 @@ class InputMap(LayerMap):
         """Returns the target's new input for the input x."""
         raise NotImplementedError(f"{type(self).__name__} does not override into(x)")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Shaped[Tensor, "*input"]) -> Shaped[Tensor, "*input"]:
         # `__call__` comes here. Calling `into` directly would skip the module's hooks, by which FSDP2 and accelerate load
         # its parameters.
         return self.into(x)

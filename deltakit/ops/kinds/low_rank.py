@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from deltakit.core import (
@@ -126,7 +126,13 @@ class LowRank(OutputMap):
         batch.first.pop(target, None)
         return super().after_call_mixed(target, args, kwargs, output, batch)
 
-    def forward(self, x: Tensor, y: Tensor, layer: nn.Module | None = None, alone: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Shaped[Tensor, "*input"],
+        y: Float[Tensor, "*output"],
+        layer: nn.Module | None = None,
+        alone: bool = False,
+    ) -> Float[Tensor, "*output"]:
         """Returns y with the product added.
 
         Args:

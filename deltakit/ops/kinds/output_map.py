@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from deltakit.core import (
@@ -42,7 +42,7 @@ class OutputMap(LayerMap):
         self.axis = feature_axis(target.module)
         self.width = self.feature_slice.total if self.feature_slice is not None else self.size
 
-    def forward(self, x: Tensor, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+    def forward(self, x: Shaped[Tensor, "*input"], y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         """Returns the target's new output for the input x and the output y."""
         raise NotImplementedError(f"{type(self).__name__} does not override forward(x, y)")
 

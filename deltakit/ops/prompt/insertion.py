@@ -160,7 +160,7 @@ def _check_hidden(module: nn.Module, wanted: Insertion, layout: Layout) -> None:
         )
 
 
-def grown_mask(module: nn.Module, mask: Tensor, layout: Layout) -> Tensor:
+def grown_mask(module: nn.Module, mask: Shaped[Tensor, "..."], layout: Layout) -> Shaped[Tensor, "examples total"]:
     """Returns the mask with ones for the prompts and zeros for their padding.
 
     Raises:

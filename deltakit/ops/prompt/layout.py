@@ -43,7 +43,7 @@ class Layout(NamedTuple):
         columns = [text.expand(rows, -1), prompt.to(text.dtype).expand(rows, -1), text.new_full((rows, 1), padding)]
         return torch.cat(columns, 1).gather(1, take.expand(rows, -1))
 
-    def without(self, x: Tensor, length: int) -> Tensor:
+    def without(self, x: Shaped[Tensor, "..."], length: int) -> Shaped[Tensor, "..."]:
         """Returns hidden states or attention weights of the text's tokens only.
 
         Args:
