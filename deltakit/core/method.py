@@ -229,3 +229,13 @@ class Method(metaclass=MethodType):
                 f"method {name!r} has no option {', '.join(unknown)}: a newer deltakit wrote this; upgrade deltakit"
             )
         return kind(**options)
+
+
+def label_among(names: Sequence[str], index: int) -> str:
+    """Returns the name of one of several methods, numbered from the second one of the same name on.
+
+    >>> label_among(["lora", "adapter", "lora"], 2)
+    'lora_2'
+    """
+    earlier = names[:index].count(names[index])
+    return f"{names[index]}_{earlier + 1}" if earlier else names[index]

@@ -26,6 +26,7 @@ from deltakit.delta.rebuilding import check_paths, has_its_tensors, rebuilt
 from deltakit.delta.untrained import start_of
 from deltakit.errors import BackboneMismatch, CheckpointError, OptionError, warn
 from deltakit.files import (
+    Access,
     backbone_identity,
     differences,
     expanded,
@@ -91,6 +92,8 @@ def load(
     check: Literal["error", "warn"] = "error",
     revision: str | None = None,
     token: str | bool | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+    local_files_only: bool = False,
 ) -> Delta:
     """Loads a delta from a folder or a Hub repository, attaches it to the backbone, and returns it.
 
@@ -108,6 +111,8 @@ def load(
         check: "error" or "warn" if the backbone is not the one that the delta was trained on. Adapters of PEFT do not say.
         revision: a branch, tag or commit of the repository.
         token: the Hub's access token; by default the one of `hf auth login`.
+        cache_dir: where downloads are kept; by default the Hub's own cache.
+        local_files_only: whether to read the cache alone, without asking the Hub.
 
     Raises:
         CheckpointError: if there is no delta, it is damaged, its methods cannot be built on this backbone, or its tensors do
@@ -121,7 +126,7 @@ def load(
     """
     backbone = original(backbone)
     index = BackboneIndex(backbone)
-    folder = find_folder(source, revision=revision, token=token)
+    folder = find_folder(source, Access(revision, token, cache_dir, local_files_only))
     own = dict(tensors_of(backbone))
     saved = read_saved(folder, backbone)
     where = str(source)

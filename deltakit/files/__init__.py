@@ -1,17 +1,17 @@
 """Bytes in and out: a delta's folder, its config and model card, the fingerprint of its backbone, the formats of others, and
 the Hub."""
 
-from deltakit.files.card import model_card
-from deltakit.files.checkpoint import write_folder
 from deltakit.files.config import backbone_identity, delta_config, expanded, methods_of, room_for
 from deltakit.files.fingerprint import differences
-from deltakit.files.formats import WRITERS, read_saved, refuse_others
-from deltakit.files.hub import find_folder, upload
+from deltakit.files.formats import WRITERS, Written, read_saved, refuse_others
+from deltakit.files.hub import Access, find_folder, upload
 from deltakit.files.schema import from_file
 from deltakit.files.values import check_tensors, is_finite
 
 __all__ = [
     "WRITERS",
+    "Access",
+    "Written",
     "backbone_identity",
     "check_tensors",
     "delta_config",
@@ -21,10 +21,8 @@ __all__ = [
     "from_file",
     "is_finite",
     "methods_of",
-    "model_card",
     "read_saved",
     "refuse_others",
     "room_for",
     "upload",
-    "write_folder",
 ]
