@@ -279,6 +279,29 @@ def test_a_name_of_two_modules(tmp_path):
         dk.load(write(tmp_path / "a.safetensors", tensors), Layers(build))
 
 
+def test_a_tied_weight_in_full(tmp_path):
+    model = text()
+    model.encoder.layers._modules["1"].mlp.other = nn.Linear(6, 11).double()
+    model.encoder.layers._modules["1"].mlp.other.weight = model.encoder.layers._modules["1"].mlp.fc1.weight
+    file = write(tmp_path / "a.safetensors", {"lycoris_encoder_layers_1_mlp_fc1.diff": torch.ones(11, 6)})
+    with pytest.raises(dk.CheckpointError, match=r"fc1.weight trained in full, and in this backbone that is tied to"):
+        dk.load(file, model)
+
+
+def test_one_module_twice(tmp_path):
+    pairs = only(factors(text()), "fc1")
+    file = write(
+        tmp_path / "a.safetensors", dotted(pairs) | dotted({f"text_model.{path}": pair for path, pair in pairs.items()})
+    )
+    with pytest.raises(
+        dk.CheckpointError, match=r"text_model.* and .* are both encoder.layers.1.mlp.fc1 of this backbone"
+    ):
+        dk.load(file, text())
+    tensors = dotted(pairs) | dotted(pairs, down=".lora_down.weight", up=".lora_up.weight")
+    with pytest.raises(dk.CheckpointError, match=r"encoder.layers.1.mlp.fc1.lora_.*.weight in two spellings"):
+        dk.load(write(tmp_path / "a.safetensors", tensors), text())
+
+
 def test_layers_where_the_formula_is_another(tmp_path):
     build = {"conv": lambda: nn.Conv2d(4, 6, 3, dilation=2)}
     tensors = dotted(factors(Layers(build)))
