@@ -12,7 +12,22 @@ delta 'delta' on Sequential: attached, active, trainable
 
 from deltakit import methods as methods
 from deltakit.core import METHODS, DeltaModule, Method, Target
-from deltakit.delta import Combination, Delta, Plan, attach, base_state_dict, combine, deltas, load, plan, rows, use
+from deltakit.delta import (
+    Combination,
+    Delta,
+    Plan,
+    SavedDelta,
+    SavedMethod,
+    attach,
+    base_state_dict,
+    combine,
+    deltas,
+    inspect,
+    load,
+    plan,
+    rows,
+    use,
+)
 from deltakit.errors import (
     BackboneMismatch,
     CheckpointError,
@@ -75,6 +90,8 @@ __all__ = [
     "PrefixModel",
     "RoleError",
     "RoleTable",
+    "SavedDelta",
+    "SavedMethod",
     "SelectorError",
     "SoftPrompt",
     "SoftPromptModel",
@@ -89,6 +106,7 @@ __all__ = [
     "base_state_dict",
     "combine",
     "deltas",
+    "inspect",
     "load",
     "plan",
     "roles",

@@ -26,9 +26,12 @@ ACCEPTED = {
     **dict.fromkeys(["attach.freeze", "load.freeze", "load.attach", "Delta.active.value", "Delta.trainable.value"], SWITCH),
     # No selectors: nothing is fully trained, and nothing is excluded.
     **dict.fromkeys(["attach.train", "plan.train", "Delta.freeze.train"], NOTHING | NO_SELECTORS),
-    "load.revision": NOTHING,
+    **dict.fromkeys(["load.revision", "inspect.revision"], NOTHING),
+    # Not needed for a folder.
+    **dict.fromkeys(["load.cache_dir", "inspect.cache_dir"], NOTHING | TEXT | {"path"}),
+    **dict.fromkeys(["load.local_files_only", "inspect.local_files_only"], SWITCH),
     # Scripts pass their token for folders, too, where it is not needed.
-    **dict.fromkeys(["load.token", "AutoDeltaModel.from_finetuned.token"], NOTHING | TEXT | SWITCH),
+    **dict.fromkeys(["load.token", "inspect.token", "AutoDeltaModel.from_finetuned.token"], NOTHING | TEXT | SWITCH),
     "AutoDeltaModel.from_finetuned.revision": NOTHING,
     # A single layer is a model.
     **dict.fromkeys(["show.backbone", "roles.backbone", "deltas.backbone", "base_state_dict.backbone"], MODEL),
@@ -94,6 +97,7 @@ UNCHECKED = {
     # Python's own containers and what only deltakit makes.
     "METHODS": "a dict",
     "Combination": "a named tuple",
+    **dict.fromkeys(["SavedDelta", "SavedMethod"], "what inspect returns"),
     "Plan": "the result of plan",
     "RoleTable": "the result of roles",
     "DeltaModel": "not in deltakit itself",

@@ -162,6 +162,7 @@ CALLS = {
     "attach": Call(lambda s: dk.attach, lambda s: {"backbone": s.bare, "methods": dk.LoRA(r=2)}),
     "plan": Call(lambda s: dk.plan, lambda s: {"backbone": s.bare, "methods": dk.LoRA(r=2)}),
     "load": Call(lambda s: dk.load, lambda s: {"source": s.saved, "backbone": s.bare}),
+    "inspect": Call(lambda s: dk.inspect, lambda s: {"source": s.saved}),
     "show": Call(lambda s: dk.show, lambda s: {"backbone": s.model}, lambda s, view: str(view)),
     "roles": Call(lambda s: dk.roles, lambda s: {"backbone": s.model}),
     "select": Call(lambda s: dk.select, lambda s: {"backbone": s.model, "at": "q_proj"}),
