@@ -146,7 +146,7 @@ class ParallelAdapter(BottleneckMethod, name="parallel_adapter"):
     def targets(self, index: BackboneView, selected: Sequence[Target] | None) -> Sequence[Target]:
         chosen = list(selected or ())
         if self.at is None:
-            chosen = [_before_norm(index, target) for target in chosen]
+            chosen = [_last_layer(index, target) for target in chosen]
         sources = self._sources(index, chosen)
         for target in chosen:
             if target.path in sources.values():
@@ -232,10 +232,13 @@ def _first_layer(index: BackboneView, down: Target) -> str:
     )
 
 
-def _before_norm(index: BackboneView, target: Target) -> Target:
-    """Returns the last layer of a feed-forward module that has its norm inside (XLNet), and any other target itself."""
+def _last_layer(index: BackboneView, target: Target) -> Target:
+    """Returns the last layer of a feed-forward module that an adapter cannot be on, and any other target itself.
+
+    XLNet's has the residual and the norm inside, ahead of which the paper adds. CTRL's is an nn.Sequential.
+    """
     below = f"{target.path}."
-    if any(path.startswith(below) for path in index.role("norm")):
+    if isinstance(target.module, nn.Sequential) or any(path.startswith(below) for path in index.role("norm")):
         downs = [path for path in index.role("ff.down") if path.startswith(below)]
         if len(downs) == 1:
             return index.target(downs[0])

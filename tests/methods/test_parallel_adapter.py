@@ -94,11 +94,21 @@ def test_default_positions_where_it_is_a_module(name, path):
     assert list(dk.attach(build(name), dk.ParallelAdapter(size=3)).modules) == [path.format(i) for i in (0, 1)]
 
 
-def test_a_feed_forward_module_with_its_norm_inside():
-    """XLNet's: the paper adds before the norm."""
-    config = tf.XLNetConfig(vocab_size=97, d_model=24, n_layer=2, n_head=4, d_inner=52)
-    delta = dk.attach(tf.XLNetModel(config), dk.ParallelAdapter(size=3))
-    assert set(delta.modules) == {f"layer.{i}.ff.layer_{j}" for i in (0, 1) for j in (1, 2)}
+@pytest.mark.parametrize(
+    ("make", "path"),
+    [
+        # Its residual and its norm are inside, and the paper adds before the norm.
+        (lambda: tf.XLNetModel(tf.XLNetConfig(vocab_size=97, d_model=24, n_layer=2, n_head=4, d_inner=52)), "layer.{}.ff.layer_{}"),
+        # It is an nn.Sequential, which would call the delta module as one of its own.
+        (lambda: tf.CTRLModel(tf.CTRLConfig(vocab_size=97, n_embd=24, n_layer=2, n_head=4, dff=52)), "h.{}.ffn.{}"),
+    ],
+)  # fmt: skip
+def test_feed_forward_modules_that_an_adapter_cannot_be_on(make, path):
+    model = make().eval()
+    delta = attached(model, dk.ParallelAdapter(size=3))
+    ends = (1, 2) if "layer_" in path else (0, 2)
+    assert set(delta.modules) == {path.format(i, j) for i in (0, 1) for j in ends}
+    model(torch.randint(3, 97, (2, 7)))
 
 
 @pytest.fixture
