@@ -1,9 +1,12 @@
 """The handle of a delta and its verbs: attach, load, plan, merge, combine, swap, and mixed batches."""
 
-from deltakit.delta.attaching import attach, load
+from deltakit.delta.attaching import attach
 from deltakit.delta.combining import Combination, combine
+from deltakit.delta.converting import convert
 from deltakit.delta.freezing import freeze_backbone
 from deltakit.delta.handle import Delta, deltas
+from deltakit.delta.inspecting import SavedDelta, SavedMethod, inspect
+from deltakit.delta.loading import load
 from deltakit.delta.mixed_rows import rows
 from deltakit.delta.new_heads import Spelling
 from deltakit.delta.own_values import base_state_dict
@@ -14,12 +17,16 @@ __all__ = [
     "Combination",
     "Delta",
     "Plan",
+    "SavedDelta",
+    "SavedMethod",
     "Spelling",
     "attach",
     "base_state_dict",
     "combine",
+    "convert",
     "deltas",
     "freeze_backbone",
+    "inspect",
     "load",
     "plan",
     "rows",
