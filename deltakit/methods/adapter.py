@@ -3,10 +3,13 @@
 It follows the output projection of the attention and of the feed-forward part, before the residual is added (figure 2). The
 authors initialise both weights near zero. Here W_u is exactly zero, so that an untrained adapter is the identity. Size 64 and
 GELU are the defaults of the authors' code. The authors also train the layer norms: attach with `train="@norm"` for that.
+
+Pfeiffer et al. 2021, https://arxiv.org/abs/2005.00247, section 3, have one adapter a layer, which reads the norm behind the
+residual and adds to that residual: `add_to="input"` on this norm.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
@@ -22,7 +25,7 @@ class AdapterDelta(Bottleneck):
     up: nn.Linear
 
     def __init__(self, target: Target, options: "Adapter") -> None:
-        super().__init__(target, options)
+        super().__init__(target, options, options.add_to)
         size = options.bottleneck(self.size)
         self.down = unfilled_linear(self.size, size, **like(target))
         self.up = unfilled_linear(size, self.size, **like(target))
@@ -36,7 +39,7 @@ class AdapterDelta(Bottleneck):
             nn.init.zeros_(zero)
 
     def forward(self, x: Shaped[Tensor, "*input"], y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        return y + self.change(y)
+        return y + self.change(y if self.add_to == "output" else x)
 
     def summary(self) -> str:
         return f"size={self.down.out_features} {self.activation}"
@@ -50,12 +53,16 @@ class Adapter(BottleneckMethod, name="adapter"):
         size: the size of the bottleneck in elements, at least 1; 64 by default.
         reduction: instead of `size`: the number of features is divided by it, at least 1.
         activation: gelu, gelu_tanh, relu, leaky_relu, silu or tanh.
+        add_to: "output", or "input" for targets that are norms: what is computed from a norm's output is added to its input,
+            so y = N(x + f(N(x) W_d + b_d) W_u + b_u). It is the adapter of Pfeiffer et al. on the last norm of BERT's layers.
 
     Raises:
         OptionError: if an option is out of its range, or both `size` and `reduction` are given.
     """
 
     kind: ClassVar[type[DeltaModule]] = AdapterDelta
+
+    add_to: Literal["output", "input"] = "output"
 
     def positions(self) -> tuple[tuple[str, ...], ...]:
         return (("attn.o", "attn"), ("ff.down", "ff"))

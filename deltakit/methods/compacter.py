@@ -10,7 +10,7 @@ norms: attach with `train="@norm"` for that.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Shaped
@@ -71,7 +71,7 @@ class CompacterDelta(Bottleneck):
     up: PHMLinear
 
     def __init__(self, target: Target, options: "Compacter") -> None:
-        super().__init__(target, options)
+        super().__init__(target, options, options.add_to)
         n, d = options.division, self.size
         if d % n:
             fits = max(other for other in range(1, n + 1) if d % other == 0)
@@ -91,7 +91,8 @@ class CompacterDelta(Bottleneck):
 
     def forward(self, x: Shaped[Tensor, "*input"], y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         # The targets of a model on several devices share one rule.
-        return y + self.change(y, self.shared().to(y) if self.shared is not None else None)
+        rule = self.shared().to(y) if self.shared is not None else None
+        return y + self.change(y if self.add_to == "output" else x, rule)
 
     def summary(self) -> str:
         n, _, r = self.down.left.shape
@@ -111,6 +112,7 @@ class Compacter(BottleneckMethod, name="compacter"):
         shared_rule: whether all targets share the matrices A_i, as in the paper; else each layer has its own.
         bias: whether the two layers have biases.
         activation: gelu, gelu_tanh, relu, leaky_relu, silu or tanh.
+        add_to: "output", or "input" for norms that are targets, as for `Adapter`.
 
     Raises:
         OptionError: if an option is out of its range, or both `size` and `reduction` are given.
@@ -124,6 +126,7 @@ class Compacter(BottleneckMethod, name="compacter"):
     shared_rule: bool = True
     bias: bool = True
     activation: str = "gelu_tanh"
+    add_to: Literal["output", "input"] = "output"
 
     def validate(self) -> None:
         super().validate()

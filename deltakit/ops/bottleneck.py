@@ -7,15 +7,16 @@ He et al. 2022 (https://arxiv.org/abs/2110.04366, section 3) show adapters as on
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import Method, Target
-from deltakit.errors import OptionError
+from deltakit.core import Method, Target, hidden_input, hidden_output, replace_hidden
+from deltakit.errors import OptionError, TargetError
+from deltakit.ops.kinds.maps import in_own_dtype
 from deltakit.ops.kinds.output_map import OutputMap
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -63,15 +64,35 @@ class BottleneckMethod(Method):
 class Bottleneck(OutputMap):
     """An output map with the linear layers `down` and `up` and an activation between them.
 
-    The author sets both layers, so that `up` returns zero at the start, and writes `forward` with `change`.
+    The author sets both layers, so that `up` returns zero at the start, and writes `forward` with `change`. With
+    `add_to="input"` the target is a norm: `forward` gets its output and its input, in this order, and changes the input.
     """
 
     down: nn.Module
     up: nn.Module
 
-    def __init__(self, target: Target, options: BottleneckMethod) -> None:
+    def __init__(
+        self, target: Target, options: BottleneckMethod, add_to: Literal["output", "input"] = "output"
+    ) -> None:
         super().__init__(target)
         self.activation = options.activation
+        self.add_to = add_to
+        weight = getattr(target.module, "weight", None)
+        is_norm = isinstance(weight, Tensor) and weight.ndim == 1 and self.axis == -1
+        if add_to == "input" and not (is_norm and target.feature_slice is None):
+            raise TargetError(
+                f"{target.named}: {type(options).__name__}(add_to='input') works on norms of the last dimension, found a "
+                f"{type(target.module).__name__}; select norms, such as at='@norm', or omit add_to="
+            )
+
+    def after_call(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self.add_to == "output":
+            return super().after_call(target, args, kwargs, output)
+        # The norm reads its input with the change added. What other deltas did to its output stays: only the difference that
+        # this change makes is added to it.
+        x, y = hidden_input(args, kwargs), hidden_output(output)
+        new = y + (target.forward(in_own_dtype(self, y, x)) - target.forward(x))
+        return replace_hidden(output, new if self.strength == 1 else torch.lerp(y, new, self.strength))
 
     def change(self, x: Float[Tensor, "*batch d_in"], *given: Any) -> Float[Tensor, "*batch d"]:
         """Returns up(f(down(x))).

@@ -53,3 +53,62 @@ def test_adapter_after_experts_without_projections():
     assert list(delta.modules) == [
         *(f"layers.{i}.{part}" for i in (0, 1) for part in ("self_attn.o_proj", "mlp")),
     ] or set(delta.modules) == {f"layers.{i}.{part}" for i in (0, 1) for part in ("self_attn.o_proj", "mlp")}
+
+
+def normed(*methods):
+    """A norm with random values, its input, and the adapter on it."""
+    torch.manual_seed(3)
+    norm = nn.LayerNorm(7).double()
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.bias.normal_()
+    model = nn.ModuleDict({"norm": norm})
+    return norm, model, torch.randn(2, 5, 7, dtype=torch.float64)
+
+
+def test_an_adapter_that_adds_to_the_input_of_a_norm():
+    """Pfeiffer et al.: N(x + f(N(x)))."""
+    norm, model, x = normed()
+    y = norm(x)
+    delta = attached(model, dk.Adapter(size=3, activation="relu", at="norm", add_to="input"))
+    adapter = norm.delta_adapter
+    change = torch.relu(y @ adapter.down.weight.T + adapter.down.bias) @ adapter.up.weight.T + adapter.up.bias
+    expected = F.layer_norm(x + change, (7,), norm.weight, norm.bias)
+    torch.testing.assert_close(norm(x), expected, rtol=1e-12, atol=1e-12)
+    delta.scale = 0.5
+    torch.testing.assert_close(norm(x), (y + expected) / 2, rtol=1e-12, atol=1e-12)
+    with dk.rows(model, [delta.name, None]):
+        torch.testing.assert_close(norm(x)[0], ((y + expected) / 2)[0], rtol=1e-12, atol=1e-12)
+        assert torch.equal(norm(x)[1], y[1])
+    delta.detach()
+    assert torch.equal(norm(x), y)
+
+
+def test_adding_to_the_input_starts_as_the_identity_and_keeps_what_others_add():
+    norm, model, x = normed()
+    y = norm(x)
+    delta = dk.attach(model, dk.Adapter(size=3, at="norm", add_to="input"))
+    assert torch.equal(norm(x), y)
+    other = dk.attach(model, dk.BitFit(at="norm"), name="other")
+    delta.detach()
+    with torch.no_grad():
+        norm.other_bitfit.bias.fill_(2.0)
+    delta.attach()
+    torch.testing.assert_close(norm(x), y + 2, rtol=1e-12, atol=1e-12)
+    other.detach()
+    norm(x).sum().backward()
+
+
+def test_only_norms_can_be_added_to_the_input_of():
+    model = nn.ModuleDict({"layer": nn.Linear(7, 7), "groups": nn.GroupNorm(1, 7)})
+    for path in model:
+        with pytest.raises(dk.TargetError, match=rf"{path}: Adapter\(add_to='input'\) works on norms of the last dim"):
+            dk.attach(model, dk.Adapter(size=3, at=path, add_to="input"))
+
+
+def test_adapter_on_whole_blocks():
+    """A block has the hidden states of its parts."""
+    model = build("llama")
+    delta = dk.attach(model, dk.Adapter(size=3, at="@block"))
+    width = model.config.hidden_size
+    assert [module.down.in_features for modules in delta.modules.values() for module in modules] == [width, width]

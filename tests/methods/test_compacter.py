@@ -120,3 +120,13 @@ def test_options_that_do_not_fit_the_target():
     with pytest.raises(dk.OptionError, match=r"layer: rank 3 is above .* 9 to 2; use LowRankAdapter\(r=2\) or less"):
         dk.attach(model, dk.LowRankAdapter(at="layer", size=2, r=3))
     dk.attach(model, dk.LowRankAdapter(at="layer", size=2, r=2))
+
+
+def test_a_compacter_that_adds_to_the_input_of_a_norm():
+    norm, x = nn.LayerNorm(33).double(), torch.randn(2, 5, 33, dtype=torch.float64)
+    y = norm(x)
+    attached(nn.ModuleDict({"norm": norm}), dk.Compacter(size=6, division=3, at="norm", add_to="input"))
+    delta = norm.delta_compacter
+    down, up = (kronecker(part, delta.shared.rule) for part in (delta.down, delta.up))
+    change = F.gelu(y @ down + delta.down.bias, approximate="tanh") @ up + delta.up.bias
+    torch.testing.assert_close(norm(x), F.layer_norm(x + change, (33,)), rtol=1e-12, atol=1e-12)
