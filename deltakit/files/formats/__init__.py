@@ -8,11 +8,11 @@ from torch import nn
 
 from deltakit.errors import CheckpointError
 from deltakit.files.checkpoint import TENSORS_FILE
-from deltakit.files.formats import images, own, peft
+from deltakit.files.formats import adapterhub, images, own, peft
 from deltakit.files.formats.format import Format
 from deltakit.files.saved import Saved
 
-FORMATS = {kind.name: kind for kind in (own.FORMAT, peft.FORMAT, images.DIFFUSERS, images.KOHYA)}
+FORMATS = {kind.name: kind for kind in (own.FORMAT, peft.FORMAT, adapterhub.FORMAT, images.DIFFUSERS, images.KOHYA)}
 Written = Literal["deltakit", "peft", "diffusers"]
 """The names of the formats that have a writer."""
 WRITERS = {kind.name: kind.write for kind in FORMATS.values() if kind.write is not None}
@@ -21,8 +21,7 @@ FILES = tuple(name for kind in FORMATS.values() for name in kind.files)
 
 # Each: a file, and what has it.
 _OTHERS = {
-    "pytorch_adapter.bin": "an adapter of AdapterHub",
-    "adapter.safetensors": "an adapter of AdapterHub",
+    "adapter_fusion_config.json": "an AdapterFusion of AdapterHub",
     "head_config.json": "a prediction head of AdapterHub",
     "model.safetensors": "a whole model",
     "model.safetensors.index.json": "a whole model",

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltakit.core import module_at, tensors_of
-from deltakit.files.formats.peft.keys import CONFIG
+from deltakit.files.formats.adapter_config import CONFIG
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """The names of PEFT's files, and of the tensors in them."""
 
-CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+from deltakit.files.formats.adapter_config import CONFIG
+
+TENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 FILES = (CONFIG, TENSORS, PICKLE)
 
 PREFIX = "base_model.model."

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from deltakit.errors import CheckpointError
 from deltakit.files.checkpoint import read_tensors
+from deltakit.files.formats.adapter_config import CONFIG, is_adapterhub
 from deltakit.files.formats.format import Parts
 from deltakit.files.formats.peft.adapter import Adapter
 from deltakit.files.formats.peft.full import fully_trained
 from deltakit.files.formats.peft.ia3 import read_ia3
-from deltakit.files.formats.peft.keys import CONFIG, IA3, LORA, LORA_OF_EMBEDDINGS, PICKLE, TENSORS
+from deltakit.files.formats.peft.keys import IA3, LORA, LORA_OF_EMBEDDINGS, PICKLE, TENSORS
 from deltakit.files.formats.peft.lora import read_lora
 from deltakit.files.pickles import read_pickle
 from deltakit.files.saved import Saved, Trained
@@ -38,8 +39,8 @@ KINDS = {"LORA": _Kind(read_lora, (*LORA, *LORA_OF_EMBEDDINGS)), "IA3": _Kind(re
 
 
 def recognises(place: Path) -> bool:
-    """Returns whether a folder holds an adapter of PEFT, or of AdapterHub, whose config has the same name."""
-    return (place / CONFIG).is_file()
+    """Returns whether a folder holds an adapter of PEFT. The config of AdapterHub's has the same name."""
+    return (place / CONFIG).is_file() and not is_adapterhub(place)
 
 
 def read(place: Path, backbone: nn.Module | None, values: bool) -> Saved:
@@ -53,7 +54,7 @@ def read(place: Path, backbone: nn.Module | None, values: bool) -> Saved:
     name = config.get("peft_type") if isinstance(config, dict) else None
     kind = KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
-        what = f"PEFT's {name}" if isinstance(name, str) else "an adapter of AdapterHub"
+        what = f"PEFT's {name}" if isinstance(name, str) else f"no adapter of PEFT: its {CONFIG} has no peft_type"
         raise CheckpointError(
             f"{place}: this is {what}, which deltakit does not read; of PEFT it reads {' and '.join(KINDS)}"
         )

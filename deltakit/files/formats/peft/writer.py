@@ -28,7 +28,8 @@ from deltakit.core import (
 )
 from deltakit.errors import CheckpointError
 from deltakit.files.checkpoint import plain_tensors, write_files, write_tensors
-from deltakit.files.formats.peft.keys import CONFIG, IA3, LORA, LORA_OF_EMBEDDINGS, PREFIX, TENSORS
+from deltakit.files.formats.adapter_config import CONFIG
+from deltakit.files.formats.peft.keys import IA3, LORA, LORA_OF_EMBEDDINGS, PREFIX, TENSORS
 from deltakit.files.formats.peft.layers import adapts, differs
 
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}

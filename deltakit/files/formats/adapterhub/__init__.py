@@ -1,0 +1,12 @@
+"""AdapterHub's adapters: bottlenecks, compacters, LoRA, IA3 and prefixes.
+
+The forms of keys and the formulas are those of adapters 1.2.0, found by saving and running adapters of each kind.
+"""
+
+from deltakit.files.formats.adapterhub.keys import FILES
+from deltakit.files.formats.adapterhub.reader import read, recognises
+from deltakit.files.formats.format import Format
+
+FORMAT = Format(
+    "adapterhub", "bottleneck adapters, LoRA, IA3 and prefixes of AdapterHub", FILES, recognises=recognises, read=read
+)

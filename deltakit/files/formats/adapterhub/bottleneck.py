@@ -1,0 +1,222 @@
+"""Reads AdapterHub's bottleneck adapters and compacters.
+
+h is the output of a part, r the residual, and N the norm after it (in models built like BERT). A sequential adapter f gives,
+by its options `original_ln_before`, `original_ln_after` and `residual_before_ln`:
+
+    no,  yes, any:   N(h + f(h) + r)               an Adapter on the part
+    yes, yes, true:  N(h + f(N(h + r)) + r)        an Adapter on the norm that adds to its input
+                     (h + r) + f(h + r)            without N: an Adapter on the layer
+    yes, no,  false: N(h + r) + f(N(h + r))        an Adapter on the norm, or without N on the layer
+
+and a parallel one N(h + s f(r) + r). Other combinations put the adapter where deltakit has none.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from deltakit.errors import CheckpointError, warn
+from deltakit.files.formats.adapterhub.keys import by_place
+from deltakit.files.formats.adapterhub.phm import compacter
+from deltakit.files.formats.adapterhub.places import Place, place_of
+from deltakit.files.formats.format import Parts
+from deltakit.files.formats.peft.adapter import Adapter
+from deltakit.files.schema import checked
+
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "leakyrelu": "leaky_relu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+    "tanh": "tanh",
+}
+_OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
+_NAMES = {
+    "adapter_down.0.weight": "down.weight",
+    "adapter_down.0.bias": "down.bias",
+    "adapter_up.weight": "up.weight",
+    "adapter_up.bias": "up.bias",
+}
+_ABSENT = {
+    "inv_adapter": "invertible adapters",
+    "ln_before": "a norm of its own before the bottleneck",
+    "ln_after": "a norm of its own after the bottleneck",
+    "use_gating": "gates",
+    "cross_adapter": "adapters after cross-attention",
+    "shared_W_phm": "weights shared over all layers",
+}
+"""Options that deltakit does not have."""
+
+
+class _Config(TypedDict, total=False):
+    non_linearity: str
+    original_ln_before: bool
+    original_ln_after: bool
+    residual_before_ln: bool | str
+    is_parallel: bool
+    scaling: float | str
+    phm_layer: bool
+    dropout: float
+    stochastic_depth: float | None
+
+
+_DEFAULTS = _Config(
+    original_ln_before=False,
+    original_ln_after=True,
+    residual_before_ln=True,
+    is_parallel=False,
+    scaling=1.0,
+    phm_layer=False,
+    dropout=0.0,
+    stochastic_depth=0.0,
+)
+
+
+def read_bottlenecks(adapter: Adapter, name: object, config: Mapping[str, Any], parts: Parts) -> None:
+    """Adds the bottleneck adapters of a folder to the parts.
+
+    Raises:
+        CheckpointError: if it has options that deltakit does not have, or does not fit the backbone.
+    """
+    for option, what in _ABSENT.items():
+        if config.get(option):
+            raise CheckpointError(
+                f"{adapter.folder}: this adapter of AdapterHub has {what} ({option}), which deltakit does not have"
+            )
+    known = {key: value for key, value in config.items() if key in _Config.__annotations__}
+    options: Any = _DEFAULTS | checked(known, _Config, adapter.config_file, "config")
+    activation = _activation(options, adapter)
+    _warn_of_dropout(options, adapter)
+    shared: set[tuple[Any, ...]] = set()
+    for owner, tensors in by_place(adapter.tensors, "adapters", name).items():
+        place = place_of(adapter.backbone, owner, adapter.folder) if adapter.backbone is not None else None
+        target, to = _target(options, place, owner, adapter.folder)
+        if options["is_parallel"]:
+            _add_parallel(parts, adapter, options, activation, (owner, place), tensors)
+            continue
+        if options["phm_layer"]:
+            method, layers = compacter(config, tensors, name, adapter, owner)
+        else:
+            layers = _layers(tensors, adapter.folder, owner, _factor(options, tensors))
+            method = {"size": len(layers["down.bias"])}
+        method |= {"activation": activation, "add_to": to}
+        if "shared.rule" in layers and tuple(method.items()) in shared:
+            # The first target holds what all of them share.
+            del layers["shared.rule"]
+        shared.add(tuple(method.items()))
+        parts.add("compacter" if options["phm_layer"] else "adapter", method, target, layers)
+
+
+def _warn_of_dropout(options: Mapping[str, Any], adapter: Adapter) -> None:
+    dropped = max(options["dropout"], options["stochastic_depth"] or 0.0)
+    if dropped and adapter.backbone is not None:
+        warn(
+            f"{adapter.folder}: it was trained with a dropout of {dropped:g} in the adapters, which deltakit does not have: "
+            "outputs are the same, and training goes on without it"
+        )
+
+
+def _activation(options: Mapping[str, Any], adapter: Adapter) -> str:
+    written = str(options.get("non_linearity", "")).lower()
+    # The first library called them otherwise, and wrote no version.
+    name = written if "version" in adapter.config else _OLD_ACTIVATIONS.get(written, written)
+    if name not in _ACTIVATIONS:
+        raise CheckpointError(
+            f"{adapter.folder}: this adapter of AdapterHub has the activation {written!r}, and deltakit has "
+            f"{', '.join(sorted(set(_ACTIVATIONS.values())))}"
+        )
+    return _ACTIVATIONS[name]
+
+
+def _target(options: Mapping[str, Any], place: Place | None, owner: str, where: Path) -> tuple[str, str]:
+    """Returns the path of the module that the adapter is on, and whether it adds to its output or its input."""
+    before, after, residual = (
+        options[key] for key in ("original_ln_before", "original_ln_after", "residual_before_ln")
+    )
+    if options["is_parallel"] and after:
+        return place.part if place is not None else owner, "output"
+    if options["is_parallel"] or (before, after, residual) not in (
+        (False, True, True),
+        (False, True, False),
+        (True, True, True),
+        (True, False, False),
+    ):
+        raise CheckpointError(
+            f"{where}: this adapter of AdapterHub has original_ln_before={before}, original_ln_after={after} and "
+            f"residual_before_ln={residual!r}, which puts it where deltakit has no adapter"
+        )
+    if place is None:
+        return owner, "input" if before and after else "output"
+    if not before:
+        return place.part, "output"
+    if place.total is None:
+        raise CheckpointError(
+            f"{where}: its adapter at {owner} reads the residual after attention (original_ln_before), which no module "
+            "of this backbone returns"
+        )
+    return place.total, "input" if after and place.norm is not None else "output"
+
+
+def _add_parallel(
+    parts: Parts,
+    adapter: Adapter,
+    options: Mapping[str, Any],
+    activation: str,
+    where: tuple[str, Place | None],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    owner, place = where
+    if options["phm_layer"]:
+        raise CheckpointError(
+            f"{adapter.folder}: this adapter of AdapterHub is a parallel compacter, which deltakit lacks"
+        )
+    layers = _layers(tensors, adapter.folder, owner, None)
+    scaling = options["scaling"]
+    if isinstance(scaling, str):
+        layers["gain"] = _gain(tensors, adapter.folder, owner)
+    method = {
+        "size": len(layers["down.bias"]),
+        "activation": activation,
+        "scaling": scaling,
+        "source": f"^{place.source}" if place is not None else None,
+    }
+    parts.add("parallel_adapter", method, place.part if place is not None else owner, layers)
+    if place is not None:
+        # What hands the input of this module over has no tensors.
+        parts.add("parallel_adapter", method, place.source, {})
+
+
+def _layers(tensors: Mapping[str, Tensor], where: Path, owner: str, factor: Tensor | float | None) -> dict[str, Tensor]:
+    """Returns the tensors of the two linear layers, with a factor on their result multiplied into the second one."""
+    found = {ours: tensors[theirs] for theirs, ours in _NAMES.items() if theirs in tensors}
+    strange = sorted(tensors.keys() - _NAMES.keys() - {"scaling"})
+    if len(found) < len(_NAMES) or strange or found["down.bias"].ndim != 1:
+        what = f"it also has {strange[0]}" if strange else "one of its tensors is missing"
+        raise CheckpointError(
+            f"{where}: its adapter at {owner} is no bottleneck of two linear layers: {what}; save or download it again"
+        )
+    if factor is not None:
+        weight, bias = found["up.weight"], found["up.bias"]
+        found["up.weight"] = weight * (factor.reshape(-1, 1) if isinstance(factor, Tensor) else factor)
+        found["up.bias"] = bias * factor
+    return found
+
+
+def _factor(options: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor | float | None:
+    scaling = options["scaling"]
+    if isinstance(scaling, str):
+        return tensors.get("scaling")
+    return None if scaling == 1 else float(scaling)
+
+
+def _gain(tensors: Mapping[str, Tensor], where: Path, owner: str) -> Tensor:
+    if "scaling" not in tensors:
+        raise CheckpointError(f"{where}: its adapter at {owner} lacks its trained scaling; save or download it again")
+    return torch.as_tensor(tensors["scaling"])

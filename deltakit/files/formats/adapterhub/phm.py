@@ -1,0 +1,77 @@
+"""Reads the tensors of AdapterHub's compacters: bottlenecks of sums of Kronecker products."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltakit.errors import CheckpointError
+from deltakit.files.formats.adapterhub.keys import by_place
+from deltakit.files.formats.peft.adapter import Adapter
+
+_LAYERS = {"down": "adapter_down.0.", "up": "adapter_up."}
+
+
+def compacter(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: object, adapter: Adapter, owner: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns the options of a compacter, and its tensors by their names in deltakit.
+
+    Raises:
+        CheckpointError: if a tensor is missing, or it has a scaling for each feature.
+    """
+    scaling = config.get("scaling", 1.0)
+    shared = next(iter(by_place(adapter.tensors, "shared_parameters", name).values()), {})
+    found: dict[str, Tensor] = {}
+    try:
+        for ours, theirs in _LAYERS.items():
+            part = {key.removeprefix(theirs): tensor for key, tensor in tensors.items() if key.startswith(theirs)}
+            found[f"{ours}.left"], found[f"{ours}.right"] = _factors(part)
+            if "b" in part:
+                found[f"{ours}.bias"] = part["b"]
+            own = _rule(part)
+            if own is not None:
+                found[f"{ours}.own.rule"] = own
+        if "down.own.rule" not in found:
+            rule = _rule(shared)
+            if rule is None:
+                raise KeyError("phm_rule")
+            found["shared.rule"] = rule
+    except KeyError as error:
+        # A compacter that is saved from a model without a head lacks the rule that its layers share.
+        raise CheckpointError(
+            f"{adapter.folder}: its compacter at {owner} lacks {error.args[0]}; save it again, from a model with a head"
+        ) from error
+    factor = tensors.get("scaling", scaling)
+    if isinstance(factor, str) or (isinstance(factor, Tensor) and factor.numel() != 1):
+        raise CheckpointError(
+            f"{adapter.folder}: its compacter has a scaling per feature, which deltakit does not have"
+        )
+    for last in ("up.right", "up.bias"):
+        if last in found:
+            found[last] = found[last] * factor
+    n, size = found["down.left"].shape[0], found["down.left"].shape[0] * found["down.right"].shape[-1]
+    options = {
+        "size": size,
+        "division": n,
+        "r": found["down.left"].shape[-1],
+        "shared_rule": "shared.rule" in found,
+        "bias": "down.bias" in found,
+    }
+    return options, found
+
+
+def _factors(part: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns the factors [n, d_in/n, r] and [n, r, d_out/n] of the matrices of one layer."""
+    if "W" not in part:
+        return part["W_left"], part["W_right"]
+    # A full matrix is a product with the identity.
+    whole = part["W"]
+    return torch.eye(whole.shape[1], dtype=whole.dtype).expand(len(whole), -1, -1).clone(), whole
+
+
+def _rule(part: Mapping[str, Tensor]) -> Tensor | None:
+    if "phm_rule_left" in part:
+        return part["phm_rule_left"] @ part["phm_rule_right"]
+    return part.get("phm_rule")

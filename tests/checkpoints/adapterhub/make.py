@@ -1,0 +1,107 @@
+"""Makes the files of this folder by the library `adapters`: tiny backbones, an adapter of each kind, and the outputs with it.
+
+    pip install adapters==1.2.0 torch && python tests/checkpoints/adapterhub/make.py
+
+The tests read the files and need no `adapters`.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import adapters
+import torch
+import transformers as tf
+from adapters.models.llama import modeling_llama
+from safetensors.torch import save_file
+
+HERE = Path(__file__).parent
+SIZES = {
+    "vocab_size": 37,
+    "hidden_size": 12,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 16,
+}
+BACKBONES = {
+    "bert": lambda: tf.BertForSequenceClassification(tf.BertConfig(**SIZES)),
+    # With SDPA and no mask the library's causal mask hides the last tokens instead of none of the prefix's.
+    "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES, num_key_value_heads=3, attn_implementation="eager")),
+}
+SMALL = {"reduction_factor": 4}
+COMPACT = {"reduction_factor": 3, "phm_init_range": 0.5, "phm_dim": 4}
+CASES = {
+    "seq_bn": adapters.SeqBnConfig(**SMALL),
+    "double_seq_bn": adapters.DoubleSeqBnConfig(**SMALL, scaling=2.0),
+    "layers": adapters.DoubleSeqBnConfig(reduction_factor={"0": 3, "default": 6}, non_linearity="gelu", leave_out=[1], scaling="channel"),
+    "par_bn": adapters.ParBnConfig(**SMALL),
+    "par_bn_learned": adapters.ParBnConfig(**SMALL, mh_adapter=True, scaling="learned", non_linearity="leakyrelu"),
+    "plus": adapters.AdapterPlusConfig(reduction_factor=4, stochastic_depth=0.0),
+    "compacter": adapters.CompacterConfig(**COMPACT),
+    "compacterpp": adapters.CompacterPlusPlusConfig(**COMPACT, shared_phm_rule=False, factorized_phm_rule=True),
+    "lora": adapters.LoRAConfig(r=2, alpha=5, intermediate_lora=True),
+    "ia3": adapters.IA3Config(),
+    "prefix": adapters.PrefixTuningConfig(prefix_length=3, bottleneck_size=5),
+    "prefix_flat": adapters.PrefixTuningConfig(prefix_length=3, flat=True, leave_out=[0]),
+}  # fmt: skip
+
+
+PICKLED = ("seq_bn", "prefix", "prefix_flat")
+"""Prefixes cannot be saved as safetensors: two of their tensors are one."""
+
+
+def ids():
+    return torch.randint(3, 37, (2, 7), generator=torch.Generator().manual_seed(4))
+
+
+def outputs(model):
+    return model.base_model(ids()).last_hidden_state
+
+
+def patch_llama():
+    """Release 1.2.0 transposes the output of Llama's attention twice, which changes the backbone; the repository has this fix."""
+    whole = Path(modeling_llama.__file__).read_text("utf-8")
+    line = "        attn_output = attn_output.transpose(1, 2).contiguous()\n"
+    assert whole.count(line) == 1
+    exec(compile(whole.replace(line, ""), modeling_llama.__file__, "exec"), modeling_llama.__dict__)
+
+
+@torch.no_grad()
+def main():
+    patch_llama()
+    for kind, build in BACKBONES.items():
+        torch.manual_seed(0)
+        plain = build().eval()
+        generator = torch.Generator().manual_seed(1)
+        for parameter in plain.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+        folder = HERE / kind
+        folder.mkdir(exist_ok=True)
+        state = {key: value.clone() for key, value in plain.state_dict().items()}
+        own = {key: value for key, value in state.items() if not key.startswith(("classifier", "lm_head"))}
+        save_file(own, folder / "backbone.safetensors")
+        (folder / "config.json").write_text(json.dumps(plain.config.to_diff_dict(), indent=1) + "\n")
+        expected = {"plain": outputs(plain.double())}
+        for case, config in CASES.items():
+            torch.manual_seed(2)
+            model = build().eval()
+            model.load_state_dict(state)
+            adapters.init(model)
+            same = outputs(model.double())
+            torch.testing.assert_close(same, expected["plain"])
+            model.float().add_adapter("task", config)
+            for name, parameter in model.named_parameters():
+                if ".task." in name:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+            model.set_active_adapters("task")
+            model.save_adapter(str(folder / case), "task", with_head=False, use_safetensors=case not in PICKLED)
+            expected[case] = outputs(model.double().eval())
+            difference = (expected[case] - expected["plain"]).abs().max()
+            print(kind, case, float(difference), file=sys.stderr)
+            assert difference > 1e-4
+        save_file({key: value.contiguous() for key, value in expected.items()}, folder / "expected.safetensors")
+
+
+if __name__ == "__main__":
+    main()

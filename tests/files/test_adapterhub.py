@@ -1,0 +1,191 @@
+"""Adapters that AdapterHub's library saved give its own outputs; what deltakit does not have is refused by name.
+
+`checkpoints/adapterhub/make.py` made the files.
+"""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+
+import deltakit as dk
+from deltakit.files import read_saved
+from support.models import same, snapshot
+
+FOLDER = Path(__file__).parent.parent / "checkpoints" / "adapterhub"
+CLASSES = {
+    "bert": (tf.BertConfig, tf.BertModel, tf.BertForSequenceClassification),
+    "llama": (tf.LlamaConfig, tf.LlamaModel, tf.LlamaForCausalLM),
+}
+CASES = ["seq_bn", "double_seq_bn", "layers", "par_bn", "par_bn_learned", "plus", "compacter", "compacterpp", "lora", "ia3", "prefix", "prefix_flat"]  # fmt: skip
+
+
+def backbone(kind, *, headed=False):
+    config, base, with_head = CLASSES[kind]
+    torch.manual_seed(0)
+    model = (with_head if headed else base)(config.from_pretrained(FOLDER / kind)).double().eval()
+    state = load_file(FOLDER / kind / "backbone.safetensors")
+    prefix = f"{model.base_model_prefix}."
+    state = {key if headed else key.removeprefix(prefix): value.double() for key, value in state.items()}
+    found = model.load_state_dict(state, strict=False)
+    assert not found.unexpected_keys
+    assert all(key.startswith(("classifier", "lm_head", "embeddings.position_ids")) for key in found.missing_keys)
+    return model
+
+
+def outputs(model):
+    ids = torch.randint(3, 37, (2, 7), generator=torch.Generator().manual_seed(4))
+    return model.base_model(ids).last_hidden_state
+
+
+def expected(kind, case):
+    return load_file(FOLDER / kind / "expected.safetensors")[case]
+
+
+def close(found, wanted):
+    # The library computed in float64 from adapters in float32.
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_the_backbone_is_the_one_of_the_library(kind):
+    close(outputs(backbone(kind)), expected(kind, "plain"))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", CLASSES)
+def test_adapters(kind, case, tmp_path):
+    model = backbone(kind)
+    before, bare = snapshot(model), outputs(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        delta = dk.load(FOLDER / kind / case, model)
+    wanted = expected(kind, case)
+    assert (bare - wanted).abs().max() > 1e-2
+    close(outputs(model), wanted)
+    delta.save(tmp_path)
+    delta.detach()
+    same(before, snapshot(model))
+    dk.load(tmp_path, model)
+    close(outputs(model), wanted)
+
+
+@pytest.mark.parametrize("case", ["seq_bn", "par_bn", "lora", "compacter", "prefix"])
+def test_a_model_with_a_head(case):
+    model = backbone("bert", headed=True)
+    dk.load(FOLDER / "bert" / case, model)
+    close(outputs(model), expected("bert", case))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_the_files_alone_say(case):
+    saved = read_saved(FOLDER / "bert" / case, None, values=False)
+    assert saved.methods
+    assert saved.tensors
+    assert all(tensor.is_meta for tensor in saved.tensors.values())
+
+
+def copied(folder, case="seq_bn", kind="bert", top=None, **options):
+    shutil.copytree(FOLDER / kind / case, folder, dirs_exist_ok=True)
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config = {**config, **(top or {}), "config": {**config["config"], **options}}
+    file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return folder
+
+
+REFUSED = {
+    "invertible": ({"inv_adapter": "nice"}, r"has invertible adapters \(inv_adapter\), which deltakit does not have"),
+    "gates": ({"use_gating": True}, r"has gates \(use_gating\)"),
+    "a norm": ({"ln_after": True}, r"has a norm of its own after the bottleneck"),
+    "another place": ({"residual_before_ln": "post_add"}, "residual_before_ln='post_add', which puts it where deltakit has no adapter"),
+    "an activation": ({"non_linearity": "mish"}, "has the activation 'mish', and deltakit has gelu, gelu_tanh, leaky_relu"),
+    "prompts": ({"architecture": "prompt_tuning"}, "this is prompt tuning of AdapterHub, which deltakit does not read"),
+    "ReFT": ({"architecture": "reft"}, "this is ReFT of AdapterHub"),
+    "a union": ({"architecture": "union"}, "this is a union of several methods of AdapterHub"),
+    "another name": ({"top": {"name": "other"}}, "adapter_down.0.* is no part of the adapter 'other'"),
+    "gates of LoRA": ({"case": "lora", "use_gating": True}, "this LoRA of AdapterHub has gates"),
+    "another rank": ({"case": "lora", "r": 3}, r"are \(2, 12\) and \(\d+, 2\), and its config has r=3"),
+    "gates of prefixes": ({"case": "prefix", "use_gating": True}, "this prefix of AdapterHub has gates"),
+    "the residual of Llama's attention": ({"kind": "llama", "case": "double_seq_bn", "original_ln_before": True}, "attention_adapters reads the residual after attention"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case, tmp_path):
+    options, message = REFUSED[case]
+    model = backbone(options.get("kind", "bert"))
+    before = snapshot(model)
+    with pytest.raises(dk.CheckpointError, match=message):
+        dk.load(copied(tmp_path, **options), model)
+    same(before, snapshot(model))
+
+
+def test_another_architecture(tmp_path):
+    sizes = {"vocab_size": 37, "n_embd": 12, "n_layer": 1, "n_head": 3}
+    with pytest.raises(
+        dk.CheckpointError, match=r"needs .*, which this GPT2Model does not have; .* like BERT and like Llama"
+    ):
+        dk.load(FOLDER / "bert" / "seq_bn", tf.GPT2Model(tf.GPT2Config(**sizes)))
+    with pytest.raises(dk.CheckpointError, match=r"has lora_A, lora_B at .*, where this backbone has no module"):
+        dk.load(FOLDER / "bert" / "lora", tf.GPT2Model(tf.GPT2Config(**sizes)))
+
+
+def test_the_first_names(tmp_path):
+    """Ahead of version 2 the adapters had other names, gelu was the approximate one, and there was no version."""
+    folder = copied(tmp_path / "old", top={"version": None}, non_linearity="gelu")
+    tensors = torch.load(folder / "pytorch_adapter.bin", weights_only=True)
+    old = {key.replace(".adapters.", ".layer_text_task_adapters."): value for key, value in tensors.items()}
+    torch.save(old, folder / "pytorch_adapter.bin")
+    delta = dk.load(folder, backbone("bert"))
+    assert [method.activation for method in delta.methods] == ["gelu_tanh"]
+
+
+def test_the_scale_ahead_of_1_1(tmp_path):
+    """The library divided alpha by nothing then, so that LoRAs were trained with a scale of one."""
+    delta = dk.load(copied(tmp_path, "lora", top={"version": "adapters.1.0.1"}), backbone("bert"))
+    assert [(method.r, method.alpha) for method in delta.methods] == [(2, 2)]
+
+
+def test_what_is_left_out_is_said(tmp_path):
+    folder = copied(tmp_path, dropout=0.1)
+    (folder / "head_config.json").write_text("{}")
+    with pytest.warns(dk.DeltaWarning) as warned:
+        dk.load(folder, backbone("bert"))
+    said = [str(one.message) for one in warned]
+    assert "was trained with a dropout of 0.1 in the adapters" in said[0]
+    assert "saved with a prediction head (head_config.json), which deltakit does not read" in said[1]
+
+
+def test_a_compacter_without_its_rule(tmp_path):
+    """The library leaves it out if the model has no head."""
+    folder = copied(tmp_path, "compacter")
+    file = folder / "adapter.safetensors"
+    save_file({key: value for key, value in load_file(file).items() if "shared" not in key}, file)
+    with pytest.raises(dk.CheckpointError, match=r"lacks phm_rule; save it again, from a model with a head"):
+        dk.load(folder, backbone("bert"))
+
+
+def test_damaged(tmp_path):
+    folder = copied(tmp_path)
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(
+        dk.CheckpointError, match=r"an adapter of AdapterHub has adapter_config.json, and it is missing"
+    ):
+        dk.load(folder, backbone("bert"))
+    (copied(tmp_path) / "pytorch_adapter.bin").unlink()
+    with pytest.raises(dk.CheckpointError, match=r"neither adapter.safetensors nor pytorch_adapter.bin"):
+        dk.load(folder, backbone("bert"))
+
+
+def test_from_the_hub(hub):
+    folder = FOLDER / "llama" / "lora"
+    hub.add_repo("me/theirs", {path.name: path.read_bytes() for path in folder.iterdir()})
+    model = backbone("llama")
+    dk.load("me/theirs", model)
+    close(outputs(model), expected("llama", "lora"))
