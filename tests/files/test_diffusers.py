@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import deltakit as dk
+from deltakit.files import read_saved
 from support.models import randomize
 
 diffusers = pytest.importorskip("diffusers")
@@ -189,6 +190,37 @@ def test_sdxl_names_are_those_that_diffusers_knows(tmp_path):
     converted, alphas = diffusers.StableDiffusionXLPipeline.lora_state_dict(dict(state), unet_config=wanted.config)
     wanted.load_lora_adapter(converted, prefix="unet", network_alphas=alphas)
     loads_as(build, tmp_path / "xl.safetensors", outputs(wanted))
+
+
+def test_kohya_of_flux(tmp_path):
+    """diffusers' converter knows the true sizes alone, so the backbone has them, without values."""
+    inputs = {"in_channels": 64, "joint_attention_dim": 4096, "pooled_projection_dim": 768}
+    with torch.device("meta"):
+        model = diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=2, **inputs)
+    generator, state, width, inner = torch.Generator().manual_seed(5), {}, 3072, 4 * 3072
+    fused = {
+        **{f"double_blocks_0_{side}_attn_qkv": (width, 3 * width) for side in ("img", "txt")},
+        **{f"double_blocks_0_{side}_attn_proj": (width, width) for side in ("img", "txt")},
+        **{f"double_blocks_0_{side}_mlp_0": (width, inner) for side in ("img", "txt")},
+        **{f"double_blocks_0_{side}_mlp_2": (inner, width) for side in ("img", "txt")},
+        **{f"double_blocks_0_{side}_mod_lin": (width, 6 * width) for side in ("img", "txt")},
+        "single_blocks_1_linear1": (width, 3 * width + inner),
+        "single_blocks_1_linear2": (width + inner, width),
+        "single_blocks_1_modulation_lin": (width, 3 * width),
+    }
+    for name, (d_in, d_out) in fused.items():
+        state[f"lora_unet_{name}.lora_down.weight"] = torch.randn(2, d_in, generator=generator)
+        state[f"lora_unet_{name}.lora_up.weight"] = torch.randn(d_out, 2, generator=generator)
+        state[f"lora_unet_{name}.alpha"] = torch.tensor(3.0)
+    save_file(state, tmp_path / "flux.safetensors")
+    found = read_saved(tmp_path / "flux.safetensors", model)
+    wanted = diffusers.FluxPipeline.lora_state_dict(dict(state))
+    (method,) = found.methods
+    assert {f"transformer.{path}.lora_{factor}.weight" for path in method["targets"] for factor in "AB"} == set(wanted)
+    for path in method["targets"]:
+        ours, theirs = ((found.tensors[f"{path}.lora.A"], found.tensors[f"{path}.lora.B"]), (wanted[f"transformer.{path}.lora_A.weight"], wanted[f"transformer.{path}.lora_B.weight"]))  # fmt: skip
+        update, expected = (b[::97] @ a[:, ::97] for a, b in (ours, theirs))
+        torch.testing.assert_close(method["alpha"] / method["r"] * update, expected)
 
 
 def test_diffusers_opens_what_is_written(tmp_path):

@@ -150,6 +150,43 @@ def test_kohya_of_sdxl(tmp_path):
     loads_as(unet, file, expected(unet, pairs))
 
 
+FLUX = {
+    "transformer_blocks.0.attn.add_q_proj": lambda: nn.Linear(6, 7),
+    "transformer_blocks.0.attn.add_k_proj": lambda: nn.Linear(6, 5),
+    "transformer_blocks.0.attn.add_v_proj": lambda: nn.Linear(6, 4),
+    "transformer_blocks.0.norm1_context.linear": lambda: nn.Linear(6, 11),
+    **{
+        f"single_transformer_blocks.12.{part}": lambda: nn.Linear(6, 6)
+        for part in ("attn.to_q", "attn.to_k", "attn.to_v")
+    },
+    "single_transformer_blocks.12.proj_mlp": lambda: nn.Linear(6, 13),
+}
+FUSED = {
+    "double_blocks_0_txt_attn_qkv": [*FLUX][:3],
+    "double_blocks_0_txt_mod_lin": [*FLUX][3:4],
+    "single_blocks_12_linear1": [*FLUX][4:],
+}
+
+
+def test_kohya_of_flux(tmp_path):
+    """One layer of the original transformer is several here, which share A and have the rows of B in turn."""
+
+    def build():
+        return Layers(FLUX)
+
+    generator, pairs, tensors = torch.Generator().manual_seed(2), {}, {}
+    for name, paths in FUSED.items():
+        sizes = [build().get_submodule(path).out_features for path in paths]
+        a, b = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((2, 6), (sum(sizes), 2)))
+        tensors |= flat({name: (a, b)}, "lora_unet", {name: 5.0})
+        pairs |= {path: (a, rows) for path, rows in zip(paths, b.split(sizes), strict=True)}
+    file = write(tmp_path / "flux.safetensors", tensors)
+    loads_as(build, file, expected(build, pairs, lambda path: 2.5))
+    tensors["lora_unet_single_blocks_12_linear1.lora_up.weight"] = torch.ones(30, 2)
+    with pytest.raises(dk.CheckpointError, match="not in this backbone, such as single_blocks_12_linear1"):
+        dk.load(write(file, tensors), build())
+
+
 def test_lycoris(tmp_path):
     """Convolutions with a split kernel, differences of weights and biases, and those of norms."""
     model, generator = unet(), torch.Generator().manual_seed(8)

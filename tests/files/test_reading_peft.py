@@ -140,7 +140,7 @@ def with_tensors(folder, change):
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 REFUSED = {
     "another kind": (lambda f: adapter(f, peft_type="XLORA"), "this is PEFT's XLORA, which deltakit does not read; of PEFT it reads LORA"),
-    "no kind": (lambda f: adapter(f, peft_type=None), "this is an adapter of AdapterHub, which deltakit does not read"),
+    "no kind": (lambda f: adapter(f, peft_type=None), r"this is no adapter of PEFT: its adapter_config.json has no peft_type, which"),
     "DoRA": (lambda f: adapter(f, use_dora=True), r"has DoRA \(use_dora\), which deltakit does not have; merge it"),
     "PiSSA": (lambda f: adapter(f, init_lora_weights="pissa_niter_4"), r"changing the backbone's weights \(init_lora_weights='pissa_niter_4'\)"),
     "a wrong type": (lambda f: adapter(f, lora_alpha="much"), r"adapter_config.json is damaged at lora_alpha: expected `float`, got `str`"),
@@ -203,7 +203,7 @@ def test_several_adapters_in_one_folder(tmp_path):
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("pytorch_adapter.bin", "this is an adapter of AdapterHub, which"),
+        ("head_config.json", "this is a prediction head of AdapterHub, which"),
         ("model.safetensors", "this is a whole model, which"),
         ("notes.txt", r"there is no delta here: expected delta_model.safetensors, .* found notes.txt; pass the folder"),
     ],

@@ -38,6 +38,7 @@ class Names:
     """The modules of a backbone that have a weight, by their paths, also with underscores in place of the dots."""
 
     def __init__(self, backbone: nn.Module) -> None:
+        self.backbone = type(backbone).__name__
         self.modules = {path: module for path, module in own_modules(backbone) if hasattr(module, "weight")}
         self._flat: dict[str, list[str]] = {}
         for path in self.modules:

@@ -62,7 +62,7 @@ def parts_of(tensors: Mapping[str, Tensor], place: Path) -> list[Part]:
     return list(found.values())
 
 
-def part_for(parts: list[Part], backbone: nn.Module, place: Path) -> tuple[Part, dict[str, str]]:
+def part_for(parts: list[Part], names: Names, place: Path) -> tuple[Part, dict[str, str]]:
     """Returns the part that fits a backbone, and the path of each of its layers there.
 
     The names and the shapes of the tensors decide: the component's name says only what it is called in its pipeline.
@@ -70,11 +70,10 @@ def part_for(parts: list[Part], backbone: nn.Module, place: Path) -> tuple[Part,
     Raises:
         CheckpointError: if none fits, or several.
     """
-    names = Names(backbone)
     paths = [part.paths(names) for part in parts]
     problems = [_problem(part, found, names) for part, found in zip(parts, paths, strict=True)]
     fitting = [number for number, problem in enumerate(problems) if not problem]
-    kind = type(backbone).__name__
+    kind = names.backbone
     if len(fitting) > 1:
         both = " and ".join(sorted(parts[number].component or "no prefix" for number in fitting))
         raise CheckpointError(

@@ -10,7 +10,9 @@ from deltakit.core import is_quantized, join, tensors_in, wide
 from deltakit.errors import CheckpointError
 from deltakit.files.checkpoint import read_metadata, read_tensors
 from deltakit.files.formats.format import Parts
+from deltakit.files.formats.images.fused import unfused
 from deltakit.files.formats.images.keys import METADATA, PICKLE, TENSORS, spelling
+from deltakit.files.formats.images.names import Names
 from deltakit.files.formats.images.parts import Layer, Part, part_for, parts_of, refuse_strange
 from deltakit.files.formats.peft.adapter import Adapter
 from deltakit.files.formats.peft.full import refuse_tied
@@ -51,7 +53,8 @@ def read(place: Path, backbone: nn.Module | None, values: bool) -> Saved:
     if backbone is None:
         chosen = [(part, {name: _shown(part, name) for name in part.layers}) for part in parts]
     else:
-        chosen = [part_for(parts, backbone, place)]
+        names = Names(backbone)
+        chosen = [part_for([unfused(part, names) for part in parts], names, place)]
     refuse_strange((part for part, _ in chosen), place)
     full: dict[str, Tensor] = {}
     for part, paths in chosen:
