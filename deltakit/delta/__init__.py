@@ -4,14 +4,14 @@ from deltakit.delta.attaching import attach
 from deltakit.delta.combining import Combination, combine
 from deltakit.delta.converting import convert
 from deltakit.delta.freezing import freeze_backbone
-from deltakit.delta.handle import Delta, deltas
+from deltakit.delta.handle import Delta
 from deltakit.delta.inspecting import SavedDelta, SavedMethod, inspect
 from deltakit.delta.loading import load
 from deltakit.delta.mixed_rows import rows
 from deltakit.delta.new_heads import Spelling
 from deltakit.delta.own_values import base_state_dict
 from deltakit.delta.planning import Plan, plan
-from deltakit.delta.using import use
+from deltakit.delta.using import deltas, use
 
 __all__ = [
     "Combination",

@@ -8,9 +8,10 @@ from torch import nn
 
 from deltakit.core import METHODS, Method, Site, checked, own_modules, without_start_values
 from deltakit.delta.attaching import new_delta
-from deltakit.delta.handle import Delta, deltas
+from deltakit.delta.handle import Delta
 from deltakit.delta.planning import build, original
 from deltakit.delta.running_statistics import holding_word
+from deltakit.delta.using import deltas
 from deltakit.errors import OptionError, StateError, no_such_delta
 from deltakit.files import is_finite
 from deltakit.selection import BackboneIndex

@@ -1,6 +1,7 @@
 """Bytes in and out: a delta's folder, its config and model card, the fingerprint of its backbone, the formats of others, and
 the Hub."""
 
+from deltakit.files.card import CardDetails, model_card
 from deltakit.files.config import backbone_identity, delta_config, expanded, methods_of, room_for
 from deltakit.files.fingerprint import differences
 from deltakit.files.formats import WRITERS, Written, format_of, read_saved, refuse_others
@@ -12,6 +13,7 @@ from deltakit.files.values import check_tensors, is_finite
 __all__ = [
     "WRITERS",
     "Access",
+    "CardDetails",
     "Saved",
     "Written",
     "backbone_identity",
@@ -24,6 +26,7 @@ __all__ = [
     "from_file",
     "is_finite",
     "methods_of",
+    "model_card",
     "read_saved",
     "refuse_others",
     "room_for",

@@ -63,7 +63,11 @@ def test_one_rank_and_one_scale_are_written_as_they_are(tmp_path):
     for factor in "AB":
         found = tensors[f"base_model.model.model.layers.1.self_attn.v_proj.lora_{factor}.weight"]
         assert torch.equal(found, own[f"model.layers.1.self_attn.v_proj.lora.{factor}"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
 
 
 def test_a_head_is_a_module_to_save(tmp_path):

@@ -18,8 +18,8 @@ Without a backbone it returns what the files alone say; without values, tensors 
 `CheckpointError` if a file is missing or damaged, or holds what deltakit does not have.
 """
 
-Writer = Callable[[Path, Attachment, Mapping[str, Tensor], Mapping[str, Any]], None]
-"""Writes a delta into a folder. It gets the folder, the delta, the tensors of its state dict, and its `delta_config`.
+Writer = Callable[[Path, Attachment, Mapping[str, Tensor], Mapping[str, Any], str], None]
+"""Writes a delta into a folder. It gets the folder, the delta, the tensors of its state dict, its `delta_config` and its card.
 
 It raises a `CheckpointError` if the format has no such delta, or the files cannot be written.
 """
