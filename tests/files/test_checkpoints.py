@@ -320,7 +320,9 @@ def test_the_card_is_lines_of_markdown(saved):
     lines = (saved / "README.md").read_text().splitlines()
     assert lines[:3] == ["---", "library_name: deltakit", 'tags: ["deltakit", "lora"]']
     assert {"# A delta for Transformer", "```python", "import deltakit as dk", "```"} <= {*lines}
-    assert "| `lora` | r=3, alpha=16, dropout=0.0, keep=exact | `layers.{0-1}.self_attn.{q_proj,v_proj}` | 480 |" in lines
+    assert (
+        "| `lora` | r=3, alpha=16, dropout=0.0, keep=exact | `layers.{0-1}.self_attn.{q_proj,v_proj}` | 480 |" in lines
+    )
 
 
 @pytest.mark.parametrize("format", ["deltakit", "peft"])

@@ -79,6 +79,35 @@ def test_revisions(hub, delta):
     assert torch.equal(two(ids()), delta.backbone(ids()))
 
 
+def test_branches(hub, delta):
+    delta.push("me/lora", token=TOKEN)
+    before = delta.backbone(ids())
+    randomize(delta)
+    for _ in range(2):
+        delta.push("me/lora", token=TOKEN, revision="next")
+    one, two = fresh(), fresh()
+    dk.load("me/lora", one)
+    dk.load("me/lora", two, revision="next")
+    assert torch.equal(one(ids()), before)
+    assert torch.equal(two(ids()), delta.backbone(ids()))
+
+
+def test_a_connection_cut_in_the_middle_of_a_file(hub, delta, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    delta.push("me/lora", token=TOKEN)
+    hub.repos["me/lora"].cut = "delta_model.safetensors"
+    model = fresh()
+    before = snapshot(model)
+    with pytest.raises(dk.HubError, match=r"^me/lora: ") as caught:
+        dk.load("me/lora", model)
+    assert "\n" not in str(caught.value)
+    same(snapshot(model), before)
+    hub.repos["me/lora"].cut = ""
+    dk.load("me/lora", model)
+    assert torch.equal(model(ids()), delta.backbone(ids()))
+
+
 def test_the_cache_serves_when_the_hub_is_gone(hub, delta):
     delta.push("me/lora", token=TOKEN)
     dk.load("me/lora", fresh())
