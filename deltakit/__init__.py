@@ -42,8 +42,11 @@ from deltakit.errors import (
 )
 from deltakit.methods.adapter import Adapter
 from deltakit.methods.bitfit import BitFit
+from deltakit.methods.compacter import Compacter
 from deltakit.methods.ia3 import IA3
 from deltakit.methods.lora import LoRA
+from deltakit.methods.low_rank_adapter import LowRankAdapter
+from deltakit.methods.parallel_adapter import ParallelAdapter
 from deltakit.methods.prefix import Prefix
 from deltakit.methods.soft_prompt import SoftPrompt
 from deltakit.opendelta import (
@@ -73,6 +76,7 @@ __all__ = [
     "CallContext",
     "CheckpointError",
     "Combination",
+    "Compacter",
     "Delta",
     "DeltaError",
     "DeltaModule",
@@ -82,9 +86,11 @@ __all__ = [
     "LoRA",
     "LoraModel",
     "LowRank",
+    "LowRankAdapter",
     "Method",
     "OptionError",
     "OutputMap",
+    "ParallelAdapter",
     "Plan",
     "Prefix",
     "PrefixModel",

@@ -37,6 +37,9 @@ class BackboneView(Protocol):
     def target(self, path: str) -> Target:
         """Returns the target at a path."""
 
+    def select(self, at: str | Sequence[str]) -> list[str]:
+        """Returns the selected paths, each module instance once."""
+
     def role(self, role: str) -> Sequence[str]:
         """Returns the paths of the modules that have a role such as `attn.q`."""
 
