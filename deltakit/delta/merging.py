@@ -24,6 +24,7 @@ from deltakit.core import (
 from deltakit.delta.claims import refuse_in_rows
 from deltakit.delta.composition import refuse_beside_live, refuse_composed
 from deltakit.delta.full_training import tensors_at
+from deltakit.delta.interrupted import finished
 from deltakit.delta.quantized import Quantize, Rounded, merge_quantized
 from deltakit.errors import StateError, TargetError, warn
 from deltakit.injection import holder_of, watch
@@ -158,18 +159,10 @@ def _put(attachment: Attachment, name: str, weight: Tensor, value: Tensor) -> No
         weight.copy_(value)
 
 
+@finished
+@torch.no_grad()
 def unmerge(attachment: Attachment) -> None:
     """Restores the weights from before merging, bit-exact."""
-    try:
-        _unmerge(attachment)
-    except BaseException:
-        # Once more, because it takes milliseconds: after one Ctrl-C nothing is merged.
-        _unmerge(attachment)
-        raise
-
-
-@torch.no_grad()
-def _unmerge(attachment: Attachment) -> None:
     record = attachment.record
     weights = tensors_at(attachment.backbone, record, record.weights_before_merge)
     changed = []

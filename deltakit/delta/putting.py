@@ -18,6 +18,7 @@ from deltakit.core import (
 )
 from deltakit.delta.changed_backbone import logical_sizes
 from deltakit.delta.full_training import put_backbone_values, put_trained_values, refresh_gradients, refuse_taken
+from deltakit.delta.interrupted import finished
 from deltakit.injection import (
     change_begins,
     forget_first_forward,
@@ -96,17 +97,9 @@ def _switch(attachment: Attachment, active: bool) -> None:
         watch(attachment.backbone)
 
 
+@finished
 def take_all(attachment: Attachment) -> None:
     """Detaches a delta of which everything or only a part is there."""
-    try:
-        _take_all(attachment)
-    except BaseException:
-        # Once more, because it takes milliseconds: after one Ctrl-C the delta is detached.
-        _take_all(attachment)
-        raise
-
-
-def _take_all(attachment: Attachment) -> None:
     backbone, record = attachment.backbone, attachment.record
     record.leaving = True
     change_begins(backbone, RunningCall(sys._getframe()))
