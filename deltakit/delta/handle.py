@@ -244,7 +244,9 @@ class Delta(DeltaContents):
 
         Args:
             format: "peft" for an adapter of PEFT: LoRA or IA3, with the modules that are trained in full. LoRAs of different
-                ranks or scales are padded to one rank, which changes no output.
+                ranks or scales are padded to one rank, which changes no output. "diffusers" for a LoRA of diffusers, on linear
+                layers and convolutions; its tensors are named for the component that pipelines have of the backbone's class:
+                unet, transformer, text_encoder, or text_encoder_2 for a `CLIPTextModelWithProjection`.
             results: figures for the model card, such as `{"accuracy": 0.93}`. A README.md that you wrote is kept.
 
         Raises:

@@ -45,10 +45,11 @@ def load(
 ) -> Delta:
     """Loads a delta from a folder or a Hub repository, attaches it to the backbone, and returns it.
 
-    It reads deltas that deltakit saved, and LoRA and IA3 adapters that PEFT saved.
+    It reads deltas that deltakit saved, LoRA and IA3 adapters that PEFT saved, and LoRAs of image models: those of diffusers,
+    of kohya's sd-scripts and of LyCORIS. Of a file for several components of a pipeline it loads the one that fits.
 
     Args:
-        source: the folder, or the repository as "owner/name".
+        source: the folder, the repository as "owner/name", or a LoRA of kohya or LyCORIS as a file.
         name: the delta's name; by default the one that it was saved with. One of the two is required to put a method on a
             target that has the same method from another delta.
         freeze: whether to freeze the backbone's own parameters. They stay frozen as long as such a delta is attached; after
@@ -56,7 +57,7 @@ def load(
             says how many of them are trained without being saved.
         attach: whether to attach it now. A delta that is loaded but not attached costs nothing in forwards; its `attach()`
             attaches it later.
-        check: "error" or "warn" if the backbone is not the one that the delta was trained on. Adapters of PEFT do not say.
+        check: "error" or "warn" if the backbone is not the one that the delta was trained on. Files of others do not say.
         revision: a branch, tag or commit of the repository.
         token: the Hub's access token; by default the one of `hf auth login`.
         cache_dir: where downloads are kept; by default the Hub's own cache.

@@ -4,17 +4,38 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from deltakit.errors import printable
 
 _NOT_OPTIONS = ("method", "at", "of", "exclude", "targets")
 
+
+class _Library(NamedTuple):
+    """The library that opens a format: its name, its package, and the lines that do so."""
+
+    name: str
+    package: str
+    imported: str
+    model: str
+    loading: str
+
+
+_MODEL = "model = ...  # the backbone named above, as your library loads it"
 _LIBRARIES = {
-    "deltakit": ("deltakit", "import deltakit as dk", "delta = dk.load({source}, model)"),
-    "peft": ("peft", "from peft import PeftModel", "model = PeftModel.from_pretrained(model, {source})"),
+    "deltakit": _Library("deltakit", "deltakit-tuning", "import deltakit as dk", _MODEL, "delta = dk.load({}, model)"),
+    "peft": _Library(
+        "peft", "peft", "from peft import PeftModel", _MODEL, "model = PeftModel.from_pretrained(model, {})"
+    ),
+    "diffusers": _Library(
+        "diffusers",
+        "diffusers peft",
+        "from diffusers import DiffusionPipeline",
+        "pipe = DiffusionPipeline.from_pretrained(...)  # one with the backbone named above",
+        "pipe.load_lora_weights({})",
+    ),
 }
-"""For each format the library that opens it, and the lines that do so."""
+"""By format."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +71,7 @@ def model_card(config: Mapping[str, Any], details: CardDetails = CardDetails()) 
 
 
 def _front(base: str | None, names: Sequence[str], details: CardDetails) -> list[str]:
-    library = _LIBRARIES[details.format][0]
+    library = _LIBRARIES[details.format].name
     entries: dict[str, object] = {
         "tags": list(dict.fromkeys([library, "deltakit", *names])),
         **({"base_model": base, "base_model_relation": "adapter"} if base else {}),
@@ -82,14 +103,14 @@ def _results(results: Mapping[str, object]) -> list[str]:
 
 
 def _usage(base: str | None, kind: str, details: CardDetails) -> list[str]:
-    library, imported, loading = _LIBRARIES[details.format]
-    model = ["model = ...  # the backbone named above, as your library loads it"]
-    if base and details.is_transformers and kind.isidentifier():
+    library = _LIBRARIES[details.format]
+    imported, model = library.imported, library.model
+    if base and details.is_transformers and kind.isidentifier() and model == _MODEL:
         imported = f"{imported}\nfrom transformers import {kind}"
-        model = [f"model = {kind}.from_pretrained({json.dumps(base)})"]
+        model = f"model = {kind}.from_pretrained({json.dumps(base)})"
     source = json.dumps(details.repository or "FOLDER_OR_REPOSITORY")
-    code = ["```python", imported, "", *model, loading.format(source=source), "```"]
-    return ["## Use it", "", "```", f"pip install {library}", "```", "", *code, ""]
+    code = ["```python", imported, "", model, library.loading.format(source), "```"]
+    return ["## Use it", "", "```", f"pip install {library.package}", "```", "", *code, ""]
 
 
 def _row(*cells: str) -> str:

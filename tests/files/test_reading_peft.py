@@ -203,7 +203,6 @@ def test_several_adapters_in_one_folder(tmp_path):
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("pytorch_lora_weights.safetensors", "this is a LoRA of diffusers, which deltakit does not read"),
         ("pytorch_adapter.bin", "this is an adapter of AdapterHub, which"),
         ("model.safetensors", "this is a whole model, which"),
         ("notes.txt", r"there is no delta here: expected delta_model.safetensors, .* found notes.txt; pass the folder"),

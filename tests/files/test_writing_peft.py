@@ -185,7 +185,9 @@ def test_moved_statistics_have_no_place(tmp_path):
 
 def test_an_unknown_format(tmp_path):
     delta = attached(MODELS["llama"](), dk.LoRA(r=2))
-    with pytest.raises(dk.OptionError, match=r"Delta.save\(format='gguf'\): expected 'deltakit' or 'peft'"):
+    with pytest.raises(
+        dk.OptionError, match=r"Delta.save\(format='gguf'\): expected 'deltakit', 'peft' or 'diffusers'"
+    ):
         delta.save(tmp_path, format="gguf")
 
 

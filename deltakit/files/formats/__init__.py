@@ -8,12 +8,12 @@ from torch import nn
 
 from deltakit.errors import CheckpointError
 from deltakit.files.checkpoint import TENSORS_FILE
-from deltakit.files.formats import own, peft
+from deltakit.files.formats import images, own, peft
 from deltakit.files.formats.format import Format
 from deltakit.files.saved import Saved
 
-FORMATS = {kind.name: kind for kind in (own.FORMAT, peft.FORMAT)}
-Written = Literal["deltakit", "peft"]
+FORMATS = {kind.name: kind for kind in (own.FORMAT, peft.FORMAT, images.DIFFUSERS, images.KOHYA)}
+Written = Literal["deltakit", "peft", "diffusers"]
 """The names of the formats that have a writer."""
 WRITERS = {kind.name: kind.write for kind in FORMATS.values() if kind.write is not None}
 FILES = tuple(name for kind in FORMATS.values() for name in kind.files)
@@ -21,8 +21,6 @@ FILES = tuple(name for kind in FORMATS.values() for name in kind.files)
 
 # Each: a file, and what has it.
 _OTHERS = {
-    "pytorch_lora_weights.safetensors": "a LoRA of diffusers",
-    "pytorch_lora_weights.bin": "a LoRA of diffusers",
     "pytorch_adapter.bin": "an adapter of AdapterHub",
     "adapter.safetensors": "an adapter of AdapterHub",
     "head_config.json": "a prediction head of AdapterHub",
@@ -89,9 +87,12 @@ def no_delta(names: Iterable[str]) -> str:
         reads = ", ".join(kind.reads for kind in FORMATS.values())
         return f"this is {known}, which deltakit does not read; it reads {reads}"
     more = f" and {len(there) - 10} more" if len(there) > 10 else ""
+    file = next((name for name in there if name.endswith(".safetensors")), "")
+    advice = f"; if {file} is a LoRA of kohya or LyCORIS, pass the path of that file on this machine" if file else ""
     return (
         f"there is no delta here: expected {TENSORS_FILE}, or the files of another library, found "
         f"{', '.join(there[:10]) or 'nothing'}{more}; pass the folder or repository that a delta was saved to"
+        f"{advice}"
     )
 
 

@@ -38,11 +38,16 @@ def fully_trained(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, 
             )
         if name is not None and not (".base_layer." in full and _is_copy(tensor, own[name])):
             found[name] = tensor
-    _refuse_tied(adapter, found)
+    refuse_tied(adapter, found)
     return found
 
 
-def _refuse_tied(adapter: Adapter, found: Mapping[str, Tensor]) -> None:
+def refuse_tied(adapter: Adapter, found: Mapping[str, Tensor]) -> None:
+    """Refuses values of a tied tensor that its other names do not get.
+
+    Raises:
+        CheckpointError: if there is one.
+    """
     for name, tensor in found.items():
         held = adapter.own[name]
         tied = (

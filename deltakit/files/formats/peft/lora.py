@@ -1,7 +1,9 @@
 """Reads PEFT's LoRA. The tensors' names have the paths of the modules, and the tensors the ranks."""
 
 import math
-from typing import Any, TypedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -46,52 +48,76 @@ class _Config(TypedDict, total=False):
 _DEFAULTS = _Config(lora_alpha=8, lora_dropout=0.0, use_rslora=False, alpha_pattern=None)
 
 
+class Scale(NamedTuple):
+    """The options of one LoRA beside its rank, which the factors have."""
+
+    alpha: float
+    rslora: bool = False
+    dropout: float = 0.0
+
+
 def read_lora(adapter: Adapter, parts: Parts) -> None:
     """Adds the LoRAs of an adapter to the parts.
 
     Raises:
         CheckpointError: if it has options that deltakit does not have, or a tensor does not fit.
     """
-    _refuse_absent(adapter)
-    config: Any = _DEFAULTS | checked(
-        {key: value for key, value in adapter.config.items() if key in _Config.__annotations__},
-        _Config,
-        adapter.config_file,
+    scale_of = scales(adapter.config, adapter.folder, adapter.config_file)
+    for path, pair in adapter.parts(LORA | LORA_OF_EMBEDDINGS).items():
+        add_lora(adapter, parts, path, *_factors(adapter, path, pair), scale_of(path))
+
+
+def scales(config: Mapping[str, Any], place: Path, config_file: Path) -> Callable[[str], Scale]:
+    """Returns what gives the options of the LoRA at a path, as the config of PEFT's LoRA says.
+
+    Raises:
+        CheckpointError: if the config is damaged, or has options that deltakit does not have.
+    """
+    _refuse_absent(config, place)
+    found: Any = _DEFAULTS | checked(
+        {key: value for key, value in config.items() if key in _Config.__annotations__}, _Config, config_file
     )
     alphas = [
-        (Pattern(rf"(.*\.)?({key})$", key, adapter.config_file / "alpha_pattern"), alpha)
-        for key, alpha in (config["alpha_pattern"] or {}).items()
+        (Pattern(rf"(.*\.)?({key})$", key, config_file / "alpha_pattern"), alpha)
+        for key, alpha in (found["alpha_pattern"] or {}).items()
     ]
-    for path, pair in adapter.parts(LORA | LORA_OF_EMBEDDINGS).items():
-        alpha = next((alpha for pattern, alpha in alphas if pattern.matches(path)), config["lora_alpha"])
-        a, b = _factors(adapter, path, pair)
-        full = a.shape[0]
-        a, b = _needed(a, b)
-        share = a.shape[0] / full
-        module = adapter.module(path)
-        options = {
-            "r": a.shape[0],
-            "alpha": alpha if share == 1 else alpha * (math.sqrt(share) if config["use_rslora"] else share),
-            "rslora": config["use_rslora"],
-            # PEFT drops no inputs of embeddings: they are ids.
-            "dropout": 0.0 if isinstance(module, nn.Embedding) else config["lora_dropout"],
-            # PEFT adapts the module alone, also if its weight is tied.
-            "untie": module is not None and adapter.is_tied(module._parameters.get("weight")),
-        }
-        parts.add("lora", options, path, {"A": a, "B": b})
+
+    def scale_of(path: str) -> Scale:
+        alpha = next((alpha for pattern, alpha in alphas if pattern.matches(path)), found["lora_alpha"])
+        return Scale(alpha, found["use_rslora"], found["lora_dropout"])
+
+    return scale_of
 
 
-def _refuse_absent(adapter: Adapter) -> None:
+def add_lora(adapter: Adapter, parts: Parts, path: str, a: Tensor, b: Tensor, scale: Scale) -> None:
+    """Adds one LoRA with the factors A [r, d_in] and B [d_out, r] to the parts."""
+    module = adapter.module(path)
+    full = a.shape[0]
+    a, b = _needed(a, b)
+    share = a.shape[0] / full
+    options = {
+        "r": a.shape[0],
+        "alpha": scale.alpha if share == 1 else scale.alpha * (math.sqrt(share) if scale.rslora else share),
+        "rslora": scale.rslora,
+        # PEFT drops no inputs of embeddings: they are ids.
+        "dropout": 0.0 if isinstance(module, nn.Embedding) else scale.dropout,
+        # PEFT adapts the module alone, also if its weight is tied.
+        "untie": module is not None and adapter.is_tied(module._parameters.get("weight")),
+    }
+    parts.add("lora", options, path, {"A": a, "B": b})
+
+
+def _refuse_absent(config: Mapping[str, Any], place: Path) -> None:
     for option, what in _ABSENT.items():
-        if adapter.config.get(option):
+        if config.get(option):
             raise CheckpointError(
-                f"{adapter.folder}: this LoRA of PEFT has {what} ({option}), which deltakit does not have; merge it into the "
+                f"{place}: this LoRA of PEFT has {what} ({option}), which deltakit does not have; merge it into the "
                 "backbone by PEFT's merge_and_unload()"
             )
-    start = adapter.config.get("init_lora_weights")
+    start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_CHANGES_BACKBONE):
         raise CheckpointError(
-            f"{adapter.folder}: this LoRA of PEFT started by changing the backbone's weights (init_lora_weights={start!r}), "
+            f"{place}: this LoRA of PEFT started by changing the backbone's weights (init_lora_weights={start!r}), "
             "so it does not fit the plain backbone; save it again by PEFT's save_pretrained with "
             "path_initial_model_for_weight_conversion="
         )

@@ -51,7 +51,7 @@ def write(
         CheckpointError: if PEFT has no such adapter, or the files cannot be written.
     """
     kind = _kind_of(attachment)
-    options, named = (_lora if kind == "lora" else _ia3)(attachment, tensors)
+    options, named = (lora_of if kind == "lora" else _ia3)(attachment, tensors)
     full = [name for name in attachment.record.fully_trained if name in tensors]
     modules, biases = _fully_trained(attachment, full)
     targets = {site.owner for site in attachment.sites}
@@ -98,7 +98,12 @@ def _impossible(attachment: Attachment, why: str) -> CheckpointError:
     return CheckpointError(f"delta {name!r} cannot be saved as an adapter of PEFT: {why}; save it without format=")
 
 
-def _lora(attachment: Attachment, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def lora_of(attachment: Attachment, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns the config of a delta's LoRAs, and their tensors by the names that PEFT has without its prefix.
+
+    Raises:
+        CheckpointError: if PEFT has no such LoRA.
+    """
     by_path: dict[str, list[_Factors]] = {}
     targets: dict[str, nn.Module] = {}
     names = _names_of(attachment)

@@ -1,0 +1,153 @@
+"""Reads the LoRAs of image models: those of diffusers, of kohya's sd-scripts, and of LyCORIS."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from deltakit.core import is_quantized, join, tensors_in, wide
+from deltakit.errors import CheckpointError
+from deltakit.files.checkpoint import read_metadata, read_tensors
+from deltakit.files.formats.format import Parts
+from deltakit.files.formats.images.keys import METADATA, PICKLE, TENSORS, spelling
+from deltakit.files.formats.images.parts import Layer, Part, part_for, parts_of, refuse_strange
+from deltakit.files.formats.peft.adapter import Adapter
+from deltakit.files.formats.peft.full import refuse_tied
+from deltakit.files.formats.peft.layers import differs
+from deltakit.files.formats.peft.lora import Scale, add_lora, scales
+from deltakit.files.pickles import read_pickle
+from deltakit.files.saved import Saved, Trained
+from deltakit.files.schema import checked, read_json
+
+
+def is_diffusers(place: Path) -> bool:
+    """Returns whether a folder has a LoRA of diffusers, or a file is one."""
+    folder = (place / TENSORS).is_file() or (place / PICKLE).is_file()
+    return folder or _spelling_in(place) == "diffusers"
+
+
+def is_kohya(place: Path) -> bool:
+    """Returns whether a file is a LoRA of kohya's sd-scripts or of LyCORIS. They have no name of their own."""
+    return _spelling_in(place) == "kohya"
+
+
+def _spelling_in(place: Path) -> str:
+    is_file = place.suffix == ".safetensors" and place.is_file()
+    return spelling(read_tensors(place, values=False)) if is_file else ""
+
+
+def read(place: Path, backbone: nn.Module | None, values: bool) -> Saved:
+    """Returns the LoRA in a folder or file; see `Reader`. With a backbone it is the part for that component of the pipeline.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged, it has no part for the backbone, or a method that deltakit does not
+            have.
+    """
+    file = next((place / name for name in (TENSORS, PICKLE) if (place / name).is_file()), place)
+    tensors, configs = _contents(file, values)
+    parts = [part for part in parts_of(tensors, place) if part.layers or part.strange]
+    adapter, found = Adapter(place, {}, tensors, backbone), Parts()
+    if backbone is None:
+        chosen = [(part, {name: _shown(part, name) for name in part.layers}) for part in parts]
+    else:
+        chosen = [part_for(parts, backbone, place)]
+    refuse_strange((part for part, _ in chosen), place)
+    full: dict[str, Tensor] = {}
+    for part, paths in chosen:
+        scale_of = _scales(part, configs, file)
+        for name, path in paths.items():
+            layer = part.layers[name]
+            if {"A", "B", "mid"} & layer.tensors.keys():
+                a, b = _factors(layer, place)
+                _refuse_layer(adapter, path)
+                add_lora(adapter, found, path, a, b, scale_of(path) or _scale(layer, a.shape[0], place))
+            for ours in ("weight", "bias"):
+                if ours in layer.tensors:
+                    full[join(path, ours)] = _sum(adapter, path, ours, layer.tensors[ours])
+    refuse_tied(adapter, full)
+    methods, renamed = found.named()
+    return Saved(methods, renamed | full, Trained(names=sorted(full)))
+
+
+def _contents(file: Path, values: bool) -> tuple[dict[str, Tensor], Mapping[str, object]]:
+    """Returns the tensors of a file, and the configs of the components. Alphas have their values always: they are options."""
+    if file.name == PICKLE:
+        read, metadata = read_pickle, {}
+    else:
+        read, metadata = read_tensors, read_metadata(file)
+    tensors = read(file, values=values)
+    if not values and any(key.endswith(".alpha") for key in tensors):
+        tensors |= {key: tensor for key, tensor in read(file, values=True).items() if key.endswith(".alpha")}
+    where = file / METADATA
+    configs = read_json(metadata[METADATA], where) if METADATA in metadata else {}
+    found: dict[str, object] = checked(configs, dict[str, object], where)
+    return tensors, found
+
+
+def _scales(part: Part, configs: Mapping[str, object], file: Path) -> Callable[[str], Scale | None]:
+    """Returns what gives the options of the LoRA at a path, if the metadata have the config of this component."""
+    prefix = f"{part.component}." if part.component else ""
+    config = {key.removeprefix(prefix): value for key, value in configs.items() if key.startswith(prefix)}
+    return scales(config, file, file / METADATA) if "lora_alpha" in config else _no_scale
+
+
+def _no_scale(_path: str) -> None:
+    return None
+
+
+def _shown(part: Part, name: str) -> str:
+    """Returns how a layer is called where no backbone tells its path."""
+    between = "_" if part.layers[name].flat else "."
+    return f"{part.component}{between}{name}" if part.component else name
+
+
+def _refuse_layer(adapter: Adapter, path: str) -> None:
+    why = differs(adapter.module(path))
+    if why:
+        raise CheckpointError(
+            f"{adapter.folder}: {path} {why}, where the LoRA of other libraries computes something else than deltakit's; use "
+            "it in the library that it was trained with"
+        )
+
+
+def _factors(layer: Layer, place: Path) -> tuple[Tensor, Tensor]:
+    """Returns A [r, d_in] and B [d_out, r] of a layer."""
+    a, b, mid = (layer.tensors.get(name) for name in ("A", "B", "mid"))
+    if a is None or b is None or min(a.ndim, b.ndim) < 2 or a.shape[0] != (b if mid is None else mid).shape[1]:
+        raise CheckpointError(f"{place}: {layer.name} has no two factors of LoRA; save or download it again")
+    if mid is None:
+        return a.flatten(1), b.flatten(1)
+    if mid.ndim < 3 or mid.shape[0] != b.shape[1]:
+        raise CheckpointError(
+            f"{place}: {layer.name}: the factors of its LoRA do not fit each other; download it again"
+        )
+    # LyCORIS splits the kernel of a convolution off A: B [out, r], mid [r, r, *kernel] and A [r, in] give the update
+    # [out, in, *kernel]. The product of mid and A is a plain A.
+    product = torch.einsum("rs...,si->ri...", wide(mid), wide(a.flatten(1)))
+    return product.flatten(1), wide(b.flatten(1))
+
+
+def _scale(layer: Layer, r: int, place: Path) -> Scale:
+    alpha = layer.tensors.get("alpha")
+    if alpha is not None and (alpha.numel() != 1 or alpha.is_complex()):
+        raise CheckpointError(f"{place}: the alpha of {layer.name} is no number; save or download it again")
+    # In sd-scripts and LyCORIS an alpha of 0 means the rank, as none does.
+    return Scale((float(alpha) if alpha is not None else 0.0) or r)
+
+
+def _sum(adapter: Adapter, path: str, name: str, difference: Tensor) -> Tensor:
+    """Returns a tensor of the backbone with the difference that a file has for it; without a backbone the difference."""
+    module = adapter.module(path)
+    if module is None:
+        return difference
+    own = dict(tensors_in("", module)).get(name)
+    if own is None or own.numel() != difference.numel() or own.is_meta or is_quantized(own):
+        shape = "none" if own is None else f"one of {tuple(own.shape)} in {own.dtype}"
+        raise CheckpointError(
+            f"{adapter.folder}: it has a difference of shape {tuple(difference.shape)} for the {name} of {path}, and this "
+            f"backbone has {shape}; load the backbone that it was trained on, not quantized"
+        )
+    if difference.is_meta:
+        return difference.reshape(own.shape)
+    return (wide(own.detach().cpu()) + wide(difference.reshape(own.shape))).to(own.dtype)
