@@ -10,6 +10,7 @@ delta 'delta' on Sequential: attached, active, trainable
 24 parameters, 36.4 % of the backbone's 66
 """
 
+from deltakit import integrations as integrations
 from deltakit import methods as methods
 from deltakit.core import METHODS, DeltaModule, Method, Target
 from deltakit.delta import Combination, Delta, Plan, attach, base_state_dict, combine, deltas, load, plan, rows, use

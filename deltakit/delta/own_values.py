@@ -32,15 +32,21 @@ def base_state_dict(backbone: nn.Module) -> dict[str, Tensor]:
     bare: dict[int, Tensor] = {}
     # By identity: a tied tensor has several names, and is kept under one of them.
     for root in (backbone, *dict.fromkeys(root for _, root in roots_inside(backbone).values())):
-        bare |= {id(tensor): value.detach() for tensor, value in _kept_values(root)}
+        bare |= {id(tensor): value.detach() for tensor, value in kept_values(root)}
     return {name: bare.get(id(own[name]), value) for name, value in backbone.state_dict().items() if name in own}
 
 
-def _kept_values(root: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the tensors of a backbone that have other values while its deltas are attached, with their own values."""
+def kept_values(root: nn.Module, *, merged: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the tensors of a backbone that have other values while its deltas are attached, with their own values.
+
+    Args:
+        merged: whether to yield those of merged deltas, too.
+    """
     records = records_of(root)
     for record in records[:1]:
         notice_moved_buffers(root, record)
     for record in records:
+        if record.merged and not merged:
+            continue
         kept = record.backbone_values | record.weights_before_merge
         yield from ((tensor, kept[name]) for name, tensor in tensors_at(root, record, kept).items())

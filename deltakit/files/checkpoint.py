@@ -26,6 +26,8 @@ from deltakit.files.seal import check_seal, sealed
 CONFIG_FILE = "delta_config.json"
 TENSORS_FILE = "delta_model.safetensors"
 CARD_FILE = "README.md"
+WEIGHTS_FILE = "model.safetensors"
+"""Where transformers and accelerate look for the weights of a checkpoint."""
 
 _ENTRY, _FIRST_ENTRY = "delta", "description"
 _CARD_MARK = b"<!-- written by deltakit: remove this line to keep your own text -->"
@@ -56,6 +58,34 @@ def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, 
         return names
 
     write_files(folder, fill)
+
+
+def write_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes plain tensors into a folder, which is created if needed, as the weights of a training framework's checkpoint.
+
+    Raises:
+        CheckpointError: if the file cannot be written.
+    """
+
+    def fill(own: Path) -> list[str]:
+        # transformers refuses to load a file without this entry.
+        write_tensors(own / WEIGHTS_FILE, tensors, {"format": "pt"})
+        return [WEIGHTS_FILE]
+
+    write_files(folder, fill)
+
+
+def keys_of_weights(file: Path) -> list[str]:
+    """Returns the names of the tensors in a safetensors file, without reading them.
+
+    Raises:
+        CheckpointError: if it is damaged.
+    """
+    try:
+        with safetensors.safe_open(file, "pt") as opened:
+            return list(opened.keys())
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{file} is damaged or cut off: {error}; save or download it again") from error
 
 
 def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
