@@ -3,6 +3,7 @@ the Hub."""
 
 from deltakit.files.card import model_card
 from deltakit.files.checkpoint import (
+    DELTA_FILES,
     WEIGHTS_FILE,
     keys_of_weights,
     plain_tensors,
@@ -18,6 +19,7 @@ from deltakit.files.schema import from_file
 from deltakit.files.values import check_tensors, is_finite
 
 __all__ = [
+    "DELTA_FILES",
     "WEIGHTS_FILE",
     "WRITERS",
     "backbone_identity",

@@ -26,6 +26,8 @@ from deltakit.files.seal import check_seal, sealed
 CONFIG_FILE = "delta_config.json"
 TENSORS_FILE = "delta_model.safetensors"
 CARD_FILE = "README.md"
+DELTA_FILES = (TENSORS_FILE, CONFIG_FILE)
+"""The files without the model card."""
 WEIGHTS_FILE = "model.safetensors"
 """Where transformers and accelerate look for the weights of a checkpoint."""
 

@@ -4,6 +4,7 @@ Trainers of transformers' models need nothing of this. `Trainer` reads and write
 sentence-transformers loads a whole model; these are replaced on the one object that is given.
 """
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
@@ -14,9 +15,9 @@ from torch import nn
 from deltakit.core import checked
 from deltakit.delta import CHECKPOINT, Job, checkpoint_tensors, deltas_in, refuse_other_deltas, trains_only_deltas
 from deltakit.errors import OptionError
-from deltakit.files import WEIGHTS_FILE, keys_of_weights, read_tensors
+from deltakit.files import DELTA_FILES, WEIGHTS_FILE, keys_of_weights, read_tensors
 
-_METHODS = ("_save", "_load_from_checkpoint", "_load_best_model")
+_METHODS = ("_save", "_load_from_checkpoint", "_load_best_model", "_push_from_checkpoint")
 
 
 T = TypeVar("T")
@@ -26,8 +27,9 @@ T = TypeVar("T")
 def small_checkpoints(trainer: T) -> T:
     """Makes checkpoints of a `Trainer` hold only what deltas train, for models of any class, and returns the trainer.
 
-    Trainers of transformers' models need this line only for a clearer error: resuming without `attach` then names the delta
-    that is missing. Trainers of plain modules and of sentence-transformers need it to resume from small checkpoints.
+    Trainers of plain modules and of sentence-transformers need this line. Others need it only for two things: resuming
+    without `attach` then raises an error that names the missing delta, and what `push_to_hub=True` uploads during training
+    has the deltas' files.
 
     Raises:
         OptionError: if this is no `Trainer`.
@@ -39,7 +41,7 @@ def small_checkpoints(trainer: T) -> T:
             f"small_checkpoints: expected a transformers.Trainer, found a {kind.__name__}, which has no {absent[0]}; pass the "
             "trainer before calling train()"
         )
-    methods: tuple[Callable[..., Any], ...] = (_save, _load_from_checkpoint, _load_best_model)
+    methods: tuple[Callable[..., Any], ...] = (_save, _load_from_checkpoint, _load_best_model, _push)
     for name, method in zip(_METHODS, methods, strict=True):
         setattr(trainer, name, MethodType(method, trainer))
     return trainer
@@ -67,6 +69,17 @@ def _load_from_checkpoint(trainer: Any, resume_from_checkpoint: str, model: Any 
 def _load_best_model(trainer: Any) -> None:
     if not _load(Path(trainer.state.best_model_checkpoint), trainer.model):
         type(trainer)._load_best_model(trainer)
+
+
+def _push(trainer: Any, checkpoint_folder: str) -> None:
+    # The Trainer copies files by a list of its own into the folder that it uploads.
+    if trainer.is_world_process_zero():
+        for folder in {file.parent for file in Path(checkpoint_folder).glob(f"**/{DELTA_FILES[0]}")}:
+            place = Path(trainer.args.output_dir) / folder.relative_to(checkpoint_folder)
+            place.mkdir(parents=True, exist_ok=True)
+            for name in DELTA_FILES:
+                shutil.copy(folder / name, place / name)
+    type(trainer)._push_from_checkpoint(trainer, checkpoint_folder)
 
 
 def _load(folder: Path, model: nn.Module) -> bool:
