@@ -13,7 +13,20 @@ delta 'delta' on Sequential: attached, active, trainable
 from deltakit import integrations as integrations
 from deltakit import methods as methods
 from deltakit.core import METHODS, DeltaModule, Method, Target
-from deltakit.delta import Combination, Delta, Plan, attach, base_state_dict, combine, deltas, load, plan, rows, use
+from deltakit.delta import (
+    Combination,
+    Delta,
+    Plan,
+    attach,
+    base_state_dict,
+    combine,
+    deltas,
+    load,
+    merged_state_dict,
+    plan,
+    rows,
+    use,
+)
 from deltakit.errors import (
     BackboneMismatch,
     CheckpointError,
@@ -91,6 +104,7 @@ __all__ = [
     "combine",
     "deltas",
     "load",
+    "merged_state_dict",
     "plan",
     "roles",
     "rows",

@@ -6,7 +6,7 @@ from deltakit.delta.freezing import freeze_backbone
 from deltakit.delta.handle import Delta, deltas
 from deltakit.delta.mixed_rows import rows
 from deltakit.delta.new_heads import Spelling
-from deltakit.delta.own_values import base_state_dict
+from deltakit.delta.own_values import base_state_dict, merged_state_dict
 from deltakit.delta.planning import Plan, plan
 from deltakit.delta.pretrained import CHECKPOINT, Job
 from deltakit.delta.training_state import checkpoint_tensors, deltas_in, refuse_other_deltas, trains_only_deltas
@@ -27,6 +27,7 @@ __all__ = [
     "deltas_in",
     "freeze_backbone",
     "load",
+    "merged_state_dict",
     "plan",
     "refuse_other_deltas",
     "rows",
