@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "files": {"core", "version"},
     "view": {"core"},
     "delta": {"core", "selection", "injection", "files", "view"},
+    "integrations": {"core", "delta", "files"},
     "opendelta": {"core", "delta", "files", "methods", "view"},
 }
 FOR_AUTHORS = {

@@ -37,7 +37,7 @@ ACCEPTED = {
     **dict.fromkeys(["load.token", "inspect.token", "AutoDeltaModel.from_finetuned.token"], NOTHING | TEXT | SWITCH),
     "AutoDeltaModel.from_finetuned.revision": NOTHING,
     # A single layer is a model.
-    **dict.fromkeys(["show.backbone", "roles.backbone", "deltas.backbone", "base_state_dict.backbone"], MODEL),
+    **dict.fromkeys(["show.backbone", "roles.backbone", "deltas.backbone", "base_state_dict.backbone", "merged_state_dict.backbone"], MODEL),
     "Visualization.backbone": MODEL,
     **dict.fromkeys(["show.depth", "show.width", "View.width", "combine.rank"], NOTHING | COUNT),
     **dict.fromkeys(["show.fold", "show.all_modules", "Visualization.structure_graph.print_tree"], SWITCH),

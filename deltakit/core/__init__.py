@@ -80,6 +80,7 @@ from deltakit.core.running_statistics import moved_in, notice_moved_buffers
 from deltakit.core.sharding import class_name, gathered, is_first, is_sharded, scatter, wait_for_all
 from deltakit.core.start_values import same_random_numbers, wants_start_values, without_start_values
 from deltakit.core.target import Inferred, Target, WeightRead
+from deltakit.core.without_deltas import deltas_left_out, without_deltas
 
 __all__ = [
     "FROZEN",
@@ -121,6 +122,7 @@ __all__ = [
     "current_batch",
     "current_call",
     "delta_children",
+    "deltas_left_out",
     "dequantized",
     "drop_interrupted_calls",
     "embedding_rows",
@@ -191,6 +193,7 @@ __all__ = [
     "weight_entries",
     "weight_view",
     "wide",
+    "without_deltas",
     "without_start_values",
     "word_of",
     "wrapped_layer",

@@ -19,6 +19,7 @@ from deltakit.core import (
 from deltakit.delta.changed_backbone import logical_sizes
 from deltakit.delta.full_training import put_backbone_values, put_trained_values, refresh_gradients, refuse_taken
 from deltakit.delta.interrupted import finished
+from deltakit.delta.pretrained import follow_saving
 from deltakit.injection import (
     change_begins,
     forget_first_forward,
@@ -55,6 +56,7 @@ def put_all(attachment: Attachment) -> None:
         record.version = attachment.version()
         watch_first_forward(attachment)
         watch(backbone)
+        follow_saving(backbone)
     except BaseException:
         take_all(attachment)
         raise
@@ -120,6 +122,7 @@ def take_all(attachment: Attachment) -> None:
     for site in others:
         take(site.target, keys[site.module], site.module)
     watch(backbone)
+    follow_saving(backbone)
     take(first.target, keys[first.module], first.module)
     attachment.scopes.clear()
     record.leaving = False

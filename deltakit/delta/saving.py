@@ -32,20 +32,33 @@ def save(
     Raises:
         DeltaError: as `Delta.save` does.
     """
-    attachment = delta._attachment
-    refuse_scaled(attachment.record)
-    held_of(attachment)
-    refuse_changed(attachment, "saving")
-    state = delta.state_dict()
+    state = state_to_save(delta)
     sharded = any(map(is_sharded, delta.parameters()))
-    tensors.refuse_absent(state)
-    tensors.refuse_not_finite(attachment, state)
-    warn_untrained(attachment, state)
     if not sharded or is_first():
         write(delta, Path(folder), format, state, results=results, repository=repository)
     if sharded:
         wait_for_all()
     return Path(folder)
+
+
+def state_to_save(delta: DeltaContents, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Returns the tensors of a delta's file, after all checks that do not need the folder.
+
+    Args:
+        given: the state dict of the backbone, if an engine has gathered it in this process alone.
+
+    Raises:
+        StateError: as `Delta.save` does.
+    """
+    attachment = delta._attachment
+    refuse_scaled(attachment.record)
+    held_of(attachment)
+    refuse_changed(attachment, "saving")
+    state = delta.state_dict() if given is None else tensors.state_of(attachment, given)
+    tensors.refuse_absent(state)
+    tensors.refuse_not_finite(attachment, state)
+    warn_untrained(attachment, state)
+    return state
 
 
 def push(delta: DeltaContents, repo_id: str, format: Written, results: Results | None, **options: Any) -> str:
