@@ -45,8 +45,8 @@ def load(
 ) -> Delta:
     """Loads a delta from a folder or a Hub repository, attaches it to the backbone, and returns it.
 
-    It reads deltas that deltakit saved, LoRA and IA3 adapters that PEFT saved, and LoRAs of image models: those of diffusers,
-    of kohya's sd-scripts and of LyCORIS. Of a file for several components of a pipeline it loads the one that fits.
+    It reads deltas of deltakit, of PEFT and of OpenDelta, and LoRAs of image models (diffusers, kohya's sd-scripts, LyCORIS).
+    Of a file for several components of a pipeline it loads the one that fits.
 
     Args:
         source: the folder, the repository as "owner/name", or a LoRA of kohya or LyCORIS as a file.
