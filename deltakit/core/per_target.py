@@ -1,13 +1,14 @@
 """Options that may differ between targets: one value for all of them, or a dictionary of selectors and values."""
 
 from collections.abc import Collection, Mapping
-from typing import TypeVar
+from typing import TypeVar, Union
 
 from deltakit.errors import OptionError
 
 T = TypeVar("T")
 
-PerTarget = T | Mapping[str, T]
+# mypy takes `T | Mapping[str, T]` for a value.
+PerTarget = Union[T, Mapping[str, T]]  # noqa: UP007
 """An option such as `r=8` or `r={"layers.{0-5}": 4, "*": 8}`. Of several selectors that match, the first one counts."""
 
 
