@@ -22,7 +22,7 @@ from deltakit.delta.full_training import current_values
 from deltakit.delta.handle import Delta
 from deltakit.delta.new_heads import warn_frozen_head
 from deltakit.delta.planning import original, planned
-from deltakit.delta.rebuilding import check_paths, has_its_tensors, rebuilt
+from deltakit.delta.rebuilding import check_paths, has_its_tensors, placed, rebuilt
 from deltakit.delta.untrained import start_of
 from deltakit.errors import BackboneMismatch, CheckpointError, OptionError, warn
 from deltakit.files import (
@@ -128,8 +128,8 @@ def load(
     index = BackboneIndex(backbone)
     folder = find_folder(source, Access(revision, token, cache_dir, local_files_only))
     own = dict(tensors_of(backbone))
-    saved = read_saved(folder, backbone)
     where = str(source)
+    saved = placed(index, read_saved(folder, backbone), where)
     if saved.fingerprint is not None:
         _check_backbone(saved.fingerprint, backbone, where, check)
     limit = room_for([*index.by_path, *own])

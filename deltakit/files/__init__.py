@@ -5,12 +5,14 @@ from deltakit.files.config import backbone_identity, delta_config, expanded, met
 from deltakit.files.fingerprint import differences
 from deltakit.files.formats import WRITERS, Written, read_saved, refuse_others
 from deltakit.files.hub import Access, find_folder, upload
-from deltakit.files.schema import from_file
+from deltakit.files.saved import Saved
+from deltakit.files.schema import from_file, read_method
 from deltakit.files.values import check_tensors, is_finite
 
 __all__ = [
     "WRITERS",
     "Access",
+    "Saved",
     "Written",
     "backbone_identity",
     "check_tensors",
@@ -21,6 +23,7 @@ __all__ = [
     "from_file",
     "is_finite",
     "methods_of",
+    "read_method",
     "read_saved",
     "refuse_others",
     "room_for",
