@@ -66,7 +66,7 @@ ACCEPTED = {
     # At alpha 0 the update is zero: sweeps begin there.
     "LoRA.alpha": NUMBER - {"-1"},
     "LoRA.dropout": {"0"},
-    **dict.fromkeys(["LoRA.rslora", "LoRA.untie", "Prefix.reparam", "SoftPrompt.prepend", "SoftPrompt.trim"], SWITCH),
+    **dict.fromkeys(["LoRA.rslora", "LoRA.untie", "Prefix.reparam", "SoftPrompt.prepend", "SoftPrompt.trim", "Prefix.shift"], SWITCH),
     **dict.fromkeys(["Adapter.size", "Adapter.reduction"], NOTHING | COUNT),
     "SoftPrompt.init_ids": NOTHING | {"range"},
     "SoftPrompt.where": NOTHING,

@@ -135,3 +135,90 @@ def test_a_backbone_without_a_place_for_it(tmp_path):
     saved("llama", PROMPTS["prompt tuning"]("CAUSAL_LM"), tmp_path)
     with pytest.raises(dk.CheckpointError, match="soft_prompt: .* it has no embedding of token ids"):
         dk.load(tmp_path, MODELS["resnet"]())
+
+
+def causal(name):
+    return build(name, tf.AutoModelForCausalLM).double()
+
+
+PREFIX = ["gpt2", "llama", "qwen2", "qwen3", "gemma", "phi", "phi3", "gptj", "gpt_neox", "opt", "gemma3_text"]
+
+
+@pytest.mark.parametrize("name", PREFIX)
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.filterwarnings("ignore:.*only the first .* tokens see this prefix")
+def test_prefix_tuning(name, projection, tmp_path):
+    """PEFT counts the prefix among the positions of the text, absolute ones (GPT-2, OPT) and rotary ones (the others)."""
+    config = peft.PrefixTuningConfig(
+        num_virtual_tokens=5, prefix_projection=projection, encoder_hidden_size=11, task_type="CAUSAL_LM"
+    )
+    theirs, model = adapted(causal(name), config, tmp_path), causal(name)
+    bare, before = outputs(name, model), snapshot(model)
+    delta = dk.load(tmp_path, model)
+    found = outputs(name, model)
+    assert (found - bare).abs().max() > 1e-3
+    torch.testing.assert_close(found, outputs(name, theirs), rtol=1e-10, atol=1e-10)
+    delta.save(tmp_path / "ours")
+    delta.detach()
+    same(before, snapshot(model))
+    dk.load(tmp_path / "ours", model)
+    assert torch.equal(outputs(name, model), found)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_prefix_tuning_of_a_classifier(name, tmp_path):
+    config = peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="SEQ_CLS")
+    theirs, model = adapted(classifier(name), config, tmp_path), classifier(name)
+    dk.load(tmp_path, model)
+    ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(4))
+    ids[0, 5:] = 0
+    mask = (ids != 0).long()
+    torch.testing.assert_close(
+        model(ids, attention_mask=mask).logits, theirs(ids, attention_mask=mask).logits, rtol=1e-10, atol=1e-10
+    )
+
+
+def test_prefix_tuning_generates_as_in_peft(tmp_path):
+    config = peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")
+    for name in ("gpt2", "llama"):
+        theirs, model = adapted(causal(name), config, tmp_path), causal(name)
+        dk.load(tmp_path, model)
+        ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(4))
+        options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+        assert model.generate(ids, **options).tolist() == theirs.generate(input_ids=ids, **options).tolist()
+
+
+PREFIX_REFUSED = {
+    "an encoder and a decoder": ({"num_transformer_submodules": 2}, "this prefix of PEFT is one of an encoder and a decoder"),
+    "other heads": ({"num_attention_heads": 3}, r"prompt_embeddings has shape \(5, 64\), and the config says 5 tokens, 2 layers and 16 features in 3 heads"),
+    "other sizes": ({"token_dim": 8}, r"the config says 5 tokens, 2 layers and 8 features"),
+    "other shapes": ({"num_attention_heads": 4}, r"layers.0.self_attn.prefix.key: the file has \(4, 5, 4\), the backbone needs \(2, 5, 8\)"),
+    "other layers": ({"num_layers": 1, "token_dim": 32, "num_attention_heads": 4}, "it has the tensors of 1 prefix modules, and this backbone has places for 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PREFIX_REFUSED)
+def test_prefixes_that_are_refused(case, tmp_path):
+    changes, message = PREFIX_REFUSED[case]
+    adapted(causal("llama"), peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"), tmp_path)
+    with_config(tmp_path, **changes)
+    model = causal("llama")
+    before = snapshot(model)
+    with pytest.raises(dk.CheckpointError, match=message):
+        dk.load(tmp_path, model)
+    same(before, snapshot(model))
+
+
+def test_positions_that_cannot_be_moved(tmp_path):
+    """BLOOM has distances only, and PEFT's prefix would be at distances, too."""
+    adapted(causal("bloom"), peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"), tmp_path)
+    with pytest.raises(
+        dk.CheckpointError, match=r"transformer: Prefix\(shift=True\) expects one text stack that takes pos"
+    ):
+        dk.load(tmp_path, causal("bloom"))
+
+
+def test_a_sliding_window(tmp_path):
+    adapted(causal("mistral"), peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"), tmp_path)
+    with pytest.warns(dk.DeltaWarning, match="in PEFT only the first 4096 tokens see this prefix"):
+        dk.load(tmp_path, causal("mistral"))

@@ -19,6 +19,7 @@ from deltakit.files.formats.peft.full import fully_trained
 from deltakit.files.formats.peft.ia3 import read_ia3
 from deltakit.files.formats.peft.keys import CONFIG, IA3, LORA, LORA_OF_EMBEDDINGS, PICKLE, PROMPT, TENSORS
 from deltakit.files.formats.peft.lora import read_lora
+from deltakit.files.formats.peft.prefix import read_prefix
 from deltakit.files.formats.peft.prompt import read_prompt
 from deltakit.files.pickles import read_pickle
 from deltakit.files.saved import Saved, Trained
@@ -40,6 +41,7 @@ KINDS = {
     "PROMPT_TUNING": _Kind(read_prompt, (PROMPT,)),
     # The network that computed the prompt is not in the file.
     "P_TUNING": _Kind(read_prompt, (PROMPT,)),
+    "PREFIX_TUNING": _Kind(read_prefix, (PROMPT,)),
 }
 """What reads each kind of adapter, by its `peft_type`."""
 
