@@ -56,6 +56,7 @@ from deltakit.core.paths import (
     unwrapped,
     wrapped_layer,
 )
+from deltakit.core.per_target import PerTarget, one_value, values_of
 from deltakit.core.record import (
     Attachment,
     Record,
@@ -96,6 +97,7 @@ __all__ = [
     "LogicalParameter",
     "Method",
     "MixedBatch",
+    "PerTarget",
     "Record",
     "RootHook",
     "RunningCall",
@@ -158,6 +160,7 @@ __all__ = [
     "normal_tensors",
     "notice_moved_buffers",
     "num_parameters",
+    "one_value",
     "one_walk",
     "open_rows",
     "own_children",
@@ -187,6 +190,7 @@ __all__ = [
     "tensors_of",
     "type_names",
     "unwrapped",
+    "values_of",
     "version_of",
     "wait_for_all",
     "wants_start_values",

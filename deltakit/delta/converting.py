@@ -25,8 +25,8 @@ def convert(place: Path, target: str | PathLike[str], backbone: nn.Module, *, to
         BackboneMismatch: if the backbone differs from the one that the delta was trained on.
     """
     saved = read_saved(place, backbone)
-    delta = unfilled(saved, backbone, where)
-    check_tensors(saved.tensors, delta.state_dict(), own=delta._record.fully_trained, where=where)
+    delta, tensors = unfilled(saved, backbone, where)
+    check_tensors(tensors, delta.state_dict(), own=delta._record.fully_trained, where=where)
     folder = Path(target)
-    write(delta, folder, to, saved.tensors)
+    write(delta, folder, to, tensors)
     return folder

@@ -8,7 +8,7 @@ from deltakit.files.fingerprint import differences
 from deltakit.files.formats import WRITERS, Written, format_of, formats_in, read_saved, refuse_others
 from deltakit.files.hub import Access, find_folder, upload
 from deltakit.files.saved import Saved
-from deltakit.files.schema import from_file
+from deltakit.files.schema import from_file, read_method
 from deltakit.files.values import check_tensors, is_finite
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "methods_of",
     "model_card",
     "plain_tensors",
+    "read_method",
     "read_saved",
     "read_tensors",
     "refuse_others",
