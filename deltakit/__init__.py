@@ -10,6 +10,7 @@ delta 'delta' on Sequential: attached, active, trainable
 24 parameters, 36.4 % of the backbone's 66
 """
 
+from deltakit import integrations as integrations
 from deltakit import methods as methods
 from deltakit.core import METHODS, DeltaModule, Method, Target
 from deltakit.delta import (
@@ -24,6 +25,7 @@ from deltakit.delta import (
     deltas,
     inspect,
     load,
+    merged_state_dict,
     plan,
     rows,
     use,
@@ -114,6 +116,7 @@ __all__ = [
     "deltas",
     "inspect",
     "load",
+    "merged_state_dict",
     "plan",
     "roles",
     "rows",

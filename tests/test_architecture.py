@@ -23,9 +23,10 @@ MAY_IMPORT = {
     "injection": {"core"},
     "ops": {"core", "selection"},
     "methods": {"core", "ops", "selection"},
-    "files": {"core", "version"},
+    "files": {"core", "selection", "version"},
     "view": {"core"},
     "delta": {"core", "selection", "injection", "files", "view"},
+    "integrations": {"core", "delta", "files"},
     "opendelta": {"core", "delta", "files", "methods", "view"},
 }
 FOR_AUTHORS = {

@@ -37,7 +37,7 @@ ACCEPTED = {
     **dict.fromkeys(["load.token", "inspect.token", "AutoDeltaModel.from_finetuned.token"], NOTHING | TEXT | SWITCH),
     "AutoDeltaModel.from_finetuned.revision": NOTHING,
     # A single layer is a model.
-    **dict.fromkeys(["show.backbone", "roles.backbone", "deltas.backbone", "base_state_dict.backbone"], MODEL),
+    **dict.fromkeys(["show.backbone", "roles.backbone", "deltas.backbone", "base_state_dict.backbone", "merged_state_dict.backbone"], MODEL),
     "Visualization.backbone": MODEL,
     **dict.fromkeys(["show.depth", "show.width", "View.width", "combine.rank"], NOTHING | COUNT),
     **dict.fromkeys(["show.fold", "show.all_modules", "Visualization.structure_graph.print_tree"], SWITCH),
@@ -72,7 +72,7 @@ ACCEPTED = {
     # At alpha 0 the update is zero: sweeps begin there.
     "LoRA.alpha": NUMBER - {"-1"},
     "LoRA.dropout": {"0"},
-    **dict.fromkeys(["LoRA.rslora", "LoRA.untie", "Prefix.reparam", "SoftPrompt.prepend"], SWITCH),
+    **dict.fromkeys(["LoRA.rslora", "LoRA.untie", "Prefix.reparam", "SoftPrompt.prepend", "SoftPrompt.trim", "Prefix.shift"], SWITCH),
     **{f"{kind}.{option}": NOTHING | COUNT for kind in BOTTLENECKS for option in ("size", "reduction")},
     # A size is a multiple of the division, which divides the features (20 here). A rank is at most the size (1 here).
     "Compacter.size": NOTHING,

@@ -56,6 +56,7 @@ from deltakit.core.paths import (
     unwrapped,
     wrapped_layer,
 )
+from deltakit.core.per_target import PerTarget, one_value, values_of
 from deltakit.core.record import (
     Attachment,
     Record,
@@ -80,6 +81,7 @@ from deltakit.core.running_statistics import moved_in, notice_moved_buffers
 from deltakit.core.sharding import class_name, gathered, is_first, is_sharded, scatter, wait_for_all
 from deltakit.core.start_values import same_random_numbers, wants_start_values, without_start_values
 from deltakit.core.target import Inferred, Target, WeightRead
+from deltakit.core.without_deltas import deltas_left_out, without_deltas
 
 __all__ = [
     "FROZEN",
@@ -95,6 +97,7 @@ __all__ = [
     "LogicalParameter",
     "Method",
     "MixedBatch",
+    "PerTarget",
     "Record",
     "RootHook",
     "RunningCall",
@@ -121,6 +124,7 @@ __all__ = [
     "current_batch",
     "current_call",
     "delta_children",
+    "deltas_left_out",
     "dequantized",
     "drop_interrupted_calls",
     "embedding_rows",
@@ -156,6 +160,7 @@ __all__ = [
     "normal_tensors",
     "notice_moved_buffers",
     "num_parameters",
+    "one_value",
     "one_walk",
     "open_rows",
     "own_children",
@@ -185,12 +190,14 @@ __all__ = [
     "tensors_of",
     "type_names",
     "unwrapped",
+    "values_of",
     "version_of",
     "wait_for_all",
     "wants_start_values",
     "weight_entries",
     "weight_view",
     "wide",
+    "without_deltas",
     "without_start_values",
     "word_of",
     "wrapped_layer",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from deltakit.core.caller_rows import RowsState, rows_now
 from deltakit.core.mixed_batch import MixedBatch
 from deltakit.core.target import Target, WeightRead
+from deltakit.core.without_deltas import deltas_left_out
 from deltakit.errors import TargetError
 
 FROZEN = "frozen"
@@ -191,6 +192,13 @@ class AttachedModule(nn.Module):
     def tag_of(self, name: str) -> str:
         """Returns the tag of a parameter; "" without one."""
         return self.tags.get(name) or self.tags.get(name.partition(".")[0], "")
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns its state dict, which is part of the backbone's unless deltas are left out of that."""
+        if not deltas_left_out():
+            return super().state_dict(*args, **kwargs)
+        found = kwargs.get("destination", args[0] if args else None)
+        return {} if found is None else found
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         # A base checkpoint must load with strict=True while deltas are attached. If it has no tensors of this delta module,

@@ -50,6 +50,11 @@ class DeltaModule(AttachedModule):
             return {name: parameter.detach() for name, parameter in self._parameters.items() if parameter is not None}
         return dict(self.state_dict())
 
+    @classmethod
+    def computes_saved_state(cls) -> bool:
+        """Returns whether a file holds something else than its state dict."""
+        return cls.saved_state is not DeltaModule.saved_state
+
     def load_saved(self, state: Mapping[str, Tensor]) -> None:
         """Loads tensors that `saved_state` returned. Names and shapes must match exactly."""
         own = self.saved_state() if self._is_flat() else {}

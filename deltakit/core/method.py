@@ -15,7 +15,7 @@ from deltakit.core.arguments import Door, checked
 from deltakit.core.delta_module import DeltaModule
 from deltakit.core.paths import type_names
 from deltakit.core.target import Target
-from deltakit.errors import CheckpointError
+from deltakit.errors import CheckpointError, OptionError
 
 METHODS: dict[str, type["Method"]] = {}
 """All method classes by name. Defining a `Method` subclass with a name adds it."""
@@ -91,6 +91,10 @@ class Method(metaclass=MethodType):
     _in_words: ClassVar[str] = "a method such as LoRA(r=8)"
     """How error messages name what is expected where a method is."""
 
+    per_target: ClassVar[tuple[str, ...]] = ()
+    """The options that may differ between targets (`core.PerTarget`). Before anything is built, attaching replaces the method
+    by one for each value."""
+
     kind: ClassVar[type[DeltaModule]] = DeltaModule
     """The class of its delta modules. A method with several classes overrides `kind_at`."""
 
@@ -113,6 +117,13 @@ class Method(metaclass=MethodType):
             value = getattr(self, option)
             if value is not None and not isinstance(value, str):
                 object.__setattr__(self, option, tuple(value))
+        for option in self.per_target:
+            value = getattr(self, option)
+            if isinstance(value, Mapping):
+                if not value:
+                    what = "expected at least one selector with a value, such as {'*': 8}"
+                    raise OptionError(f"{type(self).__name__}({option}={{}}): {what}")
+                object.__setattr__(self, option, dict(value))
         self.validate()
 
     def validate(self) -> None:
@@ -179,11 +190,11 @@ class Method(metaclass=MethodType):
         return built
 
     @classmethod
-    def combination(cls, methods: Sequence["Method"], rank: int | None) -> "Method":
-        """Returns the method whose delta modules can hold weighted sums of the delta modules of these methods.
+    def combination(cls, parts: Sequence[DeltaModule], rank: int | None) -> "Method":
+        """Returns the method whose delta module can hold a weighted sum of these delta modules.
 
         Args:
-            methods: the methods of the deltas to combine, all of this class.
+            parts: the delta modules at one target, all of methods of this class.
             rank: the rank of the sum, for methods with a rank; None for an exact sum.
         """
         return cls()

@@ -4,31 +4,40 @@ from deltakit.delta.attaching import attach
 from deltakit.delta.combining import Combination, combine
 from deltakit.delta.converting import convert
 from deltakit.delta.freezing import freeze_backbone
-from deltakit.delta.handle import Delta, deltas
+from deltakit.delta.handle import Delta
 from deltakit.delta.inspecting import SavedDelta, SavedMethod, inspect
 from deltakit.delta.loading import load
 from deltakit.delta.mixed_rows import rows
 from deltakit.delta.new_heads import Spelling
-from deltakit.delta.own_values import base_state_dict
+from deltakit.delta.own_values import base_state_dict, merged_state_dict
 from deltakit.delta.planning import Plan, plan
-from deltakit.delta.using import use
+from deltakit.delta.pretrained import CHECKPOINT, Job
+from deltakit.delta.training_state import checkpoint_tensors, deltas_in, refuse_other_deltas, trains_only_deltas
+from deltakit.delta.using import deltas, use
 
 __all__ = [
+    "CHECKPOINT",
     "Combination",
     "Delta",
+    "Job",
     "Plan",
     "SavedDelta",
     "SavedMethod",
     "Spelling",
     "attach",
     "base_state_dict",
+    "checkpoint_tensors",
     "combine",
     "convert",
     "deltas",
+    "deltas_in",
     "freeze_backbone",
     "inspect",
     "load",
+    "merged_state_dict",
     "plan",
+    "refuse_other_deltas",
     "rows",
+    "trains_only_deltas",
     "use",
 ]

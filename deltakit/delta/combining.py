@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 from torch import nn
 
-from deltakit.core import METHODS, Method, Site, checked, own_modules, without_start_values
+from deltakit.core import METHODS, DeltaModule, Method, Site, checked, own_modules, without_start_values
 from deltakit.delta.attaching import new_delta
-from deltakit.delta.handle import Delta, deltas
+from deltakit.delta.handle import Delta
 from deltakit.delta.planning import build, original
 from deltakit.delta.running_statistics import holding_word
+from deltakit.delta.using import deltas
 from deltakit.errors import OptionError, StateError, no_such_delta
 from deltakit.files import is_finite
 from deltakit.selection import BackboneIndex
@@ -36,7 +37,7 @@ def combine(
         weights: the weight of each delta, any finite number. Keys are handles, or names of attached deltas.
         name: the name of the new delta; by default one that is free when it is attached. Only with a name can it be attached
             beside its parts, to whose effect its own is added.
-        rank: the rank of the sum for LoRA, at least 1; by default the sum of all ranks.
+        rank: the rank of the sum for LoRA, at least 1; by default, at each target, the sum of the ranks there.
 
     Raises:
         OptionError: if there is no such delta, a weight is not finite, the rank of the sum is above a layer's size, or
@@ -59,23 +60,37 @@ def combine(
     lost = total = 0.0
     for kind in dict.fromkeys(method.name for _, delta in parts for method in delta.methods):
         own = [(w, delta.modules_of(kind)) for w, delta in parts if any(m.name == kind for m in delta.methods)]
-        method = METHODS[kind].combination([m for _, delta in parts for m in delta.methods if m.name == kind], rank)
-        paths = list(dict.fromkeys(path for _, there in own for path in there))
-        with without_start_values():
-            built = build(modules, method, [modules.target(path) for path in paths])
-        for path, module in built.items():
-            here = [(weight, part) for weight, there in own for part in there.get(path, [])]
-            terms = module.take_sum(here)
-            lost, total = lost + terms[0], total + terms[1]
-            if not all(map(is_finite, module.parameters_read())):
-                raise OptionError(
-                    f"combine: at {path} the sum has values that are infinite or not a number; use smaller weights, or leave "
-                    "out the delta that has such values"
-                )
-            sites.append(Site(path, modules.module_at(path)[0], module, len(methods)))
-        methods.append(method)
+        paths = dict.fromkeys(path for _, there in own for path in there)
+        here = {path: [(weight, part) for weight, there in own for part in there.get(path, [])] for path in paths}
+        for method, at in _methods(kind, here, rank):
+            with without_start_values():
+                built = build(modules, method, [modules.target(path) for path in at])
+            for path, module in built.items():
+                terms = module.take_sum(here[path])
+                lost, total = lost + terms[0], total + terms[1]
+                if not all(map(is_finite, module.parameters_read())):
+                    raise OptionError(
+                        f"combine: at {path} the sum has values that are infinite or not a number; use smaller weights, or "
+                        "leave out the delta that has such values"
+                    )
+                sites.append(Site(path, modules.module_at(path)[0], module, len(methods)))
+            methods.append(method)
     delta = new_delta(backbone, methods, name, sites)
     return Combination(delta, math.sqrt(lost / total) if total else 0.0)
+
+
+def _methods(
+    kind: str, here: Mapping[str, Sequence[tuple[float, DeltaModule]]], rank: int | None
+) -> list[tuple[Method, list[str]]]:
+    """Returns the methods of the sum, each with the paths of its targets. Their ranks are the sums of those at the targets."""
+    found: list[tuple[Method, list[str]]] = []
+    for path, terms in here.items():
+        method = METHODS[kind].combination([part for _, part in terms], rank)
+        own = next((paths for other, paths in found if other == method), None)
+        if own is None:
+            found.append((method, own := []))
+        own.append(path)
+    return found
 
 
 def _delta(backbone: nn.Module, key: str | Delta) -> Delta:

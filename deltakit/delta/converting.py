@@ -6,7 +6,8 @@ from pathlib import Path
 from torch import nn
 
 from deltakit.delta.loading import unfilled
-from deltakit.files import WRITERS, Written, check_tensors, delta_config, read_saved, refuse_others
+from deltakit.delta.saving import write
+from deltakit.files import Written, check_tensors, read_saved
 
 
 def convert(place: Path, target: str | PathLike[str], backbone: nn.Module, *, to: Written, where: str) -> Path:
@@ -24,10 +25,8 @@ def convert(place: Path, target: str | PathLike[str], backbone: nn.Module, *, to
         BackboneMismatch: if the backbone differs from the one that the delta was trained on.
     """
     saved = read_saved(place, backbone)
-    delta = unfilled(saved, backbone, where)
-    attachment = delta._attachment
-    check_tensors(saved.tensors, delta.state_dict(), own=attachment.record.fully_trained, where=where)
+    delta, tensors = unfilled(saved, backbone, where)
+    check_tensors(tensors, delta.state_dict(), own=delta._record.fully_trained, where=where)
     folder = Path(target)
-    refuse_others(folder, to)
-    WRITERS[to](folder, attachment, saved.tensors, delta_config(attachment, delta.num_parameters))
+    write(delta, folder, to, tensors)
     return folder

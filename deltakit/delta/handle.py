@@ -4,11 +4,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from torch import Tensor, nn
 
-from deltakit.core import Selector, attachments_of, checked, one_walk
+from deltakit.core import Selector, checked, one_walk
 from deltakit.delta import merging, saving, swapping, tensors
 from deltakit.delta.changed_backbone import refuse_changed
 from deltakit.delta.claims import check_scalable, claim, refuse_in_rows, refuse_merged, refuse_unloaded
@@ -21,7 +20,7 @@ from deltakit.delta.quantized import Quantize
 from deltakit.delta.running_statistics import fitting, held_of
 from deltakit.delta.unloading import unload
 from deltakit.errors import StateError
-from deltakit.files import Written, check_tensors, upload
+from deltakit.files import Written, check_tensors
 from deltakit.view import states
 
 
@@ -236,7 +235,9 @@ class Delta(DeltaContents):
         swapping.swap(self._attachment, other._attachment)
         return self
 
-    def save(self, folder: str | PathLike[str], *, format: Written = "deltakit") -> Path:
+    def save(
+        self, folder: str | PathLike[str], *, format: Written = "deltakit", results: saving.Results | None = None
+    ) -> Path:
         """Writes the delta's config, tensors and model card into a folder, and returns the folder.
 
         Under FSDP2 every process must call it; the first process writes. A warning says if the delta is as it was attached.
@@ -246,6 +247,7 @@ class Delta(DeltaContents):
                 ranks or scales are padded to one rank, which changes no output. "diffusers" for a LoRA of diffusers, on linear
                 layers and convolutions; its tensors are named for the component that pipelines have of the backbone's class:
                 unet, transformer, text_encoder, or text_encoder_2 for a `CLIPTextModelWithProjection`.
+            results: figures for the model card, such as `{"accuracy": 0.93}`. A README.md that you wrote is kept.
 
         Raises:
             CheckpointError: if the files cannot be written, or the format has no such delta. What was saved there before is
@@ -254,7 +256,7 @@ class Delta(DeltaContents):
                 delta was attached, it was offloaded with its backbone, or this process has only a part of it (FSDP1,
                 DeepSpeed ZeRO-3).
         """
-        return saving.save(self, folder, format)
+        return saving.save(self, folder, format, results)
 
     def push(
         self,
@@ -263,7 +265,9 @@ class Delta(DeltaContents):
         private: bool | None = None,
         token: str | bool | None = None,
         message: str | None = None,
+        revision: str | None = None,
         format: Written = "deltakit",
+        results: saving.Results | None = None,
     ) -> str:
         """Uploads the delta to a Hub repository, which is created if it does not exist, and returns its URL.
 
@@ -272,26 +276,14 @@ class Delta(DeltaContents):
             private: whether to create a private repository; None for the owner's default.
             token: the Hub's access token; by default the one of `hf auth login`.
             message: the commit message.
-            format: what to upload, as for `save`.
+            revision: the branch, which is created if it does not exist; by default the main one.
+            format, results: what to upload, as for `save`.
 
         Raises:
             CheckpointError: if the format has no such delta.
             HubError: if the Hub cannot be reached or refuses the upload.
             StateError: as `save` does.
         """
-        with TemporaryDirectory() as folder:
-            return upload(
-                self.save(folder, format=format), repo_id, private=private, token=token, commit_message=message
-            )
-
-
-@checked
-def deltas(backbone: nn.Module) -> list[Delta]:
-    """Returns the deltas attached to a backbone or to parts of it, in their order.
-
-    A deepcopy or an unpickled backbone has its own.
-
-    Raises:
-        TargetError: if the backbone is no module.
-    """
-    return [Delta(attachment) for attachment in attachments_of(backbone)]
+        return saving.push(
+            self, repo_id, format, results, private=private, token=token, commit_message=message, revision=revision
+        )

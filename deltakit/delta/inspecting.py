@@ -95,27 +95,39 @@ def inspect(
     place = find_folder(source, Access(revision, token, cache_dir, local_files_only))
     saved, where = format_of(place).read(place, None, False), str(source)
     limit = room_for(saved.tensors)
+    tensors = {**saved.tensors, **_in_order(saved)}
     with from_file(where, "train.names"):
         full = expanded(saved.train.names, saved.tensors, limit)
     with from_file(where, "methods"):
-        targets = [expanded(entry["targets"], (), limit) for entry in saved.methods]
+        targets = [expanded(entry.get("targets", ()), (), limit) for entry in saved.methods]
     return SavedDelta(
         where,
         format_of(place).name,
         saved.name,
         saved.base,
         saved.base_class,
-        _methods(saved, targets),
+        _methods(saved, targets, tensors),
         [name for name in full if name in saved.tensors],
-        saved.tensors,
+        tensors,
     )
 
 
-def _methods(saved: Saved, targets: Sequence[Sequence[str]]) -> list[SavedMethod]:
+def _in_order(saved: Saved) -> dict[str, Tensor]:
+    """Returns the tensors of methods whose targets only a backbone shows, with their number in the place of the path."""
     names = [entry["method"] for entry in saved.methods]
-    owners = {join(path, label_among(names, i)): i for i, paths in enumerate(targets) for path in paths}
+    return {
+        f"{label_among(names, number)}.{place}.{name}": tensor
+        for number, states in saved.in_order.items()
+        for place, state in enumerate(states)
+        for name, tensor in state.items()
+    }
+
+
+def _methods(saved: Saved, targets: Sequence[Sequence[str]], tensors: Mapping[str, Tensor]) -> list[SavedMethod]:
+    names = [entry["method"] for entry in saved.methods]
+    owners = {join(path, label_among(names, i)): i for i, paths in enumerate(targets) for path in paths or ("",)}
     values = [0] * len(names)
-    for name, tensor in saved.tensors.items():
+    for name, tensor in tensors.items():
         # A tensor's name is `path.method.parameter`, and the parameter may have dots.
         parts = name.split(".")
         owner = next((owners[at] for end in range(len(parts)) if (at := ".".join(parts[:end])) in owners), None)

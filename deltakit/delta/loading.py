@@ -5,14 +5,14 @@ from contextlib import nullcontext
 from os import PathLike
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from deltakit.core import Attachment, Site, checked, tensors_of
 from deltakit.delta.attaching import new_record, sites_of
 from deltakit.delta.full_training import current_values
 from deltakit.delta.handle import Delta
 from deltakit.delta.planning import original
-from deltakit.delta.rebuilding import check_paths, has_its_tensors, rebuilt
+from deltakit.delta.rebuilding import check_paths, has_its_tensors, placed, rebuilt
 from deltakit.errors import BackboneMismatch, CheckpointError, warn
 from deltakit.files import (
     Access,
@@ -45,9 +45,8 @@ def load(
 ) -> Delta:
     """Loads a delta from a folder or a Hub repository, attaches it to the backbone, and returns it.
 
-    It reads deltas that deltakit saved, LoRA and IA3 adapters that PEFT saved, adapters of AdapterHub, and LoRAs of image
-    models: those of diffusers, of kohya's sd-scripts and of LyCORIS. Of a file for several components of a pipeline it loads
-    the one that fits.
+    It reads deltas of deltakit, of PEFT, of AdapterHub and of OpenDelta, and LoRAs of image models (diffusers, kohya's
+    sd-scripts, LyCORIS). Of a file for several components of a pipeline it loads the one that fits.
 
     Args:
         source: the folder, the repository as "owner/name", or a LoRA of kohya or LyCORIS as a file.
@@ -76,15 +75,15 @@ def load(
     """
     folder = find_folder(source, Access(revision, token, cache_dir, local_files_only))
     saved = read_saved(folder, original(backbone))
-    delta = unfilled(saved, backbone, str(source), name=name, freeze=freeze, check=check)
-    delta.load_state_dict(saved.tensors, where=str(source))
+    delta, tensors = unfilled(saved, backbone, str(source), name=name, freeze=freeze, check=check)
+    delta.load_state_dict(tensors, where=str(source))
     return delta.attach() if attach else delta
 
 
 def unfilled(
     saved: Saved, backbone: nn.Module, where: str, *, name: str | None = None, freeze: bool = True, check: str = "error"
-) -> Delta:
-    """Returns a delta with the methods and targets of a saved one, not attached and without its values.
+) -> tuple[Delta, Mapping[str, Tensor]]:
+    """Returns a delta with the methods and targets of a saved one, not attached and without its values; and these values.
 
     Args:
         where: the folder or repository, for error messages.
@@ -94,6 +93,7 @@ def unfilled(
     """
     backbone = original(backbone)
     index = BackboneIndex(backbone)
+    saved = placed(index, saved, where)
     own = dict(tensors_of(backbone))
     if saved.fingerprint is not None:
         _check_backbone(saved.fingerprint, backbone, where, check)
@@ -115,7 +115,7 @@ def unfilled(
     sites = sites_of(index, built)
     if saved.fingerprint is None:
         _refuse_unseen(sites, where)
-    return Delta(Attachment(backbone, record, sites))
+    return Delta(Attachment(backbone, record, sites)), saved.tensors
 
 
 def _refuse_unseen(sites: Sequence[Site], where: str) -> None:

@@ -24,6 +24,7 @@ from deltakit.core import (
 from deltakit.delta.claims import refuse_in_rows
 from deltakit.delta.composition import refuse_beside_live, refuse_composed
 from deltakit.delta.full_training import tensors_at
+from deltakit.delta.interrupted import finished
 from deltakit.delta.quantized import Quantize, Rounded, merge_quantized
 from deltakit.errors import StateError, TargetError, warn
 from deltakit.injection import holder_of, watch
@@ -56,7 +57,7 @@ def merge(attachment: Attachment, quantize: Quantize | None = None) -> None:
     _check(backbone, record, updates, parameters, together, quantized_too=quantize is not None)
     rounded = [name for name in updates if is_quantized(parameters[name])]
     plain = [name for name in updates if name not in rounded]
-    merged = {name: (wide(parameters[name]) + updates[name]).to(parameters[name].dtype) for name in plain}
+    merged = {name: _sum(parameters[name], updates[name]) for name in plain}
     kept = {name: _kept(parameters[name]) for name in (*rounded, *plain)}
     try:
         # All weights are kept before the first one changes.
@@ -72,6 +73,29 @@ def merge(attachment: Attachment, quantize: Quantize | None = None) -> None:
         # After an error nothing may be merged. It may be Ctrl-C, or a warning that the user turned into an error.
         unmerge(attachment)
         raise
+
+
+def _sum(weight: Tensor, update: Tensor) -> Tensor:
+    return (wide(weight) + update).to(weight.dtype)
+
+
+@torch.no_grad()
+def add_merged(attachment: Attachment, values: dict[int, Tensor]) -> None:
+    """Adds the updates of a delta to weights, without changing the backbone.
+
+    Args:
+        values: the weights so far, by the id of the parameter that has another value in the backbone.
+
+    Raises:
+        StateError: as `merge`.
+        TargetError: as `merge`; weights must not be quantized.
+    """
+    backbone, parameters = attachment.backbone, dict(tensors_of(attachment.backbone))
+    updates, _, together = _updates(attachment)
+    _check(backbone, attachment.record, updates, parameters, together, quantized_too=False)
+    for name, update in updates.items():
+        weight = parameters[name]
+        values[id(weight)] = _sum(values.get(id(weight), weight), update)
 
 
 def _updates(attachment: Attachment) -> tuple[dict[str, Tensor], dict[str, torch.dtype], set[str]]:
@@ -158,18 +182,10 @@ def _put(attachment: Attachment, name: str, weight: Tensor, value: Tensor) -> No
         weight.copy_(value)
 
 
+@finished
+@torch.no_grad()
 def unmerge(attachment: Attachment) -> None:
     """Restores the weights from before merging, bit-exact."""
-    try:
-        _unmerge(attachment)
-    except BaseException:
-        # Once more, because it takes milliseconds: after one Ctrl-C nothing is merged.
-        _unmerge(attachment)
-        raise
-
-
-@torch.no_grad()
-def _unmerge(attachment: Attachment) -> None:
     record = attachment.record
     weights = tensors_at(attachment.backbone, record, record.weights_before_merge)
     changed = []

@@ -1,11 +1,12 @@
-"""The backbone's own values while deltas are attached."""
+"""State dicts of a backbone with deltas, without their keys: as it was before, and with the deltas in the weights."""
 
 from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from deltakit.core import checked, notice_moved_buffers, records_of, roots_inside, tensors_of
+from deltakit.core import attachments_of, checked, notice_moved_buffers, records_of, roots_inside, tensors_of
 from deltakit.delta.full_training import tensors_at
+from deltakit.delta.merging import add_merged
 from deltakit.errors import StateError
 from deltakit.injection import records_around
 
@@ -32,15 +33,40 @@ def base_state_dict(backbone: nn.Module) -> dict[str, Tensor]:
     bare: dict[int, Tensor] = {}
     # By identity: a tied tensor has several names, and is kept under one of them.
     for root in (backbone, *dict.fromkeys(root for _, root in roots_inside(backbone).values())):
-        bare |= {id(tensor): value.detach() for tensor, value in _kept_values(root)}
+        bare |= {id(tensor): value.detach() for tensor, value in kept_values(root)}
     return {name: bare.get(id(own[name]), value) for name, value in backbone.state_dict().items() if name in own}
 
 
-def _kept_values(root: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the tensors of a backbone that have other values while its deltas are attached, with their own values."""
+@checked
+def merged_state_dict(backbone: nn.Module) -> dict[str, Tensor]:
+    """Returns the state dict of the plain model with all active deltas in its weights. The backbone is not changed.
+
+    It has the backbone's own keys, and loads strictly into a model without deltas. Fully trained tensors and running
+    statistics have the values of the active deltas. Deltas that are not active are left out.
+
+    Raises:
+        StateError: if a weight is tied, offloaded, fully trained by another delta or has another delta merged into it.
+        TargetError: if a method cannot be merged, a weight is computed from others (weight norm), or a weight is quantized.
+    """
+    own = dict(tensors_of(backbone))
+    sums: dict[int, Tensor] = {}
+    for attachment in attachments_of(backbone):
+        if attachment.record.live:
+            add_merged(attachment, sums)
+    return {name: sums.get(id(own[name]), value) for name, value in backbone.state_dict().items() if name in own}
+
+
+def kept_values(root: nn.Module, *, merged: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the tensors of a backbone that have other values while its deltas are attached, with their own values.
+
+    Args:
+        merged: whether to yield those of merged deltas, too.
+    """
     records = records_of(root)
     for record in records[:1]:
         notice_moved_buffers(root, record)
     for record in records:
+        if record.merged and not merged:
+            continue
         kept = record.backbone_values | record.weights_before_merge
         yield from ((tensor, kept[name]) for name, tensor in tensors_at(root, record, kept).items())

@@ -22,7 +22,7 @@ from deltakit.core import (
 )
 from deltakit.delta.full_training import full_training_names
 from deltakit.errors import OptionError, StateError, TargetError
-from deltakit.selection import BackboneIndex, Found, find_targets
+from deltakit.selection import BackboneIndex, Found, OptionSelectors, find_targets
 from deltakit.view import Line, report, share
 
 
@@ -116,15 +116,19 @@ def planned(backbone: nn.Module, methods: tuple[Method, ...], train: Selector | 
         )
     if not methods:
         raise OptionError("no method given: expected at least one; write attach(model, LoRA(r=8)), for example")
-    built, found = [], []
+    own, built, found = list[Method](), [], []
     for method in methods:
         targets, how = find_targets(index, method)
-        built.append(build(index, method, targets))
-        found.append(how)
-    _refuse_twice(methods, built)
+        for part, of_part in OptionSelectors(index, method).apart(targets):
+            own.append(part)
+            built.append(build(index, part, of_part))
+            found.append(how)
+            # What was left out is the same for all parts, and is said once.
+            how = Found()
+    _refuse_twice(own, built)
     selectors = (train,) if isinstance(train, str) else tuple(train or ())
     full = full_training_names(index.backbone, index.select(selectors)) if selectors else []
-    return Plan(index.backbone, methods, tuple(built), tuple(found), selectors, tuple(full), index)
+    return Plan(index.backbone, tuple(own), tuple(built), tuple(found), selectors, tuple(full), index)
 
 
 def _refuse_twice(methods: Sequence[Method], built: Sequence[dict[str, DeltaModule]]) -> None:

@@ -18,6 +18,8 @@ from deltakit.core import (
 )
 from deltakit.delta.changed_backbone import logical_sizes
 from deltakit.delta.full_training import put_backbone_values, put_trained_values, refresh_gradients, refuse_taken
+from deltakit.delta.interrupted import finished
+from deltakit.delta.pretrained import follow_saving
 from deltakit.injection import (
     change_begins,
     forget_first_forward,
@@ -54,6 +56,7 @@ def put_all(attachment: Attachment) -> None:
         record.version = attachment.version()
         watch_first_forward(attachment)
         watch(backbone)
+        follow_saving(backbone)
     except BaseException:
         take_all(attachment)
         raise
@@ -96,17 +99,9 @@ def _switch(attachment: Attachment, active: bool) -> None:
         watch(attachment.backbone)
 
 
+@finished
 def take_all(attachment: Attachment) -> None:
     """Detaches a delta of which everything or only a part is there."""
-    try:
-        _take_all(attachment)
-    except BaseException:
-        # Once more, because it takes milliseconds: after one Ctrl-C the delta is detached.
-        _take_all(attachment)
-        raise
-
-
-def _take_all(attachment: Attachment) -> None:
     backbone, record = attachment.backbone, attachment.record
     record.leaving = True
     change_begins(backbone, RunningCall(sys._getframe()))
@@ -127,6 +122,7 @@ def _take_all(attachment: Attachment) -> None:
     for site in others:
         take(site.target, keys[site.module], site.module)
     watch(backbone)
+    follow_saving(backbone)
     take(first.target, keys[first.module], first.module)
     attachment.scopes.clear()
     record.leaving = False

@@ -1,17 +1,18 @@
 """Builds the delta modules that a file describes. Until its tensors are compared, nothing in the file is believed."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from deltakit.core import DeltaModule, Method, Record, join, label_of, without_start_values
+from deltakit.core import DeltaModule, Method, Record, join, label_among, label_of, without_start_values
 from deltakit.delta.planning import build
 from deltakit.errors import CheckpointError
-from deltakit.files import from_file
-from deltakit.selection import BackboneIndex
+from deltakit.files import Saved, from_file, read_method
+from deltakit.selection import BackboneIndex, find_targets
 
 _NEW: frozenset[Callable[..., Any]] = frozenset(
     getattr(place, name)
@@ -74,6 +75,33 @@ def rebuilt(
             f"differ at {other[0]}; load the backbone that the delta was trained on"
         )
     return built
+
+
+def placed(index: BackboneIndex, saved: Saved, where: str) -> Saved:
+    """Returns a saved delta in which all methods have targets and all tensors have names.
+
+    Some formats do not name the targets of prefixes and prompts: they are those that the method takes on this backbone.
+
+    Raises:
+        CheckpointError: if the method takes none on this backbone, or other ones than the file has tensors for.
+    """
+    methods, tensors = list(saved.methods), dict(saved.tensors)
+    labels = [entry["method"] for entry in methods]
+    for number, states in saved.in_order.items():
+        method, values = read_method(methods[number], where, f"methods[{number}]"), list(states)
+        in_file = {str(place): tensor for place, state in enumerate(values) for tensor in state.values()}
+        with from_file(where, method.name), SizeLimit(in_file, index), without_start_values():
+            built = build(index, method, find_targets(index, method)[0])
+        holders = [path for path, module in built.items() if module.saved_state()]
+        if len(holders) != len(values):
+            raise CheckpointError(
+                f"{where}: it has the tensors of {len(values)} {method.name} modules, and this backbone has places for "
+                f"{len(holders)}; load the backbone that the delta was trained on"
+            )
+        methods[number] = {**methods[number], "targets": list(built)}
+        for path, state in zip(holders, values, strict=True):
+            tensors |= {f"{join(path, label_among(labels, number))}.{name}": value for name, value in state.items()}
+    return replace(saved, methods=methods, tensors=tensors)
 
 
 def has_its_tensors(record: Record, number: int, built: Mapping[str, DeltaModule], saved: Mapping[str, Tensor]) -> bool:

@@ -1,7 +1,12 @@
-"""Saves a delta, in deltakit's own format or in another."""
+"""Saves and uploads a delta, in deltakit's own format or in another."""
 
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import Tensor
 
 from deltakit.core import is_first, is_sharded, wait_for_all
 from deltakit.delta import tensors
@@ -10,27 +15,83 @@ from deltakit.delta.claims import refuse_scaled
 from deltakit.delta.contents import DeltaContents
 from deltakit.delta.running_statistics import held_of
 from deltakit.delta.untrained import warn_untrained
-from deltakit.files import WRITERS, Written, delta_config, refuse_others
+from deltakit.files import WRITERS, CardDetails, Written, delta_config, model_card, refuse_others, upload
+
+Results = Mapping[str, float | str]
 
 
-def save(delta: DeltaContents, folder: str | PathLike[str], format: Written) -> Path:
+def save(
+    delta: DeltaContents,
+    folder: str | PathLike[str],
+    format: Written,
+    results: Results | None = None,
+    repository: str | None = None,
+) -> Path:
     """Writes a delta into a folder. Under FSDP2 every process calls it, and the first one writes.
 
     Raises:
         DeltaError: as `Delta.save` does.
     """
+    state = state_to_save(delta)
+    sharded = any(map(is_sharded, delta.parameters()))
+    if not sharded or is_first():
+        write(delta, Path(folder), format, state, results=results, repository=repository)
+    if sharded:
+        wait_for_all()
+    return Path(folder)
+
+
+def state_to_save(delta: DeltaContents, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Returns the tensors of a delta's file, after all checks that do not need the folder.
+
+    Args:
+        given: the state dict of the backbone, if an engine has gathered it in this process alone.
+
+    Raises:
+        StateError: as `Delta.save` does.
+    """
     attachment = delta._attachment
     refuse_scaled(attachment.record)
     held_of(attachment)
     refuse_changed(attachment, "saving")
-    state = delta.state_dict()
-    sharded = any(map(is_sharded, delta.parameters()))
+    state = delta.state_dict() if given is None else tensors.state_of(attachment, given)
     tensors.refuse_absent(state)
     tensors.refuse_not_finite(attachment, state)
     warn_untrained(attachment, state)
-    if not sharded or is_first():
-        refuse_others(Path(folder), format)
-        WRITERS[format](Path(folder), attachment, state, delta_config(attachment, delta.num_parameters))
-    if sharded:
-        wait_for_all()
-    return Path(folder)
+    return state
+
+
+def push(delta: DeltaContents, repo_id: str, format: Written, results: Results | None, **options: Any) -> str:
+    """Uploads a delta and returns the URL of the repository; `options` are those of `upload`.
+
+    Raises:
+        DeltaError: as `Delta.push` does.
+    """
+    with TemporaryDirectory() as folder:
+        return upload(save(delta, folder, format, results, repo_id), repo_id, **options)
+
+
+def write(
+    delta: DeltaContents,
+    folder: Path,
+    format: Written,
+    state: Mapping[str, Tensor],
+    *,
+    results: Results | None = None,
+    repository: str | None = None,
+) -> None:
+    """Writes the files of a delta, with these tensors.
+
+    Raises:
+        CheckpointError: if the format has no such delta, the folder has one of another format, or it cannot be written.
+    """
+    refuse_others(folder, format)
+    attachment = delta._attachment
+    sizes = [0] * len(attachment.record.methods)
+    for site in attachment.sites:
+        sizes[site.method] += sum(p.numel() for _, p, _ in site.module.trained_parameters())
+    details = CardDetails(
+        format, sizes, repository, type(delta.backbone).__module__.split(".")[0] == "transformers", results
+    )
+    config = delta_config(attachment, delta.num_parameters)
+    WRITERS[format](folder, attachment, state, config, model_card(config, details))

@@ -1,12 +1,23 @@
 """A delta's tensors by their names in files: `path.method.parameter`, or the plain name of a fully trained tensor."""
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deltakit.core import Attachment, gathered, is_sharded, normal_tensors, parameters_of, scatter, tensors_of
+from deltakit.core import (
+    Attachment,
+    Site,
+    gathered,
+    is_sharded,
+    join,
+    normal_tensors,
+    parameters_of,
+    scatter,
+    tensors_of,
+)
 from deltakit.delta.changed_backbone import is_part
 from deltakit.delta.full_training import fully_trained_tensors
 from deltakit.delta.running_statistics import fit
@@ -71,10 +82,39 @@ def state_dict(attachment: Attachment) -> dict[str, Tensor]:
         state |= {attachment.named(site, name): value for name, value in site.module.saved_state().items()}
         parts |= {attachment.named(site, name): tensor for name, tensor in parameters_of(site.module).items()}
         shapes |= {attachment.named(site, name): shape for name, shape in (site.module.shapes or {}).items()}
-    full = {name: tensor.detach() for name, tensor in _fully_trained(attachment).items()}
+    full = {name: tensor.detach() for name, tensor in trained_values(attachment).items()}
     state |= full
     _refuse_parts(parts | full, shapes)
     return {name: gathered(tensor) for name, tensor in state.items()}
+
+
+def state_of(attachment: Attachment, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns every tensor of a delta's file from a state dict of the backbone that an engine has gathered.
+
+    Nothing else is gathered: other processes may be elsewhere.
+
+    Raises:
+        StateError: if a tensor is not there, or is computed from what is not in one module.
+    """
+    state: dict[str, Tensor] = {}
+    for site in attachment.sites:
+        prefix = join(site.owner, f"{site.key}.")
+        own = {name: given[prefix + name] for name in site.module.state_dict() if prefix + name in given}
+        state |= {attachment.named(site, name): value for name, value in _saved(site, own).items()}
+    return state | {name: given.get(name, value.detach()) for name, value in trained_values(attachment).items()}
+
+
+def _saved(site: Site, own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    if len(own) < len(site.module.state_dict()) or (site.module.computes_saved_state() and site.module._modules):
+        raise StateError(
+            f"{site.path}: expected all tensors of its {site.module.word()} in the state_dict that was given; call "
+            "delta.save(folder) on every process instead, which gathers them"
+        )
+    if not site.module.computes_saved_state():
+        return own
+    filled = copy.copy(site.module)
+    filled.__dict__["_parameters"] = {name: nn.Parameter(value, requires_grad=False) for name, value in own.items()}
+    return filled.saved_state()
 
 
 def _refuse_parts(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
@@ -121,31 +161,38 @@ def refuse_not_finite(attachment: Attachment, state: Mapping[str, Tensor]) -> No
             )
 
 
-def load_state_dict(attachment: Attachment, state: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
+def load_state_dict(
+    attachment: Attachment,
+    state: Mapping[str, Tensor],
+    before: Mapping[str, Tensor],
+    put: Callable[[Attachment, Mapping[str, Tensor]], None] | None = None,
+) -> None:
     """Loads a state dict. Names and shapes must match exactly.
 
     Args:
         before: the tensors of the delta now, which are loaded again if this is interrupted.
+        put: copies tensors of such a state dict into the delta; by default those of a file.
     """
+    put = put or _put
     record = attachment.record
     values = {name: tensor.clone() for name, tensor in before.items()}
     held = dict(record.backbone_values), dict(record.trained_values), set(record.moved), record.start
     try:
         fit(attachment, state)
-        _load(attachment, state)
+        _load(attachment, state, put)
         record.start = None
     except BaseException:
         record.backbone_values, record.trained_values, record.moved, record.start = held
-        _load(attachment, values)
+        _load(attachment, values, put)
         raise
 
 
-def _load(attachment: Attachment, state: Mapping[str, Tensor]) -> None:
+def _load(attachment: Attachment, state: Mapping[str, Tensor], put: Callable[..., None]) -> None:
     with normal_tensors(), torch.no_grad():
-        _load_into(attachment, state)
+        put(attachment, state)
 
 
-def _load_into(attachment: Attachment, state: Mapping[str, Tensor]) -> None:
+def _put(attachment: Attachment, state: Mapping[str, Tensor]) -> None:
     for site in attachment.sites:
         own = site.module.saved_state()
         if any(map(is_sharded, own.values())):
@@ -153,11 +200,11 @@ def _load_into(attachment: Attachment, state: Mapping[str, Tensor]) -> None:
                 scatter(tensor, state[attachment.named(site, name)])
         else:
             site.module.load_saved({name: state[attachment.named(site, name)] for name in own})
-    for name, tensor in _fully_trained(attachment).items():
+    for name, tensor in trained_values(attachment).items():
         scatter(tensor, state[name])
 
 
-def _fully_trained(attachment: Attachment) -> dict[str, Tensor]:
+def trained_values(attachment: Attachment) -> dict[str, Tensor]:
     """Returns the trained values of the fully trained tensors: from the backbone if the delta is attached, else the record."""
     record = attachment.record
     values: Mapping[str, Tensor] = record.trained_values

@@ -2,21 +2,14 @@
 
 from deltakit.core import Attachment, buffer_at, notice_moved_buffers, one_walk
 from deltakit.delta.full_training import fully_trained_tensors
+from deltakit.delta.interrupted import finished
 from deltakit.delta.putting import take_all
 from deltakit.files import backbone_identity
 
 
+@finished
 def unload(attachment: Attachment) -> None:
-    """Detaches a merged delta without restoring what it changed. An interruption in between leaves nothing of it, too."""
-    try:
-        _unload(attachment)
-    except BaseException:
-        # Once more, because it takes milliseconds: it must not be in the weights and attached.
-        _unload(attachment)
-        raise
-
-
-def _unload(attachment: Attachment) -> None:
+    """Detaches a merged delta without restoring what it changed."""
     backbone, record = attachment.backbone, attachment.record
     if record.backbone_values:
         # The handle keeps the values, so that it can be saved.

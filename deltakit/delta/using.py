@@ -1,11 +1,11 @@
-"""`use` makes exactly these deltas active."""
+"""`deltas` finds the deltas of a backbone, and `use` makes exactly some of them active."""
 
 from types import TracebackType
 
 from torch import nn
 
-from deltakit.core import checked
-from deltakit.delta.handle import Delta, deltas
+from deltakit.core import attachments_of, checked
+from deltakit.delta.handle import Delta
 from deltakit.errors import OptionError, no_such_delta
 
 
@@ -70,3 +70,15 @@ def _set(wanted: dict[Delta, bool]) -> None:
         for delta, active in sorted(before.items(), key=lambda entry: entry[1]):
             delta.active = active
         raise
+
+
+@checked
+def deltas(backbone: nn.Module) -> list[Delta]:
+    """Returns the deltas attached to a backbone or to parts of it, in their order.
+
+    A deepcopy or an unpickled backbone has its own.
+
+    Raises:
+        TargetError: if the backbone is no module.
+    """
+    return [Delta(attachment) for attachment in attachments_of(backbone)]

@@ -1,17 +1,22 @@
 """Bytes in and out: a delta's folder, its config and model card, the fingerprint of its backbone, the formats of others, and
 the Hub."""
 
+from deltakit.files.card import CardDetails, model_card
+from deltakit.files.checkpoint import DELTA_FILES, WEIGHTS_FILE, plain_tensors, read_tensors, write_weights
 from deltakit.files.config import backbone_identity, delta_config, expanded, methods_of, room_for
 from deltakit.files.fingerprint import differences
-from deltakit.files.formats import WRITERS, Written, format_of, read_saved, refuse_others
+from deltakit.files.formats import WRITERS, Written, format_of, formats_in, read_saved, refuse_others
 from deltakit.files.hub import Access, find_folder, upload
 from deltakit.files.saved import Saved
-from deltakit.files.schema import from_file
+from deltakit.files.schema import from_file, read_method
 from deltakit.files.values import check_tensors, is_finite
 
 __all__ = [
+    "DELTA_FILES",
+    "WEIGHTS_FILE",
     "WRITERS",
     "Access",
+    "CardDetails",
     "Saved",
     "Written",
     "backbone_identity",
@@ -21,11 +26,17 @@ __all__ = [
     "expanded",
     "find_folder",
     "format_of",
+    "formats_in",
     "from_file",
     "is_finite",
     "methods_of",
+    "model_card",
+    "plain_tensors",
+    "read_method",
     "read_saved",
+    "read_tensors",
     "refuse_others",
     "room_for",
     "upload",
+    "write_weights",
 ]

@@ -26,6 +26,10 @@ from deltakit.files.seal import check_seal, sealed
 CONFIG_FILE = "delta_config.json"
 TENSORS_FILE = "delta_model.safetensors"
 CARD_FILE = "README.md"
+DELTA_FILES = (TENSORS_FILE, CONFIG_FILE)
+"""The files without the model card."""
+WEIGHTS_FILE = "model.safetensors"
+"""Where transformers and accelerate look for the weights of a checkpoint."""
 
 _ENTRY, _FIRST_ENTRY = "delta", "description"
 _CARD_MARK = b"<!-- written by deltakit: remove this line to keep your own text -->"
@@ -33,7 +37,7 @@ _TRIES = 100
 
 
 def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> None:
-    """Writes the files of a delta into a folder, which is created if needed. A README.md that the user wrote is kept.
+    """Writes the files of a delta into a folder, which is created if needed.
 
     All files are written beside their places first, and then renamed. So after an error, a crash or a loss of power the folder
     holds either the delta that was there before or the new one.
@@ -49,13 +53,24 @@ def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, 
         # always give the same bytes.
         write_tensors(own / TENSORS_FILE, plain, {_ENTRY: json.dumps(whole)})
         (own / CONFIG_FILE).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-        names = [TENSORS_FILE, CONFIG_FILE]
-        if _is_ours(folder / CARD_FILE):
-            (own / CARD_FILE).write_bytes(card.rstrip().encode() + b"\n\n" + _CARD_MARK + b"\n")
-            names.append(CARD_FILE)
-        return names
+        return [TENSORS_FILE, CONFIG_FILE]
 
-    write_files(folder, fill)
+    write_files(folder, fill, card)
+
+
+def write_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes plain tensors into a folder, which is created if needed, as the weights of a training framework's checkpoint.
+
+    Raises:
+        CheckpointError: if the file cannot be written.
+    """
+
+    def fill(own: Path) -> list[str]:
+        # transformers refuses to load a file without this entry.
+        write_tensors(own / WEIGHTS_FILE, tensors, {"format": "pt"})
+        return [WEIGHTS_FILE]
+
+    write_files(folder, fill, None)
 
 
 def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -72,18 +87,22 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     file.chmod(mode)
 
 
-def write_files(folder: Path, fill: Callable[[Path], Sequence[str]]) -> None:
-    """Puts files into a folder, which is created if needed, in the place of those that have their names.
+def write_files(folder: Path, fill: Callable[[Path], Sequence[str]], card: str | None) -> None:
+    """Puts files and a model card into a folder, which is created if needed, in the place of those that have their names.
 
     Args:
         fill: writes the files into the folder that it gets, and returns their names.
+        card: the text of README.md, or None for none. One that the user wrote is kept.
 
     Raises:
         CheckpointError: if they cannot be written. What was there before is unchanged then.
     """
     try:
         with partial_folder(folder) as own:
-            names = fill(own)
+            names = list(fill(own))
+            if card is not None and _is_ours(folder / CARD_FILE):
+                (own / CARD_FILE).write_bytes(card.rstrip().encode() + b"\n\n" + _CARD_MARK + b"\n")
+                names.append(CARD_FILE)
             for name in names:
                 _settle(own / name, folder / name)
             for name in names:

@@ -96,6 +96,7 @@ def upload(
     private: bool | None = None,
     token: str | bool | None = None,
     commit_message: str | None = None,
+    revision: str | None = None,
 ) -> str:
     """Uploads a folder in one commit and returns the URL of the repository, which is created if needed.
 
@@ -105,10 +106,15 @@ def upload(
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
-    with _explained(repo_id, Access(token=token), "write to"):
+    with _explained(repo_id, Access(revision, token), "write to"):
         url = api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(url.repo_id, branch=revision, exist_ok=True)
         api.upload_folder(
-            repo_id=url.repo_id, folder_path=folder, commit_message=commit_message or "Upload a delta with deltakit"
+            repo_id=url.repo_id,
+            folder_path=folder,
+            commit_message=commit_message or "Upload a delta with deltakit",
+            revision=revision,
         )
     return str(url)
 

@@ -1,7 +1,7 @@
 """What a folder holds, in deltakit's own words, whatever the format of its files."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
@@ -26,6 +26,9 @@ class Saved:
     methods: Sequence[MethodEntry]
     tensors: Mapping[str, Tensor]
     train: Trained
+    in_order: Mapping[int, Sequence[Mapping[str, Tensor]]] = field(default_factory=dict)
+    """The tensors of methods, by their number, whose files do not name their targets: those of each of its delta modules that
+    has some, in the order of the backbone. Their targets are those that the method takes on the backbone."""
     name: str | None = None
     base: str | None = None
     """The Hub id of the backbone, if the files say it."""

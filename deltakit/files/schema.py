@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Annotated, Any, TypedDict, get_type_hints
+from typing import Annotated, Any, TypedDict, get_args, get_type_hints
 
 import msgspec
 
@@ -164,7 +164,9 @@ def _option_types(kind: type[Method]) -> dict[str, Any]:
         return {}
     own = {field.name: hints[field.name] for field in fields(kind)}
     # As plain data these are texts; a class is written as its name.
-    return {**own, **dict.fromkeys(("at", "of", "exclude"), str | list[str] | None)}
+    # What may differ between targets has one value in a file: each value is a method there, with its own targets.
+    one = {name: get_args(own[name])[0] for name in kind.per_target}
+    return {**own, **one, **dict.fromkeys(("at", "of", "exclude"), str | list[str] | None)}
 
 
 def _option(value: object, kind: Any, where: object, field: str) -> Any:

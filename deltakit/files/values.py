@@ -13,13 +13,19 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensors(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, own: Collection[str], where: str
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    *,
+    own: Collection[str],
+    where: str,
+    advice: str = "load the backbone that the delta was trained on",
 ) -> None:
     """Checks that a file has exactly the expected tensors, with the expected shapes and dtypes and with finite values.
 
     Args:
         own: the names of the backbone's own tensors among the expected ones. They may have infinite values already.
         where: the folder or repository, for the error message.
+        advice: what to do if names, shapes or dtypes differ.
 
     Raises:
         CheckpointError: if tensors are missing, unknown, of another shape or dtype, or not finite; the message lists the first
@@ -35,11 +41,7 @@ def check_tensors(
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         values = all(problem.endswith(_VALUES) for problem in problems)
-        advice = (
-            "save them again from a run that did not fail"
-            if values
-            else "load the backbone that the delta was trained on"
-        )
+        advice = "save them again from a run that did not fail" if values else advice
         raise CheckpointError(f"{where}: {len(problems)} of its tensors do not fit: {shown}; {advice}")
 
 

@@ -7,13 +7,16 @@ that stand on a backbone while it holds deltas.
 from deltakit.injection.backbone_guards import change_begins, watch, watch_rows
 from deltakit.injection.first_forward import forget_first_forward, watch_first_forward
 from deltakit.injection.hooks import put, scopes_of, sort_patches, take, take_patches
-from deltakit.injection.loading_guards import records_around
+from deltakit.injection.loading_guards import hook_loading, records_around
 from deltakit.injection.replaced_targets import holder_of, modules_of
+from deltakit.injection.saving_hooks import bare_state_dicts
 
 __all__ = [
+    "bare_state_dicts",
     "change_begins",
     "forget_first_forward",
     "holder_of",
+    "hook_loading",
     "modules_of",
     "put",
     "records_around",

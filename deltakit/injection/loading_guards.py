@@ -1,6 +1,6 @@
 """The hooks that look at a state dict before it is loaded into a backbone with deltas."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -169,6 +169,26 @@ def refuse_loading(backbone: nn.Module, records: Iterable[Record], removed: Iter
     for module, guard in guarded:
         if not guard.records:
             unhook(module, [guard])
+
+
+def hook_loading(backbone: nn.Module, kind: type[Any], make: Callable[[], Any] | None) -> Any:
+    """Registers an object whose `before` and `after` are called around loading a state dict into a backbone.
+
+    Args:
+        make: makes the object, of the class `kind`, if none is there. None removes it.
+
+    Returns:
+        The object that is there; None if there is none.
+    """
+    there = ours(backbone, kind)
+    if make is None:
+        unhook(backbone, there)
+        return None
+    if not there:
+        there = [make()]
+        backbone.register_load_state_dict_pre_hook(there[0].before)
+        backbone.register_load_state_dict_post_hook(there[0].after)
+    return there[0]
 
 
 def _other_names(backbone: nn.Module, records: Iterable[Record]) -> dict[str, str]:

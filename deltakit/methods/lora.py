@@ -14,7 +14,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import DeltaModule, Method, Target, is_quantized, wants_start_values
+from deltakit.core import (
+    DeltaModule,
+    Method,
+    PerTarget,
+    Target,
+    is_quantized,
+    one_value,
+    values_of,
+    wants_start_values,
+)
 from deltakit.errors import OptionError, TargetError
 from deltakit.ops import LowRank, check_dropout, kaiming_uniform, like, sum_of_products
 
@@ -29,8 +38,9 @@ class LoRADelta(LowRank):
         weight = target.module._parameters.get(target.parameter)
         # The experts of a mixture are one parameter: a stack of matrices.
         stack = weight.shape[:-2] if weight is not None else ()
-        self.A = nn.Parameter(torch.empty(*stack, options.r, self.d_in, **like(target)))
-        self.B = nn.Parameter(torch.empty(*stack, self.d_out, options.r, **like(target)))
+        r = one_value(options.r)
+        self.A = nn.Parameter(torch.empty(*stack, r, self.d_in, **like(target)))
+        self.B = nn.Parameter(torch.empty(*stack, self.d_out, r, **like(target)))
         if wants_start_values(self.A):
             self.reset_parameters()
 
@@ -78,7 +88,9 @@ class LoRA(Method, name="lora"):
 
     Args:
         r: the rank, at least 1 and at most the smaller side of the weight.
-        alpha: the update is multiplied by alpha / r; at least 0.
+        alpha: the update is multiplied by alpha / r; at least 0. Both may differ between targets: with
+            `r={"layers.{0-5}": 4, "*": 8}` it is 4 in the first six layers and 8 elsewhere. The first selector that matches
+            the target, or a module around it, counts.
         rslora: multiply by alpha / sqrt(r) instead.
         dropout: the probability in [0, 1) with which inputs of the update are dropped in training.
         keep: "exact", or "int8" to store the inputs for the gradient of A with one byte per value. The gradient of A is
@@ -89,18 +101,20 @@ class LoRA(Method, name="lora"):
         OptionError: if an option is out of its range.
     """
 
-    r: int = 8
-    alpha: float = 16
+    per_target: ClassVar[tuple[str, ...]] = ("r", "alpha")
+
+    r: PerTarget[int] = 8
+    alpha: PerTarget[float] = 16
     rslora: bool = False
     dropout: float = 0.0
     keep: Literal["exact", "int8"] = "exact"
     untie: bool = False
 
     def validate(self) -> None:
-        if self.r < 1:
+        if min(values_of(self.r)) < 1:
             raise OptionError(f"LoRA(r={self.r}): expected a rank of at least 1; 8 is usual")
         # Beyond what float32 holds, torch refuses to multiply by it.
-        if not 0 <= self.alpha <= torch.finfo(torch.float32).max:
+        if not all(0 <= alpha <= torch.finfo(torch.float32).max for alpha in values_of(self.alpha)):
             raise OptionError(
                 f"LoRA(alpha={self.alpha}): expected a finite number of at least 0 that float32 holds; r or 2 * r is usual"
             )
@@ -109,7 +123,8 @@ class LoRA(Method, name="lora"):
     @property
     def scaling(self) -> float:
         """The factor of the update: alpha / r, or alpha / sqrt(r) with `rslora`."""
-        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+        r = one_value(self.r)
+        return one_value(self.alpha) / (math.sqrt(r) if self.rslora else r)
 
     def positions(self) -> tuple[tuple[str, ...], ...]:
         return (("attn.q", "attn.qkv"), ("attn.v", "attn.kv"))
@@ -141,17 +156,17 @@ class LoRA(Method, name="lora"):
                 f"leave it out with exclude={target.path!r}"
             )
         delta = kind(target, self)
-        largest = min(delta.d_in, delta.d_out)
-        if self.r > largest:
+        r, largest = one_value(self.r), min(delta.d_in, delta.d_out)
+        if r > largest:
             raise OptionError(
-                f"{target.named}: rank {self.r} is above the layer's size {delta.d_in} to {delta.d_out}; use "
+                f"{target.named}: rank {r} is above the layer's size {delta.d_in} to {delta.d_out}; use "
                 f"LoRA(r={largest}) or less, or leave it out with exclude="
             )
         return delta
 
     @classmethod
-    def combination(cls, methods: Sequence[Method], rank: int | None) -> "LoRA":
-        r = rank if rank is not None else sum(method.r for method in methods if isinstance(method, LoRA))
+    def combination(cls, parts: Sequence[DeltaModule], rank: int | None) -> "LoRA":
+        r = rank if rank is not None else sum(part.A.shape[-2] for part in parts if isinstance(part, LoRADelta))
         return cls(r=r, alpha=r)
 
 

@@ -2,8 +2,8 @@
 
 P-tuning v2 (Liu et al. 2022, https://arxiv.org/abs/2110.07602) trains keys and values directly, which is the default here.
 With `reparam` an MLP over one embedding computes them (section 4.3); the MLP is not saved. A prefix has no position, and every
-query sees it. It is inserted inside the attention instead of through `past_key_values`, which would shift positions and do
-nothing in encoders. An untrained prefix is not the identity: even a key of zeros takes its share of the softmax.
+query sees it. It is inserted inside the attention instead of through `past_key_values`, which would shift positions (`shift`
+does) and do nothing in encoders. An untrained prefix is not the identity: even a key of zeros takes its share of the softmax.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,16 +18,22 @@ from deltakit.core import BackboneView, DeltaModule, Method, Target, above, hidd
 from deltakit.errors import OptionError, RoleError, TargetError
 from deltakit.ops import (
     AttentionPrefix,
+    CallContext,
+    Positions,
     PrefixMode,
     attends,
     enter_prefix_mode,
     enters_by_interface,
     heads_of,
+    input_embeddings,
     install_prefixes,
     joined,
     joined_per_example,
     leave_prefix_mode,
     like,
+    move_positions,
+    stack_at,
+    text_stack,
 )
 
 
@@ -121,6 +127,29 @@ class PrefixMLP(nn.Module):
         return torch.tanh(self.inner(self.embedding))
 
 
+class PositionsDelta(CallContext):
+    """Lets the positions of the text start after the prefix, in the module that turns token ids into hidden states."""
+
+    mixable: ClassVar[bool] = True
+
+    def __init__(self, tokens: int, counted: Positions) -> None:
+        super().__init__()
+        self.tokens, self.counted = tokens, counted
+
+    def enter(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        batch, peers = self.batch, self.peers(target)
+        if batch is None:
+            return move_positions(target, args, kwargs, sum(peer.tokens for peer in peers), self.counted)
+        text = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        own = {peer.record.name: peer.tokens for peer in peers}
+        by = torch.tensor([[own.get(name, 0)] for name in batch.names], device=text.device)
+        by = by.repeat_interleave(batch.times(text.flatten(1)[..., None], target), 0)
+        return move_positions(target, args, kwargs, by, self.counted)
+
+    def summary(self) -> str:
+        return f"shift={self.tokens}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prefix(Method, name="prefix"):
     """Trained keys and values in front of every attention's own. A target is any module with attention at or below it.
@@ -129,6 +158,8 @@ class Prefix(Method, name="prefix"):
         tokens: the length of the prefix, at least 1; 10 is the authors' default.
         reparam: whether to train through an MLP, which is not saved with the delta.
         hidden: the number of hidden units of that MLP, at least 1 (512 in the paper's table-to-text runs).
+        shift: whether the positions of the text start after the prefix, as where it enters through `past_key_values` (PEFT).
+            It needs a model that takes `position_ids`.
 
     Raises:
         OptionError: if an option is out of its range.
@@ -137,6 +168,7 @@ class Prefix(Method, name="prefix"):
     tokens: int = 10
     reparam: bool = False
     hidden: int = 512
+    shift: bool = False
 
     identity: ClassVar[bool] = False
 
@@ -175,6 +207,27 @@ class Prefix(Method, name="prefix"):
 
     def build_at(self, target: Target) -> DeltaModule:
         return self.kind_at(target)(target, self)
+
+    def build(self, index: BackboneView, targets: Sequence[Target]) -> dict[str, DeltaModule]:
+        """Returns the delta modules at the attentions and, with `shift`, at the text stack.
+
+        Raises:
+            TargetError: if `shift` is set, and the backbone takes no positions.
+        """
+        inside = [target for target in targets if attends(target.module)]
+        built = super().build(index, inside)
+        if self.shift:
+            group, *more = input_embeddings(index)
+            stack, decoder = text_stack(index, group)
+            counted = stack_at(index, stack, 0).positions
+            if more or decoder is not None or counted not in ("given", "padding"):
+                raise TargetError(
+                    f"{stack or 'the backbone'}: Prefix(shift=True) expects one text stack that takes position_ids, and this "
+                    f"{type(index.by_path[stack]).__name__} {'has another beside it' if more or decoder else 'takes none'}; "
+                    "use shift=False"
+                )
+            built[stack] = PositionsDelta(self.tokens, counted)
+        return built
 
     def build_shared(self, index: BackboneView, targets: Sequence[Target]) -> nn.Module | None:
         if not self.reparam:

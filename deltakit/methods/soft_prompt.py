@@ -143,11 +143,11 @@ class InsertPromptDelta(PromptDelta):
         self.insertion, self.tokens = insertion, insertion.width
 
     def enter(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        places = sorted({peer.insertion.at for peer in self.peers(target)})
+        places = sorted({(peer.insertion.at, peer.insertion.trim) for peer in self.peers(target)})
         if len(places) > 1:
             raise StateError(
-                f"rows: the soft prompts are inserted after {places} tokens; expected the same for all examples; use one "
-                "where= for all of them"
+                f"rows: the soft prompts are inserted after {[at for at, _ in places]} tokens, with trim="
+                f"{[trim for _, trim in places]}; expected the same for all examples; use one where= and trim= for all of them"
             )
         return insert(target, args, kwargs, self.insertion, self.lengths(target), self.batch)
 
@@ -191,6 +191,8 @@ class SoftPrompt(Method, name="soft_prompt"):
             size + 1, and so on) where you want them.
         where: "start", or "after_first" for after the first token. By default after the first token if a pooler reads that
             token (BERT), else at the start.
+        trim: whether the prompt's hidden states are removed, so that outputs are as long as the text. Those of an encoder
+            always stay, for its decoder.
 
     Raises:
         OptionError: if an option is out of its range.
@@ -201,6 +203,7 @@ class SoftPrompt(Method, name="soft_prompt"):
     init_ids: Sequence[int] | None = None
     prepend: bool = True
     where: str | None = None
+    trim: bool = True
 
     identity: ClassVar[bool] = False
 
@@ -276,7 +279,9 @@ class SoftPrompt(Method, name="soft_prompt"):
         if self.prepend:
             stack, decoder = text_stack(index, group)
             at = self._tokens_before(index, stack)
-            insertion = Insertion(vocabulary, self.tokens, at, stack_at(index, stack, at), trim=decoder is None)
+            encodes = decoder is not None
+            known = stack_at(index, stack, at)
+            insertion = Insertion(vocabulary, self.tokens, at, known, self.trim and not encodes, encodes)
             built[stack] = InsertPromptDelta(insertion)
             if decoder is not None:
                 built[decoder] = PromptMaskDelta(insertion)

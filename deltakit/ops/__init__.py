@@ -16,8 +16,9 @@ from deltakit.ops.kinds.weight_map import WeightMap
 from deltakit.ops.low_rank_sum import sum_of_products
 from deltakit.ops.prompt.direct_call import called_directly
 from deltakit.ops.prompt.insertion import Insertion, finish, grown_mask, insert, layout_for
+from deltakit.ops.prompt.positions import move_positions
 from deltakit.ops.prompt.start_vectors import start_vectors
-from deltakit.ops.prompt.text_stack import input_embeddings, stack_at, text_stack
+from deltakit.ops.prompt.text_stack import Positions, input_embeddings, stack_at, text_stack
 from deltakit.ops.recompute import linear_with
 from deltakit.ops.seeded import Seeded, normal, uniform
 from deltakit.ops.sizes import input_size, like
@@ -33,6 +34,7 @@ __all__ = [
     "Insertion",
     "LowRank",
     "OutputMap",
+    "Positions",
     "PrefixMode",
     "Seeded",
     "WeightMap",
@@ -55,6 +57,7 @@ __all__ = [
     "leave_prefix_mode",
     "like",
     "linear_with",
+    "move_positions",
     "normal",
     "on_own_examples",
     "stack_at",

@@ -7,6 +7,7 @@ of fused projections, and the weights that a forward reads directly.
 from deltakit.selection.default_positions import Found
 from deltakit.selection.feature_axis import feature_axis, features_last, output_features
 from deltakit.selection.index import BackboneIndex
+from deltakit.selection.option_selectors import OptionSelectors
 from deltakit.selection.role_inference.ends import heads_of, outermost_models, told_by
 from deltakit.selection.role_inference.names import FUSED, FUSED_KV, PROJECTIONS, says_attention
 from deltakit.selection.role_table import RoleTable, roles
@@ -18,6 +19,7 @@ __all__ = [
     "PROJECTIONS",
     "BackboneIndex",
     "Found",
+    "OptionSelectors",
     "RoleTable",
     "feature_axis",
     "features_last",

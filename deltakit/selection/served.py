@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from deltakit.core import Method, fold, without_start_values
+from deltakit.core import Method, Target, fold, without_start_values
 from deltakit.errors import DeltaError, OptionError
 from deltakit.selection.index import BackboneIndex
 from deltakit.selection.layers import LayerSearch, is_layer
+from deltakit.selection.option_selectors import OptionSelectors
 
 Refusal = tuple[str, DeltaError | None]
 """Why a method cannot serve a path, and the error that it raises there; "" and None if it can."""
@@ -17,18 +18,19 @@ def refusals(index: BackboneIndex, method: Method, paths: Iterable[str]) -> dict
 
     It is tried out, because a method may refuse a target only when it builds the delta module.
     """
+    options = OptionSelectors(index, method)
     with without_start_values():
-        return {path: _refusal(index, method, path) for path in dict.fromkeys(paths)}
+        return {path: _refusal(options, index.target(path)) for path in dict.fromkeys(paths)}
 
 
-def _refusal(index: BackboneIndex, method: Method, path: str) -> Refusal:
-    target = index.target(path)
+def _refusal(options: OptionSelectors, target: Target) -> Refusal:
+    method = options.method
     kind = method.kind_at(target)
     # Falcon-Mamba calls its projections or reads their weights, depending on its kernels.
     if kind is None or (target.weight_read is not None and not kind.patches_weight(target)):
         return "weight read directly", None
     try:
-        method.build_at(target)
+        options.at(target).build_at(target)
     except OptionError as error:
         return "an option does not fit its size", error
     except DeltaError as error:

@@ -111,9 +111,9 @@ PEFT = type("LoraConfig", (SimpleNamespace,), {"__module__": "peft.tuners.lora.c
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: dk.LoRA(alpha="16"), "LoRA(alpha='16'): expected a finite number, found the text '16'; write alpha=16"),
-        (lambda m: dk.LoRA(r=8.0), "LoRA(r=8.0): expected a whole number, found the number 8.0; write r=8"),
-        (lambda m: dk.LoRA(r=torch.tensor(8)), "LoRA(r=...): expected a whole number, found a tensor of shape []; write .item() behind it"),
+        (lambda m: dk.LoRA(alpha="16"), "LoRA(alpha='16'): expected a finite number or a dictionary of finite numbers, found the text '16'; write alpha=16"),
+        (lambda m: dk.LoRA(r=8.0), "LoRA(r=8.0): expected a whole number or a dictionary of whole numbers, found the number 8.0; write r=8"),
+        (lambda m: dk.LoRA(r=torch.tensor(8)), "LoRA(r=...): expected a whole number or a dictionary of whole numbers, found a tensor of shape []; write .item() behind it"),
         (lambda m: dk.LoRA(rslora="no"), "LoRA(rslora='no'): expected True or False, found the text 'no'; write rslora=False"),
         (lambda m: dk.LoRA(rslora=""), "LoRA(rslora=''): expected True or False, found an empty text; write rslora=False"),
         (lambda m: dk.LoRA(at=["q", 5]), "LoRA(at=...): expected a text, a list of texts or None, found a list with the number 5; omit at= for None"),
@@ -143,7 +143,7 @@ PEFT = type("LoraConfig", (SimpleNamespace,), {"__module__": "peft.tuners.lora.c
         (lambda m: dk.load("", m), "load(source=''): expected a text or a path, found an empty text; write '.' for the working directory"),
         (lambda m: dk.load("x", m, check="no"), "load(check='no'): expected 'error' or 'warn', found the text 'no'; omit check= for 'error'"),
         (lambda m: dk.LoraModel(m, r=8), "LoraModel(r=...): no such option; write lora_r= for r"),
-        (lambda m: dk.LoRA(r=2**2000), "LoRA(r=2**2001): expected a whole number, found the number 2**2001; omit r= for 8"),
+        (lambda m: dk.LoRA(r=2**2000), "LoRA(r=2**2001): expected a whole number or a dictionary of whole numbers, found the number 2**2001; omit r= for 8"),
         (lambda m: dk.AutoDeltaModel(), "AutoDeltaModel has no instances: call AutoDeltaModel.from_config or from_finetuned"),
     ],
 )  # fmt: skip
@@ -272,7 +272,7 @@ def test_methods_of_others_are_checked_by_their_own_annotations():
 def test_signatures_copies_and_pickles_are_as_without_checks():
     assert list(inspect.signature(dk.attach).parameters) == ["backbone", "methods", "name", "train", "freeze"]
     assert list(inspect.signature(dk.LoRA).parameters)[:4] == ["at", "of", "exclude", "r"]
-    assert "r: int = 8" in pydoc.render_doc(dk.LoRA)
+    assert "dropout: float = 0.0" in pydoc.render_doc(dk.LoRA)
     assert inspect.getmodule(dk.attach).__name__ == "deltakit.delta.attaching"
     method = dk.LoRA(r=3, at=["q"])
     assert pickle.loads(pickle.dumps(method)) == copy.deepcopy(method) == replace(method) == method

@@ -4,8 +4,10 @@ import contextlib
 import copy
 import json
 import shutil
+import warnings
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import transformers as tf
@@ -99,7 +101,7 @@ BROKEN = {
     "no targets": (lambda f: forge(f, config=lambda c: c["methods"][0].pop("targets")), r"damaged at methods\[0\]: object missing required field `targets`"),
     "other method": (
         lambda f: forge(f, config=lambda c: c["methods"][0].update(method="magic")),
-        "unknown method 'magic': expected one of adapter, bitfit, ia3, lora",
+        "unknown method 'magic': expected one of adapter, bitfit, ",
     ),
     "unknown option": (lambda f: forge(f, config=lambda c: c["methods"][0].update(zeta=1)), "has no option zeta"),
     "wrong method": (
@@ -318,6 +320,40 @@ def test_the_card_is_lines_of_markdown(saved):
     lines = (saved / "README.md").read_text().splitlines()
     assert lines[:3] == ["---", "library_name: deltakit", 'tags: ["deltakit", "lora"]']
     assert {"# A delta for Transformer", "```python", "import deltakit as dk", "```"} <= {*lines}
+    assert (
+        "| `lora` | r=3, alpha=16, dropout=0.0, keep=exact | `layers.{0-1}.self_attn.{q_proj,v_proj}` | 480 |" in lines
+    )
+
+
+@pytest.mark.parametrize("format", ["deltakit", "peft"])
+def test_the_hub_reads_the_card(tmp_path, format):
+    model = build("bert")
+    model.config._name_or_path = "someone/a-model"
+    delta = attached(model, dk.LoRA(r=3))
+    delta.save(tmp_path, format=format, results={"accuracy": 0.93, "seed": "7|8"})
+    card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
+    library = {"deltakit": "deltakit", "peft": "peft"}[format]
+    assert card.data.to_dict() == {
+        "library_name": library,
+        "tags": list(dict.fromkeys([library, "deltakit", "lora"])),
+        "base_model": "someone/a-model",
+        "base_model_relation": "adapter",
+        "metrics": ["accuracy", "seed"],
+    }
+    assert "| accuracy | 0.93 |" in card.text
+    assert r"| seed | 7\\|8 |" in card.text
+    # The lines to load it run, with the folder in its place and a model that is here.
+    code = card.text.split("```python\n")[1].split("```")[0]
+    code = code.replace("FOLDER_OR_REPOSITORY", str(tmp_path)).replace("someone/a-model", str(tmp_path / "base"))
+    with delta.detached():
+        model.save_pretrained(tmp_path / "base")
+    names = {}
+    with warnings.catch_warnings():
+        # PEFT asks transformers for a name that is deprecated.
+        warnings.simplefilter("ignore", FutureWarning)
+        exec(code, names)
+    found = hidden(names["model"].eval()(**inputs("bert", model)))
+    torch.testing.assert_close(found, hidden(model(**inputs("bert", model))), rtol=1e-5, atol=1e-6)
 
 
 def test_the_fingerprint_samples_matrices_where_there_are_any():

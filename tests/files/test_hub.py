@@ -34,9 +34,9 @@ def test_push_and_load(hub, delta, tmp_path):
     assert torch.equal(model(ids()), delta.backbone(ids()))
     files = hub.repos["me/lora"].commits[-1][1]
     saved = delta.save(tmp_path / "saved")
-    assert {name: (saved / name).read_bytes() for name in files if name != ".gitattributes"} == {
-        name: data for name, data in files.items() if name != ".gitattributes"
-    }
+    for name in ("delta_model.safetensors", "delta_config.json"):
+        assert (saved / name).read_bytes() == files[name]
+    assert b'delta = dk.load("me/lora", model)\n' in files["README.md"]
     assert len(hub.repos["me/lora"].commits) == 1
 
 
@@ -77,6 +77,35 @@ def test_revisions(hub, delta):
     dk.load("me/lora", two)
     assert torch.equal(one(ids()), before)
     assert torch.equal(two(ids()), delta.backbone(ids()))
+
+
+def test_branches(hub, delta):
+    delta.push("me/lora", token=TOKEN)
+    before = delta.backbone(ids())
+    randomize(delta)
+    for _ in range(2):
+        delta.push("me/lora", token=TOKEN, revision="next")
+    one, two = fresh(), fresh()
+    dk.load("me/lora", one)
+    dk.load("me/lora", two, revision="next")
+    assert torch.equal(one(ids()), before)
+    assert torch.equal(two(ids()), delta.backbone(ids()))
+
+
+def test_a_connection_cut_in_the_middle_of_a_file(hub, delta, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    delta.push("me/lora", token=TOKEN)
+    hub.repos["me/lora"].cut = "delta_model.safetensors"
+    model = fresh()
+    before = snapshot(model)
+    with pytest.raises(dk.HubError, match=r"^me/lora: ") as caught:
+        dk.load("me/lora", model)
+    assert "\n" not in str(caught.value)
+    same(snapshot(model), before)
+    hub.repos["me/lora"].cut = ""
+    dk.load("me/lora", model)
+    assert torch.equal(model(ids()), delta.backbone(ids()))
 
 
 def test_the_cache_serves_when_the_hub_is_gone(hub, delta):

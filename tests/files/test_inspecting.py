@@ -7,7 +7,7 @@ import pytest
 import deltakit as dk
 from deltakit.cli import main
 from support.models import Transformer, randomize
-from support.peft_models import close, opened, outputs, peft, saved, wide
+from support.peft_models import close, outputs, peft, read_by_peft, saved, wide
 
 
 def test_an_own_delta(tmp_path):
@@ -78,7 +78,7 @@ def test_to_peft_and_back_without_weights(tmp_path, capsys):
     (tmp_path / "bert" / "model.safetensors").unlink()
     assert main(["convert", str(tmp_path / "own"), str(tmp_path / "peft"), *options, "peft"]) == 0
     assert f"{tmp_path / 'own'} (deltakit) is now in {tmp_path / 'peft'} (peft)" in capsys.readouterr().out
-    close("bert", opened("bert", tmp_path / "peft"), expected)
+    close("bert", read_by_peft("bert", tmp_path / "peft"), expected)
     assert main(["convert", str(tmp_path / "peft"), str(tmp_path / "again"), *options, "deltakit"]) == 0
     again = wide("bert")
     dk.load(tmp_path / "again", again)

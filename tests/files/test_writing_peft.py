@@ -10,7 +10,7 @@ from torch import nn
 
 import deltakit as dk
 from support.models import attached, randomize
-from support.peft_models import MODELS, close, opened, outputs, saved, wide
+from support.peft_models import MODELS, close, outputs, read_by_peft, saved, wide
 
 peft = pytest.importorskip("peft")
 
@@ -41,7 +41,7 @@ def test_peft_opens_it(case, tmp_path):
     expected = outputs(name, model)
     assert (bare - expected).abs().max() > 1e-5
     assert delta.save(tmp_path, format="peft") == tmp_path
-    close(name, opened(name, tmp_path), expected)
+    close(name, read_by_peft(name, tmp_path), expected)
     # And back.
     again = wide(name)
     dk.load(tmp_path, again)
@@ -63,7 +63,11 @@ def test_one_rank_and_one_scale_are_written_as_they_are(tmp_path):
     for factor in "AB":
         found = tensors[f"base_model.model.model.layers.1.self_attn.v_proj.lora_{factor}.weight"]
         assert torch.equal(found, own[f"model.layers.1.self_attn.v_proj.lora.{factor}"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
 
 
 def test_a_head_is_a_module_to_save(tmp_path):
@@ -72,7 +76,7 @@ def test_a_head_is_a_module_to_save(tmp_path):
     expected = outputs("bert", model)
     delta.save(tmp_path, format="peft")
     assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["classifier"]
-    close("bert", opened("bert", tmp_path), expected)
+    close("bert", read_by_peft("bert", tmp_path), expected)
 
 
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
@@ -85,7 +89,7 @@ def test_biases(bias, tmp_path):
     delta.save(tmp_path / "ours", format="peft")
     found = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
     assert (found["bias"], found["modules_to_save"]) == (bias, ["classifier"])
-    close("bert", opened("bert", tmp_path / "ours"), outputs("bert", model))
+    close("bert", read_by_peft("bert", tmp_path / "ours"), outputs("bert", model))
 
 
 def test_names_that_are_ends_of_others(tmp_path):
@@ -152,7 +156,7 @@ def test_small_and_large_layers_are_read_again(tmp_path):
     model = wide("bert")
     methods = dk.LoRA(r=8, at="query"), dk.LoRA(r=2, at="classifier")
     randomize(dk.attach(model, *methods, train=()), 0.3).save(tmp_path, format="peft")
-    close("bert", opened("bert", tmp_path), outputs("bert", model))
+    close("bert", read_by_peft("bert", tmp_path), outputs("bert", model))
     again = wide("bert")
     delta = dk.load(tmp_path, again)
     close("bert", outputs("bert", again), outputs("bert", model))

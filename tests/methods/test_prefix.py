@@ -429,3 +429,44 @@ def test_loading_into_a_reparametrised_prefix_keeps_its_state():
     delta.load_state_dict(delta.state_dict())
     assert not any(parameter.requires_grad for parameter in delta.parameters())
     assert all(module.shared is None for found in delta.modules.values() for module in found)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "roberta"])
+def test_shifted_positions_and_mixed_batches(kind):
+    model = build(kind, tf.AutoModel).double()
+    ids = torch.randint(3, 90, (3, 7), generator=torch.Generator().manual_seed(4))
+    for name, tokens in (("a", 2), ("b", 5)):
+        randomize(dk.attach(model, dk.Prefix(tokens=tokens, shift=True), name=name, train=()), 0.3)
+    alone = []
+    for name in ("a", None, "b"):
+        with dk.use(model, name):
+            alone.append(model(ids).last_hidden_state)
+    with dk.rows(model, ["a", None, "b"]):
+        mixed = model(ids).last_hidden_state
+    expected = torch.stack([one[number] for number, one in enumerate(alone)])
+    torch.testing.assert_close(mixed, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_shifted_positions_equal_given_ones():
+    model = build("gpt2", tf.AutoModel).double()
+    ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(4))
+    plain = randomize(dk.attach(model, dk.Prefix(tokens=3), name="a", train=()), 0.3)
+    expected = model(ids, position_ids=torch.arange(3, 10)[None]).last_hidden_state
+    state = plain.state_dict()
+    plain.detach()
+    delta = dk.attach(model, dk.Prefix(tokens=3, shift=True), train=())
+    delta.load_state_dict(state)
+    assert torch.equal(model(ids).last_hidden_state, expected)
+    assert torch.equal(model(ids, position_ids=torch.arange(7)[None]).last_hidden_state, expected)
+    assert torch.equal(model(inputs_embeds=model.wte(ids)).last_hidden_state, expected)
+    # The rest of a text whose beginning is in the cache.
+    cache = model(ids[:, :4], use_cache=True).past_key_values
+    rest = model(ids[:, 4:], past_key_values=cache).last_hidden_state
+    torch.testing.assert_close(rest, expected[:, 4:], rtol=1e-10, atol=1e-10)
+
+
+def test_positions_that_cannot_be_shifted():
+    with pytest.raises(
+        dk.TargetError, match=r"encoder: Prefix\(shift=True\) expects one text stack .* another beside it"
+    ):
+        dk.attach(build("t5", tf.AutoModel), dk.Prefix(shift=True))

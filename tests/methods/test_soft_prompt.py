@@ -246,3 +246,20 @@ def test_an_exception_leaves_nothing_behind():
     twin = copy.deepcopy(model)
     randomize(delta)
     assert torch.equal(twin(**batch).last_hidden_state, output)
+
+
+def test_the_prompt_may_stay_in_the_output():
+    model = build("llama", tf.AutoModelForCausalLM)
+    ids = torch.arange(3, 10)[None].repeat(2, 1)
+    trimmed = dk.attach(model, dk.SoftPrompt(tokens=4), name="a", train=())
+    expected = model(ids).logits
+    trimmed.detach()
+    delta = dk.attach(model, dk.SoftPrompt(tokens=4, trim=False), name="b", train=())
+    delta.load_state_dict(trimmed.state_dict())
+    found = model(ids).logits
+    assert (found.shape[1], expected.shape[1]) == (11, 7)
+    torch.testing.assert_close(found[:, 4:], expected)
+    trimmed.attach()
+    message = r"with trim=\[False, True\]; expected the same for all examples"
+    with dk.rows(model, ["a", "b"]), pytest.raises(dk.StateError, match=message):
+        model(ids)

@@ -156,6 +156,24 @@ def _opendelta_method(name, arguments=lambda s: {}):
     return Call(lambda s: getattr(dk.LoraModel(s.bare, lora_r=2), name), arguments)
 
 
+class _Trainer:
+    """Has what `small_checkpoints` looks for in a Trainer."""
+
+    def _save(self):
+        pass
+
+    _load_from_checkpoint = _load_best_model = _push_from_checkpoint = _save
+
+
+class _Accelerator:
+    """Has what `small_states` looks for in an Accelerator."""
+
+    def register_save_state_pre_hook(self, hook):
+        pass
+
+    register_load_state_pre_hook = register_save_state_pre_hook
+
+
 _LORA = {"delta_type": "lora", "lora_r": 2}
 
 CALLS = {
@@ -171,6 +189,13 @@ CALLS = {
     "deltas": Call(lambda s: dk.deltas, lambda s: {"backbone": s.model}),
     "use": Call(lambda s: dk.use, lambda s: {"backbone": s.model, "names": "d"}),
     "base_state_dict": Call(lambda s: dk.base_state_dict, lambda s: {"backbone": s.model}),
+    "merged_state_dict": Call(lambda s: dk.merged_state_dict, lambda s: {"backbone": s.model}),
+    "integrations.small_checkpoints": Call(
+        lambda s: dk.integrations.small_checkpoints, lambda s: {"trainer": _Trainer()}
+    ),
+    "integrations.small_states": Call(
+        lambda s: dk.integrations.small_states, lambda s: {"accelerator": _Accelerator()}
+    ),
     "Delta.active": Call(_set("active")),
     "Delta.scale": Call(_set("scale")),
     "Delta.trainable": Call(_set("trainable")),

@@ -15,12 +15,18 @@ class Repo:
     private: bool = False
     gated: bool = False
     commits: list[tuple[str, dict[str, bytes]]] = field(default_factory=list)
+    branches: dict[str, "Repo"] = field(default_factory=dict)
+    cut: str = ""
+    """The file of which only half is sent, before the connection is closed."""
 
     def files(self, revision):
         """The commit's id and files at a revision; None if there is no such revision."""
         if revision in ("main", "HEAD"):
             return self.commits[-1] if self.commits else ("0" * 40, {})
-        return next((commit for commit in self.commits if commit[0] == revision), None)
+        if revision in self.branches:
+            return self.branches[revision].files("main")
+        every = [commit for repo in (self, *self.branches.values()) for commit in repo.commits]
+        return next((commit for commit in every if commit[0] == revision), None)
 
     def commit(self, changes):
         files = {**(self.commits[-1][1] if self.commits else {}), **changes}
@@ -62,6 +68,7 @@ class Handler(BaseHTTPRequestHandler):
     ROUTES = (
         ("POST", r"/api/repos/create", "create"),
         ("POST", r"/api/validate-yaml", "validate_yaml"),
+        ("POST", r"/api/models/(?P<repo>.+)/branch/(?P<branch>[^/]+)", "branch"),
         ("POST", r"/api/models/(?P<repo>.+)/preupload/(?P<rev>[^/]+)", "preupload"),
         ("POST", r"/api/models/(?P<repo>.+)/commit/(?P<rev>[^/]+)", "commit"),
         ("POST", r"/(?P<repo>.+)\.git/info/lfs/objects/batch", "lfs_batch"),
@@ -135,6 +142,13 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.repos[name] = Repo(private=bool(private))
         return self.send(200, url)
 
+    def branch(self, repo, branch):
+        own = self.repo(repo, write=True)
+        if branch in own.branches:
+            return self.send(409, {})
+        own.branches[branch] = Repo(commits=list(own.commits))
+        return self.send(200, {})
+
     def validate_yaml(self):
         self.send(200, {"errors": [], "warnings": []})
 
@@ -173,7 +187,8 @@ class Handler(BaseHTTPRequestHandler):
                 changes[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
                 changes[value["path"]] = self.hub.blobs[value["oid"]]
-        sha = self.hub.repos[repo].commit(changes)
+        own = self.hub.repos[repo]
+        sha = own.branches.get(rev, own).commit(changes)
         self.send(200, {"commitUrl": f"{self.hub.endpoint}/{repo}/commit/{sha}", "commitOid": sha})
 
     def info(self, repo, rev="main"):
@@ -195,4 +210,10 @@ class Handler(BaseHTTPRequestHandler):
             self.send(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})
             return
         etag = f'"{hashlib.sha256(files[path]).hexdigest()}"'
-        self.send(200, files[path], {"ETag": etag, "X-Repo-Commit": sha})
+        headers = {"ETag": etag, "X-Repo-Commit": sha}
+        if path == self.hub.repos[repo].cut and self.command == "GET":
+            headers |= {"Content-Length": str(len(files[path]))}
+            self.send(200, files[path][: len(files[path]) // 2], headers)
+            self.close_connection = True
+            return
+        self.send(200, files[path], headers)

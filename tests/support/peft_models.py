@@ -54,10 +54,15 @@ def close(name, found, expected):
 
 def saved(name, config, folder, **how):
     """PEFT's outputs with a random adapter, which it saves."""
+    return outputs(name, adapted(wide(name), config, folder, **how))
+
+
+def adapted(backbone, config, folder, **how):
+    """PEFT's model with a random adapter, which it saves."""
     with warnings.catch_warnings():
         # PEFT's, of transposed weights, and of embeddings that it saves.
         warnings.simplefilter("ignore")
-        model = peft.get_peft_model(wide(name), config).eval()
+        model = peft.get_peft_model(backbone, config).eval()
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():
             for key, value in model.named_parameters():
@@ -65,15 +70,20 @@ def saved(name, config, folder, **how):
                     value.add_(torch.randn(value.shape, generator=generator), alpha=0.3)
                 assert value.requires_grad or "lora" not in key
         model.save_pretrained(folder, **how)
-    return outputs(name, model)
+    return model
 
 
-def opened(name, folder):
-    """The outputs of a fresh backbone in which PEFT has loaded the adapter."""
+def opened(backbone, folder):
+    """PEFT's model with the adapter in a folder."""
     with warnings.catch_warnings():
         # PEFT warns of tied weights.
         warnings.simplefilter("ignore")
-        model = peft.PeftModel.from_pretrained(wide(name), folder).eval()
+        return peft.PeftModel.from_pretrained(backbone, folder).eval()
+
+
+def read_by_peft(name, folder):
+    """The outputs of a fresh backbone in which PEFT has loaded the adapter."""
+    model = opened(wide(name), folder)
     missing = [key for key, value in model.named_parameters() if "lora_B" in key and not value.any()]
     assert not missing
     return outputs(name, model)

@@ -8,11 +8,12 @@ from torch import nn
 
 from deltakit.errors import CheckpointError
 from deltakit.files.checkpoint import TENSORS_FILE
-from deltakit.files.formats import adapterhub, images, own, peft
+from deltakit.files.formats import adapterhub, images, opendelta, own, peft
 from deltakit.files.formats.format import Format
 from deltakit.files.saved import Saved
 
-FORMATS = {kind.name: kind for kind in (own.FORMAT, peft.FORMAT, adapterhub.FORMAT, images.DIFFUSERS, images.KOHYA)}
+_ALL = (own.FORMAT, peft.FORMAT, adapterhub.FORMAT, opendelta.FORMAT, images.DIFFUSERS, images.KOHYA)
+FORMATS = {kind.name: kind for kind in _ALL}
 Written = Literal["deltakit", "peft", "diffusers"]
 """The names of the formats that have a writer."""
 WRITERS = {kind.name: kind.write for kind in FORMATS.values() if kind.write is not None}
@@ -25,7 +26,7 @@ _OTHERS = {
     "head_config.json": "a prediction head of AdapterHub",
     "model.safetensors": "a whole model",
     "model.safetensors.index.json": "a whole model",
-    "pytorch_model.bin": "a whole model, or a delta of OpenDelta",
+    "pytorch_model.bin": "a whole model",
 }
 
 
@@ -70,7 +71,11 @@ def refuse_others(folder: Path, format: str) -> None:
     Raises:
         CheckpointError: if there is one.
     """
-    others = [kind.name for kind in formats_in(folder) if kind.name != format]
+    try:
+        others = [kind.name for kind in formats_in(folder) if kind.name != format]
+    except OSError:
+        # No folder can have this name: writing there says so.
+        return
     if others:
         raise CheckpointError(
             f"{folder}: a delta in the format {others[0]!r} is here already, and would stay beside the new one; save to "

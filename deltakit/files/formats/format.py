@@ -1,6 +1,6 @@
 """What each format of deltas has, and how a reader names the tensors that it found."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ Without a backbone it returns what the files alone say; without values, tensors 
 `CheckpointError` if a file is missing or damaged, or holds what deltakit does not have.
 """
 
-Writer = Callable[[Path, Attachment, Mapping[str, Tensor], Mapping[str, Any]], None]
-"""Writes a delta into a folder. It gets the folder, the delta, the tensors of its state dict, and its `delta_config`.
+Writer = Callable[[Path, Attachment, Mapping[str, Tensor], Mapping[str, Any], str], None]
+"""Writes a delta into a folder. It gets the folder, the delta, the tensors of its state dict, its `delta_config` and its card.
 
 It raises a `CheckpointError` if the format has no such delta, or the files cannot be written.
 """
@@ -50,16 +50,26 @@ class Parts:
     _groups: dict[tuple[str, tuple[tuple[str, Any], ...]], dict[str, Mapping[str, Tensor]]] = field(
         default_factory=dict
     )
+    _in_order: list[tuple[str, Mapping[str, Any], Sequence[Mapping[str, Tensor]]]] = field(default_factory=list)
 
     def add(self, method: str, options: Mapping[str, Any], path: str, tensors: Mapping[str, Tensor]) -> None:
         """Adds the tensors of one target, by their names in the delta module. Targets with the same options are one method."""
         self._groups.setdefault((method, tuple(options.items())), {})[path] = tensors
 
+    def add_in_order(self, method: str, options: Mapping[str, Any], states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Adds the tensors of a method whose targets are not named in the file; see `Saved.in_order`."""
+        self._in_order.append((method, options, states))
+
     def __bool__(self) -> bool:
-        return bool(self._groups)
+        return bool(self._groups or self._in_order)
+
+    @property
+    def in_order(self) -> dict[int, Sequence[Mapping[str, Tensor]]]:
+        """Returns the tensors of the methods whose targets are not named, by the number of the method."""
+        return {len(self._groups) + number: states for number, (_, _, states) in enumerate(self._in_order)}
 
     def named(self) -> tuple[list[MethodEntry], dict[str, Tensor]]:
-        """Returns the methods, and all tensors by their names in deltakit."""
+        """Returns the methods, and all tensors by their names in deltakit that have one without the backbone."""
         names = [method for method, _ in self._groups]
         methods: list[MethodEntry] = []
         tensors: dict[str, Tensor] = {}
@@ -68,4 +78,6 @@ class Parts:
             label = label_among(names, number)
             for path, part in by_path.items():
                 tensors |= {f"{join(path, label)}.{name}": tensor for name, tensor in part.items()}
+        for method, own, _ in self._in_order:
+            methods.append({"method": method, "targets": [], **own})  # type: ignore[typeddict-item]
         return methods, tensors

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltakit.core import Attachment
-from deltakit.files.card import model_card
 from deltakit.files.checkpoint import CARD_FILE, CONFIG_FILE, TENSORS_FILE, read_folder, write_folder
 from deltakit.files.formats.format import Format
 from deltakit.files.saved import Saved, Trained
@@ -32,8 +31,10 @@ def _read(place: Path, _backbone: nn.Module | None, values: bool) -> Saved:
     )
 
 
-def _write(folder: Path, _attachment: Attachment, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    write_folder(folder, config, tensors, model_card(config))
+def _write(
+    folder: Path, _attachment: Attachment, tensors: Mapping[str, Tensor], config: Mapping[str, Any], card: str
+) -> None:
+    write_folder(folder, config, tensors, card)
 
 
 FORMAT = Format(

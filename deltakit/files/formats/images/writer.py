@@ -21,7 +21,9 @@ _COMPONENTS = {"UNet": "unet", "Transformer": "transformer", "CLIPTextModelWithP
 _TEXT = "CLIPTextModel"
 
 
-def write(folder: Path, attachment: Attachment, tensors: Mapping[str, Tensor], _config: Mapping[str, Any]) -> None:
+def write(
+    folder: Path, attachment: Attachment, tensors: Mapping[str, Tensor], _config: Mapping[str, Any], card: str
+) -> None:
     """Writes a delta into a folder as a LoRA of diffusers; see `Writer`.
 
     Raises:
@@ -42,7 +44,7 @@ def write(folder: Path, attachment: Attachment, tensors: Mapping[str, Tensor], _
         )
         return [TENSORS]
 
-    write_files(folder, fill)
+    write_files(folder, fill, card)
 
 
 def component_of(backbone: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""PEFT's adapters: LoRA and IA3, with fully trained modules.
+"""PEFT's adapters: one file for each kind that is read, and the writer.
 
 The forms of keys and the rules for patterns are those of PEFT 0.21.2, found by saving and loading adapters of each kind.
 """

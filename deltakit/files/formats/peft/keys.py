@@ -10,3 +10,6 @@ LORA = {".lora_A.weight": "A", ".lora_B.weight": "B"}
 LORA_OF_EMBEDDINGS = {".lora_embedding_A": "A", ".lora_embedding_B": "B"}
 IA3 = {".ia3_l": "scale"}
 """Each: what stands behind the path of the module, and the name of the tensor in deltakit."""
+
+PROMPT = "prompt_embeddings"
+"""The only tensor of prompts and prefixes."""

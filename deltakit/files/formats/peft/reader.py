@@ -18,8 +18,10 @@ from deltakit.files.formats.format import Parts
 from deltakit.files.formats.peft.adapter import Adapter
 from deltakit.files.formats.peft.full import fully_trained
 from deltakit.files.formats.peft.ia3 import read_ia3
-from deltakit.files.formats.peft.keys import IA3, LORA, LORA_OF_EMBEDDINGS, PICKLE, TENSORS
+from deltakit.files.formats.peft.keys import IA3, LORA, LORA_OF_EMBEDDINGS, PICKLE, PROMPT, TENSORS
 from deltakit.files.formats.peft.lora import read_lora
+from deltakit.files.formats.peft.prefix import read_prefix
+from deltakit.files.formats.peft.prompt import read_prompt
 from deltakit.files.pickles import read_pickle
 from deltakit.files.saved import Saved, Trained
 from deltakit.files.schema import read_json
@@ -34,7 +36,14 @@ class _Kind(NamedTuple):
     ends: tuple[str, ...]
 
 
-KINDS = {"LORA": _Kind(read_lora, (*LORA, *LORA_OF_EMBEDDINGS)), "IA3": _Kind(read_ia3, tuple(IA3))}
+KINDS = {
+    "LORA": _Kind(read_lora, (*LORA, *LORA_OF_EMBEDDINGS)),
+    "IA3": _Kind(read_ia3, tuple(IA3)),
+    "PROMPT_TUNING": _Kind(read_prompt, (PROMPT,)),
+    # The network that computed the prompt is not in the file.
+    "P_TUNING": _Kind(read_prompt, (PROMPT,)),
+    "PREFIX_TUNING": _Kind(read_prefix, (PROMPT,)),
+}
 """What reads each kind of adapter, by its `peft_type`."""
 
 
@@ -56,7 +65,7 @@ def read(place: Path, backbone: nn.Module | None, values: bool) -> Saved:
     if kind is None:
         what = f"PEFT's {name}" if isinstance(name, str) else f"no adapter of PEFT: its {CONFIG} has no peft_type"
         raise CheckpointError(
-            f"{place}: this is {what}, which deltakit does not read; of PEFT it reads {' and '.join(KINDS)}"
+            f"{place}: this is {what}, which deltakit does not read; of PEFT it reads {', '.join(KINDS)}"
         )
     tensors = {_PREFIX.sub("", key): tensor for key, tensor in _tensors(place, values).items()}
     adapter, parts = Adapter(place, config, tensors, backbone), Parts()
@@ -66,7 +75,8 @@ def read(place: Path, backbone: nn.Module | None, values: bool) -> Saved:
     methods, renamed = parts.named()
     full = fully_trained(adapter, {key: tensor for key, tensor in tensors.items() if not key.endswith(kind.ends)})
     base = config.get("base_model_name_or_path")
-    return Saved(methods, renamed | full, Trained(names=sorted(full)), base=base if isinstance(base, str) else None)
+    trained = Trained(names=sorted(full))
+    return Saved(methods, renamed | full, trained, parts.in_order, base=base if isinstance(base, str) else None)
 
 
 def _tensors(folder: Path, values: bool) -> dict[str, Tensor]:

@@ -43,7 +43,9 @@ class _Factors(NamedTuple):
     method: Any
 
 
-def write(folder: Path, attachment: Attachment, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+def write(
+    folder: Path, attachment: Attachment, tensors: Mapping[str, Tensor], config: Mapping[str, Any], card: str
+) -> None:
     """Writes a delta into a folder as an adapter of PEFT; see `Writer`.
 
     Raises:
@@ -73,16 +75,16 @@ def write(folder: Path, attachment: Attachment, tensors: Mapping[str, Tensor], c
         "task_type": next((task for end, task in _TASKS.items() if model.endswith(end)), None),
         "inference_mode": True,
     }
-    _write(folder, found, plain_tensors({f"{PREFIX}{name}": value for name, value in named.items()}))
+    _write(folder, found, plain_tensors({f"{PREFIX}{name}": value for name, value in named.items()}), card)
 
 
-def _write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def _write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> None:
     def fill(own: Path) -> list[str]:
         write_tensors(own / TENSORS, tensors, {"format": "pt"})
         (own / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         return [TENSORS, CONFIG]
 
-    write_files(folder, fill)
+    write_files(folder, fill, card)
 
 
 def _kind_of(attachment: Attachment) -> str:

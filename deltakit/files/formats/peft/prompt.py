@@ -1,0 +1,79 @@
+"""Reads PEFT's prompt tuning and P-tuning: vectors in front of the text, which deltakit has as soft prompts."""
+
+import inspect
+from typing import Any, TypedDict
+
+from torch import Tensor, nn
+
+from deltakit.core import own_modules
+from deltakit.errors import CheckpointError
+from deltakit.files.formats.format import Parts
+from deltakit.files.formats.peft.adapter import Adapter
+from deltakit.files.formats.peft.keys import PROMPT
+from deltakit.files.schema import checked
+
+
+class Prompting(TypedDict):
+    """The fields that prompts and prefixes have. PEFT always writes them."""
+
+    num_virtual_tokens: int
+    task_type: str | None
+
+
+def read_prompt(adapter: Adapter, parts: Parts) -> None:
+    """Adds the prompt of an adapter to the parts.
+
+    Raises:
+        CheckpointError: if the config is damaged, or the tensor does not fit.
+    """
+    config, prompt = prompting(adapter)
+    tokens = config["num_virtual_tokens"]
+    # Of an encoder and a decoder PEFT keeps rows for both, and uses the encoder's.
+    if prompt.ndim != 2 or tokens < 1 or prompt.shape[0] not in (tokens, 2 * tokens):
+        raise CheckpointError(
+            f"{adapter.folder}: {PROMPT} has shape {tuple(prompt.shape)}, and num_virtual_tokens is {tokens}; save or "
+            "download it again"
+        )
+    # PEFT puts the vectors behind the scale of such an embedding (Gemma 3, BART), and deltakit before it.
+    scale = getattr(_embedding(adapter.backbone), "embed_scale", 1.0)
+    options = {"tokens": tokens, "where": "start", "trim": not _first_is_read(adapter.backbone, config["task_type"])}
+    parts.add_in_order("soft_prompt", options, [{"prompt": prompt[:tokens] / scale}])
+
+
+def prompting(adapter: Adapter) -> tuple[Prompting, Tensor]:
+    """Returns the config and the tensor of an adapter that is a prompt or a prefix.
+
+    Raises:
+        CheckpointError: if the config is damaged, there is no such tensor, or PEFT itself would not use it.
+    """
+    found = {key: value for key, value in adapter.config.items() if key in Prompting.__annotations__}
+    config: Prompting = checked({"task_type": None, **found}, Prompting, adapter.config_file)
+    prompt = adapter.tensors.get(PROMPT)
+    if prompt is None:
+        raise CheckpointError(f"{adapter.folder}: it has no {PROMPT}; save or download it again")
+    if config["task_type"] is None:
+        raise CheckpointError(
+            f"{adapter.folder}: it has no task_type, and without one PEFT puts no prompt into a model; write the task_type "
+            f"into {adapter.config_file.name}, such as 'CAUSAL_LM'"
+        )
+    return config, prompt
+
+
+def _embedding(backbone: nn.Module | None) -> Any:
+    try:
+        return backbone.get_input_embeddings()  # type: ignore[operator, union-attr]
+    except (AttributeError, NotImplementedError):
+        # No model of transformers, or one without ids. Where the prompt goes, and that it fits, is checked when it is built.
+        return None
+
+
+def _first_is_read(backbone: nn.Module | None, task: str | None) -> bool:
+    """Returns whether a classifier reads the first token outside of the text stack, which is the prompt's in PEFT.
+
+    Such as RoBERTa's. BERT's pooler is inside of the stack, and GPT-2's classifier looks for the last token of the text.
+    """
+    if backbone is None or task != "SEQ_CLS":
+        return False
+    names = inspect.unwrap(type(backbone).forward).__code__.co_names
+    poolers = (module for path, module in own_modules(backbone) if path.endswith(".pooler"))
+    return "pad_token_id" not in names and next(poolers, None) is None

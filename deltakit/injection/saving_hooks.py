@@ -1,0 +1,41 @@
+"""The hook that gives state dicts the backbone's own values while the backbone is saved without its deltas."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from deltakit.core import deltas_left_out, without_deltas
+
+
+class OwnValues:
+    """A hook that puts the backbone's own values into state dicts that are made without deltas.
+
+    Args:
+        values: by the names that they have in the module of the hook.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        self.values = values
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, meta: Any) -> None:
+        # The state dicts of other threads keep the trained values.
+        if deltas_left_out():
+            state.update({prefix + name: value for name, value in self.values.items() if prefix + name in state})
+
+
+@contextmanager
+def bare_state_dicts(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """In this block and thread, state dicts of a module have no tensors of deltas, and these values under their names.
+
+    Args:
+        values: by the names that they have in the module.
+    """
+    handle = module.register_state_dict_post_hook(OwnValues(values)) if values else None
+    try:
+        with without_deltas():
+            yield
+    finally:
+        if handle is not None:
+            handle.remove()

@@ -1,0 +1,186 @@
+"""The serving example: three tasks, one backbone, many clients at once."""
+
+import importlib.util
+import json
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from threading import Event, Thread
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
+
+import deltakit as dk
+from support.models import randomize
+from support.tiny_transformers import build
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "serving.py"
+METHODS = {"spelling": dk.LoRA(r=3), "topic": dk.Adapter(size=5), "answer": dk.Prefix(tokens=3)}
+WORDS = ["who", "wrote", "faust", "a", "poet", "in", "weimar", "?"]
+TEXTS = ["who wrote faust ?", "a poet", "in weimar a poet wrote faust", "who ?", "wrote wrote wrote"]
+
+
+@pytest.fixture(scope="module")
+def serving():
+    spec = importlib.util.spec_from_file_location("serving", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def fresh(kind):
+    return build(kind, AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM).eval()
+
+
+def tokenizer_for(kind):
+    names = ["[PAD]", "[UNK]", *WORDS]
+    vocabulary = {word: place for place, word in enumerate([*names, *(f"w{place}" for place in range(len(names), 97))])}
+    own = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    own.pre_tokenizer = pre_tokenizers.Whitespace()
+    side = "right" if kind == "t5" else "left"
+    return PreTrainedTokenizerFast(tokenizer_object=own, pad_token="[PAD]", unk_token="[UNK]", padding_side=side)
+
+
+def alone(kind, tokenizer, folder, text):
+    """The answer of a fresh model with one delta, to one text."""
+    model = fresh(kind)
+    if folder is not None:
+        dk.load(folder, model)
+    inputs = tokenizer([text], return_tensors="pt")
+    found = model.generate(
+        inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=6, do_sample=False
+    )
+    skipped = 0 if kind == "t5" else inputs["input_ids"].shape[1]
+    return tokenizer.batch_decode(found[:, skipped:], skip_special_tokens=True)[0]
+
+
+@pytest.fixture(params=["t5", "llama"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def folders(kind, tmp_path):
+    found = {}
+    for task, method in METHODS.items():
+        delta = randomize(dk.attach(fresh(kind), method, name=task), 1.0)
+        found[task] = delta.save(tmp_path / task)
+    return found
+
+
+@pytest.fixture
+def start(serving, kind, request):
+    """Starts a server, and returns it with a function that asks it over HTTP."""
+
+    def started(sources, **options):
+        server = serving.Server(fresh(kind), tokenizer_for(kind), sources, new_tokens=6, **options)
+        web = ThreadingHTTPServer(("127.0.0.1", 0), serving.handler(server))
+        Thread(target=web.serve_forever, args=(0.01,), daemon=True).start()
+
+        def stop():
+            server.stop()
+            web.shutdown()
+            web.server_close()
+
+        request.addfinalizer(stop)
+
+        def ask(body):
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{web.server_address[1]}", data) as answer:
+                    return answer.status, json.loads(answer.read())
+            except urllib.error.HTTPError as error:
+                with error:
+                    return error.code, json.loads(error.read())
+
+        return server, ask
+
+    return started
+
+
+def test_clients_at_once(start, kind, folders, hub):
+    """Each gets what its delta gives alone, two deltas at most are attached, and some batches have several tasks."""
+    dk.load(folders["topic"], fresh(kind)).push("me/topic", token=hub.TOKEN)
+    server, ask = start({**folders, "topic": "me/topic"}, most_deltas=2, most_examples=4)
+    tokenizer = tokenizer_for(kind)
+    wanted = {(task, text): alone(kind, tokenizer, folders[task], text) for task in METHODS for text in TEXTS}
+    assert len(set(wanted.values())) > len(TEXTS)
+    most, generate = [], server.generate
+
+    def after_all_asked(requests):
+        while not server.batches and len(server.waiting) < 11:
+            time.sleep(0.001)
+        return generate(requests)
+
+    server.generate = after_all_asked
+
+    def one(key):
+        found = ask({"task": key[0], "text": key[1]})
+        most.append(len(dk.deltas(server.deltas.model)))
+        return found
+
+    with ThreadPoolExecutor(12) as clients:
+        found = list(clients.map(one, 2 * sorted(wanted)))
+    assert found == [(200, {"text": wanted[key]}) for key in 2 * sorted(wanted)]
+    assert max(most) <= 2
+    assert max(map(len, server.batches)) <= 4
+    assert any(len(set(batch)) == 2 for batch in server.batches)
+
+
+def test_a_delta_is_loaded_with_its_first_request(start, folders):
+    server, ask = start(folders, most_deltas=2)
+    assert not dk.deltas(server.deltas.model)
+    for task, attached in (("topic", ["topic"]), ("answer", ["topic", "answer"]), ("spelling", ["answer", "spelling"])):
+        assert ask({"task": task, "text": "a poet"})[0] == 200
+        assert [delta.name for delta in dk.deltas(server.deltas.model)] == attached
+
+
+def test_bad_requests(start, folders):
+    _, ask = start({**folders, "lost": "no-such-folder"})
+    assert ask({"task": "other", "text": "a"}) == (
+        404,
+        {"error": "no task 'other'; there are answer, lost, spelling, topic"},
+    )
+    for body in (b"", b"[]", b"{", {"task": "topic"}, {"task": 7, "text": "a"}, {"task": "topic", "text": None}):
+        assert ask(body) == (400, {"error": 'expected {"task": "...", "text": "..."}'})
+    assert ask(b"x" * 100_001)[0] == 413
+    status, answer = ask({"task": "lost", "text": "a"})
+    assert status == 500
+    assert "no such folder" in answer["error"]
+    assert ask({"task": "topic", "text": "a poet"})[0] == 200
+
+
+def test_a_bound_on_what_waits(start, folders):
+    server, ask = start(folders, most_waiting=1)
+    go, begun = Event(), Event()
+    generate = server.generate
+
+    def slow(requests):
+        begun.set()
+        go.wait()
+        return generate(requests)
+
+    server.generate = slow
+    with ThreadPoolExecutor(2) as clients:
+        first = clients.submit(ask, {"task": "topic", "text": "a"})
+        begun.wait()
+        second = clients.submit(ask, {"task": "topic", "text": "a"})
+        while not server.waiting:
+            time.sleep(0.001)
+        assert ask({"task": "topic", "text": "a"}) == (503, {"error": "too many requests wait; try again later"})
+        go.set()
+        assert first.result()[0] == second.result()[0] == 200
+
+
+def test_the_model_is_left_as_it_was(start, kind, folders):
+    server, ask = start(folders)
+    assert ask({"task": "topic", "text": "a poet"})[0] == 200
+    for delta in dk.deltas(server.deltas.model):
+        delta.detach()
+    plain = fresh(kind).state_dict()
+    assert all(torch.equal(value, plain[name]) for name, value in server.deltas.model.state_dict().items())
