@@ -1,16 +1,18 @@
 """Reads PEFT's LoRA. The tensors' names have the paths of the modules, and the tensors the ranks."""
 
 import math
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
 from deltakit.errors import CheckpointError
 from deltakit.files.formats.format import Parts
 from deltakit.files.formats.peft.adapter import Adapter
-from deltakit.files.formats.peft.keys import LORA, LORA_OF_EMBEDDINGS
+from deltakit.files.formats.peft.keys import LORA, LORA_BIAS, LORA_OF_EMBEDDINGS
 from deltakit.files.formats.peft.layers import differs
+from deltakit.files.formats.peft.parameters import parameter_at, stacked
 from deltakit.files.formats.peft.patterns import Pattern
 from deltakit.files.schema import checked
 
@@ -18,8 +20,6 @@ _ABSENT = {
     "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA",
-    "lora_bias": "biases of B",
-    "target_parameters": "LoRA on parameters",
     "trainable_token_indices": "trained tokens of embeddings",
     "layer_replication": "repeated layers",
     "alora_invocation_tokens": "activated LoRA",
@@ -39,11 +39,13 @@ class _Config(TypedDict, total=False):
 
     lora_alpha: float
     lora_dropout: float
+    r: Annotated[int, msgspec.Meta(ge=1)]
     use_rslora: bool
     alpha_pattern: dict[str, float] | None
+    target_parameters: list[str] | None
 
 
-_DEFAULTS = _Config(lora_alpha=8, lora_dropout=0.0, use_rslora=False, alpha_pattern=None)
+_DEFAULTS = _Config(lora_alpha=8, lora_dropout=0.0, r=8, use_rslora=False, alpha_pattern=None, target_parameters=None)
 
 
 def read_lora(adapter: Adapter, parts: Parts) -> None:
@@ -62,23 +64,32 @@ def read_lora(adapter: Adapter, parts: Parts) -> None:
         (Pattern(rf"(.*\.)?({key})$", key, adapter.config_file / "alpha_pattern"), alpha)
         for key, alpha in (config["alpha_pattern"] or {}).items()
     ]
-    for path, pair in adapter.parts(LORA | LORA_OF_EMBEDDINGS).items():
-        alpha = next((alpha for pattern, alpha in alphas if pattern.matches(path)), config["lora_alpha"])
-        a, b = _factors(adapter, path, pair)
-        full = a.shape[0]
-        a, b = _needed(a, b)
-        share = a.shape[0] / full
-        module = adapter.module(path)
+    found, targets = adapter.parts(LORA | LORA_OF_EMBEDDINGS), config["target_parameters"] or ()
+    biases = adapter.parts(LORA_BIAS)
+    for path, pair in found.items():
+        parameter = parameter_at(adapter, targets, path, found) if targets else ""
+        name = parameter or path
+        a, b = _factors(adapter, name, pair, "" if parameter else differs(adapter.module(path)))
+        a, b = stacked(adapter, parameter, pair, config["r"]) if parameter else (a.flatten(1), b.flatten(1))
+        full = a.shape[-2]
+        a, b = (a, b) if parameter else needed(a, b)
+        share = a.shape[-2] / full
+        module = None if parameter else adapter.module(path)
+        alpha = next((alpha for pattern, alpha in alphas if pattern.matches(name)), config["lora_alpha"])
+        rslora = config["use_rslora"]
         options = {
-            "r": a.shape[0],
-            "alpha": alpha if share == 1 else alpha * (math.sqrt(share) if config["use_rslora"] else share),
-            "rslora": config["use_rslora"],
+            "r": a.shape[-2],
+            "alpha": alpha if share == 1 else alpha * (math.sqrt(share) if rslora else share),
+            "rslora": rslora,
             # PEFT drops no inputs of embeddings: they are ids.
             "dropout": 0.0 if isinstance(module, nn.Embedding) else config["lora_dropout"],
             # PEFT adapts the module alone, also if its weight is tied.
             "untie": module is not None and adapter.is_tied(module._parameters.get("weight")),
         }
-        parts.add("lora", options, path, {"A": a, "B": b})
+        parts.add("lora", options, name, {"A": a, "B": b})
+        for bias in biases.get(path, {}).values():
+            # It is behind B, so the scale is on it, too.
+            parts.add("bitfit", {}, name, {"bias": bias * (alpha / (math.sqrt(full) if rslora else full))})
 
 
 def _refuse_absent(adapter: Adapter) -> None:
@@ -97,21 +108,19 @@ def _refuse_absent(adapter: Adapter) -> None:
         )
 
 
-def _factors(adapter: Adapter, path: str, pair: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Returns A [r, d_in] and B [d_out, r] of a target."""
+def _factors(adapter: Adapter, path: str, pair: dict[str, Tensor], why: str) -> tuple[Tensor, Tensor]:
+    """Returns A and B of a target. Of convolutions, they are [r, in, *kernel] and [out, r, 1, ...]; ours are matrices."""
     if pair.keys() != {"A", "B"} or any(tensor.ndim < 2 for tensor in pair.values()):
         raise CheckpointError(f"{adapter.folder}: {path} has no two factors of LoRA; save or download it again")
-    why = differs(adapter.module(path))
     if why:
         raise CheckpointError(
             f"{adapter.folder}: {path} {why}, where PEFT's LoRA computes something else than deltakit's; merge it by PEFT's "
             "merge_and_unload()"
         )
-    # Of convolutions, A [r, in, *kernel] and B [out, r, 1, ...]; ours are matrices.
-    return pair["A"].flatten(1), pair["B"].flatten(1)
+    return pair["A"], pair["B"]
 
 
-def _needed(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def needed(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Returns factors with the same product, of a rank that is at most the smaller side of the weight.
 
     Rows of zeros that were padded are left out. PEFT also allows more rows than the product has.
