@@ -39,11 +39,12 @@ from deltakit.opendelta import (
     LoraModel,
     PrefixModel,
     SoftPromptModel,
+    Visualization,
 )
 from deltakit.ops import CallContext, InputMap, LowRank, OutputMap, WeightMap
 from deltakit.selection import RoleTable, roles, select
 from deltakit.version import __version__
-from deltakit.view import View, Visualization, show
+from deltakit.view import View, show
 
 __all__ = [
     "IA3",

@@ -29,10 +29,11 @@ MAY_IMPORT = {
     "opendelta": {"core", "delta", "files", "methods", "view"},
 }
 FOR_AUTHORS = {
+    "opendelta": {"BaseDeltaConfig", "CommonStructureMap", "DeltaBase", "SaveLoadMixin", "install", "logging"},
     "core": {"current_call"},
     "ops": {"Seeded", "linear_with", "normal", "uniform"},
 }
-"""What rooms offer to authors of methods, also while no method here uses it."""
+"""What rooms offer to users and to authors of methods, also while nothing here uses it."""
 
 ON_TOP = {"demo", "cli", "__main__", "__init__"}
 """Rooms that may import all others."""

@@ -1,8 +1,8 @@
 """The handle of a delta and its verbs: attach, load, plan, merge, combine, swap, and mixed batches."""
 
-from deltakit.delta.attaching import attach, load
+from deltakit.delta.attaching import attach, attach_beside, load, spare_name
 from deltakit.delta.combining import Combination, combine
-from deltakit.delta.freezing import freeze_backbone
+from deltakit.delta.freezing import freeze_parameters, narrow, widen
 from deltakit.delta.handle import Delta, deltas
 from deltakit.delta.mixed_rows import rows
 from deltakit.delta.new_heads import Spelling
@@ -16,12 +16,16 @@ __all__ = [
     "Plan",
     "Spelling",
     "attach",
+    "attach_beside",
     "base_state_dict",
     "combine",
     "deltas",
-    "freeze_backbone",
+    "freeze_parameters",
     "load",
+    "narrow",
     "plan",
     "rows",
+    "spare_name",
     "use",
+    "widen",
 ]

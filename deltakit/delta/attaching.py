@@ -15,9 +15,11 @@ from deltakit.core import (
     Site,
     checked,
     one_walk,
+    records_of,
     same_random_numbers,
     tensors_of,
 )
+from deltakit.delta.claims import free_name
 from deltakit.delta.full_training import current_values
 from deltakit.delta.handle import Delta
 from deltakit.delta.new_heads import warn_frozen_head
@@ -148,6 +150,28 @@ def load(
     delta = Delta(Attachment(backbone, record, sites))
     delta.load_state_dict(saved.tensors, where=where)
     return delta.attach() if attach else delta
+
+
+def spare_name(backbone: nn.Module) -> str | None:
+    """Returns a name for a delta that stands beside others with its method; None if there are no others."""
+    others = records_of(backbone)
+    return free_name(AUTOMATIC_NAME, others, chosen=False) if others else None
+
+
+def attach_beside(delta: Delta) -> None:
+    """Attaches a delta again, under another name if its own is taken, also beside others with its method.
+
+    Raises:
+        StateError: as `Delta.attach` otherwise does.
+    """
+    record, others = delta._record, records_of(delta.backbone)
+    before = record.name, record.named
+    record.name, record.named = free_name(record.name, others, chosen=False), record.named or bool(others)
+    try:
+        delta.attach()
+    except BaseException:
+        record.name, record.named = before
+        raise
 
 
 def _refuse_unseen(sites: Sequence[Site], where: str) -> None:

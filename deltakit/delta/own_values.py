@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from deltakit.core import checked, notice_moved_buffers, records_of, roots_inside, tensors_of
 from deltakit.delta.full_training import tensors_at
 from deltakit.errors import StateError
-from deltakit.injection import records_around
+from deltakit.injection import records_around, whole_state_dict
 
 
 @checked
@@ -33,7 +33,9 @@ def base_state_dict(backbone: nn.Module) -> dict[str, Tensor]:
     # By identity: a tied tensor has several names, and is kept under one of them.
     for root in (backbone, *dict.fromkeys(root for _, root in roots_inside(backbone).values())):
         bare |= {id(tensor): value.detach() for tensor, value in _kept_values(root)}
-    return {name: bare.get(id(own[name]), value) for name, value in backbone.state_dict().items() if name in own}
+    with whole_state_dict(backbone):
+        state = backbone.state_dict()
+    return {name: bare.get(id(own[name]), value) for name, value in state.items() if name in own}
 
 
 def _kept_values(root: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:

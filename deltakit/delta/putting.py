@@ -28,6 +28,7 @@ from deltakit.injection import (
     take_patches,
     watch,
     watch_first_forward,
+    widen_state_dict,
 )
 
 
@@ -127,6 +128,9 @@ def _take_all(attachment: Attachment) -> None:
     for site in others:
         take(site.target, keys[site.module], site.module)
     watch(backbone)
+    if record.narrowed:
+        widen_state_dict(backbone, record)
+        record.narrowed = False
     take(first.target, keys[first.module], first.module)
     attachment.scopes.clear()
     record.leaving = False

@@ -8,6 +8,7 @@ from deltakit.injection.backbone_guards import change_begins, watch, watch_rows
 from deltakit.injection.first_forward import forget_first_forward, watch_first_forward
 from deltakit.injection.hooks import put, scopes_of, sort_patches, take, take_patches
 from deltakit.injection.loading_guards import records_around
+from deltakit.injection.narrowed_state_dict import narrow_state_dict, whole_state_dict, widen_state_dict
 from deltakit.injection.replaced_targets import holder_of, modules_of
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "forget_first_forward",
     "holder_of",
     "modules_of",
+    "narrow_state_dict",
     "put",
     "records_around",
     "scopes_of",
@@ -24,4 +26,6 @@ __all__ = [
     "watch",
     "watch_first_forward",
     "watch_rows",
+    "whole_state_dict",
+    "widen_state_dict",
 ]

@@ -16,6 +16,7 @@ _TABLES = {
     "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
     "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     "_load_state_dict_pre_hooks": (),
+    "_state_dict_hooks": (),
 }
 
 

@@ -24,6 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
     "silu": F.silu,
+    "leaky_relu": F.leaky_relu,
     "tanh": torch.tanh,
 }
 
@@ -73,7 +74,7 @@ class Adapter(Method, name="adapter"):
     Args:
         size: the size of the bottleneck in elements, at least 1; 64 by default.
         reduction: instead of `size`: the number of features is divided by it, at least 1.
-        activation: gelu, gelu_tanh, relu, silu or tanh.
+        activation: gelu, gelu_tanh, relu, silu, leaky_relu or tanh.
 
     Raises:
         OptionError: if an option is out of its range, or both `size` and `reduction` are given.

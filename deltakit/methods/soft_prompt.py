@@ -152,7 +152,7 @@ class InsertPromptDelta(PromptDelta):
         return insert(target, args, kwargs, self.insertion, self.lengths(target), self.batch)
 
     def leave(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return finish(kwargs, output, trim=self.insertion.trim)
+        return finish(kwargs, output, trim=self.insertion.trim and not self.insertion.keep)
 
 
 class PromptMaskDelta(PromptDelta):
@@ -185,12 +185,14 @@ class SoftPrompt(Method, name="soft_prompt"):
 
     Args:
         tokens: the length of the prompt, at least 1.
-        init: "vocab" (embeddings of frequent tokens) or "random" (uniform within 0.5 of 0).
+        init: "vocab" (embeddings of frequent tokens) or "random".
+        init_range: random vectors are uniform within this distance of 0; above 0.
         init_ids: the token ids of a text to start from, repeated or cut to the length of the prompt.
         prepend: whether the delta inserts the prompt into every text. If not, write its ids (vocabulary size, vocabulary
             size + 1, and so on) where you want them.
         where: "start", or "after_first" for after the first token. By default after the first token if a pooler reads that
             token (BERT), else at the start.
+        keep: whether the model's result keeps the hidden states of the prompt, so that it is longer than the text.
 
     Raises:
         OptionError: if an option is out of its range.
@@ -198,9 +200,11 @@ class SoftPrompt(Method, name="soft_prompt"):
 
     tokens: int = 20
     init: str = "vocab"
+    init_range: float = 0.5
     init_ids: Sequence[int] | None = None
     prepend: bool = True
     where: str | None = None
+    keep: bool = False
 
     identity: ClassVar[bool] = False
 
@@ -229,6 +233,8 @@ class SoftPrompt(Method, name="soft_prompt"):
         if self.init not in ("vocab", "random"):
             what = "expected 'vocab' or 'random'; for a text use SoftPrompt.from_text"
             raise OptionError(f"SoftPrompt(init={self.init!r}): {what}")
+        if not self.init_range > 0:
+            raise OptionError(f"SoftPrompt(init_range={self.init_range}): expected a number above 0; 0.5 is usual")
         if self.where not in (None, "start", "after_first"):
             raise OptionError(f"SoftPrompt(where={self.where!r}): expected 'start', 'after_first' or None")
         if self.init_ids is not None:
@@ -267,7 +273,8 @@ class SoftPrompt(Method, name="soft_prompt"):
     def _build_in_model(
         self, index: BackboneView, group: Sequence[str], targets: Sequence[Target]
     ) -> dict[str, DeltaModule]:
-        start = start_vectors(targets[0], self.tokens, random=self.init == "random", init_ids=self.init_ids)
+        within = self.init_range if self.init == "random" else None
+        start = start_vectors(targets[0], self.tokens, within=within, init_ids=self.init_ids)
         vectors, vocabulary = PromptVectors(start), int(targets[0].module.num_embeddings)  # type: ignore[arg-type]
         built: dict[str, DeltaModule] = {}
         for target in targets:
@@ -276,7 +283,9 @@ class SoftPrompt(Method, name="soft_prompt"):
         if self.prepend:
             stack, decoder = text_stack(index, group)
             at = self._tokens_before(index, stack)
-            insertion = Insertion(vocabulary, self.tokens, at, stack_at(index, stack, at), trim=decoder is None)
+            insertion = Insertion(
+                vocabulary, self.tokens, at, stack_at(index, stack, at), trim=decoder is None, keep=self.keep
+            )
             built[stack] = InsertPromptDelta(insertion)
             if decoder is not None:
                 built[decoder] = PromptMaskDelta(insertion)

@@ -1,0 +1,20 @@
+"""The model classes, one for each type of delta."""
+
+from deltakit.opendelta.delta_models.adapter import AdapterConfig, AdapterModel
+from deltakit.opendelta.delta_models.bitfit import BitFitConfig, BitFitModel
+from deltakit.opendelta.delta_models.lora import LoraConfig, LoraModel
+from deltakit.opendelta.delta_models.prefix import PrefixConfig, PrefixModel
+from deltakit.opendelta.delta_models.soft_prompt import SoftPromptConfig, SoftPromptModel
+
+__all__ = [
+    "AdapterConfig",
+    "AdapterModel",
+    "BitFitConfig",
+    "BitFitModel",
+    "LoraConfig",
+    "LoraModel",
+    "PrefixConfig",
+    "PrefixModel",
+    "SoftPromptConfig",
+    "SoftPromptModel",
+]

@@ -1,0 +1,70 @@
+"""Adapters with OpenDelta's names."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from deltakit.core import Method, checked
+from deltakit.methods.adapter import Adapter
+from deltakit.methods.adapter import AdapterDelta as AdapterLayer
+from deltakit.opendelta.basemodel import DeltaBase
+from deltakit.opendelta.delta_configs import BaseDeltaConfig
+from deltakit.opendelta.delta_models.layers.activations import THEIRS, activation_name
+from deltakit.opendelta.matching import Selectors
+
+__all__ = ["AdapterConfig", "AdapterLayer", "AdapterModel"]
+
+
+class AdapterConfig(BaseDeltaConfig):
+    """The options of `AdapterModel`."""
+
+    delta_type = "adapter"
+    method = Adapter
+    renamed = {"bottleneck_dim": "size", "non_linearity": "activation"}  # noqa: RUF012  # as declared
+
+    def __init__(self, bottleneck_dim: int = 24, non_linearity: str = "gelu_new", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.bottleneck_dim, self.non_linearity = bottleneck_dim, non_linearity
+
+    def method_at(self, at: Any) -> Method:
+        """Returns deltakit's method with these options and targets."""
+        return Adapter(at=at, size=self.bottleneck_dim, activation=activation_name(self.non_linearity))
+
+    @classmethod
+    def options_of(cls, method: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns OpenDelta's options for a method as deltakit's files have it."""
+        activation = method.get("activation", "")
+        return {**super().options_of(method), "non_linearity": THEIRS.get(activation, activation)}
+
+
+@checked
+class AdapterModel(DeltaBase):
+    """Adapters with OpenDelta's options, attached at once. Raises what `attach` raises."""
+
+    delta_type = "adapter"
+    config_class = AdapterConfig
+    default_modified_modules = ("attn@.proj@", "ff@.w2@")
+
+    def __init__(
+        self,
+        backbone_model: nn.Module,
+        bottleneck_dim: int = 24,
+        non_linearity: str = "gelu_new",
+        modified_modules: Selectors = None,
+        exclude_modules: Selectors = None,
+        unfrozen_modules: Selectors = None,
+        common_structure: bool | None = None,
+        interactive_modify: bool | int = False,
+        backend: str = "hf",
+    ) -> None:
+        super().__init__(
+            backbone_model,
+            modified_modules,
+            exclude_modules,
+            unfrozen_modules,
+            interactive_modify,
+            common_structure,
+            backend,
+        )
+        self._attach_new(bottleneck_dim=bottleneck_dim, non_linearity=non_linearity)
