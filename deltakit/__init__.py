@@ -12,7 +12,22 @@ delta 'delta' on Sequential: attached, active, trainable
 
 from deltakit import methods as methods
 from deltakit.core import METHODS, DeltaModule, Method, Target
-from deltakit.delta import Combination, Delta, Plan, attach, base_state_dict, combine, deltas, load, plan, rows, use
+from deltakit.delta import (
+    Combination,
+    Delta,
+    Plan,
+    SavedDelta,
+    SavedMethod,
+    attach,
+    base_state_dict,
+    combine,
+    deltas,
+    inspect,
+    load,
+    plan,
+    rows,
+    use,
+)
 from deltakit.errors import (
     BackboneMismatch,
     CheckpointError,
@@ -27,8 +42,11 @@ from deltakit.errors import (
 )
 from deltakit.methods.adapter import Adapter
 from deltakit.methods.bitfit import BitFit
+from deltakit.methods.compacter import Compacter
 from deltakit.methods.ia3 import IA3
 from deltakit.methods.lora import LoRA
+from deltakit.methods.low_rank_adapter import LowRankAdapter
+from deltakit.methods.parallel_adapter import ParallelAdapter
 from deltakit.methods.prefix import Prefix
 from deltakit.methods.soft_prompt import SoftPrompt
 from deltakit.opendelta import (
@@ -36,7 +54,10 @@ from deltakit.opendelta import (
     AutoDeltaConfig,
     AutoDeltaModel,
     BitFitModel,
+    CompacterModel,
     LoraModel,
+    LowRankAdapterModel,
+    ParallelAdapterModel,
     PrefixModel,
     SoftPromptModel,
     Visualization,
@@ -59,6 +80,8 @@ __all__ = [
     "CallContext",
     "CheckpointError",
     "Combination",
+    "Compacter",
+    "CompacterModel",
     "Delta",
     "DeltaError",
     "DeltaModule",
@@ -68,14 +91,20 @@ __all__ = [
     "LoRA",
     "LoraModel",
     "LowRank",
+    "LowRankAdapter",
+    "LowRankAdapterModel",
     "Method",
     "OptionError",
     "OutputMap",
+    "ParallelAdapter",
+    "ParallelAdapterModel",
     "Plan",
     "Prefix",
     "PrefixModel",
     "RoleError",
     "RoleTable",
+    "SavedDelta",
+    "SavedMethod",
     "SelectorError",
     "SoftPrompt",
     "SoftPromptModel",
@@ -90,6 +119,7 @@ __all__ = [
     "base_state_dict",
     "combine",
     "deltas",
+    "inspect",
     "load",
     "plan",
     "roles",

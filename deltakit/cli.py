@@ -4,11 +4,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 
-from deltakit.errors import DeltaError, HubError
+from deltakit.errors import DeltaError, HubError, OptionError
+from deltakit.files import Written
 from deltakit.version import __version__
 
 
@@ -47,7 +48,22 @@ def _parser() -> argparse.ArgumentParser:
     table = commands.add_parser("roles", help="print the paths of each role on a model, without loading its weights")
     table.add_argument("model", help="a folder or Hub id with a config.json")
     table.set_defaults(command=_roles)
+    _add_file_commands(commands)
     return parser
+
+
+def _add_file_commands(commands: Any) -> None:
+    contents = commands.add_parser("inspect", help="print what a saved delta is, of any format that deltakit reads")
+    contents.add_argument("delta", help="a folder, file or Hub id")
+    contents.set_defaults(command=_inspect)
+    other = commands.add_parser("convert", help="write a saved delta in the format of another library")
+    other.add_argument("delta", help="a folder, file or Hub id")
+    other.add_argument("out", type=Path, help="the folder to write")
+    other.add_argument("--to", required=True, choices=get_args(Written), help="the format to write")
+    other.add_argument("--model", help="a folder or Hub id of the backbone; by default the one that the delta names")
+    other.set_defaults(command=_convert)
+    for command in (contents, other):
+        command.add_argument("--revision", help="a branch, tag or commit of the Hub repository")
 
 
 def _positive(text: str) -> int:
@@ -87,15 +103,41 @@ def _roles(options: argparse.Namespace) -> None:
     print(roles(_empty(options.model)))
 
 
-def _empty(model: str) -> Any:
-    """A transformers model on the meta device, without its weights."""
+def _inspect(options: argparse.Namespace) -> None:
+    from deltakit.delta import inspect
+
+    print(inspect(options.delta, revision=options.revision))
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from deltakit.delta import convert, inspect
+    from deltakit.files import Access, find_folder
+
+    found = inspect(options.delta, revision=options.revision)
+    model = options.model or found.base
+    if model is None:
+        raise OptionError(f"{options.delta} does not say which model it is for; add --model with a folder or Hub id")
+    place = find_folder(options.delta, Access(revision=options.revision))
+    folder = convert(place, options.out, _empty(model, found.base_class or "*"), to=options.to, where=options.delta)
+    print(f"{options.delta} ({found.format}) is now in {folder} ({options.to})")
+
+
+def _empty(model: str, architecture: str | None = None) -> Any:
+    """A transformers model on the meta device, without its weights.
+
+    Args:
+        architecture: the name of its class, "*" for the one that its config names; None for the model without a head.
+    """
     import torch
-    from transformers import AutoConfig, AutoModel
+    import transformers
 
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = transformers.AutoConfig.from_pretrained(model)
+        if architecture == "*":
+            architecture = next(iter(config.architectures or ()), None)
+        kind = getattr(transformers, architecture or "", None)
         with torch.device("meta"):
-            return AutoModel.from_config(config)
+            return transformers.AutoModel.from_config(config) if kind is None else kind(config)
     except (OSError, ValueError, ImportError) as error:
         raise HubError(
             f"{model}: transformers cannot build a model from it: {str(error).splitlines()[0]}; pass a folder or Hub id with "

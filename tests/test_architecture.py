@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "files": {"core", "version"},
     "view": {"core"},
     "delta": {"core", "selection", "injection", "files", "view"},
-    "opendelta": {"core", "delta", "files", "methods", "view"},
+    "opendelta": {"core", "delta", "files", "methods", "ops", "view"},
 }
 FOR_AUTHORS = {
     "opendelta": {"BaseDeltaConfig", "CommonStructureMap", "DeltaBase", "SaveLoadMixin", "install", "logging"},

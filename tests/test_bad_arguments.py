@@ -19,6 +19,9 @@ NO_SELECTORS = {"empty list", "empty tuple"}
 WORD = {"no", "false", "16", "own text", "long text"}
 TEXT = WORD | {"empty text", "zero byte", "control"}
 MODEL = {"module"}
+BOTTLENECKS = ("Adapter", "LowRankAdapter", "Compacter", "ParallelAdapter")
+ON_MODULES = ("LoRA", "BitFit", "IA3", *BOTTLENECKS)
+ALL_METHODS = (*ON_MODULES, "Prefix", "SoftPrompt")
 
 ACCEPTED = {
     # Any word without dots and spaces is a name.
@@ -26,9 +29,12 @@ ACCEPTED = {
     **dict.fromkeys(["attach.freeze", "load.freeze", "load.attach", "Delta.active.value", "Delta.trainable.value"], SWITCH),
     # No selectors: nothing is fully trained, and nothing is excluded.
     **dict.fromkeys(["attach.train", "plan.train", "Delta.freeze.train"], NOTHING | NO_SELECTORS),
-    "load.revision": NOTHING,
+    **dict.fromkeys(["load.revision", "inspect.revision"], NOTHING),
+    # Not needed for a folder.
+    **dict.fromkeys(["load.cache_dir", "inspect.cache_dir"], NOTHING | TEXT | {"path"}),
+    **dict.fromkeys(["load.local_files_only", "inspect.local_files_only"], SWITCH),
     # Scripts pass their token for folders, too, where it is not needed.
-    **dict.fromkeys(["load.token", "AutoDeltaModel.from_finetuned.token"], NOTHING | TEXT | SWITCH),
+    **dict.fromkeys(["load.token", "inspect.token", "AutoDeltaModel.from_finetuned.token"], NOTHING | TEXT | SWITCH),
     "AutoDeltaModel.from_finetuned.revision": NOTHING,
     # A single layer is a model.
     **dict.fromkeys(["show.backbone", "roles.backbone", "deltas.backbone", "base_state_dict.backbone"], MODEL),
@@ -56,10 +62,10 @@ ACCEPTED = {
     "Delta.modules_of.method": NOTHING,
     # The optimiser's options; it checks them itself.
     "Delta.parameter_groups.by_tag": {"empty dict", "dict of objects"},
-    **{f"{kind}.at": NOTHING for kind in ("LoRA", "Adapter", "BitFit", "IA3", "Prefix", "SoftPrompt")},
-    **{f"{kind}.of": NOTHING | {"module class"} for kind in ("LoRA", "Adapter", "BitFit", "IA3")},
+    **{f"{kind}.at": NOTHING for kind in ALL_METHODS},
+    **{f"{kind}.of": NOTHING | {"module class"} for kind in ON_MODULES},
     **dict.fromkeys(["Prefix.of", "SoftPrompt.of"], NOTHING),
-    **{f"{kind}.exclude": NOTHING | NO_SELECTORS for kind in ("LoRA", "Adapter", "BitFit", "IA3", "Prefix", "SoftPrompt")},
+    **{f"{kind}.exclude": NOTHING | NO_SELECTORS for kind in ALL_METHODS},
     "select.of": NOTHING | {"module class"},
     "select.exclude": NOTHING | NO_SELECTORS,
     **dict.fromkeys(["LoRA.r", "Prefix.tokens", "Prefix.hidden", "SoftPrompt.tokens", "SoftPrompt.from_text.options"], COUNT),
@@ -67,7 +73,14 @@ ACCEPTED = {
     "LoRA.alpha": NUMBER - {"-1"},
     "LoRA.dropout": {"0"},
     **dict.fromkeys(["LoRA.rslora", "LoRA.untie", "Prefix.reparam", "SoftPrompt.prepend"], SWITCH),
-    **dict.fromkeys(["Adapter.size", "Adapter.reduction"], NOTHING | COUNT),
+    **{f"{kind}.{option}": NOTHING | COUNT for kind in BOTTLENECKS for option in ("size", "reduction")},
+    # A size is a multiple of the division, which divides the features (20 here). A rank is at most the size (1 here).
+    "Compacter.size": NOTHING,
+    **{option: {"1"} for option in ("Compacter.division", "LowRankAdapter.r")},
+    "Compacter.r": COUNT,
+    **dict.fromkeys(["Compacter.shared_rule", "Compacter.bias"], SWITCH),
+    "ParallelAdapter.scaling": NUMBER,
+    "ParallelAdapter.source": NOTHING,
     "SoftPrompt.init_ids": NOTHING | {"range"},
     "SoftPrompt.where": NOTHING,
     # Any text with a token.
@@ -94,6 +107,7 @@ UNCHECKED = {
     # Python's own containers and what only deltakit makes.
     "METHODS": "a dict",
     "Combination": "a named tuple",
+    **dict.fromkeys(["SavedDelta", "SavedMethod"], "what inspect returns"),
     "Plan": "the result of plan",
     "RoleTable": "the result of roles",
     "DeltaModel": "not in deltakit itself",

@@ -32,7 +32,7 @@ from deltakit.core.logical import (
     named_logical_parameters,
     num_parameters,
 )
-from deltakit.core.method import METHODS, BackboneView, Method, Selector
+from deltakit.core.method import METHODS, BackboneView, Method, Selector, label_among
 from deltakit.core.mixed_batch import MixedBatch
 from deltakit.core.normal_tensors import normal_tensors, version_of
 from deltakit.core.paths import (
@@ -145,6 +145,7 @@ __all__ = [
     "is_slice",
     "join",
     "key_of",
+    "label_among",
     "label_of",
     "linear_sizes",
     "logical_parameters",

@@ -37,6 +37,9 @@ class BackboneView(Protocol):
     def target(self, path: str) -> Target:
         """Returns the target at a path."""
 
+    def select(self, at: str | Sequence[str]) -> list[str]:
+        """Returns the selected paths, each module instance once."""
+
     def role(self, role: str) -> Sequence[str]:
         """Returns the paths of the modules that have a role such as `attn.q`."""
 
@@ -229,3 +232,13 @@ class Method(metaclass=MethodType):
                 f"method {name!r} has no option {', '.join(unknown)}: a newer deltakit wrote this; upgrade deltakit"
             )
         return kind(**options)
+
+
+def label_among(names: Sequence[str], index: int) -> str:
+    """Returns the name of one of several methods, numbered from the second one of the same name on.
+
+    >>> label_among(["lora", "adapter", "lora"], 2)
+    'lora_2'
+    """
+    earlier = names[:index].count(names[index])
+    return f"{names[index]}_{earlier + 1}" if earlier else names[index]

@@ -17,7 +17,7 @@ from deltakit.core.buffer_ledger import BufferLedger
 from deltakit.core.delta_module import DeltaModule
 from deltakit.core.grad_ledger import GradLedger
 from deltakit.core.held import held_in
-from deltakit.core.method import Method
+from deltakit.core.method import Method, label_among
 from deltakit.core.normal_tensors import version_of
 from deltakit.core.paths import delta_children, join, own_modules, split_slice
 from deltakit.core.roots import roots_inside
@@ -232,9 +232,7 @@ def records_at(target: nn.Module) -> Mapping[Record, Any]:
 
 def label_of(record: Record, index: int) -> str:
     """Returns the name of the method `index` of a delta in files: the method's name, numbered from the second one on."""
-    method = record.methods[index].name
-    earlier = sum(other.name == method for other in record.methods[:index])
-    return f"{method}_{earlier + 1}" if earlier else method
+    return label_among([method.name for method in record.methods], index)
 
 
 def key_of(record: Record, index: int, part: str = "") -> str:

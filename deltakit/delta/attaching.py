@@ -1,42 +1,26 @@
-"""`attach` adds methods to a backbone, and `load` adds a saved delta."""
+"""`attach` adds methods to a backbone."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from os import PathLike
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
 from deltakit.core import (
     Attachment,
+    DeltaModule,
     Method,
     Record,
     Selector,
     Site,
     checked,
     one_walk,
-    records_of,
     same_random_numbers,
-    tensors_of,
 )
-from deltakit.delta.claims import free_name
 from deltakit.delta.full_training import current_values
 from deltakit.delta.handle import Delta
 from deltakit.delta.new_heads import warn_frozen_head
-from deltakit.delta.planning import original, planned
-from deltakit.delta.rebuilding import check_paths, has_its_tensors, rebuilt
+from deltakit.delta.planning import planned
 from deltakit.delta.untrained import start_of
-from deltakit.errors import BackboneMismatch, CheckpointError, OptionError, warn
-from deltakit.files import (
-    backbone_identity,
-    differences,
-    expanded,
-    find_folder,
-    from_file,
-    methods_of,
-    read_saved,
-    room_for,
-)
+from deltakit.errors import OptionError
 from deltakit.selection import BackboneIndex
 
 AUTOMATIC_NAME = "delta"
@@ -71,129 +55,28 @@ def attach(
     with same_random_numbers(only_after_errors=True):
         plan = planned(backbone, methods, train)
         with one_walk(plan.backbone):
-            record = _record(plan.methods, name, freeze, plan.train)
+            record = new_record(plan.methods, name, freeze, plan.train)
             record.left_out = tuple(found.left_out for found in plan.found)
             record.notes = tuple(found.note for found in plan.found)
             record.trained_values = current_values(plan.backbone, plan.fully_trained, record)
             if freeze and (train is None or plan.train):
                 warn_frozen_head(plan.index, plan.fully_trained, plan.train)
-            attachment = Attachment(plan.backbone, record, _sites(plan.index, plan.built))
+            attachment = Attachment(plan.backbone, record, sites_of(plan.index, plan.built))
             record.start = start_of(attachment)
             return Delta(attachment).attach()
 
 
-@checked
-def load(
-    source: str | PathLike[str],
-    backbone: nn.Module,
-    *,
-    name: str | None = None,
-    freeze: bool = True,
-    attach: bool = True,
-    check: Literal["error", "warn"] = "error",
-    revision: str | None = None,
-    token: str | bool | None = None,
-) -> Delta:
-    """Loads a delta from a folder or a Hub repository, attaches it to the backbone, and returns it.
-
-    It reads deltas that deltakit saved, and LoRA and IA3 adapters that PEFT saved.
-
-    Args:
-        source: the folder, or the repository as "owner/name".
-        name: the delta's name; by default the one that it was saved with. One of the two is required to put a method on a
-            target that has the same method from another delta.
-        freeze: whether to freeze the backbone's own parameters. They stay frozen as long as such a delta is attached; after
-            the last one they require gradients as before. With False the delta leaves them as they are, and `print(delta)`
-            says how many of them are trained without being saved.
-        attach: whether to attach it now. A delta that is loaded but not attached costs nothing in forwards; its `attach()`
-            attaches it later.
-        check: "error" or "warn" if the backbone is not the one that the delta was trained on. Adapters of PEFT do not say.
-        revision: a branch, tag or commit of the repository.
-        token: the Hub's access token; by default the one of `hf auth login`.
-
-    Raises:
-        CheckpointError: if there is no delta, it is damaged, its methods cannot be built on this backbone, or its tensors do
-            not fit. Nothing is changed then.
-        BackboneMismatch: if the backbone differs from the one that the delta was trained on.
-        HubError: if the repository cannot be read.
-        OptionError: if `check` or `name` has a wrong value.
-        StateError: if the name is taken, the delta has no name and a target has the same method already, the backbone is
-            wrapped for distribution or is in a `rows` block, or another delta fully trains the same parameters or is merged
-            into them.
-    """
-    backbone = original(backbone)
-    index = BackboneIndex(backbone)
-    folder = find_folder(source, revision=revision, token=token)
-    own = dict(tensors_of(backbone))
-    saved = read_saved(folder, backbone)
-    where = str(source)
-    if saved.fingerprint is not None:
-        _check_backbone(saved.fingerprint, backbone, where, check)
-    limit = room_for([*index.by_path, *own])
-    found = methods_of(saved.methods, index, limit, where)
-    with from_file(where, "train.names"):
-        full = expanded(saved.train.names, own, limit)
-    check_paths(own, full, where)
-    with nullcontext() if name is not None else from_file(where, "name"):
-        name = name if name is not None else saved.name
-        record = _record([m for m, _ in found], name, freeze, saved.train.selectors)
-    built = []
-    for number, (method, paths) in enumerate(found):
-        built.append(rebuilt(index, method, paths, saved.tensors, where))
-        if number + 1 < len(found) and not has_its_tensors(record, number, built[-1], saved.tensors):
-            # `load_state_dict` lists what is missing.
-            break
-    record.trained_values = current_values(backbone, full, record)
-    sites = _sites(index, built)
-    if saved.fingerprint is None:
-        _refuse_unseen(sites, where)
-    delta = Delta(Attachment(backbone, record, sites))
-    delta.load_state_dict(saved.tensors, where=where)
-    return delta.attach() if attach else delta
-
-
-def spare_name(backbone: nn.Module) -> str | None:
-    """Returns a name for a delta that stands beside others with its method; None if there are no others."""
-    others = records_of(backbone)
-    return free_name(AUTOMATIC_NAME, others, chosen=False) if others else None
-
-
-def attach_beside(delta: Delta) -> None:
-    """Attaches a delta again, under another name if its own is taken, also beside others with its method.
-
-    Raises:
-        StateError: as `Delta.attach` otherwise does.
-    """
-    record, others = delta._record, records_of(delta.backbone)
-    before = record.name, record.named
-    record.name, record.named = free_name(record.name, others, chosen=False), record.named or bool(others)
-    try:
-        delta.attach()
-    except BaseException:
-        record.name, record.named = before
-        raise
-
-
-def _refuse_unseen(sites: Sequence[Site], where: str) -> None:
-    """Refuses an adapter of others at a module that is never called: there it did nothing, and a weight patch would.
-
-    Raises:
-        CheckpointError: if there is one.
-    """
-    for site in sites:
-        if site.module.target_never_called:
-            raise CheckpointError(
-                f"{where}: the module around {site.path} reads its weight directly, so the adapter has no effect there in the "
-                "library that saved it; attach a new delta"
-            )
-
-
 def new_delta(backbone: nn.Module, methods: Sequence[Method], name: str | None, sites: list[Site]) -> Delta:
     """Returns the handle of a new delta with these modules, not attached."""
-    return Delta(Attachment(backbone, _record(methods, name, True, ()), sites))
+    return Delta(Attachment(backbone, new_record(methods, name, True, ()), sites))
 
 
-def _record(methods: Any, name: str | None, freeze: bool, train: Any) -> Record:
+def new_record(methods: Iterable[Method], name: str | None, freeze: bool, train: Iterable[str]) -> Record:
+    """Returns the record of a new delta.
+
+    Raises:
+        OptionError: if the name is not a word without dots.
+    """
     if name is not None and (not isinstance(name, str) or not name or not name.isprintable() or set(name) & {".", " "}):
         raise OptionError(
             f"name={name!r}: expected a word without dots, spaces and control characters, because it becomes part of "
@@ -202,21 +85,10 @@ def _record(methods: Any, name: str | None, freeze: bool, train: Any) -> Record:
     return Record(name or AUTOMATIC_NAME, tuple(methods), 0, freeze, named=name is not None, train=tuple(train))
 
 
-def _sites(index: BackboneIndex, built: Any) -> list[Site]:
+def sites_of(index: BackboneIndex, built: Iterable[Mapping[str, DeltaModule]]) -> list[Site]:
+    """Returns the sites of the delta modules that were built for each method."""
     return [
         Site(path, index.module_at(path)[0], module, number)
         for number, of_method in enumerate(built)
         for path, module in of_method.items()
     ]
-
-
-def _check_backbone(fingerprint: Mapping[str, Any], backbone: nn.Module, where: str, check: str) -> None:
-    found = backbone_identity(backbone)["fingerprint"]
-    with from_file(where, "backbone.fingerprint"):
-        other = differences(fingerprint, found)
-    if not other:
-        return
-    message = f"{where}: this is not the backbone the delta was trained on: {other[0]}"
-    if check == "error":
-        raise BackboneMismatch(f"{message}; load that backbone, or pass check='warn' to load the delta all the same")
-    warn(message)

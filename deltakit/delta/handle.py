@@ -21,7 +21,7 @@ from deltakit.delta.quantized import Quantize
 from deltakit.delta.running_statistics import fitting, held_of
 from deltakit.delta.unloading import unload
 from deltakit.errors import StateError
-from deltakit.files import check_tensors, upload
+from deltakit.files import Written, check_tensors, upload
 from deltakit.view import states
 
 
@@ -236,7 +236,7 @@ class Delta(DeltaContents):
         swapping.swap(self._attachment, other._attachment)
         return self
 
-    def save(self, folder: str | PathLike[str], *, format: saving.Format = "deltakit") -> Path:
+    def save(self, folder: str | PathLike[str], *, format: Written = "deltakit") -> Path:
         """Writes the delta's config, tensors and model card into a folder, and returns the folder.
 
         Under FSDP2 every process must call it; the first process writes. A warning says if the delta is as it was attached.
@@ -261,7 +261,7 @@ class Delta(DeltaContents):
         private: bool | None = None,
         token: str | bool | None = None,
         message: str | None = None,
-        format: saving.Format = "deltakit",
+        format: Written = "deltakit",
     ) -> str:
         """Uploads the delta to a Hub repository, which is created if it does not exist, and returns its URL.
 

@@ -2,7 +2,6 @@
 
 from os import PathLike
 from pathlib import Path
-from typing import Literal
 
 from deltakit.core import is_first, is_sharded, wait_for_all
 from deltakit.delta import tensors
@@ -11,12 +10,10 @@ from deltakit.delta.claims import refuse_scaled
 from deltakit.delta.contents import DeltaContents
 from deltakit.delta.running_statistics import held_of
 from deltakit.delta.untrained import warn_untrained
-from deltakit.files import WRITERS, delta_config, model_card, refuse_others, write_folder
-
-Format = Literal["deltakit", "peft"]
+from deltakit.files import WRITERS, Written, delta_config, refuse_others
 
 
-def save(delta: DeltaContents, folder: str | PathLike[str], format: Format) -> Path:
+def save(delta: DeltaContents, folder: str | PathLike[str], format: Written) -> Path:
     """Writes a delta into a folder. Under FSDP2 every process calls it, and the first one writes.
 
     Raises:
@@ -33,11 +30,7 @@ def save(delta: DeltaContents, folder: str | PathLike[str], format: Format) -> P
     warn_untrained(attachment, state)
     if not sharded or is_first():
         refuse_others(Path(folder), format)
-        if format == "deltakit":
-            config = delta_config(attachment, delta.num_parameters)
-            write_folder(Path(folder), config, state, model_card(config))
-        else:
-            WRITERS[format](Path(folder), attachment, state)
+        WRITERS[format](Path(folder), attachment, state, delta_config(attachment, delta.num_parameters))
     if sharded:
         wait_for_all()
     return Path(folder)

@@ -108,8 +108,11 @@ def _settle(part: Path, place: Path) -> None:
         os.fsync(file.fileno())
 
 
-def read_folder(folder: Path) -> tuple[DeltaConfig, dict[str, Tensor]]:
+def read_folder(folder: Path, *, values: bool = True) -> tuple[DeltaConfig, dict[str, Tensor]]:
     """Returns the config and the tensors of the delta in a folder.
+
+    Args:
+        values: whether the tensors' values are needed; else they are on the meta device, and not compared with the seal.
 
     Raises:
         CheckpointError: if one of the files is missing, damaged or changed by hand, or has a newer format version.
@@ -118,11 +121,11 @@ def read_folder(folder: Path) -> tuple[DeltaConfig, dict[str, Tensor]]:
     try:
         if not tensors_file.is_file():
             raise _absent(folder, TENSORS_FILE)
-        metadata, tensors, identity = _read(tensors_file)
+        metadata, tensors, identity = _read(tensors_file, values)
         if _ENTRY not in metadata:
             return _first_format(folder, metadata), tensors
         config = read_config(metadata[_ENTRY], tensors_file)
-        check_seal(config, tensors, tensors_file)
+        check_seal(config, tensors if values else None, tensors_file)
         check_copy(config_file, config, tensors_file, lambda: _identity(tensors_file) != identity)
     except OSError as error:
         raise CheckpointError(
@@ -131,16 +134,25 @@ def read_folder(folder: Path) -> tuple[DeltaConfig, dict[str, Tensor]]:
     return config, tensors
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a safetensors file.
+def read_tensors(file: Path, *, values: bool = True) -> dict[str, Tensor]:
+    """Returns the tensors of a safetensors file; without their values, on the meta device.
 
     Raises:
         CheckpointError: if it is damaged.
     """
-    return _read(file)[1]
+    return _read(file, values)[1]
 
 
-def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor], object]:
+def read_metadata(file: Path) -> dict[str, str]:
+    """Returns the metadata of a safetensors file.
+
+    Raises:
+        CheckpointError: if it is damaged.
+    """
+    return _read(file, False)[0]
+
+
+def _read(file: Path, values: bool) -> tuple[dict[str, str], dict[str, Tensor], object]:
     """Returns the metadata and the tensors of a safetensors file, and the identity of the file."""
     for _ in range(_TRIES):
         before = _identity(file)
@@ -148,7 +160,9 @@ def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor], object]:
         try:
             with safetensors.safe_open(file, "pt") as opened:
                 metadata = opened.metadata() or {}
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+                # A tensor is a view of the file until its values are used.
+                device = "cpu" if values else "meta"
+                tensors = {name: opened.get_tensor(name).to(device) for name in opened.keys()}  # noqa: SIM118
         except Exception as error:
             # Not only its own errors: a header with impossible sizes or types gets as far as torch.
             problem = error

@@ -4,61 +4,89 @@
 them before the user's code can set them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from deltakit.errors import CheckpointError, HubError, OptionError
-from deltakit.files.formats import FILES, holds_delta, no_delta
+from deltakit.files.formats import FILES, formats_in, no_delta
 from deltakit.files.repository import is_repository
 
 _LOGIN = "log in with `hf auth login` or pass token="
 
 
-def find_folder(source: str | PathLike[str], *, revision: str | None = None, token: str | bool | None = None) -> Path:
-    """Returns the folder that holds a delta: the source if it is a folder, else a copy of the Hub repository.
+@dataclass(frozen=True)
+class Access:
+    """How a repository is read; the fields are the arguments of `dk.load` with these names."""
+
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | PathLike[str] | None = None
+    local_files_only: bool = False
+
+    def copy(self, repo_id: str, files: Sequence[str], revision: str | None) -> Path:
+        """Returns a folder with those of the files that the repository has. Downloads what is not in the cache."""
+        from huggingface_hub import snapshot_download
+
+        found = snapshot_download(
+            repo_id,
+            revision=revision,
+            token=self.token,
+            cache_dir=None if self.cache_dir is None else Path(self.cache_dir),
+            local_files_only=self.local_files_only,
+            allow_patterns=list(files),
+        )
+        return Path(found)
+
+
+def find_folder(source: str | PathLike[str], access: Access = Access()) -> Path:
+    """Returns the folder or file that holds a delta: the source if it is there, else a copy of the Hub repository.
 
     Args:
-        source: a local folder, or a repository id such as "user/name". Texts that can only be paths (`name`, `./name`,
-            absolute paths, more than one slash, backslashes) and `Path` objects are never looked up on the Hub.
-        revision: a branch, tag or commit of the repository; by default its main branch.
-        token: an access token, or False to send none; by default the one that `hf auth login` saved.
+        source: a local folder or file, or a repository id such as "user/name". Texts that can only be paths (`name`,
+            `./name`, absolute paths, more than one slash, backslashes) and `Path` objects are never looked up on the Hub.
 
     Raises:
         OptionError: if `revision` is given for a folder.
-        CheckpointError: if the source can only be a local folder and does not exist, or is a file.
+        CheckpointError: if the source can only be local and does not exist.
         HubError: if there is no such repository, it holds no delta, or the Hub cannot be reached or refuses.
     """
     name, folder = str(source), Path(source)
     try:
-        is_folder, is_there = folder.is_dir(), folder.exists()
+        is_there = folder.exists()
     except OSError:
         # Too long for a path.
-        is_folder = is_there = False
-    if is_folder and revision is not None:
+        is_there = False
+    if is_there and access.revision is not None:
         raise OptionError(
-            f"revision={revision!r}: {name} is a folder, and only repositories have revisions; omit revision="
+            f"revision={access.revision!r}: {name} is on this machine, and only repositories have revisions; omit revision="
         )
-    if is_folder:
-        return folder
     if is_there:
-        raise CheckpointError(f"{name or repr(name)}: this is a file; pass the folder of a delta, or a Hub repository")
+        # People also pass one of the files that are the delta together.
+        return folder.parent if folder.name in FILES and folder.is_file() else folder
     # Every delta on the Hub has an owner; only a few old models have none.
     if not isinstance(source, str) or not is_repository(name) or "/" not in name:
         raise CheckpointError(
             f"{name or repr(name)}: no such folder, and this is not a Hub repository id such as 'user/my-delta'; check the "
             f"path (working directory {Path.cwd()})"
         )
-    from huggingface_hub import snapshot_download
+    return _downloaded(name, access)
 
-    with _explained(name, revision, "read", missing_folder=f"no local folder {name!r} exists, and "):
-        copy = snapshot_download(name, revision=revision, token=token, allow_patterns=list(FILES))
-    if not holds_delta(Path(copy)):
-        raise HubError(f"{name}: {no_delta(_files(name, revision, token))}")
-    return Path(copy)
+
+def _downloaded(name: str, access: Access) -> Path:
+    with _explained(name, access, "read", missing_folder=f"no local folder {name!r} exists, and "):
+        copy = access.copy(name, FILES, access.revision)
+        late = [file for kind in formats_in(copy) for file in kind.late_files]
+        if late:
+            # The name of the copy is its commit: the repository may have changed in between.
+            copy = access.copy(name, [*FILES, *late], copy.name)
+    if not formats_in(copy):
+        raise HubError(f"{name}: {no_delta(_files(name, access))}")
+    return copy
 
 
 def upload(
@@ -77,7 +105,7 @@ def upload(
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
-    with _explained(repo_id, None, "write to"):
+    with _explained(repo_id, Access(token=token), "write to"):
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(
             repo_id=url.repo_id, folder_path=folder, commit_message=commit_message or "Upload a delta with deltakit"
@@ -85,15 +113,15 @@ def upload(
     return str(url)
 
 
-def _files(repo_id: str, revision: str | None, token: str | bool | None) -> list[str]:
+def _files(repo_id: str, access: Access) -> list[str]:
     from huggingface_hub import HfApi
 
-    with _explained(repo_id, revision, "read"):
-        return list(HfApi(token=token).list_repo_files(repo_id, revision=revision))
+    with _explained(repo_id, access, "read"):
+        return list(HfApi(token=access.token).list_repo_files(repo_id, revision=access.revision))
 
 
 @contextmanager
-def _explained(repo_id: str, revision: str | None, verb: str, *, missing_folder: str = "") -> Iterator[None]:
+def _explained(repo_id: str, access: Access, verb: str, *, missing_folder: str = "") -> Iterator[None]:
     """Turns each error of the Hub into a `HubError` of one line.
 
     `missing_folder` starts the messages of the errors after which a local folder may be what the user meant.
@@ -115,13 +143,17 @@ def _explained(repo_id: str, revision: str | None, verb: str, *, missing_folder:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise HubError(
-            f"{repo_id}: the repository has no revision {revision!r}; pass one of its branches, tags or commits"
+            f"{repo_id}: the repository has no revision {access.revision!r}; pass one of its branches, tags or commits"
         ) from error
     except errors.HFValidationError as error:
         raise HubError(f"{repo_id!r} is not a repository id: {error}; pass one such as 'user/name'") from error
     except errors.HfHubHTTPError as error:
         raise HubError(f"{repo_id}: {_refusal(error, verb)}") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, *no_network) as error:
+        if access.local_files_only:
+            raise HubError(
+                f"{repo_id}: {missing_folder}the cache has no copy of this repository; omit local_files_only= to download it"
+            ) from error
         cached = "" if verb != "read" else " and the cache has no copy"
         raise HubError(
             f"{repo_id}: {missing_folder}the Hub cannot be reached{cached}: check the network, or unset HF_HUB_OFFLINE"

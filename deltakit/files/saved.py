@@ -27,5 +27,8 @@ class Saved:
     tensors: Mapping[str, Tensor]
     train: Trained
     name: str | None = None
+    base: str | None = None
+    """The Hub id of the backbone, if the files say it."""
+    base_class: str | None = None
     fingerprint: Fingerprint | None = None
     """Of the backbone; None if the format has none."""

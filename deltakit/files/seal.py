@@ -33,16 +33,16 @@ def sealed(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: obje
         ) from error
 
 
-def check_seal(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: object) -> None:
-    """Checks that a config and its tensors are those that were saved together.
+def check_seal(config: Mapping[str, Any], tensors: Mapping[str, Tensor] | None, where: object) -> None:
+    """Checks that a config and its tensors are those that were saved together. Without tensors it checks the config alone.
 
     Raises:
         CheckpointError: if they are not.
     """
-    for what, found, wanted in (
-        ("config is", seal_of(config), seal_in(config)),
-        ("tensors are", _digest_of(tensors), config.get(_TENSORS)),
-    ):
+    pairs = [("config is", seal_of(config), seal_in(config))]
+    if tensors is not None:
+        pairs.append(("tensors are", _digest_of(tensors), config.get(_TENSORS)))
+    for what, found, wanted in pairs:
         if found != wanted:
             raise CheckpointError(f"{where} is damaged: its {what} not what was saved; save or download it again")
 

@@ -15,7 +15,10 @@ from deltakit.opendelta.basemodel import DeltaBase
 from deltakit.opendelta.delta_configs import BaseDeltaConfig
 from deltakit.opendelta.delta_models.adapter import AdapterModel
 from deltakit.opendelta.delta_models.bitfit import BitFitModel
+from deltakit.opendelta.delta_models.compacter import CompacterModel
 from deltakit.opendelta.delta_models.lora import LoraModel
+from deltakit.opendelta.delta_models.low_rank_adapter import LowRankAdapterModel
+from deltakit.opendelta.delta_models.parallel_adapter import ParallelAdapterModel
 from deltakit.opendelta.delta_models.prefix import PrefixModel
 from deltakit.opendelta.delta_models.soft_prompt import SoftPromptModel
 from deltakit.opendelta.loading import SaveLoadMixin
@@ -30,8 +33,11 @@ __all__ = [
     "BaseDeltaConfig",
     "BitFitModel",
     "CommonStructureMap",
+    "CompacterModel",
     "DeltaBase",
     "LoraModel",
+    "LowRankAdapterModel",
+    "ParallelAdapterModel",
     "PrefixModel",
     "SaveLoadMixin",
     "SoftPromptModel",

@@ -12,12 +12,25 @@ from deltakit.opendelta.basemodel import DeltaBase
 from deltakit.opendelta.delta_configs import BaseDeltaConfig
 from deltakit.opendelta.delta_models.adapter import AdapterModel
 from deltakit.opendelta.delta_models.bitfit import BitFitModel
+from deltakit.opendelta.delta_models.compacter import CompacterModel
 from deltakit.opendelta.delta_models.lora import LoraModel
+from deltakit.opendelta.delta_models.low_rank_adapter import LowRankAdapterModel
+from deltakit.opendelta.delta_models.parallel_adapter import ParallelAdapterModel
 from deltakit.opendelta.delta_models.prefix import PrefixModel
 from deltakit.opendelta.delta_models.soft_prompt import SoftPromptModel
 
 MODELS: Mapping[str, type[DeltaBase]] = {
-    kind.delta_type: kind for kind in (LoraModel, AdapterModel, BitFitModel, PrefixModel, SoftPromptModel)
+    kind.delta_type: kind
+    for kind in (
+        LoraModel,
+        AdapterModel,
+        BitFitModel,
+        PrefixModel,
+        SoftPromptModel,
+        LowRankAdapterModel,
+        CompacterModel,
+        ParallelAdapterModel,
+    )
 }
 """The model classes by their `delta_type`."""
 
@@ -104,6 +117,6 @@ class _Any(DeltaBase):
 
     @classmethod
     def _of(cls, delta: Delta, source: str | PathLike[str]) -> Any:
-        names = [method.name for method in delta.methods]
-        kind = MODELS.get(names[0], DeltaBase) if len(names) == 1 else DeltaBase
+        first, *others = {method.name for method in delta.methods}
+        kind = DeltaBase if others else MODELS.get(first, DeltaBase)
         return kind._of(delta, source)

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from deltakit.core import checked
+from deltakit.core import Method, checked
 from deltakit.delta import Delta, Spelling, attach, attach_beside, deltas, freeze_parameters, narrow, spare_name, widen
 from deltakit.errors import OptionError, SelectorError, StateError, warn
 from deltakit.opendelta.delta_configs import BaseDeltaConfig
@@ -92,8 +92,8 @@ class DeltaBase(nn.Module, SaveLoadMixin):
         self.config = self.config_class(
             **options, **own, common_structure=self.common_structure, backbone_class=type(self.backbone_model).__name__
         )
-        at = self._targets()
-        if at == ():
+        methods = self._methods()
+        if not methods:
             warn(
                 f"{type(self).__name__}: {', '.join(map(repr, self.modified_modules))} matched no module of this "
                 f"{type(self.backbone_model).__name__}, so nothing is attached; Visualization(model).structure_graph() shows "
@@ -101,7 +101,7 @@ class DeltaBase(nn.Module, SaveLoadMixin):
             )
         else:
             name = spare_name(self.backbone_model)
-            self.hold(attach(self.backbone_model, self.config.method_at(at), name=name, freeze=False))
+            self.hold(attach(self.backbone_model, *methods, name=name, freeze=False))
         for option, value in options.items():
             setattr(self, option, value)
 
@@ -122,21 +122,32 @@ class DeltaBase(nn.Module, SaveLoadMixin):
         self.unfrozen_modules = as_list(self.config.unfrozen_modules)
         self.hold(delta)
 
+    def _methods(self) -> list[Method]:
+        """Returns deltakit's methods with their targets; none if the names match nothing."""
+        at = self._targets()
+        return [] if at == () else [self.config.method_at(at)]
+
     def _targets(self) -> tuple[str, ...] | None:
         """Returns the paths to attach to; None for the default positions of deltakit's method."""
+        found = self._found()
+        if not isinstance(found, dict):
+            return found
+        return tuple(dict.fromkeys(path for of_name in found.values() for path in of_name))
+
+    def _found(self) -> dict[str, list[str]] | tuple[str, ...] | None:
+        """Returns the paths that each name matches; or selectors or None (default positions), where deltakit finds them."""
         addresses = Addresses(self.backbone_model, common=self.common_structure)
         defaults = self.modified_modules == list(self.default_modified_modules)
         if self.common_structure and not addresses.known:
             # Another architecture than OpenDelta's eight: deltakit finds the positions itself.
             return None if defaults else self._by_role()
         found = addresses.select(self.modified_modules, self.exclude_modules)
-        paths = tuple(dict.fromkeys(path for of_name in found.values() for path in of_name))
-        if not paths and defaults:
-            return None
         missing = [name for name, of_name in found.items() if not of_name]
-        if paths and missing and not defaults:
+        if len(missing) == len(found) and defaults:
+            return None
+        if missing and len(missing) < len(found) and not defaults:
             warn(f"{type(self).__name__}: {', '.join(map(repr, missing))} matched no module and has no effect")
-        return paths
+        return found
 
     def _by_role(self) -> tuple[str, ...]:
         known = [name for name in self.modified_modules if "@" in name]

@@ -19,8 +19,8 @@ class BaseDeltaConfig:
     """The options that all deltas have. A subclass for each type has its own before them, also by position."""
 
     delta_type: ClassVar[str] = ""
-    method: ClassVar[type[Method]]
-    """deltakit's method for this type."""
+    method: ClassVar[Any]
+    """deltakit's method class for this type."""
     renamed: ClassVar[Mapping[str, str]] = {}
     """OpenDelta's options, each with the name that the method has for it."""
 
@@ -42,13 +42,15 @@ class BaseDeltaConfig:
         self.backbone_checkpoint_name = backbone_checkpoint_name
         self.backbone_hash = backbone_hash
 
-    def method_at(self, at: Any) -> Method:
-        """Returns deltakit's method with these options and targets.
+    def method_at(self, at: Any, **options: Any) -> Method:
+        """Returns deltakit's method with these options and targets, and with further options of deltakit.
 
         Raises:
             OptionError: if an option is out of its range.
         """
-        return self.method(at=at, **{ours: getattr(self, name) for name, ours in self.renamed.items()})
+        own = {ours: getattr(self, name) for name, ours in self.renamed.items()}
+        method: Method = self.method(at=at, **own, **options)
+        return method
 
     @classmethod
     def options_of(cls, method: Mapping[str, Any]) -> dict[str, Any]:

@@ -66,7 +66,8 @@ class SaveLoadMixin:
 
         Args:
             check_hash: whether another backbone than the delta's own is an error, and not only a warning.
-            local_files_only: whether only a folder is read.
+            cache_dir: where downloads are kept; by default the Hub's own cache.
+            local_files_only: whether to read a folder or the cache alone, without asking the Hub.
             token: an access token for the Hub.
             revision: a branch, tag or commit of the repository.
             finetuned_model_name_or_path: the path, by its name in OpenDelta 0.2.
@@ -81,9 +82,7 @@ class SaveLoadMixin:
         if not source or not isinstance(backbone_model, nn.Module):
             missing = "backbone_model" if source else "finetuned_delta_path"
             raise OptionError(f"{cls.__name__}.from_finetuned: {missing}= is missing; pass a folder, and the backbone")
-        if local_files_only and not Path(source).exists():
-            raise CheckpointError(f"{source}: there is no such folder, and local_files_only=True reads nothing else")
-        given = {"delta_config": delta_config, "cache_dir": cache_dir, "state_dict": state_dict}
+        given = {"delta_config": delta_config, "state_dict": state_dict}
         without = [name for name, value in given.items() if value is not None] + ["force_download"] * force_download
         if without or kwargs or model_args:
             named = [*without, *kwargs, *map(repr, model_args)]
@@ -97,6 +96,8 @@ class SaveLoadMixin:
             check="error" if check_hash else "warn",
             token=token,
             revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
         )
         return cls._of(delta, source)
 
@@ -104,10 +105,10 @@ class SaveLoadMixin:
     def _of(cls, delta: Delta, source: str | PathLike[str]) -> Any:
         """Returns the object for a loaded delta, and attaches it."""
         wanted = cls.delta_type or "delta"
-        found = [method.name for method in delta.methods]
-        if cls.delta_type and found != [cls.delta_type]:
+        found = {method.name for method in delta.methods}
+        if cls.delta_type and found != {cls.delta_type}:
             raise CheckpointError(
-                f"{source}: expected a {wanted} for {cls.__name__}, found {', '.join(found)}; use "
+                f"{source}: expected a {wanted} for {cls.__name__}, found {', '.join(sorted(found))}; use "
                 "AutoDeltaModel.from_finetuned, which takes any"
             )
         model: Any = cls.__new__(cls)

@@ -5,9 +5,12 @@ from deltakit.ops.attention.interface import install_prefixes
 from deltakit.ops.attention.kernel import AttentionPrefix, joined, joined_per_example
 from deltakit.ops.attention.mode_stack import enter_prefix_mode, leave_prefix_mode
 from deltakit.ops.attention.sites import attends, enters_by_interface, heads_of
+from deltakit.ops.bottleneck import ACTIVATIONS, Bottleneck, BottleneckMethod, unfilled_linear
+from deltakit.ops.handover import Handover, InputTap
 from deltakit.ops.kinds.call_context import CallContext
 from deltakit.ops.kinds.input_map import InputMap
 from deltakit.ops.kinds.low_rank import LowRank, check_dropout, kaiming_uniform
+from deltakit.ops.kinds.maps import on_own_examples
 from deltakit.ops.kinds.output_map import OutputMap
 from deltakit.ops.kinds.weight_map import WeightMap
 from deltakit.ops.low_rank_sum import sum_of_products
@@ -17,12 +20,17 @@ from deltakit.ops.prompt.start_vectors import start_vectors
 from deltakit.ops.prompt.text_stack import input_embeddings, stack_at, text_stack
 from deltakit.ops.recompute import linear_with
 from deltakit.ops.seeded import Seeded, normal, uniform
-from deltakit.ops.sizes import like
+from deltakit.ops.sizes import input_size, like
 
 __all__ = [
+    "ACTIVATIONS",
     "AttentionPrefix",
+    "Bottleneck",
+    "BottleneckMethod",
     "CallContext",
+    "Handover",
     "InputMap",
+    "InputTap",
     "Insertion",
     "LowRank",
     "OutputMap",
@@ -38,6 +46,7 @@ __all__ = [
     "grown_mask",
     "heads_of",
     "input_embeddings",
+    "input_size",
     "insert",
     "install_prefixes",
     "joined",
@@ -48,9 +57,11 @@ __all__ = [
     "like",
     "linear_with",
     "normal",
+    "on_own_examples",
     "stack_at",
     "start_vectors",
     "sum_of_products",
     "text_stack",
+    "unfilled_linear",
     "uniform",
 ]

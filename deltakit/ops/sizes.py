@@ -72,6 +72,16 @@ def output_size(target: Target, method: str) -> int:
         raise TargetError(
             f"{target.named}: {method} changes the output of a module, but this is a parameter; select the module around it"
         )
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        inside = [
+            join(target.path, name)
+            for name, child in own_children(module)
+            if next(child.parameters(), None) is not None
+        ]
+        raise TargetError(
+            f"{target.named}: {method} cannot be on an nn.Sequential, which would call the delta module as one of its own; "
+            f"select a module in it{f', such as {inside[-1]}' if inside else ''}"
+        )
     if linear_sizes(module) is not None or isinstance(module, nn.Embedding):
         return sizes(target, method)[1]
     if isinstance(module, nn.modules.conv._ConvNd):

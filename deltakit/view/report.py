@@ -36,7 +36,7 @@ def report(
     lines: Iterable[Line],
     fully_trained: Mapping[str, Tensor],
     foot: str,
-    total: int,
+    total: int | None,
     statistics: Mapping[str, Tensor] | None = None,
     gone: Collection[str] = (),
 ) -> str:
@@ -46,7 +46,7 @@ def report(
     statistics that the delta holds, and the foot.
 
     Args:
-        total: the number of the backbone's parameters.
+        total: the number of the backbone's parameters; None if it is not known.
         gone: the modules that the user has replaced or removed, besides those on the lines.
     """
     text = [head]
@@ -67,7 +67,7 @@ def report(
     for title, held in (("fully trained", fully_trained), ("running statistics", statistics)):
         if held:
             values = sum(tensor.numel() for tensor in held.values())
-            part = f", {share(values, total)} of the backbone" if title == "fully trained" else ""
+            part = f", {share(values, total)} of the backbone" if title == "fully trained" and total is not None else ""
             text.append(f"  {title:<32} {'':>12}   {values:,}{part}")
             text += [f"      {selector}" for selector in fold(held)]
     text += [f"  {selector}  {_GONE}" for selector in fold(gone)]

@@ -17,6 +17,8 @@ from support.tiny_transformers import build
 METHODS = {
     "LoRA": lambda k: dk.LoRA(r=2 + k),
     "Adapter": lambda k: dk.Adapter(size=2 + k),
+    "Compacter": lambda k: dk.Compacter(size=4 + 4 * k),
+    "ParallelAdapter": lambda k: dk.ParallelAdapter(size=2 + k),
     "BitFit": lambda k: dk.BitFit(),
     "Prefix": lambda k: dk.Prefix(tokens=1 + k),
     "SoftPrompt": lambda k: dk.SoftPrompt(tokens=1 + k),

@@ -95,7 +95,7 @@ def test_many_methods_in_a_short_file_are_refused_before_they_are_built(delta, t
     delta.detach()
     forge(tmp_path, config=lambda config: config.update(methods=config["methods"] * 500))
     built = []
-    monkeypatch.setattr("deltakit.delta.attaching.rebuilt", lambda *args: built.append(args) or rebuilt(*args))
+    monkeypatch.setattr("deltakit.delta.loading.rebuilt", lambda *args: built.append(args) or rebuilt(*args))
     with pytest.raises(dk.CheckpointError, match=r"up_proj\.lora_2\.A is missing"):
         dk.load(tmp_path, delta.backbone)
     assert len(built) == 2

@@ -54,6 +54,7 @@ def in_threads(*calls):
 METHODS = {
     "lora": lambda k: dk.LoRA(r=2 + k),
     "adapter": lambda k: dk.Adapter(size=2 + k),
+    "parallel_adapter": lambda k: dk.ParallelAdapter(size=2 + k, at="down_proj", source="up_proj"),
     "bitfit": lambda k: dk.BitFit(),
     "ia3": lambda k: dk.IA3(),
     "prefix": lambda k: dk.Prefix(tokens=2 + k),

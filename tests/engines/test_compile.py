@@ -17,9 +17,18 @@ def compiler():
 
 
 # Adapters, BitFit and IA3 hook layers as LoRA does, which runs in both of these backbones: the toy is enough. Of the prompts,
-# each runs in one of them.
+# each runs in one of them. Parallel adapters are on pairs of layers in BERT.
 SLOW = {
-    *("adapter-bert", "adapter-llama", "bitfit-bert", "bitfit-llama", "ia3-bert", "ia3-llama"),
+    *(
+        "adapter-bert",
+        "adapter-llama",
+        "bitfit-bert",
+        "bitfit-llama",
+        "ia3-bert",
+        "ia3-llama",
+        "parallel_adapter-llama",
+    ),
+    *("low_rank_adapter-bert", "low_rank_adapter-llama", "compacter-bert", "compacter-llama"),
     *("prefix-bert", "soft_prompt-llama"),
 }
 

@@ -105,7 +105,7 @@ def test_the_cache_serves_when_the_hub_is_gone(hub, delta):
         (
             "me/other",
             {},
-            r"me/other: there is no delta here: expected delta_model.safetensors, .* of PEFT, found a.txt, b.txt; pass",
+            r"me/other: there is no delta here: expected delta_model.safetensors, .* another library, found a.txt, b.txt; pass",
         ),
         ("me/other", {"revision": "v9"}, r"me/other: the repository has no revision 'v9'"),
         ("me/other", {"token": "hf_wrong"}, r"me/other: the token is not valid"),
@@ -163,10 +163,31 @@ def test_a_missing_folder_is_not_looked_up_on_the_hub(hub, source):
     assert not hub.requests
 
 
-def test_a_file_is_no_folder(tmp_path):
-    (tmp_path / "delta_config.json").write_text("{}")
-    with pytest.raises(dk.CheckpointError, match=r"delta_config\.json: this is a file; pass the folder of a delta"):
-        dk.load(tmp_path / "delta_config.json", fresh())
+def test_any_file_of_a_delta_stands_for_all(delta, tmp_path):
+    saved = delta.save(tmp_path / "saved")
+    model = fresh()
+    dk.load(saved / "delta_config.json", model)
+    assert torch.equal(model(ids()), delta.backbone(ids()))
+
+
+def test_a_file_of_something_else(tmp_path):
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(
+        dk.CheckpointError, match=r"notes\.txt: there is no delta here: .* found notes\.txt; pass the folder"
+    ):
+        dk.load(tmp_path / "notes.txt", fresh())
+
+
+def test_from_the_cache_alone(hub, delta, tmp_path):
+    delta.push("me/lora", token=TOKEN)
+    options = {"cache_dir": tmp_path / "cache", "local_files_only": True}
+    with pytest.raises(dk.HubError, match=r"cache has no copy of this repository; omit local_files_only= to download"):
+        dk.load("me/lora", fresh(), **options)
+    dk.load("me/lora", fresh(), cache_dir=tmp_path / "cache")
+    asked, model = len(hub.requests), fresh()
+    dk.load("me/lora", model, **options)
+    assert torch.equal(model(ids()), delta.backbone(ids()))
+    assert len(hub.requests) == asked
 
 
 def test_private_repository_with_a_token(hub, delta):

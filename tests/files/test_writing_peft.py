@@ -1,7 +1,6 @@
 """Deltas that are saved as adapters of PEFT: PEFT and transformers open them, with the outputs that the delta gave."""
 
 import json
-import warnings
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 
 import deltakit as dk
 from support.models import attached, randomize
-from support.peft_models import MODELS, close, outputs, saved, wide
+from support.peft_models import MODELS, close, opened, outputs, saved, wide
 
 peft = pytest.importorskip("peft")
 
@@ -32,17 +31,6 @@ DELTAS = {
     "weights llama": (dk.LoRA(r=2, at="q_proj.weight"),),
     "head gpt2": (dk.LoRA(r=2, at=["lm_head", "c_attn"], untie=True),),
 }
-
-
-def opened(name, folder):
-    """The outputs of a fresh backbone in which PEFT has loaded the adapter."""
-    with warnings.catch_warnings():
-        # PEFT warns of tied weights.
-        warnings.simplefilter("ignore")
-        model = peft.PeftModel.from_pretrained(wide(name), folder).eval()
-    missing = [key for key, value in model.named_parameters() if "lora_B" in key and not value.any()]
-    assert not missing
-    return outputs(name, model)
 
 
 @pytest.mark.parametrize("case", DELTAS)

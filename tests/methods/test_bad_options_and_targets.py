@@ -63,6 +63,7 @@ class Quantized(nn.Module):
         (lambda: nn.ModuleDict({"q": Quantized()}), dk.LoRA(r=2, at="q"), r"q: the weight of this Quantized is torch.int8"),
         (lambda: nn.ModuleDict({"c": nn.ConvTranspose2d(4, 6, 1)}), dk.LoRA(r=2, at="c"), "c: LoRA works on Linear, .* found ConvTranspose2d; .*the parameter 'c.weight'"),
         (lambda: nn.ModuleDict({"r": nn.ReLU()}), dk.Adapter(at="r"), "r: the structure does not show the output size of this ReLU"),
+        (lambda: nn.ModuleDict({"s": nn.Sequential(nn.Linear(4, 5), nn.ReLU())}), dk.Adapter(at="s"), "s: Adapter cannot be on an nn.Sequential, .*; select a module in it, such as s.0"),
         (lambda: nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)}), dk.Adapter(at="out_proj"), "a.out_proj: the module around it reads"),
         (lambda: nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)}), dk.Adapter(at="in_proj_weight"), "a.in_proj_weight: this is a parameter, and adapter has nothing to patch there"),
         (lambda: nn.ModuleDict({"a": nn.MultiheadAttention(8, 2, bias=False)}), dk.BitFit(at="out_proj"), "a.out_proj: the module around it reads .* and bitfit has nothing to patch there"),

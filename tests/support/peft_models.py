@@ -66,3 +66,14 @@ def saved(name, config, folder, **how):
                 assert value.requires_grad or "lora" not in key
         model.save_pretrained(folder, **how)
     return outputs(name, model)
+
+
+def opened(name, folder):
+    """The outputs of a fresh backbone in which PEFT has loaded the adapter."""
+    with warnings.catch_warnings():
+        # PEFT warns of tied weights.
+        warnings.simplefilter("ignore")
+        model = peft.PeftModel.from_pretrained(wide(name), folder).eval()
+    missing = [key for key, value in model.named_parameters() if "lora_B" in key and not value.any()]
+    assert not missing
+    return outputs(name, model)

@@ -1,42 +1,23 @@
-"""The formats of deltas: one file for each format of others. What is in a folder says which one reads it."""
+"""The formats of deltas: one file or folder for each. What is in a folder says which one reads it."""
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Literal
 
 from torch import nn
 
 from deltakit.errors import CheckpointError
-from deltakit.files.checkpoint import CARD_FILE, CONFIG_FILE, TENSORS_FILE, read_folder
-from deltakit.files.formats import peft
-from deltakit.files.saved import Saved, Trained
+from deltakit.files.checkpoint import TENSORS_FILE
+from deltakit.files.formats import own, peft
+from deltakit.files.formats.format import Format
+from deltakit.files.saved import Saved
 
-
-class Format(Protocol):
-    """What the file of a format has."""
-
-    FILES: tuple[str, ...]
-    """The names of the files that it reads."""
-
-    @staticmethod
-    def recognises(folder: Path) -> bool:
-        """Returns whether a folder has this format."""
-
-    @staticmethod
-    def read(folder: Path, backbone: nn.Module) -> Saved:
-        """Returns what a folder of this format holds, for a backbone.
-
-        Raises:
-            CheckpointError: if a file is missing or damaged, or holds what deltakit does not have.
-        """
-
-
-FORMATS: tuple[Format, ...] = (peft,)  # type: ignore[assignment]
-_BY_NAME = {"peft": peft}
-WRITERS = {"peft": peft.write}
-"""What writes the formats of others, by the name that `Delta.save(format=)` has for it."""
-FILES = (CONFIG_FILE, TENSORS_FILE, CARD_FILE, *(name for kind in FORMATS for name in kind.FILES))
-"""The files that are downloaded: all that some format reads."""
+FORMATS = {kind.name: kind for kind in (own.FORMAT, peft.FORMAT)}
+Written = Literal["deltakit", "peft"]
+"""The names of the formats that have a writer."""
+WRITERS = {kind.name: kind.write for kind in FORMATS.values() if kind.write is not None}
+FILES = tuple(name for kind in FORMATS.values() for name in kind.files)
+"""The files that are downloaded from a repository: all that some format reads."""
 
 # Each: a file, and what has it.
 _OTHERS = {
@@ -51,26 +32,39 @@ _OTHERS = {
 }
 
 
-def read_saved(folder: Path, backbone: nn.Module) -> Saved:
-    """Returns the delta in a folder, of whichever format.
+def read_saved(place: Path, backbone: nn.Module | None, *, values: bool = True) -> Saved:
+    """Returns the delta in a folder or file, of whichever format.
+
+    Args:
+        backbone: the model that it is for, or None to learn what the files alone say.
+        values: whether the values of its tensors are needed; else they are on the meta device.
 
     Raises:
-        CheckpointError: as `Format.read`; and if the folder has no format that deltakit reads, or several. The message says
-            what is there.
+        CheckpointError: as `Reader` says; and as `format_of`.
     """
-    there = _formats_in(folder)
-    if len(there) > 1:
+    return format_of(place).read(place, backbone, values)
+
+
+def format_of(place: Path) -> Format:
+    """Returns the format of a folder or file.
+
+    Raises:
+        CheckpointError: if it has no format that deltakit reads, or several. The message says what is there.
+    """
+    found = formats_in(place)
+    if len(found) > 1:
+        names = " and ".join(kind.name for kind in found)
         raise CheckpointError(
-            f"{folder}: here are deltas of two formats, {' and '.join(there)}, which may differ; keep the files of one of them"
+            f"{place}: here are deltas of two formats, {names}, which may differ; keep the files of one of them"
         )
-    if there == ["deltakit"]:
-        config, tensors = read_folder(folder)
-        train = Trained(config["train"]["selectors"], config["train"]["names"])
-        return Saved(config["methods"], tensors, train, config["name"], config["backbone"]["fingerprint"])
-    for kind in FORMATS:
-        if kind.recognises(folder):
-            return kind.read(folder, backbone)
-    raise CheckpointError(f"{folder}: {no_delta(sorted(entry.name for entry in folder.iterdir()))}")
+    if not found:
+        raise CheckpointError(f"{place}: {no_delta(_names_in(place))}")
+    return found[0]
+
+
+def formats_in(place: Path) -> list[Format]:
+    """Returns the formats that a folder or file has; usually one."""
+    return [kind for kind in FORMATS.values() if kind.recognises(place)]
 
 
 def refuse_others(folder: Path, format: str) -> None:
@@ -79,7 +73,7 @@ def refuse_others(folder: Path, format: str) -> None:
     Raises:
         CheckpointError: if there is one.
     """
-    others = [other for other in _formats_in(folder) if other != format]
+    others = [kind.name for kind in formats_in(folder) if kind.name != format]
     if others:
         raise CheckpointError(
             f"{folder}: a delta in the format {others[0]!r} is here already, and would stay beside the new one; save to "
@@ -87,25 +81,19 @@ def refuse_others(folder: Path, format: str) -> None:
         )
 
 
-def _formats_in(folder: Path) -> list[str]:
-    ours = (folder / TENSORS_FILE).is_file() or (folder / CONFIG_FILE).is_file()
-    return ["deltakit"] * ours + [name for name, kind in _BY_NAME.items() if kind.recognises(folder)]
-
-
-def holds_delta(folder: Path) -> bool:
-    """Returns whether a folder has a delta in a format that deltakit reads."""
-    # The readable copy of the config alone is no delta.
-    return (folder / TENSORS_FILE).is_file() or any(kind.recognises(folder) for kind in FORMATS)
-
-
 def no_delta(names: Iterable[str]) -> str:
     """Returns what to say of a folder or repository that holds no delta in a format that deltakit reads."""
     there = list(names)
     known = next((_OTHERS[name] for name in there if name in _OTHERS), "")
     if known:
-        return f"this is {known}, which deltakit does not read; it reads deltas of its own, and LoRA and IA3 of PEFT"
+        reads = ", ".join(kind.reads for kind in FORMATS.values())
+        return f"this is {known}, which deltakit does not read; it reads {reads}"
     more = f" and {len(there) - 10} more" if len(there) > 10 else ""
     return (
-        f"there is no delta here: expected {TENSORS_FILE}, or {peft.CONFIG} and {peft.TENSORS} of PEFT, found "
+        f"there is no delta here: expected {TENSORS_FILE}, or the files of another library, found "
         f"{', '.join(there[:10]) or 'nothing'}{more}; pass the folder or repository that a delta was saved to"
     )
+
+
+def _names_in(place: Path) -> list[str]:
+    return sorted(entry.name for entry in place.iterdir()) if place.is_dir() else [place.name]

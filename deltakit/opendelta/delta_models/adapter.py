@@ -1,41 +1,29 @@
 """Adapters with OpenDelta's names."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from deltakit.core import Method, checked
+from deltakit.core import checked
 from deltakit.methods.adapter import Adapter
 from deltakit.methods.adapter import AdapterDelta as AdapterLayer
 from deltakit.opendelta.basemodel import DeltaBase
-from deltakit.opendelta.delta_configs import BaseDeltaConfig
-from deltakit.opendelta.delta_models.layers.activations import THEIRS, activation_name
+from deltakit.opendelta.delta_models.bottleneck import BottleneckConfig
 from deltakit.opendelta.matching import Selectors
 
 __all__ = ["AdapterConfig", "AdapterLayer", "AdapterModel"]
 
 
-class AdapterConfig(BaseDeltaConfig):
+class AdapterConfig(BottleneckConfig):
     """The options of `AdapterModel`."""
 
     delta_type = "adapter"
     method = Adapter
-    renamed = {"bottleneck_dim": "size", "non_linearity": "activation"}  # noqa: RUF012  # as declared
+    renamed = {"bottleneck_dim": "size"}  # noqa: RUF012  # as declared
 
     def __init__(self, bottleneck_dim: int = 24, non_linearity: str = "gelu_new", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.bottleneck_dim, self.non_linearity = bottleneck_dim, non_linearity
-
-    def method_at(self, at: Any) -> Method:
-        """Returns deltakit's method with these options and targets."""
-        return Adapter(at=at, size=self.bottleneck_dim, activation=activation_name(self.non_linearity))
-
-    @classmethod
-    def options_of(cls, method: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns OpenDelta's options for a method as deltakit's files have it."""
-        activation = method.get("activation", "")
-        return {**super().options_of(method), "non_linearity": THEIRS.get(activation, activation)}
 
 
 @checked

@@ -37,13 +37,12 @@ class SoftPromptConfig(BaseDeltaConfig):
         self.soft_token_num, self.init_range, self.token_init = soft_token_num, init_range, token_init
         self.other_expand_ids = dict(other_expand_ids)
 
-    def method_at(self, at: Any) -> Method:
+    def method_at(self, at: Any, **options: Any) -> Method:
         """Returns deltakit's method with these options. The prompt stands in front of all tokens, and stays in the result."""
         first = range(self.soft_token_num) if self.token_init else None
         init = "vocab" if self.token_init else "random"
-        return SoftPrompt(
-            tokens=self.soft_token_num, init=init, init_ids=first, init_range=self.init_range, where="start", keep=True
-        )
+        own = {"tokens": self.soft_token_num, "init": init, "init_ids": first, "init_range": self.init_range}
+        return SoftPrompt(**own, where="start", keep=True, **options)
 
     @classmethod
     def options_of(cls, method: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What output, input and weight maps share: merging into a layer, examples of a mixed batch, and dtypes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,20 +28,25 @@ def on_own_examples(
     kwargs: dict[str, Any],
     output: Any,
     batch: MixedBatch,
+    after_call: Callable[..., Any] | None = None,
 ) -> Any:
     """Calls `after_call` with the examples of a mixed batch that use the module's delta, and puts their outputs back.
+
+    Args:
+        after_call: what is called instead of the module's own.
 
     Returns:
         The new output; None if no example uses the delta.
     """
     if module.record is None or module.record.name not in batch.names:
         return None
+    after_call = after_call or module.after_call
     y = hidden_output(output)
     rows = batch.of(module.record.name, y, target)
     if len(rows) == y.shape[0]:
-        return module.after_call(target, args, kwargs, output)
+        return after_call(target, args, kwargs, output)
     x = hidden_input(args, kwargs)
-    part = module.after_call(target, (x.index_select(0, rows),), {}, y.index_select(0, rows))
+    part = after_call(target, (x.index_select(0, rows),), {}, y.index_select(0, rows))
     return replace_hidden(output, y.index_copy(0, rows, part))
 
 

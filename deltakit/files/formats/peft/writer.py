@@ -7,7 +7,7 @@ and their scales are multiplied into B, which changes no output; of different dr
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,6 @@ from deltakit.errors import CheckpointError
 from deltakit.files.checkpoint import plain_tensors, write_files, write_tensors
 from deltakit.files.formats.peft.keys import CONFIG, IA3, LORA, LORA_OF_EMBEDDINGS, PREFIX, TENSORS
 from deltakit.files.formats.peft.layers import adapts, differs
-from deltakit.files.repository import hub_id
 
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 
@@ -43,52 +42,53 @@ class _Factors(NamedTuple):
     method: Any
 
 
-def write(folder: Path, attachment: Attachment, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a delta into a folder as an adapter of PEFT.
-
-    Args:
-        tensors: those of the delta's state dict.
+def write(folder: Path, attachment: Attachment, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Writes a delta into a folder as an adapter of PEFT; see `Writer`.
 
     Raises:
         CheckpointError: if PEFT has no such adapter, or the files cannot be written.
     """
-    record = attachment.record
-    kinds = {method.name for method in record.methods}
-    if kinds not in ({"lora"}, {"ia3"}):
-        raise _impossible(
-            attachment, f"an adapter of PEFT is LoRA or IA3, and this delta is {' and '.join(sorted(kinds))}"
-        )
-    options, named = (_lora if kinds == {"lora"} else _ia3)(attachment, tensors)
-    modules, biases = _fully_trained(attachment, [name for name in record.fully_trained if name in tensors])
+    kind = _kind_of(attachment)
+    options, named = (_lora if kind == "lora" else _ia3)(attachment, tensors)
+    full = [name for name in attachment.record.fully_trained if name in tensors]
+    modules, biases = _fully_trained(attachment, full)
     targets = {site.owner for site in attachment.sites}
     both = next((module for module in modules if module in targets), None)
     if both is not None:
-        raise _impossible(attachment, f"it trains {both} in full beside its {record.methods[0].name}")
-    if biases and kinds == {"ia3"}:
+        raise _impossible(attachment, f"it trains {both} in full beside its {kind}")
+    if biases and kind == "ia3":
         raise _impossible(attachment, f"it trains {biases[0]}, and IA3 of PEFT trains no biases")
     if biases:
         options["bias"] = "lora_only" if targets.issuperset(map(parent_of, biases)) else "all"
-    for name in record.fully_trained if modules or biases else ():
+    for name in full:
         owner = parent_of(name)
         named[f"{owner}.base_layer.{name_of(name)}" if owner in targets else name] = tensors[name]
-    config = {
-        "peft_type": "LORA" if kinds == {"lora"} else "IA3",
+    model = type(attachment.backbone).__name__
+    found = {
+        "peft_type": kind.upper(),
         **options,
         "modules_to_save": modules or None,
-        "base_model_name_or_path": hub_id(attachment.backbone),
-        "task_type": next(
-            (task for end, task in _TASKS.items() if type(attachment.backbone).__name__.endswith(end)), None
-        ),
+        "base_model_name_or_path": config["backbone"]["id"],
+        "task_type": next((task for end, task in _TASKS.items() if model.endswith(end)), None),
         "inference_mode": True,
     }
-    plain = plain_tensors({f"{PREFIX}{name}": value for name, value in named.items()})
+    _write(folder, found, plain_tensors({f"{PREFIX}{name}": value for name, value in named.items()}))
 
+
+def _write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     def fill(own: Path) -> list[str]:
-        write_tensors(own / TENSORS, plain, {"format": "pt"})
+        write_tensors(own / TENSORS, tensors, {"format": "pt"})
         (own / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         return [TENSORS, CONFIG]
 
     write_files(folder, fill)
+
+
+def _kind_of(attachment: Attachment) -> str:
+    kinds = sorted({method.name for method in attachment.record.methods})
+    if kinds not in (["lora"], ["ia3"]):
+        raise _impossible(attachment, f"an adapter of PEFT is LoRA or IA3, and this delta is {' and '.join(kinds)}")
+    return kinds[0]
 
 
 def _impossible(attachment: Attachment, why: str) -> CheckpointError:
@@ -99,8 +99,9 @@ def _impossible(attachment: Attachment, why: str) -> CheckpointError:
 def _lora(attachment: Attachment, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     by_path: dict[str, list[_Factors]] = {}
     targets: dict[str, nn.Module] = {}
+    names = _names_of(attachment)
     for site in attachment.sites:
-        _refuse_parameters(attachment, site)
+        _refuse_parameters(attachment, site, names)
         _refuse(attachment, site, "lora")
         a, b = (tensors[attachment.named(site, name)] for name in "AB")
         part = getattr(site.module, "feature_slice", None)
@@ -154,12 +155,20 @@ def _refuse(attachment: Attachment, site: Site, kind: str) -> None:
         raise _impossible(attachment, f"{site.path} {differs(site.target)}, where PEFT's LoRA computes something else")
 
 
-def _refuse_parameters(attachment: Attachment, site: Site) -> None:
+def _names_of(attachment: Attachment) -> dict[int, list[str]]:
+    """Returns the names of the backbone's tensors, by their ids; several for a tied one."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in tensors_of(attachment.backbone):
+        names.setdefault(id(tensor), []).append(name)
+    return names
+
+
+def _refuse_parameters(attachment: Attachment, site: Site, names: Mapping[int, Sequence[str]]) -> None:
     parameter = split_slice(site.module.part)[0] if not site.module.part.startswith("[") else ""
     weight = site.target._parameters.get("weight")
     if parameter not in ("", "weight") or weight is None:
         raise _impossible(attachment, f"{site.path} is a parameter, and deltakit writes LoRA of modules alone")
-    tied = [name for name, tensor in tensors_of(attachment.backbone) if tensor is weight]
+    tied = names[id(weight)]
     if parameter and len(tied) > 1:
         raise _impossible(attachment, f"{tied[0]} and {tied[1]} are one weight here, and two in PEFT")
 
@@ -178,18 +187,23 @@ def _ia3(attachment: Attachment, tensors: Mapping[str, Tensor]) -> tuple[dict[st
         else:
             shape = (1, -1) if before else (-1, 1)
         found[f"{site.path}{suffix}"] = scale.reshape(shape)
-    # PEFT takes each name for the end of a path, here also within a word.
-    others = any(path not in inputs and path.endswith(name) for path in targets for name in inputs)
-    names: Any = "|".join(map(re.escape, inputs)) if others else inputs
-    return {**_targets(attachment, targets), "feedforward_modules": names}, found
+    # PEFT takes these names for the ends of paths also within a word.
+    others = (path for path in targets if path not in inputs)
+    return {**_targets(attachment, targets), "feedforward_modules": _pattern(inputs, others, "")}, found
 
 
 def _targets(attachment: Attachment, targets: Mapping[str, nn.Module]) -> dict[str, Any]:
-    """Returns the options that name the targets. PEFT takes a name for the end of a path, which may be that of others, too."""
-    paths = [path for path, _ in own_modules(attachment.backbone)]
-    others = any(path not in targets and path.endswith(f".{name}") for path in paths for name in targets)
-    names: Any = "|".join(map(re.escape, targets)) if others else list(targets)
-    return {"target_modules": names, "fan_in_fan_out": all(map(is_conv1d, targets.values()))}
+    others = (path for path, _ in own_modules(attachment.backbone) if path not in targets)
+    return {
+        "target_modules": _pattern(list(targets), others, "."),
+        "fan_in_fan_out": all(map(is_conv1d, targets.values())),
+    }
+
+
+def _pattern(names: list[str], others: Iterable[str], before: str) -> list[str] | str:
+    """Returns names of modules as a list, which PEFT takes for ends of paths; a pattern if others have the same ends."""
+    ends = tuple(before + name for name in names)
+    return "|".join(map(re.escape, names)) if any(path.endswith(ends) for path in others) else names
 
 
 def _fully_trained(attachment: Attachment, names: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from deltakit.methods.adapter import ACTIVATIONS
+from deltakit.ops import ACTIVATIONS
 
 OURS: Mapping[str, str] = {
     "gelu_new": "gelu_tanh",
@@ -25,6 +25,11 @@ def activation_name(non_linearity: str) -> str:
     """
     name = non_linearity.lower()
     return OURS.get(name, name)
+
+
+def opendelta_name(activation: str) -> str:
+    """Returns OpenDelta's name of an activation."""
+    return THEIRS.get(activation, activation)
 
 
 class Activations(nn.Module):

@@ -1,0 +1,33 @@
+"""Converts a saved delta to another format. It needs the structure of the backbone, and not its weights."""
+
+from os import PathLike
+from pathlib import Path
+
+from torch import nn
+
+from deltakit.delta.loading import unfilled
+from deltakit.files import WRITERS, Written, check_tensors, delta_config, read_saved, refuse_others
+
+
+def convert(place: Path, target: str | PathLike[str], backbone: nn.Module, *, to: Written, where: str) -> Path:
+    """Writes a saved delta to a folder in another format, and returns the folder.
+
+    Args:
+        place: the folder or file of the delta.
+        target: the folder to write to.
+        backbone: the model that the delta is for, which may be on the meta device. A delta in deltakit's own format then
+            does not say which weights it was trained on, only which structure.
+        where: the folder, file or repository, for error messages.
+
+    Raises:
+        CheckpointError: if the delta cannot be read, does not fit the backbone, or does not exist in that format.
+        BackboneMismatch: if the backbone differs from the one that the delta was trained on.
+    """
+    saved = read_saved(place, backbone)
+    delta = unfilled(saved, backbone, where)
+    attachment = delta._attachment
+    check_tensors(saved.tensors, delta.state_dict(), own=attachment.record.fully_trained, where=where)
+    folder = Path(target)
+    refuse_others(folder, to)
+    WRITERS[to](folder, attachment, saved.tensors, delta_config(attachment, delta.num_parameters))
+    return folder

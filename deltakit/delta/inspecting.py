@@ -1,0 +1,131 @@
+"""`inspect` says what a saved delta is, of any format, without a backbone and without its values."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any
+
+from torch import Tensor
+
+from deltakit.core import checked, join, label_among
+from deltakit.files import Access, Saved, expanded, find_folder, format_of, from_file, room_for
+from deltakit.view import Line, report
+
+_NOT_OPTIONS = ("method", "targets", "at", "of", "exclude")
+
+
+@dataclass(frozen=True)
+class SavedMethod:
+    """One method of a saved delta: its name, its options, the paths of its targets, and its number of saved values."""
+
+    name: str
+    options: Mapping[str, Any]
+    targets: Sequence[str]
+    num_values: int
+
+
+@dataclass(frozen=True, repr=False)
+class SavedDelta:
+    """What a saved delta is. `print` shows all of it.
+
+    `name`, `base` (the Hub id of its backbone) and `base_class` are None if its files do not say them.
+    """
+
+    source: str
+    """The folder, file or repository."""
+    format: str
+    """The library whose format it has, such as "deltakit" or "peft"."""
+    name: str | None
+    base: str | None
+    base_class: str | None
+    methods: Sequence[SavedMethod]
+    fully_trained: Sequence[str]
+    """The names of the backbone's own tensors that it has."""
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    """All its tensors, without values (on the meta device), by the names of `Delta.state_dict`."""
+
+    @property
+    def num_values(self) -> int:
+        """The number of values in all its tensors."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of all its tensors."""
+        return sum(tensor.numel() * tensor.itemsize for tensor in self.tensors.values())
+
+    def __repr__(self) -> str:
+        kind = f" ({self.base_class})" if self.base_class and self.base else self.base_class or ""
+        base = f", for {self.base or ''}{kind}" if self.base or kind else ""
+        name = f"delta {self.name!r}" if self.name else "a delta"
+        dtypes = dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors.values())
+        return report(
+            f"{name} in {self.source}, format {self.format}{base}",
+            [Line(m.name, _text(m.options), m.targets, m.num_values) for m in self.methods],
+            {name: self.tensors[name] for name in self.fully_trained},
+            f"{self.num_values:,} values in {' and '.join(dtypes)}, {self.num_bytes:,} bytes",
+            None,
+        )
+
+
+@checked
+def inspect(
+    source: str | PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> SavedDelta:
+    """Returns what a saved delta is: its format, its methods with their options and targets, and its size.
+
+    It reads every format that `load` reads, needs no backbone, and loads no values.
+
+    Args:
+        source: the folder or file, or the Hub repository as "owner/name".
+        revision: a branch, tag or commit of the repository.
+        token: the Hub's access token; by default the one of `hf auth login`.
+        cache_dir: where downloads are kept; by default the Hub's own cache.
+        local_files_only: whether to read the cache alone, without asking the Hub.
+
+    Raises:
+        CheckpointError: if there is no delta, or its files are damaged.
+        HubError: if the repository cannot be read.
+    """
+    place = find_folder(source, Access(revision, token, cache_dir, local_files_only))
+    saved, where = format_of(place).read(place, None, False), str(source)
+    limit = room_for(saved.tensors)
+    with from_file(where, "train.names"):
+        full = expanded(saved.train.names, saved.tensors, limit)
+    with from_file(where, "methods"):
+        targets = [expanded(entry["targets"], (), limit) for entry in saved.methods]
+    return SavedDelta(
+        where,
+        format_of(place).name,
+        saved.name,
+        saved.base,
+        saved.base_class,
+        _methods(saved, targets),
+        [name for name in full if name in saved.tensors],
+        saved.tensors,
+    )
+
+
+def _methods(saved: Saved, targets: Sequence[Sequence[str]]) -> list[SavedMethod]:
+    names = [entry["method"] for entry in saved.methods]
+    owners = {join(path, label_among(names, i)): i for i, paths in enumerate(targets) for path in paths}
+    values = [0] * len(names)
+    for name, tensor in saved.tensors.items():
+        # A tensor's name is `path.method.parameter`, and the parameter may have dots.
+        parts = name.split(".")
+        owner = next((owners[at] for end in range(len(parts)) if (at := ".".join(parts[:end])) in owners), None)
+        if owner is not None:
+            values[owner] += tensor.numel()
+    return [
+        SavedMethod(name, {key: value for key, value in entry.items() if key not in _NOT_OPTIONS}, paths, count)
+        for name, entry, paths, count in zip(names, saved.methods, targets, values, strict=True)
+    ]
+
+
+def _text(options: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in options.items() if value not in (None, False))

@@ -1,0 +1,142 @@
+"""`load` adds a saved delta to a backbone."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from os import PathLike
+from typing import Any, Literal
+
+from torch import nn
+
+from deltakit.core import Attachment, Site, checked, tensors_of
+from deltakit.delta.attaching import new_record, sites_of
+from deltakit.delta.full_training import current_values
+from deltakit.delta.handle import Delta
+from deltakit.delta.planning import original
+from deltakit.delta.rebuilding import check_paths, has_its_tensors, rebuilt
+from deltakit.errors import BackboneMismatch, CheckpointError, warn
+from deltakit.files import (
+    Access,
+    Saved,
+    backbone_identity,
+    differences,
+    expanded,
+    find_folder,
+    from_file,
+    methods_of,
+    read_saved,
+    room_for,
+)
+from deltakit.selection import BackboneIndex
+
+
+@checked
+def load(
+    source: str | PathLike[str],
+    backbone: nn.Module,
+    *,
+    name: str | None = None,
+    freeze: bool = True,
+    attach: bool = True,
+    check: Literal["error", "warn"] = "error",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Delta:
+    """Loads a delta from a folder or a Hub repository, attaches it to the backbone, and returns it.
+
+    It reads deltas that deltakit saved, and LoRA and IA3 adapters that PEFT saved.
+
+    Args:
+        source: the folder, or the repository as "owner/name".
+        name: the delta's name; by default the one that it was saved with. One of the two is required to put a method on a
+            target that has the same method from another delta.
+        freeze: whether to freeze the backbone's own parameters. They stay frozen as long as such a delta is attached; after
+            the last one they require gradients as before. With False the delta leaves them as they are, and `print(delta)`
+            says how many of them are trained without being saved.
+        attach: whether to attach it now. A delta that is loaded but not attached costs nothing in forwards; its `attach()`
+            attaches it later.
+        check: "error" or "warn" if the backbone is not the one that the delta was trained on. Adapters of PEFT do not say.
+        revision: a branch, tag or commit of the repository.
+        token: the Hub's access token; by default the one of `hf auth login`.
+        cache_dir: where downloads are kept; by default the Hub's own cache.
+        local_files_only: whether to read the cache alone, without asking the Hub.
+
+    Raises:
+        CheckpointError: if there is no delta, it is damaged, its methods cannot be built on this backbone, or its tensors do
+            not fit. Nothing is changed then.
+        BackboneMismatch: if the backbone differs from the one that the delta was trained on.
+        HubError: if the repository cannot be read.
+        OptionError: if `check` or `name` has a wrong value.
+        StateError: if the name is taken, the delta has no name and a target has the same method already, the backbone is
+            wrapped for distribution or is in a `rows` block, or another delta fully trains the same parameters or is merged
+            into them.
+    """
+    folder = find_folder(source, Access(revision, token, cache_dir, local_files_only))
+    saved = read_saved(folder, original(backbone))
+    delta = unfilled(saved, backbone, str(source), name=name, freeze=freeze, check=check)
+    delta.load_state_dict(saved.tensors, where=str(source))
+    return delta.attach() if attach else delta
+
+
+def unfilled(
+    saved: Saved, backbone: nn.Module, where: str, *, name: str | None = None, freeze: bool = True, check: str = "error"
+) -> Delta:
+    """Returns a delta with the methods and targets of a saved one, not attached and without its values.
+
+    Args:
+        where: the folder or repository, for error messages.
+
+    Raises:
+        DeltaError: as `load` does.
+    """
+    backbone = original(backbone)
+    index = BackboneIndex(backbone)
+    own = dict(tensors_of(backbone))
+    if saved.fingerprint is not None:
+        _check_backbone(saved.fingerprint, backbone, where, check)
+    limit = room_for([*index.by_path, *own])
+    found = methods_of(saved.methods, index, limit, where)
+    with from_file(where, "train.names"):
+        full = expanded(saved.train.names, own, limit)
+    check_paths(own, full, where)
+    with nullcontext() if name is not None else from_file(where, "name"):
+        name = name if name is not None else saved.name
+        record = new_record([m for m, _ in found], name, freeze, saved.train.selectors)
+    built = []
+    for number, (method, paths) in enumerate(found):
+        built.append(rebuilt(index, method, paths, saved.tensors, where))
+        if number + 1 < len(found) and not has_its_tensors(record, number, built[-1], saved.tensors):
+            # `load_state_dict` lists what is missing.
+            break
+    record.trained_values = current_values(backbone, full, record)
+    sites = sites_of(index, built)
+    if saved.fingerprint is None:
+        _refuse_unseen(sites, where)
+    return Delta(Attachment(backbone, record, sites))
+
+
+def _refuse_unseen(sites: Sequence[Site], where: str) -> None:
+    """Refuses an adapter of others at a module that is never called: there it did nothing, and a weight patch would.
+
+    Raises:
+        CheckpointError: if there is one.
+    """
+    for site in sites:
+        if site.module.target_never_called:
+            raise CheckpointError(
+                f"{where}: the module around {site.path} reads its weight directly, so the adapter has no effect there in the "
+                "library that saved it; attach a new delta"
+            )
+
+
+def _check_backbone(fingerprint: Mapping[str, Any], backbone: nn.Module, where: str, check: str) -> None:
+    found = backbone_identity(backbone)["fingerprint"]
+    with from_file(where, "backbone.fingerprint"):
+        other = differences(fingerprint, found)
+    if not other:
+        return
+    message = f"{where}: this is not the backbone the delta was trained on: {other[0]}"
+    if check == "error":
+        raise BackboneMismatch(f"{message}; load that backbone, or pass check='warn' to load the delta all the same")
+    warn(message)

@@ -1,0 +1,31 @@
+"""Reads pickles of tensors, which older libraries save. A pickle may hold anything; what is no tensor is not run."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deltakit.errors import CheckpointError
+
+
+def read_pickle(file: Path, *, values: bool = True) -> dict[str, Tensor]:
+    """Returns the tensors of a file that `torch.save` wrote, on the CPU.
+
+    Args:
+        values: whether their values are needed; else the tensors are on the meta device.
+
+    Raises:
+        CheckpointError: if it is damaged, or holds more than tensors by name.
+    """
+    device = "cpu" if values else "meta"
+    try:
+        found = torch.load(file, map_location=device, weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{file} is damaged, or holds more than tensors: {type(error).__name__}; save it again as safetensors"
+        ) from error
+    if not isinstance(found, dict) or not all(
+        isinstance(t, Tensor) and t.is_meta is not values for t in found.values()
+    ):
+        raise CheckpointError(f"{file} holds more than tensors; save it again as safetensors")
+    return {str(name): tensor for name, tensor in found.items()}

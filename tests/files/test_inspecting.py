@@ -1,0 +1,98 @@
+"""`dk.inspect` and `deltakit inspect`, `deltakit convert`: what a saved delta is, and the same delta in another format."""
+
+import json
+
+import pytest
+
+import deltakit as dk
+from deltakit.cli import main
+from support.models import Transformer, randomize
+from support.peft_models import close, opened, outputs, peft, saved, wide
+
+
+def test_an_own_delta(tmp_path):
+    delta = randomize(dk.attach(Transformer(), dk.LoRA(r=3), dk.BitFit(), name="topic", train="@head"))
+    found = dk.inspect(delta.save(tmp_path / "saved"))
+    assert [method.name for method in found.methods] == ["lora", "bitfit"]
+    assert found.methods[0].options == {"r": 3, "alpha": 16, "keep": "exact"} | {
+        key: found.methods[0].options[key] for key in ("dropout", "rslora", "untie")
+    }
+    for method in found.methods:
+        assert sorted(method.targets) == sorted(delta.modules_of(method.name))
+        assert method.num_values == sum(
+            p.numel() for modules in delta.modules_of(method.name).values() for m in modules for p in m.parameters()
+        )
+    assert list(found.fully_trained) == delta.fully_trained
+    assert (found.format, found.name, found.base, found.base_class) == ("deltakit", "topic", None, "Transformer")
+    assert found.num_values == delta.num_parameters
+    assert found.num_bytes == 4 * found.num_values
+    assert {name: tensor.shape for name, tensor in found.tensors.items()} == {
+        name: tensor.shape for name, tensor in delta.state_dict().items()
+    }
+    assert all(tensor.is_meta for tensor in found.tensors.values())
+    assert repr(found).splitlines()[0] == f"delta 'topic' in {tmp_path / 'saved'}, format deltakit, for Transformer"
+    assert repr(found).splitlines()[1].split() == ["lora", "r=3", "alpha=16", "keep=exact", "4", "targets", "+480"]
+
+
+def test_an_adapter_of_peft(tmp_path):
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=["query", "word_embeddings"], modules_to_save=["classifier"], use_rslora=True
+    )
+    saved("bert", config, tmp_path)
+    found = dk.inspect(tmp_path)
+    delta = dk.load(tmp_path, wide("bert"))
+    assert found.format == "peft"
+    assert sorted(path for method in found.methods for path in method.targets) == sorted(delta.modules)
+    assert found.fully_trained == delta.fully_trained == ["classifier.bias", "classifier.weight"]
+    assert found.num_values == delta.num_parameters
+    assert "lora r=3 alpha=5.0 rslora=True" in repr(found)
+
+
+def test_files_and_the_hub(hub, tmp_path, capsys):
+    delta = randomize(dk.attach(Transformer(), dk.LoRA(r=3)))
+    delta.push("me/lora", token=hub.TOKEN)
+    folder = delta.save(tmp_path / "saved")
+    assert dk.inspect("me/lora").methods == dk.inspect(folder / "delta_model.safetensors").methods
+    assert main(["inspect", "me/lora"]) == 0
+    assert capsys.readouterr().out.startswith("a delta in me/lora, format deltakit, for Transformer\n  lora")
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert "there is no delta here" in capsys.readouterr().err
+
+
+def test_a_damaged_config_is_refused(tmp_path):
+    folder = randomize(dk.attach(Transformer(), dk.LoRA(r=3))).save(tmp_path / "saved")
+    config = json.loads((folder / "delta_config.json").read_text())
+    (folder / "delta_config.json").write_text(json.dumps(config | {"name": "other"}))
+    with pytest.raises(dk.CheckpointError, match=r"delta_config\.json"):
+        dk.inspect(folder)
+
+
+def test_to_peft_and_back_without_weights(tmp_path, capsys):
+    model = wide("bert")
+    model.save_pretrained(tmp_path / "bert")
+    delta = randomize(dk.attach(model, dk.LoRA(r=3, alpha=5), train="@head"), 0.3)
+    expected = outputs("bert", model)
+    delta.save(tmp_path / "own")
+    options = ["--model", str(tmp_path / "bert"), "--to"]
+    # Only the config of the backbone is read.
+    (tmp_path / "bert" / "model.safetensors").unlink()
+    assert main(["convert", str(tmp_path / "own"), str(tmp_path / "peft"), *options, "peft"]) == 0
+    assert f"{tmp_path / 'own'} (deltakit) is now in {tmp_path / 'peft'} (peft)" in capsys.readouterr().out
+    close("bert", opened("bert", tmp_path / "peft"), expected)
+    assert main(["convert", str(tmp_path / "peft"), str(tmp_path / "again"), *options, "deltakit"]) == 0
+    again = wide("bert")
+    dk.load(tmp_path / "again", again)
+    close("bert", outputs("bert", again), expected)
+
+
+def test_what_cannot_be_converted(tmp_path, capsys):
+    randomize(dk.attach(Transformer(), dk.LoRA(r=3))).save(tmp_path / "own")
+    assert main(["convert", str(tmp_path / "own"), str(tmp_path / "peft"), "--to", "peft"]) == 1
+    assert "does not say which model it is for; add --model with a folder or Hub id" in capsys.readouterr().err
+    wide("llama").save_pretrained(tmp_path / "llama")
+    options = ["--model", str(tmp_path / "llama"), "--to", "peft"]
+    assert main(["convert", str(tmp_path / "own"), str(tmp_path / "peft"), *options]) == 1
+    assert "this is not the backbone the delta was trained on" in capsys.readouterr().err
+    assert not (tmp_path / "peft").exists()
+    with pytest.raises(SystemExit):
+        main(["convert", str(tmp_path / "own"), str(tmp_path / "peft"), "--to", "onnx"])
