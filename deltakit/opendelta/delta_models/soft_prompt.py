@@ -41,7 +41,12 @@ class SoftPromptConfig(BaseDeltaConfig):
         """Returns deltakit's method with these options. The prompt stands in front of all tokens, and stays in the result."""
         first = range(self.soft_token_num) if self.token_init else None
         init = "vocab" if self.token_init else "random"
-        own = {"tokens": self.soft_token_num, "init": init, "init_ids": first, "init_range": self.init_range}
+        own: dict[str, Any] = {
+            "tokens": self.soft_token_num,
+            "init": init,
+            "init_ids": first,
+            "init_range": self.init_range,
+        }
         return SoftPrompt(**own, where="start", keep=True, **options)
 
     @classmethod
