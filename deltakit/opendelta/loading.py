@@ -13,7 +13,6 @@ from deltakit.errors import CheckpointError, OptionError, StateError, warn
 from deltakit.opendelta.delta_configs import BaseDeltaConfig
 
 _FILE_NAME = "pytorch_model.bin"
-_NOT_SERVED = "has no effect here"
 
 
 class SaveLoadMixin:
@@ -38,7 +37,7 @@ class SaveLoadMixin:
                 f"one with {cls.config_class.__name__}.from_dict, or use AutoDeltaConfig and AutoDeltaModel"
             )
         if kwargs:
-            warn(f"{cls.__name__}.from_config: {', '.join(kwargs)} {_NOT_SERVED}; set options in the config")
+            warn(f"{cls.__name__}.from_config: no effect of {', '.join(kwargs)}; set options in the config")
         own = set(cls.config_class.option_names()) - {"backbone_class", "backbone_checkpoint_name", "backbone_hash"}
         make: Any = cls
         return make(backbone_model, **{name: value for name, value in vars(config).items() if name in own})
@@ -86,7 +85,7 @@ class SaveLoadMixin:
         without = [name for name, value in given.items() if value is not None] + ["force_download"] * force_download
         if without or kwargs or model_args:
             named = [*without, *kwargs, *map(repr, model_args)]
-            warn(f"{cls.__name__}.from_finetuned: {', '.join(named)} {_NOT_SERVED}; the files tell all options")
+            warn(f"{cls.__name__}.from_finetuned: no effect of {', '.join(named)}; the files tell all options")
         delta = load(
             source,
             backbone_model,
@@ -159,7 +158,7 @@ class SaveLoadMixin:
         )
         if without:
             warn(
-                f"save_finetuned: {', '.join(without)} {_NOT_SERVED}: the delta is saved to {finetuned_delta_path} alone "
+                f"save_finetuned: no effect of {', '.join(without)}: the delta is saved to {finetuned_delta_path} alone "
                 "(DeltaCenter is not served; push_to_hub='user/name' uploads to the Hugging Face Hub)"
             )
         folder = self._delta().save(finetuned_delta_path)

@@ -44,7 +44,15 @@ COUNTS = {
         "prefix without MLP": (3072, 8),
     },
 }
-BEFORE = {"bert": 79938, "roberta": 80002, "deberta-v2": 100546, "gpt2": 108544, "opt": 75648, "t5": 171264, "bart": 178432}
+BEFORE = {
+    "bert": 79938,
+    "roberta": 80002,
+    "deberta-v2": 100546,
+    "gpt2": 108544,
+    "opt": 75648,
+    "t5": 171264,
+    "bart": 178432,
+}
 
 
 def counts(model, delta_type, **options):
@@ -85,7 +93,9 @@ def test_defaults_on_another_architecture():
     assert counts(MODELS["bart"](), "lora") == (12288, 24)
 
 
-@pytest.mark.parametrize(("name", "expected"), [("bert", (4226, 10)), ("deberta-v2", (4226, 10)), ("roberta", (8386, 12))])
+@pytest.mark.parametrize(
+    ("name", "expected"), [("bert", (4226, 10)), ("deberta-v2", (4226, 10)), ("roberta", (8386, 12))]
+)
 def test_counts_with_a_classifier(name, expected):
     model = MODELS[name]()
     with warnings.catch_warnings():

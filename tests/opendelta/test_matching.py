@@ -81,7 +81,9 @@ def test_a_known_class_inside_another_module():
 
 def test_names_that_match_nothing_are_warnings():
     model = MODELS["bert"]()
-    with pytest.warns(dk.DeltaWarning, match=r"LoraModel: 'no_such' matched no module of this BertForSequence.*nothing is"):
+    with pytest.warns(
+        dk.DeltaWarning, match=r"LoraModel: 'no_such' matched no module of this BertForSequence.*nothing is"
+    ):
         delta = dk.LoraModel(model, modified_modules=["no_such"])
     assert delta.delta is None
     assert dk.deltas(model) == []
