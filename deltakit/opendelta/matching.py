@@ -17,8 +17,8 @@ Selectors = str | Sequence[str] | None
 
 
 def as_list(names: Selectors) -> list[str]:
-    """Returns names as a list. A single text is one name: OpenDelta would read its letters."""
-    return [names] if isinstance(names, str) else list(names or ())
+    """Returns names as a list, without empty ones. A single text is one name: OpenDelta would read its letters."""
+    return [name for name in ([names] if isinstance(names, str) else names or ()) if name]
 
 
 def matches(key: str, name: str) -> bool:
