@@ -13,6 +13,7 @@ from support.models import Transformer, randomize
 
 SWITCH = {"True", "False", "numpy bool"}
 COUNT = {"1", "numpy int"}
+YES, NO, ONE = {"True", "numpy bool"}, {"False"}, {"1"}
 NUMBER = {"0", "-1", "1", "1.5", "2**70", "numpy int"}
 NOTHING = {"None"}
 NO_SELECTORS = {"empty list", "empty tuple"}
@@ -101,9 +102,9 @@ ACCEPTED = {
     "WeightMap.view": NOTHING,
     "Prefix.embed": NOTHING | COUNT,
     "SoftPrompt.init_range": NUMBER - {"0", "-1"},
-    "SoftPrompt.keep": SWITCH,
+    "SoftPrompt.trim": SWITCH,
     **dict.fromkeys([f"{kind}.{option}" for kind, options in OPENDELTA.items() for option in options["counts"]], COUNT),
-    **dict.fromkeys(["CompacterModel.hypercomplex_division", "LowRankAdapterModel.low_rank_rank"], {"1"}),
+    **dict.fromkeys(["CompacterModel.hypercomplex_division", "LowRankAdapterModel.low_rank_rank"], ONE),
     "LoraModel.lora_alpha": NUMBER - {"-1"},
     "LoraModel.lora_dropout": {"0"},
     "SoftPromptModel.init_range": NUMBER - {"0", "-1"},
@@ -120,8 +121,8 @@ ACCEPTED = {
     # Without effect, which is a warning.
     **dict.fromkeys(["CompacterModel.phm_c_init", "CompacterModel.hypercomplex_nonlinearity", "LowRankAdapterModel.low_rank_w_init"], TEXT),
     "CompacterModel.phm_init_range": NUMBER,
-    **dict.fromkeys([f"CompacterModel.{option}" for option in ("learn_phm", "factorized_phm", "use_bias_up_sampler", "use_bias_down_sampler")], {"True", "numpy bool"}),
-    **dict.fromkeys(["CompacterModel.shared_W_phm", "CompacterModel.factorized_phm_rule"], {"False"}),
+    **dict.fromkeys([f"CompacterModel.{option}" for option in ("learn_phm", "factorized_phm", "use_bias_up_sampler", "use_bias_down_sampler")], YES),
+    **dict.fromkeys(["CompacterModel.shared_W_phm", "CompacterModel.factorized_phm_rule"], NO),
     "CompacterModel.kronecker_prod": NOTHING,
 }  # fmt: skip
 """What each argument takes of the values, with the reason where it is not that the value is of its type and range."""

@@ -143,16 +143,16 @@ class InsertPromptDelta(PromptDelta):
         self.insertion, self.tokens = insertion, insertion.width
 
     def enter(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        places = sorted({peer.insertion.at for peer in self.peers(target)})
+        places = sorted({(peer.insertion.at, peer.insertion.trim) for peer in self.peers(target)})
         if len(places) > 1:
             raise StateError(
-                f"rows: the soft prompts are inserted after {places} tokens; expected the same for all examples; use one "
-                "where= for all of them"
+                f"rows: the soft prompts are inserted after {[at for at, _ in places]} tokens, with trim="
+                f"{[trim for _, trim in places]}; expected the same for all examples; use one where= and trim= for all of them"
             )
         return insert(target, args, kwargs, self.insertion, self.lengths(target), self.batch)
 
     def leave(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return finish(kwargs, output, trim=self.insertion.trim and not self.insertion.keep)
+        return finish(kwargs, output, trim=self.insertion.trim)
 
 
 class PromptMaskDelta(PromptDelta):
@@ -192,7 +192,8 @@ class SoftPrompt(Method, name="soft_prompt"):
             size + 1, and so on) where you want them.
         where: "start", or "after_first" for after the first token. By default after the first token if a pooler reads that
             token (BERT), else at the start.
-        keep: whether the model's result keeps the hidden states of the prompt, so that it is longer than the text.
+        trim: whether the prompt's hidden states are removed, so that outputs are as long as the text. Those of an encoder
+            always stay, for its decoder.
 
     Raises:
         OptionError: if an option is out of its range.
@@ -204,7 +205,7 @@ class SoftPrompt(Method, name="soft_prompt"):
     init_ids: Sequence[int] | None = None
     prepend: bool = True
     where: str | None = None
-    keep: bool = False
+    trim: bool = True
 
     identity: ClassVar[bool] = False
 
@@ -283,9 +284,9 @@ class SoftPrompt(Method, name="soft_prompt"):
         if self.prepend:
             stack, decoder = text_stack(index, group)
             at = self._tokens_before(index, stack)
-            insertion = Insertion(
-                vocabulary, self.tokens, at, stack_at(index, stack, at), trim=decoder is None, keep=self.keep
-            )
+            encodes = decoder is not None
+            known = stack_at(index, stack, at)
+            insertion = Insertion(vocabulary, self.tokens, at, known, self.trim and not encodes, encodes)
             built[stack] = InsertPromptDelta(insertion)
             if decoder is not None:
                 built[decoder] = PromptMaskDelta(insertion)

@@ -47,7 +47,7 @@ class SoftPromptConfig(BaseDeltaConfig):
             "init_ids": first,
             "init_range": self.init_range,
         }
-        return SoftPrompt(**own, where="start", keep=True, **options)
+        return SoftPrompt(**own, where="start", trim=False, **options)
 
     @classmethod
     def options_of(cls, method: Mapping[str, Any]) -> dict[str, Any]:

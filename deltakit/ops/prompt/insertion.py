@@ -27,7 +27,7 @@ class Insertion(NamedTuple):
     """What a soft prompt inserts into each text: `width` ids, counted up from `first`, after the first `at` tokens.
 
     `stack` is what is known of the text stack. `trim` says whether the prompt's hidden states are removed from the result.
-    They stay in an encoder's result, because the decoder must attend to them. `keep` says that they stay in any case.
+    They stay in an encoder's result, because the decoder must attend to them.
     """
 
     first: int
@@ -35,7 +35,6 @@ class Insertion(NamedTuple):
     at: int
     stack: Stack
     trim: bool
-    keep: bool = False
 
 
 def layout_for(
