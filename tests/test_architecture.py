@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "injection": {"core"},
     "ops": {"core", "selection"},
     "methods": {"core", "ops", "selection"},
-    "files": {"core", "version"},
+    "files": {"core", "selection", "version"},
     "view": {"core"},
     "delta": {"core", "selection", "injection", "files", "view"},
     "opendelta": {"core", "delta", "files", "methods", "ops", "view"},

@@ -45,7 +45,7 @@ def load(
 ) -> Delta:
     """Loads a delta from a folder or a Hub repository, attaches it to the backbone, and returns it.
 
-    It reads deltas that deltakit saved, and LoRA and IA3 adapters that PEFT saved.
+    It reads deltas that deltakit saved, LoRA and IA3 adapters that PEFT saved, and deltas that OpenDelta saved.
 
     Args:
         source: the folder, or the repository as "owner/name".

@@ -8,11 +8,11 @@ from torch import nn
 
 from deltakit.errors import CheckpointError
 from deltakit.files.checkpoint import TENSORS_FILE
-from deltakit.files.formats import own, peft
+from deltakit.files.formats import opendelta, own, peft
 from deltakit.files.formats.format import Format
 from deltakit.files.saved import Saved
 
-FORMATS = {kind.name: kind for kind in (own.FORMAT, peft.FORMAT)}
+FORMATS = {kind.name: kind for kind in (own.FORMAT, peft.FORMAT, opendelta.FORMAT)}
 Written = Literal["deltakit", "peft"]
 """The names of the formats that have a writer."""
 WRITERS = {kind.name: kind.write for kind in FORMATS.values() if kind.write is not None}
@@ -28,7 +28,7 @@ _OTHERS = {
     "head_config.json": "a prediction head of AdapterHub",
     "model.safetensors": "a whole model",
     "model.safetensors.index.json": "a whole model",
-    "pytorch_model.bin": "a whole model, or a delta of OpenDelta",
+    "pytorch_model.bin": "a whole model",
 }
 
 

@@ -1,0 +1,69 @@
+"""Reads what a delta of OpenDelta has of the backbone's own tensors: biases of BitFit, and modules that were not frozen."""
+
+import torch
+from torch import Tensor
+
+from deltakit.errors import CheckpointError
+from deltakit.files.formats.opendelta.found import Found
+
+
+def read_bitfit(found: Found) -> None:
+    """Adds BitFit. OpenDelta saves the biases themselves; deltakit's are added to those of the backbone.
+
+    A module without a bias (T5's) has a new one in OpenDelta, whose value is the difference.
+    """
+    for name, value in found.tensors.items():
+        path = name.removesuffix(".bias")
+        if path.endswith(".bitfit"):
+            found.parts.add("bitfit", {}, path.removesuffix(".bitfit"), {"bias": value})
+            found.read.add(name)
+        elif path != name and _is_bitfit(found, name):
+            own = found.own.get(name)
+            is_absolute = own is not None and own.shape == value.shape and not (value.is_meta or own.is_meta)
+            difference = value - own.detach().to(value) if own is not None and is_absolute else value
+            found.parts.add("bitfit", {}, path, {"bias": difference})
+            found.read.add(name)
+
+
+def fully_trained(found: Found) -> dict[str, Tensor]:
+    """Returns the tensors that replace the backbone's, by the backbone's names.
+
+    Where `freeze_module` was never called the file has the whole backbone: what is as the backbone's own is left out.
+
+    Raises:
+        CheckpointError: if the backbone has no such tensor.
+    """
+    tensors = {name: tensor for name, tensor in found.tensors.items() if name not in found.read}
+    if found.backbone is None:
+        return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    names: dict[int, list[str]] = {}
+    for name, tensor in found.own.items():
+        names.setdefault(id(tensor), []).append(name)
+    full: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        own = found.own.get(name)
+        if own is None and tensor.is_floating_point():
+            raise CheckpointError(
+                f"{found.folder}: {name} is in no module of this backbone, and no part of the {found.config['delta_type']} "
+                "delta that its config describes; load the backbone that it was trained on, and save several deltas one by one"
+            )
+        # Buffers of ids and positions are never trained, and other versions of transformers have others.
+        if own is not None and tensor.is_floating_point() and not _is_same(own, tensor):
+            full |= dict.fromkeys(names[id(own)], tensor)
+    return full
+
+
+def _is_bitfit(found: Found, name: str) -> bool:
+    """Returns whether a bias belongs to BitFit, and not to a module that was not frozen, whose weight is there, too."""
+    own = found.own.get(name)
+    value, weight = found.tensors[name], f"{name.removesuffix('bias')}weight"
+    if own is not None and _is_same(own, value) and weight in found.tensors:
+        return False
+    beside = found.tensors.get(weight)
+    return beside is None or (weight in found.own and _is_same(found.own[weight], beside))
+
+
+def _is_same(own: Tensor, tensor: Tensor) -> bool:
+    if own.is_meta or tensor.is_meta or own.shape != tensor.shape:
+        return False
+    return torch.equal(own.detach().cpu().to(tensor.dtype), tensor)

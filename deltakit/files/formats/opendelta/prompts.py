@@ -1,0 +1,108 @@
+"""Reads OpenDelta's prefixes and soft prompts."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltakit.core import METHODS, without_start_values
+from deltakit.errors import CheckpointError, DeltaError
+from deltakit.files.formats.opendelta.found import Found, is_named
+
+_REPARAM = ("wte.weight", *(f"control_trans.{layer}.{name}" for layer in (0, 2) for name in ("weight", "bias")))
+
+
+def read_prefix(found: Found) -> None:
+    """Adds prefixes. Those of an MLP are computed once; the MLP is not kept."""
+    pairs = {
+        path: (found.tensor(given, "past_key", path), found.tensor(given, "past_value", path))
+        for path, given in found.groups(r"prefix(?:_\d+)?\.(past_(?:key|value))").items()
+    }
+    for first, given in found.groups(rf"reparams(?:_\d+)?\.({'|'.join(map(re.escape, _REPARAM))})").items():
+        pairs |= _computed(found, first, [found.tensor(given, name, first) for name in _REPARAM])
+    for path, (key, value) in pairs.items():
+        target, heads = _attention(found, path)
+        tensors = {name: _by_head(found, tensor, heads) for name, tensor in (("key", key), ("value", value))}
+        found.parts.add("prefix", {"tokens": max(1, len(key))}, target, tensors)
+
+
+def _computed(found: Found, first: str, given: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Returns the keys and values [tokens, d] that an MLP computes, by the path of the module that they are for."""
+    embedding, weight, bias, out_weight, out_bias = given
+    vectors = torch.tanh(embedding @ weight.mT + bias) @ out_weight.mT + out_bias
+    paths = _in_order(found, first)
+    if not paths or len(out_bias) % (2 * len(paths)):
+        raise CheckpointError(
+            f"{found.folder}: its prefixes are {len(out_bias)} features together, which do not fit the {len(paths)} attention "
+            "modules that its modified_modules mean on this backbone; load the backbone that the delta was trained on"
+        )
+    by_module = vectors.unflatten(-1, (len(paths), 2, -1)).unbind(1)
+    return {path: (part[:, 0], part[:, 1]) for path, part in zip(paths, by_module, strict=True)}
+
+
+def _in_order(found: Found, first: str) -> list[str]:
+    """Returns the modules that have a prefix of one MLP, in the order in which it computes them."""
+    if found.index is None:
+        return [first]
+    names, index = found.names(), found.index
+    if names:
+        return [path for path in index.by_path if any(is_named(path, name) for name in names)]
+    cross = set(index.roles.paths("attn.cross"))
+    return [unit.path for unit in index.roles.units if unit.kind == "attn" and unit.path not in cross]
+
+
+def _attention(found: Found, path: str) -> tuple[str, int]:
+    """Returns the attention at or below a module, and the number of its heads; the module and 1 without a backbone.
+
+    Raises:
+        CheckpointError: if OpenDelta computes something else there than deltakit's prefixes.
+    """
+    if found.index is None:
+        return path, 1
+    module = found.module(path)
+    if module is None:
+        # `load` says which paths the backbone does not have.
+        return path, 1
+    if any(hasattr(child, "has_relative_attention_bias") for child in module.modules()):
+        raise CheckpointError(
+            f"{found.folder}: OpenDelta's prefixes change the relative positions of a {type(module).__name__}: they are zero "
+            "after the first block. deltakit's prefixes leave them as they are, so the outputs would differ; train a Prefix "
+            "with deltakit instead"
+        )
+    try:
+        method = METHODS["prefix"]()
+        (target,) = method.targets(found.index, [found.index.target(path)])
+        with without_start_values():
+            built: Any = method.build_at(target)
+    except (DeltaError, ValueError) as error:
+        raise CheckpointError(
+            f"{found.folder}: it has a prefix at {path}, and this backbone has no attention there, or several; load the "
+            "backbone that the delta was trained on"
+        ) from error
+    return target.path, int(built.heads.count)
+
+
+def _by_head(found: Found, vectors: Tensor, heads: int) -> Tensor:
+    """Returns vectors [tokens, d] as [heads, tokens, d / heads]."""
+    if vectors.shape[-1] % heads:
+        raise CheckpointError(
+            f"{found.folder}: its prefixes have {vectors.shape[-1]} features, which do not divide into {heads} heads; load "
+            "the backbone that the delta was trained on"
+        )
+    return vectors.unflatten(-1, (heads, -1)).transpose(0, 1)
+
+
+def read_soft_prompt(found: Found) -> None:
+    """Adds a soft prompt. OpenDelta puts it in front of the text, also where a pooler reads the first hidden state."""
+    for path, given in found.groups(r"soft_prompt_layer\.(soft_embeds)").items():
+        vectors = given["soft_embeds"]
+        options = {"tokens": max(1, len(vectors)), "where": "start"}
+        if found.index is None:
+            found.parts.add("soft_prompt", options, path, {"prompt": vectors})
+            continue
+        method: Any = METHODS["soft_prompt"]
+        first, *others = (target.path for target in method(**options).targets(found.index, None))
+        # Where several embeddings share a weight, the first one holds the vectors.
+        found.add("soft_prompt", options, {first: {"prompt": vectors}, **{other: {} for other in others}})

@@ -1,0 +1,188 @@
+"""Deltas that OpenDelta itself saved give OpenDelta's own logits.
+
+The files are those of `benchmarks/opendelta_files.py`, with the logits that OpenDelta computed in transformers 4.30.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file
+
+import deltakit as dk
+from support.models import same, snapshot
+from support.paths import CHECKPOINTS
+
+FILES = CHECKPOINTS / "opendelta"
+COMMON = {"vocab_size": 19, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZES = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 20}
+T5 = {"d_model": 12, "d_kv": 4, "d_ff": 20, "num_layers": 2, "num_heads": 3, "decoder_start_token_id": 0}
+BACKBONES = {
+    "bert": lambda: tf.BertForSequenceClassification(tf.BertConfig(**SIZES, **COMMON, max_position_embeddings=32)),
+    "t5": lambda: tf.T5ForConditionalGeneration(tf.T5Config(**T5, **COMMON)),
+    "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=12, n_layer=2, n_head=3, n_positions=32, **COMMON)),
+}
+CASES = [(path.parent.parent.name, path.parent.name) for path in sorted(FILES.glob("*/*/config.json"))]
+# Here OpenDelta computes something else than deltakit's Prefix can.
+REFUSED = [("t5", "prefix"), ("t5", "prefix_plain")]
+
+
+def backbone(name):
+    model = BACKBONES[name]().eval()
+    state = load_file(FILES / name / "backbone.safetensors")
+    # A buffer that transformers does not save any more.
+    state.pop("bert.embeddings.position_ids", None)
+    model.load_state_dict(state)
+    return model
+
+
+def known(name):
+    """The arguments of the call, and the logits by case."""
+    tensors = load_file(FILES / name / "expected.safetensors")
+    expected = {key.removeprefix("expected."): value for key, value in tensors.items() if key.startswith("expected.")}
+    return {key: value for key, value in tensors.items() if not key.startswith("expected.")}, expected
+
+
+def logits(model, call):
+    with torch.no_grad():
+        return model(**call).logits
+
+
+def test_there_is_a_file_of_each_type():
+    types = {json.loads((FILES / name / case / "config.json").read_text())["delta_type"] for name, case in CASES}
+    assert types == {
+        *("lora", "adapter", "low_rank_adapter", "compacter", "parallel_adapter", "bitfit", "prefix", "soft_prompt"),
+    }
+
+
+@pytest.mark.parametrize(("name", "case"), [pair for pair in CASES if pair not in REFUSED])
+def test_logits_are_opendelta_s(name, case, tmp_path):
+    model = backbone(name)
+    before, (call, expected) = snapshot(model), known(name)
+    bare = logits(model, call)
+    torch.testing.assert_close(bare, expected["bare"], rtol=1e-5, atol=1e-5)
+    delta = dk.load(FILES / name / case, model)
+    found = logits(model, call)
+    # OpenDelta's logits have the soft prompt's own rows, too.
+    wanted = expected[case][:, -found.shape[1] :] if found.ndim == 3 else expected[case]
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert (bare - found).abs().max() > 1e-5
+    assert any(parameter.requires_grad for parameter in delta.parameters())
+    delta.save(tmp_path)
+    delta.detach()
+    same(before, snapshot(model))
+    dk.load(tmp_path, model)
+    assert torch.equal(logits(model, call), found)
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_they_are_inspected_without_a_backbone(name, case):
+    seen = dk.inspect(FILES / name / case)
+    assert seen.format == "opendelta"
+    assert len(seen.methods) == 1
+
+
+@pytest.mark.parametrize("case", ["prefix", "prefix_plain"])
+def test_prefixes_of_t5_are_refused(case):
+    model = backbone("t5")
+    before = snapshot(model)
+    with pytest.raises(
+        dk.CheckpointError, match=r"OpenDelta's prefixes change the relative positions of a T5.*train a Prefix"
+    ):
+        dk.load(FILES / "t5" / case, model)
+    same(before, snapshot(model))
+
+
+def test_what_was_trained_beside_the_delta():
+    """The head and the biases; of a whole backbone that nobody froze, what differs from this one."""
+    for case, names in (("lora_head", ["classifier.bias", "classifier.weight"]), ("never_frozen", []), ("bitfit", [])):
+        assert sorted(dk.load(FILES / "bert" / case, backbone("bert")).fully_trained) == names
+    model = backbone("bert")
+    with torch.no_grad():
+        model.classifier.bias.add_(1)
+    delta = dk.load(FILES / "bert" / "never_frozen", model)
+    assert delta.fully_trained == ["classifier.bias"]
+    call, expected = known("bert")
+    torch.testing.assert_close(logits(model, call), expected["never_frozen"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_trained_weight_that_is_tied(tmp_path):
+    """OpenDelta saves it under one of its names."""
+    folder = changed("gpt2", "adapter", tmp_path, add={"transformer.wte.weight": torch.ones(19, 12)})
+    delta = dk.load(folder, backbone("gpt2"))
+    assert sorted(delta.fully_trained) == ["lm_head.weight", "transformer.wte.weight"]
+
+
+def changed(name, case, folder, *, config=None, add=None, rename=None):
+    """A copy of a saved delta with other options, more tensors or other names."""
+    shutil.copytree(FILES / name / case, folder, dirs_exist_ok=True)
+    options = json.loads((folder / "config.json").read_text()) | (config or {})
+    (folder / "config.json").write_text(json.dumps(options))
+    tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    tensors = {rename(key) if rename else key: value for key, value in tensors.items()} | (add or {})
+    torch.save(tensors, folder / "pytorch_model.bin")
+    return folder
+
+
+def test_names_of_older_versions(tmp_path):
+    """In February 2022 the factors of a LoRA stood at the layer itself; the second delta at a module has a number."""
+    call, expected = known("bert")
+    for rename in (lambda key: key.replace(".lora.", "."), lambda key: key.replace(".lora.", ".lora_1.")):
+        model = backbone("bert")
+        dk.load(changed("bert", "lora", tmp_path, rename=rename), model)
+        torch.testing.assert_close(logits(model, call), expected["lora"], rtol=1e-5, atol=1e-5)
+
+
+QUERY = "bert.encoder.layer.0.attention.self.query"
+DENSE = "bert.encoder.layer.0.output.dense"
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "message"),
+    [
+        ("lora", {"config": {"delta_type": "split"}}, "delta of OpenDelta of the type 'split', which .* it reads lora, "),
+        ("lora", {"config": {"lora_alpha": "x"}}, "damaged at lora_alpha"),
+        ("adapter", {"config": {"non_linearity": "mish"}}, "activation 'mish', which deltakit does not have; it has relu, "),
+        ("lora", {"add": {f"{QUERY}.lora_1.lora_A": torch.ones(2, 12)}}, f"it has two deltas at {QUERY}"),
+        ("lora", {"add": {f"{DENSE}.adapter.modulelist.up_proj.bias": torch.ones(12)}}, "no part of the lora delta"),
+        ("lora", {"add": {f"{DENSE}.lora.lora_A": torch.ones(2, 20)}}, f"it has no B at {DENSE}"),
+        ("lora", {"rename": lambda key: key.replace("lora", "other")}, "no tensor of a lora delta. .* matched nothing"),
+        ("lora", {"rename": lambda key: key.replace("bert.", "")}, "4 of its 4 targets are not in this backbone"),
+        ("low_rank", {"add": {f"{DENSE}.low_rank_adapter.down_sampler.W_left": torch.ones(12, 2)}}, "low-rank adapters have rank 2"),
+        ("parallel_by_name", {"config": {"modified_modules": ["intermediate.dense", "w2"]}}, "named 'w2' behind it"),
+        ("prefix", {"config": {"modified_modules": ["attention", "intermediate", "0.output"]}}, "48 features together, .* the 5 attention"),
+        ("prefix", {"config": {"modified_modules": ["output"]}}, "has a prefix at .* no attention there"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_refused_by_name(tmp_path, case, change, message):
+    model = backbone("bert")
+    before = snapshot(model)
+    with pytest.raises(dk.CheckpointError, match=message):
+        dk.load(changed("bert", case, tmp_path, **change), model)
+    same(before, snapshot(model))
+
+
+def test_a_model_is_no_delta_and_a_delta_needs_its_tensors(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(dk.CheckpointError, match="this is a whole model, which deltakit does not read"):
+        dk.load(tmp_path, backbone("bert"))
+    (tmp_path / "config.json").write_text('{"delta_type": "lora"}')
+    with pytest.raises(dk.CheckpointError, match="is damaged, or holds more than tensors"):
+        dk.load(tmp_path, backbone("bert"))
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(dk.CheckpointError, match="it has config.json of OpenDelta, and no pytorch_model.bin"):
+        dk.load(tmp_path, backbone("bert"))
+
+
+def test_from_the_hub(hub):
+    files = {path.name: path.read_bytes() for path in (FILES / "bert" / "adapter").iterdir()}
+    hub.add_repo("me/theirs", files)
+    hub.add_repo("me/model", {"config.json": b"{}", "pytorch_model.bin": b"x" * 9})
+    model, (call, expected) = backbone("bert"), known("bert")
+    dk.load("me/theirs", model)
+    torch.testing.assert_close(logits(model, call), expected["adapter"], rtol=1e-5, atol=1e-5)
+    with pytest.raises(dk.HubError, match="this is a whole model"):
+        dk.load("me/model", model)
