@@ -26,8 +26,8 @@ from deltakit.ops.prompt.text_stack import Stack, names_of_arguments
 class Insertion(NamedTuple):
     """What a soft prompt inserts into each text: `width` ids, counted up from `first`, after the first `at` tokens.
 
-    `stack` is what is known of the text stack. `trim` says whether the prompt's hidden states are removed from the result.
-    They stay in an encoder's result, because the decoder must attend to them.
+    `stack` is what is known of the text stack. `trim` says whether the prompt's hidden states are removed from the result, and
+    `encodes` whether the stack is the encoder of a decoder. They stay in its result, because the decoder must attend to them.
     """
 
     first: int
@@ -35,6 +35,7 @@ class Insertion(NamedTuple):
     at: int
     stack: Stack
     trim: bool
+    encodes: bool
 
 
 def layout_for(
@@ -64,7 +65,7 @@ def layout_for(
         return Layout(lengths[0], wanted.at)
     # Beam search repeats each example, so one name may stand for several of them.
     times = batch.times(rows.unsqueeze(-1), module)
-    behind = not (cache and wanted.trim)
+    behind = wanted.encodes or not cache
     return Layout(max(lengths), wanted.at, tuple(n for n in lengths for _ in range(times)), behind)
 
 
