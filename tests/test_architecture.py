@@ -144,7 +144,8 @@ def test_public_names_are_listed_and_there():
 def test_no_module_has_the_name_of_a_public_function():
     functions = {name for name in dk.__all__ if callable(getattr(dk, name)) and name.islower()}
     assert "attach" in functions
-    modules = {part: name for name, *_ in sources() for part in name.split(".")}
+    # The modules of OpenDelta's API have OpenDelta's names.
+    modules = {part: name for name, *_ in sources() if room_of(name) != "opendelta" for part in name.split(".")}
     assert not functions & modules.keys(), {modules[name] for name in functions & modules.keys()}
 
 

@@ -1,6 +1,6 @@
 """DeltaBase: what all of OpenDelta's model classes have. `delta` is deltakit's own handle."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import nn
@@ -12,6 +12,7 @@ from deltakit.opendelta.delta_configs import BaseDeltaConfig
 from deltakit.opendelta.freezing import Frozen, walk
 from deltakit.opendelta.loading import SaveLoadMixin
 from deltakit.opendelta.matching import Addresses, Selectors, as_list
+from deltakit.opendelta.parameter_lists import ParameterLists
 from deltakit.opendelta.utils.inspect import inspect_module_statistics
 from deltakit.opendelta.utils.visualization import Visualization
 
@@ -28,7 +29,7 @@ def non_module_param(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return list(module.named_parameters(recurse=False))
 
 
-class DeltaBase(nn.Module, SaveLoadMixin):
+class DeltaBase(ParameterLists, SaveLoadMixin):
     """A delta with OpenDelta's methods. As in OpenDelta, it attaches at once and freezes nothing.
 
     Its parameters, its own `state_dict()` and `to()` are those of the delta, without the backbone, which is
@@ -275,28 +276,6 @@ class DeltaBase(nn.Module, SaveLoadMixin):
         self.stat = inspect_module_statistics(
             module, delta_ratio=delta_ratio, trainable_ratio=trainable_ratio, cuda_memory=cuda_memory
         )
-
-    def trainable_parameters(self, module: nn.Module | None = None) -> Iterator[nn.Parameter]:
-        """Yields the parameters of a module (None: of the delta) that require gradients."""
-        return (p for p in (self if module is None else module).parameters() if p.requires_grad)
-
-    def num_trainable_parameters(self, module: nn.Module | None = None) -> int:
-        """Returns the number of trained values of a module (None: of the delta)."""
-        return sum(parameter.numel() for parameter in self.trainable_parameters(module))
-
-    def num_total_parameters(self, module: nn.Module | None = None) -> int:
-        """Returns the number of values in the parameters of a module (None: of the delta)."""
-        return sum(parameter.numel() for parameter in (self if module is None else module).parameters())
-
-    def trainable_parameters_names(self, module: nn.Module | None = None) -> Iterator[str]:
-        """Yields the names of the parameters of a module (None: of the backbone) that require gradients."""
-        module = self.backbone_model if module is None else module
-        return (name for name, parameter in module.named_parameters() if parameter.requires_grad)
-
-    def frozen_parameters_names(self, module: nn.Module | None = None) -> Iterator[str]:
-        """Yields the names of the parameters of a module (None: of the backbone) that require no gradients."""
-        module = self.backbone_model if module is None else module
-        return (name for name, parameter in module.named_parameters() if not parameter.requires_grad)
 
     def create_config_from_model(self) -> None:
         """Sets `config` to the options of this delta. It has them from the start."""

@@ -94,7 +94,10 @@ class BaseDeltaConfig:
             CheckpointError: if there is no config, or it is damaged.
         """
         found = cls.get_config_dict(finetuned_delta_path)
-        return cls.from_dict(cls.options_of(found) if "method" in found else found, **kwargs)
+        options = cls.options_of(found) if "method" in found else found
+        # OpenDelta's files have more than options, such as the version of transformers.
+        own = {*cls.option_names(), "delta_type"}
+        return cls.from_dict({name: value for name, value in options.items() if name in own}, **kwargs)
 
     @classmethod
     def get_config_dict(cls, finetuned_delta_path: str | PathLike[str]) -> dict[str, Any]:
