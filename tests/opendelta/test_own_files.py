@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from test_reading_opendelta import CASES, FILES, REFUSED, backbone, known, logits
 
 import deltakit as dk
 from support.models import randomize
+from support.opendelta_files import CASES, FILES, REFUSED, backbone, known, logits
 
 READ = [pair for pair in CASES if pair not in REFUSED]
 # Only to be read: OpenDelta's rules with three factors are no option of deltakit's Compacter.
