@@ -56,7 +56,8 @@ def load(
             says how many of them are trained without being saved.
         attach: whether to attach it now. A delta that is loaded but not attached costs nothing in forwards; its `attach()`
             attaches it later.
-        check: "error" or "warn" if the backbone is not the one that the delta was trained on. Adapters of PEFT do not say.
+        check: "error" or "warn" if the backbone is not the one that the delta was trained on. Files of other libraries do
+            not say.
         revision: a branch, tag or commit of the repository.
         token: the Hub's access token; by default the one of `hf auth login`.
         cache_dir: where downloads are kept; by default the Hub's own cache.

@@ -129,6 +129,16 @@ def test_pairs_in_mixed_batches(pair):
     with dk.rows(model, ["delta", None, "other"]):
         mixed = model(ids).last_hidden_state
     torch.testing.assert_close(mixed, torch.stack([full[0], bare[1], rest[2]]))
+    with dk.rows(model, ["other", "other", None]):
+        torch.testing.assert_close(model(ids).last_hidden_state, torch.stack([rest[0], rest[1], bare[2]]))
+    held = [
+        module.handover._held
+        for own in (delta, other)
+        for m in own.modules.values()
+        for module in m
+        if hasattr(module, "handover")
+    ]
+    assert held == [{}] * 4
     delta.scale = 0.5
     assert not torch.allclose(model(ids).last_hidden_state, mixed)
 
