@@ -87,3 +87,17 @@ def test_the_sharded_example_on_two_processes(toy, tmp_path):
     assert "in one process" in run.stdout
     assert "fully trained" in run.stdout
     assert (tmp_path / "delta" / "delta_model.safetensors").stat().st_size < 20_000
+
+
+def test_the_example_of_opendelta_s_tutorial(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "multitask_serving.py")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.endswith(
+        "Correct Spelling: When was Beijing Olympic held?\n"
+        "Question Topic: The question's topic is sports.\n"
+        "Question Answer: 2008\n"
+        "Correct Spelling: What was the common career of Newton and Einstein?\n"
+        "Question Topic: The question's topic is science.\n"
+        "Question Answer: Physicists\n"
+    ), run.stdout

@@ -95,10 +95,10 @@ def _by_head(found: Found, vectors: Tensor, heads: int) -> Tensor:
 
 
 def read_soft_prompt(found: Found) -> None:
-    """Adds a soft prompt. OpenDelta puts it in front of the text, also where a pooler reads the first hidden state."""
+    """Adds a soft prompt. OpenDelta puts it in front of all tokens, [CLS] included, and leaves it in the output."""
     for path, given in found.groups(r"soft_prompt_layer\.(soft_embeds)").items():
         vectors = given["soft_embeds"]
-        options = {"tokens": max(1, len(vectors)), "where": "start"}
+        options = {"tokens": max(1, len(vectors)), "where": "start", "trim": False}
         if found.index is None:
             found.parts.add("soft_prompt", options, path, {"prompt": vectors})
             continue
