@@ -38,11 +38,10 @@ def read_adapter(found: Found) -> None:
 
 def read_parallel_adapter(found: Found) -> None:
     """Adds parallel adapters. Their tensors are at the module whose input they read; their targets are found by the config."""
-    groups: dict[int, dict[str, tuple[str, Mapping[str, Tensor]]]] = {}
+    groups: dict[int, dict[str, tuple[str, dict[str, Tensor]]]] = {}
     for source, given in found.groups(f"parallel_adapter{_BOTTLENECK}").items():
-        tensors = _bottleneck(found, given, source)
-        target = _after(found, source)
-        groups.setdefault(len(tensors["down.weight"]), {})[target] = (source, tensors)
+        part = _bottleneck(found, given, source)
+        groups.setdefault(len(part["down.weight"]), {})[_after(found, source)] = (source, part)
     for size, pairs in groups.items():
         scaling = found.option("scaled", float, 1.0)
         options = {"size": max(1, size), "activation": found.activation, "scaling": scaling}
@@ -51,9 +50,8 @@ def read_parallel_adapter(found: Found) -> None:
             mine = {target: pair for target, pair in pairs.items() if (target == pair[0]) is alone}
             if mine:
                 sources = tuple(source for source, _ in mine.values())
-                found.add(
-                    "parallel_adapter", {**options, "source": sources}, {path: pair[1] for path, pair in mine.items()}
-                )
+                tensors = {path: pair[1] for path, pair in mine.items()}
+                found.add("parallel_adapter", {**options, "source": sources}, tensors, small={"size": 1})
 
 
 def read_low_rank_adapter(found: Found) -> None:

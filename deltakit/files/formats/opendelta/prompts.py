@@ -105,4 +105,5 @@ def read_soft_prompt(found: Found) -> None:
         method: Any = METHODS["soft_prompt"]
         first, *others = (target.path for target in method(**options).targets(found.index, None))
         # Where several embeddings share a weight, the first one holds the vectors.
-        found.add("soft_prompt", options, {first: {"prompt": vectors}, **{other: {} for other in others}})
+        tensors = {first: {"prompt": vectors}, **{other: {} for other in others}}
+        found.add("soft_prompt", options, tensors, small={"tokens": 1})
