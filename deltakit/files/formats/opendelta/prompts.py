@@ -25,7 +25,7 @@ def read_prefix(found: Found) -> None:
     for path, (key, value) in pairs.items():
         target, heads = _attention(found, path)
         tensors = {name: _by_head(found, tensor, heads) for name, tensor in (("key", key), ("value", value))}
-        found.parts.add("prefix", {"tokens": max(1, len(key))}, target, tensors)
+        found.parts.add("prefix", {"tokens": len(key)}, target, tensors)
 
 
 def _computed(found: Found, first: str, given: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -98,7 +98,7 @@ def read_soft_prompt(found: Found) -> None:
     """Adds a soft prompt. OpenDelta puts it in front of the text, also where a pooler reads the first hidden state."""
     for path, given in found.groups(r"soft_prompt_layer\.(soft_embeds)").items():
         vectors = given["soft_embeds"]
-        options = {"tokens": max(1, len(vectors)), "where": "start"}
+        options = {"tokens": len(vectors), "where": "start"}
         if found.index is None:
             found.parts.add("soft_prompt", options, path, {"prompt": vectors})
             continue
