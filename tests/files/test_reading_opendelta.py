@@ -117,6 +117,8 @@ DENSE = "bert.encoder.layer.0.output.dense"
         ("low_rank", {"add": {f"{DENSE}.low_rank_adapter.down_sampler.W_left": torch.ones(12, 2)}}, "low-rank adapters have rank 2"),
         ("parallel_by_name", {"config": {"modified_modules": ["intermediate.dense", "w2"]}}, "named 'w2' behind it"),
         ("prefix", {"config": {"modified_modules": ["attention", "intermediate", "0.output"]}}, "48 features together, .* the 5 attention"),
+        ("lora", {"add": {f"{DENSE}.lora.lora_A": torch.ones(0, 20)}}, "lora_A has no values; save or download it again"),
+        ("lora", {"add": {f"{DENSE}.lora.lora_A": torch.ones(1).expand(10**9, 20)}}, "lora_A has 20,000,000,000 values, and the"),
         ("prefix", {"config": {"modified_modules": ["output"]}}, "has a prefix at .* no attention there"),
     ],
 )  # fmt: skip
