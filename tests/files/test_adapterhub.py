@@ -171,6 +171,18 @@ def test_a_compacter_without_its_rule(tmp_path):
         dk.load(folder, backbone("bert"))
 
 
+def test_tensors_that_are_missing_or_strange(tmp_path):
+    lacks = {"par_bn_learned": "lacks its trained scaling", "layers": "lacks its trained scaling"}
+    gates = dict.fromkeys(["compacter", "double_seq_bn"], "also has adapter_up.gate")
+    for case, message in {**lacks, **gates}.items():
+        file = copied(tmp_path / case, case) / "adapter.safetensors"
+        tensors = {key: value for key, value in load_file(file).items() if not key.endswith("scaling")}
+        more = {"bert.encoder.layer.0.output.adapters.task.adapter_up.gate": torch.ones(1)} if case in gates else {}
+        save_file(tensors | more, file)
+        with pytest.raises(dk.CheckpointError, match=message):
+            dk.load(tmp_path / case, backbone("bert"))
+
+
 def test_damaged(tmp_path):
     folder = copied(tmp_path)
     (folder / "adapter_config.json").unlink()

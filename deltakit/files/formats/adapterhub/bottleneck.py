@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-import torch
 from torch import Tensor
 
 from deltakit.errors import CheckpointError, warn
@@ -104,7 +103,7 @@ def read_bottlenecks(adapter: Adapter, name: object, config: Mapping[str, Any], 
         if options["phm_layer"]:
             method, layers = compacter(config, tensors, name, adapter, owner)
         else:
-            layers = _layers(tensors, adapter.folder, owner, _factor(options, tensors))
+            layers = _layers(tensors, adapter.folder, owner, _factor(options, tensors, adapter.folder, owner))
             method = {"size": len(layers["down.bias"])}
         method |= {"activation": activation, "add_to": to}
         if "shared.rule" in layers and tuple(method.items()) in shared:
@@ -209,14 +208,16 @@ def _layers(tensors: Mapping[str, Tensor], where: Path, owner: str, factor: Tens
     return found
 
 
-def _factor(options: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor | float | None:
+def _factor(
+    options: Mapping[str, Any], tensors: Mapping[str, Tensor], where: Path, owner: str
+) -> Tensor | float | None:
     scaling = options["scaling"]
     if isinstance(scaling, str):
-        return tensors.get("scaling")
+        return _gain(tensors, where, owner)
     return None if scaling == 1 else float(scaling)
 
 
 def _gain(tensors: Mapping[str, Tensor], where: Path, owner: str) -> Tensor:
     if "scaling" not in tensors:
         raise CheckpointError(f"{where}: its adapter at {owner} lacks its trained scaling; save or download it again")
-    return torch.as_tensor(tensors["scaling"])
+    return tensors["scaling"]

@@ -1,5 +1,6 @@
 """Reads the tensors of AdapterHub's compacters: bottlenecks of sums of Kronecker products."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from deltakit.files.formats.adapterhub.keys import by_place
 from deltakit.files.formats.peft.adapter import Adapter
 
 _LAYERS = {"down": "adapter_down.0.", "up": "adapter_up."}
+_KNOWN = re.compile(r"scaling|(adapter_down\.0|adapter_up)\.(W|W_left|W_right|b|phm_rule|phm_rule_left|phm_rule_right)")
 
 
 def compacter(
@@ -24,6 +26,11 @@ def compacter(
     scaling = config.get("scaling", 1.0)
     shared = next(iter(by_place(adapter.tensors, "shared_parameters", name).values()), {})
     found: dict[str, Tensor] = {}
+    strange = next((key for key in tensors if not _KNOWN.fullmatch(key)), None)
+    if strange is not None:
+        raise CheckpointError(
+            f"{adapter.folder}: its compacter at {owner} also has {strange}, which deltakit does not have"
+        )
     try:
         for ours, theirs in _LAYERS.items():
             part = {key.removeprefix(theirs): tensor for key, tensor in tensors.items() if key.startswith(theirs)}

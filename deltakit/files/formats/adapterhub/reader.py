@@ -85,9 +85,11 @@ def _tensors(folder: Path, values: bool) -> dict[str, Tensor]:
 
 
 def _refuse_strange(folder: Path, tensors: Mapping[str, Tensor], kind: str, name: object) -> None:
+    # Compacters share their rule.
+    kinds = (kind, "shared_parameters") if kind == "adapters" else (kind,)
     for full in tensors:
         key = Key(full)
-        if (key.kind not in (kind, "shared_parameters")) or key.name != name:
+        if key.kind not in kinds or key.name != name:
             what = "an invertible adapter" if "invertible" in full else f"no part of the adapter {name!r}"
             raise CheckpointError(f"{folder}: {full} is {what}, which deltakit does not read")
 
