@@ -64,6 +64,8 @@ PROMPTS = {
     "llama": (dk.SoftPrompt(tokens=5), ()),
     "t5": (dk.SoftPrompt(tokens=5), ()),
     "prefix bert": (dk.Prefix(tokens=5, shift=True), "classifier"),
+    "frozen head bert": (dk.SoftPrompt(tokens=5, where="start"), ()),
+    "prefix frozen head bert": (dk.Prefix(tokens=5, shift=True), ()),
     "prefix gpt2": (dk.Prefix(tokens=5, shift=True), ()),
     "prefix llama": (dk.Prefix(tokens=5, shift=True), ()),
 }

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltakit.core import Attachment, own_modules
-from deltakit.files.formats.peft.keys import PROMPT
+from deltakit.core import Attachment, own_modules, tensors_of
+from deltakit.files.formats.peft.keys import PREFIX_OF_PROMPTS, PROMPT
 from deltakit.files.formats.peft.layers import impossible
 from deltakit.files.formats.peft.prompt import embed_scale, first_is_read
 
@@ -20,6 +20,9 @@ _TASKS = {
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
 """PEFT's tasks, by the end of the class's name. Without one, PEFT puts no prompt into a model."""
+
+_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""How the names of the heads end that PEFT saves with a prompt."""
 
 
 def prompt_options(attachment: Attachment, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -58,7 +61,7 @@ def prompt_options(attachment: Attachment, tensors: Mapping[str, Tensor]) -> tup
         # PEFT does not use these for prompts, and fails where it finds them neither here nor in the backbone's config.
         "num_layers": 1,
         "num_attention_heads": 1,
-    }, {PROMPT: vectors.repeat(both, 1)}
+    }, {PROMPT: vectors.repeat(both, 1), **_head(attachment, task)}
 
 
 def prefix_options(attachment: Attachment, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -84,14 +87,26 @@ def prefix_options(attachment: Attachment, tensors: Mapping[str, Tensor]) -> tup
         )
     stacked = torch.stack([torch.stack(pair) for pair in pairs])
     heads, tokens, d = stacked.shape[2:]
+    task = _task(attachment)
     return {
-        "task_type": _task(attachment),
+        "task_type": task,
         "num_virtual_tokens": tokens,
         "num_transformer_submodules": 1,
         "num_layers": layers,
         "num_attention_heads": heads,
         "token_dim": heads * d,
-    }, {PROMPT: stacked.permute(3, 0, 1, 2, 4).reshape(tokens, -1)}
+    }, {PROMPT: stacked.permute(3, 0, 1, 2, 4).reshape(tokens, -1), **_head(attachment, task)}
+
+
+def _head(attachment: Attachment, task: str) -> dict[str, Tensor]:
+    """Returns the tensors of the heads that PEFT expects beside a prompt, also where nobody trains them."""
+    ends = _HEADS.get(task, ())
+    heads = [f"{path}." for path, _ in own_modules(attachment.backbone) if ends and path.endswith(ends)]
+    return {
+        f"{PREFIX_OF_PROMPTS}{name}": tensor.detach()
+        for name, tensor in tensors_of(attachment.backbone)
+        if name.startswith(tuple(heads))
+    }
 
 
 def _task(attachment: Attachment) -> str:
