@@ -97,7 +97,7 @@ def load(
 ) -> Delta:
     """Loads a delta from a folder or a Hub repository, attaches it to the backbone, and returns it.
 
-    It reads deltas that deltakit saved, and LoRA and IA3 adapters that PEFT saved.
+    It reads deltas that deltakit saved, and adapters that PEFT saved: LoRA, AdaLoRA, IA3, prompts and prefixes.
 
     Args:
         source: the folder, or the repository as "owner/name".
