@@ -5,7 +5,7 @@ from deltakit.files.formats.adapter_config import CONFIG
 TENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 FILES = (CONFIG, TENSORS, PICKLE)
 
-PREFIX = "base_model.model."
+PREFIX, PREFIX_OF_PROMPTS = "base_model.model.", "base_model."
 LORA = {".lora_A.weight": "A", ".lora_B.weight": "B"}
 LORA_OF_EMBEDDINGS = {".lora_embedding_A": "A", ".lora_embedding_B": "B"}
 LORA_BIAS = {".lora_B.bias": "bias"}
