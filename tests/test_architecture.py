@@ -30,7 +30,15 @@ MAY_IMPORT = {
     "opendelta": {"core", "delta", "files", "methods", "ops", "view"},
 }
 FOR_AUTHORS = {
-    "opendelta": {"BaseDeltaConfig", "CommonStructureMap", "DeltaBase", "SaveLoadMixin", "install", "logging"},
+    "opendelta": {
+        "BaseDeltaConfig",
+        "CommonStructureMap",
+        "DeltaBase",
+        "SaveLoadMixin",
+        "install",
+        "logging",
+        "set_axis_order",
+    },
     "core": {"current_call"},
     "ops": {"Seeded", "linear_with", "normal", "uniform"},
 }

@@ -7,9 +7,10 @@ serves `import opendelta` itself.
 
 import pkgutil
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 
-from deltakit.errors import StateError
+from deltakit.errors import OptionError, StateError
 from deltakit.opendelta.auto_delta import AutoDeltaConfig, AutoDeltaModel
 from deltakit.opendelta.basemodel import DeltaBase
 from deltakit.opendelta.delta_configs import BaseDeltaConfig
@@ -44,7 +45,18 @@ __all__ = [
     "Visualization",
     "install",
     "logging",
+    "set_axis_order",
 ]
+
+
+def set_axis_order(axis_order: Sequence[int] = (0, 1, 2)) -> None:
+    """Accepts OpenDelta's default order of axes: batch, length, features.
+
+    Raises:
+        OptionError: if it is another order.
+    """
+    if tuple(axis_order) != (0, 1, 2):
+        raise OptionError(f"set_axis_order({list(axis_order)}): only [0, 1, 2] is served: batch, length, features")
 
 
 def install() -> None:

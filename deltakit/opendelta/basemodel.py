@@ -8,6 +8,7 @@ from torch import nn
 from deltakit.core import Method, checked
 from deltakit.delta import Delta, Spelling, attach, attach_beside, deltas, freeze_parameters, narrow, spare_name, widen
 from deltakit.errors import OptionError, SelectorError, StateError, warn
+from deltakit.opendelta.custom_deltas import CustomDeltas
 from deltakit.opendelta.delta_configs import BaseDeltaConfig
 from deltakit.opendelta.freezing import Frozen, walk
 from deltakit.opendelta.loading import SaveLoadMixin
@@ -29,7 +30,7 @@ def non_module_param(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return list(module.named_parameters(recurse=False))
 
 
-class DeltaBase(ParameterLists, SaveLoadMixin):
+class DeltaBase(ParameterLists, SaveLoadMixin, CustomDeltas):
     """A delta with OpenDelta's methods. As in OpenDelta, it attaches at once and freezes nothing.
 
     Its parameters, its own `state_dict()` and `to()` are those of the delta, without the backbone, which is

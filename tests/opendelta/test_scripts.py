@@ -141,6 +141,11 @@ def test_a_pattern_runs(number, opendelta, tmp_path, monkeypatch):
             "expected a repository, such as push_to_hub='user/name'",
         ),
         ("SoftPromptModel(m, other_expand_ids={})", "is served: the mask and the token types grow with the prompt"),
+        (
+            "from opendelta import set_axis_order; set_axis_order(); set_axis_order([1, 0, 2])",
+            "only [0, 1, 2] is served",
+        ),
+        ("LoraModel(m).insert_sequential_module(m)", "modules of one's own are not inserted by deltakit.opendelta"),
         ("CompacterModel(m, learn_phm=False)", "CompacterModel(learn_phm=False): only True is served; omit it"),
         ("CompacterModel(m, use_bias_up_sampler=False)", "use_bias_up_sampler and use_bias_down_sampler differ"),
         (
