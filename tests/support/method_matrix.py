@@ -20,6 +20,8 @@ METHODS = {
     "IA3": dk.IA3(),
     "Prefix": dk.Prefix(tokens=3),
     "SoftPrompt": dk.SoftPrompt(tokens=3),
+    # Of the adapters, the one with other positions and pairs of layers.
+    "ParallelAdapter": dk.ParallelAdapter(size=3),
 }
 
 
