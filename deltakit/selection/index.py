@@ -167,6 +167,10 @@ class BackboneIndex:
 
     def _inferred(self, path: str, owner: str) -> Inferred:
         width = next((self._widths[name] for name in above(owner) if name in self._widths), None)
+        if width is None and owner:
+            # A part around a single unit, such as the layer of T5 with the residual and the norm of its cross-attention.
+            inside = [own for name, own in self._widths.items() if name.startswith(f"{owner}.")]
+            width = inside[0] if len(inside) == 1 else None
         return Inferred(width, self._roles_of.get(path, frozenset()))
 
     def select(self, at: Selector, *, of: Sequence[str] | None = None, exclude: Selector | None = None) -> list[str]:
