@@ -10,19 +10,16 @@ from deltakit.delta import Delta, Spelling, attach, attach_beside, deltas, freez
 from deltakit.errors import OptionError, SelectorError, StateError, warn
 from deltakit.opendelta.custom_deltas import CustomDeltas
 from deltakit.opendelta.delta_configs import BaseDeltaConfig
-from deltakit.opendelta.freezing import Frozen, walk
+from deltakit.opendelta.freezing import Frozen, is_leaf_module, walk
 from deltakit.opendelta.loading import SaveLoadMixin
 from deltakit.opendelta.matching import Addresses, Selectors, as_list
 from deltakit.opendelta.parameter_lists import ParameterLists
 from deltakit.opendelta.utils.inspect import inspect_module_statistics
 from deltakit.opendelta.utils.visualization import Visualization
 
+__all__ = ["DeltaBase", "is_leaf_module", "non_module_param"]
+
 _EXCLUDE = Spelling("exclude", always=("deltas",), role="", none="")
-
-
-def is_leaf_module(module: nn.Module) -> bool:
-    """Returns whether a module has no modules in it."""
-    return next(module.children(), None) is None
 
 
 def non_module_param(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

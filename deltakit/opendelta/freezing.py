@@ -33,9 +33,12 @@ def walk(module: nn.Module, addresses: Addresses, exclude: Sequence[str], prefix
 
     def visit(inner: nn.Module, path: str, kept: bool) -> None:
         kept = kept or _matched(path, names, addresses, result)
+        # As in OpenDelta, the own parameters of a module around others are frozen whatever their names. So are those of a
+        # layer with a delta.
+        asked = names if is_leaf_module(inner) else [name for name in names if name in addresses.plain]
         for name, parameter in inner._parameters.items():
             if parameter is not None:
-                own = kept or _matched(join(path, name), names, addresses, result)
+                own = kept or _matched(join(path, name), asked, addresses, result)
                 (result.kept if own else result.frozen)[id(parameter)] = parameter
         for name, child in own_children(inner):
             visit(child, join(path, name), kept)
@@ -48,13 +51,18 @@ def walk(module: nn.Module, addresses: Addresses, exclude: Sequence[str], prefix
 
     visit(module, prefix, False)
     missing = {name for name in names if name not in result.matched}
-    if addresses.common and missing - addresses.plain:
-        # As in `Addresses.select`.
+    if missing - addresses.plain:
+        # OpenDelta finds nothing then: among the model's own names, and those of all parameters, there may be something.
         addresses.plain |= missing
         return walk(module, addresses, exclude, prefix)
     for key in result.frozen:
         result.kept.pop(key, None)
     return result
+
+
+def is_leaf_module(module: nn.Module) -> bool:
+    """Returns whether a module has no modules in it."""
+    return next(module.children(), None) is None
 
 
 def _matched(path: str, names: Sequence[str], addresses: Addresses, result: Frozen) -> bool:

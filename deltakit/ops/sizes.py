@@ -89,6 +89,10 @@ def output_size(target: Target, method: str) -> int:
     weight = getattr(module, "weight", None)
     if isinstance(weight, torch.Tensor) and weight.ndim == 1:
         return weight.numel()
+    # BERT's `intermediate` has more features than the block around it: what a single layer in a part gives counts.
+    layers = [size for size in (linear_sizes(inside) for _, inside in own_modules(module)) if size is not None]
+    if len(layers) == 1 and not any(isinstance(inside, nn.modules.conv._ConvNd) for _, inside in own_modules(module)):
+        return layers[0][1]
     if target.width is not None:
         return target.width
     measured = output_features(module) if any(own_children(module)) else None

@@ -167,10 +167,12 @@ class BackboneIndex:
 
     def _inferred(self, path: str, owner: str) -> Inferred:
         width = next((self._widths[name] for name in above(owner) if name in self._widths), None)
-        if width is None and owner in self.roles.blocks:
-            # A block gives the hidden states to the next one in the size that all of its parts have.
-            inside = {its for name, its in self._widths.items() if name.startswith(f"{owner}.")}
-            width = inside.pop() if len(inside) == 1 else None
+        if width is None and owner:
+            # A part around a single unit, such as the layer of T5 with the residual and the norm of its cross-attention; or a
+            # block, which gives the hidden states to the next one in the size that all of its parts have.
+            inside = [own for name, own in self._widths.items() if name.startswith(f"{owner}.")]
+            alone = len(inside) == 1 or (owner in self.roles.blocks and len(set(inside)) == 1)
+            width = inside[0] if alone else None
         return Inferred(width, self._roles_of.get(path, frozenset()))
 
     def select(self, at: Selector, *, of: Sequence[str] | None = None, exclude: Selector | None = None) -> list[str]:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import deltakit as dk
+from support.backbone_inputs import inputs
 from support.models import Transformer, attached
 from support.tiny_transformers import build
 
@@ -112,3 +113,19 @@ def test_adapter_on_whole_blocks():
     delta = dk.attach(model, dk.Adapter(size=3, at="@block"))
     width = model.config.hidden_size
     assert [module.down.in_features for modules in delta.modules.values() for module in modules] == [width, width]
+
+
+def test_the_size_of_a_part_with_one_layer_is_that_of_the_layer():
+    """BERT's `intermediate` has more features than its block, and the block's are those of all other parts."""
+    model = build("bert")
+    delta = dk.attach(model, dk.Adapter(size=3, at=["intermediate", "layer.0.output"]))
+    sizes = {path.rpartition(".")[2]: modules[0].down.in_features for path, modules in delta.modules.items()}
+    assert sizes == {"intermediate": 52, "output": 24}
+    model(**inputs("bert", model))
+
+
+def test_the_size_of_a_part_around_one_attention():
+    model = build("t5")
+    delta = dk.attach(model, dk.Adapter(size=3, at="decoder.block.0.layer.1"))
+    assert delta.modules["decoder.block.0.layer.1"][0].down.in_features == 24
+    model(**inputs("t5", model))

@@ -51,9 +51,18 @@ def test_an_exclude_without_deltas_freezes_the_deltas(exclude, expected):
 def test_names_of_parameters():
     model, delta = lora()
     delta.freeze_module(exclude=["deltas", "bias"])
-    biases = {name for name, _ in model.named_parameters() if name.endswith("bias")}
+    # As in OpenDelta, without those of the layers with a delta.
+    hosts = tuple(delta.delta.modules)
+    biases = {name for name, _ in model.named_parameters() if name.endswith("bias") and not name.startswith(hosts)}
     assert trained(model) - {"lora.A", "lora.B"} == biases
     assert set(delta.delta.fully_trained) == biases
+
+
+def test_a_name_that_is_only_of_a_parameter_beside_a_delta():
+    """OpenDelta freezes it."""
+    model, delta = lora()
+    delta.freeze_module(exclude=["deltas", "query.weight"])
+    assert sum(name.endswith("query.weight") for name in trained(model)) == 2
 
 
 def test_unfrozen_modules_are_the_default():
