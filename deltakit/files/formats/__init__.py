@@ -77,9 +77,12 @@ def refuse_others(folder: Path, format: str) -> None:
     """Refuses to write into a folder that has a delta of another format: whoever reads it could get the old one.
 
     Raises:
-        CheckpointError: if there is one.
+        CheckpointError: if there is one, or the folder cannot be read.
     """
-    others = [other for other in _formats_in(folder) if other != format]
+    try:
+        others = [other for other in _formats_in(folder) if other != format]
+    except OSError as error:
+        raise CheckpointError(f"{folder}: it cannot be saved there: {error}; save to another folder") from error
     if others:
         raise CheckpointError(
             f"{folder}: a delta in the format {others[0]!r} is here already, and would stay beside the new one; save to "
