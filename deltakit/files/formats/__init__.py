@@ -69,13 +69,12 @@ def refuse_others(folder: Path, format: str) -> None:
     """Refuses to write into a folder that has a delta of another format: whoever reads it could get the old one.
 
     Raises:
-        CheckpointError: if there is one.
+        CheckpointError: if there is one, or the folder cannot be read.
     """
     try:
         others = [kind.name for kind in formats_in(folder) if kind.name != format]
-    except OSError:
-        # No folder can have this name: writing there says so.
-        return
+    except OSError as error:
+        raise CheckpointError(f"{folder}: it cannot be saved there: {error}; save to another folder") from error
     if others:
         raise CheckpointError(
             f"{folder}: a delta in the format {others[0]!r} is here already, and would stay beside the new one; save to "
