@@ -80,6 +80,17 @@ ONLY: dict[str, dict[str, tuple[str, dict[str, Any], list[str] | None]]] = {
             {"bottleneck_dim": 5, "modified_modules": ["intermediate.dense", "[r]layer.*[0-9].output.dense"]},
             DELTAS,
         ),
+        "parallel_pairs": (
+            "ParallelAdapter",
+            {
+                "bottleneck_dim": 5,
+                "modified_modules": [
+                    *("self.query", "attention.output.dense"),
+                    *("intermediate.dense", "[r]layer.*[0-9].output.dense"),
+                ],
+            },
+            DELTAS,
+        ),
     },
     "t5": {},
     "gpt2": {},

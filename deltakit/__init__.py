@@ -56,14 +56,18 @@ from deltakit.opendelta import (
     AutoDeltaConfig,
     AutoDeltaModel,
     BitFitModel,
+    CompacterModel,
     LoraModel,
+    LowRankAdapterModel,
+    ParallelAdapterModel,
     PrefixModel,
     SoftPromptModel,
+    Visualization,
 )
 from deltakit.ops import CallContext, InputMap, LowRank, OutputMap, WeightMap
 from deltakit.selection import RoleTable, roles, select
 from deltakit.version import __version__
-from deltakit.view import View, Visualization, show
+from deltakit.view import View, show
 
 __all__ = [
     "IA3",
@@ -79,6 +83,7 @@ __all__ = [
     "CheckpointError",
     "Combination",
     "Compacter",
+    "CompacterModel",
     "Delta",
     "DeltaError",
     "DeltaModule",
@@ -89,10 +94,12 @@ __all__ = [
     "LoraModel",
     "LowRank",
     "LowRankAdapter",
+    "LowRankAdapterModel",
     "Method",
     "OptionError",
     "OutputMap",
     "ParallelAdapter",
+    "ParallelAdapterModel",
     "Plan",
     "Prefix",
     "PrefixModel",

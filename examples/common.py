@@ -38,6 +38,11 @@ def fresh_model(model):
     return AutoModelForSequenceClassification.from_pretrained(model, num_labels=len(intents()))
 
 
+def dataset(examples):
+    """The examples as the Trainer wants them."""
+    return [{"input_ids": example.ids, "labels": example.label} for example in examples]
+
+
 def report(model, options, valid, pad):
     """Print the accuracy, load the saved delta onto a new copy of the model, and compare the predictions."""
     other = fresh_model(options.model)

@@ -2,22 +2,18 @@
 
     python examples/trainer.py [--model FOLDER_OR_HUB_ID] [--examples N] [--epochs N] [--out FOLDER]
 
-The Trainer's own checkpoints hold the whole model, with the delta's tensors beside the model's own.
+The Trainer's own checkpoints hold only what the delta trains; `trainer_resume.py` resumes from one.
 `delta.save` writes a small folder with the delta alone, which `dk.load` reads.
 """
 
 from tempfile import TemporaryDirectory
 
 import torch
-from common import arguments, fresh_model, report, tokenizer_of
+from common import arguments, dataset, fresh_model, report, tokenizer_of
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 import deltakit as dk
 from deltakit.demo.data import encode, read
-
-
-def dataset(examples):
-    return [{"input_ids": example.ids, "labels": example.label} for example in examples]
 
 
 def main():

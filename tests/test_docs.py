@@ -56,7 +56,7 @@ def test_ci_runs_the_readme_s_command():
     assert "README.md" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["plain_loop", "trainer", "accelerate_loop"])
+@pytest.mark.parametrize("name", ["plain_loop", "trainer", "trainer_resume", "accelerate_loop"])
 def test_examples(name, toy, tmp_path):
     out = tmp_path / "delta"
     command = [
@@ -67,13 +67,15 @@ def test_examples(name, toy, tmp_path):
         "--examples",
         "40",
         "--epochs",
-        "1",
+        "2" if name == "trainer_resume" else "1",
     ]
     run = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]
     assert "fully trained" in run.stdout
     assert "loaded onto a fresh backbone, same predictions: True" in run.stdout
     assert (out / "delta_model.safetensors").stat().st_size < 20_000
+    assert "trained the same values: False" not in run.stdout
+    assert ("trained the same values: True" in run.stdout) is (name == "trainer_resume")
 
 
 def test_the_sharded_example_on_two_processes(toy, tmp_path):
@@ -85,3 +87,17 @@ def test_the_sharded_example_on_two_processes(toy, tmp_path):
     assert "in one process" in run.stdout
     assert "fully trained" in run.stdout
     assert (tmp_path / "delta" / "delta_model.safetensors").stat().st_size < 20_000
+
+
+def test_the_example_of_opendelta_s_tutorial(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "multitask_serving.py")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.endswith(
+        "Correct Spelling: When was Beijing Olympic held?\n"
+        "Question Topic: The question's topic is sports.\n"
+        "Question Answer: 2008\n"
+        "Correct Spelling: What was the common career of Newton and Einstein?\n"
+        "Question Topic: The question's topic is science.\n"
+        "Question Answer: Physicists\n"
+    ), run.stdout

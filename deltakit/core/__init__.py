@@ -78,7 +78,15 @@ from deltakit.core.record import (
 from deltakit.core.roots import RootHook, rooted_at, roots_inside
 from deltakit.core.running_call import RunningCall, running_call
 from deltakit.core.running_statistics import moved_in, notice_moved_buffers
-from deltakit.core.sharding import class_name, gathered, is_first, is_sharded, scatter, wait_for_all
+from deltakit.core.sharding import (
+    class_name,
+    gathered,
+    gathered_in_training,
+    is_first,
+    is_sharded,
+    scatter,
+    wait_for_all,
+)
 from deltakit.core.start_values import same_random_numbers, wants_start_values, without_start_values
 from deltakit.core.target import Inferred, Target, WeightRead
 from deltakit.core.without_deltas import deltas_left_out, without_deltas
@@ -133,6 +141,7 @@ __all__ = [
     "expand",
     "fold",
     "gathered",
+    "gathered_in_training",
     "held_at",
     "held_in",
     "hidden_input",

@@ -104,9 +104,9 @@ class GradLedger:
             if ours is not None:
                 self.ours[now] = ours
 
-    def stay_frozen(self) -> None:
-        """Makes the frozen backbone the user's own choice: it stays frozen when the last delta is detached."""
-        self.original = dict.fromkeys(self.ours, False)
+    def stay_frozen(self, names: Collection[str]) -> None:
+        """Makes it the user's own choice that these parameters are frozen: they stay so when the last delta is detached."""
+        self.original.update(dict.fromkeys(names, False))
 
 
 def _set(parameter: nn.Parameter, requires_grad: bool) -> None:

@@ -81,8 +81,7 @@ class Record:
     grad_ledger: GradLedger = field(default_factory=GradLedger)
     buffer_ledger: BufferLedger = field(default_factory=BufferLedger)
     backbone_values: dict[str, Tensor] = field(default_factory=dict)
-    """While the delta is attached: the backbone's own values of the fully trained tensors and of the running statistics that
-    moved, by name."""
+    """While the delta is attached: the backbone's own values of what it fully trains and of statistics that moved, by name."""
     trained_values: dict[str, Tensor] = field(default_factory=dict)
     """While the delta is detached: its own values of the same tensors, by name."""
     moved: set[str] = field(default_factory=set)
@@ -93,6 +92,8 @@ class Record:
     """While the delta is merged: the original weights, by name."""
     unloaded: dict[str, Any] = field(default_factory=dict)
     """Once it is in the backbone's weights for good, and cannot be attached again: what identifies the backbone before."""
+    narrowed: bool = False
+    """Whether a filter narrows a state dict as long as it is attached."""
     leaving: bool = False
     """Whether it is being detached. After an interruption it stays so, and `detach` does the rest."""
 

@@ -19,6 +19,20 @@ def gathered(tensor: Tensor) -> Tensor:
     return full
 
 
+def gathered_in_training(tensor: Tensor) -> Tensor:
+    """Returns the full tensor on every process; its gradient is the mean over the processes, as FSDP2's gradients are.
+
+    For parameters that several blocks share: FSDP2 gathers them in the block that holds them only.
+    """
+    if not is_sharded(tensor):
+        return tensor
+    from torch.distributed.tensor import Partial
+
+    sharded: Any = tensor
+    full: Tensor = sharded.full_tensor(grad_placements=[Partial("avg")] * sharded.device_mesh.ndim)
+    return full
+
+
 def scatter(tensor: Shaped[Tensor, "*shape"], values: Shaped[Tensor, "*shape"]) -> None:
     """Copies values into a tensor. If the tensor is sharded, each process copies its own part."""
     sharded: Any = tensor

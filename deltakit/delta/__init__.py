@@ -1,9 +1,10 @@
 """The handle of a delta and its verbs: attach, load, plan, merge, combine, swap, and mixed batches."""
 
 from deltakit.delta.attaching import attach
+from deltakit.delta.beside import attach_beside, spare_name
 from deltakit.delta.combining import Combination, combine
 from deltakit.delta.converting import convert
-from deltakit.delta.freezing import freeze_backbone
+from deltakit.delta.freezing import freeze_parameters, narrow, widen
 from deltakit.delta.handle import Delta
 from deltakit.delta.inspecting import SavedDelta, SavedMethod, inspect
 from deltakit.delta.loading import load
@@ -25,19 +26,23 @@ __all__ = [
     "SavedMethod",
     "Spelling",
     "attach",
+    "attach_beside",
     "base_state_dict",
     "checkpoint_tensors",
     "combine",
     "convert",
     "deltas",
     "deltas_in",
-    "freeze_backbone",
+    "freeze_parameters",
     "inspect",
     "load",
     "merged_state_dict",
+    "narrow",
     "plan",
     "refuse_other_deltas",
     "rows",
+    "spare_name",
     "trains_only_deltas",
     "use",
+    "widen",
 ]

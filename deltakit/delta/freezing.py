@@ -1,22 +1,23 @@
 """Freezes the backbone of a delta, except for the modules that the delta trains fully."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from deltakit.core import Attachment, Selector, notice_moved_buffers
+from torch import nn
+
+from deltakit.core import Attachment, Selector, notice_moved_buffers, own_parameters, tensors_of
 from deltakit.delta.claims import check_freezing
 from deltakit.delta.contents import DeltaContents
 from deltakit.delta.full_training import current_values, full_training_names, refresh_gradients, refuse_taken
 from deltakit.delta.new_heads import TRAIN, Spelling, warn_frozen_head
-from deltakit.injection import watch
+from deltakit.injection import narrow_state_dict, watch, widen_state_dict
 from deltakit.selection import BackboneIndex
 
 
-def freeze_backbone(delta: DeltaContents, train: Selector | None, spelling: Spelling = TRAIN) -> None:
+def freeze_backbone(delta: DeltaContents, train: Selector | None) -> None:
     """Freezes the backbone of an attached delta, except for the modules that `train` selects: they are fully trained.
 
     Args:
         train: selectors of backbone modules. None differs from no selectors: it warns of a new head that would stay frozen.
-        spelling: how the user's interface writes this, for the warning.
 
     Raises:
         SelectorError: if a selector is malformed or matches nothing.
@@ -33,12 +34,57 @@ def freeze_backbone(delta: DeltaContents, train: Selector | None, spelling: Spel
     names = full_training_names(attachment.backbone, index.select(selectors)) if selectors else []
     refuse_taken(attachment, names)
     if train is None or selectors:
-        warn_frozen_head(index, names, selectors, spelling)
-    _freeze_but(attachment, selectors, names)
+        warn_frozen_head(index, names, selectors, TRAIN)
+    _train(attachment, selectors, names, freeze=True)
 
 
-def _freeze_but(attachment: Attachment, selectors: tuple[str, ...], names: Sequence[str]) -> None:
-    """Freezes all but the parameters with these names. After an error all is as it was."""
+def freeze_parameters(
+    delta: DeltaContents, frozen: Collection[int], train: Collection[int], selectors: Sequence[str], spelling: Spelling
+) -> None:
+    """Freezes parameters of a backbone as its user would: they stay frozen when the delta is detached.
+
+    Args:
+        frozen: the ids of these parameters.
+        train: the ids of those that the delta trains fully and saves.
+        selectors: what selected them, for the warning of a new head that would be frozen.
+        spelling: how the user's interface writes this, for the same.
+
+    Raises:
+        StateError: if `train` has parameters and the delta is detached, merged, scaled or in a `rows` block, or one of them is
+            tied to one outside, quantized, offloaded, fully trained by another delta, or has another delta merged into it.
+    """
+    attachment = delta._attachment
+    backbone, ledger = attachment.backbone, attachment.record.grad_ledger
+    names = [name for name, tensor in tensors_of(backbone) if id(tensor) in train]
+    if names:
+        check_freezing(attachment, training=True)
+        notice_moved_buffers(backbone, attachment.record)
+        names = full_training_names(backbone, names)
+        refuse_taken(attachment, names)
+    warn_frozen_head(BackboneIndex(backbone), names, selectors, spelling)
+    if names:
+        _train(attachment, names, names, freeze=attachment.record.freeze)
+    own = {name: parameter for name, parameter in own_parameters(backbone) if id(parameter) in frozen}
+    ledger.stay_frozen(own)
+    for parameter in own.values():
+        parameter.requires_grad_(False)
+    if attachment.attached:
+        refresh_gradients(backbone, ledger)
+
+
+def narrow(delta: DeltaContents | None, module: nn.Module, names: Collection[str]) -> None:
+    """Leaves only these names in the state dict of a module while the delta is attached (None: until `widen`)."""
+    narrow_state_dict(module, names, None if delta is None else delta._record)
+
+
+def widen(delta: DeltaContents | None, module: nn.Module) -> None:
+    """Undoes `narrow` for a module and the modules in it."""
+    widen_state_dict(module, None if delta is None else delta._record)
+
+
+def _train(attachment: Attachment, selectors: Sequence[str], names: Sequence[str], *, freeze: bool) -> None:
+    """Lets the delta train the tensors with these names fully, and freezes all others if `freeze`. After an error all is as it
+    was."""
     backbone, record = attachment.backbone, attachment.record
     values = current_values(backbone, names, record)
     before = record.backbone_values, record.trained_values, record.train, record.freeze
@@ -48,7 +94,7 @@ def _freeze_but(attachment: Attachment, selectors: tuple[str, ...], names: Seque
         else:
             record.trained_values = record.trained_values | values
         record.train += tuple(selector for selector in selectors if selector not in record.train)
-        record.freeze = True
+        record.freeze = freeze
         refresh_gradients(backbone, record.grad_ledger)
         watch(backbone)
     except BaseException:

@@ -31,7 +31,7 @@ from deltakit.injection import holder_of, modules_of
 
 
 def full_training_names(backbone: nn.Module, paths: list[str]) -> list[str]:
-    """Returns the names of all parameters and saved buffers at and below these paths.
+    """Returns the names of all parameters and saved buffers at and below these paths, which may be those of parameters.
 
     Raises:
         StateError: if there are none, or one of them is tied to a parameter outside (which would be trained, too),
@@ -45,7 +45,7 @@ def full_training_names(backbone: nn.Module, paths: list[str]) -> list[str]:
     for path, module in own_modules(backbone, every_name=True):
         is_inside = not chosen.isdisjoint(above(path))
         for name, tensor in tensors_in(path, module):
-            if is_inside:
+            if is_inside or name in chosen:
                 _refuse_quantized(path, module)
                 _refuse_offloaded(name, tensor, module)
                 _refuse_inference(name, tensor)

@@ -8,7 +8,7 @@ from deltakit.core import attachments_of, checked, notice_moved_buffers, records
 from deltakit.delta.full_training import tensors_at
 from deltakit.delta.merging import add_merged
 from deltakit.errors import StateError
-from deltakit.injection import records_around
+from deltakit.injection import records_around, whole_state_dict
 
 
 @checked
@@ -34,7 +34,9 @@ def base_state_dict(backbone: nn.Module) -> dict[str, Tensor]:
     # By identity: a tied tensor has several names, and is kept under one of them.
     for root in (backbone, *dict.fromkeys(root for _, root in roots_inside(backbone).values())):
         bare |= {id(tensor): value.detach() for tensor, value in kept_values(root)}
-    return {name: bare.get(id(own[name]), value) for name, value in backbone.state_dict().items() if name in own}
+    with whole_state_dict():
+        state = backbone.state_dict()
+    return {name: bare.get(id(own[name]), value) for name, value in state.items() if name in own}
 
 
 @checked
@@ -53,7 +55,9 @@ def merged_state_dict(backbone: nn.Module) -> dict[str, Tensor]:
     for attachment in attachments_of(backbone):
         if attachment.record.live:
             add_merged(attachment, sums)
-    return {name: sums.get(id(own[name]), value) for name, value in backbone.state_dict().items() if name in own}
+    with whole_state_dict():
+        state = backbone.state_dict()
+    return {name: sums.get(id(own[name]), value) for name, value in state.items() if name in own}
 
 
 def kept_values(root: nn.Module, *, merged: bool = True) -> Iterator[tuple[Tensor, Tensor]]:

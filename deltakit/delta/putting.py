@@ -30,6 +30,7 @@ from deltakit.injection import (
     take_patches,
     watch,
     watch_first_forward,
+    widen_state_dict,
 )
 
 
@@ -123,6 +124,9 @@ def take_all(attachment: Attachment) -> None:
         take(site.target, keys[site.module], site.module)
     watch(backbone)
     follow_saving(backbone)
+    if record.narrowed:
+        widen_state_dict(backbone, record)
+        record.narrowed = False
     take(first.target, keys[first.module], first.module)
     attachment.scopes.clear()
     record.leaving = False

@@ -28,4 +28,10 @@ def read_pickle(file: Path, *, values: bool = True) -> dict[str, Tensor]:
         isinstance(t, Tensor) and t.is_meta is not values for t in found.values()
     ):
         raise CheckpointError(f"{file} holds more than tensors; save it again as safetensors")
+    for name, tensor in found.items():
+        # A tensor that repeats one value (stride 0) may claim any size, and would take that memory when it is copied.
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise CheckpointError(
+                f"{file} is damaged: {name} has {tensor.numel():,} values, and the file has not as many; save it again"
+            )
     return {str(name): tensor for name, tensor in found.items()}

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltakit.core import deltas_left_out, without_deltas
+from deltakit.injection.narrowed_state_dict import whole_state_dict
 
 
 class OwnValues:
@@ -34,7 +35,7 @@ def bare_state_dicts(module: nn.Module, values: Mapping[str, Tensor]) -> Iterato
     """
     handle = module.register_state_dict_post_hook(OwnValues(values)) if values else None
     try:
-        with without_deltas():
+        with without_deltas(), whole_state_dict():
             yield
     finally:
         if handle is not None:

@@ -17,6 +17,7 @@ _TABLES = {
     "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     "_load_state_dict_pre_hooks": (),
     "_load_state_dict_post_hooks": (),
+    "_state_dict_hooks": (),
 }
 
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from deltakit.core import BackboneView, DeltaModule, Target, wants_start_values
+from deltakit.core import BackboneView, DeltaModule, Target, gathered_in_training, wants_start_values
 from deltakit.errors import OptionError
 from deltakit.ops import Bottleneck, BottleneckMethod, like
 
@@ -31,7 +31,7 @@ class PHMRule(nn.Module):
             nn.init.normal_(self.rule, std=0.01)
 
     def forward(self) -> Float[Tensor, "n n n"]:
-        return self.rule
+        return gathered_in_training(self.rule)
 
 
 class PHMLinear(nn.Module):

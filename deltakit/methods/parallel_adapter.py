@@ -170,8 +170,8 @@ class ParallelAdapter(BottleneckMethod, name="parallel_adapter"):
                 built[target.path] = paired
             elif target.path not in sources.values():
                 built[target.path] = self.build_at(target)
-        words = next(iter(built.values())).summary() if built else ""
-        return {**built, **{path: InputTap(tuple(handovers), words) for path, handovers in taps.items()}}
+        # Behind the adapters, whose options stand in reports.
+        return {**built, **{path: InputTap(tuple(handovers)) for path, handovers in taps.items()}}
 
     def _sources(self, index: BackboneView, targets: Sequence[Target]) -> Mapping[str, str]:
         """Returns the path of the source of each target that has one."""

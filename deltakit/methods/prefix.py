@@ -160,6 +160,7 @@ class Prefix(Method, name="prefix"):
         hidden: the number of hidden units of that MLP, at least 1 (512 in the paper's table-to-text runs).
         shift: whether the positions of the text start after the prefix, as where it enters through `past_key_values` (PEFT).
             It needs a model that takes `position_ids`.
+        embed: the size of the vectors that the MLP reads, at least 1; by default the model's width, as in the paper.
 
     Raises:
         OptionError: if an option is out of its range.
@@ -169,13 +170,14 @@ class Prefix(Method, name="prefix"):
     reparam: bool = False
     hidden: int = 512
     shift: bool = False
+    embed: int | None = None
 
     identity: ClassVar[bool] = False
 
     def validate(self) -> None:
-        for option in ("tokens", "hidden"):
+        for option in ("tokens", "hidden", "embed"):
             value = getattr(self, option)
-            if value < 1:
+            if value is not None and value < 1:
                 raise OptionError(f"Prefix({option}={value}): expected at least 1")
 
     def targets(self, index: BackboneView, selected: Sequence[Target] | None) -> Sequence[Target]:
@@ -233,7 +235,7 @@ class Prefix(Method, name="prefix"):
         if not self.reparam:
             return None
         heads = heads_of(targets[0])
-        width = targets[0].width or heads.count * heads.d_key
+        width = self.embed or targets[0].width or heads.count * heads.d_key
         return PrefixMLP(self.tokens, width, self.hidden, **like(targets[0]))
 
     def to_dict(self) -> dict[str, Any]:

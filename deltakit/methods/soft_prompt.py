@@ -185,7 +185,8 @@ class SoftPrompt(Method, name="soft_prompt"):
 
     Args:
         tokens: the length of the prompt, at least 1.
-        init: "vocab" (embeddings of frequent tokens) or "random" (uniform within 0.5 of 0).
+        init: "vocab" (embeddings of frequent tokens) or "random".
+        init_range: random vectors are uniform within this distance of 0; above 0.
         init_ids: the token ids of a text to start from, repeated or cut to the length of the prompt.
         prepend: whether the delta inserts the prompt into every text. If not, write its ids (vocabulary size, vocabulary
             size + 1, and so on) where you want them.
@@ -200,6 +201,7 @@ class SoftPrompt(Method, name="soft_prompt"):
 
     tokens: int = 20
     init: str = "vocab"
+    init_range: float = 0.5
     init_ids: Sequence[int] | None = None
     prepend: bool = True
     where: str | None = None
@@ -232,6 +234,8 @@ class SoftPrompt(Method, name="soft_prompt"):
         if self.init not in ("vocab", "random"):
             what = "expected 'vocab' or 'random'; for a text use SoftPrompt.from_text"
             raise OptionError(f"SoftPrompt(init={self.init!r}): {what}")
+        if not self.init_range > 0:
+            raise OptionError(f"SoftPrompt(init_range={self.init_range}): expected a number above 0; 0.5 is usual")
         if self.where not in (None, "start", "after_first"):
             raise OptionError(f"SoftPrompt(where={self.where!r}): expected 'start', 'after_first' or None")
         if self.init_ids is not None:
@@ -270,7 +274,8 @@ class SoftPrompt(Method, name="soft_prompt"):
     def _build_in_model(
         self, index: BackboneView, group: Sequence[str], targets: Sequence[Target]
     ) -> dict[str, DeltaModule]:
-        start = start_vectors(targets[0], self.tokens, random=self.init == "random", init_ids=self.init_ids)
+        within = self.init_range if self.init == "random" else None
+        start = start_vectors(targets[0], self.tokens, within=within, init_ids=self.init_ids)
         vectors, vocabulary = PromptVectors(start), int(targets[0].module.num_embeddings)  # type: ignore[arg-type]
         built: dict[str, DeltaModule] = {}
         for target in targets:

@@ -5,7 +5,7 @@ from deltakit.ops.attention.interface import install_prefixes
 from deltakit.ops.attention.kernel import AttentionPrefix, joined, joined_per_example
 from deltakit.ops.attention.mode_stack import enter_prefix_mode, leave_prefix_mode
 from deltakit.ops.attention.sites import attends, enters_by_interface, heads_of
-from deltakit.ops.bottleneck import Bottleneck, BottleneckMethod, unfilled_linear
+from deltakit.ops.bottleneck import ACTIVATIONS, Bottleneck, BottleneckMethod, unfilled_linear
 from deltakit.ops.handover import Handover, InputTap
 from deltakit.ops.kinds.call_context import CallContext
 from deltakit.ops.kinds.input_map import InputMap
@@ -24,6 +24,7 @@ from deltakit.ops.seeded import Seeded, normal, uniform
 from deltakit.ops.sizes import input_size, like
 
 __all__ = [
+    "ACTIVATIONS",
     "AttentionPrefix",
     "Bottleneck",
     "BottleneckMethod",

@@ -1,7 +1,7 @@
 """Hands the input of one module over to the delta module at another one, which is called later in the same forward."""
 
 from threading import get_ident
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,11 +45,9 @@ class Handover:
 class InputTap(DeltaModule):
     """Hands the input of its target over. It has no parameters and changes nothing."""
 
-    scalable: ClassVar[bool] = True
-
-    def __init__(self, handovers: tuple[Handover, ...], words: str) -> None:
+    def __init__(self, handovers: tuple[Handover, ...]) -> None:
         super().__init__()
-        self.handovers, self.words = handovers, words
+        self.handovers = handovers
 
     def before_call(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.takes_part:
@@ -59,7 +57,7 @@ class InputTap(DeltaModule):
             handover.put(x)
 
     def summary(self) -> str:
-        return self.words
+        return f"input for {', '.join(handover.target for handover in self.handovers)}"
 
 
 def _caller() -> int:

@@ -103,18 +103,26 @@ class Visualization:
     def __init__(self, backbone: nn.Module) -> None:
         self.backbone = backbone
 
-    def structure_graph(self, *, rootname: str = "root", columns: Sequence[str] = (), print_tree: bool = True) -> View:
+    def structure_graph(
+        self,
+        *,
+        rootname: str = "root",
+        columns: Sequence[str] = (),
+        print_tree: bool = True,
+        all_modules: bool = False,
+    ) -> View:
         """Returns the tree and prints it.
 
         Args:
             rootname: the name on the first line.
             columns: as for `show`; by default none, as in OpenDelta.
             print_tree: whether to print the tree.
+            all_modules: whether modules without parameters get a line.
 
         Raises:
             OptionError: if a column is unknown.
         """
-        view = View(build(self.backbone, root=rootname), tuple(columns))
+        view = View(build(self.backbone, root=rootname, all_modules=all_modules), tuple(columns))
         if print_tree:
             Console(highlight=False).print(view, soft_wrap=True)
         return view

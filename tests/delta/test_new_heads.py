@@ -181,6 +181,7 @@ def test_heads_beside_the_parts_of_their_base_model(name, tmp_path):
         assert f"pass train={advice} to train" in str(found[0].message)
         delta = dk.attach(model, dk.LoRA(r=2), train=eval(advice))
         assert {path.partition(".")[0] for path in delta.fully_trained} == set(new.split(", "))
+    delta.detach()
     model.save_pretrained(tmp_path / "whole")
     dk.attach(kind.from_pretrained(tmp_path / "whole"), dk.LoRA(r=2))
 

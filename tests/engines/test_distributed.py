@@ -97,7 +97,7 @@ def train_by_ddp(rank, port, results):
 def with_trained_head():
     torch.manual_seed(3)
     model = Transformer()
-    return model, dk.attach(model, dk.LoRA(r=3), dk.Adapter(size=2), dk.Prefix(tokens=2), train="@head")
+    return model, dk.attach(model, dk.LoRA(r=3), dk.Adapter(size=2), dk.Prefix(tokens=2), dk.Compacter(), train="@head")
 
 
 def test_two_processes_train_in_step_with_one():

@@ -8,46 +8,10 @@ import shutil
 
 import pytest
 import torch
-import transformers as tf
-from safetensors.torch import load_file
 
 import deltakit as dk
 from support.models import same, snapshot
-from support.paths import CHECKPOINTS
-
-FILES = CHECKPOINTS / "opendelta"
-COMMON = {"vocab_size": 19, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-SIZES = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 20}
-T5 = {"d_model": 12, "d_kv": 4, "d_ff": 20, "num_layers": 2, "num_heads": 3, "decoder_start_token_id": 0}
-BACKBONES = {
-    "bert": lambda: tf.BertForSequenceClassification(tf.BertConfig(**SIZES, **COMMON, max_position_embeddings=32)),
-    "t5": lambda: tf.T5ForConditionalGeneration(tf.T5Config(**T5, **COMMON)),
-    "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=12, n_layer=2, n_head=3, n_positions=32, **COMMON)),
-}
-CASES = [(path.parent.parent.name, path.parent.name) for path in sorted(FILES.glob("*/*/config.json"))]
-# Here OpenDelta computes something else than deltakit's Prefix can.
-REFUSED = [("t5", "prefix"), ("t5", "prefix_plain")]
-
-
-def backbone(name):
-    model = BACKBONES[name]().eval()
-    state = load_file(FILES / name / "backbone.safetensors")
-    # A buffer that transformers does not save any more.
-    state.pop("bert.embeddings.position_ids", None)
-    model.load_state_dict(state)
-    return model
-
-
-def known(name):
-    """The arguments of the call, and the logits by case."""
-    tensors = load_file(FILES / name / "expected.safetensors")
-    expected = {key.removeprefix("expected."): value for key, value in tensors.items() if key.startswith("expected.")}
-    return {key: value for key, value in tensors.items() if not key.startswith("expected.")}, expected
-
-
-def logits(model, call):
-    with torch.no_grad():
-        return model(**call).logits
+from support.opendelta_files import CASES, FILES, REFUSED, backbone, known, logits
 
 
 def test_there_is_a_file_of_each_type():
@@ -65,10 +29,10 @@ def test_logits_are_opendelta_s(name, case, tmp_path):
     torch.testing.assert_close(bare, expected["bare"], rtol=1e-5, atol=1e-5)
     delta = dk.load(FILES / name / case, model)
     found = logits(model, call)
-    # OpenDelta's logits have the soft prompt's own rows, too.
-    wanted = expected[case][:, -found.shape[1] :] if found.ndim == 3 else expected[case]
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    assert (bare - found).abs().max() > 1e-5
+    torch.testing.assert_close(found, expected[case], rtol=1e-5, atol=1e-5)
+    # With the soft prompt's own rows before the text's.
+    text = found[:, -bare.shape[1] :] if found.ndim == 3 else found
+    assert (bare - text).abs().max() > 1e-5
     assert any(parameter.requires_grad for parameter in delta.parameters())
     delta.save(tmp_path)
     delta.detach()
@@ -153,6 +117,8 @@ DENSE = "bert.encoder.layer.0.output.dense"
         ("low_rank", {"add": {f"{DENSE}.low_rank_adapter.down_sampler.W_left": torch.ones(12, 2)}}, "low-rank adapters have rank 2"),
         ("parallel_by_name", {"config": {"modified_modules": ["intermediate.dense", "w2"]}}, "named 'w2' behind it"),
         ("prefix", {"config": {"modified_modules": ["attention", "intermediate", "0.output"]}}, "48 features together, .* the 5 attention"),
+        ("lora", {"add": {f"{DENSE}.lora.lora_A": torch.ones(0, 20)}}, "lora_A has no values; save or download it again"),
+        ("lora", {"add": {f"{DENSE}.lora.lora_A": torch.ones(1).expand(10**9, 20)}}, "lora_A has 20,000,000,000 values, and the"),
         ("prefix", {"config": {"modified_modules": ["output"]}}, "has a prefix at .* no attention there"),
     ],
 )  # fmt: skip

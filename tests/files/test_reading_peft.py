@@ -5,11 +5,12 @@ import re
 
 import pytest
 import torch
+import transformers as tf
 from safetensors.torch import load_file, save_file
 
 import deltakit as dk
 from support.models import same, snapshot
-from support.peft_models import MODELS, close, outputs, saved, wide
+from support.peft_models import MODELS, adapted, close, opened, outputs, saved, wide
 
 peft = pytest.importorskip("peft")
 
@@ -237,6 +238,83 @@ def test_a_narrower_adapter_leaves_the_embedding_as_it_is(tmp_path):
     saved("llama", peft.LoraConfig(r=2, target_modules=["embed_tokens"]), tmp_path)
     with_tensors(tmp_path, lambda t: t.update({key: value.bfloat16() for key, value in t.items()}))
     assert dk.load(tmp_path, wide("llama")).fully_trained == []
+
+
+PARAMETERS = {
+    "both": {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    "one beside a module": {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]},
+    "alphas": {
+        "target_modules": ["q_proj"],
+        "target_parameters": ["experts.down_proj", "experts.gate_up_proj"],
+        "alpha_pattern": {"experts.down_proj": 3},
+    },
+    "a plain weight": {"target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"]},
+}
+
+
+@pytest.mark.parametrize("case", PARAMETERS)
+def test_parameters_of_experts(case, tmp_path):
+    config = peft.LoraConfig(r=3, lora_alpha=5, **PARAMETERS[case])
+    loads_as("mixtral", saved("mixtral", config, tmp_path), tmp_path)
+
+
+def test_experts_that_are_stored_transposed(tmp_path):
+    def model():
+        torch.manual_seed(1)
+        sizes = {"hidden_size": 24, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 4}
+        more = {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 3, "vocab_size": 97, "pad_token_id": 0}
+        return tf.GptOssForCausalLM(tf.GptOssConfig(**sizes, **more, num_experts_per_tok=2)).eval()
+
+    assert model().model.layers[0].mlp.experts.is_transposed
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=[], target_parameters=["experts.down_proj"])
+    theirs, fresh = adapted(model(), config, tmp_path), model()
+    dk.load(tmp_path, fresh)
+    close("mixtral", outputs("gpt_oss", fresh), outputs("gpt_oss", theirs))
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "resnet"])
+def test_biases_of_the_second_factor(name, tmp_path):
+    """They are BitFit beside LoRA."""
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=QUERIES[name], lora_bias=True)
+    delta = loads_as(name, saved(name, config, tmp_path), tmp_path)
+    assert [method.name for method in delta.methods] == ["lora", "bitfit"]
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "resnet"])
+@pytest.mark.parametrize("pattern", [False, True], ids=["one rank", "a rank pattern"])
+def test_adalora(name, pattern, tmp_path):
+    """It is LoRA, with the singular values in A."""
+    config = peft.AdaLoraConfig(target_modules=QUERIES[name], total_step=10, init_r=4, lora_alpha=5)
+    theirs = adapted(wide(name), config, tmp_path)
+    if pattern:
+        # The ranks that are left, as PEFT counts them at the end of training.
+        paths = [path.removesuffix(".lora_E.default") for path, _ in theirs.named_parameters() if "lora_E" in path]
+        left = [[False, False, True, False], [True, False, True, True], [True] * 4]
+        theirs.peft_config["default"].rank_pattern = {
+            f"{path.removeprefix('base_model.model.')}.lora_E": left[min(number, 2)]
+            for number, path in enumerate(paths)
+        }
+        theirs.save_pretrained(tmp_path)
+    # PEFT trains its divisor by accident, and does not save it, so what counts is the adapter that it reads again.
+    delta = loads_as(name, outputs(name, opened(wide(name), tmp_path)), tmp_path)
+    assert {method.r for method in delta.methods} >= ({1, 3} if pattern else {4})
+
+
+EXPERTS = "base_model.model.model.layers.0.mlp.experts"
+PARTS_REFUSED = {
+    "AdaLoRA without E": ("llama", lambda: peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10, init_r=4), lambda t: t.pop(f"{Q}.lora_E"), "q_proj has no three factors of AdaLoRA that fit"),
+    "another stack": ("mixtral", lambda: peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"]), lambda t: t.update({f"{EXPERTS}.lora_A.weight": torch.ones(5, 52), f"{EXPERTS}.lora_B.weight": torch.ones(24, 5)}), r"the factors of model.layers.0.mlp.experts.down_proj have shapes \(5, 52\) and \(24, 5\), which fit no stack of 3"),
+    "one parameter more": ("mixtral", lambda: peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"]), lambda t: t.update({f"{EXPERTS}.base_layer.lora_{x}.weight": t[f"{EXPERTS}.lora_{x}.weight"].clone() for x in "AB"}), "it has 2 LoRAs on parameters of model.layers.0.mlp.experts, and target_parameters names 1 there"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PARTS_REFUSED)
+def test_parts_that_do_not_fit(case, tmp_path):
+    name, config, change, message = PARTS_REFUSED[case]
+    saved(name, config(), tmp_path)
+    with_tensors(tmp_path, change)
+    with pytest.raises(dk.CheckpointError, match=message):
+        dk.load(tmp_path, MODELS[name]())
 
 
 class Square(torch.nn.Module):

@@ -1,6 +1,7 @@
 """Deltas that are saved as adapters of PEFT: PEFT and transformers open them, with the outputs that the delta gave."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -43,6 +44,40 @@ def test_peft_opens_it(case, tmp_path):
     assert delta.save(tmp_path, format="peft") == tmp_path
     close(name, read_by_peft(name, tmp_path), expected)
     # And back.
+    again = wide(name)
+    dk.load(tmp_path, again)
+    close(name, outputs(name, again), expected)
+
+
+PROMPTS = {
+    "bert": (dk.SoftPrompt(tokens=5, where="start"), "classifier"),
+    "distilbert": (dk.SoftPrompt(tokens=5, where="start", trim=False), ["classifier", "pre_classifier"]),
+    "gpt2": (dk.SoftPrompt(tokens=5), ()),
+    "llama": (dk.SoftPrompt(tokens=5), ()),
+    "t5": (dk.SoftPrompt(tokens=5), ()),
+    "prefix bert": (dk.Prefix(tokens=5, shift=True), "classifier"),
+    "frozen head bert": (dk.SoftPrompt(tokens=5, where="start"), ()),
+    "prefix frozen head bert": (dk.Prefix(tokens=5, shift=True), ()),
+    "prefix gpt2": (dk.Prefix(tokens=5, shift=True), ()),
+    "prefix llama": (dk.Prefix(tokens=5, shift=True), ()),
+}
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+def test_peft_opens_prompts_and_prefixes(case, tmp_path):
+    name, (method, train) = case.split()[-1], PROMPTS[case]
+    model = wide(name)
+    bare = outputs(name, model)
+    delta = randomize(dk.attach(model, method, train=train), 0.3)
+    for value in delta.parameters():
+        # PEFT holds prompts in float32.
+        value.data.copy_(value.data.float())
+    expected = outputs(name, model)
+    assert (bare - expected).abs().max() > 1e-4
+    delta.save(tmp_path, format="peft")
+    found = outputs(name, opened(wide(name), tmp_path))
+    # PEFT leaves the hidden states of a prompt in the output.
+    close(name, found if found.ndim == 2 else found[:, -expected.shape[1] :], expected)
     again = wide(name)
     dk.load(tmp_path, again)
     close(name, outputs(name, again), expected)
@@ -131,8 +166,55 @@ def test_transformers_opens_it(tmp_path):
     torch.testing.assert_close(outputs("llama", loaded.eval()), expected, rtol=1e-5, atol=1e-6)
 
 
+def by_the_rules_of_vllm(folder, model):
+    """Adds an adapter to a model's weights as vLLM does: one rank, one scale, and no other keys than those of factors."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert not config.get("use_dora")
+    assert not config["modules_to_save"]
+    assert config["bias"] == "none"
+    assert isinstance(config["target_modules"], list)
+    assert {"rank_pattern", "alpha_pattern"}.isdisjoint(config)
+    r = config["r"]
+    scale = config["lora_alpha"] / (r**0.5 if config["use_rslora"] else r)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    pairs = {}
+    for key, tensor in tensors.items():
+        path, factor = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key).groups()
+        # The last part of each path must be a module that vLLM knows.
+        assert path.rpartition(".")[2] in {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+        assert tensor.shape[factor == "B"] == r
+        pairs.setdefault(path, {})[factor] = tensor
+    with torch.no_grad():
+        for path, pair in pairs.items():
+            model.get_submodule(path).weight += scale * pair["B"] @ pair["A"]
+
+
+SERVED = {
+    "one rank": (dk.LoRA(r=3, alpha=5),),
+    "rslora": (dk.LoRA(r=3, alpha=5, rslora=True),),
+    "ranks and alphas": (dk.LoRA(r={"layers.0": 4, "*": 2}, alpha={"q_proj": 3, "*": 7}, at="@attn.{q,k,v,o}"),),
+    "several": (dk.LoRA(r=2, at="mlp"), dk.LoRA(r=3, at="q_proj", rslora=True)),
+}
+
+
+@pytest.mark.parametrize("case", SERVED)
+def test_it_keeps_the_rules_of_vllm(case, tmp_path):
+    model = wide("llama")
+    delta = randomize(dk.attach(model, *SERVED[case], train=()), 0.3)
+    delta.save(tmp_path, format="peft")
+    fresh = wide("llama")
+    by_the_rules_of_vllm(tmp_path, fresh)
+    close("llama", outputs("llama", fresh), outputs("llama", model))
+
+
 REFUSED = {
-    "another method": ("llama", (dk.Prefix(tokens=2),), (), "an adapter of PEFT is LoRA or IA3, and this delta is prefix"),
+    "another method": ("llama", (dk.Adapter(size=2),), (), "an adapter of PEFT is one of lora, ia3, soft_prompt, prefix, and this delta is adapter"),
+    "positions that stay": ("llama", (dk.Prefix(tokens=2),), (), r"the text start after a prefix, as with Prefix\(shift=True\)"),
+    "a prefix in one layer": ("llama", (dk.Prefix(tokens=2, shift=True, at="layers.0"),), (), "into every layer, and it has 1 pairs for 2 layers"),
+    "a prompt by its ids": ("llama", (dk.SoftPrompt(tokens=2, prepend=False),), (), "its prompt stands where the ids are"),
+    "a prompt after the first token": ("bert", (dk.SoftPrompt(tokens=2),), (), "its prompt stands after the first token"),
+    "a first token that is read": ("distilbert", (dk.SoftPrompt(tokens=2),), (), r"the classifier reads the first token, .* as with SoftPrompt\(trim=False\)"),
+    "two prompts' methods": ("llama", (dk.SoftPrompt(tokens=2), dk.Prefix(tokens=2)), (), "this delta is prefix and soft_prompt"),
     "two methods": ("llama", (dk.LoRA(), dk.BitFit(at="norm")), (), "this delta is bitfit and lora"),
     "experts": ("mixtral", (dk.LoRA(r=2, at="@ff.down"),), (), "experts.down_proj is a parameter, and deltakit writes LoRA of modules"),
     "a tied weight": ("gpt2", (dk.LoRA(r=2, at="wte.weight"),), (), "transformer.wte.weight and lm_head.weight are one weight here"),

@@ -46,6 +46,24 @@ def test_adapter():
     assert dk.Adapter().activation == "gelu"
 
 
+def test_the_other_adapters():
+    """Compacter and its baseline: reduction 32, rank 1 and n = 4 (the authors' compacter.json and low_rank_adapter.json).
+
+    The parallel adapter: 512 units, ReLU and a factor of 4, as in the authors' script for XSum.
+    """
+    model = nn.ModuleDict({"layer": nn.Linear(101, 256)})
+    at = {"at": "layer"}
+    for method, summary in (
+        (dk.LowRankAdapter(**at), "size=8 r=1 gelu_tanh"),
+        (dk.Compacter(**at), "size=8 n=4 r=1 gelu_tanh"),
+        (dk.ParallelAdapter(**at), "size=512 scaling=4 relu"),
+    ):
+        delta = dk.attach(model, method)
+        assert delta.modules["layer"][0].summary() == summary
+        delta.detach()
+    assert (dk.Compacter().shared_rule, dk.Compacter().bias) == (True, True)
+
+
 def test_prefix():
     """10 tokens, the best length for table-to-text (arXiv:2101.00190, section 7.2), and an MLP of 512 units (appendix A)."""
     flat = dk.attach(Transformer(), dk.Prefix())

@@ -71,8 +71,8 @@ def test_the_plan_the_delta_and_the_card_show_each_rank(tmp_path):
         assert re.search(r"lora r=4 alpha=16 +2 targets +\+320\n +layers\.0\.self_attn\.\{q_proj,v_proj\}\n", text)
         assert re.search(r"lora r=2 alpha=16 +2 targets +\+160\n +layers\.1\.self_attn\.\{q_proj,v_proj\}\n", text)
     card = (randomize(dk.deltas(model)[0]).save(tmp_path) / "README.md").read_text()
-    assert "- `lora` (r=4, alpha=16," in card
-    assert "- `lora` (r=2, alpha=16," in card
+    assert "| `lora` | r=4, alpha=16," in card
+    assert "| `lora` | r=2, alpha=16," in card
 
 
 def test_it_is_saved_and_loaded(tmp_path):

@@ -85,6 +85,8 @@ def test_default_positions_where_the_feed_forward_part_is_no_module(name):
     ids = torch.randint(3, 97, (2, 7))
     torch.testing.assert_close(model(ids).last_hidden_state, twin(ids).last_hidden_state, rtol=1e-12, atol=1e-12)
     assert set(delta.modules) == {path.format(i) for path in PAIRS[name] for i in range(1 if name == "albert" else 2)}
+    assert "parallel_adapter size=3 scaling=4 relu" in repr(delta)
+    assert delta.modules[first.format(0)][0].summary() == f"input for {last.format(0)}"
 
 
 @pytest.mark.parametrize(
@@ -109,6 +111,20 @@ def test_feed_forward_modules_that_an_adapter_cannot_be_on(make, path):
     ends = (1, 2) if "layer_" in path else (0, 2)
     assert set(delta.modules) == {path.format(i, j) for i in (0, 1) for j in ends}
     model(torch.randint(3, 97, (2, 7)))
+
+
+def test_a_source_may_be_the_norm_before_the_part():
+    """As AdapterHub's parallel adapters on Llama, which read the residual stream."""
+    model = build("llama").double()
+    twin = copy.deepcopy(model)
+    delta = attached(model, dk.ParallelAdapter(size=3, at="mlp", source="post_attention_layernorm"))
+    for i in (0, 1):
+        (own,), seen = delta.modules[f"layers.{i}.mlp"], []
+        layer = twin.layers[i]
+        layer.post_attention_layernorm.register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0]))
+        layer.mlp.register_forward_hook(lambda m, args, y, own=own, seen=seen: y + formula(own, seen.pop()))
+    ids = torch.randint(3, 97, (2, 7))
+    torch.testing.assert_close(model(ids).last_hidden_state, twin(ids).last_hidden_state, rtol=1e-12, atol=1e-12)
 
 
 @pytest.fixture

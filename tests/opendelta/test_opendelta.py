@@ -39,7 +39,9 @@ def test_from_config_save_and_from_finetuned(delta_type, tmp_path, capsys):
     assert trained == {"encoder.final_layer_norm.weight", "decoder.final_layer_norm.weight"}
     randomize(delta.delta)
     delta.log()
-    assert re.search(r"trainable [\d.]+ %, delta [\d.]+ % of", capsys.readouterr().out)
+    printed = capsys.readouterr()
+    assert printed.out.startswith("root\n")
+    assert re.search(r"Trainable Ratio: \d+/\d+=[\d.]+%\nDelta Parameter Ratio: \d+/\d+=[\d.]+%\n", printed.err)
     output = hidden(backbone(**batch))
     delta.save_finetuned(tmp_path)
     loaded = AutoDeltaModel.from_finetuned(tmp_path, backbone_model=fresh)
@@ -48,6 +50,8 @@ def test_from_config_save_and_from_finetuned(delta_type, tmp_path, capsys):
     delta.detach()
     backbone.requires_grad_(True)
     same(before, snapshot(backbone))
+    # With a position bias that requires gradients, torch takes another attention kernel.
+    backbone.requires_grad_(False)
     delta.attach()
     assert torch.equal(hidden(backbone(**batch)), output)
 
@@ -79,17 +83,19 @@ def test_three_tasks_on_one_backbone(tmp_path):
 def test_several_methods_come_back_as_one_delta(tmp_path):
     backbone = model()
     randomize(dk.attach(backbone, dk.LoRA(r=2), dk.BitFit())).save(tmp_path)
-    assert type(AutoDeltaModel.from_finetuned(tmp_path, backbone_model=model())).__name__ == "DeltaModel"
+    assert type(AutoDeltaModel.from_finetuned(tmp_path, backbone_model=model())).__name__ == "DeltaBase"
 
 
 def test_errors():
     with pytest.raises(dk.OptionError, match="unknown delta_type 'magic'; use one of lora, adapter"):
         AutoDeltaConfig.from_dict({"delta_type": "magic"})
-    config = AutoDeltaConfig.from_dict({"delta_type": "lora", "lora_rank": 3})
+    with pytest.warns(dk.DeltaWarning, match=r"LoraConfig\.from_dict: lora_rank are no options of this delta type"):
+        config = AutoDeltaConfig.from_dict({"delta_type": "lora", "lora_rank": 3, "lora_r": 5})
+    assert config.lora_r == 5
     with pytest.raises(
         dk.OptionError, match=r"LoraModel\(lora_rank=...\): no such option; write lora_r= for lora_rank"
     ):
-        AutoDeltaModel.from_config(config, backbone_model=model())
+        dk.LoraModel(model(), lora_rank=3)
 
 
 def trained_values(backbone):
@@ -123,11 +129,14 @@ def test_what_freeze_module_excludes_belongs_to_its_delta():
     trained = trained_values(backbone)
     assert trained > sum(p.numel() for modules in first.delta.modules.values() for m in modules for p in m.parameters())
     first.detach()
-    assert trained_values(backbone) == 0
+    # As in OpenDelta, what is excluded is left as it is, so that another delta can train it.
+    assert trained_values(backbone) == sum(
+        p.numel() for name, p in backbone.named_parameters() if "final_layer" in name
+    )
     first.attach()
     assert trained_values(backbone) == trained
-    with pytest.raises(dk.SelectorError, match="no_such_module"):
-        dk.AdapterModel(backbone).freeze_module(exclude=["no_such_module"])
+    with pytest.warns(dk.DeltaWarning, match="'no_such_module' matched nothing and has no effect"):
+        dk.AdapterModel(backbone).freeze_module(exclude=["deltas", "no_such_module"])
 
 
 def test_a_new_head_that_freeze_module_would_freeze_is_named():

@@ -174,8 +174,6 @@ class _Accelerator:
     register_load_state_pre_hook = register_save_state_pre_hook
 
 
-_LORA = {"delta_type": "lora", "lora_r": 2}
-
 CALLS = {
     "attach": Call(lambda s: dk.attach, lambda s: {"backbone": s.bare, "methods": dk.LoRA(r=2)}),
     "plan": Call(lambda s: dk.plan, lambda s: {"backbone": s.bare, "methods": dk.LoRA(r=2)}),
@@ -234,7 +232,7 @@ CALLS = {
     "RoleTable[]": Call(lambda s: lambda role: dk.roles(s.bare)[role], lambda s: {"role": "@attn.q"}),
     "View": Call(lambda s: dk.View, lambda s: {"node": dk.show(s.bare).node, "columns": ()}, lambda s, view: str(view)),
     "View.html": Call(lambda s: dk.show(s.bare).html),
-    "Visualization": Call(lambda s: dk.Visualization, lambda s: {"backbone": s.bare}),
+    "Visualization": Call(lambda s: dk.Visualization, lambda s: {"plm": s.bare}),
     "Visualization.structure_graph": Call(lambda s: dk.Visualization(s.bare).structure_graph),
     "OutputMap": Call(lambda s: dk.OutputMap, lambda s: {"target": s.target}),
     "InputMap": Call(lambda s: dk.InputMap, lambda s: {"target": s.target}),
@@ -244,27 +242,12 @@ CALLS = {
     "AdapterModel": _opendelta(dk.AdapterModel),
     "BitFitModel": _opendelta(dk.BitFitModel),
     "PrefixModel": _opendelta(dk.PrefixModel),
-    "SoftPromptModel": _opendelta(dk.SoftPromptModel),
-    "LoraModel.attach": _opendelta_method("attach"),
-    "LoraModel.detach": _opendelta_method("detach"),
+    # The scene's vocabulary is smaller than OpenDelta's default.
+    "SoftPromptModel": Call(lambda s: dk.SoftPromptModel, lambda s: {"backbone_model": s.bare, "soft_token_num": 3}),
+    "CompacterModel": _opendelta(dk.CompacterModel),
+    "LowRankAdapterModel": _opendelta(dk.LowRankAdapterModel),
+    "ParallelAdapterModel": _opendelta(dk.ParallelAdapterModel),
     "LoraModel.freeze_module": _opendelta_method("freeze_module"),
-    "LoraModel.log": _opendelta_method("log"),
-    "LoraModel.save_finetuned": _opendelta_method("save_finetuned"),
-    "AutoDeltaConfig": Call(lambda s: dk.AutoDeltaConfig, lambda s: {"delta_type": "lora"}),
-    "AutoDeltaConfig.from_dict": Call(
-        lambda s: dk.AutoDeltaConfig.from_dict,
-        lambda s: {"config_dict": _LORA},
-        lambda s, config: dk.AutoDeltaModel.from_config(config, backbone_model=s.bare),
-    ),
-    "AutoDeltaModel": Call(lambda s: dk.AutoDeltaModel),
-    "AutoDeltaModel.from_config": Call(
-        lambda s: dk.AutoDeltaModel.from_config,
-        lambda s: {"config": dk.AutoDeltaConfig.from_dict(_LORA), "backbone_model": s.bare},
-    ),
-    "AutoDeltaModel.from_finetuned": Call(
-        lambda s: dk.AutoDeltaModel.from_finetuned,
-        lambda s: {"finetuned_model_name_or_path": s.saved, "backbone_model": s.bare},
-    ),
 }
 """Every public function by name."""
 

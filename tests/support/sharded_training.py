@@ -15,7 +15,8 @@ def to_train(start=None):
     model = Transformer()
     if start is not None:
         return model, dk.load(start, model)
-    methods = (dk.LoRA(r=3), dk.Adapter(size=2), dk.BitFit(at="@ff.up"), dk.Prefix(tokens=2))
+    pair = dk.ParallelAdapter(size=2, at="@ff.down", source="@ff.up")
+    methods = (dk.LoRA(r=3), dk.Adapter(size=2), dk.BitFit(at="@ff.up"), dk.Prefix(tokens=2), pair, dk.Compacter())
     return model, randomize(dk.attach(model, *methods, train="norm"), scale=0.03)
 
 

@@ -14,12 +14,12 @@ _FREQUENT = 5_000
 
 
 def start_vectors(
-    target: Target, tokens: int, *, random: bool, init_ids: Sequence[int] | None
+    target: Target, tokens: int, *, within: float | None, init_ids: Sequence[int] | None
 ) -> Float[Tensor, "tokens d"]:
     """Returns the vectors with which the prompt at an embedding starts, in the dtype that the embedding computes in.
 
     Args:
-        random: whether they are uniform within 0.5 of 0, instead of embeddings of the first and most frequent tokens.
+        within: the vectors are random, within this distance of 0; None for embeddings of the first and most frequent tokens.
         init_ids: the ids whose embeddings they are in any case, repeated or cut; None for none.
 
     Raises:
@@ -30,8 +30,8 @@ def start_vectors(
     # The sizes are not those of the weight, which may be quantized and packed.
     vocabulary, new = embedding.num_embeddings, like(target)
     start = torch.empty(tokens, embedding.embedding_dim, **new)
-    if init_ids is None and (random or not wants_start_values(start)):
-        return start.uniform_(-0.5, 0.5) if wants_start_values(start) else start
+    if init_ids is None and (within is not None or not wants_start_values(start)):
+        return start.uniform_(-within, within) if within is not None and wants_start_values(start) else start
     if init_ids is not None:
         outside = [i for i in init_ids if i >= vocabulary]
         if outside:

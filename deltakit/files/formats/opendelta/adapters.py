@@ -7,6 +7,7 @@ from torch import Tensor
 
 from deltakit.errors import CheckpointError
 from deltakit.files.formats.opendelta.found import Found, is_named
+from deltakit.selection import BackboneIndex
 
 _LORA = r"(?:lora(?:_\d+)?\.)?lora_([AB])"
 _BOTTLENECK = r"(?:_\d+)?\.modulelist\.((?:down|up)_proj\.(?:weight|bias))"
@@ -21,7 +22,7 @@ def read_lora(found: Found) -> None:
     for path, given in found.groups(_LORA).items():
         a, b = (found.tensor(given, name, path) for name in "AB")
         options = {
-            "r": max(1, len(a)),
+            "r": len(a),
             "alpha": found.option("lora_alpha", float, 16.0),
             "dropout": found.option("lora_dropout", float, 0.0),
         }
@@ -32,28 +33,24 @@ def read_adapter(found: Found) -> None:
     """Adds adapters: h = h + up(f(down(h)))."""
     for path, given in found.groups(f"adapter{_BOTTLENECK}").items():
         tensors = _bottleneck(found, given, path)
-        options = {"size": max(1, len(tensors["down.weight"])), "activation": found.activation}
+        options = {"size": len(tensors["down.weight"]), "activation": found.activation}
         found.parts.add("adapter", options, path, tensors)
 
 
 def read_parallel_adapter(found: Found) -> None:
     """Adds parallel adapters. Their tensors are at the module whose input they read; their targets are found by the config."""
-    groups: dict[int, dict[str, tuple[str, Mapping[str, Tensor]]]] = {}
+    groups: dict[tuple[int, int, bool], dict[str, tuple[str, dict[str, Tensor]]]] = {}
     for source, given in found.groups(f"parallel_adapter{_BOTTLENECK}").items():
-        tensors = _bottleneck(found, given, source)
-        target = _after(found, source)
-        groups.setdefault(len(tensors["down.weight"]), {})[target] = (source, tensors)
-    for size, pairs in groups.items():
-        scaling = found.option("scaled", float, 1.0)
-        options = {"size": max(1, size), "activation": found.activation, "scaling": scaling}
-        # Those that read their own input are a method of their own: the nearest source of each target must be its own.
-        for alone in (True, False):
-            mine = {target: pair for target, pair in pairs.items() if (target == pair[0]) is alone}
-            if mine:
-                sources = tuple(source for source, _ in mine.values())
-                found.add(
-                    "parallel_adapter", {**options, "source": sources}, {path: pair[1] for path, pair in mine.items()}
-                )
+        part = _bottleneck(found, given, source)
+        target, pair = _after(found, source)
+        # Each pair of names is a method of its own, in which the nearest source of a target is its own.
+        groups.setdefault((len(part["down.weight"]), pair, target == source), {})[target] = (source, part)
+    scaling = found.option("scaled", float, 1.0)
+    for (size, _, _), by_target in groups.items():
+        sources = tuple(source for source, _ in by_target.values())
+        options = {"size": size, "activation": found.activation, "scaling": scaling, "source": sources}
+        tensors = {target: part for target, (_, part) in by_target.items()}
+        found.add("parallel_adapter", options, tensors, small={"size": 1})
 
 
 def read_low_rank_adapter(found: Found) -> None:
@@ -116,20 +113,22 @@ def _bottleneck(found: Found, given: Mapping[str, Tensor], path: str) -> dict[st
     }
 
 
-def _after(found: Found, source: str) -> str:
-    """Returns the module to whose output a parallel adapter adds; the source itself without a backbone.
+def _after(found: Found, source: str) -> tuple[str, int]:
+    """Returns the module to whose output a parallel adapter adds, and which pair of `modified_modules` says so.
 
-    OpenDelta reads `modified_modules` as pairs of names, the second of which is matched after the first.
+    OpenDelta reads them as pairs of names, the second of which is matched after the first. Without a backbone, and without
+    such names, it is the source itself, or the last layer of the feed-forward part that starts with it.
     """
     if found.index is None:
-        return source
+        return source, 0
     names = found.names()
-    pairs = [pair for pair in zip(names[::2], names[1::2], strict=False) if is_named(source, pair[0])]
-    if not pairs:
-        return _after_by_role(found, source)
-    second = pairs[0][1]
-    if second == pairs[0][0]:
-        return source
+    pairs = list(zip(names[::2], names[1::2], strict=False))
+    pair = next((number for number, (first, _) in enumerate(pairs) if is_named(source, first)), None)
+    if pair is None:
+        return _after_by_role(found.index, source), 0
+    first, second = pairs[pair]
+    if first == second:
+        return source, pair
     paths = list(found.index.by_path)
     behind = paths[paths.index(source) + 1 :] if source in paths else []
     target = next((path for path in behind if is_named(path, second)), None)
@@ -138,13 +137,11 @@ def _after(found: Found, source: str) -> str:
             f"{found.folder}: it has a parallel adapter from {source} to a module named {second!r} behind it, and this "
             "backbone has none; load the backbone that the delta was trained on"
         )
-    return target
+    return target, pair
 
 
-def _after_by_role(found: Found, source: str) -> str:
-    """Returns the last layer of the feed-forward part that starts with the source; any other source itself."""
-    assert found.index is not None
-    for unit in found.index.roles.units:
+def _after_by_role(index: BackboneIndex, source: str) -> str:
+    for unit in index.roles.units:
         if unit.kind == "ff" and source in (unit.parts.get(part) for part in ("up", "gate", "gate_up")):
             return unit.parts["down"]
     return source

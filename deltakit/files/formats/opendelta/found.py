@@ -116,12 +116,25 @@ class Found:
             raise CheckpointError(f"{self.folder} is damaged: it has no {name} at {path}; save or download it again")
         return given[name]
 
-    def add(self, method: str, options: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Adds a method with the tensors of its targets, by their paths, and the targets that the method adds itself."""
+    def add(
+        self,
+        method: str,
+        options: Mapping[str, Any],
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        *,
+        small: Mapping[str, Any],
+    ) -> None:
+        """Adds a method with the tensors of its targets, by their paths, and the targets that the method adds itself.
+
+        Args:
+            small: options with which it takes little memory, and has the same targets.
+        """
         paths = dict.fromkeys(tensors)
         if self.index is not None and all(path in self.index for path in paths):
             with without_start_values():
-                built = METHODS[method](**options).build(self.index, [self.index.target(path) for path in paths])
+                built = METHODS[method](**{**options, **small}).build(
+                    self.index, [self.index.target(path) for path in paths]
+                )
             paths |= dict.fromkeys(built)
         for path in paths:
             self.parts.add(method, options, path, tensors.get(path, {}))

@@ -25,7 +25,7 @@ def read_prefix(found: Found) -> None:
     for path, (key, value) in pairs.items():
         target, heads = _attention(found, path)
         tensors = {name: _by_head(found, tensor, heads) for name, tensor in (("key", key), ("value", value))}
-        found.parts.add("prefix", {"tokens": max(1, len(key))}, target, tensors)
+        found.parts.add("prefix", {"tokens": len(key)}, target, tensors)
 
 
 def _computed(found: Found, first: str, given: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -95,14 +95,15 @@ def _by_head(found: Found, vectors: Tensor, heads: int) -> Tensor:
 
 
 def read_soft_prompt(found: Found) -> None:
-    """Adds a soft prompt. OpenDelta puts it in front of the text, also where a pooler reads the first hidden state."""
+    """Adds a soft prompt. OpenDelta puts it in front of all tokens, [CLS] included, and leaves it in the output."""
     for path, given in found.groups(r"soft_prompt_layer\.(soft_embeds)").items():
         vectors = given["soft_embeds"]
-        options = {"tokens": max(1, len(vectors)), "where": "start"}
+        options = {"tokens": len(vectors), "where": "start", "trim": False}
         if found.index is None:
             found.parts.add("soft_prompt", options, path, {"prompt": vectors})
             continue
         method: Any = METHODS["soft_prompt"]
         first, *others = (target.path for target in method(**options).targets(found.index, None))
         # Where several embeddings share a weight, the first one holds the vectors.
-        found.add("soft_prompt", options, {first: {"prompt": vectors}, **{other: {} for other in others}})
+        tensors = {first: {"prompt": vectors}, **{other: {} for other in others}}
+        found.add("soft_prompt", options, tensors, small={"tokens": 1})

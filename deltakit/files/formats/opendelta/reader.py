@@ -56,6 +56,10 @@ def read(place: Path, backbone: nn.Module | None, values: bool) -> Saved:
     if not (place / PICKLE).is_file():
         raise CheckpointError(f"{place}: it has {CONFIG} of OpenDelta, and no {PICKLE}; save or download it again")
     found = Found(place, config, read_pickle(place / PICKLE, values=values), backbone)
+    empty = next((key for key, tensor in found.tensors.items() if not tensor.numel()), None)
+    if empty is not None:
+        # Nothing that is trained has no values, and what is computed from its sizes could take any memory.
+        raise CheckpointError(f"{place} is damaged: {empty} has no values; save or download it again")
     add(found)
     if not found.parts:
         raise CheckpointError(

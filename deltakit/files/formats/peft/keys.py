@@ -5,10 +5,12 @@ from deltakit.files.formats.adapter_config import CONFIG
 TENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 FILES = (CONFIG, TENSORS, PICKLE)
 
-PREFIX = "base_model.model."
+PREFIX, PREFIX_OF_PROMPTS = "base_model.model.", "base_model."
 LORA = {".lora_A.weight": "A", ".lora_B.weight": "B"}
 LORA_OF_EMBEDDINGS = {".lora_embedding_A": "A", ".lora_embedding_B": "B"}
+LORA_BIAS = {".lora_B.bias": "bias"}
 IA3 = {".ia3_l": "scale"}
+ADALORA = {".lora_A": "A", ".lora_B": "B", ".lora_E": "E"}
 """Each: what stands behind the path of the module, and the name of the tensor in deltakit."""
 
 PROMPT = "prompt_embeddings"

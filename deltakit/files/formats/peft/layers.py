@@ -1,10 +1,11 @@
-"""Which modules PEFT adapts, and where its LoRA computes something else than the same factors in deltakit."""
+"""Which modules PEFT adapts, where it computes something else than deltakit, and the error for that."""
 
 from typing import Any
 
 from torch import nn
 
-from deltakit.core import is_conv1d, is_quantized, linear_sizes
+from deltakit.core import Attachment, is_conv1d, is_quantized, linear_sizes
+from deltakit.errors import CheckpointError
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -41,3 +42,9 @@ def differs(module: nn.Module | None) -> str:
     ):
         return f"is a {type(module).__name__} with a forward of its own"
     return ""
+
+
+def impossible(attachment: Attachment, why: str) -> CheckpointError:
+    """Returns the error for a delta that PEFT has no adapter for."""
+    name = attachment.record.name
+    return CheckpointError(f"delta {name!r} cannot be saved as an adapter of PEFT: {why}; save it without format=")

@@ -3,16 +3,18 @@
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Annotated, Any, NamedTuple, TypedDict
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
 from deltakit.errors import CheckpointError
 from deltakit.files.formats.format import Parts
 from deltakit.files.formats.peft.adapter import Adapter
-from deltakit.files.formats.peft.keys import LORA, LORA_OF_EMBEDDINGS
+from deltakit.files.formats.peft.keys import LORA, LORA_BIAS, LORA_OF_EMBEDDINGS
 from deltakit.files.formats.peft.layers import differs
+from deltakit.files.formats.peft.parameters import parameter_at, stacked
 from deltakit.files.formats.peft.patterns import Pattern
 from deltakit.files.schema import checked
 
@@ -20,8 +22,6 @@ _ABSENT = {
     "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA",
-    "lora_bias": "biases of B",
-    "target_parameters": "LoRA on parameters",
     "trainable_token_indices": "trained tokens of embeddings",
     "layer_replication": "repeated layers",
     "alora_invocation_tokens": "activated LoRA",
@@ -41,11 +41,13 @@ class _Config(TypedDict, total=False):
 
     lora_alpha: float
     lora_dropout: float
+    r: Annotated[int, msgspec.Meta(ge=1)]
     use_rslora: bool
     alpha_pattern: dict[str, float] | None
+    target_parameters: list[str] | None
 
 
-_DEFAULTS = _Config(lora_alpha=8, lora_dropout=0.0, use_rslora=False, alpha_pattern=None)
+_DEFAULTS = _Config(lora_alpha=8, lora_dropout=0.0, r=8, use_rslora=False, alpha_pattern=None, target_parameters=None)
 
 
 class Scale(NamedTuple):
@@ -55,6 +57,10 @@ class Scale(NamedTuple):
     rslora: bool = False
     dropout: float = 0.0
 
+    def factor(self, r: int) -> float:
+        """Returns what the product of factors of a rank is multiplied by."""
+        return self.alpha / (math.sqrt(r) if self.rslora else r)
+
 
 def read_lora(adapter: Adapter, parts: Parts) -> None:
     """Adds the LoRAs of an adapter to the parts.
@@ -63,8 +69,23 @@ def read_lora(adapter: Adapter, parts: Parts) -> None:
         CheckpointError: if it has options that deltakit does not have, or a tensor does not fit.
     """
     scale_of = scales(adapter.config, adapter.folder, adapter.config_file)
-    for path, pair in adapter.parts(LORA | LORA_OF_EMBEDDINGS).items():
-        add_lora(adapter, parts, path, *_factors(adapter, path, pair), scale_of(path))
+    config = _config(adapter.config, adapter.config_file)
+    found, targets = adapter.parts(LORA | LORA_OF_EMBEDDINGS), config["target_parameters"] or ()
+    biases = adapter.parts(LORA_BIAS)
+    for path, pair in found.items():
+        parameter = parameter_at(adapter, targets, path, found) if targets else ""
+        name = parameter or path
+        scale = scale_of(name)
+        a, b = _factors(adapter, name, pair, "" if parameter else differs(adapter.module(path)))
+        if parameter:
+            a, b = stacked(adapter, parameter, pair, config["r"])
+            options = {"r": a.shape[-2], **scale._asdict(), "untie": False}
+            parts.add("lora", options, parameter, {"A": a, "B": b})
+        else:
+            add_lora(adapter, parts, path, a.flatten(1), b.flatten(1), scale)
+        for bias in biases.get(path, {}).values():
+            # It is behind B, so the scale is on it, too.
+            parts.add("bitfit", {}, name, {"bias": bias * scale.factor(a.shape[-2] if parameter else len(a))})
 
 
 def scales(config: Mapping[str, Any], place: Path, config_file: Path) -> Callable[[str], Scale]:
@@ -74,9 +95,7 @@ def scales(config: Mapping[str, Any], place: Path, config_file: Path) -> Callabl
         CheckpointError: if the config is damaged, or has options that deltakit does not have.
     """
     _refuse_absent(config, place)
-    found: Any = _DEFAULTS | checked(
-        {key: value for key, value in config.items() if key in _Config.__annotations__}, _Config, config_file
-    )
+    found = _config(config, config_file)
     alphas = [
         (Pattern(rf"(.*\.)?({key})$", key, config_file / "alpha_pattern"), alpha)
         for key, alpha in (found["alpha_pattern"] or {}).items()
@@ -92,11 +111,11 @@ def scales(config: Mapping[str, Any], place: Path, config_file: Path) -> Callabl
 def add_lora(adapter: Adapter, parts: Parts, path: str, a: Tensor, b: Tensor, scale: Scale) -> None:
     """Adds one LoRA with the factors A [r, d_in] and B [d_out, r] to the parts."""
     module = adapter.module(path)
-    full = a.shape[0]
-    a, b = _needed(a, b)
-    share = a.shape[0] / full
+    full = len(a)
+    a, b = needed(a, b)
+    share = len(a) / full
     options = {
-        "r": a.shape[0],
+        "r": len(a),
         "alpha": scale.alpha if share == 1 else scale.alpha * (math.sqrt(share) if scale.rslora else share),
         "rslora": scale.rslora,
         # PEFT drops no inputs of embeddings: they are ids.
@@ -105,6 +124,12 @@ def add_lora(adapter: Adapter, parts: Parts, path: str, a: Tensor, b: Tensor, sc
         "untie": module is not None and adapter.is_tied(module._parameters.get("weight")),
     }
     parts.add("lora", options, path, {"A": a, "B": b})
+
+
+def _config(config: Mapping[str, Any], where: Path) -> Any:
+    return _DEFAULTS | checked(
+        {key: value for key, value in config.items() if key in _Config.__annotations__}, _Config, where
+    )
 
 
 def _refuse_absent(config: Mapping[str, Any], place: Path) -> None:
@@ -123,21 +148,19 @@ def _refuse_absent(config: Mapping[str, Any], place: Path) -> None:
         )
 
 
-def _factors(adapter: Adapter, path: str, pair: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Returns A [r, d_in] and B [d_out, r] of a target."""
+def _factors(adapter: Adapter, path: str, pair: dict[str, Tensor], why: str) -> tuple[Tensor, Tensor]:
+    """Returns A and B of a target. Of convolutions, they are [r, in, *kernel] and [out, r, 1, ...]; ours are matrices."""
     if pair.keys() != {"A", "B"} or any(tensor.ndim < 2 for tensor in pair.values()):
         raise CheckpointError(f"{adapter.folder}: {path} has no two factors of LoRA; save or download it again")
-    why = differs(adapter.module(path))
     if why:
         raise CheckpointError(
             f"{adapter.folder}: {path} {why}, where PEFT's LoRA computes something else than deltakit's; merge it by PEFT's "
             "merge_and_unload()"
         )
-    # Of convolutions, A [r, in, *kernel] and B [out, r, 1, ...]; ours are matrices.
-    return pair["A"].flatten(1), pair["B"].flatten(1)
+    return pair["A"], pair["B"]
 
 
-def _needed(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def needed(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Returns factors with the same product, of a rank that is at most the smaller side of the weight.
 
     Rows of zeros that were padded are left out. PEFT also allows more rows than the product has.

@@ -35,8 +35,8 @@ def read_prompt(adapter: Adapter, parts: Parts) -> None:
             "download it again"
         )
     # PEFT puts the vectors behind the scale of such an embedding (Gemma 3, BART), and deltakit before it.
-    scale = getattr(_embedding(adapter.backbone), "embed_scale", 1.0)
-    options = {"tokens": tokens, "where": "start", "trim": not _first_is_read(adapter.backbone, config["task_type"])}
+    scale = embed_scale(adapter.backbone)
+    options = {"tokens": tokens, "where": "start", "trim": not first_is_read(adapter.backbone, config["task_type"])}
     parts.add_in_order("soft_prompt", options, [{"prompt": prompt[:tokens] / scale}])
 
 
@@ -59,15 +59,17 @@ def prompting(adapter: Adapter) -> tuple[Prompting, Tensor]:
     return config, prompt
 
 
-def _embedding(backbone: nn.Module | None) -> Any:
+def embed_scale(backbone: nn.Module | None) -> Any:
+    """Returns what the input embedding multiplies its vectors by; 1 for nearly all."""
     try:
-        return backbone.get_input_embeddings()  # type: ignore[operator, union-attr]
+        embedding = backbone.get_input_embeddings()  # type: ignore[operator, union-attr]
     except (AttributeError, NotImplementedError):
         # No model of transformers, or one without ids. Where the prompt goes, and that it fits, is checked when it is built.
-        return None
+        return 1.0
+    return getattr(embedding, "embed_scale", 1.0)
 
 
-def _first_is_read(backbone: nn.Module | None, task: str | None) -> bool:
+def first_is_read(backbone: nn.Module | None, task: str | None) -> bool:
     """Returns whether a classifier reads the first token outside of the text stack, which is the prompt's in PEFT.
 
     Such as RoBERTa's. BERT's pooler is inside of the stack, and GPT-2's classifier looks for the last token of the text.

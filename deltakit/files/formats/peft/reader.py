@@ -15,10 +15,20 @@ from deltakit.errors import CheckpointError
 from deltakit.files.checkpoint import read_tensors
 from deltakit.files.formats.adapter_config import CONFIG, is_adapterhub
 from deltakit.files.formats.format import Parts
+from deltakit.files.formats.peft.adalora import read_adalora
 from deltakit.files.formats.peft.adapter import Adapter
 from deltakit.files.formats.peft.full import fully_trained
 from deltakit.files.formats.peft.ia3 import read_ia3
-from deltakit.files.formats.peft.keys import IA3, LORA, LORA_OF_EMBEDDINGS, PICKLE, PROMPT, TENSORS
+from deltakit.files.formats.peft.keys import (
+    ADALORA,
+    IA3,
+    LORA,
+    LORA_BIAS,
+    LORA_OF_EMBEDDINGS,
+    PICKLE,
+    PROMPT,
+    TENSORS,
+)
 from deltakit.files.formats.peft.lora import read_lora
 from deltakit.files.formats.peft.prefix import read_prefix
 from deltakit.files.formats.peft.prompt import read_prompt
@@ -37,7 +47,8 @@ class _Kind(NamedTuple):
 
 
 KINDS = {
-    "LORA": _Kind(read_lora, (*LORA, *LORA_OF_EMBEDDINGS)),
+    "LORA": _Kind(read_lora, (*LORA, *LORA_OF_EMBEDDINGS, *LORA_BIAS)),
+    "ADALORA": _Kind(read_adalora, tuple(ADALORA)),
     "IA3": _Kind(read_ia3, tuple(IA3)),
     "PROMPT_TUNING": _Kind(read_prompt, (PROMPT,)),
     # The network that computed the prompt is not in the file.

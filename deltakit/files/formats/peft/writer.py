@@ -1,4 +1,4 @@
-"""Writes a delta as an adapter of PEFT: its LoRA or IA3, and the modules that it trains fully.
+"""Writes a delta as an adapter of PEFT: its LoRA, IA3, soft prompt or prefix, and the modules that it trains fully.
 
 `PeftModel.from_pretrained`, transformers' `load_adapter` and servers open it. An adapter of PEFT has one rank and one alpha
 where nothing else is said, and some servers read nothing else. So LoRAs that differ are padded with zeros to the largest rank,
@@ -7,7 +7,7 @@ and their scales are multiplied into B, which changes no output; of different dr
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,11 +26,11 @@ from deltakit.core import (
     tensors_in,
     tensors_of,
 )
-from deltakit.errors import CheckpointError
 from deltakit.files.checkpoint import plain_tensors, write_files, write_tensors
 from deltakit.files.formats.adapter_config import CONFIG
-from deltakit.files.formats.peft.keys import IA3, LORA, LORA_OF_EMBEDDINGS, PREFIX, TENSORS
-from deltakit.files.formats.peft.layers import adapts, differs
+from deltakit.files.formats.peft.keys import IA3, LORA, LORA_OF_EMBEDDINGS, PREFIX, PREFIX_OF_PROMPTS, TENSORS
+from deltakit.files.formats.peft.layers import adapts, differs, impossible
+from deltakit.files.formats.peft.prompt_writer import prefix_options, prompt_options
 
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 
@@ -52,30 +52,34 @@ def write(
         CheckpointError: if PEFT has no such adapter, or the files cannot be written.
     """
     kind = _kind_of(attachment)
-    options, named = (lora_of if kind == "lora" else _ia3)(attachment, tensors)
+    of_kind = _KINDS[kind]
+    options, named = of_kind.options(attachment, tensors)
+    named = {f"{of_kind.prefix}{name}": value for name, value in named.items()}
     full = [name for name in attachment.record.fully_trained if name in tensors]
     modules, biases = _fully_trained(attachment, full)
     targets = {site.owner for site in attachment.sites}
     both = next((module for module in modules if module in targets), None)
     if both is not None:
-        raise _impossible(attachment, f"it trains {both} in full beside its {kind}")
-    if biases and kind == "ia3":
-        raise _impossible(attachment, f"it trains {biases[0]}, and IA3 of PEFT trains no biases")
+        raise impossible(attachment, f"it trains {both} in full beside its {kind}")
+    if biases and kind != "lora":
+        raise impossible(attachment, f"it trains {biases[0]}, and {kind} of PEFT trains no biases")
     if biases:
         options["bias"] = "lora_only" if targets.issuperset(map(parent_of, biases)) else "all"
     for name in full:
         owner = parent_of(name)
-        named[f"{owner}.base_layer.{name_of(name)}" if owner in targets else name] = tensors[name]
+        held = f"{owner}.base_layer.{name_of(name)}" if owner in targets else name
+        # PEFT puts no wrapper of adapters around a model with a prompt.
+        named[f"{of_kind.prefix or PREFIX_OF_PROMPTS}{held}"] = tensors[name]
     model = type(attachment.backbone).__name__
     found = {
-        "peft_type": kind.upper(),
+        "peft_type": of_kind.peft_type,
+        "task_type": next((task for end, task in _TASKS.items() if model.endswith(end)), None),
         **options,
         "modules_to_save": modules or None,
         "base_model_name_or_path": config["backbone"]["id"],
-        "task_type": next((task for end, task in _TASKS.items() if model.endswith(end)), None),
         "inference_mode": True,
     }
-    _write(folder, found, plain_tensors({f"{PREFIX}{name}": value for name, value in named.items()}), card)
+    _write(folder, found, plain_tensors(named), card)
 
 
 def _write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> None:
@@ -89,14 +93,11 @@ def _write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor
 
 def _kind_of(attachment: Attachment) -> str:
     kinds = sorted({method.name for method in attachment.record.methods})
-    if kinds not in (["lora"], ["ia3"]):
-        raise _impossible(attachment, f"an adapter of PEFT is LoRA or IA3, and this delta is {' and '.join(kinds)}")
+    if len(kinds) > 1 or kinds[0] not in _KINDS:
+        raise impossible(
+            attachment, f"an adapter of PEFT is one of {', '.join(_KINDS)}, and this delta is {' and '.join(kinds)}"
+        )
     return kinds[0]
-
-
-def _impossible(attachment: Attachment, why: str) -> CheckpointError:
-    name = attachment.record.name
-    return CheckpointError(f"delta {name!r} cannot be saved as an adapter of PEFT: {why}; save it without format=")
 
 
 def lora_of(attachment: Attachment, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -152,15 +153,15 @@ def _named(path: str, target: nn.Module, a: Tensor, b: Tensor) -> dict[str, Tens
 
 def _refuse(attachment: Attachment, site: Site, kind: str) -> None:
     if site.module.target_never_called:
-        raise _impossible(
+        raise impossible(
             attachment, f"the module around {site.path} reads its weight directly, where PEFT has no effect"
         )
     if not adapts(site.target, kind):
-        raise _impossible(attachment, f"{site.path} is a {type(site.target).__name__}, for which PEFT has no {kind}")
+        raise impossible(attachment, f"{site.path} is a {type(site.target).__name__}, for which PEFT has no {kind}")
     if kind == "ia3" and site.module.part:
-        raise _impossible(attachment, f"{site.path} is a part of a module, and IA3 of PEFT scales all of it")
+        raise impossible(attachment, f"{site.path} is a part of a module, and IA3 of PEFT scales all of it")
     if kind == "lora" and differs(site.target):
-        raise _impossible(attachment, f"{site.path} {differs(site.target)}, where PEFT's LoRA computes something else")
+        raise impossible(attachment, f"{site.path} {differs(site.target)}, where PEFT's LoRA computes something else")
 
 
 def _names_of(attachment: Attachment) -> dict[int, list[str]]:
@@ -175,10 +176,10 @@ def _refuse_parameters(attachment: Attachment, site: Site, names: Mapping[int, S
     parameter = split_slice(site.module.part)[0] if not site.module.part.startswith("[") else ""
     weight = site.target._parameters.get("weight")
     if parameter not in ("", "weight") or weight is None:
-        raise _impossible(attachment, f"{site.path} is a parameter, and deltakit writes LoRA of modules alone")
+        raise impossible(attachment, f"{site.path} is a parameter, and deltakit writes LoRA of modules alone")
     tied = names[id(weight)]
     if parameter and len(tied) > 1:
-        raise _impossible(attachment, f"{tied[0]} and {tied[1]} are one weight here, and two in PEFT")
+        raise impossible(attachment, f"{tied[0]} and {tied[1]} are one weight here, and two in PEFT")
 
 
 def _ia3(attachment: Attachment, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -229,16 +230,32 @@ def _fully_trained(attachment: Attachment, names: Sequence[str]) -> tuple[list[s
             whole.append(owner)
             other = next((path for path in modules if path.endswith(owner) and path not in owners), None)
             if other is not None:
-                raise _impossible(attachment, f"it trains {owner}, and PEFT would also take {other}; train both")
+                raise impossible(attachment, f"it trains {owner}, and PEFT would also take {other}; train both")
         elif [name_of(name) for name in mine] == ["bias"]:
             biases += mine
         elif attachment.record.moved.issuperset(mine):
-            raise _impossible(
+            raise impossible(
                 attachment,
                 f"running statistics moved, such as {mine[0]}, and PEFT has no place for them",
             )
         else:
-            raise _impossible(
+            raise impossible(
                 attachment, f"it trains {mine[0]} without {missing[0]}, and PEFT trains whole modules or biases"
             )
     return whole, biases
+
+
+class _Kind(NamedTuple):
+    """How one method is written: PEFT's name of it, what finds options and tensors, and what their names begin with."""
+
+    peft_type: str
+    options: Callable[[Attachment, Mapping[str, Tensor]], tuple[dict[str, Any], dict[str, Tensor]]]
+    prefix: str = PREFIX
+
+
+_KINDS = {
+    "lora": _Kind("LORA", lora_of),
+    "ia3": _Kind("IA3", _ia3),
+    "soft_prompt": _Kind("PROMPT_TUNING", prompt_options, ""),
+    "prefix": _Kind("PREFIX_TUNING", prefix_options, ""),
+}

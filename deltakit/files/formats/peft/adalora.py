@@ -1,0 +1,42 @@
+"""Reads PEFT's AdaLoRA, B E A x with a diagonal E: with E in A it is LoRA. The ranks were chosen in training."""
+
+from dataclasses import replace
+from typing import TypedDict
+
+from deltakit.errors import CheckpointError
+from deltakit.files.formats.format import Parts
+from deltakit.files.formats.peft.adapter import Adapter
+from deltakit.files.formats.peft.keys import ADALORA
+from deltakit.files.formats.peft.lora import read_lora
+from deltakit.files.schema import checked
+
+
+class _Config(TypedDict):
+    init_r: int
+
+
+def read_adalora(adapter: Adapter, parts: Parts) -> None:
+    """Adds the products of an adapter to the parts, as LoRAs.
+
+    Raises:
+        CheckpointError: if a tensor is missing or does not fit, or the config is damaged.
+    """
+    found = {key: value for key, value in adapter.config.items() if key in _Config.__annotations__}
+    start = checked({"init_r": 12, **found}, _Config, adapter.config_file)["init_r"]
+    tensors = {}
+    for path, part in adapter.parts(ADALORA).items():
+        if part.keys() != {"A", "B", "E"} or part["A"].ndim != 2 or part["E"].shape != (len(part["A"]), 1):
+            raise CheckpointError(
+                f"{adapter.folder}: {path} has no three factors of AdaLoRA that fit; save or download it again"
+            )
+        rank = len(part["A"])
+        if rank:
+            # PEFT divides by the rank at the start and a little more, also where less is left. Without ranks it adds nothing.
+            tensors[f"{path}.lora_A.weight"] = part["A"] * part["E"] * (rank / (start + 1e-5))
+            tensors[f"{path}.lora_B.weight"] = part["B"]
+    config = {key: value for key, value in adapter.config.items() if key not in _OF_RANKS}
+    read_lora(replace(adapter, config=config, tensors=tensors), parts)
+
+
+_OF_RANKS = ("r", "rank_pattern", "use_rslora", "alpha_pattern")
+"""What AdaLoRA inherits from LoRA and does not use."""

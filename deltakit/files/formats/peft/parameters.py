@@ -1,0 +1,71 @@
+"""Finds the parameters that PEFT's LoRA adapts by `target_parameters`, such as stacks of experts, and their factors.
+
+PEFT wraps the module once for each of its targeted parameters, the first one innermost, and names the wrappers alone.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import Tensor
+
+from deltakit.core import join
+from deltakit.errors import CheckpointError
+from deltakit.files.formats.peft.adapter import Adapter
+
+_INNER = ".base_layer"
+
+
+def parameter_at(adapter: Adapter, targets: Sequence[str], path: str, paths: Collection[str]) -> str:
+    """Returns the path of the parameter whose factors are at a path; "" if they are those of a module.
+
+    Args:
+        targets: the config's `target_parameters`, each the end of a parameter's path.
+        paths: all paths in the file.
+
+    Raises:
+        CheckpointError: if the module has no such parameter.
+    """
+    owner, depth = _unwrapped(path)
+    module = adapter.module(owner)
+    names = list(module._parameters) if module is not None else [target.rpartition(".")[2] for target in targets]
+    wanted = [name for name in names if f".{join(owner, name)}".endswith(tuple(f".{target}" for target in targets))]
+    if not wanted and not depth:
+        return ""
+    deepest = max(_unwrapped(other)[1] for other in paths if _unwrapped(other)[0] == owner)
+    if deepest - depth >= len(wanted):
+        raise CheckpointError(
+            f"{adapter.folder}: it has {deepest + 1} LoRAs on parameters of {owner}, and target_parameters names "
+            f"{len(wanted)} there; load the backbone that the adapter was trained on"
+        )
+    return join(owner, wanted[deepest - depth])
+
+
+def _unwrapped(path: str) -> tuple[str, int]:
+    """Returns a path without the wrappers at its end, and their number."""
+    owner = path
+    while owner.endswith(_INNER):
+        owner = owner.removesuffix(_INNER)
+    return owner, (len(path) - len(owner)) // len(_INNER)
+
+
+def stacked(adapter: Adapter, parameter: str, pair: Mapping[str, Tensor], r: int) -> tuple[Tensor, Tensor]:
+    """Returns A [*stack, r, d_in] and B [*stack, d_out, r] of a parameter, of PEFT's A [stack * r, d_in] and B.
+
+    The columns of B have the stack within the rank, unlike the rows of A.
+
+    Args:
+        r: the rank that the config says, which counts without the backbone.
+
+    Raises:
+        CheckpointError: if the factors do not fit the stack.
+    """
+    a, b = pair["A"], pair["B"]
+    held = adapter.own.get(parameter)
+    count = (held.shape[0] if held.ndim == 3 else 1) if held is not None else max(1, a.shape[0] // r)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] % count or a.shape[0] != b.shape[1]:
+        raise CheckpointError(
+            f"{adapter.folder}: the factors of {parameter} have shapes {tuple(a.shape)} and {tuple(b.shape)}, which fit no "
+            f"stack of {count}; load the backbone that the adapter was trained on"
+        )
+    if held is not None and held.ndim == 2:
+        return a, b
+    return a.reshape(count, -1, a.shape[1]), b.reshape(b.shape[0], -1, count).permute(2, 0, 1).contiguous()

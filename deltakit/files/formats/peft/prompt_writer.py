@@ -1,0 +1,117 @@
+"""Writes soft prompts and prefixes as PEFT's prompt tuning and prefix tuning, where PEFT computes the same."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltakit.core import Attachment, own_modules, tensors_of
+from deltakit.files.formats.peft.keys import PREFIX_OF_PROMPTS, PROMPT
+from deltakit.files.formats.peft.layers import impossible
+from deltakit.files.formats.peft.prompt import embed_scale, first_is_read
+
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+"""PEFT's tasks, by the end of the class's name. Without one, PEFT puts no prompt into a model."""
+
+_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""How the names of the heads end that PEFT saves with a prompt."""
+
+
+def prompt_options(attachment: Attachment, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns the options and the tensor of a soft prompt.
+
+    Raises:
+        CheckpointError: if PEFT would compute something else.
+    """
+    (method,) = attachment.record.methods
+    backbone, task = attachment.backbone, _task(attachment)
+    insertion: Any = next(
+        (vars(site.module)["insertion"] for site in attachment.sites if hasattr(site.module, "insertion")), None
+    )
+    if insertion is None:
+        raise impossible(
+            attachment, "its prompt stands where the ids are, and PEFT's in front of the text (prepend=True)"
+        )
+    if insertion.at:
+        raise impossible(attachment, "its prompt stands after the first token, and PEFT's before it (where='start')")
+    reads = first_is_read(backbone, task)
+    if reads and insertion.trim:
+        raise impossible(
+            attachment,
+            "the classifier reads the first token, which in PEFT is the prompt's, as with SoftPrompt(trim=False)",
+        )
+    if not reads and not insertion.trim and not insertion.encodes and task == "SEQ_CLS":
+        raise impossible(attachment, "the classifier reads the last token, which trim=False moves")
+    (prompt,) = (value for name, value in tensors.items() if name.endswith(".soft_prompt.prompt"))
+    vectors = prompt * embed_scale(backbone)
+    both = 2 if insertion.encodes else 1
+    return {
+        "task_type": task,
+        "num_virtual_tokens": method.tokens,  # type: ignore[attr-defined]
+        "num_transformer_submodules": both,
+        "token_dim": prompt.shape[1],
+        # PEFT does not use these for prompts, and fails where it finds them neither here nor in the backbone's config.
+        "num_layers": 1,
+        "num_attention_heads": 1,
+    }, {PROMPT: vectors.repeat(both, 1), **_head(attachment, task)}
+
+
+def prefix_options(attachment: Attachment, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns the options and the tensor of a prefix.
+
+    Raises:
+        CheckpointError: if PEFT would compute something else.
+    """
+    (method,) = attachment.record.methods
+    if not method.shift:  # type: ignore[attr-defined]
+        raise impossible(
+            attachment, "in PEFT the positions of the text start after a prefix, as with Prefix(shift=True)"
+        )
+    order = {path: number for number, (path, _) in enumerate(own_modules(attachment.backbone))}
+    sites = [site for site in attachment.sites if attachment.named(site, "key") in tensors]
+    sites.sort(key=lambda site: order[site.path])
+    pairs = [[tensors[attachment.named(site, name)] for name in ("key", "value")] for site in sites]
+    layers = getattr(getattr(attachment.backbone, "config", None), "num_hidden_layers", None)
+    if len(pairs) != layers or len({tensor.shape for pair in pairs for tensor in pair}) > 1:
+        raise impossible(
+            attachment,
+            f"PEFT puts keys and values of one shape into every layer, and it has {len(pairs)} pairs for {layers} layers",
+        )
+    stacked = torch.stack([torch.stack(pair) for pair in pairs])
+    heads, tokens, d = stacked.shape[2:]
+    task = _task(attachment)
+    return {
+        "task_type": task,
+        "num_virtual_tokens": tokens,
+        "num_transformer_submodules": 1,
+        "num_layers": layers,
+        "num_attention_heads": heads,
+        "token_dim": heads * d,
+    }, {PROMPT: stacked.permute(3, 0, 1, 2, 4).reshape(tokens, -1), **_head(attachment, task)}
+
+
+def _head(attachment: Attachment, task: str) -> dict[str, Tensor]:
+    """Returns the tensors of the heads that PEFT expects beside a prompt, also where nobody trains them."""
+    ends = _HEADS.get(task, ())
+    heads = [f"{path}." for path, _ in own_modules(attachment.backbone) if ends and path.endswith(ends)]
+    return {
+        f"{PREFIX_OF_PROMPTS}{name}": tensor.detach()
+        for name, tensor in tensors_of(attachment.backbone)
+        if name.startswith(tuple(heads))
+    }
+
+
+def _task(attachment: Attachment) -> str:
+    name = type(attachment.backbone).__name__
+    task = next((task for end, task in _TASKS.items() if name.endswith(end)), None)
+    if task is None:
+        raise impossible(attachment, f"PEFT puts prompts into models with a head, and {name} is none that it knows")
+    return task

@@ -1,0 +1,85 @@
+"""Parallel adapters with OpenDelta's names."""
+
+from typing import Any
+
+from torch import nn
+
+from deltakit.core import Method, checked
+from deltakit.errors import OptionError
+from deltakit.methods.parallel_adapter import ParallelAdapter
+from deltakit.methods.parallel_adapter import ParallelAdapterDelta as ParallelAdapterLayer
+from deltakit.opendelta.basemodel import DeltaBase
+from deltakit.opendelta.delta_models.bottleneck import BottleneckConfig
+from deltakit.opendelta.matching import Selectors
+
+__all__ = ["ParallelAdapterConfig", "ParallelAdapterLayer", "ParallelAdapterModel"]
+
+
+class ParallelAdapterConfig(BottleneckConfig):
+    """The options of `ParallelAdapterModel`."""
+
+    delta_type = "parallel_adapter"
+    method = ParallelAdapter
+    renamed = {"bottleneck_dim": "size"}  # noqa: RUF012  # as declared
+
+    def __init__(self, bottleneck_dim: int = 24, non_linearity: str = "gelu_new", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.bottleneck_dim, self.non_linearity = bottleneck_dim, non_linearity
+
+    def method_at(self, at: Any, **options: Any) -> Method:
+        """Returns deltakit's method with these options and targets. As in OpenDelta, the result is added as it is."""
+        return super().method_at(at, scaling=1.0, **options)
+
+
+@checked
+class ParallelAdapterModel(DeltaBase):
+    """Parallel adapters with OpenDelta's options, attached at once. Raises what `attach` raises.
+
+    The names in `modified_modules` are pairs: an adapter reads the input of the first and adds to the output of the second,
+    which may be the same module.
+    """
+
+    delta_type = "parallel_adapter"
+    config_class = ParallelAdapterConfig
+    default_modified_modules = ("attn@", "attn@", "ff@.w1@", "ff@.w2@")
+
+    def __init__(
+        self,
+        backbone_model: nn.Module,
+        bottleneck_dim: int = 24,
+        non_linearity: str = "gelu_new",
+        modified_modules: Selectors = None,
+        exclude_modules: Selectors = None,
+        unfrozen_modules: Selectors = None,
+        common_structure: bool | None = None,
+        interactive_modify: bool | int = False,
+        backend: str = "hf",
+    ) -> None:
+        super().__init__(
+            backbone_model,
+            modified_modules,
+            exclude_modules,
+            unfrozen_modules,
+            interactive_modify,
+            common_structure,
+            backend,
+        )
+        self._attach_new(bottleneck_dim=bottleneck_dim, non_linearity=non_linearity)
+
+    def _methods(self) -> list[Method]:
+        names = self.modified_modules
+        if len(names) % 2:
+            raise OptionError(
+                f"ParallelAdapterModel(modified_modules={names}): expected pairs of names, found {len(names)}; name the "
+                "module whose input is read, and then the one whose output is changed, which may be the same"
+            )
+        found = self._found()
+        if not isinstance(found, dict):
+            return [self.config.method_at(found)]
+        pairs = zip(names[::2], names[1::2], strict=True)
+        # A method for each pair: of several modules, each target reads the nearest.
+        return [
+            self.config.method_at(tuple(found[last]), source=tuple(found[first]))
+            for first, last in pairs
+            if found[first] and found[last]
+        ]

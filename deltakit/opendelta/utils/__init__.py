@@ -1,0 +1,1 @@
+"""OpenDelta's helpers, under its module names."""

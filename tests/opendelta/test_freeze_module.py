@@ -1,0 +1,207 @@
+"""`freeze_module` means what it means in OpenDelta: facts measured with OpenDelta itself."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import deltakit as dk
+from support.models import randomize
+from support.opendelta_models import MODELS
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*new in this:deltakit.DeltaWarning")
+
+
+def trained(model):
+    """The last names of the parameters that require gradients, deltas' with the name of their method."""
+    return {name.rpartition("delta_")[2] for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def lora(name="bert", **options):
+    model = MODELS[name]()
+    return model, dk.LoraModel(model, **options)
+
+
+def test_it_freezes_all_but_the_deltas():
+    model, delta = lora()
+    delta.freeze_module()
+    assert trained(model) == {"lora.A", "lora.B"}
+    assert set(model.state_dict()) == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("exclude", "expected"),
+    [
+        (["deltas"], {"lora.A", "lora.B"}),
+        ("deltas", {"lora.A", "lora.B"}),
+        (["lora"], {"lora.A", "lora.B"}),
+        (["lora_A"], {"lora.A"}),
+        (["classifier"], {"classifier.weight", "classifier.bias"}),
+        (["deltas", "classifier"], {"lora.A", "lora.B", "classifier.weight", "classifier.bias"}),
+        ([], set()),
+    ],
+)
+def test_an_exclude_without_deltas_freezes_the_deltas(exclude, expected):
+    model, delta = lora()
+    delta.freeze_module(exclude=exclude, set_state_dict=False)
+    assert trained(model) == expected
+
+
+def test_names_of_parameters():
+    model, delta = lora()
+    delta.freeze_module(exclude=["deltas", "bias"])
+    biases = {name for name, _ in model.named_parameters() if name.endswith("bias")}
+    assert trained(model) - {"lora.A", "lora.B"} == biases
+    assert set(delta.delta.fully_trained) == biases
+
+
+def test_unfrozen_modules_are_the_default():
+    model, delta = lora(unfrozen_modules=["deltas", "classifier"])
+    delta.freeze_module()
+    assert trained(model) == {"lora.A", "lora.B", "classifier.weight", "classifier.bias"}
+
+
+def test_what_was_frozen_before_stays_so():
+    model, delta = lora()
+    model.classifier.weight.requires_grad_(False)
+    delta.freeze_module(exclude=["deltas", "classifier"])
+    assert trained(model) == {"lora.A", "lora.B", "classifier.bias"}
+    assert delta.delta.fully_trained == ["classifier.bias"]
+
+
+def test_a_tied_parameter_is_frozen_unless_all_its_names_are_excluded():
+    model, delta = lora("t5")
+    delta.freeze_module(exclude=["deltas", "lm_head"])
+    assert trained(model) == {"lora.A", "lora.B"}
+    model, delta = lora("t5")
+    delta.freeze_module(exclude=["deltas", "lm_head", "shared", "embed_tokens"])
+    assert trained(model) == {"lora.A", "lora.B", "shared.weight"}
+    assert "shared.weight" in delta.delta.fully_trained
+
+
+def test_common_names():
+    model, delta = lora("t5")
+    delta.freeze_module(exclude=["deltas", "layer_norm@"])
+    assert sum(p.requires_grad for name, p in model.named_parameters() if "layer_norm" in name) == 12
+
+
+def test_a_part_of_the_backbone():
+    model, delta = lora()
+    delta.freeze_module(model.bert.encoder, set_state_dict=False)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {name for name, _ in model.named_parameters() if ".encoder." in name and "delta_" not in name}
+    delta.detach()
+    assert not any(parameter.requires_grad for parameter in model.bert.encoder.parameters())
+    assert model.classifier.weight.requires_grad
+
+
+def test_a_module_around_the_backbone():
+    model, delta = lora()
+    around = torch.nn.ModuleDict({"backbone": model, "extra": torch.nn.Linear(5, 3)})
+    delta.freeze_module(around, exclude=["deltas", "extra"])
+    assert not model.classifier.weight.requires_grad
+    assert len(around.state_dict()) == 8 + 2
+    delta.detach()
+    assert len(around.state_dict()) == len(MODELS["bert"]().state_dict()) + 2
+    assert not around._state_dict_hooks
+
+
+def test_several_deltas():
+    model, first = lora()
+    second = dk.AdapterModel(model)
+    first.freeze_module()
+    assert trained(model) >= {"lora.A", "lora.B"}
+    assert sum("adapter" in name for name in trained(model)) == 4
+    # As often as one likes: in OpenDelta a second call raises, unless set_state_dict=False.
+    second.freeze_module()
+    second.detach()
+    assert trained(model) == {"lora.A", "lora.B"}
+
+
+def test_a_second_delta_at_one_place():
+    model, first = lora()
+    second = dk.LoraModel(model, lora_r=3)
+    randomize(first.delta), randomize(second.delta)
+    ids = torch.tensor([[3, 4, 5]])
+    both = model.eval()(ids).logits
+    first.detach()
+    only_second = model(ids).logits
+    first.attach()
+    assert torch.equal(model(ids).logits, both)
+    second.detach()
+    first.detach()
+    # Whichever comes first, and also if they were never attached at the same time.
+    second.attach()
+    assert torch.equal(model(ids).logits, only_second)
+    first.attach()
+    torch.testing.assert_close(model(ids).logits, both)
+    assert len({delta.name for delta in dk.deltas(model)}) == 2
+
+
+def test_the_state_dict_is_that_of_the_model_again_after_detaching():
+    model, delta = lora()
+    delta.freeze_module()
+    assert len(model.state_dict()) == 8
+    whole = dk.base_state_dict(model)
+    delta.detach()
+    assert list(model.state_dict()) == list(whole) == list(MODELS["bert"]().state_dict())
+    assert all(torch.equal(value, whole[name]) for name, value in model.state_dict().items())
+    assert not model._state_dict_hooks
+    delta.attach()
+    assert len(model.state_dict()) == 8
+    # By deltakit's own handle, too.
+    dk.deltas(model)[0].detach()
+    assert not model._state_dict_hooks
+
+
+def test_a_parent_keeps_what_is_beside_the_narrowed_module():
+    """In OpenDelta it loses what came before the module."""
+    model, delta = lora()
+    delta.freeze_module()
+    around = torch.nn.ModuleDict({"before": torch.nn.Linear(2, 3), "model": model, "after": torch.nn.Linear(3, 2)})
+    narrow = [f"model.{name}" for name in model.state_dict()]
+    assert sorted(around.state_dict()) == sorted(
+        [*narrow, "before.weight", "before.bias", "after.weight", "after.bias"]
+    )
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_narrowed_on_their_own(copied):
+    model, delta = lora()
+    delta.freeze_module()
+    other = copied(model)
+    assert list(other.state_dict()) == list(model.state_dict())
+    dk.deltas(other)[0].detach()
+    assert len(other.state_dict()) == len(MODELS["bert"]().state_dict())
+    assert not other._state_dict_hooks
+    assert len(model.state_dict()) == 8
+    copy_of_delta = copy.deepcopy(delta)
+    assert copy_of_delta.backbone_model is not model
+    copy_of_delta.detach()
+    assert len(copy_of_delta.backbone_model.state_dict()) == len(other.state_dict())
+    assert delta.delta.attached
+
+
+def test_a_trained_head_goes_with_its_delta(tmp_path):
+    model, delta = lora()
+    delta.freeze_module(exclude=["deltas", "classifier"])
+    own = model.classifier.weight.detach().clone()
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    model(torch.tensor([[3, 4, 5]]), labels=torch.tensor([1])).loss.backward()
+    optimizer.step()
+    delta.save_finetuned(tmp_path / "delta")
+    torch.save(model.state_dict(), tmp_path / "trained.pt")
+    logits = model.eval()(torch.tensor([[3, 4, 5]])).logits
+    fresh = MODELS["bert"]()
+    fresh.load_state_dict(dk.base_state_dict(model), strict=True)
+    dk.AutoDeltaModel.from_finetuned(tmp_path / "delta", fresh)
+    assert torch.equal(fresh(torch.tensor([[3, 4, 5]])).logits, logits)
+    # As scripts do it with torch alone.
+    other = MODELS["bert"]().eval()
+    other.load_state_dict(dk.base_state_dict(model), strict=True)
+    dk.LoraModel(other)
+    other.load_state_dict(torch.load(tmp_path / "trained.pt"), strict=False)
+    assert torch.equal(other(torch.tensor([[3, 4, 5]])).logits, logits)
+    delta.detach()
+    assert torch.equal(model.classifier.weight, own)
