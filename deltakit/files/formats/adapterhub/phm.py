@@ -23,34 +23,20 @@ def compacter(
     Raises:
         CheckpointError: if a tensor is missing, or it has a scaling for each feature.
     """
-    scaling = config.get("scaling", 1.0)
-    shared = next(iter(by_place(adapter.tensors, "shared_parameters", name).values()), {})
-    found: dict[str, Tensor] = {}
     strange = next((key for key in tensors if not _KNOWN.fullmatch(key)), None)
     if strange is not None:
         raise CheckpointError(
             f"{adapter.folder}: its compacter at {owner} also has {strange}, which deltakit does not have"
         )
+    shared = next(iter(by_place(adapter.tensors, "shared_parameters", name).values()), {})
     try:
-        for ours, theirs in _LAYERS.items():
-            part = {key.removeprefix(theirs): tensor for key, tensor in tensors.items() if key.startswith(theirs)}
-            found[f"{ours}.left"], found[f"{ours}.right"] = _factors(part)
-            if "b" in part:
-                found[f"{ours}.bias"] = part["b"]
-            own = _rule(part)
-            if own is not None:
-                found[f"{ours}.own.rule"] = own
-        if "down.own.rule" not in found:
-            rule = _rule(shared)
-            if rule is None:
-                raise KeyError("phm_rule")
-            found["shared.rule"] = rule
+        found = _named(tensors, shared)
     except KeyError as error:
         # A compacter that is saved from a model without a head lacks the rule that its layers share.
         raise CheckpointError(
             f"{adapter.folder}: its compacter at {owner} lacks {error.args[0]}; save it again, from a model with a head"
         ) from error
-    factor = tensors.get("scaling", scaling)
+    factor = tensors.get("scaling", config.get("scaling", 1.0))
     if isinstance(factor, str) or (isinstance(factor, Tensor) and factor.numel() != 1):
         raise CheckpointError(
             f"{adapter.folder}: its compacter has a scaling per feature, which deltakit does not have"
@@ -58,15 +44,38 @@ def compacter(
     for last in ("up.right", "up.bias"):
         if last in found:
             found[last] = found[last] * factor
-    n, size = found["down.left"].shape[0], found["down.left"].shape[0] * found["down.right"].shape[-1]
+    left, right = found["down.left"], found["down.right"]
     options = {
-        "size": size,
-        "division": n,
-        "r": found["down.left"].shape[-1],
+        "size": len(left) * right.shape[-1],
+        "division": len(left),
+        "r": left.shape[-1],
         "shared_rule": "shared.rule" in found,
         "bias": "down.bias" in found,
     }
     return options, found
+
+
+def _named(tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors of a compacter by their names in deltakit.
+
+    Raises:
+        KeyError: if one is missing.
+    """
+    found: dict[str, Tensor] = {}
+    for ours, theirs in _LAYERS.items():
+        part = {key.removeprefix(theirs): tensor for key, tensor in tensors.items() if key.startswith(theirs)}
+        found[f"{ours}.left"], found[f"{ours}.right"] = _factors(part)
+        if "b" in part:
+            found[f"{ours}.bias"] = part["b"]
+        own = _rule(part)
+        if own is not None:
+            found[f"{ours}.own.rule"] = own
+    if "down.own.rule" not in found:
+        rule = _rule(shared)
+        if rule is None:
+            raise KeyError("phm_rule")
+        found["shared.rule"] = rule
+    return found
 
 
 def _factors(part: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -75,7 +84,8 @@ def _factors(part: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         return part["W_left"], part["W_right"]
     # A full matrix is a product with the identity.
     whole = part["W"]
-    return torch.eye(whole.shape[1], dtype=whole.dtype).expand(len(whole), -1, -1).clone(), whole
+    one = torch.eye(min(whole.shape[1:]), dtype=whole.dtype, device=whole.device).repeat(len(whole), 1, 1)
+    return (whole, one) if whole.shape[1] > whole.shape[2] else (one, whole)
 
 
 def _rule(part: Mapping[str, Tensor]) -> Tensor | None:
