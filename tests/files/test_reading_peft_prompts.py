@@ -8,6 +8,7 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 import deltakit as dk
+from deltakit.files import read_saved
 from support.models import same, snapshot
 from support.peft_models import MODELS, adapted, close, opened, outputs, saved, wide
 from support.tiny_transformers import build
@@ -222,3 +223,32 @@ def test_a_sliding_window(tmp_path):
     adapted(causal("mistral"), peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"), tmp_path)
     with pytest.warns(dk.DeltaWarning, match="in PEFT only the first 4096 tokens see this prefix"):
         dk.load(tmp_path, causal("mistral"))
+
+
+ALONE = {
+    "prompt": ("llama", lambda: PROMPTS["prompt tuning"]("CAUSAL_LM"), [("soft_prompt", [])]),
+    "prefix": ("llama", lambda: peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"), [("prefix", [])]),
+    "adalora": (
+        "bert",
+        lambda: peft.AdaLoraConfig(target_modules=["query"], total_step=10, init_r=4),
+        [("lora", [f"bert.encoder.layer.{layer}.attention.self.query" for layer in (0, 1)])],
+    ),
+    "experts": (
+        "mixtral",
+        lambda: peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"]),
+        [("lora", [f"model.layers.{layer}.mlp.experts.down_proj" for layer in (0, 1)])],
+    ),
+}
+
+
+@pytest.mark.parametrize("values", [False, True])
+@pytest.mark.parametrize("case", ALONE)
+def test_what_the_files_alone_say(case, values, tmp_path):
+    name, config, methods = ALONE[case]
+    saved(name, config(), tmp_path)
+    found = read_saved(tmp_path, None, values=values)
+    assert [(entry["method"], list(entry["targets"])) for entry in found.methods] == methods
+    states = [state for states in found.in_order.values() for state in states]
+    tensors = [*found.tensors.values(), *(tensor for state in states for tensor in state.values())]
+    assert tensors
+    assert all(tensor.is_meta is not values for tensor in tensors)

@@ -60,7 +60,10 @@ def stacked(adapter: Adapter, parameter: str, pair: Mapping[str, Tensor], r: int
     """
     a, b = pair["A"], pair["B"]
     held = adapter.own.get(parameter)
-    count = (held.shape[0] if held.ndim == 3 else 1) if held is not None else max(1, a.shape[0] // r)
+    # Without the backbone the stack is what the rank leaves, and a rank pattern may say another rank.
+    count = max(1, a.shape[0] // r) if a.shape[0] % r == 0 else 1
+    if held is not None:
+        count = held.shape[0] if held.ndim == 3 else 1
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] % count or a.shape[0] != b.shape[1]:
         raise CheckpointError(
             f"{adapter.folder}: the factors of {parameter} have shapes {tuple(a.shape)} and {tuple(b.shape)}, which fit no "
