@@ -83,6 +83,7 @@ def test_a_tied_parameter_is_frozen_unless_all_its_names_are_excluded():
     model, delta = lora("t5")
     delta.freeze_module(exclude=["deltas", "lm_head"])
     assert trained(model) == {"lora.A", "lora.B"}
+    assert delta.delta.fully_trained == []
     model, delta = lora("t5")
     delta.freeze_module(exclude=["deltas", "lm_head", "shared", "embed_tokens"])
     assert trained(model) == {"lora.A", "lora.B", "shared.weight"}
@@ -110,6 +111,11 @@ def test_a_module_around_the_backbone():
     around = torch.nn.ModuleDict({"backbone": model, "extra": torch.nn.Linear(5, 3)})
     delta.freeze_module(around, exclude=["deltas", "extra"])
     assert not model.classifier.weight.requires_grad
+    assert len(around.state_dict()) == 8 + 2
+    # Without this object, which knows of the module around the backbone.
+    delta.delta.detach()
+    assert len(around.state_dict()) == len(MODELS["bert"]().state_dict()) + 2
+    delta.attach()
     assert len(around.state_dict()) == 8 + 2
     delta.detach()
     assert len(around.state_dict()) == len(MODELS["bert"]().state_dict()) + 2
