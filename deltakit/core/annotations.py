@@ -153,7 +153,8 @@ def _one_of(members: Sequence[Read], value: Any) -> Any:
         try:
             return read(value)
         except Unfit as error:
-            unfit = error if error.inside else unfit
+            # The one that says more than what the value is: what is in it, or why it does not fit.
+            unfit = error if error.inside or error.found != described(value) else unfit
     raise unfit
 
 

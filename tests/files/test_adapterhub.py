@@ -1,6 +1,6 @@
 """Adapters that AdapterHub's library saved give its own outputs; what deltakit does not have is refused by name.
 
-`checkpoints/adapterhub/make.py` made the files.
+`benchmarks/adapterhub_files.py` made the files.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""Makes the files of this folder by the library `adapters`: tiny backbones, an adapter of each kind, and the outputs with it.
+"""Makes the files of `tests/checkpoints/adapterhub`: tiny backbones, adapters of each kind, and the outputs with them.
 
-    pip install adapters==1.2.0 torch && python tests/checkpoints/adapterhub/make.py
+    pip install adapters==1.2.0 torch && python benchmarks/adapterhub_files.py
 
 The tests read the files and need no `adapters`.
 """
@@ -15,7 +15,7 @@ import transformers as tf
 from adapters.models.llama import modeling_llama
 from safetensors.torch import save_file
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "tests" / "checkpoints" / "adapterhub"
 SIZES = {
     "vocab_size": 37,
     "hidden_size": 12,
