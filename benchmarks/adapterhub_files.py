@@ -34,17 +34,21 @@ COMPACT = {"reduction_factor": 3, "phm_init_range": 0.5, "phm_dim": 4}
 CASES = {
     "seq_bn": adapters.SeqBnConfig(**SMALL),
     "double_seq_bn": adapters.DoubleSeqBnConfig(**SMALL, scaling=2.0),
-    "layers": adapters.DoubleSeqBnConfig(reduction_factor={"0": 3, "default": 6}, non_linearity="gelu", leave_out=[1], scaling="channel"),
+    "layers": adapters.DoubleSeqBnConfig(
+        reduction_factor={"0": 3, "default": 6}, non_linearity="gelu", leave_out=[1], scaling="channel"
+    ),
     "par_bn": adapters.ParBnConfig(**SMALL),
     "par_bn_learned": adapters.ParBnConfig(**SMALL, mh_adapter=True, scaling="learned", non_linearity="leakyrelu"),
     "plus": adapters.AdapterPlusConfig(reduction_factor=4, stochastic_depth=0.0),
     "compacter": adapters.CompacterConfig(**COMPACT, scaling=2.0),
-    "compacterpp": adapters.CompacterPlusPlusConfig(**COMPACT, shared_phm_rule=False, factorized_phm_rule=True, factorized_phm_W=False, phm_bias=False),
+    "compacterpp": adapters.CompacterPlusPlusConfig(
+        **COMPACT, shared_phm_rule=False, factorized_phm_rule=True, factorized_phm_W=False, phm_bias=False
+    ),
     "lora": adapters.LoRAConfig(r=2, alpha=5, intermediate_lora=True),
     "ia3": adapters.IA3Config(),
     "prefix": adapters.PrefixTuningConfig(prefix_length=3, bottleneck_size=5),
     "prefix_flat": adapters.PrefixTuningConfig(prefix_length=3, flat=True, leave_out=[0]),
-}  # fmt: skip
+}
 
 
 PICKLED = ("seq_bn", "prefix", "prefix_flat")
@@ -60,7 +64,7 @@ def outputs(model):
 
 
 def patch_llama():
-    """Release 1.2.0 transposes the output of Llama's attention twice, which changes the backbone; the repository has this fix."""
+    """Release 1.2.0 transposes the output of Llama's attention twice, which changes the backbone; its repository does not."""
     whole = Path(modeling_llama.__file__).read_text("utf-8")
     line = "        attn_output = attn_output.transpose(1, 2).contiguous()\n"
     assert whole.count(line) == 1
