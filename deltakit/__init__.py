@@ -51,6 +51,7 @@ from deltakit.methods.low_rank_adapter import LowRankAdapter
 from deltakit.methods.parallel_adapter import ParallelAdapter
 from deltakit.methods.prefix import Prefix
 from deltakit.methods.soft_prompt import SoftPrompt
+from deltakit.methods.trainable_tokens import TrainableTokens
 from deltakit.opendelta import (
     AdapterModel,
     AutoDeltaConfig,
@@ -113,6 +114,7 @@ __all__ = [
     "StateError",
     "Target",
     "TargetError",
+    "TrainableTokens",
     "View",
     "Visualization",
     "WeightMap",

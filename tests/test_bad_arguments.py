@@ -22,7 +22,7 @@ TEXT = WORD | {"empty text", "zero byte", "control"}
 MODEL = {"module"}
 BOTTLENECKS = ("Adapter", "LowRankAdapter", "Compacter", "ParallelAdapter")
 ON_MODULES = ("LoRA", "BitFit", "IA3", *BOTTLENECKS)
-ALL_METHODS = (*ON_MODULES, "Prefix", "SoftPrompt")
+ALL_METHODS = (*ON_MODULES, "Prefix", "SoftPrompt", "TrainableTokens")
 
 OPENDELTA = {
     "LoraModel": {"counts": ["lora_r"]},
@@ -78,7 +78,9 @@ ACCEPTED = {
     "Delta.parameter_groups.by_tag": {"empty dict", "dict of objects"},
     **{f"{kind}.at": NOTHING for kind in ALL_METHODS},
     **{f"{kind}.of": NOTHING | {"module class"} for kind in ON_MODULES},
-    **dict.fromkeys(["Prefix.of", "SoftPrompt.of"], NOTHING),
+    **dict.fromkeys(["Prefix.of", "SoftPrompt.of", "TrainableTokens.of"], NOTHING),
+    "TrainableTokens.ids": {"range"},
+    "TrainableTokens.untie": SWITCH,
     **{f"{kind}.exclude": NOTHING | NO_SELECTORS for kind in ALL_METHODS},
     "select.of": NOTHING | {"module class"},
     "select.exclude": NOTHING | NO_SELECTORS,

@@ -9,17 +9,13 @@ import torch
 from torch import nn
 
 import deltakit as dk
-from support.models import STYLES, Calls, Transformer, ids, randomize, same, snapshot
+from support.models import STYLES, Calls, Transformer, ids, method_of, randomize, same, snapshot
 
 ALL = sorted(dk.METHODS)
 IDENTITY = [name for name in ALL if dk.METHODS[name].identity]
-ON_OUTPUTS = [name for name in ALL if dk.METHODS[name]().positions()]
+ON_OUTPUTS = [name for name in ALL if method_of(name).positions()]
 
 every_method = pytest.mark.parametrize("name", ALL)
-
-
-def method(name, **options):
-    return dk.METHODS[name](**options)
 
 
 @pytest.fixture
@@ -28,7 +24,7 @@ def model():
 
 
 def trained(model, name):
-    delta = dk.attach(model, method(name))
+    delta = dk.attach(model, method_of(name))
     randomize(delta)
     return delta
 
@@ -36,7 +32,7 @@ def trained(model, name):
 @pytest.mark.parametrize("name", IDENTITY)
 def test_attached_and_untrained_is_the_identity(model, name):
     before = model(ids())
-    dk.attach(model, method(name))
+    dk.attach(model, method_of(name))
     assert torch.equal(model(ids()), before)
 
 
@@ -175,7 +171,7 @@ def test_base_checkpoint_loads_strictly_while_attached(model, name):
 
 @every_method
 def test_a_second_delta_never_enters_the_first(model, name):
-    dk.attach(model, method(name))
+    dk.attach(model, method_of(name))
     inner = {id(module) for module in model.modules() if isinstance(module, dk.DeltaModule)}
     inside = {id(child) for m in model.modules() if id(m) in inner for child in m.modules()}
     assert inside.isdisjoint(id(module) for module in dk.select(model, "**").values())
@@ -187,10 +183,10 @@ def test_a_second_delta_never_enters_the_first(model, name):
 
 @every_method
 def test_attach_twice_at_one_place_says_so(model, name):
-    dk.attach(model, method(name))
+    dk.attach(model, method_of(name))
     before = snapshot(model)
     with pytest.raises(dk.StateError, match="detach"):
-        dk.attach(model, method(name))
+        dk.attach(model, method_of(name))
     same(before, snapshot(model))
 
 
@@ -199,7 +195,7 @@ def test_attach_twice_at_one_place_says_so(model, name):
 def test_a_selector_that_misses_changes_nothing(model, name, at):
     before = snapshot(model)
     with pytest.raises(dk.SelectorError, match=r"'nothing_like_it' matches none of the \d+ modules of Transformer"):
-        dk.attach(model, method(name, at=at))
+        dk.attach(model, method_of(name, at=at))
     same(before, snapshot(model))
 
 
@@ -207,9 +203,9 @@ def test_a_selector_that_misses_changes_nothing(model, name, at):
 def test_a_failure_after_building_changes_nothing(model, name):
     before = snapshot(model)
     with pytest.raises(dk.OptionError, match="without dots, spaces and control characters"):
-        dk.attach(model, method(name), name="a.b")
+        dk.attach(model, method_of(name), name="a.b")
     with pytest.raises(dk.SelectorError, match="nowhere"):
-        dk.attach(model, method(name), train="nowhere")
+        dk.attach(model, method_of(name), train="nowhere")
     same(before, snapshot(model))
 
 
@@ -221,7 +217,7 @@ def test_every_way_of_calling_and_returning(name, style):
     before = model(x)
     # Sizes and divisors that fit a layer of 7 to 5 features.
     options = {"lora": {"r": 3}, "compacter": {"division": 5}}.get(name, {})
-    delta = dk.attach(model, method(name, at="target", **options))
+    delta = dk.attach(model, method_of(name, at="target", **options))
     assert torch.equal(model(x), before)
     kind = type(model.target(x))
     randomize(delta)
@@ -234,7 +230,7 @@ def test_every_way_of_calling_and_returning(name, style):
 @every_method
 def test_dtype_follows_the_backbone(model, name):
     model = model.to(torch.bfloat16)
-    delta = dk.attach(model, method(name))
+    delta = dk.attach(model, method_of(name))
     assert {parameter.dtype for parameter in delta.parameters()} == {torch.bfloat16}
     assert model(ids()).dtype == torch.bfloat16
     model.to(torch.float64)
@@ -246,7 +242,7 @@ def test_dtype_follows_the_backbone(model, name):
 def test_meta_backbones(name):
     with torch.device("meta"):
         model = Transformer()
-    delta = dk.attach(model, method(name))
+    delta = dk.attach(model, method_of(name))
     assert all(parameter.is_meta for parameter in delta.parameters())
     assert name in repr(delta)
     delta.detach()
@@ -254,7 +250,7 @@ def test_meta_backbones(name):
 
 @every_method
 def test_round_trip_as_plain_data(name):
-    one = method(name, at=["a", "b"], of=nn.Linear, exclude="c")
+    one = method_of(name, at=["a", "b"], of=nn.Linear, exclude="c")
     data = one.to_dict()
     assert type(one).from_dict(data).to_dict() == data
     with pytest.raises(dk.CheckpointError, match="no option not_an_option"):

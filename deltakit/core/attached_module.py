@@ -53,11 +53,13 @@ class AttachedModule(nn.Module):
     reads_weight: ClassVar[bool] = False
     """Whether its update depends on the target's weight."""
 
-    # Building and attaching set the next five.
+    # Building and attaching set the next six.
     part: str = ""
     """The name of the parameter and the feature slice in brackets within the target's module, or "" for the module."""
     weight_read: WeightRead | None = None
     """Set for weight patches: during the forward of that scope the update is added to the weight."""
+    covers_ties: bool = False
+    """Whether its method has a delta module at each module that shares the target's weight, so that merging changes all."""
     record: DeltaState | None = None
     """The state of its delta, shared by all modules of the delta."""
     shapes: Mapping[str, torch.Size] | None = None

@@ -101,7 +101,7 @@ def add_merged(attachment: Attachment, values: dict[int, Tensor]) -> None:
 def _updates(attachment: Attachment) -> tuple[dict[str, Tensor], dict[str, torch.dtype], set[str]]:
     """Returns the updates and the compute dtypes by name of the weight, and the names of tied weights that are updated as one.
 
-    The last are the weights that the delta patches in every module that holds them.
+    The last are the weights that the delta changes in every module that holds them.
     """
     updates: dict[str, Tensor] = {}
     dtypes: dict[str, torch.dtype] = {}
@@ -115,6 +115,7 @@ def _updates(attachment: Attachment) -> tuple[dict[str, Tensor], dict[str, torch
             sites.setdefault(name, []).append(site)
             read = site.module.weight_read
             tied = read is not None and any(other.owner != read.owner for other in read.also)
+            tied = tied or site.module.covers_ties
             together |= {name} if tied else set()
     for name, held in sites.items():
         refuse_composed(name, held)

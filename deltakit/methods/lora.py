@@ -25,7 +25,15 @@ from deltakit.core import (
     wants_start_values,
 )
 from deltakit.errors import OptionError, TargetError
-from deltakit.ops import LowRank, check_dropout, kaiming_uniform, like, sum_of_products
+from deltakit.ops import (
+    LowRank,
+    check_dropout,
+    has_own_forward,
+    kaiming_uniform,
+    like,
+    refuse_max_norm,
+    sum_of_products,
+)
 
 
 class LoRADelta(LowRank):
@@ -135,15 +143,11 @@ class LoRA(Method, name="lora"):
         # right, because the subclass's own code runs with the new weight. A quantized weight cannot be added to, and the
         # forward of a quantized embedding only looks it up.
         quantized = isinstance(target.module, nn.Embedding) and is_quantized(target.module.weight)
-        return LoRAPatchDelta if _own_forward(target.module) and not quantized else LoRADelta
+        return LoRAPatchDelta if has_own_forward(target.module) and not quantized else LoRADelta
 
     def build_at(self, target: Target) -> DeltaModule:
         kind = self.kind_at(target)
-        if isinstance(target.module, nn.Embedding) and target.module.max_norm is not None:
-            raise TargetError(
-                f"{target.named}: LoRA expects an embedding without max_norm, which rewrites its weight in each forward; "
-                "leave it out with exclude="
-            )
+        refuse_max_norm(target, "LoRA")
         if self.dropout and kind.patches_weight(target):
             raise OptionError(
                 f"{target.named}: LoRA(dropout={self.dropout:g}) drops inputs, but here LoRA patches a weight whose input no "
@@ -168,8 +172,3 @@ class LoRA(Method, name="lora"):
     def combination(cls, parts: Sequence[DeltaModule], rank: int | None) -> "LoRA":
         r = rank if rank is not None else sum(part.A.shape[-2] for part in parts if isinstance(part, LoRADelta))
         return cls(r=r, alpha=r)
-
-
-def _own_forward(module: nn.Module) -> bool:
-    kinds = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return any(isinstance(module, kind) and type(module).forward is not kind.forward for kind in kinds)

@@ -6,6 +6,7 @@ from deltakit.ops.attention.kernel import AttentionPrefix, joined, joined_per_ex
 from deltakit.ops.attention.mode_stack import enter_prefix_mode, leave_prefix_mode
 from deltakit.ops.attention.sites import attends, enters_by_interface, heads_of
 from deltakit.ops.bottleneck import ACTIVATIONS, Bottleneck, BottleneckMethod, unfilled_linear
+from deltakit.ops.forwards import has_own_forward, refuse_max_norm
 from deltakit.ops.handover import Handover, InputTap
 from deltakit.ops.kinds.call_context import CallContext
 from deltakit.ops.kinds.input_map import InputMap
@@ -46,6 +47,7 @@ __all__ = [
     "enters_by_interface",
     "finish",
     "grown_mask",
+    "has_own_forward",
     "heads_of",
     "input_embeddings",
     "input_size",
@@ -61,6 +63,7 @@ __all__ = [
     "move_positions",
     "normal",
     "on_own_examples",
+    "refuse_max_norm",
     "stack_at",
     "start_vectors",
     "sum_of_products",

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import deltakit as dk
 from support.backbone_inputs import hidden, inputs
-from support.models import randomize, same, snapshot
+from support.models import method_of, randomize, same, snapshot
 from support.tiny_transformers import build
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -39,7 +39,7 @@ def exact():
 def test_detach_is_exact_after_training(kind, name):
     model, call = on_gpu(kind)
     before, output = snapshot(model), computed(model, call)
-    delta = dk.attach(model, dk.METHODS[name]())
+    delta = dk.attach(model, method_of(name))
     if dk.METHODS[name].identity:
         assert torch.equal(computed(model, call), output)
     start = {key: value.clone() for key, value in delta.state_dict().items()}
@@ -58,7 +58,7 @@ def test_detach_is_exact_after_training(kind, name):
 @every_case
 def test_a_delta_moves_between_devices(kind, name, tmp_path):
     model, call = on_gpu(kind)
-    delta = dk.attach(model, dk.METHODS[name]())
+    delta = dk.attach(model, method_of(name))
     randomize(delta)
     wanted = computed(model, call)
     delta.save(tmp_path)
@@ -76,12 +76,12 @@ def test_a_delta_moves_between_devices(kind, name, tmp_path):
 @pytest.mark.parametrize("name", sorted(dk.METHODS))
 def test_half_precision_and_autocast(name, dtype):
     model, call = on_gpu("llama", dtype)
-    delta = dk.attach(model, dk.METHODS[name]())
+    delta = dk.attach(model, method_of(name))
     randomize(delta)
     wide = copy.deepcopy(model).double()
     assert torch.allclose(computed(model, call).double(), computed(wide, call), atol=0.1, rtol=0.1)
     plain, call = on_gpu("llama")
-    delta = dk.attach(plain, dk.METHODS[name]())
+    delta = dk.attach(plain, method_of(name))
     randomize(delta)
     with torch.autocast("cuda", dtype):
         output = computed(plain, call)
@@ -108,7 +108,7 @@ def test_lora_is_its_formula():
 @pytest.mark.parametrize("name", ["lora", "adapter", "bitfit", "ia3", "prefix", "soft_prompt"])
 def test_each_example_gets_its_own_delta(name):
     model, call = on_gpu("llama")
-    deltas = [dk.attach(model, dk.METHODS[name](), name=own) for own in ("a", "b")]
+    deltas = [dk.attach(model, method_of(name), name=own) for own in ("a", "b")]
     for delta in deltas:
         randomize(delta)
     singly = []
@@ -127,7 +127,7 @@ def test_each_example_gets_its_own_delta(name):
 @pytest.mark.parametrize("name", ["lora", "adapter", "bitfit", "ia3"])
 def test_a_captured_cuda_graph_follows_the_values(name):
     model, call = on_gpu("bert")
-    delta = dk.attach(model, dk.METHODS[name]())
+    delta = dk.attach(model, method_of(name))
     call = {"input_ids": call["input_ids"]}
     with torch.no_grad():
         stream = torch.cuda.Stream()
@@ -147,7 +147,7 @@ def test_a_captured_cuda_graph_follows_the_values(name):
 def test_compiled(name):
     torch.compiler.reset()
     model, call = on_gpu("llama")
-    delta = dk.attach(model, dk.METHODS[name]())
+    delta = dk.attach(model, method_of(name))
     randomize(delta)
     wanted = computed(model, call)
     compiled = torch.compile(model)

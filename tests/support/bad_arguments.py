@@ -225,6 +225,7 @@ CALLS = {
     "IA3": _option(dk.IA3),
     "Prefix": _option(dk.Prefix),
     "SoftPrompt": _option(dk.SoftPrompt),
+    "TrainableTokens": Call(lambda s: dk.TrainableTokens, lambda s: {"ids": [3, 5]}, _used),
     "SoftPrompt.from_text": Call(
         lambda s: dk.SoftPrompt.from_text, lambda s: {"text": "a bc", "tokenizer": Tokenizer()}, _used
     ),

@@ -138,6 +138,11 @@ def a_layer_of_each_kind():
     return Kinds().double().eval(), torch.randint(0, 13, (3, 5))
 
 
+def method_of(name, **options):
+    """A method by its name, with the options that it cannot do without."""
+    return dk.METHODS[name](**{**({"ids": (3, 5, 11)} if name == "trainable_tokens" else {}), **options})
+
+
 def ids(rows=3, length=11):
     return torch.randint(2, VOCAB, (rows, length), generator=torch.Generator().manual_seed(1))
 
