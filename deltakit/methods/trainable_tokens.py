@@ -7,7 +7,7 @@ from the backbone's rows, which starts at zero.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -202,9 +202,8 @@ class TrainableTokens(Method, name="trainable_tokens"):
         if self._follows_ties(target):
             return TiedTokensDelta
         # As for LoRA: the subclass's own code must run with the new rows, unless the weight is quantized.
-        embeds = isinstance(target.module, nn.Embedding)
-        plain = not embeds or not has_own_forward(target.module) or is_quantized(target.module.weight)
-        return TrainableTokensDelta if plain else TrainableTokensPatchDelta
+        quantized = isinstance(target.module, nn.Embedding) and is_quantized(target.module.weight)
+        return TrainableTokensPatchDelta if has_own_forward(target.module) and not quantized else TrainableTokensDelta
 
     def build(self, index: BackboneView, targets: Sequence[Target]) -> dict[str, DeltaModule]:
         """Returns the delta modules. Of those at modules that share a weight, the first holds the rows.
@@ -234,10 +233,9 @@ class TrainableTokens(Method, name="trainable_tokens"):
 
 def _adds_rows(target: Target) -> bool:
     """Returns whether hooks on a module's output have the same effect as other rows in its weight."""
-    module = target.module
-    if target.weight_read is not None or is_quantized(cast(Tensor, module.weight)):
-        return False
-    return any(type(module).forward is kind.forward for kind in (nn.Embedding, nn.Linear))
+    module: Any = target.module
+    plain = any(type(module).forward is kind.forward for kind in (nn.Embedding, nn.Linear))
+    return plain and target.weight_read is None and not is_quantized(module.weight)
 
 
 def _check(target: Target, ids: Sequence[int]) -> None:

@@ -6,7 +6,7 @@ from typing import TypedDict
 from deltakit.errors import CheckpointError
 from deltakit.files.formats.format import Parts
 from deltakit.files.formats.peft.adapter import Adapter
-from deltakit.files.formats.peft.keys import ADALORA
+from deltakit.files.formats.peft.keys import ADALORA, TOKENS_OF_LORA
 from deltakit.files.formats.peft.lora import read_lora
 from deltakit.files.schema import checked
 
@@ -23,7 +23,7 @@ def read_adalora(adapter: Adapter, parts: Parts) -> None:
     """
     found = {key: value for key, value in adapter.config.items() if key in _Config.__annotations__}
     start = checked({"init_r": 12, **found}, _Config, adapter.config_file)["init_r"]
-    tensors = {}
+    tensors = {name: tensor for name, tensor in adapter.tensors.items() if name.endswith(tuple(TOKENS_OF_LORA))}
     for path, part in adapter.parts(ADALORA).items():
         if part.keys() != {"A", "B", "E"} or part["A"].ndim != 2 or part["E"].shape != (len(part["A"]), 1):
             raise CheckpointError(

@@ -11,6 +11,8 @@ LORA_OF_EMBEDDINGS = {".lora_embedding_A": "A", ".lora_embedding_B": "B"}
 LORA_BIAS = {".lora_B.bias": "bias"}
 IA3 = {".ia3_l": "scale"}
 ADALORA = {".lora_A": "A", ".lora_B": "B", ".lora_E": "E"}
+TOKENS = {".trainable_tokens_delta": "rows"}
+TOKENS_OF_LORA = {".token_adapter.trainable_tokens_delta": "rows"}
 """Each: what stands behind the path of the module, and the name of the tensor in deltakit."""
 
 PROMPT = "prompt_embeddings"

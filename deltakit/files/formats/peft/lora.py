@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from deltakit.errors import CheckpointError
 from deltakit.files.formats.format import Parts
 from deltakit.files.formats.peft.adapter import Adapter
-from deltakit.files.formats.peft.keys import LORA, LORA_BIAS, LORA_OF_EMBEDDINGS
+from deltakit.files.formats.peft.keys import LORA, LORA_BIAS, LORA_OF_EMBEDDINGS, TOKENS_OF_LORA
 from deltakit.files.formats.peft.layers import differs
 from deltakit.files.formats.peft.parameters import parameter_at, stacked
 from deltakit.files.formats.peft.patterns import Pattern
+from deltakit.files.formats.peft.tokens import read_tokens
 from deltakit.files.schema import checked
 
 _ABSENT = {
     "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA",
-    "trainable_token_indices": "trained tokens of embeddings",
     "layer_replication": "repeated layers",
     "alora_invocation_tokens": "activated LoRA",
     "arrow_config": "Arrow",
@@ -45,9 +45,18 @@ class _Config(TypedDict, total=False):
     use_rslora: bool
     alpha_pattern: dict[str, float] | None
     target_parameters: list[str] | None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None
 
 
-_DEFAULTS = _Config(lora_alpha=8, lora_dropout=0.0, r=8, use_rslora=False, alpha_pattern=None, target_parameters=None)
+_DEFAULTS = _Config(
+    lora_alpha=8,
+    lora_dropout=0.0,
+    r=8,
+    use_rslora=False,
+    alpha_pattern=None,
+    target_parameters=None,
+    trainable_token_indices=None,
+)
 
 
 class Scale(NamedTuple):
@@ -63,7 +72,7 @@ class Scale(NamedTuple):
 
 
 def read_lora(adapter: Adapter, parts: Parts) -> None:
-    """Adds the LoRAs of an adapter to the parts.
+    """Adds the LoRAs of an adapter to the parts, and the rows of embeddings that it trains beside them.
 
     Raises:
         CheckpointError: if it has options that deltakit does not have, or a tensor does not fit.
@@ -86,6 +95,7 @@ def read_lora(adapter: Adapter, parts: Parts) -> None:
         for bias in biases.get(path, {}).values():
             # It is behind B, so the scale is on it, too.
             parts.add("bitfit", {}, name, {"bias": bias * scale.factor(a.shape[-2] if parameter else len(a))})
+    read_tokens(adapter, parts, TOKENS_OF_LORA, config["trainable_token_indices"])
 
 
 def scales(config: Mapping[str, Any], place: Path, config_file: Path) -> Callable[[str], Scale]:

@@ -28,10 +28,13 @@ from deltakit.files.formats.peft.keys import (
     PICKLE,
     PROMPT,
     TENSORS,
+    TOKENS,
+    TOKENS_OF_LORA,
 )
 from deltakit.files.formats.peft.lora import read_lora
 from deltakit.files.formats.peft.prefix import read_prefix
 from deltakit.files.formats.peft.prompt import read_prompt
+from deltakit.files.formats.peft.tokens import read_trainable_tokens
 from deltakit.files.pickles import read_pickle
 from deltakit.files.saved import Saved, Trained
 from deltakit.files.schema import read_json
@@ -47,9 +50,10 @@ class _Kind(NamedTuple):
 
 
 KINDS = {
-    "LORA": _Kind(read_lora, (*LORA, *LORA_OF_EMBEDDINGS, *LORA_BIAS)),
-    "ADALORA": _Kind(read_adalora, tuple(ADALORA)),
+    "LORA": _Kind(read_lora, (*LORA, *LORA_OF_EMBEDDINGS, *LORA_BIAS, *TOKENS_OF_LORA)),
+    "ADALORA": _Kind(read_adalora, (*ADALORA, *TOKENS_OF_LORA)),
     "IA3": _Kind(read_ia3, tuple(IA3)),
+    "TRAINABLE_TOKENS": _Kind(read_trainable_tokens, tuple(TOKENS)),
     "PROMPT_TUNING": _Kind(read_prompt, (PROMPT,)),
     # The network that computed the prompt is not in the file.
     "P_TUNING": _Kind(read_prompt, (PROMPT,)),

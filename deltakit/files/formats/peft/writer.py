@@ -28,9 +28,19 @@ from deltakit.core import (
 )
 from deltakit.files.checkpoint import plain_tensors, write_files, write_tensors
 from deltakit.files.formats.adapter_config import CONFIG
-from deltakit.files.formats.peft.keys import IA3, LORA, LORA_OF_EMBEDDINGS, PREFIX, PREFIX_OF_PROMPTS, TENSORS
+from deltakit.files.formats.peft.keys import (
+    IA3,
+    LORA,
+    LORA_OF_EMBEDDINGS,
+    PREFIX,
+    PREFIX_OF_PROMPTS,
+    TENSORS,
+    TOKENS,
+    TOKENS_OF_LORA,
+)
 from deltakit.files.formats.peft.layers import adapts, differs, impossible
 from deltakit.files.formats.peft.prompt_writer import prefix_options, prompt_options
+from deltakit.files.formats.peft.tokens import METHOD, write_tokens
 
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 
@@ -54,6 +64,11 @@ def write(
     kind = _kind_of(attachment)
     of_kind = _KINDS[kind]
     options, named = of_kind.options(attachment, tensors)
+    if kind == "lora":
+        rows = write_tokens(attachment, tensors)
+        ((suffix, _),) = TOKENS_OF_LORA.items()
+        named |= {f"{path}{suffix}": value for path, (_, value) in rows.items()}
+        options["trainable_token_indices"] = {path: list(ids) for path, (ids, _) in rows.items()} or None
     named = {f"{of_kind.prefix}{name}": value for name, value in named.items()}
     full = [name for name in attachment.record.fully_trained if name in tensors]
     modules, biases = _fully_trained(attachment, full)
@@ -93,6 +108,8 @@ def _write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor
 
 def _kind_of(attachment: Attachment) -> str:
     kinds = sorted({method.name for method in attachment.record.methods})
+    if kinds == ["lora", METHOD]:
+        return "lora"
     if len(kinds) > 1 or kinds[0] not in _KINDS:
         raise impossible(
             attachment, f"an adapter of PEFT is one of {', '.join(_KINDS)}, and this delta is {' and '.join(kinds)}"
@@ -110,6 +127,8 @@ def lora_of(attachment: Attachment, tensors: Mapping[str, Tensor]) -> tuple[dict
     targets: dict[str, nn.Module] = {}
     names = _names_of(attachment)
     for site in attachment.sites:
+        if attachment.record.methods[site.method].name != "lora":
+            continue
         _refuse_parameters(attachment, site, names)
         _refuse(attachment, site, "lora")
         a, b = (tensors[attachment.named(site, name)] for name in "AB")
@@ -201,6 +220,19 @@ def _ia3(attachment: Attachment, tensors: Mapping[str, Tensor]) -> tuple[dict[st
     return {**_targets(attachment, targets), "feedforward_modules": _pattern(inputs, others, "")}, found
 
 
+def _tokens(attachment: Attachment, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    rows = write_tokens(attachment, tensors)
+    ids = {ids for ids, _ in rows.values()}
+    if len(ids) > 1:
+        raise impossible(
+            attachment, "its modules have different ids, and TRAINABLE_TOKENS of PEFT has the same for all"
+        )
+    ((suffix, _),) = TOKENS.items()
+    targets = {path: attachment.backbone.get_submodule(path) for path in rows}
+    options = {"token_indices": list(*ids), "target_modules": _targets(attachment, targets)["target_modules"]}
+    return options, {f"{path}{suffix}": value for path, (_, value) in rows.items()}
+
+
 def _targets(attachment: Attachment, targets: Mapping[str, nn.Module]) -> dict[str, Any]:
     others = (path for path, _ in own_modules(attachment.backbone) if path not in targets)
     return {
@@ -256,6 +288,7 @@ class _Kind(NamedTuple):
 _KINDS = {
     "lora": _Kind("LORA", lora_of),
     "ia3": _Kind("IA3", _ia3),
+    METHOD: _Kind("TRAINABLE_TOKENS", _tokens),
     "soft_prompt": _Kind("PROMPT_TUNING", prompt_options, ""),
     "prefix": _Kind("PREFIX_TUNING", prefix_options, ""),
 }
