@@ -84,7 +84,8 @@ class TrainableTokensDelta(OutputMap):
         self, x: Shaped[Tensor, "*input"], y: Float[Tensor, "*batch out"], factor: Any = 1.0
     ) -> Float[Tensor, "*batch out"]:
         """Returns y with the rows of the ids x added; of a linear layer, with the products of x and the rows added."""
-        rows, ids = self.table, self.ids
+        # The rows may be held by a module on another device.
+        rows, ids = self.table.to(y.device), self.ids.to(y.device)
         if self.embeds:
             return y + (self._vectors(x, rows, ids) * factor).to(y.dtype)
         logits = F.linear(x.to(rows.dtype), rows) * factor
