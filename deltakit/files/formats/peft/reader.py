@@ -24,6 +24,7 @@ from deltakit.files.formats.peft.keys import (
     IA3,
     LORA,
     LORA_BIAS,
+    LORA_MAGNITUDES,
     LORA_OF_EMBEDDINGS,
     PICKLE,
     PROMPT,
@@ -47,7 +48,7 @@ class _Kind(NamedTuple):
 
 
 KINDS = {
-    "LORA": _Kind(read_lora, (*LORA, *LORA_OF_EMBEDDINGS, *LORA_BIAS)),
+    "LORA": _Kind(read_lora, (*LORA, *LORA_OF_EMBEDDINGS, *LORA_BIAS, *LORA_MAGNITUDES)),
     "ADALORA": _Kind(read_adalora, tuple(ADALORA)),
     "IA3": _Kind(read_ia3, tuple(IA3)),
     "PROMPT_TUNING": _Kind(read_prompt, (PROMPT,)),
