@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from deltakit.core import (
@@ -25,8 +24,8 @@ from deltakit.files.formats.peft.keys import LORA_MAGNITUDES
 from deltakit.files.formats.peft.layers import impossible
 
 
-def read_magnitudes(adapter: Adapter, path: str, vector: Float[Tensor, "..."]) -> Float[Tensor, " d_out"]:
-    """Returns deltakit's magnitudes for those of PEFT at a module: [d_out], or [1, d_out, 1, ...] at a convolution.
+def read_magnitudes(adapter: Adapter, path: str, vector: Tensor) -> Tensor:
+    """Returns deltakit's magnitudes [d_out] for those of PEFT at a module: [d_out], or [1, d_out, 1, ...] at a convolution.
 
     Raises:
         CheckpointError: if they do not fit the backbone's weight, or it has no values.
@@ -78,8 +77,8 @@ def written_magnitudes(attachment: Attachment, tensors: Mapping[str, Tensor]) ->
     return found
 
 
-def norms_at(backbone: nn.Module, path: str, module: nn.Module, where: str) -> Float[Tensor, " d_out"]:
-    """Returns the norms of the rows of a module's own weight, in float32 or wider.
+def norms_at(backbone: nn.Module, path: str, module: nn.Module, where: str) -> Tensor:
+    """Returns the norms [d_out] of the rows of a module's own weight, in float32 or wider.
 
     Args:
         where: what the error message begins with.
@@ -99,6 +98,6 @@ def norms_at(backbone: nn.Module, path: str, module: nn.Module, where: str) -> F
         return torch.linalg.vector_norm(wide(bare_weight(module, view)), dim=-1)
     except (StateError, TargetError) as error:
         raise CheckpointError(
-            f"{where}: PEFT stores DoRA with the norms of {name}, which cannot be read here (meta device, offload or quantized "
-            "in an unknown way); use a backbone whose weights are in memory"
+            f"{where}: PEFT stores DoRA with the norms of {name}, which cannot be computed here (meta device, offload or "
+            "an unknown quantizer); use a backbone whose weights are in memory"
         ) from error
