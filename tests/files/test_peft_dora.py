@@ -151,7 +151,8 @@ def test_damaged_files(case, tmp_path):
 def test_a_backbone_without_values(tmp_path):
     adapted(wide("llama"), config("llama"), tmp_path)
     with pytest.raises(
-        dk.CheckpointError, match="norms of .*, which cannot be computed here .* whose weights are in memory"
+        dk.CheckpointError,
+        match="its format stores DoRA with the norms of .*, which are unknown here .* whose weights are in memory",
     ):
         dk.load(tmp_path, wide("llama").to("meta"))
 

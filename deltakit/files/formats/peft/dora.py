@@ -1,4 +1,4 @@
-"""The magnitudes of DoRA. PEFT's hold the norms of the weight's rows; deltakit's are what training added to them."""
+"""The magnitudes of DoRA. PEFT's and LyCORIS's hold the norms of the weight's rows; deltakit's are what training added."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ from deltakit.files.formats.peft.layers import impossible
 
 
 def read_magnitudes(adapter: Adapter, path: str, vector: Tensor) -> Tensor:
-    """Returns deltakit's magnitudes [d_out] for those of PEFT at a module: [d_out], or [1, d_out, 1, ...] at a convolution.
+    """Returns deltakit's magnitudes [d_out] for those of a file at a module, in any shape.
 
     Raises:
         CheckpointError: if they do not fit the backbone's weight, or it has no values.
@@ -91,13 +91,13 @@ def norms_at(backbone: nn.Module, path: str, module: nn.Module, where: str) -> T
     merged = next((record for record in records_of(backbone) if name in record.weights_before_merge), None)
     if merged is not None:
         raise CheckpointError(
-            f"{where}: PEFT stores DoRA with the norms of {name}, and delta {merged.name!r} is merged into that; unmerge() it "
-            "first"
+            f"{where}: its format stores DoRA with the norms of {name}, and delta {merged.name!r} is merged into that; "
+            "unmerge() it first"
         )
     try:
         return torch.linalg.vector_norm(wide(bare_weight(module, view)), dim=-1)
     except (StateError, TargetError) as error:
         raise CheckpointError(
-            f"{where}: PEFT stores DoRA with the norms of {name}, which cannot be computed here (meta device, offload or "
+            f"{where}: its format stores DoRA with the norms of {name}, which are unknown here (meta device, offload or "
             "an unknown quantizer); use a backbone whose weights are in memory"
         ) from error
