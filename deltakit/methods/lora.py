@@ -95,6 +95,12 @@ class DoRADelta(NormedLowRank, LoRADelta):
 
     def __init__(self, target: Target, options: "LoRA") -> None:
         super().__init__(target, options)
+        weight = target.module._parameters.get("weight")
+        if self.embeds and weight is not None and is_quantized(weight):
+            raise TargetError(
+                f"{target.named}: DoRA needs the norms of the weight, which deltakit cannot read from a quantized embedding; "
+                "use LoRA without dora=True here, or leave it out with exclude="
+            )
         self.m = nn.Parameter(torch.zeros(self.B.shape[:-1], **like(target)))
 
     def reset_parameters(self) -> None:

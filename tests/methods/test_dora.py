@@ -2,6 +2,7 @@
 
 import copy
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -197,6 +198,24 @@ def test_on_quantized_weights():
         plain.weight.data = new_weight(weight, module).float()
         twin.set_submodule(path, plain)
     torch.testing.assert_close(twin(x)[0], found, rtol=1e-5, atol=1e-5)
+
+
+def test_a_quantized_embedding_is_refused():
+    layer = nn.Embedding(11, 6)
+    layer.weight = nn.Parameter(torch.ones(11, 6, dtype=torch.int8), requires_grad=False)
+    layer.compute_dtype = torch.float32
+    with pytest.raises(
+        dk.TargetError, match="words: DoRA needs the norms of the weight, .* use LoRA without dora=True"
+    ):
+        dk.attach(nn.ModuleDict({"words": layer}), dora(at="words"))
+
+
+def test_an_offloaded_weight_is_refused():
+    model = nn.ModuleDict({"layer": nn.Linear(5, 7)})
+    dk.attach(model, dora(at="layer"))
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(dk.StateError, match=r"has no values here \(meta device or offload\); load it into memory"):
+        model.layer(torch.randn(3, 5))
 
 
 def test_autocast_does_not_round_the_norms():

@@ -41,7 +41,9 @@ class NormedLowRank(LowRank):
 
     def after_call(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         y = output if type(output) is Tensor else hidden_output(output)
-        new = self(hidden_input(args, kwargs), y, target, own_output(target, self))
+        # Read here: accelerate would move an offloaded target that is handed to a call.
+        weight = bare_weight(target, self.view)
+        new = self(hidden_input(args, kwargs), y, target, own_output(target, self), weight)
         return new if y is output else replace_hidden(output, new)
 
     def after_call_mixed(
@@ -55,15 +57,17 @@ class NormedLowRank(LowRank):
         y: Float[Tensor, "*output"],
         layer: nn.Module | None = None,
         alone: bool = False,
+        weight: Float[Tensor, "d_out d_in"] | None = None,
     ) -> Float[Tensor, "*output"]:
         """Returns y with the update added: (m / n - 1) W x + (m / n) s B A x, where n is the norm of the rows.
 
         Args:
             layer: the target.
             alone: whether y is exactly the layer's output, so that W x need not be computed again.
+            weight: the target's bare weight.
         """
         assert layer is not None
-        weight = bare_weight(layer, self.view)
+        assert weight is not None
         if self.drops and not self.embeds:
             x, alone = F.dropout(x, self.dropout), False
         base = _without_bias(layer, y, self._along(y)) if alone else self._product_with(weight, x, layer).to(y.dtype)
