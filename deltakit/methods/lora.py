@@ -3,6 +3,8 @@
 The default targets are the query and value projections (section 4.2 and the authors' README). A starts Kaiming-uniform with
 a = sqrt(5) as in the authors' code; the paper says Gaussian. The rank-stabilised scaling alpha / sqrt(r) is from
 Kalajdzievski 2023, https://arxiv.org/abs/2312.03732.
+
+DoRA: W' = m (W + s B A) / ||W + s B A||, with one norm per row.  Liu et al. 2024, https://arxiv.org/abs/2402.09353, section 4.
 """
 
 import math
@@ -27,6 +29,7 @@ from deltakit.core import (
 from deltakit.errors import OptionError, TargetError
 from deltakit.ops import (
     LowRank,
+    NormedLowRank,
     check_dropout,
     has_own_forward,
     kaiming_uniform,
@@ -90,6 +93,41 @@ class LoRAPatchDelta(LoRADelta):
         return True
 
 
+class DoRADelta(NormedLowRank, LoRADelta):
+    """Also trains `m` [*stack, d_out]: what is added to the norms of the weight's rows. It starts at zero.
+
+    The paper's m starts at the norms. The difference needs no weight to start with, and no dtype rounds it: so an untrained
+    delta is exactly a no-op.
+    """
+
+    tags: ClassVar[Mapping[str, str]] = {**LoRADelta.tags, "m": "magnitude"}
+
+    def __init__(self, target: Target, options: "LoRA") -> None:
+        super().__init__(target, options)
+        weight = target.module._parameters.get("weight")
+        if self.embeds and weight is not None and is_quantized(weight):
+            raise TargetError(
+                f"{target.named}: DoRA needs the norms of the weight, which deltakit cannot read from a quantized embedding; "
+                "use LoRA without dora=True here, or leave it out with exclude="
+            )
+        self.m = nn.Parameter(torch.zeros(self.B.shape[:-1], **like(target)))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if "m" in self._parameters:
+            nn.init.zeros_(self.m)
+
+    def magnitudes(self) -> Float[Tensor, "*stack d_out"]:
+        return self.m
+
+    def summary(self) -> str:
+        return f"{super().summary()} dora"
+
+
+class DoRAPatchDelta(LoRAPatchDelta, DoRADelta):
+    """DoRA as a weight patch, even on modules that are called."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Method, name="lora"):
     """Low-rank updates of linear layers, embeddings, convolutions and parameters.
@@ -100,6 +138,7 @@ class LoRA(Method, name="lora"):
             `r={"layers.{0-5}": 4, "*": 8}` it is 4 in the first six layers and 8 elsewhere. The first selector that matches
             the target, or a module around it, counts.
         rslora: multiply by alpha / sqrt(r) instead.
+        dora: also train the norms of the new weight's rows (DoRA).
         dropout: the probability in [0, 1) with which inputs of the update are dropped in training.
         keep: "exact", or "int8" to store the inputs for the gradient of A with one byte per value. The gradient of A is
             then off by about half a percent; all other gradients are exact.
@@ -114,6 +153,7 @@ class LoRA(Method, name="lora"):
     r: PerTarget[int] = 8
     alpha: PerTarget[float] = 16
     rslora: bool = False
+    dora: bool = False
     dropout: float = 0.0
     keep: Literal["exact", "int8"] = "exact"
     untie: bool = False
@@ -143,7 +183,9 @@ class LoRA(Method, name="lora"):
         # right, because the subclass's own code runs with the new weight. A quantized weight cannot be added to, and the
         # forward of a quantized embedding only looks it up.
         quantized = isinstance(target.module, nn.Embedding) and is_quantized(target.module.weight)
-        return LoRAPatchDelta if has_own_forward(target.module) and not quantized else LoRADelta
+        if has_own_forward(target.module) and not quantized:
+            return DoRAPatchDelta if self.dora else LoRAPatchDelta
+        return DoRADelta if self.dora else LoRADelta
 
     def build_at(self, target: Target) -> DeltaModule:
         kind = self.kind_at(target)
@@ -170,5 +212,9 @@ class LoRA(Method, name="lora"):
 
     @classmethod
     def combination(cls, parts: Sequence[DeltaModule], rank: int | None) -> "LoRA":
+        if any(isinstance(part, DoRADelta) for part in parts):
+            raise TargetError(
+                "DoRA is not linear in its parameters, so it has no weighted sums; run the deltas one by one"
+            )
         r = rank if rank is not None else sum(part.A.shape[-2] for part in parts if isinstance(part, LoRADelta))
         return cls(r=r, alpha=r)

@@ -12,6 +12,7 @@ from deltakit.ops.kinds.call_context import CallContext
 from deltakit.ops.kinds.input_map import InputMap
 from deltakit.ops.kinds.low_rank import LowRank, check_dropout, kaiming_uniform
 from deltakit.ops.kinds.maps import on_own_examples
+from deltakit.ops.kinds.normed_low_rank import NormedLowRank
 from deltakit.ops.kinds.output_map import OutputMap
 from deltakit.ops.kinds.weight_map import WeightMap
 from deltakit.ops.low_rank_sum import sum_of_products
@@ -35,6 +36,7 @@ __all__ = [
     "InputTap",
     "Insertion",
     "LowRank",
+    "NormedLowRank",
     "OutputMap",
     "Positions",
     "PrefixMode",

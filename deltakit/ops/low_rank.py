@@ -271,3 +271,14 @@ def fresh(target: nn.Module, delta: nn.Module) -> tuple[nn.Module | None, bool]:
             break
         alone = False
     return None, False
+
+
+def own_output(target: nn.Module, delta: nn.Module) -> bool:
+    """Returns whether the output that a delta module gets is exactly what the target computes from its bare weight."""
+    # As in `fresh`. Other linear layers than nn.Linear, convolutions and embeddings count here: nothing is changed in place.
+    if "forward" in target.__dict__ or "weight" in target.__dict__ or "bias" in target.__dict__ or _EVERYWHERE:
+        return False
+    for hook in target._forward_hooks.values():
+        keys = getattr(hook, "delta_keys", ())
+        return bool(keys) and target._modules.get(keys[0]) is delta
+    return False

@@ -253,6 +253,22 @@ def test_what_the_file_alone_says(tmp_path):
     assert method == {"method": "lora", "targets": [f"lora_unet_{QUERY.replace('.', '_')}"], "r": 3, "alpha": 2.0, "rslora": False, "dropout": 0.0, "untie": False}  # fmt: skip
 
 
+def test_dora_of_lycoris(tmp_path):
+    """W' = (W + s dW) dora_scale / (||W + s dW|| + eps), one norm per row. LyCORIS adds the eps of the dtype to the norm."""
+    pairs, generator = factors(unet()), torch.Generator().manual_seed(8)
+    tensors, model = flat(pairs, "lora_unet", dict.fromkeys(pairs, 2.0)), unet()
+    with torch.no_grad():
+        for path, (a, b) in pairs.items():
+            weight = model.get_submodule(path).weight
+            scale = 1 + torch.rand(len(weight), *[1] * (weight.ndim - 1), generator=generator, dtype=torch.float64)
+            new = weight + 2 / 3 * torch.einsum("or,r...->o...", b.flatten(1), a).reshape(weight.shape)
+            norm = new.flatten(1).norm(dim=1).view_as(scale)
+            weight.copy_(new * scale / norm)
+            tensors[f"lora_unet_{path.replace('.', '_')}.dora_scale"] = scale
+    delta = loads_as(unet, write(tmp_path / "a.safetensors", tensors), model())
+    assert all(method.dora for method in delta.methods)
+
+
 def several(**more):
     return flat(only(factors(unet()), "to_q"), "lora_unet") | {key: torch.ones(2, 2) for key in more}
 
@@ -261,7 +277,9 @@ FLAT_QUERY = f"lora_unet_{QUERY.replace('.', '_')}"
 REFUSED = {
     "LoHa": ({"lora_unet_conv_in.hada_w1_a": 0}, r"it has LoHa \(lora_unet_conv_in.hada_w1_a\), which deltakit does not have"),
     "LoKr": ({"lora_unet_conv_in.lokr_w2": 0}, "it has LoKr"),
-    "DoRA": ({f"{FLAT_QUERY}.dora_scale": 0}, "it has DoRA"),
+    "DoRA of inputs": ({f"{FLAT_QUERY}.dora_scale": 0}, r"magnitudes of shape \(2, 2\), and deltakit's has one for each of the 22 outputs"),
+    "DoRA without factors": ({"lora_unet_conv_in.dora_scale": 0}, "conv_in has no two factors"),
+    "DoRA of PEFT": ({f"{FLAT_QUERY}.lora_magnitude_vector": 0}, "it has DoRA of PEFT"),
     "an unknown end": ({f"{FLAT_QUERY}.lora_middle": 0}, "lora_middle is in no format of LoRA"),
     "no such module": ({"lora_unet_conv_9.lora_down.weight": 0}, "1 of the 2 layers that its part for lora_unet has are not in this backbone, such as conv_9"),
     "one factor": ({"lora_unet_conv_in.lora_down.weight": 0}, "conv_in has no two factors"),

@@ -142,7 +142,8 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
 REFUSED = {
     "another kind": (lambda f: adapter(f, peft_type="XLORA"), "this is PEFT's XLORA, which deltakit does not read; of PEFT it reads LORA"),
     "no kind": (lambda f: adapter(f, peft_type=None), r"this is no adapter of PEFT: its adapter_config.json has no peft_type, which"),
-    "DoRA": (lambda f: adapter(f, use_dora=True), r"has DoRA \(use_dora\), which deltakit does not have; merge it"),
+    "QALoRA": (lambda f: adapter(f, use_qalora=True), r"has QALoRA \(use_qalora\), which deltakit does not have; merge it"),
+    "DoRA without magnitudes": (lambda f: adapter(f, use_dora=True), "use_dora=True does not fit its tensors: .* has none"),
     "PiSSA": (lambda f: adapter(f, init_lora_weights="pissa_niter_4"), r"changing the backbone's weights \(init_lora_weights='pissa_niter_4'\)"),
     "a wrong type": (lambda f: adapter(f, lora_alpha="much"), r"adapter_config.json is damaged at lora_alpha: expected `float`, got `str`"),
     "a hostile alpha": (lambda f: adapter(f, lora_alpha=1e300), r"LoRA\(alpha=1e\+300\): expected a finite number"),
@@ -156,7 +157,7 @@ REFUSED = {
     "a hungry pattern": (lambda f: adapter(f, alpha_pattern={"(a{60000}){60000}": 3.0}), r"a pattern is longer or repeats more"),
     "a recursive pattern": (lambda f: adapter(f, alpha_pattern={"(?R)": 3.0}), r"a pattern is no regular expression \(unknown extension"),
     "one factor": (lambda f: with_tensors(adapter(f), lambda t: t.pop(f"{Q}.lora_A.weight")), r"layers.0.self_attn.q_proj has no two factors of LoRA"),
-    "unknown tensor": (lambda f: with_tensors(adapter(f), lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(32)})), "q_proj.lora_magnitude_vector is in no module"),
+    "unknown tensor": (lambda f: with_tensors(adapter(f), lambda t: t.update({f"{Q}.lora_other_vector": torch.ones(32)})), "q_proj.lora_other_vector is in no module"),
     "another module": (lambda f: with_tensors(adapter(f), lambda t: t.update({k.replace("layers.0", "layers.9"): t.pop(k) for k in list(t)})), r"1 of its 2 targets are not in this backbone, such as model.layers.9"),
     "another shape": (lambda f: with_tensors(adapter(f), lambda t: t.update({f"{Q}.lora_B.weight": torch.ones(31, 2)})), r"the file has \(31, 2\), the backbone needs \(32, 2\)"),
     "not finite": (lambda f: with_tensors(adapter(f), lambda t: t[f"{Q}.lora_B.weight"].fill_(torch.nan)), "has values that are infinite or not a number"),

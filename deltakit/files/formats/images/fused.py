@@ -36,6 +36,9 @@ _SINGLE = {
 _BLOCKS = {"double": ("transformer_blocks", _DOUBLE), "single": ("single_transformer_blocks", _SINGLE)}
 """The layers of the two kinds of blocks, and diffusers' layers that they are."""
 
+_OF_ROWS = ("B", "dora_scale", "weight", "bias")
+"""The tensors that have a row for each output."""
+
 _NAME = re.compile(r"(double|single)_blocks_(\d+)_(\w+)")
 
 
@@ -60,9 +63,9 @@ def _split(layer: Layer, paths: Sequence[str], names: Names) -> list[Layer]:
     sizes = [linear_sizes(names.modules[path]) for path in paths]
     rows = [size[1] for size in sizes if size is not None]
     pieces = {
-        name: tensor.split(rows) if name in ("B", "weight", "bias") else [tensor] * len(rows)
+        name: tensor.split(rows) if name in _OF_ROWS else [tensor] * len(rows)
         for name, tensor in layer.tensors.items()
-        if name not in ("B", "weight", "bias") or _has_rows(tensor, rows)
+        if name not in _OF_ROWS or _has_rows(tensor, rows)
     }
     if not paths or len(rows) != len(paths) or pieces.keys() != layer.tensors.keys():
         return []

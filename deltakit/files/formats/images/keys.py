@@ -27,6 +27,7 @@ _ENDS = {
     ".lora_up.weight": "B",
     ".lora_mid.weight": "mid",
     ".alpha": "alpha",
+    ".dora_scale": "dora_scale",
     ".diff": "weight",
     ".diff_b": "bias",
     ".w_norm": "weight",
@@ -37,7 +38,7 @@ _ENDS = {
 _ABSENT = (
     (re.compile(r"\.hada_\w+$"), "LoHa"),
     (re.compile(r"\.lokr_\w+$"), "LoKr"),
-    (re.compile(r"\.(dora_scale|lora_magnitude_vector(\.weight)?)$"), "DoRA"),
+    (re.compile(r"\.lora_magnitude_vector(\.weight)?$"), "DoRA of PEFT"),
     (re.compile(r"\.oft_\w+(\.weight)?$"), "OFT"),
     (re.compile(r"\.[ab][12]\.weight$"), "GLoRA"),
     (re.compile(r"\.lambda_layer$"), "T-LoRA"),
@@ -58,7 +59,7 @@ class Key(NamedTuple):
     module: str
     """The path of the module, or its name with underscores."""
     tensor: str
-    """What the tensor is: A, B, mid, alpha, weight or bias; "" if the key has no known end."""
+    """What the tensor is: A, B, mid, alpha, dora_scale, weight or bias; "" if the key has no known end."""
     flat: bool
 
 

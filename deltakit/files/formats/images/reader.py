@@ -15,6 +15,7 @@ from deltakit.files.formats.images.keys import METADATA, PICKLE, TENSORS, spelli
 from deltakit.files.formats.images.names import Names
 from deltakit.files.formats.images.parts import Layer, Part, part_for, parts_of, refuse_strange
 from deltakit.files.formats.peft.adapter import Adapter
+from deltakit.files.formats.peft.dora import read_magnitudes
 from deltakit.files.formats.peft.full import refuse_tied
 from deltakit.files.formats.peft.layers import differs
 from deltakit.files.formats.peft.lora import Scale, add_lora, scales
@@ -61,10 +62,11 @@ def read(place: Path, backbone: nn.Module | None, values: bool) -> Saved:
         scale_of = _scales(part, configs, file)
         for name, path in paths.items():
             layer = part.layers[name]
-            if {"A", "B", "mid"} & layer.tensors.keys():
+            if {"A", "B", "mid", "dora_scale"} & layer.tensors.keys():
                 a, b = _factors(layer, place)
                 _refuse_layer(adapter, path)
-                add_lora(adapter, found, path, a, b, scale_of(path) or _scale(layer, a.shape[0], place))
+                scale = scale_of(path) or _scale(layer, a.shape[0], place)
+                add_lora(adapter, found, path, a, b, scale, _magnitudes(adapter, path, layer, len(b)))
             for ours in ("weight", "bias"):
                 if ours in layer.tensors:
                     full[join(path, ours)] = _sum(adapter, path, ours, layer.tensors[ours])
@@ -129,6 +131,17 @@ def _factors(layer: Layer, place: Path) -> tuple[Tensor, Tensor]:
     # [out, in, *kernel]. The product of mid and A is a plain A.
     product = torch.einsum("rs...,si->ri...", wide(mid), wide(a.flatten(1)))
     return product.flatten(1), wide(b.flatten(1))
+
+
+def _magnitudes(adapter: Adapter, path: str, layer: Layer, rows: int) -> Tensor | None:
+    """Returns the magnitudes of a DoRA of LyCORIS, whose `dora_scale` has the shape [d_out, 1, ...]; None without one."""
+    found = layer.tensors.get("dora_scale")
+    if found is not None and (found.ndim < 1 or found.shape[0] != rows or found.numel() != rows):
+        raise CheckpointError(
+            f"{adapter.folder}: the DoRA of {path} has magnitudes of shape {tuple(found.shape)}, and deltakit's has one for "
+            f"each of the {rows} outputs (LyCORIS with wd_on_out=True); use it in the library that it was trained with"
+        )
+    return None if found is None else read_magnitudes(adapter, path, found)
 
 
 def _scale(layer: Layer, r: int, place: Path) -> Scale:

@@ -5,7 +5,7 @@ of the file.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,10 @@ def _refuse(attachment: Attachment, tensors: Mapping[str, Tensor]) -> None:
     full = [name for name in attachment.record.fully_trained if name in tensors]
     embedding = next((site for site in attachment.sites if isinstance(site.target, nn.Embedding)), None)
     why = ""
-    if kinds != ["lora"]:
-        why = f"diffusers has LoRA, and this delta is {' and '.join(kinds)}"
+    methods: Sequence[Any] = attachment.record.methods
+    dora = kinds == ["lora"] and any(method.dora for method in methods)
+    if kinds != ["lora"] or dora:
+        why = f"diffusers has LoRA, and this delta is {'DoRA' if dora else ' and '.join(kinds)}"
     elif full:
         why = f"it trains {full[0]} in full, for which diffusers has no place"
     elif embedding is not None:

@@ -8,6 +8,7 @@ FILES = (CONFIG, TENSORS, PICKLE)
 PREFIX, PREFIX_OF_PROMPTS = "base_model.model.", "base_model."
 LORA = {".lora_A.weight": "A", ".lora_B.weight": "B"}
 LORA_OF_EMBEDDINGS = {".lora_embedding_A": "A", ".lora_embedding_B": "B"}
+LORA_MAGNITUDES = {".lora_magnitude_vector": "m"}
 LORA_BIAS = {".lora_B.bias": "bias"}
 IA3 = {".ia3_l": "scale"}
 ADALORA = {".lora_A": "A", ".lora_B": "B", ".lora_E": "E"}

@@ -1,7 +1,7 @@
 """Reads PEFT's LoRA. The tensors' names have the paths of the modules, and the tensors the ranks."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypedDict
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from deltakit.errors import CheckpointError
 from deltakit.files.formats.format import Parts
 from deltakit.files.formats.peft.adapter import Adapter
-from deltakit.files.formats.peft.keys import LORA, LORA_BIAS, LORA_OF_EMBEDDINGS, TOKENS_OF_LORA
+from deltakit.files.formats.peft.dora import read_magnitudes
+from deltakit.files.formats.peft.keys import LORA, LORA_BIAS, LORA_MAGNITUDES, LORA_OF_EMBEDDINGS, TOKENS_OF_LORA
 from deltakit.files.formats.peft.layers import differs
 from deltakit.files.formats.peft.parameters import parameter_at, stacked
 from deltakit.files.formats.peft.patterns import Pattern
@@ -20,6 +21,7 @@ from deltakit.files.formats.peft.tokens import read_tokens
 from deltakit.files.schema import checked
 
 _ABSENT = {
+    # The reader of PEFT's own files has it.
     "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA",
@@ -77,10 +79,17 @@ def read_lora(adapter: Adapter, parts: Parts) -> None:
     Raises:
         CheckpointError: if it has options that deltakit does not have, or a tensor does not fit.
     """
-    scale_of = scales(adapter.config, adapter.folder, adapter.config_file)
+    dora = bool(adapter.config.get("use_dora"))
+    scale_of = scales({**adapter.config, "use_dora": False}, adapter.folder, adapter.config_file)
     config = _config(adapter.config, adapter.config_file)
     found, targets = adapter.parts(LORA | LORA_OF_EMBEDDINGS), config["target_parameters"] or ()
-    biases = adapter.parts(LORA_BIAS)
+    biases, magnitudes = adapter.parts(LORA_BIAS), adapter.parts(LORA_MAGNITUDES)
+    _check_magnitudes(adapter, found if dora else (), magnitudes)
+    if dora and (biases or targets):
+        raise CheckpointError(
+            f"{adapter.folder}: it has DoRA together with lora_bias or target_parameters, which PEFT does not have; save it "
+            "again"
+        )
     for path, pair in found.items():
         parameter = parameter_at(adapter, targets, path, found) if targets else ""
         name = parameter or path
@@ -91,11 +100,21 @@ def read_lora(adapter: Adapter, parts: Parts) -> None:
             options = {"r": a.shape[-2], **scale._asdict(), "untie": False}
             parts.add("lora", options, parameter, {"A": a, "B": b})
         else:
-            add_lora(adapter, parts, path, a.flatten(1), b.flatten(1), scale)
+            m = read_magnitudes(adapter, path, magnitudes[path]["m"]) if dora else None
+            add_lora(adapter, parts, path, a.flatten(1), b.flatten(1), scale, m)
         for bias in biases.get(path, {}).values():
             # It is behind B, so the scale is on it, too.
             parts.add("bitfit", {}, name, {"bias": bias * scale.factor(a.shape[-2] if parameter else len(a))})
     read_tokens(adapter, parts, TOKENS_OF_LORA, config["trainable_token_indices"])
+
+
+def _check_magnitudes(adapter: Adapter, expected: Iterable[str], magnitudes: Mapping[str, Any]) -> None:
+    differing = sorted(set(expected) ^ magnitudes.keys())
+    if differing:
+        raise CheckpointError(
+            f"{adapter.folder}: use_dora={bool(adapter.config.get('use_dora'))} does not fit its tensors: {differing[0]} has "
+            f"{'magnitudes' if differing[0] in magnitudes else 'none'}; save or download it again"
+        )
 
 
 def scales(config: Mapping[str, Any], place: Path, config_file: Path) -> Callable[[str], Scale]:
@@ -118,8 +137,10 @@ def scales(config: Mapping[str, Any], place: Path, config_file: Path) -> Callabl
     return scale_of
 
 
-def add_lora(adapter: Adapter, parts: Parts, path: str, a: Tensor, b: Tensor, scale: Scale) -> None:
-    """Adds one LoRA with the factors A [r, d_in] and B [d_out, r] to the parts."""
+def add_lora(
+    adapter: Adapter, parts: Parts, path: str, a: Tensor, b: Tensor, scale: Scale, m: Tensor | None = None
+) -> None:
+    """Adds one LoRA with the factors A [r, d_in] and B [d_out, r] to the parts; with magnitudes [d_out], a DoRA."""
     module = adapter.module(path)
     full = len(a)
     a, b = needed(a, b)
@@ -133,7 +154,10 @@ def add_lora(adapter: Adapter, parts: Parts, path: str, a: Tensor, b: Tensor, sc
         # PEFT adapts the module alone, also if its weight is tied.
         "untie": module is not None and adapter.is_tied(module._parameters.get("weight")),
     }
-    parts.add("lora", options, path, {"A": a, "B": b})
+    if m is None:
+        parts.add("lora", options, path, {"A": a, "B": b})
+    else:
+        parts.add("lora", {**options, "dora": True}, path, {"A": a, "B": b, "m": m})
 
 
 def _config(config: Mapping[str, Any], where: Path) -> Any:

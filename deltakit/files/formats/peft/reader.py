@@ -24,6 +24,7 @@ from deltakit.files.formats.peft.keys import (
     IA3,
     LORA,
     LORA_BIAS,
+    LORA_MAGNITUDES,
     LORA_OF_EMBEDDINGS,
     PICKLE,
     PROMPT,
@@ -50,7 +51,7 @@ class _Kind(NamedTuple):
 
 
 KINDS = {
-    "LORA": _Kind(read_lora, (*LORA, *LORA_OF_EMBEDDINGS, *LORA_BIAS, *TOKENS_OF_LORA)),
+    "LORA": _Kind(read_lora, (*LORA, *LORA_OF_EMBEDDINGS, *LORA_BIAS, *LORA_MAGNITUDES, *TOKENS_OF_LORA)),
     "ADALORA": _Kind(read_adalora, (*ADALORA, *TOKENS_OF_LORA)),
     "IA3": _Kind(read_ia3, tuple(IA3)),
     "TRAINABLE_TOKENS": _Kind(read_trainable_tokens, tuple(TOKENS)),

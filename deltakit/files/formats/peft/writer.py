@@ -28,6 +28,7 @@ from deltakit.core import (
 )
 from deltakit.files.checkpoint import plain_tensors, write_files, write_tensors
 from deltakit.files.formats.adapter_config import CONFIG
+from deltakit.files.formats.peft.dora import written_magnitudes
 from deltakit.files.formats.peft.keys import (
     IA3,
     LORA,
@@ -144,7 +145,9 @@ def lora_of(attachment: Attachment, tensors: Mapping[str, Tensor]) -> tuple[dict
         r = max(sum(len(one.a) for one in factors) for factors in by_path.values())
         options = {"r": r, "lora_alpha": r, "use_rslora": False}
         by_path = {path: [_Factors(*_sum(factors, r), method)] for path, factors in by_path.items()}
-    found: dict[str, Tensor] = {}
+    found = written_magnitudes(attachment, tensors)
+    if found:
+        options["use_dora"] = True
     for path, (one,) in by_path.items():
         found |= _named(path, targets[path], one.a, one.b)
     return {
