@@ -61,6 +61,9 @@ def _add_file_commands(commands: Any) -> None:
     other.add_argument("out", type=Path, help="the folder to write")
     other.add_argument("--to", required=True, choices=get_args(Written), help="the format to write")
     other.add_argument("--model", help="a folder or Hub id of the backbone; by default the one that the delta names")
+    other.add_argument(
+        "--class", dest="kind", help="the class of transformers that the backbone has, if its config names another"
+    )
     other.set_defaults(command=_convert)
     for command in (contents, other):
         command.add_argument("--revision", help="a branch, tag or commit of the Hub repository")
@@ -118,7 +121,9 @@ def _convert(options: argparse.Namespace) -> None:
     if model is None:
         raise OptionError(f"{options.delta} does not say which model it is for; add --model with a folder or Hub id")
     place = find_folder(options.delta, Access(revision=options.revision))
-    folder = convert(place, options.out, _empty(model, found.base_class or "*"), to=options.to, where=options.delta)
+    folder = convert(
+        place, options.out, _empty(model, options.kind or found.base_class or "*"), to=options.to, where=options.delta
+    )
     print(f"{options.delta} ({found.format}) is now in {folder} ({options.to})")
 
 
@@ -137,7 +142,10 @@ def _empty(model: str, architecture: str | None = None) -> Any:
             architecture = next(iter(config.architectures or ()), None)
         kind = getattr(transformers, architecture or "", None)
         with torch.device("meta"):
-            return transformers.AutoModel.from_config(config) if kind is None else kind(config)
+            # The name may come from a file.
+            if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+                return kind(config)
+            return transformers.AutoModel.from_config(config)
     except (OSError, ValueError, ImportError) as error:
         raise HubError(
             f"{model}: transformers cannot build a model from it: {str(error).splitlines()[0]}; pass a folder or Hub id with "

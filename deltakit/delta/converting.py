@@ -24,7 +24,7 @@ def convert(place: Path, target: str | PathLike[str], backbone: nn.Module, *, to
         CheckpointError: if the delta cannot be read, does not fit the backbone, or does not exist in that format.
         BackboneMismatch: if the backbone differs from the one that the delta was trained on.
     """
-    saved = read_saved(place, backbone)
+    saved = read_saved(place, backbone, where)
     delta, tensors = unfilled(saved, backbone, where)
     check_tensors(tensors, delta.state_dict(), own=delta._record.fully_trained, where=where)
     folder = Path(target)

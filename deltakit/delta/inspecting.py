@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from deltakit.core import checked, join, label_among
-from deltakit.files import Access, Saved, expanded, find_folder, format_of, from_file, room_for
+from deltakit.files import Access, Saved, expanded, find_folder, format_of, from_file, read_saved, room_for
 from deltakit.view import Line, report
 
 _NOT_OPTIONS = ("method", "targets", "at", "of", "exclude")
@@ -93,7 +93,8 @@ def inspect(
         HubError: if the repository cannot be read.
     """
     place = find_folder(source, Access(revision, token, cache_dir, local_files_only))
-    saved, where = format_of(place).read(place, None, False), str(source)
+    where = str(source)
+    saved = read_saved(place, None, where, values=False)
     limit = room_for(saved.tensors)
     tensors = {**saved.tensors, **_in_order(saved)}
     with from_file(where, "train.names"):

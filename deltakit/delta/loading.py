@@ -74,7 +74,7 @@ def load(
             into them.
     """
     folder = find_folder(source, Access(revision, token, cache_dir, local_files_only))
-    saved = read_saved(folder, original(backbone))
+    saved = read_saved(folder, original(backbone), str(source))
     delta, tensors = unfilled(saved, backbone, str(source), name=name, freeze=freeze, check=check)
     delta.load_state_dict(tensors, where=str(source))
     return delta.attach() if attach else delta

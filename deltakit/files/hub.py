@@ -67,7 +67,8 @@ def find_folder(source: str | PathLike[str], access: Access = Access()) -> Path:
         )
     if is_there:
         # People also pass one of the files that are the delta together.
-        return folder.parent if folder.name in FILES and folder.is_file() else folder
+        is_part = folder.name in FILES and folder.is_file() and formats_in(folder.parent)
+        return folder.parent if is_part else folder
     # Every delta on the Hub has an owner; only a few old models have none.
     if not isinstance(source, str) or not is_repository(name) or "/" not in name:
         raise CheckpointError(

@@ -57,7 +57,8 @@ def _problem(name: str, found: Tensor, expected: Tensor, own: bool) -> str:
     # A mask of -inf among the buffers of a fully trained module is meant. The expected values of a delta module say nothing:
     # while loading they are not initialised.
     if is_finite(found) or (own and not is_finite(expected)):
-        return ""
+        fits = is_finite(found.to(expected.dtype)) or not is_finite(found)
+        return "" if fits else f"{name} has values that {expected.dtype} cannot hold, in which the backbone computes"
     return f"{name} {_VALUES}"
 
 

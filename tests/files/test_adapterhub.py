@@ -84,7 +84,7 @@ def test_a_model_with_a_head(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_the_files_alone_say(case):
-    saved = read_saved(FOLDER / "bert" / case, None, values=False)
+    saved = read_saved(FOLDER / "bert" / case, None, "there", values=False)
     assert saved.methods
     assert saved.tensors
     assert all(tensor.is_meta for tensor in saved.tensors.values())

@@ -213,7 +213,7 @@ def test_kohya_of_flux(tmp_path):
         state[f"lora_unet_{name}.lora_up.weight"] = torch.randn(d_out, 2, generator=generator)
         state[f"lora_unet_{name}.alpha"] = torch.tensor(3.0)
     save_file(state, tmp_path / "flux.safetensors")
-    found = read_saved(tmp_path / "flux.safetensors", model)
+    found = read_saved(tmp_path / "flux.safetensors", model, "there")
     wanted = diffusers.FluxPipeline.lora_state_dict(dict(state))
     (method,) = found.methods
     assert {f"transformer.{path}.lora_{factor}.weight" for path in method["targets"] for factor in "AB"} == set(wanted)

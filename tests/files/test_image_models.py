@@ -240,7 +240,7 @@ def test_a_file_for_several_components(spelled, tmp_path):
     file = write(tmp_path / "all.safetensors", tensors)
     for component, build in builds.items():
         loads_as(build, file, expected(build, pairs[component]))
-    found = read_saved(file, None, values=False)
+    found = read_saved(file, None, "there", values=False)
     assert len(found.methods) == 3
     assert sum(len(method["targets"]) for method in found.methods) == sum(map(len, pairs.values()))
     assert all(tensor.is_meta for tensor in found.tensors.values())
@@ -249,7 +249,7 @@ def test_a_file_for_several_components(spelled, tmp_path):
 def test_what_the_file_alone_says(tmp_path):
     pairs = only(factors(unet()), "to_q")
     file = write(tmp_path / "a.safetensors", flat(pairs, "lora_unet", {QUERY: 2.0}))
-    (method,) = read_saved(file, None, values=False).methods
+    (method,) = read_saved(file, None, "there", values=False).methods
     assert method == {"method": "lora", "targets": [f"lora_unet_{QUERY.replace('.', '_')}"], "r": 3, "alpha": 2.0, "rslora": False, "dropout": 0.0, "untie": False}  # fmt: skip
 
 

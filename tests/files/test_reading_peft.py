@@ -164,6 +164,7 @@ REFUSED = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:.*its config names modules of this backbone that it has no tensors for")
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_refused(case, tmp_path):
     make, message = REFUSED[case]
@@ -173,6 +174,68 @@ def test_what_is_refused(case, tmp_path):
     with pytest.raises(dk.CheckpointError, match=message):
         dk.load(tmp_path, model)
     same(before, snapshot(model))
+
+
+@pytest.mark.parametrize(
+    ("lost", "named"),
+    [
+        ("v_proj", "model.layers.0.self_attn.v_proj, model.layers.1.self_attn.v_proj"),
+        ("layers.1", "model.layers.1.self"),
+    ],
+)
+def test_modules_without_tensors_are_named(lost, named, tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    saved("llama", config, tmp_path)
+    with_tensors(tmp_path, lambda t: [t.pop(key) for key in list(t) if lost in key])
+    with pytest.warns(dk.DeltaWarning, match=rf"that it has no tensors for: {named}.*; they stay as they are; save or"):
+        dk.load(tmp_path, wide("llama"))
+
+
+def test_a_head_without_tensors_is_named(tmp_path):
+    saved("bert", peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"), tmp_path)
+    with_tensors(tmp_path, lambda t: [t.pop(key) for key in list(t) if "classifier" in key])
+    with pytest.warns(dk.DeltaWarning, match="that it has no tensors for: classifier; they stay"):
+        dk.load(tmp_path, wide("bert"))
+
+
+def test_options_of_later_releases_are_named(tmp_path):
+    adapter(tmp_path, new_option_of_peft_9=True, other_option_of_peft_9=False)
+    with pytest.warns(
+        dk.DeltaWarning, match="options that deltakit does not know: new_option_of_peft_9; if they change"
+    ):
+        dk.load(tmp_path, MODELS["llama"]())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_embeddings_beside_the_adapter_are_the_backbone_s_in_any_dtype(dtype, tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"])
+    adapted(MODELS["llama"](), config, tmp_path, save_embedding_layers=True)
+    assert not dk.load(tmp_path, MODELS["llama"]().to(dtype)).fully_trained
+
+
+def test_a_value_that_the_backbone_s_dtype_cannot_hold(tmp_path):
+    adapter(tmp_path)
+    with_tensors(tmp_path, lambda t: t[f"{Q}.lora_B.weight"].fill_(70_000.0))
+    with pytest.raises(dk.CheckpointError, match=r"q_proj.lora.B has values that torch.float16 cannot hold"):
+        dk.load(tmp_path, MODELS["llama"]().half())
+
+
+def test_an_adapter_without_its_config(tmp_path):
+    adapter(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    for name in ("adapter_model.safetensors", "lone.safetensors"):
+        file = (tmp_path / "adapter_model.safetensors").rename(tmp_path / name)
+        with pytest.raises(dk.CheckpointError, match=rf"{name}: .*adapter of PEFT without its adapter_config.json"):
+            dk.load(file, MODELS["llama"]())
+
+
+def test_a_lora_without_values(tmp_path):
+    adapter(tmp_path)
+    with_tensors(
+        tmp_path, lambda t: t.update({key: value[:0] if "lora_A" in key else value[:, :0] for key, value in t.items()})
+    )
+    with pytest.raises(dk.CheckpointError, match="has no values; save or download it again"):
+        dk.load(tmp_path, MODELS["llama"]())
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path):

@@ -246,7 +246,7 @@ ALONE = {
 def test_what_the_files_alone_say(case, values, tmp_path):
     name, config, methods = ALONE[case]
     saved(name, config(), tmp_path)
-    found = read_saved(tmp_path, None, values=values)
+    found = read_saved(tmp_path, None, "there", values=values)
     assert [(entry["method"], list(entry["targets"])) for entry in found.methods] == methods
     states = [state for states in found.in_order.values() for state in states]
     tensors = [*found.tensors.values(), *(tensor for state in states for tensor in state.values())]

@@ -30,17 +30,27 @@ _OTHERS = {
 }
 
 
-def read_saved(place: Path, backbone: nn.Module | None, *, values: bool = True) -> Saved:
+def read_saved(place: Path, backbone: nn.Module | None, where: str, *, values: bool = True) -> Saved:
     """Returns the delta in a folder or file, of whichever format.
 
     Args:
         backbone: the model that it is for, or None to learn what the files alone say.
+        where: what the user calls the place: a path, or a Hub repository. Errors name that.
         values: whether the values of its tensors are needed; else they are on the meta device.
 
     Raises:
         CheckpointError: as `Reader` says; and as `format_of`.
     """
-    return format_of(place).read(place, backbone, values)
+    try:
+        return format_of(place).read(place, backbone, values)
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace(str(place), where)) from error
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # What no check of a reader expected: files of others may hold anything.
+        raise CheckpointError(
+            f"{where} is damaged, or no delta of this backbone: {type(error).__name__}: {str(error)[:200]}; load the backbone "
+            "that it was trained on, or save or download it again"
+        ) from error
 
 
 def format_of(place: Path) -> Format:
@@ -54,6 +64,11 @@ def format_of(place: Path) -> Format:
         names = " and ".join(kind.name for kind in found)
         raise CheckpointError(
             f"{place}: here are deltas of two formats, {names}, which may differ; keep the files of one of them"
+        )
+    if not found and peft.is_alone(place):
+        raise CheckpointError(
+            f"{place}: this is an adapter of PEFT without its {peft.CONFIG}, which says its scale; put that file beside it, "
+            "and pass the folder"
         )
     if not found:
         raise CheckpointError(f"{place}: {no_delta(_names_in(place))}")

@@ -68,6 +68,11 @@ class Parts:
         """Returns the tensors of the methods whose targets are not named, by the number of the method."""
         return {len(self._groups) + number: states for number, (_, _, states) in enumerate(self._in_order)}
 
+    @property
+    def paths(self) -> set[str]:
+        """The paths of all targets."""
+        return {path for by_path in self._groups.values() for path in by_path}
+
     def named(self) -> tuple[list[MethodEntry], dict[str, Tensor]]:
         """Returns the methods, and all tensors by their names in deltakit that have one without the backbone."""
         names = [method for method, _ in self._groups]

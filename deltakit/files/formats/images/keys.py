@@ -47,6 +47,7 @@ _ABSENT = (
 )
 """The ends of keys that tell what deltakit does not have."""
 
+_PEFT = "base_model.model."
 _FLAT = re.compile(r"(lora_(?:unet|te\d?|transformer|prior|controlnet)|lycoris)_([^.]+)(?:\..*)?")
 _COMPONENT = re.compile(r"((?:unet|transformer|text_encoder|prior|controlnet)(?:_\d)?)\.(.+)")
 
@@ -73,7 +74,7 @@ def read_key(key: str) -> Key:
     """
     end = next((end for end in _ENDS if key.endswith(end)), "")
     # PEFT's prefix, which some trainers keep.
-    name = key.removesuffix(end).removeprefix("base_model.model.")
+    name = key.removesuffix(end).removeprefix(_PEFT)
     flat = _FLAT.fullmatch(name)
     if flat is not None:
         return Key(flat[1], flat[2], _ENDS.get(end, ""), True)
@@ -90,5 +91,9 @@ def absent(key: str) -> str:
 
 def spelling(keys: Iterable[str]) -> str:
     """Returns who spells keys so: "kohya" or "diffusers"; "" if they are of no LoRA."""
+    keys = [*keys]
+    if any(key.startswith(_PEFT) for key in keys):
+        # Without its config the scale of an adapter of PEFT is unknown. diffusers' own files have no such prefix.
+        return ""
     found = {read_key(key).flat for key in keys if read_key(key).tensor or absent(key)}
     return ("kohya" if True in found else "diffusers") if found else ""

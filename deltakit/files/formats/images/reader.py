@@ -70,7 +70,8 @@ def read(place: Path, backbone: nn.Module | None, values: bool) -> Saved:
             for ours in ("weight", "bias"):
                 if ours in layer.tensors:
                     full[join(path, ours)] = _sum(adapter, path, ours, layer.tensors[ours])
-    refuse_tied(adapter, full)
+    if backbone is not None:
+        refuse_tied(adapter, full)
     methods, renamed = found.named()
     return Saved(methods, renamed | full, Trained(names=sorted(full)))
 
@@ -158,12 +159,18 @@ def _sum(adapter: Adapter, path: str, name: str, difference: Tensor) -> Tensor:
     if module is None:
         return difference
     own = dict(tensors_in("", module)).get(name)
-    if own is None or own.numel() != difference.numel() or own.is_meta or is_quantized(own):
+    fits = own is not None and difference.is_floating_point() and _squeezed(own) == _squeezed(difference)
+    if own is None or not fits or own.is_meta or is_quantized(own):
         shape = "none" if own is None else f"one of {tuple(own.shape)} in {own.dtype}"
         raise CheckpointError(
             f"{adapter.folder}: it has a difference of shape {tuple(difference.shape)} for the {name} of {path}, and this "
-            f"backbone has {shape}; load the backbone that it was trained on, not quantized"
+            f"backbone has {shape}; load the backbone that it was trained on, not quantized and with its weights"
         )
     if difference.is_meta:
         return difference.reshape(own.shape)
     return (wide(own.detach().cpu()) + wide(difference.reshape(own.shape))).to(own.dtype)
+
+
+def _squeezed(tensor: Tensor) -> list[int]:
+    # A kernel of one is left out in some files.
+    return [size for size in tensor.shape if size != 1]

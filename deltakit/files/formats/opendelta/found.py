@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from deltakit.core import METHODS, module_at, tensors_of, without_start_values
 from deltakit.errors import CheckpointError
 from deltakit.files.formats.format import Parts
+from deltakit.files.formats.patterns import Pattern
 from deltakit.files.schema import checked
 from deltakit.selection import BackboneIndex
 
@@ -143,5 +144,5 @@ class Found:
 def is_named(path: str, name: str) -> bool:
     """Returns whether a name in `modified_modules` means a module: a regular expression behind [r], else the path's end."""
     if name.startswith("[r]"):
-        return re.search(name[3:], path) is not None
+        return Pattern(name[3:], name, Path("config.json") / "modified_modules").is_in(path)
     return path == name or path.endswith(f".{name}")

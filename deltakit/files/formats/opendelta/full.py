@@ -1,10 +1,10 @@
 """Reads what a delta of OpenDelta has of the backbone's own tensors: biases of BitFit, and modules that were not frozen."""
 
-import torch
 from torch import Tensor
 
 from deltakit.errors import CheckpointError
 from deltakit.files.formats.opendelta.found import Found
+from deltakit.files.formats.same_values import is_own
 
 
 def read_bitfit(found: Found) -> None:
@@ -19,6 +19,8 @@ def read_bitfit(found: Found) -> None:
             found.read.add(name)
         elif path != name and _is_bitfit(found, name):
             own = found.own.get(name)
+            if own is not None and own.is_meta and not value.is_meta:
+                raise _needs_weights(found, name)
             is_absolute = own is not None and own.shape == value.shape and not (value.is_meta or own.is_meta)
             difference = value - own.detach().to(value) if own is not None and is_absolute else value
             found.parts.add("bitfit", {}, path, {"bias": difference})
@@ -39,6 +41,8 @@ def fully_trained(found: Found) -> dict[str, Tensor]:
     names: dict[int, list[str]] = {}
     for name, tensor in found.own.items():
         names.setdefault(id(tensor), []).append(name)
+    if found.own.keys() <= tensors.keys() and any(tensor.is_meta for tensor in found.own.values()):
+        raise _needs_weights(found, next(iter(found.own)))
     full: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         own = found.own.get(name)
@@ -48,7 +52,7 @@ def fully_trained(found: Found) -> dict[str, Tensor]:
                 "delta that its config describes; load the backbone that it was trained on, and save several deltas one by one"
             )
         # Buffers of ids and positions are never trained, and other versions of transformers have others.
-        if own is not None and tensor.is_floating_point() and not _is_same(own, tensor):
+        if own is not None and tensor.is_floating_point() and not is_own(tensor, own):
             full |= dict.fromkeys(names[id(own)], tensor)
     return full
 
@@ -57,13 +61,14 @@ def _is_bitfit(found: Found, name: str) -> bool:
     """Returns whether a bias belongs to BitFit, and not to a module that was not frozen, whose weight is there, too."""
     own = found.own.get(name)
     value, weight = found.tensors[name], f"{name.removesuffix('bias')}weight"
-    if own is not None and _is_same(own, value) and weight in found.tensors:
+    if own is not None and is_own(value, own) and weight in found.tensors:
         return False
     beside = found.tensors.get(weight)
-    return beside is None or (weight in found.own and _is_same(found.own[weight], beside))
+    return beside is None or (weight in found.own and is_own(beside, found.own[weight]))
 
 
-def _is_same(own: Tensor, tensor: Tensor) -> bool:
-    if own.is_meta or tensor.is_meta or own.shape != tensor.shape:
-        return False
-    return torch.equal(own.detach().cpu().to(tensor.dtype), tensor)
+def _needs_weights(found: Found, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{found.folder}: its values must be compared with the backbone's, such as {name}, and these are not in memory here; "
+        "load the delta onto the model with its weights, and save it from there"
+    )

@@ -35,6 +35,10 @@ def read_adalora(adapter: Adapter, parts: Parts) -> None:
             tensors[f"{path}.lora_A.weight"] = part["A"] * part["E"] * (rank / (start + 1e-5))
             tensors[f"{path}.lora_B.weight"] = part["B"]
     config = {key: value for key, value in adapter.config.items() if key not in _OF_RANKS}
+    alpha = config.get("lora_alpha")
+    if isinstance(alpha, int | float) and alpha <= 0:
+        # PEFT takes the rank at the start then.
+        config["lora_alpha"] = start
     read_lora(replace(adapter, config=config, tensors=tensors), parts)
 
 

@@ -50,13 +50,15 @@ def written_magnitudes(attachment: Attachment, tensors: Mapping[str, Tensor]) ->
         CheckpointError: if PEFT has no such DoRA, or a weight cannot be read.
     """
     methods: Sequence[Any] = attachment.record.methods
-    plain = [site for site in attachment.sites if not methods[site.method].dora]
-    if len(plain) == len(attachment.sites):
+    # Trained tokens may stand beside them.
+    sites_of_lora = [site for site in attachment.sites if methods[site.method].name == "lora"]
+    plain = [site for site in sites_of_lora if not methods[site.method].dora]
+    if len(plain) == len(sites_of_lora):
         return {}
     if plain:
         raise impossible(attachment, f"an adapter of PEFT has DoRA everywhere or nowhere, and {plain[0].path} has none")
     by_owner: dict[str, list[Site]] = {}
-    for site in attachment.sites:
+    for site in sites_of_lora:
         earlier = by_owner.setdefault(site.owner, [])
         if not all(are_apart(other.module.part, site.module.part) for other in earlier):
             raise impossible(

@@ -9,6 +9,7 @@ from torch import Tensor
 from deltakit.core import is_quantized
 from deltakit.errors import CheckpointError
 from deltakit.files.formats.peft.adapter import Adapter
+from deltakit.files.formats.same_values import is_own
 
 # PEFT's wrappers around a module, and the copy that it keeps of a module in `modules_to_save`.
 # Where a module in it has modules of its own, the adapter's name stands in between.
@@ -26,7 +27,14 @@ def fully_trained(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, 
         CheckpointError: if the backbone has no such tensor, or it is tied to one that is not replaced.
     """
     if adapter.backbone is None:
-        return {_WRAPPERS[0].sub("", name): tensor for name, tensor in tensors.items() if _COPY not in name}
+        # Without a backbone it is not known whether embeddings that LoRA adapts are trained, too; PEFT always saves them.
+        return {
+            name: tensor for name, tensor in tensors.items() if _COPY not in name and ".base_layer.weight" not in name
+        } | {
+            _WRAPPERS[0].sub("", name): tensor
+            for name, tensor in tensors.items()
+            if ".base_layer.bias" in name or ".modules_to_save." in name
+        }
     own = adapter.own
     found: dict[str, Tensor] = {}
     for full, tensor in tensors.items():
@@ -36,7 +44,7 @@ def fully_trained(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, 
                 f"{adapter.folder}: {full} is in no module of this backbone, and no part of a method that deltakit has; load "
                 "the backbone that the adapter was trained on"
             )
-        if name is not None and not (".base_layer." in full and _is_copy(tensor, own[name])):
+        if name is not None and not _is_copy(adapter, full, tensor, own[name]):
             found[name] = tensor
     refuse_tied(adapter, found)
     return found
@@ -63,9 +71,21 @@ def refuse_tied(adapter: Adapter, found: Mapping[str, Tensor]) -> None:
             )
 
 
-def _is_copy(tensor: Tensor, held: Tensor) -> bool:
-    """Returns whether a tensor is the backbone's own. PEFT saves an embedding that LoRA adapts, as it may be resized."""
-    if is_quantized(held) or held.is_meta:
-        # Its values cannot be compared, and nobody trains them.
-        return True
-    return torch.equal(held.detach().cpu().to(tensor.dtype), tensor)
+def _is_copy(adapter: Adapter, name: str, tensor: Tensor, held: Tensor) -> bool:
+    """Returns whether a tensor is one of the backbone that PEFT saved beside the adapter.
+
+    It saves embeddings that are adapted, or that were resized, and whatever `save_embedding_layers` asks for.
+
+    Raises:
+        CheckpointError: if that cannot be seen.
+    """
+    inside = ".base_layer." in name
+    if is_quantized(held):
+        # Nobody trains it.
+        return inside
+    if inside and held.is_meta and not tensor.is_meta:
+        raise CheckpointError(
+            f"{adapter.folder}: {name} may be the backbone's own, whose weights are not in memory here; load the adapter onto "
+            "the model with its weights, and save it from there"
+        )
+    return is_own(tensor, held) or (inside and tensor.is_meta)

@@ -3,9 +3,9 @@
 from typing import TypedDict
 
 from deltakit.files.formats.format import Parts
+from deltakit.files.formats.patterns import Pattern
 from deltakit.files.formats.peft.adapter import Adapter
 from deltakit.files.formats.peft.keys import IA3
-from deltakit.files.formats.peft.patterns import Pattern
 from deltakit.files.schema import checked
 
 

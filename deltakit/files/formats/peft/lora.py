@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from deltakit.errors import CheckpointError
 from deltakit.files.formats.format import Parts
+from deltakit.files.formats.patterns import Pattern
 from deltakit.files.formats.peft.adapter import Adapter
 from deltakit.files.formats.peft.dora import read_magnitudes
 from deltakit.files.formats.peft.keys import LORA, LORA_BIAS, LORA_MAGNITUDES, LORA_OF_EMBEDDINGS, TOKENS_OF_LORA
 from deltakit.files.formats.peft.layers import differs
 from deltakit.files.formats.peft.parameters import parameter_at, stacked
-from deltakit.files.formats.peft.patterns import Pattern
 from deltakit.files.formats.peft.tokens import read_tokens
 from deltakit.files.schema import checked
 
@@ -141,6 +141,8 @@ def add_lora(
     adapter: Adapter, parts: Parts, path: str, a: Tensor, b: Tensor, scale: Scale, m: Tensor | None = None
 ) -> None:
     """Adds one LoRA with the factors A [r, d_in] and B [d_out, r] to the parts; with magnitudes [d_out], a DoRA."""
+    if not a.numel() or not b.numel():
+        raise CheckpointError(f"{adapter.folder}: the LoRA of {path} has no values; save or download it again")
     module = adapter.module(path)
     full = len(a)
     a, b = needed(a, b)

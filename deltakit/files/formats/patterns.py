@@ -1,6 +1,7 @@
-"""Matches paths as PEFT's options do. The patterns come from files of others, so they are bounded before they run."""
+"""Matches paths as options of other libraries do. Their patterns come from files, so they are bounded before they run."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import regex
@@ -46,8 +47,19 @@ class Pattern:
         Raises:
             CheckpointError: if that takes too long.
         """
+        return self._found(self._compiled.match, path)
+
+    def is_in(self, path: str) -> bool:
+        """Returns whether it matches a part of a path.
+
+        Raises:
+            CheckpointError: if that takes too long.
+        """
+        return self._found(self._compiled.search, path)
+
+    def _found(self, match: Callable[..., object], path: str) -> bool:
         try:
-            return self._compiled.match(path, timeout=_SECONDS) is not None
+            return match(path, timeout=_SECONDS) is not None
         except (TimeoutError, MemoryError) as error:
             raise CheckpointError(
                 f"{self._where}: a pattern takes too long to match; save or download it again"

@@ -1,0 +1,63 @@
+"""Warns of modules that an adapter of PEFT names and has no tensors for. They stay as they are in the backbone."""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from deltakit.core import own_modules
+from deltakit.errors import warn
+from deltakit.files.formats.patterns import Pattern
+from deltakit.files.formats.peft.adapter import Adapter
+from deltakit.files.formats.peft.layers import adapts
+
+
+def warn_missing(adapter: Adapter, kind: str, adapted: Iterable[str], full: Iterable[str]) -> None:
+    """Warns if `target_modules` or `modules_to_save` name modules of the backbone that the adapter has nothing for.
+
+    Args:
+        kind: "lora" or "ia3".
+        adapted: the paths that it has tensors of an adapter for.
+        full: the names of the backbone's tensors that it has.
+    """
+    if adapter.backbone is None:
+        return
+    modules = dict(own_modules(adapter.backbone))
+    have = {*adapted}
+    saved = tuple(_texts(adapter.config.get("modules_to_save")))
+    owners = {name.rpartition(".")[0] for name in full}
+    kept = [path for path in modules if path in saved or path.endswith(tuple(f".{name}" for name in saved))]
+    missing = [path for path in kept if not any(owner == path or owner.startswith(f"{path}.") for owner in owners)]
+    targets = _targets(adapter, modules, kind)
+    missing += [path for path in targets if path not in have and not path.startswith(tuple(f"{k}." for k in kept))]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        warn(
+            f"{adapter.folder}: its config names modules of this backbone that it has no tensors for: "
+            f"{', '.join(missing[:3])}{more}; they stay as they are; save or download the adapter again if they were trained"
+        )
+
+
+def _targets(adapter: Adapter, modules: dict[str, nn.Module], kind: str) -> list[str]:
+    """Returns the paths that `target_modules` means, where nothing else narrows them."""
+    config = adapter.config
+    if any(
+        config.get(option) is not None for option in ("layers_to_transform", "exclude_modules", "target_parameters")
+    ):
+        return []
+    named = config.get("target_modules")
+    if isinstance(named, str):
+        pattern = Pattern(f"({named})$", named, adapter.config_file / "target_modules")
+        found = [path for path in modules if pattern.matches(path)] if named != "all-linear" else []
+    else:
+        names = tuple(_texts(named))
+        found = [path for path in modules if path in names or path.endswith(tuple(f".{name}" for name in names))]
+    kept = tuple(_texts(config.get("modules_to_save")))
+    return [
+        path
+        for path in found
+        if adapts(modules[path], kind) and path not in kept and not path.endswith(tuple(f".{name}" for name in kept))
+    ]
+
+
+def _texts(value: object) -> list[str]:
+    return [name for name in value if isinstance(name, str) and name] if isinstance(value, list) else []
