@@ -10,6 +10,7 @@ from torch import Tensor
 from deltakit.errors import CheckpointError
 from deltakit.files.formats.adapterhub.keys import by_place
 from deltakit.files.formats.peft.adapter import Adapter
+from deltakit.files.formats.products import product
 
 _LAYERS = {"down": "adapter_down.0.", "up": "adapter_up."}
 _KNOWN = re.compile(r"scaling|(adapter_down\.0|adapter_up)\.(W|W_left|W_right|b|phm_rule|phm_rule_left|phm_rule_right)")
@@ -67,11 +68,11 @@ def _named(tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[
         found[f"{ours}.left"], found[f"{ours}.right"] = _factors(part)
         if "b" in part:
             found[f"{ours}.bias"] = part["b"]
-        own = _rule(part)
+        own = _rule(adapter, part)
         if own is not None:
             found[f"{ours}.own.rule"] = own
     if "down.own.rule" not in found:
-        rule = _rule(shared)
+        rule = _rule(adapter, shared)
         if rule is None:
             raise KeyError("phm_rule")
         found["shared.rule"] = rule
@@ -88,7 +89,7 @@ def _factors(part: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return (whole, one) if whole.shape[1] > whole.shape[2] else (one, whole)
 
 
-def _rule(part: Mapping[str, Tensor]) -> Tensor | None:
+def _rule(adapter: Adapter, part: Mapping[str, Tensor]) -> Tensor | None:
     if "phm_rule_left" in part:
-        return part["phm_rule_left"] @ part["phm_rule_right"]
+        return product(part["phm_rule_left"], part["phm_rule_right"], adapter.folder)
     return part.get("phm_rule")

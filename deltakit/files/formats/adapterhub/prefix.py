@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any, TypedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from deltakit.errors import CheckpointError, warn
@@ -16,6 +15,7 @@ from deltakit.files.formats.adapterhub.keys import by_place
 from deltakit.files.formats.adapterhub.places import path_in
 from deltakit.files.formats.format import Parts
 from deltakit.files.formats.peft.adapter import Adapter
+from deltakit.files.formats.products import product
 from deltakit.files.schema import checked
 
 _POOL = ".prefix_tuning.pool"
@@ -83,8 +83,9 @@ def _keys_and_values(pool: Mapping[str, Tensor], tokens: int, layers: int, adapt
         if "control_trans" in part:
             both = part["control_trans"]
         else:
-            hidden = F.linear(part["wte.weight"], part["control_trans.0.weight"], part["control_trans.0.bias"])
-            both = F.linear(torch.tanh(hidden), part["control_trans.2.weight"], part["control_trans.2.bias"])
+            hidden = product(part["wte.weight"], part["control_trans.0.weight"].mT, adapter.folder)
+            hidden = torch.tanh(hidden + part["control_trans.0.bias"])
+            both = product(hidden, part["control_trans.2.weight"].mT, adapter.folder) + part["control_trans.2.bias"]
         return both.reshape(tokens, 2 * layers, -1).unbind(1)
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(

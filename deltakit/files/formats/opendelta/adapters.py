@@ -7,6 +7,7 @@ from torch import Tensor
 
 from deltakit.errors import CheckpointError
 from deltakit.files.formats.opendelta.found import Found, is_named
+from deltakit.files.formats.products import product
 from deltakit.selection import BackboneIndex
 
 _LORA = r"(?:lora(?:_\d+)?\.)?lora_([AB])"
@@ -90,7 +91,7 @@ def read_compacter(found: Found) -> None:
 def _phm_layer(found: Found, given: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
     """Returns the tensors of one layer of a compacter by their names in deltakit."""
     if "phm_rule_left" in given:
-        rule = given["phm_rule_left"] @ found.tensor(given, "phm_rule_right", path)
+        rule = product(given["phm_rule_left"], found.tensor(given, "phm_rule_right", path), found.folder)
     else:
         rule = found.tensor(given, "phm_rule", path)
     if "W" in given:

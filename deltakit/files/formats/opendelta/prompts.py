@@ -10,6 +10,7 @@ from torch import Tensor
 from deltakit.core import METHODS, without_start_values
 from deltakit.errors import CheckpointError, DeltaError
 from deltakit.files.formats.opendelta.found import Found, is_named
+from deltakit.files.formats.products import product
 
 _REPARAM = ("wte.weight", *(f"control_trans.{layer}.{name}" for layer in (0, 2) for name in ("weight", "bias")))
 
@@ -31,7 +32,8 @@ def read_prefix(found: Found) -> None:
 def _computed(found: Found, first: str, given: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """Returns the keys and values [tokens, d] that an MLP computes, by the path of the module that they are for."""
     embedding, weight, bias, out_weight, out_bias = given
-    vectors = torch.tanh(embedding @ weight.mT + bias) @ out_weight.mT + out_bias
+    hidden = torch.tanh(product(embedding, weight.mT, found.folder) + bias)
+    vectors = product(hidden, out_weight.mT, found.folder) + out_bias
     paths = _in_order(found, first)
     if not paths or len(out_bias) % (2 * len(paths)):
         raise CheckpointError(
