@@ -18,7 +18,8 @@ def product(a: Tensor, b: Tensor, where: Path) -> Tensor:
     """
     if a.ndim < 2 or b.ndim < 2 or a.shape[-1] != b.shape[-2]:
         raise CheckpointError(
-            f"{where}: tensors of shapes {tuple(a.shape)} and {tuple(b.shape)} do not fit each other; save or download it again"
+            f"{where}: tensors of shapes {tuple(a.shape)} and {tuple(b.shape)} do not fit each other; save or "
+            "download it again"
         )
     size = a.numel() // max(a.shape[-1], 1) * b.shape[-1]
     if size > 4 * (_SMALL + a.numel() + b.numel()):

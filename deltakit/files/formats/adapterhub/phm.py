@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def compacter(
         )
     shared = next(iter(by_place(adapter.tensors, "shared_parameters", name).values()), {})
     try:
-        found = _named(tensors, shared)
+        found = _named(tensors, shared, adapter.folder)
     except KeyError as error:
         # A compacter that is saved from a model without a head lacks the rule that its layers share.
         raise CheckpointError(
@@ -56,7 +57,7 @@ def compacter(
     return options, found
 
 
-def _named(tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _named(tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
     """Returns the tensors of a compacter by their names in deltakit.
 
     Raises:
@@ -68,11 +69,11 @@ def _named(tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[
         found[f"{ours}.left"], found[f"{ours}.right"] = _factors(part)
         if "b" in part:
             found[f"{ours}.bias"] = part["b"]
-        own = _rule(adapter, part)
+        own = _rule(part, where)
         if own is not None:
             found[f"{ours}.own.rule"] = own
     if "down.own.rule" not in found:
-        rule = _rule(adapter, shared)
+        rule = _rule(shared, where)
         if rule is None:
             raise KeyError("phm_rule")
         found["shared.rule"] = rule
@@ -89,7 +90,7 @@ def _factors(part: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return (whole, one) if whole.shape[1] > whole.shape[2] else (one, whole)
 
 
-def _rule(adapter: Adapter, part: Mapping[str, Tensor]) -> Tensor | None:
+def _rule(part: Mapping[str, Tensor], where: Path) -> Tensor | None:
     if "phm_rule_left" in part:
-        return product(part["phm_rule_left"], part["phm_rule_right"], adapter.folder)
+        return product(part["phm_rule_left"], part["phm_rule_right"], where)
     return part.get("phm_rule")
