@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from deltakit.core import DeltaModule, deltas_left_out, is_sharded, own_modules, records_at, records_of, tensors_of
 from deltakit.delta.checkpoint_hook import LoadCheckpoint, Savers
 from deltakit.delta.contents import DeltaContents
+from deltakit.delta.earlier_saves import refuse_earlier
 from deltakit.delta.own_values import kept_values
 from deltakit.delta.saving import state_to_save, write
 from deltakit.delta.training_state import checkpoint_tensors, rooted_deltas, trains_only_deltas
-from deltakit.errors import CheckpointError, OptionError, StateError
-from deltakit.files import formats_in, write_weights
+from deltakit.errors import OptionError, StateError
+from deltakit.files import write_weights
 from deltakit.injection import bare_state_dicts, hook_loading
 
 _METHOD = "save_pretrained"
@@ -128,11 +129,8 @@ class Job:
         """
         if not self.takes_part:
             return []
-        if self.is_main and len(self.deltas) != 1 and self.folder.is_dir() and formats_in(self.folder):
-            raise CheckpointError(
-                f"{self.folder}: a delta of an earlier save is here, and would stay beside what is saved now; remove it, or "
-                "save to another folder"
-            )
+        if self.is_main:
+            refuse_earlier(self.folder, [delta.name for delta in self.deltas])
         return [state_to_save(delta, self.state) for delta in self.deltas]
 
     def write(self, states: list[dict[str, Tensor]]) -> None:

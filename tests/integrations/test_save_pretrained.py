@@ -80,6 +80,32 @@ def test_several_deltas_have_a_folder_each(tmp_path):
         model.save_pretrained(tmp_path / "less")
 
 
+def test_deltas_of_an_earlier_save_are_refused_before_anything_is_written(tmp_path):
+    model = bert()
+    one, two = (attached(model, dk.LoRA(r=r), name=name) for r, name in ((3, "one"), (2, "two")))
+    one.save(tmp_path / "several" / "two", format="peft")
+    with pytest.raises(dk.CheckpointError, match="'peft' is here already"):
+        model.save_pretrained(tmp_path / "several")
+    assert not (tmp_path / "several" / "config.json").exists()
+    model.save_pretrained(tmp_path / "both")
+    model.save_pretrained(tmp_path / "both")
+    two.detach()
+    one.save(tmp_path / "single", format="peft")
+    with pytest.raises(dk.CheckpointError, match="'peft' is here already.*another folder"):
+        model.save_pretrained(tmp_path / "single")
+    assert not (tmp_path / "single" / "config.json").exists()
+    with pytest.raises(
+        dk.CheckpointError, match="both: a delta of an earlier save is here: one/, two/, and would stay"
+    ):
+        model.save_pretrained(tmp_path / "both")
+    attached(model, dk.BitFit(at="@ff.up"), name="three")
+    with pytest.raises(dk.CheckpointError, match="both: a delta of an earlier save is here: two/, and would stay"):
+        model.save_pretrained(tmp_path / "both")
+    # Folders that the user named otherwise stay.
+    one.save(tmp_path / "mine" / "best")
+    model.save_pretrained(tmp_path / "mine")
+
+
 def test_a_merged_delta_is_in_the_weights(tmp_path):
     model = bert()
     delta = attached(model, dk.LoRA(r=3), train="@head").merge()

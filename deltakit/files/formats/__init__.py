@@ -65,6 +65,12 @@ def formats_in(place: Path) -> list[Format]:
     return [kind for kind in FORMATS.values() if kind.recognises(place)]
 
 
+def deltas_below(folder: Path) -> list[tuple[str, Format]]:
+    """Returns the names of the folders in a folder that hold a delta, sorted, each with its format."""
+    entries = sorted(entry for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+    return [(entry.name, found[0]) for entry in entries if (found := formats_in(entry))]
+
+
 def refuse_others(folder: Path, format: str) -> None:
     """Refuses to write into a folder that has a delta of another format: whoever reads it could get the old one.
 
