@@ -84,6 +84,7 @@ class Saver:
         if module is root and CHECKPOINT.fullmatch(job.folder.name):
             return job.save_checkpoint(partial(own, **options))
         states = job.states()
+        _refuse_peft(module, job)
         if job.state is not None:
             options["state_dict"] = _without_deltas(module, root, job.state)
         with bare_state_dicts(module, _bare_values(module, root)):
@@ -148,6 +149,7 @@ class Job:
         """
         states = self.states()
         if not trains_only_deltas(self.root):
+            _refuse_peft(self.root, self)
             result = whole()
             self.write(states)
             return result
@@ -157,6 +159,22 @@ class Job:
                 write_weights(self.folder, tensors)
                 self.write(states)
         return None
+
+
+def _refuse_peft(module: nn.Module, job: Job) -> None:
+    """Refuses a module with adapters of PEFT, whose `save_pretrained` writes these alone.
+
+    Raises:
+        StateError: if there are some, and deltas to save beside them.
+    """
+    # The first is what `add_adapter` of transformers sets, the second what a `PeftModel` has.
+    with_peft = any(getattr(child, "_hf_peft_config_loaded", False) for child in module.modules())
+    if job.deltas and (with_peft or getattr(module, "peft_config", None)):
+        raise StateError(
+            f"{_METHOD}: an adapter of PEFT is on this {type(module).__name__} beside deltas, and only that adapter would be "
+            f"written, not the model; save each alone: delta.save(folder) for each delta, then delta.detach(), {_METHOD} "
+            "with another folder, and delta.attach()"
+        )
 
 
 def _bare_values(module: nn.Module, root: nn.Module) -> dict[str, Tensor]:

@@ -106,6 +106,38 @@ def test_deltas_of_an_earlier_save_are_refused_before_anything_is_written(tmp_pa
     model.save_pretrained(tmp_path / "mine")
 
 
+# PEFT reads an attribute that transformers has renamed.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("way", ["add_adapter", "get_peft_model"])
+def test_an_adapter_of_peft_is_saved_alone(way, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["key"], init_lora_weights=False)
+
+    def with_adapter():
+        model = bert()
+        if way == "get_peft_model":
+            return peft.get_peft_model(model, config)
+        model.add_adapter(config)
+        return model
+
+    model = with_adapter()
+    delta = attached(model, dk.LoRA(r=3, at="query"), freeze=False)
+    for name in ("model", "checkpoint-1"):
+        with pytest.raises(dk.StateError, match=r"adapter of PEFT is on this .*delta\.save.*detach\(\).*attach\(\)"):
+            model.save_pretrained(tmp_path / name)
+        assert not (tmp_path / name).exists()
+    expected = model(BATCH).logits
+    delta.save(tmp_path / "delta")
+    delta.detach()
+    model.save_pretrained(tmp_path / "peft")
+    delta.attach()
+    assert torch.equal(model(BATCH).logits, expected)
+    again = with_adapter()
+    peft.set_peft_model_state_dict(again, load_file(tmp_path / "peft" / "adapter_model.safetensors"))
+    dk.load(tmp_path / "delta", again)
+    assert torch.equal(again(BATCH).logits, expected)
+
+
 def test_a_merged_delta_is_in_the_weights(tmp_path):
     model = bert()
     delta = attached(model, dk.LoRA(r=3), train="@head").merge()
