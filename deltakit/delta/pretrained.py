@@ -23,7 +23,7 @@ from deltakit.delta.saving import state_to_save, write
 from deltakit.delta.training_state import checkpoint_tensors, rooted_deltas, trains_only_deltas
 from deltakit.errors import OptionError, StateError
 from deltakit.files import write_weights
-from deltakit.injection import bare_state_dicts, hook_loading
+from deltakit.injection import bare_state_dicts, hook_loading, is_narrowed, whole_state_dict
 
 _METHOD = "save_pretrained"
 # The Trainer's name for the folders of its checkpoints (`PREFIX_CHECKPOINT_DIR`).
@@ -85,6 +85,7 @@ class Saver:
             return job.save_checkpoint(partial(own, **options))
         states = job.states()
         _refuse_peft(module, job)
+        _refuse_narrowed(module, job)
         if job.state is not None:
             options["state_dict"] = _without_deltas(module, root, job.state)
         with bare_state_dicts(module, _bare_values(module, root)):
@@ -150,7 +151,9 @@ class Job:
         states = self.states()
         if not trains_only_deltas(self.root):
             _refuse_peft(self.root, self)
-            result = whole()
+            _refuse_narrowed(self.root, self)
+            with whole_state_dict():
+                result = whole()
             self.write(states)
             return result
         if self.takes_part:
@@ -174,6 +177,24 @@ def _refuse_peft(module: nn.Module, job: Job) -> None:
             f"{_METHOD}: an adapter of PEFT is on this {type(module).__name__} beside deltas, and only that adapter would be "
             f"written, not the model; save each alone: delta.save(folder) for each delta, then delta.detach(), {_METHOD} "
             "with another folder, and delta.attach()"
+        )
+
+
+def _refuse_narrowed(module: nn.Module, job: Job) -> None:
+    """Refuses a state dict without the module's weights, as a module gives that OpenDelta's `freeze_module` has narrowed.
+
+    Raises:
+        StateError: if it lacks any.
+    """
+    if job.state is None or not job.is_main or not is_narrowed(module):
+        return
+    with bare_state_dicts(module, {}):
+        absent = module.state_dict().keys() - job.state.keys()
+    if absent:
+        raise StateError(
+            f"{_METHOD}: state_dict= lacks {len(absent)} of the model's tensors, such as {min(absent)}, because "
+            "freeze_module(set_state_dict=True) has narrowed model.state_dict(); omit state_dict=, or pass "
+            "set_state_dict=False where you call freeze_module"
         )
 
 
