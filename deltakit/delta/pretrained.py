@@ -147,9 +147,12 @@ class Job:
 
         Args:
             whole: saves the model with its deltas. It is called if more is trained than the deltas.
+
+        Raises:
+            StateError: if a delta is merged.
         """
-        states = self.states()
-        if not trains_only_deltas(self.root):
+        whole_model, states = not trains_only_deltas(self.root), self.states()
+        if whole_model:
             _refuse_peft(self.root, self)
             _refuse_narrowed(self.root, self)
             with whole_state_dict():

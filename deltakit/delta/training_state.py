@@ -14,7 +14,7 @@ from deltakit.delta.claims import refuse_merged
 from deltakit.delta.full_training import fully_trained_tensors
 from deltakit.delta.running_statistics import fitting, held_of
 from deltakit.delta.tensors import load_state_dict, trained_values
-from deltakit.errors import CheckpointError
+from deltakit.errors import CheckpointError, StateError
 from deltakit.files import check_tensors, plain_tensors
 
 _MARK = "deltakit: attach this delta first: "
@@ -28,17 +28,23 @@ def rooted_deltas(backbone: nn.Module) -> list[Attachment]:
 
 
 def trains_only_deltas(backbone: nn.Module) -> bool:
-    """Returns whether a backbone has deltas, none of them merged, and all that it trains belongs to them.
+    """Returns whether a backbone has deltas, and all that it trains belongs to them.
 
     Otherwise a checkpoint must hold the whole model: with `freeze=False` its own parameters are trained, too.
+
+    Raises:
+        StateError: if a delta is merged. No checkpoint could be loaded then: the weights have the delta, and unmerging would
+            restore what was there before.
     """
     attachments = rooted_deltas(backbone)
+    merged = next((found.record.name for found in attachments if found.record.merged), None)
+    if merged is not None:
+        raise StateError(
+            f"delta {merged!r} is merged, and training could not resume from a checkpoint of this model; before training, "
+            "call merge_and_unload() to make it a part of the model, or unmerge() to keep it as a delta"
+        )
     theirs = {id(tensor) for found in attachments for tensor in fully_trained_tensors(found).values()}
-    return (
-        bool(attachments)
-        and not any(found.record.merged for found in attachments)
-        and not any(p.requires_grad and id(p) not in theirs for _, p in own_parameters(backbone))
-    )
+    return bool(attachments) and not any(p.requires_grad and id(p) not in theirs for _, p in own_parameters(backbone))
 
 
 def checkpoint_tensors(backbone: nn.Module, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -145,8 +145,9 @@ def test_a_merged_delta_is_in_the_weights(tmp_path):
     again = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     assert torch.equal(again(BATCH).logits, model(BATCH).logits)
     assert not (tmp_path / "delta_model.safetensors").exists()
-    model.save_pretrained(tmp_path / "checkpoint-1")
-    assert (tmp_path / "checkpoint-1" / "config.json").exists()
+    with pytest.raises(dk.StateError, match=r"'delta' is merged.*not resume.*merge_and_unload\(\).*or unmerge\(\)"):
+        model.save_pretrained(tmp_path / "checkpoint-1")
+    assert not (tmp_path / "checkpoint-1").exists()
     delta.unmerge().detach()
     assert "save_pretrained" not in vars(model)
 

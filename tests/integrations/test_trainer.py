@@ -147,6 +147,29 @@ def test_the_best_checkpoint_is_loaded_and_old_ones_are_removed(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2"]
 
 
+@pytest.mark.parametrize("follow", [None, "merge_and_unload", "unmerge"])
+def test_a_merged_delta_is_made_part_of_the_model_or_unmerged_before_training(follow, tmp_path):
+    def prepared():
+        model = bert()
+        old = randomize(dk.attach(model, dk.LoRA(r=2), name="old", train=()))
+        old.merge().trainable = False
+        if follow:
+            getattr(old, follow)()
+        return model, attached(model, name="new")
+
+    model, delta = prepared()
+    if not follow:
+        with pytest.raises(
+            dk.StateError, match=r"'old' is merged.*before training, call merge_and_unload\(\).*or unmerge"
+        ):
+            trainer_of(model, tmp_path).train()
+        return
+    trainer_of(model, tmp_path).train()
+    again, other = prepared()
+    trainer_of(again, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    equal(delta.state_dict(), other.state_dict())
+
+
 def test_save_model_writes_the_backbone_and_the_delta(tmp_path):
     model = bert()
     bare = {name: value.clone() for name, value in model.state_dict().items()}
