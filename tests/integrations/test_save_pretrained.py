@@ -68,6 +68,9 @@ def test_several_deltas_have_a_folder_each(tmp_path):
     attached(model, dk.LoRA(r=2), name="two", train="@head")
     model.save_pretrained(tmp_path)
     again = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    for read in (lambda folder: dk.load(folder, again), dk.inspect):
+        with pytest.raises(dk.CheckpointError, match="no delta here, but in folders below: one, two; pass one.*/one$"):
+            read(tmp_path)
     for name in ("one", "two"):
         dk.load(tmp_path / name, again)
     assert torch.equal(again(BATCH).logits, model(BATCH).logits)

@@ -55,6 +55,13 @@ def format_of(place: Path) -> Format:
         raise CheckpointError(
             f"{place}: here are deltas of two formats, {names}, which may differ; keep the files of one of them"
         )
+    below = [name for name, _ in deltas_below(place)] if not found else []
+    if below:
+        more = f" and {len(below) - 10} more" if len(below) > 10 else ""
+        raise CheckpointError(
+            f"{place}: there is no delta here, but in folders below: {', '.join(below[:10])}{more}; pass one of them, such as "
+            f"{place / below[0]}"
+        )
     if not found:
         raise CheckpointError(f"{place}: {no_delta(_names_in(place))}")
     return found[0]
