@@ -5,6 +5,7 @@ A state dict has only tensors, so each mark is one: the bytes of a JSON text.
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -41,8 +42,10 @@ def refuse_other_run(attachments: Sequence[Attachment], marks: Mapping[str, Tens
     if said.keys() != {attachment.record.name for attachment in attachments}:
         return
     for attachment in attachments:
-        name = attachment.record.name
-        for saved, here in zip(said[name]["methods"], _options(attachment), strict=False):
+        name, methods = attachment.record.name, attachment.record.methods
+        for method, entry, here in zip(methods, said[name]["methods"], _options(attachment), strict=False):
+            # An option that is newer than the checkpoint had its default.
+            saved = {field.name: field.default for field in fields(method)} | entry
             other = [option for option in here if saved.get(option) != here[option]]
             if other:
                 raise CheckpointError(
