@@ -72,14 +72,14 @@ def freeze_parameters(
         refresh_gradients(backbone, ledger)
 
 
-def narrow(delta: DeltaContents | None, module: nn.Module, names: Collection[str]) -> None:
-    """Leaves only these names in the state dict of a module while the delta is attached (None: until `widen`)."""
-    narrow_state_dict(module, names, None if delta is None else delta._record)
+def narrow(delta: DeltaContents, module: nn.Module, names: Collection[str]) -> None:
+    """Leaves only these names in the state dict of a module while the delta is attached."""
+    narrow_state_dict(module, names, delta._record)
 
 
-def widen(delta: DeltaContents | None, module: nn.Module) -> None:
+def widen(delta: DeltaContents, module: nn.Module) -> None:
     """Undoes `narrow` for a module and the modules in it."""
-    widen_state_dict(module, None if delta is None else delta._record)
+    widen_state_dict(module, delta._record)
 
 
 def _train(attachment: Attachment, selectors: Sequence[str], names: Sequence[str], *, freeze: bool) -> None:

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from deltakit.core import DeltaModule, deltas_left_out, is_sharded, own_modules, records_at, records_of, tensors_of
 from deltakit.delta.checkpoint_hook import LoadCheckpoint, Savers
 from deltakit.delta.contents import DeltaContents
+from deltakit.delta.earlier_saves import refuse_earlier
 from deltakit.delta.own_values import kept_values
 from deltakit.delta.saving import state_to_save, write
 from deltakit.delta.training_state import checkpoint_tensors, rooted_deltas, trains_only_deltas
-from deltakit.errors import CheckpointError, OptionError, StateError
-from deltakit.files import formats_in, write_weights
-from deltakit.injection import bare_state_dicts, hook_loading
+from deltakit.errors import OptionError, StateError
+from deltakit.files import write_weights
+from deltakit.injection import bare_state_dicts, hook_loading, is_narrowed, whole_state_dict
 
 _METHOD = "save_pretrained"
 # The Trainer's name for the folders of its checkpoints (`PREFIX_CHECKPOINT_DIR`).
@@ -83,6 +84,8 @@ class Saver:
         if module is root and CHECKPOINT.fullmatch(job.folder.name):
             return job.save_checkpoint(partial(own, **options))
         states = job.states()
+        _refuse_peft(module, job)
+        _refuse_narrowed(module, job)
         if job.state is not None:
             options["state_dict"] = _without_deltas(module, root, job.state)
         with bare_state_dicts(module, _bare_values(module, root)):
@@ -128,11 +131,8 @@ class Job:
         """
         if not self.takes_part:
             return []
-        if self.is_main and len(self.deltas) != 1 and self.folder.is_dir() and formats_in(self.folder):
-            raise CheckpointError(
-                f"{self.folder}: a delta of an earlier save is here, and would stay beside what is saved now; remove it, or "
-                "save to another folder"
-            )
+        if self.is_main:
+            refuse_earlier(self.folder, [delta.name for delta in self.deltas])
         return [state_to_save(delta, self.state) for delta in self.deltas]
 
     def write(self, states: list[dict[str, Tensor]]) -> None:
@@ -147,10 +147,16 @@ class Job:
 
         Args:
             whole: saves the model with its deltas. It is called if more is trained than the deltas.
+
+        Raises:
+            StateError: if a delta is merged.
         """
-        states = self.states()
-        if not trains_only_deltas(self.root):
-            result = whole()
+        whole_model, states = not trains_only_deltas(self.root), self.states()
+        if whole_model:
+            _refuse_peft(self.root, self)
+            _refuse_narrowed(self.root, self)
+            with whole_state_dict():
+                result = whole()
             self.write(states)
             return result
         if self.takes_part:
@@ -159,6 +165,40 @@ class Job:
                 write_weights(self.folder, tensors)
                 self.write(states)
         return None
+
+
+def _refuse_peft(module: nn.Module, job: Job) -> None:
+    """Refuses a module with adapters of PEFT, whose `save_pretrained` writes these alone.
+
+    Raises:
+        StateError: if there are some, and deltas to save beside them.
+    """
+    # The first is what `add_adapter` of transformers sets, the second what a `PeftModel` has.
+    with_peft = any(getattr(child, "_hf_peft_config_loaded", False) for child in module.modules())
+    if job.deltas and (with_peft or getattr(module, "peft_config", None)):
+        raise StateError(
+            f"{_METHOD}: an adapter of PEFT is on this {type(module).__name__} beside deltas, and only that adapter would be "
+            f"written, not the model; save each alone: delta.save(folder) for each delta, then delta.detach(), {_METHOD} "
+            "with another folder, and delta.attach()"
+        )
+
+
+def _refuse_narrowed(module: nn.Module, job: Job) -> None:
+    """Refuses a state dict without the module's weights, as a module gives that OpenDelta's `freeze_module` has narrowed.
+
+    Raises:
+        StateError: if it lacks any.
+    """
+    if job.state is None or not job.is_main or not is_narrowed(module):
+        return
+    with bare_state_dicts(module, {}):
+        absent = module.state_dict().keys() - job.state.keys()
+    if absent:
+        raise StateError(
+            f"{_METHOD}: state_dict= lacks {len(absent)} of the model's tensors, such as {min(absent)}, because "
+            "freeze_module(set_state_dict=True) has narrowed model.state_dict(); omit state_dict=, or pass "
+            "set_state_dict=False where you call freeze_module"
+        )
 
 
 def _bare_values(module: nn.Module, root: nn.Module) -> dict[str, Tensor]:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from deltakit.core import Attachment, attachments_of, gathered, join, own_parameters, scatter, tensors_of
+from deltakit.delta.checkpoint_marks import marks_of, refuse_other_run
 from deltakit.delta.claims import refuse_merged
 from deltakit.delta.full_training import fully_trained_tensors
 from deltakit.delta.running_statistics import fitting, held_of
 from deltakit.delta.tensors import load_state_dict, trained_values
-from deltakit.errors import CheckpointError
+from deltakit.errors import CheckpointError, StateError
 from deltakit.files import check_tensors, plain_tensors
 
 _MARK = "deltakit: attach this delta first: "
@@ -28,21 +29,28 @@ def rooted_deltas(backbone: nn.Module) -> list[Attachment]:
 
 
 def trains_only_deltas(backbone: nn.Module) -> bool:
-    """Returns whether a backbone has deltas, none of them merged, and all that it trains belongs to them.
+    """Returns whether a backbone has deltas, and all that it trains belongs to them.
 
     Otherwise a checkpoint must hold the whole model: with `freeze=False` its own parameters are trained, too.
+
+    Raises:
+        StateError: if a delta is merged. No checkpoint could be loaded then: the weights have the delta, and unmerging would
+            restore what was there before.
     """
     attachments = rooted_deltas(backbone)
+    merged = next((found.record.name for found in attachments if found.record.merged), None)
+    if merged is not None:
+        raise StateError(
+            f"delta {merged!r} is merged, and training could not resume from a checkpoint of this model; before training, "
+            "call merge_and_unload() to make it a part of the model, or unmerge() to keep it as a delta"
+        )
     theirs = {id(tensor) for found in attachments for tensor in fully_trained_tensors(found).values()}
-    return (
-        bool(attachments)
-        and not any(found.record.merged for found in attachments)
-        and not any(p.requires_grad and id(p) not in theirs for _, p in own_parameters(backbone))
-    )
+    return bool(attachments) and not any(p.requires_grad and id(p) not in theirs for _, p in own_parameters(backbone))
 
 
 def checkpoint_tensors(backbone: nn.Module, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Returns the tensors of a checkpoint of a backbone's deltas: what they train, marks with their names, and a guard.
+    """Returns the tensors of a checkpoint of a backbone's deltas: what they train, marks with their names and options, and
+    a guard.
 
     They are copies on the CPU that share no memory.
 
@@ -63,7 +71,8 @@ def checkpoint_tensors(backbone: nn.Module, given: Mapping[str, Tensor] | None =
         taken |= own.keys()
     guard = next((name for name, tensor in tensors_of(backbone) if name not in taken and tensor.ndim), None)
     found |= {guard: torch.zeros(0)} if guard is not None else {}
-    return plain_tensors(found | {_MARK + attachment.record.name: torch.zeros(1) for attachment in attachments})
+    marks = zip(attachments, marks_of(attachments), strict=True)
+    return plain_tensors(found | {_MARK + attachment.record.name: mark for attachment, mark in marks})
 
 
 def deltas_in(keys: Iterable[str], prefix: str = "") -> list[str]:
@@ -76,7 +85,9 @@ def load_checkpoint(backbone: nn.Module, state: Mapping[str, Tensor], where: str
     """Loads what `checkpoint_tensors` returned.
 
     Raises:
-        CheckpointError: if the attached deltas have other names or other tensors. Nothing is changed then.
+        BackboneMismatch: if the backbone is another one.
+        CheckpointError: if the attached deltas have other names, options or tensors, or another order.
+            Nothing is changed then.
         StateError: if a delta is merged.
     """
     refuse_other_deltas(backbone, deltas_in(state), where)
@@ -101,6 +112,8 @@ def load_checkpoint(backbone: nn.Module, state: Mapping[str, Tensor], where: str
         where=where,
         advice="attach the deltas with the methods, options and train= that they had",
     )
+    marks = {key.removeprefix(_MARK): value for key, value in state.items() if key.startswith(_MARK)}
+    refuse_other_run(rooted_deltas(backbone), marks, where)
     for attachment, values, before in loads:
         load_state_dict(attachment, values, before, _put)
 

@@ -5,7 +5,7 @@ from deltakit.files.card import CardDetails, model_card
 from deltakit.files.checkpoint import DELTA_FILES, WEIGHTS_FILE, plain_tensors, read_tensors, write_weights
 from deltakit.files.config import backbone_identity, delta_config, expanded, methods_of, room_for
 from deltakit.files.fingerprint import differences
-from deltakit.files.formats import WRITERS, Written, format_of, formats_in, read_saved, refuse_others
+from deltakit.files.formats import WRITERS, Written, deltas_below, format_of, formats_in, read_saved, refuse_others
 from deltakit.files.hub import Access, find_folder, upload
 from deltakit.files.saved import Saved
 from deltakit.files.schema import from_file, read_method
@@ -22,6 +22,7 @@ __all__ = [
     "backbone_identity",
     "check_tensors",
     "delta_config",
+    "deltas_below",
     "differences",
     "expanded",
     "find_folder",

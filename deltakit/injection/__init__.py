@@ -8,7 +8,7 @@ from deltakit.injection.backbone_guards import change_begins, watch, watch_rows
 from deltakit.injection.first_forward import forget_first_forward, watch_first_forward
 from deltakit.injection.hooks import put, scopes_of, sort_patches, take, take_patches
 from deltakit.injection.loading_guards import hook_loading, records_around
-from deltakit.injection.narrowed_state_dict import narrow_state_dict, whole_state_dict, widen_state_dict
+from deltakit.injection.narrowed_state_dict import is_narrowed, narrow_state_dict, whole_state_dict, widen_state_dict
 from deltakit.injection.replaced_targets import holder_of, modules_of
 from deltakit.injection.saving_hooks import bare_state_dicts
 
@@ -18,6 +18,7 @@ __all__ = [
     "forget_first_forward",
     "holder_of",
     "hook_loading",
+    "is_narrowed",
     "modules_of",
     "narrow_state_dict",
     "put",

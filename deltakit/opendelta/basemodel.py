@@ -220,7 +220,16 @@ class DeltaBase(ParameterLists, SaveLoadMixin, CustomDeltas):
                 delta.trainable = False
 
     def set_active_state_dict(self, module: nn.Module) -> None:
-        """Leaves in `module.state_dict()` only what is trained now, until `detach`."""
+        """Leaves in `module.state_dict()` only what is trained now, until `detach`.
+
+        Without a delta it warns and changes nothing: the module's `save_pretrained` would write a model without its weights.
+        """
+        if self.delta is None:
+            warn(
+                f"freeze_module: this {type(self).__name__} matched no module, so it has no delta, and state_dict() keeps the "
+                "whole model; pass set_state_dict=False, or give modified_modules= what is in the model"
+            )
+            return
         names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
         narrow(self.delta, module, names)
         self.__dict__["_narrowed"] = (module, names)
@@ -248,8 +257,8 @@ class DeltaBase(ParameterLists, SaveLoadMixin, CustomDeltas):
         """
         if self.delta is not None:
             self.delta.detach()
-        if self._narrowed is not None:
-            widen(self.delta, self._narrowed[0])
+            if self._narrowed is not None:
+                widen(self.delta, self._narrowed[0])
 
     def merge(self) -> None:
         """Adds the delta to the backbone's weights. Raises what `Delta.merge` raises."""

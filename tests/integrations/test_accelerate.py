@@ -62,7 +62,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(make, safe, tmp_path):
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
     weights = tmp_path / ("model.safetensors" if safe else "pytorch_model.bin")
     found = load_file(weights) if safe else torch.load(weights, weights_only=True)
-    assert sum(value.numel() for value in found.values()) < 1500
+    assert sum(value.numel() for value in found.values() if value.is_floating_point()) < 1500
 
 
 def test_several_models_and_one_without_a_delta(tmp_path):
@@ -119,7 +119,7 @@ def test_a_lightning_checkpoint_is_small_and_loads_strictly():
     state = one.state_dict()
     shrink(one, state)
     assert {"own.weight", "own.bias"} <= state.keys()
-    assert sum(value.numel() for value in state.values()) < 600
+    assert sum(value.numel() for value in state.values() if value.is_floating_point()) < 600
     other.load_state_dict(state)
     assert torch.equal(one.model(ids()), other.model(ids()))
     with pytest.raises(RuntimeError, match=r"Unexpected key.*model.deltakit: attach this delta first: topic"):

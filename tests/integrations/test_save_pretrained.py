@@ -68,6 +68,9 @@ def test_several_deltas_have_a_folder_each(tmp_path):
     attached(model, dk.LoRA(r=2), name="two", train="@head")
     model.save_pretrained(tmp_path)
     again = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    for read in (lambda folder: dk.load(folder, again), dk.inspect):
+        with pytest.raises(dk.CheckpointError, match="no delta here, but in folders below: one, two; pass one.*/one$"):
+            read(tmp_path)
     for name in ("one", "two"):
         dk.load(tmp_path / name, again)
     assert torch.equal(again(BATCH).logits, model(BATCH).logits)
@@ -80,6 +83,64 @@ def test_several_deltas_have_a_folder_each(tmp_path):
         model.save_pretrained(tmp_path / "less")
 
 
+def test_deltas_of_an_earlier_save_are_refused_before_anything_is_written(tmp_path):
+    model = bert()
+    one, two = (attached(model, dk.LoRA(r=r), name=name) for r, name in ((3, "one"), (2, "two")))
+    one.save(tmp_path / "several" / "two", format="peft")
+    with pytest.raises(dk.CheckpointError, match="'peft' is here already"):
+        model.save_pretrained(tmp_path / "several")
+    assert not (tmp_path / "several" / "config.json").exists()
+    model.save_pretrained(tmp_path / "both")
+    model.save_pretrained(tmp_path / "both")
+    two.detach()
+    one.save(tmp_path / "single", format="peft")
+    with pytest.raises(dk.CheckpointError, match="'peft' is here already.*another folder"):
+        model.save_pretrained(tmp_path / "single")
+    assert not (tmp_path / "single" / "config.json").exists()
+    with pytest.raises(
+        dk.CheckpointError, match="both: a delta of an earlier save is here: one/, two/, and would stay"
+    ):
+        model.save_pretrained(tmp_path / "both")
+    attached(model, dk.BitFit(at="@ff.up"), name="three")
+    with pytest.raises(dk.CheckpointError, match="both: a delta of an earlier save is here: two/, and would stay"):
+        model.save_pretrained(tmp_path / "both")
+    # Folders that the user named otherwise stay.
+    one.save(tmp_path / "mine" / "best")
+    model.save_pretrained(tmp_path / "mine")
+
+
+# PEFT reads an attribute that transformers has renamed.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("way", ["add_adapter", "get_peft_model"])
+def test_an_adapter_of_peft_is_saved_alone(way, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["key"], init_lora_weights=False)
+
+    def with_adapter():
+        model = bert()
+        if way == "get_peft_model":
+            return peft.get_peft_model(model, config)
+        model.add_adapter(config)
+        return model
+
+    model = with_adapter()
+    delta = attached(model, dk.LoRA(r=3, at="query"), freeze=False)
+    for name in ("model", "checkpoint-1"):
+        with pytest.raises(dk.StateError, match=r"adapter of PEFT is on this .*delta\.save.*detach\(\).*attach\(\)"):
+            model.save_pretrained(tmp_path / name)
+        assert not (tmp_path / name).exists()
+    expected = model(BATCH).logits
+    delta.save(tmp_path / "delta")
+    delta.detach()
+    model.save_pretrained(tmp_path / "peft")
+    delta.attach()
+    assert torch.equal(model(BATCH).logits, expected)
+    again = with_adapter()
+    peft.set_peft_model_state_dict(again, load_file(tmp_path / "peft" / "adapter_model.safetensors"))
+    dk.load(tmp_path / "delta", again)
+    assert torch.equal(again(BATCH).logits, expected)
+
+
 def test_a_merged_delta_is_in_the_weights(tmp_path):
     model = bert()
     delta = attached(model, dk.LoRA(r=3), train="@head").merge()
@@ -87,8 +148,9 @@ def test_a_merged_delta_is_in_the_weights(tmp_path):
     again = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     assert torch.equal(again(BATCH).logits, model(BATCH).logits)
     assert not (tmp_path / "delta_model.safetensors").exists()
-    model.save_pretrained(tmp_path / "checkpoint-1")
-    assert (tmp_path / "checkpoint-1" / "config.json").exists()
+    with pytest.raises(dk.StateError, match=r"'delta' is merged.*not resume.*merge_and_unload\(\).*or unmerge\(\)"):
+        model.save_pretrained(tmp_path / "checkpoint-1")
+    assert not (tmp_path / "checkpoint-1").exists()
     delta.unmerge().detach()
     assert "save_pretrained" not in vars(model)
 

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import deltakit as dk
 from support.models import randomize
@@ -170,15 +171,39 @@ def test_the_state_dict_is_that_of_the_model_again_after_detaching():
     assert not model._state_dict_hooks
 
 
-def test_a_parent_keeps_what_is_beside_the_narrowed_module():
-    """In OpenDelta it loses what came before the module."""
-    model, delta = lora()
+def test_a_parent_keeps_everything(tmp_path):
+    """In OpenDelta it loses what came before the module. Its `save_pretrained` would write a model without its weights."""
+    model = MODELS["bert"]()
+    expected = sorted(model.state_dict())
+    delta = dk.LoraModel(model.bert)
     delta.freeze_module()
-    around = torch.nn.ModuleDict({"before": torch.nn.Linear(2, 3), "model": model, "after": torch.nn.Linear(3, 2)})
-    narrow = [f"model.{name}" for name in model.state_dict()]
-    assert sorted(around.state_dict()) == sorted(
-        [*narrow, "before.weight", "before.bias", "after.weight", "after.bias"]
-    )
+    assert len(model.bert.state_dict()) == 8
+    assert sorted(name for name in model.state_dict() if "lora" not in name) == expected
+    # The part's own keys are among them: LIMITS.md.
+    model.save_pretrained(tmp_path)
+    assert expected == sorted(name for name in load_file(tmp_path / "model.safetensors") if "lora" not in name)
+
+
+def test_a_narrowed_state_dict_is_no_model(tmp_path):
+    model, delta = lora()
+    bare = sorted(MODELS["bert"]().state_dict())
+    randomize(delta.delta)
+    delta.freeze_module()
+    with pytest.raises(
+        dk.StateError, match=r"state_dict= lacks 41 of the model's tensors, such as .*; omit state_dict="
+    ):
+        model.save_pretrained(tmp_path / "narrow", state_dict=model.state_dict())
+    assert not (tmp_path / "narrow").exists()
+    model.save_pretrained(tmp_path / "whole")
+    # A checkpoint of a model that is trained too has it whole.
+    model.classifier.weight.requires_grad_(True)
+    model.save_pretrained(tmp_path / "checkpoint-1")
+    model, delta = lora()
+    randomize(delta.delta)
+    delta.freeze_module(set_state_dict=False)
+    model.save_pretrained(tmp_path / "wide", state_dict=model.state_dict())
+    for name in ("whole", "wide", "checkpoint-1"):
+        assert sorted(x for x in load_file(tmp_path / name / "model.safetensors") if "lora" not in x) == bare
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

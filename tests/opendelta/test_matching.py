@@ -87,8 +87,10 @@ def test_names_that_match_nothing_are_warnings():
         delta = dk.LoraModel(model, modified_modules=["no_such"])
     assert delta.delta is None
     assert dk.deltas(model) == []
-    delta.freeze_module()
-    assert model.state_dict() == {}
+    with pytest.warns(dk.DeltaWarning, match=r"this LoraModel matched no module.*state_dict\(\) keeps the whole model"):
+        delta.freeze_module()
+    assert len(model.state_dict()) == len(MODELS["bert"]().state_dict())
+    delta.freeze_module(set_state_dict=False)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     delta.detach()
     delta.attach()

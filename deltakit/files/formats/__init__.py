@@ -65,19 +65,20 @@ def format_of(place: Path) -> Format:
         raise CheckpointError(
             f"{place}: here are deltas of two formats, {names}, which may differ; keep the files of one of them"
         )
-    if not found and peft.is_alone(place):
-        raise CheckpointError(
-            f"{place}: this is an adapter of PEFT without its {peft.CONFIG}, which says its scale; put that file beside it, "
-            "and pass the folder"
-        )
     if not found:
-        raise CheckpointError(f"{place}: {no_delta(_names_in(place))}")
+        raise CheckpointError(f"{place}: {_why_none(place)}")
     return found[0]
 
 
 def formats_in(place: Path) -> list[Format]:
     """Returns the formats that a folder or file has; usually one."""
     return [kind for kind in FORMATS.values() if kind.recognises(place)]
+
+
+def deltas_below(folder: Path) -> list[tuple[str, Format]]:
+    """Returns the names of the folders in a folder that hold a delta, sorted, each with its format."""
+    entries = sorted(entry for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+    return [(entry.name, found[0]) for entry in entries if (found := formats_in(entry))]
 
 
 def refuse_others(folder: Path, format: str) -> None:
@@ -95,6 +96,23 @@ def refuse_others(folder: Path, format: str) -> None:
             f"{folder}: a delta in the format {others[0]!r} is here already, and would stay beside the new one; save to "
             "another folder, or remove it first"
         )
+
+
+def _why_none(place: Path) -> str:
+    """Returns what to say of a folder or file on this machine that holds no delta in a format that deltakit reads."""
+    if peft.is_alone(place):
+        return (
+            f"this is an adapter of PEFT without its {peft.CONFIG}, which says its scale; put that file beside it, and pass "
+            "the folder"
+        )
+    below = [name for name, _ in deltas_below(place)]
+    if below:
+        more = f" and {len(below) - 10} more" if len(below) > 10 else ""
+        return (
+            f"there is no delta here, but in folders below: {', '.join(below[:10])}{more}; pass one of them, such as "
+            f"{place / below[0]}"
+        )
+    return no_delta(_names_in(place))
 
 
 def no_delta(names: Iterable[str]) -> str:

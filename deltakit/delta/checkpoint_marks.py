@@ -1,0 +1,91 @@
+"""What a training checkpoint says of each of its deltas, so that training does not resume from that of another run.
+
+A state dict has only tensors, so each mark is one: the bytes of a JSON text.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltakit.core import Attachment
+from deltakit.errors import BackboneMismatch, CheckpointError
+from deltakit.files import backbone_identity, differences, from_file
+
+# Where a delta is, its tensors say; `keep` is about unmerging.
+_NOT_COMPARED = ("at", "of", "exclude", "keep")
+
+
+def marks_of(attachments: Sequence[Attachment]) -> list[Tensor]:
+    """Returns the mark of each delta of one backbone: its place among them and its options; the first has the backbone."""
+    found = []
+    for place, attachment in enumerate(attachments):
+        said: dict[str, Any] = {"place": place, "methods": _options(attachment)}
+        if not place:
+            said["backbone"] = backbone_identity(attachment.backbone)["fingerprint"]
+        found.append(torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8))
+    return found
+
+
+def refuse_other_run(attachments: Sequence[Attachment], marks: Mapping[str, Tensor], where: str) -> None:
+    """Refuses a checkpoint whose marks, by the names of the deltas, do not fit the attached deltas and their backbone.
+
+    Raises:
+        BackboneMismatch: if it is another backbone.
+        CheckpointError: if a delta has other options, the deltas were attached in another order, or a mark is damaged.
+    """
+    # Checkpoints of earlier versions have marks that say nothing.
+    said = {name: _read(mark, name, where) for name, mark in marks.items() if mark.dtype == torch.uint8}
+    if said.keys() != {attachment.record.name for attachment in attachments}:
+        return
+    for attachment in attachments:
+        name, methods = attachment.record.name, attachment.record.methods
+        for method, entry, here in zip(methods, said[name]["methods"], _options(attachment), strict=False):
+            # An option that is newer than the checkpoint had its default.
+            saved = {field.name: field.default for field in fields(method)} | entry
+            other = [option for option in here if saved.get(option) != here[option]]
+            if other:
+                raise CheckpointError(
+                    f"{where}: it was saved with other options of the delta {name!r}: "
+                    + ", ".join(f"{option} was {saved.get(option)!r} and is {here[option]!r}" for option in other)
+                    + "; attach the delta with the options that it had, or start a new run from its folder by dk.load"
+                )
+    names, order = [found.record.name for found in attachments], sorted(said, key=lambda name: said[name]["place"])
+    if order != names:
+        raise CheckpointError(
+            f"{where}: its deltas were attached in the order {', '.join(order)}, and here in the order {', '.join(names)}; "
+            "the states of the optimiser follow it, so attach them in the order of the checkpoint"
+        )
+    fingerprint = said[order[0]].get("backbone") if order else None
+    if fingerprint is None:
+        return
+    with from_file(where, "backbone"):
+        different = differences(fingerprint, backbone_identity(attachments[0].backbone)["fingerprint"])
+    if different:
+        raise BackboneMismatch(
+            f"{where}: this is not the backbone that its deltas were trained on: {different[0]}; resume with that backbone"
+        )
+
+
+def _options(attachment: Attachment) -> list[dict[str, Any]]:
+    """Returns what is compared of the options of each method, as JSON gives it back."""
+    kept = [
+        {option: value for option, value in method.to_dict().items() if option not in _NOT_COMPARED}
+        for method in attachment.record.methods
+    ]
+    found: list[dict[str, Any]] = json.loads(json.dumps(kept))
+    return found
+
+
+def _read(mark: Tensor, name: str, where: str) -> dict[str, Any]:
+    try:
+        said: dict[str, Any] = json.loads(bytes(mark.cpu().tolist()))
+        fits = isinstance(said["place"], int) and all(isinstance(method, dict) for method in said["methods"])
+    except (ValueError, KeyError, TypeError):
+        fits = False
+    if not fits:
+        raise CheckpointError(f"{where}: what it says of the delta {name!r} is damaged; use another checkpoint")
+    return said
