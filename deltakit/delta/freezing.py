@@ -1,4 +1,4 @@
-"""Freezes the backbone of a delta, except for the modules that the delta trains fully."""
+"""Freezes the backbone of a delta, except for what the delta trains fully, and narrows state dicts to what is trained."""
 
 from collections.abc import Collection, Sequence
 
@@ -61,7 +61,7 @@ def freeze_parameters(
         notice_moved_buffers(backbone, attachment.record)
         names = full_training_names(backbone, names)
         refuse_taken(attachment, names)
-    warn_frozen_head(BackboneIndex(backbone), names, selectors, spelling)
+    warn_frozen_head(BackboneIndex(backbone), names, selectors, spelling, frozen)
     if names:
         _train(attachment, names, names, freeze=attachment.record.freeze)
     own = {name: parameter for name, parameter in own_parameters(backbone) if id(parameter) in frozen}

@@ -5,12 +5,12 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from deltakit.core import Method, checked
+from deltakit.core import Method, checked, own_parameters
 from deltakit.delta import Delta, Spelling, attach, attach_beside, deltas, freeze_parameters, narrow, spare_name, widen
 from deltakit.errors import OptionError, SelectorError, StateError, warn
 from deltakit.opendelta.custom_deltas import CustomDeltas
 from deltakit.opendelta.delta_configs import BaseDeltaConfig
-from deltakit.opendelta.freezing import Frozen, is_leaf_module, walk
+from deltakit.opendelta.freezing import Frozen, is_leaf_module, walk, warn_without_effect
 from deltakit.opendelta.loading import SaveLoadMixin
 from deltakit.opendelta.matching import Addresses, Selectors, as_list
 from deltakit.opendelta.parameter_lists import ParameterLists
@@ -43,6 +43,8 @@ class DeltaBase(ParameterLists, SaveLoadMixin, CustomDeltas):
     delta: Delta | None
     backbone_model: nn.Module
     _narrowed: tuple[nn.Module, list[str]] | None
+    _froze: set[str]
+    """The names of the backbone's parameters that required gradients until `freeze_module` froze them."""
 
     def __init__(
         self,
@@ -73,7 +75,7 @@ class DeltaBase(ParameterLists, SaveLoadMixin, CustomDeltas):
     def _begin(self, backbone: nn.Module) -> None:
         super().__init__()
         # Not in the module tree: the delta's parameters do not include the backbone's.
-        self.__dict__.update(backbone_model=backbone, _narrowed=None)
+        self.__dict__.update(backbone_model=backbone, _narrowed=None, _froze=set())
         self.delta = None
         self.delta_modules = nn.ModuleList()
 
@@ -183,8 +185,8 @@ class DeltaBase(ParameterLists, SaveLoadMixin, CustomDeltas):
     ) -> None:
         """Freezes a module (None: the backbone), except for the modules and parameters that `exclude` names.
 
-        What is excluded stays as it is. What of it requires gradients is fully trained and saved with the delta. As in
-        OpenDelta, all else stays frozen after `detach`, and for the next delta.
+        What is excluded stays as it is. What of it requires gradients, or did until an earlier call on this object froze it, is
+        fully trained and saved with the delta. As in OpenDelta, all else stays frozen after `detach`, and for the next delta.
 
         Args:
             exclude: names as in `modified_modules`, and "deltas" for all deltas: without it the deltas are frozen, too. By
@@ -192,7 +194,7 @@ class DeltaBase(ParameterLists, SaveLoadMixin, CustomDeltas):
             set_state_dict: whether `module.state_dict()` then has only what is trained now, until `detach`.
             prefix: the path of the module, for names that are longer than the paths in it.
 
-        Warns if an entry matches nothing, and of a new head that would stay frozen with random weights.
+        Warns if an entry matches or trains nothing, and of a new head that would stay frozen with random weights.
 
         Raises:
             StateError: if a parameter in `exclude` cannot be trained fully.
@@ -203,14 +205,26 @@ class DeltaBase(ParameterLists, SaveLoadMixin, CustomDeltas):
         missing = [name for name in names if name not in {*found.matched, "deltas"}]
         if missing:
             warn(f"freeze_module(exclude=...): {', '.join(map(repr, missing))} matched nothing and has no effect")
+        self._unfreeze(found)
+        warn_without_effect(module, found, prefix)
         self._freeze(found, [name for name in names if name != "deltas"])
         if set_state_dict:
             self.set_active_state_dict(module)
 
+    def _unfreeze(self, found: Frozen) -> None:
+        """Lets what is excluded now, and was not in an earlier call, require gradients again."""
+        for name, parameter in own_parameters(self.backbone_model):
+            if name in self._froze and id(parameter) in found.kept:
+                parameter.requires_grad_(True)
+                self._froze.discard(name)
+
     def _freeze(self, found: Frozen, names: Sequence[str]) -> None:
+        own = own_parameters(self.backbone_model)
+        froze = {name for name, parameter in own if id(parameter) in found.frozen and parameter.requires_grad}
         if self.delta is not None:
             train = [key for key, parameter in found.kept.items() if parameter.requires_grad]
             freeze_parameters(self.delta, found.frozen, train, names, _EXCLUDE)
+        self._froze.update(froze)
         for parameter in (*found.frozen.values(), *found.frozen_of_deltas):
             parameter.requires_grad_(False)
         for delta in deltas(self.backbone_model) if found.frozen_of_deltas else ():
