@@ -72,6 +72,21 @@ def freeze_parameters(
         refresh_gradients(backbone, ledger)
 
 
+def keep_frozen(delta: DeltaContents) -> None:
+    """Notes that the parameters of a delta's modules were frozen on purpose, if none of them requires gradients.
+
+    A training forward is no error then. What the delta trains fully is trained all the same. Setting `delta.trainable`
+    undoes it.
+    """
+    sites, record = delta._attachment.sites, delta._record
+    if any(parameter.requires_grad for site in sites for _, parameter, _ in site.module.trained_parameters()):
+        return
+    if record.fully_trained:
+        record.only_full = True
+    else:
+        record.trainable = False
+
+
 def narrow(delta: DeltaContents | None, module: nn.Module, names: Collection[str]) -> None:
     """Leaves only these names in the state dict of a module while the delta is attached (None: until `widen`)."""
     narrow_state_dict(module, names, None if delta is None else delta._record)

@@ -6,14 +6,24 @@ from typing import Any, ClassVar
 from torch import nn
 
 from deltakit.core import Method, checked, own_parameters
-from deltakit.delta import Delta, Spelling, attach, attach_beside, deltas, freeze_parameters, narrow, spare_name, widen
+from deltakit.delta import (
+    Delta,
+    Spelling,
+    attach,
+    attach_beside,
+    deltas,
+    freeze_parameters,
+    keep_frozen,
+    narrow,
+    spare_name,
+    widen,
+)
 from deltakit.errors import OptionError, SelectorError, StateError, warn
 from deltakit.opendelta.custom_deltas import CustomDeltas
 from deltakit.opendelta.delta_configs import BaseDeltaConfig
 from deltakit.opendelta.freezing import Frozen, is_leaf_module, walk, warn_without_effect
 from deltakit.opendelta.loading import SaveLoadMixin
 from deltakit.opendelta.matching import Addresses, Selectors, as_list
-from deltakit.opendelta.parameter_lists import ParameterLists
 from deltakit.opendelta.utils.inspect import inspect_module_statistics
 from deltakit.opendelta.utils.visualization import Visualization
 
@@ -27,7 +37,7 @@ def non_module_param(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return list(module.named_parameters(recurse=False))
 
 
-class DeltaBase(ParameterLists, SaveLoadMixin, CustomDeltas):
+class DeltaBase(SaveLoadMixin, CustomDeltas):
     """A delta with OpenDelta's methods. As in OpenDelta, it attaches at once and freezes nothing.
 
     Its parameters, its own `state_dict()` and `to()` are those of the delta, without the backbone, which is
@@ -40,8 +50,6 @@ class DeltaBase(ParameterLists, SaveLoadMixin, CustomDeltas):
     default_unfrozen_modules: ClassVar[Sequence[str]] = ("deltas",)
     config_class: ClassVar[type[BaseDeltaConfig]] = BaseDeltaConfig
 
-    delta: Delta | None
-    backbone_model: nn.Module
     _narrowed: tuple[nn.Module, list[str]] | None
     _froze: set[str]
     """The names of the backbone's parameters that required gradients until `freeze_module` froze them."""
@@ -185,8 +193,9 @@ class DeltaBase(ParameterLists, SaveLoadMixin, CustomDeltas):
     ) -> None:
         """Freezes a module (None: the backbone), except for the modules and parameters that `exclude` names.
 
-        What is excluded stays as it is. What of it requires gradients, or did until an earlier call on this object froze it, is
-        fully trained and saved with the delta. As in OpenDelta, all else stays frozen after `detach`, and for the next delta.
+        What is excluded stays as it is. What of it requires gradients, or did until an earlier call on this object froze it,
+        is fully trained and saved with the delta. As in OpenDelta, all else stays frozen after `detach`, and for the next
+        delta.
 
         Args:
             exclude: names as in `modified_modules`, and "deltas" for all deltas: without it the deltas are frozen, too. By
@@ -228,10 +237,7 @@ class DeltaBase(ParameterLists, SaveLoadMixin, CustomDeltas):
         for parameter in (*found.frozen.values(), *found.frozen_of_deltas):
             parameter.requires_grad_(False)
         for delta in deltas(self.backbone_model) if found.frozen_of_deltas else ():
-            modules = [module for of_path in delta.modules.values() for module in of_path]
-            trains = any(parameter.requires_grad for module in modules for parameter in module.parameters())
-            if not trains and not delta.fully_trained:
-                delta.trainable = False
+            keep_frozen(delta)
 
     def set_active_state_dict(self, module: nn.Module) -> None:
         """Leaves in `module.state_dict()` only what is trained now, until `detach`."""

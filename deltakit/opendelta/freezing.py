@@ -80,8 +80,8 @@ def warn_without_effect(module: nn.Module, found: Frozen, prefix: str) -> None:
         own = [name for name, parameter in module.named_parameters(remove_duplicate=False) if id(parameter) in ids]
         paths = dict.fromkeys(join(prefix, parent_of(name)) for name in own)
         warn(
-            f"freeze_module(exclude=...): {entry!r} has no effect: its parameters are tied to others that are frozen; add all of "
-            f"{', '.join(map(repr, paths))} to exclude to train them"
+            f"freeze_module(exclude=...): {entry!r} has no effect: its parameters are tied to others that are frozen; "
+            f"add all of {', '.join(map(repr, paths))} to exclude to train them"
         )
     frozen = found.without_gradients()
     if frozen:

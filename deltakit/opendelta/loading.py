@@ -9,19 +9,16 @@ import torch
 from torch import nn
 
 from deltakit.delta import Delta, attach_beside, load, spare_name
-from deltakit.errors import CheckpointError, OptionError, StateError, warn
+from deltakit.errors import CheckpointError, OptionError, warn
 from deltakit.opendelta.delta_configs import BaseDeltaConfig
+from deltakit.opendelta.parameter_lists import ParameterLists
 
-_FILE_NAME = "pytorch_model.bin"
 
-
-class SaveLoadMixin:
+class SaveLoadMixin(ParameterLists):
     """Makes deltas from configs and from saved files, and saves them."""
 
     delta_type: ClassVar[str]
     config_class: ClassVar[type[BaseDeltaConfig]]
-    delta: Delta | None
-    backbone_model: nn.Module
 
     @classmethod
     def from_config(cls, config: Any, backbone_model: nn.Module, check_hash: bool = True, **kwargs: Any) -> Any:
@@ -177,8 +174,3 @@ class SaveLoadMixin:
             CheckpointError: if a tensor is missing, unknown, of another shape or dtype, or not finite.
         """
         self._delta().load_state_dict(load_func(path), where=str(path))
-
-    def _delta(self) -> Delta:
-        if self.delta is None:
-            raise StateError(f"this {type(self).__name__} matched no module, so it has no delta; name others")
-        return self.delta

@@ -138,6 +138,37 @@ def test_a_head_outside_the_part_that_is_frozen_is_no_matter_of_a_warning(recwar
     assert not recwarn.list
 
 
+def train_once(model):
+    model.train()(torch.tensor([[3, 4, 5]]), labels=torch.tensor([1])).loss.backward()
+
+
+def test_a_delta_that_is_frozen_on_purpose_is_no_warning(recwarn):
+    model, delta = lora()
+    delta.freeze_module(exclude=["classifier"])
+    train_once(model)
+    assert model.classifier.weight.grad is not None
+    assert not recwarn.list
+    # But something else that freezes it is one.
+    delta.trainable = True
+    delta.delta_modules.requires_grad_(False)
+    with pytest.warns(dk.DeltaWarning, match=r"something froze them after attach\(\)"):
+        train_once(model)
+
+
+def test_trainable_is_that_of_the_handle():
+    """The errors advise to set it."""
+    model, delta = lora()
+    delta.freeze_module()
+    delta.delta_modules.requires_grad_(False)
+    with pytest.raises(dk.StateError, match=r"set delta\.trainable = True"):
+        train_once(model)
+    delta.trainable = True
+    train_once(model)
+    assert all(parameter.grad is not None for parameter in delta.parameters())
+    delta.trainable = False
+    assert not any([delta.trainable, delta.delta.trainable, *(p.requires_grad for p in delta.parameters())])
+
+
 def test_common_names():
     model, delta = lora("t5")
     delta.freeze_module(exclude=["deltas", "layer_norm@"])
