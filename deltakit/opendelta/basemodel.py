@@ -21,7 +21,7 @@ from deltakit.delta import (
 from deltakit.errors import OptionError, SelectorError, StateError, warn
 from deltakit.opendelta.custom_deltas import CustomDeltas
 from deltakit.opendelta.delta_configs import BaseDeltaConfig
-from deltakit.opendelta.freezing import Frozen, is_leaf_module, walk, warn_without_effect
+from deltakit.opendelta.freezing import Frozen, is_leaf_module, unfreeze, walk, warn_without_effect
 from deltakit.opendelta.loading import SaveLoadMixin
 from deltakit.opendelta.matching import Addresses, Selectors, as_list
 from deltakit.opendelta.utils.inspect import inspect_module_statistics
@@ -214,18 +214,11 @@ class DeltaBase(SaveLoadMixin, CustomDeltas):
         missing = [name for name in names if name not in {*found.matched, "deltas"}]
         if missing:
             warn(f"freeze_module(exclude=...): {', '.join(map(repr, missing))} matched nothing and has no effect")
-        self._unfreeze(found)
+        unfreeze(self.backbone_model, found, self._froze)
         warn_without_effect(module, found, prefix)
         self._freeze(found, [name for name in names if name != "deltas"])
         if set_state_dict:
             self.set_active_state_dict(module)
-
-    def _unfreeze(self, found: Frozen) -> None:
-        """Lets what is excluded now, and was not in an earlier call, require gradients again."""
-        for name, parameter in own_parameters(self.backbone_model):
-            if name in self._froze and id(parameter) in found.kept:
-                parameter.requires_grad_(True)
-                self._froze.discard(name)
 
     def _freeze(self, found: Frozen, names: Sequence[str]) -> None:
         own = own_parameters(self.backbone_model)
@@ -263,9 +256,16 @@ class DeltaBase(SaveLoadMixin, CustomDeltas):
     def detach(self, module: nn.Module | None = None, reset_state_dict: bool = True) -> None:
         """Removes the delta; the backbone is bit-exact as before, but what was frozen stays so. Twice is once.
 
+        `reset_state_dict=False` has no effect, which is a warning: the state dict is that of the whole backbone again.
+
         Raises:
             StateError: inside a `rows` block.
         """
+        if not reset_state_dict and self._narrowed is not None:
+            warn(
+                "detach: no effect of reset_state_dict=False: the state dict is that of the whole backbone again; "
+                "delta.delta.state_dict() returns the delta's tensors also while it is detached"
+            )
         if self.delta is not None:
             self.delta.detach()
         if self._narrowed is not None:

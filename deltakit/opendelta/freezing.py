@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from deltakit.core import above, delta_children, join, own_children, parent_of
+from deltakit.core import above, delta_children, join, own_children, own_parameters, parent_of
 from deltakit.errors import warn
 from deltakit.opendelta.matching import Addresses, matches
 
@@ -72,6 +72,14 @@ def walk(module: nn.Module, addresses: Addresses, exclude: Sequence[str], prefix
     for key in result.frozen:
         result.kept.pop(key, None)
     return result
+
+
+def unfreeze(backbone: nn.Module, found: Frozen, froze: set[str]) -> None:
+    """Lets what is excluded now, and was frozen by an earlier call, require gradients again, and removes it from `froze`."""
+    for name, parameter in own_parameters(backbone):
+        if name in froze and id(parameter) in found.kept:
+            parameter.requires_grad_(True)
+            froze.discard(name)
 
 
 def warn_without_effect(module: nn.Module, found: Frozen, prefix: str) -> None:
