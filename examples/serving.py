@@ -32,14 +32,35 @@ class Deltas:
         self.attached = OrderedDict()
 
     def need(self, task, others):
-        """Attaches the delta of a task. The tasks in `others` stay."""
+        """Attaches the delta of a task. The tasks in `others` stay. After an error all is as before."""
         if task not in self.attached:
-            for old in [name for name in self.attached if name not in others]:
-                if len(self.attached) < self.most:
-                    break
-                self.attached.pop(old).detach()
-            self.attached[task] = dk.load(self.sources[task], self.model, name=task)
+            delta = dk.load(self.sources[task], self.model, name=task, attach=False)
+            too_many = max(0, len(self.attached) + 1 - self.most)
+            leaving = [name for name in self.attached if name not in others][:too_many]
+            for name in leaving:
+                self.attached[name].detach()
+            try:
+                self.attach(task, delta)
+            except BaseException:
+                for name in leaving:
+                    self.attached[name].attach()
+                raise
+            for name in leaving:
+                del self.attached[name]
         self.attached.move_to_end(task)
+
+    def attach(self, task, delta):
+        """Attaches a delta that can be one of several in a batch."""
+        try:
+            delta.attach()
+            # It checks the delta before any forward. A delta that changes the backbone itself would stop all tasks.
+            with dk.rows(self.model, [task]):
+                self.attached[task] = delta
+        except BaseException as error:
+            delta.detach()
+            if isinstance(error, dk.StateError):
+                raise RuntimeError(f"task {task!r} cannot be served in batches with others: {error}") from error
+            raise
 
 
 class Server:
@@ -66,25 +87,51 @@ class Server:
 
     def run(self):
         while batch := self.take():
-            ready, tasks = [], set()
-            for task, text, answer in batch:
-                try:
-                    self.deltas.need(task, tasks)
-                except dk.DeltaError as error:
-                    # The others of the batch do not wait for it.
-                    answer.set_exception(error)
-                    continue
-                tasks.add(task)
-                ready.append((task, text, answer))
             try:
-                for (_, _, answer), text in zip(ready, self.generate(ready), strict=True):
-                    answer.set_result(text)
+                self.answer(self.ready(batch))
+            except BaseException as error:
+                # The thread goes on whatever happens, and no client waits for ever.
+                for _, _, answer in batch:
+                    if not answer.done():
+                        answer.set_exception(RuntimeError(repr(error)))
+
+    def ready(self, batch):
+        """Returns the requests of a batch whose deltas are attached. The others have failed."""
+        ready, tasks = [], set()
+        for task, text, answer in batch:
+            try:
+                self.deltas.need(task, tasks)
             except Exception as error:
-                for _, _, answer in ready:
-                    answer.set_exception(error)
+                answer.set_exception(error)
+                continue
+            tasks.add(task)
+            ready.append((task, text, answer))
+        return ready
+
+    def answer(self, requests):
+        """Answers requests together; if that fails, each by itself, so that one bad text fails alone."""
+        if not requests:
+            return
+        try:
+            texts = self.generate(requests)
+        except Exception as error:
+            if len(requests) == 1:
+                requests[0][2].set_exception(error)
+                return
+            texts = None
+        if texts is None:
+            # Outside of the handler: what it holds of the failed batch is freed.
+            for request in requests:
+                self.answer([request])
+            return
+        for (_, _, answer), text in zip(requests, texts, strict=True):
+            answer.set_result(text)
 
     def take(self):
-        """Waits for requests, and takes those that fit into one batch, in their order; none after `stop`."""
+        """Waits for requests, and takes those that fit into one batch, in their order.
+
+        After `stop` it takes what still waits, and then nothing.
+        """
         with self.changed:
             self.changed.wait_for(lambda: self.waiting or self.stopped)
             batch, left, tasks = [], deque(), set()
@@ -97,8 +144,6 @@ class Server:
 
     @torch.no_grad()
     def generate(self, requests):
-        if not requests:
-            return []
         self.batches.append([task for task, _, _ in requests])
         inputs = self.tokenizer([text for _, text, _ in requests], return_tensors="pt", padding=True)
         inputs = {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
@@ -130,14 +175,20 @@ def handler(server):
             self.wfile.write(body)
 
         def answer(self):
-            length = int(self.headers.get("Content-Length") or 0)
+            try:
+                length = int(self.headers.get("Content-Length") or 0)
+            except ValueError:
+                length = -1
+            if length < 0:
+                self.close_connection = True
+                return 400, {"error": "Content-Length must be a number of bytes"}
             if length > 100_000:
                 self.close_connection = True
                 return 413, {"error": "a request has at most 100,000 bytes"}
             try:
                 request = json.loads(self.rfile.read(length))
                 task, text = request["task"], request["text"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 task = text = None
             if not isinstance(task, str) or not isinstance(text, str):
                 return 400, {"error": 'expected {"task": "...", "text": "..."}'}
@@ -156,13 +207,19 @@ def handler(server):
     return Handler
 
 
+def positive(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, found {text}")
+    return int(text)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder or Hub id of a model that generates text")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--deltas", type=int, default=8, help="how many deltas are attached at once (%(default)s)")
-    parser.add_argument("--batch", type=int, default=16, help="how many requests run together (%(default)s)")
-    parser.add_argument("--waiting", type=int, default=256, help="how many requests may wait (%(default)s)")
+    parser.add_argument("--deltas", type=positive, default=8, help="how many deltas are attached at once (%(default)s)")
+    parser.add_argument("--batch", type=positive, default=16, help="how many requests run together (%(default)s)")
+    parser.add_argument("--waiting", type=positive, default=256, help="how many requests may wait (%(default)s)")
     parser.add_argument("tasks", nargs="+", metavar="TASK=FOLDER_OR_HUB_ID")
     options = parser.parse_args()
     seq2seq = AutoConfig.from_pretrained(options.model).is_encoder_decoder

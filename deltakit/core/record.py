@@ -74,6 +74,8 @@ class Record:
     checked: bool = False
     """Whether a first forward has shown that its targets are called."""
     trainable: bool = True
+    only_full: bool = False
+    """Whether the user froze its modules on purpose, and trains only what it trains fully."""
     start: Start | None = None
     """How its modules were when it was attached; None if they got values since, from a file or a state dict."""
     version: int = 0

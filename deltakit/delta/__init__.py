@@ -4,7 +4,7 @@ from deltakit.delta.attaching import attach
 from deltakit.delta.beside import attach_beside, spare_name
 from deltakit.delta.combining import Combination, combine
 from deltakit.delta.converting import convert
-from deltakit.delta.freezing import freeze_parameters, narrow, widen
+from deltakit.delta.freezing import freeze_parameters, keep_frozen, narrow, widen
 from deltakit.delta.handle import Delta
 from deltakit.delta.inspecting import SavedDelta, SavedMethod, inspect
 from deltakit.delta.loading import load
@@ -35,6 +35,7 @@ __all__ = [
     "deltas_in",
     "freeze_parameters",
     "inspect",
+    "keep_frozen",
     "load",
     "merged_state_dict",
     "narrow",

@@ -39,7 +39,7 @@ def _saved_by_name(folder: Path) -> list[str]:
     for below, kind in deltas_below(folder):
         if kind.name == "deltakit":
             try:
-                name = read_saved(folder / below, None, values=False).name
+                name = read_saved(folder / below, None, str(folder / below), values=False).name
             except CheckpointError:
                 # What cannot be read is not taken for the delta by mistake: loading it fails, too.
                 continue

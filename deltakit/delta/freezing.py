@@ -1,4 +1,4 @@
-"""Freezes the backbone of a delta, except for the modules that the delta trains fully."""
+"""Freezes the backbone of a delta, except for what the delta trains fully, and narrows state dicts to what is trained."""
 
 from collections.abc import Collection, Sequence
 
@@ -61,7 +61,7 @@ def freeze_parameters(
         notice_moved_buffers(backbone, attachment.record)
         names = full_training_names(backbone, names)
         refuse_taken(attachment, names)
-    warn_frozen_head(BackboneIndex(backbone), names, selectors, spelling)
+    warn_frozen_head(BackboneIndex(backbone), names, selectors, spelling, frozen)
     if names:
         _train(attachment, names, names, freeze=attachment.record.freeze)
     own = {name: parameter for name, parameter in own_parameters(backbone) if id(parameter) in frozen}
@@ -70,6 +70,21 @@ def freeze_parameters(
         parameter.requires_grad_(False)
     if attachment.attached:
         refresh_gradients(backbone, ledger)
+
+
+def keep_frozen(delta: DeltaContents) -> None:
+    """Notes that the parameters of a delta's modules were frozen on purpose, if none of them requires gradients.
+
+    A training forward is no error then. What the delta trains fully is trained all the same. Setting `delta.trainable`
+    undoes it.
+    """
+    sites, record = delta._attachment.sites, delta._record
+    if any(parameter.requires_grad for site in sites for _, parameter, _ in site.module.trained_parameters()):
+        return
+    if record.fully_trained:
+        record.only_full = True
+    else:
+        record.trainable = False
 
 
 def narrow(delta: DeltaContents, module: nn.Module, names: Collection[str]) -> None:

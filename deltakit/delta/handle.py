@@ -81,7 +81,7 @@ class Delta(DeltaContents):
     @trainable.setter
     def trainable(self, trainable: bool) -> None:
         held_of(self._attachment)  # statistics that moved so far belong to the deltas that were trainable then
-        self._record.trainable = trainable
+        self._record.trainable, self._record.only_full = trainable, False
         for site in self._attachment.sites:
             for _, parameter, _ in site.module.trained_parameters():
                 parameter.requires_grad_(trainable)

@@ -31,7 +31,11 @@ TRAIN = Spelling()
 
 
 def warn_frozen_head(
-    index: BackboneIndex, trained: Collection[str], selectors: Sequence[str], spelling: Spelling = TRAIN
+    index: BackboneIndex,
+    trained: Collection[str],
+    selectors: Sequence[str],
+    spelling: Spelling = TRAIN,
+    frozen: Collection[int] | None = None,
 ) -> None:
     """Warns if freezing would freeze parts of a transformers model that have not learned anything yet.
 
@@ -42,6 +46,7 @@ def warn_frozen_head(
     Args:
         trained: the names of the backbone's tensors that are fully trained.
         selectors: what selected them.
+        frozen: the ids of the parameters that would be frozen; None for all others.
     """
     backbone = index.backbone
     found = {key for path in outermost_models(index.by_path, _GETTER) for key in _new(index.by_path[path])}
@@ -49,7 +54,8 @@ def warn_frozen_head(
         return
     own = dict(own_parameters(backbone))
     also = {name for record in records_of(backbone) for name in record.fully_trained}.union(trained)
-    new = {name for name, p in own.items() if id(p) in found and name not in also and p.requires_grad}
+    freezing = found if frozen is None else found.intersection(frozen)
+    new = {name for name, p in own.items() if id(p) in freezing and name not in also and p.requires_grad}
     if not new:
         return
     paths = sorted({_topmost(parent_of(name), new, own) for name in new})

@@ -116,6 +116,6 @@ def _check(backbone: nn.Module, watched: _Watched) -> None:
     if not head:
         raise StateError(message)
     # Some train the head alone for a while. So this may be intended.
-    if not watched.warned:
+    if not (watched.warned or record.only_full):
         watched.warned = True
         warn(f"{message}; of this delta only {head[0]} is trained")

@@ -115,6 +115,8 @@ class AutoDeltaModel:
 class _Any(DeltaBase):
     """Loads a delta of any type."""
 
+    public_name = "AutoDeltaModel"
+
     @classmethod
     def _of(cls, delta: Delta, source: str | PathLike[str]) -> Any:
         first, *others = {method.name for method in delta.methods}

@@ -5,15 +5,25 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from deltakit.core import Method, checked
-from deltakit.delta import Delta, Spelling, attach, attach_beside, deltas, freeze_parameters, narrow, spare_name, widen
+from deltakit.core import Method, checked, own_parameters
+from deltakit.delta import (
+    Delta,
+    Spelling,
+    attach,
+    attach_beside,
+    deltas,
+    freeze_parameters,
+    keep_frozen,
+    narrow,
+    spare_name,
+    widen,
+)
 from deltakit.errors import OptionError, SelectorError, StateError, warn
 from deltakit.opendelta.custom_deltas import CustomDeltas
 from deltakit.opendelta.delta_configs import BaseDeltaConfig
-from deltakit.opendelta.freezing import Frozen, is_leaf_module, walk
+from deltakit.opendelta.freezing import Frozen, is_leaf_module, unfreeze, walk, warn_without_effect
 from deltakit.opendelta.loading import SaveLoadMixin
 from deltakit.opendelta.matching import Addresses, Selectors, as_list
-from deltakit.opendelta.parameter_lists import ParameterLists
 from deltakit.opendelta.utils.inspect import inspect_module_statistics
 from deltakit.opendelta.utils.visualization import Visualization
 
@@ -27,7 +37,7 @@ def non_module_param(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return list(module.named_parameters(recurse=False))
 
 
-class DeltaBase(ParameterLists, SaveLoadMixin, CustomDeltas):
+class DeltaBase(SaveLoadMixin, CustomDeltas):
     """A delta with OpenDelta's methods. As in OpenDelta, it attaches at once and freezes nothing.
 
     Its parameters, its own `state_dict()` and `to()` are those of the delta, without the backbone, which is
@@ -40,9 +50,9 @@ class DeltaBase(ParameterLists, SaveLoadMixin, CustomDeltas):
     default_unfrozen_modules: ClassVar[Sequence[str]] = ("deltas",)
     config_class: ClassVar[type[BaseDeltaConfig]] = BaseDeltaConfig
 
-    delta: Delta | None
-    backbone_model: nn.Module
     _narrowed: tuple[nn.Module, list[str]] | None
+    _froze: set[str]
+    """The names of the backbone's parameters that required gradients until `freeze_module` froze them."""
 
     def __init__(
         self,
@@ -73,7 +83,7 @@ class DeltaBase(ParameterLists, SaveLoadMixin, CustomDeltas):
     def _begin(self, backbone: nn.Module) -> None:
         super().__init__()
         # Not in the module tree: the delta's parameters do not include the backbone's.
-        self.__dict__.update(backbone_model=backbone, _narrowed=None)
+        self.__dict__.update(backbone_model=backbone, _narrowed=None, _froze=set())
         self.delta = None
         self.delta_modules = nn.ModuleList()
 
@@ -183,8 +193,9 @@ class DeltaBase(ParameterLists, SaveLoadMixin, CustomDeltas):
     ) -> None:
         """Freezes a module (None: the backbone), except for the modules and parameters that `exclude` names.
 
-        What is excluded stays as it is. What of it requires gradients is fully trained and saved with the delta. As in
-        OpenDelta, all else stays frozen after `detach`, and for the next delta.
+        What is excluded stays as it is. What of it requires gradients, or did until an earlier call on this object froze it,
+        is fully trained and saved with the delta. As in OpenDelta, all else stays frozen after `detach`, and for the next
+        delta.
 
         Args:
             exclude: names as in `modified_modules`, and "deltas" for all deltas: without it the deltas are frozen, too. By
@@ -192,7 +203,7 @@ class DeltaBase(ParameterLists, SaveLoadMixin, CustomDeltas):
             set_state_dict: whether `module.state_dict()` then has only what is trained now, until `detach`.
             prefix: the path of the module, for names that are longer than the paths in it.
 
-        Warns if an entry matches nothing, and of a new head that would stay frozen with random weights.
+        Warns if an entry matches or trains nothing, and of a new head that would stay frozen with random weights.
 
         Raises:
             StateError: if a parameter in `exclude` cannot be trained fully.
@@ -203,21 +214,23 @@ class DeltaBase(ParameterLists, SaveLoadMixin, CustomDeltas):
         missing = [name for name in names if name not in {*found.matched, "deltas"}]
         if missing:
             warn(f"freeze_module(exclude=...): {', '.join(map(repr, missing))} matched nothing and has no effect")
+        unfreeze(self.backbone_model, found, self._froze)
+        warn_without_effect(module, found, prefix)
         self._freeze(found, [name for name in names if name != "deltas"])
         if set_state_dict:
             self.set_active_state_dict(module)
 
     def _freeze(self, found: Frozen, names: Sequence[str]) -> None:
+        own = own_parameters(self.backbone_model)
+        froze = {name for name, parameter in own if id(parameter) in found.frozen and parameter.requires_grad}
         if self.delta is not None:
             train = [key for key, parameter in found.kept.items() if parameter.requires_grad]
             freeze_parameters(self.delta, found.frozen, train, names, _EXCLUDE)
+        self._froze.update(froze)
         for parameter in (*found.frozen.values(), *found.frozen_of_deltas):
             parameter.requires_grad_(False)
         for delta in deltas(self.backbone_model) if found.frozen_of_deltas else ():
-            modules = [module for of_path in delta.modules.values() for module in of_path]
-            trains = any(parameter.requires_grad for module in modules for parameter in module.parameters())
-            if not trains and not delta.fully_trained:
-                delta.trainable = False
+            keep_frozen(delta)
 
     def set_active_state_dict(self, module: nn.Module) -> None:
         """Leaves in `module.state_dict()` only what is trained now, until `detach`.
@@ -252,9 +265,16 @@ class DeltaBase(ParameterLists, SaveLoadMixin, CustomDeltas):
     def detach(self, module: nn.Module | None = None, reset_state_dict: bool = True) -> None:
         """Removes the delta; the backbone is bit-exact as before, but what was frozen stays so. Twice is once.
 
+        `reset_state_dict=False` has no effect, which is a warning: the state dict is that of the whole backbone again.
+
         Raises:
             StateError: inside a `rows` block.
         """
+        if not reset_state_dict and self._narrowed is not None:
+            warn(
+                "detach: no effect of reset_state_dict=False: the state dict is that of the whole backbone again; "
+                "delta.delta.state_dict() returns the delta's tensors also while it is detached"
+            )
         if self.delta is not None:
             self.delta.detach()
             if self._narrowed is not None:

@@ -8,20 +8,20 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from deltakit.core import parent_of, tensors_of
 from deltakit.delta import Delta, attach_beside, load, spare_name
-from deltakit.errors import CheckpointError, OptionError, StateError, warn
+from deltakit.errors import CheckpointError, OptionError, warn
 from deltakit.opendelta.delta_configs import BaseDeltaConfig
+from deltakit.opendelta.parameter_lists import ParameterLists
 
-_FILE_NAME = "pytorch_model.bin"
 
-
-class SaveLoadMixin:
+class SaveLoadMixin(ParameterLists):
     """Makes deltas from configs and from saved files, and saves them."""
 
     delta_type: ClassVar[str]
     config_class: ClassVar[type[BaseDeltaConfig]]
-    delta: Delta | None
-    backbone_model: nn.Module
+    public_name: ClassVar[str] = ""
+    """The name of the class that its user calls, if it is another."""
 
     @classmethod
     def from_config(cls, config: Any, backbone_model: nn.Module, check_hash: bool = True, **kwargs: Any) -> Any:
@@ -77,15 +77,16 @@ class SaveLoadMixin:
             BackboneMismatch: if the delta was trained on another backbone.
             HubError: if the repository cannot be read.
         """
+        called = cls.public_name or cls.__name__
         source = finetuned_delta_path or finetuned_model_name_or_path or ""
         if not source or not isinstance(backbone_model, nn.Module):
             missing = "backbone_model" if source else "finetuned_delta_path"
-            raise OptionError(f"{cls.__name__}.from_finetuned: {missing}= is missing; pass a folder, and the backbone")
+            raise OptionError(f"{called}.from_finetuned: {missing}= is missing; pass a folder, and the backbone")
         given = {"delta_config": delta_config, "state_dict": state_dict}
         without = [name for name, value in given.items() if value is not None] + ["force_download"] * force_download
         if without or kwargs or model_args:
             named = [*without, *kwargs, *map(repr, model_args)]
-            warn(f"{cls.__name__}.from_finetuned: no effect of {', '.join(named)}; the files tell all options")
+            warn(f"{called}.from_finetuned: no effect of {', '.join(named)}; the files tell all options")
         delta = load(
             source,
             backbone_model,
@@ -103,12 +104,11 @@ class SaveLoadMixin:
     @classmethod
     def _of(cls, delta: Delta, source: str | PathLike[str]) -> Any:
         """Returns the object for a loaded delta, and attaches it."""
-        wanted = cls.delta_type or "delta"
         found = {method.name for method in delta.methods}
         if cls.delta_type and found != {cls.delta_type}:
             raise CheckpointError(
-                f"{source}: expected a {wanted} for {cls.__name__}, found {', '.join(sorted(found))}; use "
-                "AutoDeltaModel.from_finetuned, which takes any"
+                f"{source}: expected the delta_type {cls.delta_type!r} for {cls.__name__}, found {', '.join(sorted(found))}; "
+                "use AutoDeltaModel.from_finetuned, which takes any"
             )
         model: Any = cls.__new__(cls)
         model.restore(delta)
@@ -138,7 +138,7 @@ class SaveLoadMixin:
         Args:
             push_to_hub: a repository such as "user/name", to which the delta is uploaded as well.
 
-        What is for DeltaCenter, and `state_dict` and `save_function`, have no effect, which is a warning.
+        What is for DeltaCenter, `state_dict`, `save_function` and `save_config=False` have no effect, which is a warning.
 
         Raises:
             CheckpointError: if the files cannot be written.
@@ -153,13 +153,12 @@ class SaveLoadMixin:
         center = {"push_to_dc": push_to_dc, "center_args": center_args, "center_args_pool": center_args_pool}
         tags = {"list_tags": list_tags, "dict_tags": dict_tags, "test_result": test_result, "usage": usage}
         given = {**center, "delay_push": delay_push, **tags, "state_dict": state_dict}
-        without = [name for name, value in given.items() if value] + ["save_function"] * (
-            save_function is not torch.save
-        )
+        without = [name for name, value in given.items() if value]
+        without += ["save_function"] * (save_function is not torch.save) + ["save_config=False"] * (not save_config)
         if without:
             warn(
-                f"save_finetuned: no effect of {', '.join(without)}: the delta is saved to {finetuned_delta_path} alone "
-                "(DeltaCenter is not served; push_to_hub='user/name' uploads to the Hugging Face Hub)"
+                f"save_finetuned: no effect of {', '.join(without)}: the delta is saved to {finetuned_delta_path} alone, "
+                "with its config (DeltaCenter is not served; push_to_hub='user/name' uploads to the Hugging Face Hub)"
             )
         folder = self._delta().save(finetuned_delta_path)
         if push_to_hub:
@@ -171,14 +170,17 @@ class SaveLoadMixin:
         save_func(self._delta().state_dict(), path)
 
     def load_checkpoint(self, path: str | PathLike[str], load_func: Callable[..., Any] = torch.load) -> None:
-        """Loads what `save_checkpoint` wrote.
+        """Loads what `save_checkpoint` wrote. What the delta trained fully is excluded in `freeze_module` first.
 
         Raises:
             CheckpointError: if a tensor is missing, unknown, of another shape or dtype, or not finite.
         """
-        self._delta().load_state_dict(load_func(path), where=str(path))
-
-    def _delta(self) -> Delta:
-        if self.delta is None:
-            raise StateError(f"this {type(self).__name__} matched no module, so it has no delta; name others")
-        return self.delta
+        delta, state = self._delta(), load_func(path)
+        also = {name for name, _ in tensors_of(self.backbone_model)}.intersection(state) - set(delta.fully_trained)
+        if also:
+            modules = sorted({parent_of(name) or name for name in also})
+            raise CheckpointError(
+                f"{path}: {len(also)} of its tensors are of modules of the backbone that this delta does not train fully; "
+                f"call freeze_module(exclude={['deltas', *modules]}) before load_checkpoint"
+            )
+        delta.load_state_dict(state, where=str(path))

@@ -4,11 +4,33 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from deltakit.delta import Delta
+from deltakit.errors import StateError
+
 
 class ParameterLists(nn.Module):
     """Counts and names of parameters."""
 
     backbone_model: nn.Module
+    delta: Delta | None
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the parameters of the delta require gradients, as of deltakit's handle. Can be set.
+
+        Raises:
+            StateError: if it is set and there is no delta, because the names matched nothing.
+        """
+        return self.delta is not None and self.delta.trainable
+
+    @trainable.setter
+    def trainable(self, trainable: bool) -> None:
+        self._delta().trainable = trainable
+
+    def _delta(self) -> Delta:
+        if self.delta is None:
+            raise StateError(f"this {type(self).__name__} matched no module, so it has no delta; name others")
+        return self.delta
 
     def trainable_parameters(self, module: nn.Module | None = None) -> Iterator[nn.Parameter]:
         """Yields the parameters of a module (None: of the delta) that require gradients."""

@@ -2,10 +2,11 @@
 
 import importlib.util
 import json
+import socket
 import time
 import urllib.error
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Thread
@@ -98,6 +99,7 @@ def start(serving, kind, request):
                 with error:
                     return error.code, json.loads(error.read())
 
+        ask.port = web.server_address[1]
         return server, ask
 
     return started
@@ -113,7 +115,7 @@ def test_clients_at_once(start, kind, folders, hub):
     most, generate = [], server.generate
 
     def after_all_asked(requests):
-        while not server.batches and len(server.waiting) < 11:
+        while not server.batches and len(requests) + len(server.waiting) < 12:
             time.sleep(0.001)
         return generate(requests)
 
@@ -153,6 +155,100 @@ def test_bad_requests(start, folders):
     assert status == 500
     assert "no such folder" in answer["error"]
     assert ask({"task": "topic", "text": "a poet"})[0] == 200
+
+
+def together(server, requests):
+    """Asks all requests in one batch, and returns the answers or errors."""
+    asked = [(*request, Future()) for request in requests]
+    with server.changed:
+        server.waiting.extend(asked)
+        server.changed.notify()
+    return [answer.exception(timeout=20) or answer.result() for _, _, answer in asked]
+
+
+def test_a_delta_that_cannot_be_in_a_mixed_batch_fails_alone(start, kind, folders, tmp_path):
+    """Attached it would make every request of every task fail. It evicts no other."""
+    head = dk.attach(fresh(kind), dk.LoRA(r=2), train="@head" if kind == "llama" else "final_layer_norm", name="head")
+    sources = {**folders, "head": randomize(head).save(tmp_path / "head")}
+    server, ask = start(sources, most_deltas=1)
+    assert ask({"task": "topic", "text": "a poet"})[0] == 200
+    for _ in range(2):
+        status, answer = ask({"task": "head", "text": "a poet"})
+        assert status == 500
+        assert answer["error"].startswith(
+            "task 'head' cannot be served in batches with others: rows: delta 'head' fully"
+        )
+        assert [delta.name for delta in dk.deltas(server.deltas.model)] == list(server.deltas.attached) == ["topic"]
+    assert ask({"task": "topic", "text": "a poet"})[0] == ask({"task": "answer", "text": "a"})[0] == 200
+
+
+def test_a_source_that_fails_evicts_no_delta(start, folders):
+    server, ask = start({**folders, "lost": "no-such-folder"}, most_deltas=1)
+    assert ask({"task": "topic", "text": "a poet"})[0] == 200
+    assert ask({"task": "lost", "text": "a poet"})[0] == 500
+    assert list(server.deltas.attached) == ["topic"]
+
+
+def test_one_bad_text_fails_alone(start, folders):
+    server, _ = start(folders)
+    generate = server.generate
+
+    def refusing(requests):
+        if any(text == "bad" for _, text, _ in requests):
+            raise IndexError("too long")
+        return generate(requests)
+
+    server.generate = refusing
+    texts = ["a poet", "bad", "who ?"]
+    first, bad, last = together(server, list(zip(METHODS, texts, strict=True)))
+    assert isinstance(first, str)
+    assert isinstance(last, str)
+    assert isinstance(bad, IndexError)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory"), SystemExit()])
+@pytest.mark.parametrize("place", ["load", "need", "generate"])
+def test_the_server_goes_on_after_any_error(serving, start, folders, monkeypatch, error, place):
+    server, ask = start(folders)
+    owner = {"load": serving.dk, "need": server.deltas, "generate": server}[place]
+    with monkeypatch.context() as patch:
+
+        def failing(*_, **__):
+            raise error
+
+        patch.setattr(owner, place, failing)
+        (found,) = together(server, [("topic", "a poet")])
+        assert type(found) in (type(error), RuntimeError)
+    assert ask({"task": "topic", "text": "a poet"})[0] == 200
+
+
+@pytest.mark.parametrize("length", ["x", "-1", "1.5", "9" * 5000])
+def test_a_length_that_is_no_number(start, folders, length):
+    _, ask = start(folders)
+    with socket.create_connection(("127.0.0.1", ask.port), timeout=5) as client:
+        client.sendall(f"POST / HTTP/1.1\r\nContent-Length: {length}\r\n\r\n".encode())
+        found = client.makefile("rb").read()
+    assert found.startswith(b"HTTP/1.1 400 ")
+    assert found.endswith(b'{"error": "Content-Length must be a number of bytes"}')
+
+
+@pytest.mark.parametrize("option", ["--deltas", "--batch", "--waiting"])
+def test_no_room_at_all_is_refused(serving, monkeypatch, capsys, option):
+    monkeypatch.setattr("sys.argv", ["serving.py", "--model", "none", option, "0", "a=b"])
+    with pytest.raises(SystemExit):
+        serving.main()
+    assert f"argument {option}: expected at least 1, found 0" in capsys.readouterr().err
+
+
+def test_what_waits_at_stop_is_answered(start, folders):
+    server, _ = start(folders, most_examples=1)
+    asked = [("topic", "a poet", Future()) for _ in range(2)]
+    with server.changed:
+        server.waiting.extend(asked)
+        server.stopped = True
+        server.changed.notify()
+    assert all(isinstance(answer.result(timeout=20), str) for _, _, answer in asked)
+    server.thread.join()
 
 
 def test_a_bound_on_what_waits(start, folders):

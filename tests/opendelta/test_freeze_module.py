@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -82,13 +83,91 @@ def test_what_was_frozen_before_stays_so():
 
 def test_a_tied_parameter_is_frozen_unless_all_its_names_are_excluded():
     model, delta = lora("t5")
-    delta.freeze_module(exclude=["deltas", "lm_head"])
+    with pytest.warns(dk.DeltaWarning, match="'lm_head' has no effect"):
+        delta.freeze_module(exclude=["deltas", "lm_head"])
     assert trained(model) == {"lora.A", "lora.B"}
     assert delta.delta.fully_trained == []
     model, delta = lora("t5")
     delta.freeze_module(exclude=["deltas", "lm_head", "shared", "embed_tokens"])
     assert trained(model) == {"lora.A", "lora.B", "shared.weight"}
     assert "shared.weight" in delta.delta.fully_trained
+
+
+@pytest.mark.parametrize("name", ["t5", "gpt2"])
+def test_a_tied_entry_without_effect_is_a_warning_that_says_what_has_one(name):
+    model, delta = lora(name)
+    with pytest.warns(dk.DeltaWarning, match="'lm_head' has no effect: its parameters are tied") as found:
+        delta.freeze_module(exclude=["deltas", "lm_head"])
+    advice = re.findall(r"'([\w.]+)'", str(found[0].message).partition("add all of")[2])
+    delta.freeze_module(exclude=["deltas", *advice])
+    assert model.lm_head.weight.requires_grad
+    (own,) = {name for name in trained(model) if "lora" not in name}
+    assert own in delta.delta.fully_trained
+
+
+def test_the_advice_for_a_new_head_works_in_a_second_call():
+    model, delta = lora()
+    with pytest.warns(dk.DeltaWarning, match=r'pass exclude=\["deltas", "classifier"\] to train'):
+        delta.freeze_module()
+    delta.freeze_module(exclude=["deltas", "classifier"])
+    assert trained(model) == {"lora.A", "lora.B", "classifier.weight", "classifier.bias"}
+    assert set(delta.delta.fully_trained) == {"classifier.weight", "classifier.bias"}
+    assert len(model.state_dict()) == 8 + 2
+
+
+@pytest.mark.parametrize("by", ["user", "another delta"])
+def test_an_entry_that_others_froze_is_a_warning_that_says_how_to_train_it(by):
+    model, delta = lora()
+    if by == "user":
+        model.classifier.requires_grad_(False)
+    else:
+        delta.freeze_module(set_state_dict=False)
+        delta = dk.AdapterModel(model)
+    with pytest.warns(dk.DeltaWarning, match=r"'classifier' will not be trained: .* call requires_grad_\(True\)"):
+        delta.freeze_module(exclude=["deltas", "classifier"])
+    assert not model.classifier.weight.requires_grad
+    model.classifier.requires_grad_(True)
+    delta.freeze_module(exclude=["deltas", "classifier"])
+    assert model.classifier.weight.requires_grad
+    assert set(delta.delta.fully_trained) == {"classifier.weight", "classifier.bias"}
+
+
+def test_a_head_outside_the_part_that_is_frozen_is_no_matter_of_a_warning(recwarn):
+    model, delta = lora()
+    delta.freeze_module(model.bert)
+    assert model.classifier.weight.requires_grad
+    assert not recwarn.list
+
+
+def train_once(model):
+    model.train()(torch.tensor([[3, 4, 5]]), labels=torch.tensor([1])).loss.backward()
+
+
+def test_a_delta_that_is_frozen_on_purpose_is_no_warning(recwarn):
+    model, delta = lora()
+    delta.freeze_module(exclude=["classifier"])
+    train_once(model)
+    assert model.classifier.weight.grad is not None
+    assert not recwarn.list
+    # But something else that freezes it is one.
+    delta.trainable = True
+    delta.delta_modules.requires_grad_(False)
+    with pytest.warns(dk.DeltaWarning, match=r"something froze them after attach\(\)"):
+        train_once(model)
+
+
+def test_trainable_is_that_of_the_handle():
+    """The errors advise to set it."""
+    model, delta = lora()
+    delta.freeze_module()
+    delta.delta_modules.requires_grad_(False)
+    with pytest.raises(dk.StateError, match=r"set delta\.trainable = True"):
+        train_once(model)
+    delta.trainable = True
+    train_once(model)
+    assert all(parameter.grad is not None for parameter in delta.parameters())
+    delta.trainable = False
+    assert not any([delta.trainable, delta.delta.trainable, *(p.requires_grad for p in delta.parameters())])
 
 
 def test_common_names():

@@ -135,6 +135,7 @@ def test_a_pattern_runs(number, opendelta, tmp_path, monkeypatch):
         ('AutoDeltaModel.from_config({"delta_type": "lora"}, m)', "expected a config, found a dict; make one with"),
         ('LoraModel.from_config(AutoDeltaConfig.from_dict({"delta_type": "adapter"}), m)', "expected a LoraConfig"),
         ('LoraModel.from_finetuned("out")', "backbone_model= is missing; pass a folder, and the backbone"),
+        ('AutoDeltaModel.from_finetuned("out")', "AutoDeltaModel.from_finetuned: backbone_model= is missing"),
         ("LoraModel(m)(1)", "LoraModel has no forward of its own; call the backbone"),
         (
             'LoraModel(m).save_finetuned("x", push_to_hub=True)',
@@ -164,9 +165,47 @@ def test_another_type_than_the_class(tmp_path):
     model = MODELS["bert"]()
     with pytest.warns(dk.DeltaWarning, match="as it was attached"):
         dk.LoraModel(model).save_finetuned(tmp_path)
-    message = "expected a adapter for AdapterModel, found lora; use AutoDeltaModel.from_finetuned"
+    message = "expected the delta_type 'adapter' for AdapterModel, found lora; use AutoDeltaModel.from_finetuned"
     with pytest.raises(dk.CheckpointError, match=message):
         dk.AdapterModel.from_finetuned(tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ('d.save_finetuned("out", save_config=False)', "no effect of save_config=False"),
+        (
+            "d.freeze_module(); d.detach(reset_state_dict=False); assert d.delta.state_dict()",
+            "no effect of reset_state_dict=False",
+        ),
+        (
+            'd.save_finetuned("out"); AutoDeltaModel.from_finetuned("out", n, x=1)',
+            "AutoDeltaModel.from_finetuned: no effect of x",
+        ),
+    ],
+)
+def test_an_option_without_effect_is_a_warning(script, message, opendelta, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model = MODELS["bert"]()
+        exec(PREAMBLE + script, {"d": dk.LoraModel(model), "n": fresh(model)})
+    assert any(message in str(one.message) for one in told)
+
+
+def test_the_advice_for_a_checkpoint_with_a_trained_head_works(tmp_path):
+    delta = dk.LoraModel(MODELS["bert"]())
+    delta.freeze_module(exclude=["deltas", "classifier"])
+    with torch.no_grad():
+        delta.backbone_model.classifier.bias.fill_(0.5)
+    delta.save_checkpoint(tmp_path / "delta.bin")
+    other = dk.LoraModel(MODELS["bert"]())
+    with pytest.raises(dk.CheckpointError) as error:
+        other.load_checkpoint(tmp_path / "delta.bin")
+    call = re.search(r"call (freeze_module\(.*\)) before load_checkpoint$", str(error.value))
+    eval(f"other.{call[1]}", {"other": other})
+    other.load_checkpoint(tmp_path / "delta.bin")
+    assert other.backbone_model.classifier.bias.eq(0.5).all()
 
 
 def test_every_module_has_its_name():
