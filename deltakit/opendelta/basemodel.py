@@ -24,8 +24,7 @@ from deltakit.opendelta.delta_configs import BaseDeltaConfig
 from deltakit.opendelta.freezing import Frozen, is_leaf_module, unfreeze, walk, warn_without_effect
 from deltakit.opendelta.loading import SaveLoadMixin
 from deltakit.opendelta.matching import Addresses, Selectors, as_list
-from deltakit.opendelta.utils.inspect import inspect_module_statistics
-from deltakit.opendelta.utils.visualization import Visualization
+from deltakit.opendelta.reporting import Reporting
 
 __all__ = ["DeltaBase", "is_leaf_module", "non_module_param"]
 
@@ -37,7 +36,7 @@ def non_module_param(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return list(module.named_parameters(recurse=False))
 
 
-class DeltaBase(SaveLoadMixin, CustomDeltas):
+class DeltaBase(Reporting, SaveLoadMixin, CustomDeltas):
     """A delta with OpenDelta's methods. As in OpenDelta, it attaches at once and freezes nothing.
 
     Its parameters, its own `state_dict()` and `to()` are those of the delta, without the backbone, which is
@@ -287,22 +286,6 @@ class DeltaBase(SaveLoadMixin, CustomDeltas):
     def unmerge(self) -> None:
         """Restores the weights from before `merge`. Raises what `Delta.unmerge` raises."""
         self._delta().unmerge()
-
-    def log(
-        self,
-        module: nn.Module | None = None,
-        delta_ratio: bool = True,
-        trainable_ratio: bool = True,
-        visualization: bool = True,
-        cuda_memory: bool = True,
-    ) -> None:
-        """Prints the tree of a module (None: the backbone), and logs the shares that are asked for. `stat` has the figures."""
-        module = self.backbone_model if module is None else module
-        if visualization:
-            Visualization(module).structure_graph()
-        self.stat = inspect_module_statistics(
-            module, delta_ratio=delta_ratio, trainable_ratio=trainable_ratio, cuda_memory=cuda_memory
-        )
 
     def create_config_from_model(self) -> None:
         """Sets `config` to the options of this delta. It has them from the start."""

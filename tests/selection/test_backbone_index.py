@@ -4,6 +4,7 @@ import pytest
 
 import deltakit as dk
 from deltakit.selection import index
+from support.models import method_of
 from support.tiny_transformers import build
 
 
@@ -12,6 +13,6 @@ def test_roles_are_inferred_once_for_an_attach(name, monkeypatch):
     """SoftPrompt inferred them eleven times, which was most of the time that its attach took."""
     model, calls, infer = build("llama"), [], index.infer_roles
     monkeypatch.setattr(index, "infer_roles", lambda *args: calls.append(args) or infer(*args))
-    dk.attach(model, dk.METHODS[name]())
+    dk.attach(model, method_of(name))
     # A prefix reads sizes from the attention itself, and asks for no roles.
     assert len(calls) == (name != "prefix")

@@ -15,13 +15,13 @@ import torch
 import transformers as tf
 
 import deltakit as dk
-from support.models import Transformer, ids, randomize
+from support.models import Transformer, ids, method_of, randomize
 from support.tiny_transformers import build
 
 
 def in_a_toy(name):
     """Two blocks, so that what differs between blocks shows; one is enough for the others, where tracing takes longer."""
-    return Transformer().eval(), dk.METHODS[name](), {"input_ids": ids()}
+    return Transformer().eval(), method_of(name), {"input_ids": ids()}
 
 
 def in_transformers(kind, method):
@@ -37,7 +37,7 @@ def in_torch_s_encoder():
 
 CASES = {
     **{f"{name}-toy": partial(in_a_toy, name) for name in dk.METHODS},
-    **{f"{name}-{kind}": partial(in_transformers, kind, dk.METHODS[name]()) for name in dk.METHODS for kind in ("bert", "llama")},
+    **{f"{name}-{kind}": partial(in_transformers, kind, method_of(name)) for name in dk.METHODS for kind in ("bert", "llama")},
     "prefix-bloom": partial(in_transformers, "bloom", dk.Prefix()),
     # Targets that are parameters, rows of fused projections, and stacks of experts.
     "lora-torch": in_torch_s_encoder,
