@@ -9,14 +9,15 @@ DEBUG, INFO, WARNING, ERROR = logging.DEBUG, logging.INFO, logging.WARNING, logg
 NAME = "opendelta"
 
 
-class _Stderr(logging.StreamHandler[TextIO]):
+# Python 3.10 has no StreamHandler[TextIO].
+class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]
     """Writes to what `sys.stderr` is now, and not to what it was when the handler was made: notebooks replace it."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
 
     @property
-    def stream(self) -> TextIO:  # type: ignore[override]  # never set
+    def stream(self) -> TextIO:
         return sys.stderr
 
 
