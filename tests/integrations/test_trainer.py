@@ -167,7 +167,10 @@ def test_resuming_another_run_is_refused(tmp_path):
     ):
         run(change=0.5, **resume)
     run(**resume)
-    damaged = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    # Copies: the loaded ones may be views of the file, which is written over.
+    damaged = {
+        name: value.clone() for name, value in load_file(tmp_path / "checkpoint-2" / "model.safetensors").items()
+    }
     mark = "deltakit: attach this delta first: a"
     for text in (b"[", b"{}", b'{"place": 0, "methods": [1]}'):
         damaged[mark] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
