@@ -202,6 +202,19 @@ def tensors_in(path: str, module: nn.Module, *, unsaved: bool = False) -> Iterat
             yield join(path, name), tensor
 
 
+def names_by_id(named: Iterable[tuple[str, object]]) -> dict[int, list[str]]:
+    """Returns all names of each object, by its id: a tied parameter has several, and a module that is used twice.
+
+    >>> one = object()
+    >>> names_by_id([("a", one), ("b", one)])[id(one)]
+    ['a', 'b']
+    """
+    names: dict[int, list[str]] = {}
+    for name, thing in named:
+        names.setdefault(id(thing), []).append(name)
+    return names
+
+
 def type_names(
     of: type[nn.Module] | str | Sequence[type[nn.Module] | str] | None,
 ) -> tuple[str, ...] | None:

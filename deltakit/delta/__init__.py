@@ -13,7 +13,7 @@ from deltakit.delta.new_heads import Spelling
 from deltakit.delta.own_values import base_state_dict, merged_state_dict
 from deltakit.delta.planning import Plan, plan
 from deltakit.delta.pretrained import CHECKPOINT, Job
-from deltakit.delta.training_state import checkpoint_tensors, deltas_in, refuse_other_deltas, trains_only_deltas
+from deltakit.delta.training_state import checkpoint_tensors, deltas_in_file, trains_only_deltas
 from deltakit.delta.using import deltas, use
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
     "combine",
     "convert",
     "deltas",
-    "deltas_in",
+    "deltas_in_file",
     "freeze_parameters",
     "inspect",
     "keep_frozen",
@@ -40,7 +40,6 @@ __all__ = [
     "merged_state_dict",
     "narrow",
     "plan",
-    "refuse_other_deltas",
     "rows",
     "spare_name",
     "trains_only_deltas",

@@ -16,6 +16,7 @@ from deltakit.core import (
     Site,
     is_quantized,
     join,
+    names_by_id,
     normal_tensors,
     records_of,
     tensors_of,
@@ -222,9 +223,7 @@ def _check(
     *,
     quantized_too: bool,
 ) -> None:
-    names: dict[int, list[str]] = {}
-    for name, parameter in parameters.items():
-        names.setdefault(id(parameter), []).append(name)
+    names = names_by_id(parameters.items())
     for name, update in updates.items():
         if name not in parameters:
             raise TargetError(

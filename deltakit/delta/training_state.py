@@ -5,6 +5,7 @@ is trained. So here delta modules have the keys of the model's own state dict.
 """
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from deltakit.delta.full_training import fully_trained_tensors
 from deltakit.delta.running_statistics import fitting, held_of
 from deltakit.delta.tensors import load_state_dict, trained_values
 from deltakit.errors import CheckpointError, StateError
-from deltakit.files import check_tensors, plain_tensors
+from deltakit.files import check_tensors, plain_tensors, read_tensors
 
 _MARK = "deltakit: attach this delta first: "
 # Fully trained tensors and running statistics have the backbone's names, so their keys name the delta that they belong to.
@@ -90,7 +91,7 @@ def load_checkpoint(backbone: nn.Module, state: Mapping[str, Tensor], where: str
             Nothing is changed then.
         StateError: if a delta is merged.
     """
-    refuse_other_deltas(backbone, deltas_in(state), where)
+    _refuse_other_deltas(backbone, deltas_in(state), where)
     # The guard is the only one without values.
     found = {key: value for key, value in state.items() if not key.startswith(_MARK) and value.shape != (0,)}
     expected: dict[str, Tensor] = {}
@@ -118,7 +119,19 @@ def load_checkpoint(backbone: nn.Module, state: Mapping[str, Tensor], where: str
         load_state_dict(attachment, values, before, _put)
 
 
-def refuse_other_deltas(backbone: nn.Module, names: list[str], where: str) -> None:
+def deltas_in_file(backbone: nn.Module, file: Path, where: str) -> list[str]:
+    """Returns the names of the deltas whose checkpoint a file is; none if it is another one, or there is none.
+
+    Raises:
+        CheckpointError: if other deltas are attached, or the file is damaged.
+    """
+    names = deltas_in(read_tensors(file, values=False)) if file.is_file() else []
+    if names:
+        _refuse_other_deltas(backbone, names, where)
+    return names
+
+
+def _refuse_other_deltas(backbone: nn.Module, names: list[str], where: str) -> None:
     """Refuses a checkpoint of other deltas than those that are attached.
 
     Raises:

@@ -16,7 +16,6 @@ from deltakit.core import (
     class_name,
     is_compute_dtype,
     is_quantized,
-    is_sharded,
     named_logical_parameters,
     own_parameters,
     parent_of,
@@ -100,10 +99,6 @@ def _plain(parameter: LogicalParameter) -> bool:
     stored = parameter.stored
     plain = type(stored) in (Tensor, nn.Parameter) or type(stored.data) is Tensor
     return plain and not stored.is_meta and is_compute_dtype(stored.dtype) and stored.numel() > 0
-
-
-def _quantized(stored: Tensor) -> bool:
-    return is_quantized(stored) and not stored.is_meta and not is_sharded(stored)
 
 
 def _hash(shapes: Iterable[tuple[str, Sequence[int] | None]]) -> str:

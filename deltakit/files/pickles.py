@@ -6,6 +6,18 @@ import torch
 from torch import Tensor
 
 from deltakit.errors import CheckpointError
+from deltakit.files.checkpoint import read_tensors
+
+
+def read_either(folder: Path, safe: str, pickle: str, *, values: bool) -> dict[str, Tensor] | None:
+    """Returns the tensors in a folder, from the safetensors file if there is one, else from the pickle; None without either.
+
+    Raises:
+        CheckpointError: if the file is damaged, or holds more than tensors by name.
+    """
+    if (folder / safe).is_file():
+        return read_tensors(folder / safe, values=values)
+    return read_pickle(folder / pickle, values=values) if (folder / pickle).is_file() else None
 
 
 def read_pickle(file: Path, *, values: bool = True) -> dict[str, Tensor]:

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from deltakit.core import checked
-from deltakit.delta import checkpoint_tensors, deltas, deltas_in, refuse_other_deltas, trains_only_deltas
+from deltakit.delta import checkpoint_tensors, deltas, deltas_in_file, trains_only_deltas
 from deltakit.errors import OptionError
-from deltakit.files import WEIGHTS_FILE, read_tensors
+from deltakit.files import WEIGHTS_FILE
 
 T = TypeVar("T")
 
@@ -55,9 +55,7 @@ class _Load:
         for number, wrapped in enumerate(models):
             model = _bare(self.accelerator, wrapped)
             file = Path(folder) / (f"_{number}.".join(WEIGHTS_FILE.rsplit(".", 1)) if number else WEIGHTS_FILE)
-            names = deltas_in(read_tensors(file, values=False)) if file.is_file() else []
-            if names:
-                refuse_other_deltas(model, names, str(file))
+            names = deltas_in_file(model, file, str(file))
             if names or (not file.is_file() and deltas(model)):
                 models[number] = _StandIn(model)
 

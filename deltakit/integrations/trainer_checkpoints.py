@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from deltakit.core import checked
-from deltakit.delta import CHECKPOINT, Job, checkpoint_tensors, deltas_in, refuse_other_deltas, trains_only_deltas
+from deltakit.delta import CHECKPOINT, Job, checkpoint_tensors, deltas_in_file, trains_only_deltas
 from deltakit.errors import OptionError
 from deltakit.files import DELTA_FILES, WEIGHTS_FILE, read_tensors
 
@@ -85,9 +85,7 @@ def _push(trainer: Any, checkpoint_folder: str) -> None:
 def _load(folder: Path, model: nn.Module) -> bool:
     """Loads a checkpoint that holds only deltas. Returns whether it is one."""
     file = folder / WEIGHTS_FILE
-    names = deltas_in(read_tensors(file, values=False)) if file.is_file() else []
-    if not names:
+    if not deltas_in_file(model, file, str(folder)):
         return False
-    refuse_other_deltas(model, names, str(folder))
     model.load_state_dict(read_tensors(file))
     return True

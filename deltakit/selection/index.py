@@ -17,6 +17,7 @@ from deltakit.core import (
     is_of,
     is_slice,
     join,
+    names_by_id,
     own_children,
     own_modules,
     split_slice,
@@ -60,10 +61,7 @@ class BackboneIndex:
     @cached_property
     def names(self) -> dict[int, list[str]]:
         """All paths of each module instance, by the instance's id."""
-        names: dict[int, list[str]] = {}
-        for path, module in self.by_path.items():
-            names.setdefault(id(module), []).append(path)
-        return names
+        return names_by_id(self.by_path.items())
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -78,14 +76,13 @@ class BackboneIndex:
     @cached_property
     def parameter_names(self) -> dict[int, list[str]]:
         """The names of each parameter, by its id. A tied parameter has one name for each module that holds it."""
-        names: dict[int, list[str]] = {}
-        for path, module in self.by_path.items():
-            if self.names[id(module)][0] != path:
-                continue
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    names.setdefault(id(parameter), []).append(join(path, name))
-        return names
+        return names_by_id(
+            (join(path, name), parameter)
+            for path, module in self.by_path.items()
+            if self.names[id(module)][0] == path
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        )
 
     @cached_property
     def roles(self) -> RoleMap:

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltakit.errors import CheckpointError, warn
-from deltakit.files.checkpoint import read_tensors
 from deltakit.files.formats.adapter_config import CONFIG, is_adapterhub
 from deltakit.files.formats.adapterhub.bottleneck import read_bottlenecks
 from deltakit.files.formats.adapterhub.keys import FUSION, HEAD, PICKLE, TENSORS, Key
@@ -15,7 +14,7 @@ from deltakit.files.formats.adapterhub.lora import read_loras
 from deltakit.files.formats.adapterhub.prefix import read_prefixes
 from deltakit.files.formats.format import Parts
 from deltakit.files.formats.peft.adapter import Adapter
-from deltakit.files.pickles import read_pickle
+from deltakit.files.pickles import read_either
 from deltakit.files.saved import Saved, Trained
 from deltakit.files.schema import read_json
 
@@ -77,11 +76,12 @@ def read(place: Path, backbone: nn.Module | None, values: bool) -> Saved:
 
 
 def _tensors(folder: Path, values: bool) -> dict[str, Tensor]:
-    if (folder / TENSORS).is_file():
-        return read_tensors(folder / TENSORS, values=values)
-    if (folder / PICKLE).is_file():
-        return read_pickle(folder / PICKLE, values=values)
-    raise CheckpointError(f"{folder}: it has {CONFIG}, and neither {TENSORS} nor {PICKLE}; save or download it again")
+    found = read_either(folder, TENSORS, PICKLE, values=values)
+    if found is None:
+        raise CheckpointError(
+            f"{folder}: it has {CONFIG}, and neither {TENSORS} nor {PICKLE}; save or download it again"
+        )
+    return found
 
 
 def _refuse_strange(folder: Path, tensors: Mapping[str, Tensor], kind: str, name: object) -> None:

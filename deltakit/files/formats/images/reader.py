@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from deltakit.core import is_quantized, join, tensors_in, wide
@@ -19,6 +18,7 @@ from deltakit.files.formats.peft.dora import read_magnitudes
 from deltakit.files.formats.peft.full import refuse_tied
 from deltakit.files.formats.peft.layers import differs
 from deltakit.files.formats.peft.lora import Scale, add_lora, scales
+from deltakit.files.formats.products import product
 from deltakit.files.pickles import read_pickle
 from deltakit.files.saved import Saved, Trained
 from deltakit.files.schema import checked, read_json
@@ -130,8 +130,9 @@ def _factors(layer: Layer, place: Path) -> tuple[Tensor, Tensor]:
         )
     # LyCORIS splits the kernel of a convolution off A: B [out, r], mid [r, r, *kernel] and A [r, in] give the update
     # [out, in, *kernel]. The product of mid and A is a plain A.
-    product = torch.einsum("rs...,si->ri...", wide(mid), wide(a.flatten(1)))
-    return product.flatten(1), wide(b.flatten(1))
+    kernel = mid.shape[2:]
+    rows = product(wide(mid).movedim(1, -1).flatten(0, -2), wide(a.flatten(1)), place)
+    return rows.unflatten(0, (mid.shape[0], *kernel)).movedim(-1, 1).flatten(1), wide(b.flatten(1))
 
 
 def _magnitudes(adapter: Adapter, path: str, layer: Layer, rows: int) -> Tensor | None:

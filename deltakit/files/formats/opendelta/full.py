@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from deltakit.core import names_by_id
 from deltakit.errors import CheckpointError
 from deltakit.files.formats.opendelta.found import Found
 from deltakit.files.formats.same_values import is_own
@@ -21,7 +22,7 @@ def read_bitfit(found: Found) -> None:
             own = found.own.get(name)
             if own is not None and own.is_meta and not value.is_meta:
                 raise _needs_weights(found, name)
-            is_absolute = own is not None and own.shape == value.shape and not (value.is_meta or own.is_meta)
+            is_absolute = own is not None and own.shape == value.shape and not value.is_meta
             difference = value - own.detach().to(value) if own is not None and is_absolute else value
             found.parts.add("bitfit", {}, path, {"bias": difference})
             found.read.add(name)
@@ -38,9 +39,7 @@ def fully_trained(found: Found) -> dict[str, Tensor]:
     tensors = {name: tensor for name, tensor in found.tensors.items() if name not in found.read}
     if found.backbone is None:
         return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-    names: dict[int, list[str]] = {}
-    for name, tensor in found.own.items():
-        names.setdefault(id(tensor), []).append(name)
+    names = names_by_id(found.own.items())
     if found.own.keys() <= tensors.keys() and any(tensor.is_meta for tensor in found.own.values()):
         raise _needs_weights(found, next(iter(found.own)))
     full: dict[str, Tensor] = {}

@@ -1,6 +1,6 @@
 """An adapter of PEFT as its reader sees it, before anything is known about its kind."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deltakit.core import module_at, tensors_of
+from deltakit.core import module_at, names_by_id, tensors_of
 from deltakit.files.formats.adapter_config import CONFIG
 
 
@@ -33,19 +33,20 @@ class Adapter:
         return dict(tensors_of(self.backbone)) if self.backbone is not None else {}
 
     @cached_property
-    def _names(self) -> Mapping[int, int]:
-        counts: dict[int, int] = {}
-        for tensor in self.own.values():
-            counts[id(tensor)] = counts.get(id(tensor), 0) + 1
-        return counts
+    def _names(self) -> Mapping[int, Sequence[str]]:
+        return names_by_id(self.own.items())
 
     def module(self, path: str) -> nn.Module | None:
         """Returns the backbone's module at a path, if there is one."""
         return module_at(self.backbone, path) if self.backbone is not None else None
 
+    def names_of(self, tensor: Tensor | None) -> Sequence[str]:
+        """Returns the names of a tensor of the backbone: several if it is tied."""
+        return self._names.get(id(tensor), ())
+
     def is_tied(self, tensor: Tensor | None) -> bool:
         """Returns whether a tensor of the backbone has several names."""
-        return self._names.get(id(tensor), 0) > 1
+        return len(self.names_of(tensor)) > 1
 
     def parts(self, suffixes: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
         """Returns the tensors whose names end with one of these, by the path of their target and their name in deltakit."""

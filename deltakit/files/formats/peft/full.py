@@ -57,12 +57,7 @@ def refuse_tied(adapter: Adapter, found: Mapping[str, Tensor]) -> None:
         CheckpointError: if there is one.
     """
     for name, tensor in found.items():
-        held = adapter.own[name]
-        tied = (
-            [other for other, its in adapter.own.items() if its is held and other != name]
-            if adapter.is_tied(held)
-            else []
-        )
+        tied = [other for other in adapter.names_of(adapter.own[name]) if other != name]
         apart = next((other for other in tied if other not in found or not torch.equal(found[other], tensor)), None)
         if apart is not None:
             raise CheckpointError(

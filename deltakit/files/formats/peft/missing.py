@@ -1,6 +1,6 @@
 """Warns of modules that an adapter of PEFT names and has no tensors for. They stay as they are in the backbone."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -23,9 +23,9 @@ def warn_missing(adapter: Adapter, kind: str, adapted: Iterable[str], full: Iter
         return
     modules = dict(own_modules(adapter.backbone))
     have = {*adapted}
-    saved = tuple(_texts(adapter.config.get("modules_to_save")))
+    saved = _texts(adapter.config.get("modules_to_save"))
     owners = {name.rpartition(".")[0] for name in full}
-    kept = [path for path in modules if path in saved or path.endswith(tuple(f".{name}" for name in saved))]
+    kept = [path for path in modules if _is_named(path, saved)]
     missing = [path for path in kept if not any(owner == path or owner.startswith(f"{path}.") for owner in owners)]
     targets = _targets(adapter, modules, kind)
     missing += [path for path in targets if path not in have and not path.startswith(tuple(f"{k}." for k in kept))]
@@ -49,14 +49,15 @@ def _targets(adapter: Adapter, modules: dict[str, nn.Module], kind: str) -> list
         pattern = Pattern(f"({named})$", named, adapter.config_file / "target_modules")
         found = [path for path in modules if pattern.matches(path)] if named != "all-linear" else []
     else:
-        names = tuple(_texts(named))
-        found = [path for path in modules if path in names or path.endswith(tuple(f".{name}" for name in names))]
-    kept = tuple(_texts(config.get("modules_to_save")))
-    return [
-        path
-        for path in found
-        if adapts(modules[path], kind) and path not in kept and not path.endswith(tuple(f".{name}" for name in kept))
-    ]
+        names = _texts(named)
+        found = [path for path in modules if _is_named(path, names)]
+    kept = _texts(config.get("modules_to_save"))
+    return [path for path in found if adapts(modules[path], kind) and not _is_named(path, kept)]
+
+
+def _is_named(path: str, names: Sequence[str]) -> bool:
+    """Returns whether a path is one of the names, or ends with one."""
+    return path in names or path.endswith(tuple(f".{name}" for name in names))
 
 
 def _texts(value: object) -> list[str]:

@@ -1,7 +1,7 @@
 """Reads PEFT's adapters.
 
-Their tensors' names have every module's path in full, so the options that chose the modules (`target_modules`,
-`layers_to_transform`, `rank_pattern`) are not needed.
+Their tensors' names have every module's path in full, so the options that chose the modules (`layers_to_transform`,
+`rank_pattern`) are not needed; `target_modules` and `modules_to_save` only show which tensors are missing.
 """
 
 import re
@@ -40,7 +40,7 @@ from deltakit.files.formats.peft.missing import warn_missing
 from deltakit.files.formats.peft.prefix import read_prefix
 from deltakit.files.formats.peft.prompt import read_prompt
 from deltakit.files.formats.peft.tokens import read_trainable_tokens
-from deltakit.files.pickles import read_pickle
+from deltakit.files.pickles import read_either
 from deltakit.files.saved import Saved, Trained
 from deltakit.files.schema import read_json
 
@@ -135,10 +135,9 @@ def _warn_of_rest(adapter: Adapter, kind: str, parts: Parts, full: Mapping[str, 
 
 
 def _tensors(folder: Path, values: bool) -> dict[str, Tensor]:
-    if (folder / TENSORS).is_file():
-        return read_tensors(folder / TENSORS, values=values)
-    if (folder / PICKLE).is_file():
-        return read_pickle(folder / PICKLE, values=values)
+    found = read_either(folder, TENSORS, PICKLE, values=values)
+    if found is not None:
+        return found
     inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
     what = f"pass one of its folders {', '.join(inside)}" if inside else "save or download it again"
     raise CheckpointError(f"{folder}: it has {CONFIG}, and neither {TENSORS} nor {PICKLE}; {what}")

@@ -20,6 +20,7 @@ from deltakit.core import (
     Site,
     is_conv1d,
     name_of,
+    names_by_id,
     own_modules,
     parent_of,
     split_slice,
@@ -126,7 +127,7 @@ def lora_of(attachment: Attachment, tensors: Mapping[str, Tensor]) -> tuple[dict
     """
     by_path: dict[str, list[_Factors]] = {}
     targets: dict[str, nn.Module] = {}
-    names = _names_of(attachment)
+    names = names_by_id(tensors_of(attachment.backbone))
     for site in attachment.sites:
         if attachment.record.methods[site.method].name != "lora":
             continue
@@ -184,14 +185,6 @@ def _refuse(attachment: Attachment, site: Site, kind: str) -> None:
         raise impossible(attachment, f"{site.path} is a part of a module, and IA3 of PEFT scales all of it")
     if kind == "lora" and differs(site.target):
         raise impossible(attachment, f"{site.path} {differs(site.target)}, where PEFT's LoRA computes something else")
-
-
-def _names_of(attachment: Attachment) -> dict[int, list[str]]:
-    """Returns the names of the backbone's tensors, by their ids; several for a tied one."""
-    names: dict[int, list[str]] = {}
-    for name, tensor in tensors_of(attachment.backbone):
-        names.setdefault(id(tensor), []).append(name)
-    return names
 
 
 def _refuse_parameters(attachment: Attachment, site: Site, names: Mapping[int, Sequence[str]]) -> None:
