@@ -1,5 +1,6 @@
 """The building blocks of methods: low-rank products, attention with a prefix, prompt insertion, sizes and dtypes."""
 
+from deltakit.ops.attention.first_block import FRONT, first_block_only, nothing_handed_on, refuse_without_first_block
 from deltakit.ops.attention.function_mode import PrefixMode
 from deltakit.ops.attention.interface import install_prefixes
 from deltakit.ops.attention.kernel import AttentionPrefix, joined, joined_per_example
@@ -18,15 +19,16 @@ from deltakit.ops.kinds.weight_map import WeightMap
 from deltakit.ops.low_rank_sum import sum_of_products
 from deltakit.ops.prompt.direct_call import called_directly
 from deltakit.ops.prompt.insertion import Insertion, finish, grown_mask, insert, layout_for
-from deltakit.ops.prompt.positions import move_positions
+from deltakit.ops.prompt.positions import PositionsDelta
 from deltakit.ops.prompt.start_vectors import start_vectors
-from deltakit.ops.prompt.text_stack import Positions, input_embeddings, stack_at, text_stack
+from deltakit.ops.prompt.text_stack import input_embeddings, stack_at, text_stack
 from deltakit.ops.recompute import linear_with
 from deltakit.ops.seeded import Seeded, normal, uniform
 from deltakit.ops.sizes import input_size, like
 
 __all__ = [
     "ACTIVATIONS",
+    "FRONT",
     "AttentionPrefix",
     "Bottleneck",
     "BottleneckMethod",
@@ -38,7 +40,7 @@ __all__ = [
     "LowRank",
     "NormedLowRank",
     "OutputMap",
-    "Positions",
+    "PositionsDelta",
     "PrefixMode",
     "Seeded",
     "WeightMap",
@@ -48,6 +50,7 @@ __all__ = [
     "enter_prefix_mode",
     "enters_by_interface",
     "finish",
+    "first_block_only",
     "grown_mask",
     "has_own_forward",
     "heads_of",
@@ -62,10 +65,11 @@ __all__ = [
     "leave_prefix_mode",
     "like",
     "linear_with",
-    "move_positions",
     "normal",
+    "nothing_handed_on",
     "on_own_examples",
     "refuse_max_norm",
+    "refuse_without_first_block",
     "stack_at",
     "start_vectors",
     "sum_of_products",
