@@ -13,13 +13,11 @@ from deltakit.delta.new_heads import Spelling
 from deltakit.delta.own_values import base_state_dict, merged_state_dict
 from deltakit.delta.planning import Plan, plan
 from deltakit.delta.save_job import SaveJob
-from deltakit.delta.saver import CHECKPOINT
 from deltakit.delta.training_state import checkpoint_tensors, trains_only_deltas
 from deltakit.delta.using import deltas, use
 from deltakit.delta.whole_checkpoints import deltas_in_file, whole_checkpoint_mark
 
 __all__ = [
-    "CHECKPOINT",
     "Combination",
     "Delta",
     "Plan",

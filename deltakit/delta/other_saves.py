@@ -10,7 +10,7 @@ from torch import nn
 
 from deltakit.core import deltas_left_out, records_of, rooted_at
 from deltakit.delta.save_job import METHOD, SaveJob, leave_out_deltas, refuse_peft
-from deltakit.delta.saver import CHECKPOINT, refuse_part, refuse_upload
+from deltakit.delta.saver import refuse_part, refuse_upload
 from deltakit.delta.whole_checkpoints import whole_checkpoint_mark
 from deltakit.errors import StateError, warn
 from deltakit.injection import SavingCall, is_narrowed, is_whole_state_dict, saving_call
@@ -28,7 +28,7 @@ class OtherSaves:
                 refuse_part(module)
         elif call.of_accelerate:
             _warn(module)
-        elif CHECKPOINT.fullmatch(call.folder.name):
+        elif not call.leaves_deltas_out:
             state.update(whole_checkpoint_mark(module, prefix))
         # Otherwise deltakit itself makes this state dict, for a method of the user's.
         elif not is_whole_state_dict():

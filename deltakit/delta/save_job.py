@@ -14,7 +14,7 @@ from deltakit.delta.saving import state_to_save, write
 from deltakit.delta.training_state import checkpoint_tensors, rooted_deltas, trains_only_deltas
 from deltakit.delta.whole_checkpoints import whole_checkpoint_mark
 from deltakit.errors import StateError
-from deltakit.injection import is_narrowed, own_state_dicts, whole_state_dict
+from deltakit.injection import is_checkpoint, is_narrowed, own_state_dicts, whole_state_dict
 
 METHOD = "save_pretrained"
 
@@ -32,6 +32,11 @@ class SaveJob:
         # A merged one is in the weights.
         self.deltas = [DeltaContents(found) for found in rooted_deltas(root) if not found.record.merged]
         self.sharded = any(is_sharded(p) for delta in self.deltas for p in delta.parameters())
+
+    @property
+    def makes_checkpoint(self) -> bool:
+        """Whether the folder is a checkpoint of the Trainer, and the backbone has deltas."""
+        return is_checkpoint(self.folder) and bool(rooted_deltas(self.root))
 
     @property
     def takes_part(self) -> bool:

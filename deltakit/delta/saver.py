@@ -5,7 +5,6 @@ those of the model, and loading would drop them with no more than a line in the 
 """
 
 import inspect
-import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -21,9 +20,6 @@ from deltakit.delta.save_job import METHOD, SaveJob, leave_out_deltas, refuse_na
 from deltakit.errors import OptionError, StateError
 from deltakit.files import write_weights
 from deltakit.injection import in_method_of, own_state_dicts
-
-# The Trainer's name for the folders of its checkpoints (`PREFIX_CHECKPOINT_DIR`).
-CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 class Saver:
@@ -74,7 +70,7 @@ class Saver:
             raise OptionError(f"{METHOD}: no folder was given; pass it as the first argument")
         refuse_upload(options)
         job = SaveJob(root, Path(folder), options.get("state_dict"), options.get("is_main_process", True))
-        if module is root and CHECKPOINT.fullmatch(job.folder.name):
+        if module is root and job.makes_checkpoint:
             return job.save_checkpoint(partial(write_weights, job.folder), partial(_with_state, own, options))
         # A method of the whole may save itself by its parts, as `SentenceTransformer.save` does.
         if module is not root and job.deltas and not in_method_of(root):

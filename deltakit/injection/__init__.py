@@ -16,7 +16,7 @@ from deltakit.injection.narrowed_state_dict import (
     widen_state_dict,
 )
 from deltakit.injection.replaced_targets import holder_of, modules_of
-from deltakit.injection.saving_call import SavingCall, in_method_of, saving_call
+from deltakit.injection.saving_call import SavingCall, in_method_of, is_checkpoint, saving_call
 from deltakit.injection.saving_hooks import hook_state_dicts, own_state_dicts
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "hook_loading",
     "hook_state_dicts",
     "in_method_of",
+    "is_checkpoint",
     "is_narrowed",
     "is_whole_state_dict",
     "modules_of",

@@ -5,6 +5,7 @@ backbone for nothing but its state dict. The Python frames around that say what 
 """
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,13 @@ from typing import Any, NamedTuple
 from torch import nn
 
 _METHOD, _OF_ACCELERATE = "save_pretrained", "save_model"
+# The Trainer's name for the folders of its checkpoints (`PREFIX_CHECKPOINT_DIR`).
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Returns whether a folder has the name of a checkpoint of the Trainer."""
+    return _CHECKPOINT.fullmatch(folder.name) is not None
 
 
 class SavingCall(NamedTuple):
@@ -28,6 +36,11 @@ class SavingCall(NamedTuple):
     folder: Path
     of_accelerate: bool
     arguments: Mapping[str, Any]
+
+    @property
+    def leaves_deltas_out(self) -> bool:
+        """Whether what it writes must load as a model without deltas."""
+        return not (self.of_accelerate or is_checkpoint(self.folder))
 
 
 def saving_call(module: nn.Module) -> SavingCall | None:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from deltakit.core import checked
-from deltakit.delta import CHECKPOINT, SaveJob, deltas_in_file, whole_checkpoint_mark
+from deltakit.delta import SaveJob, deltas_in_file, whole_checkpoint_mark
 from deltakit.errors import OptionError
 from deltakit.files import DELTA_FILES, WEIGHTS_FILE, read_tensors
 
@@ -53,16 +53,15 @@ def _save(trainer: Any, output_dir: str | None = None, state_dict: Any = None) -
     own = partial(type(trainer)._save, trainer, output_dir)
     # What has the method of its own saves its deltas by itself.
     plain = isinstance(model, nn.Module) and not hasattr(model, "save_pretrained")
-    if not (plain and CHECKPOINT.fullmatch(folder.name) and whole_checkpoint_mark(model)):
+    job = SaveJob(model, folder, state_dict, trainer.args.should_save) if plain else None
+    if job is None or not job.makes_checkpoint:
         own(state_dict=state_dict)
         return
 
     def whole(state: Any) -> None:
         own(state_dict=state if state is not None else model.state_dict() | whole_checkpoint_mark(model))
 
-    SaveJob(model, folder, state_dict, trainer.args.should_save).save_checkpoint(
-        lambda small: own(state_dict=small), whole
-    )
+    job.save_checkpoint(lambda small: own(state_dict=small), whole)
 
 
 def _load_from_checkpoint(trainer: Any, resume_from_checkpoint: str, model: Any = None) -> None:

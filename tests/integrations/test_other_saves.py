@@ -107,6 +107,38 @@ def test_a_trainer_of_the_model_around(tmp_path):
     assert torch.equal(loaded(BATCH).logits, first.eval()(BATCH).logits)
 
 
+@pytest.mark.parametrize("part", [False, True])
+def test_what_is_not_active_is_saved_too(part, tmp_path):
+    model = bert()
+    state = values(model)
+    delta = attached(model.bert if part else model, dk.LoRA(r=3), train="pooler" if part else ["pooler", "@head"])
+    expected = model(BATCH).logits
+    delta.active = False
+    type(model).save_pretrained(model, tmp_path / "model")
+    again = reloaded(tmp_path / "model")
+    has_values(again, state)
+    dk.load(tmp_path / "model" / ("bert" if part else ""), again.bert if part else again)
+    assert torch.equal(again(BATCH).logits, expected)
+    # A checkpoint holds one value of each tensor.
+    with pytest.warns(dk.DeltaWarning, match="has the backbone's own values of .*pooler.dense"):
+        type(model).save_pretrained(model, tmp_path / "checkpoint-1")
+
+
+def test_an_upload_of_the_model_around(hub, monkeypatch, tmp_path):
+    # transformers keeps a client with the settings of its first use.
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
+    model = bert()
+    attached(model.bert)
+    model.push_to_hub("me/model", token=LoopbackHub.TOKEN)
+    found = hub.repos["me/model"].commits[-1][1]
+    assert {
+        "model.safetensors",
+        "config.json",
+        "bert/delta_model.safetensors",
+        "bert/delta_config.json",
+    } <= found.keys()
+
+
 class Mixed(nn.Module, huggingface_hub.PyTorchModelHubMixin):
     """A module that huggingface_hub saves."""
 
