@@ -51,7 +51,7 @@ def test_the_function_of_the_class_refuses_what_the_object_refuses(hub, monkeypa
     attached(model, dk.LoRA(r=3))
     save = type(model).save_pretrained
     with pytest.raises(dk.StateError, match=r"would upload the model without its deltas; call model.push_to_hub"):
-        save(model, tmp_path / "hub", push_to_hub=True, token=LoopbackHub.TOKEN)
+        save(model, str(tmp_path / "hub"), push_to_hub=True, token=LoopbackHub.TOKEN)
     with pytest.raises(dk.StateError, match="this BertModel is a part of the model that delta 'delta' is attached to"):
         type(model.bert).save_pretrained(model.bert, tmp_path / "part")
     attached(bert(), dk.LoRA(r=3)).save(tmp_path / "taken", format="peft")
