@@ -41,8 +41,8 @@ def _save(root: nn.Module, call: SavingCall, state: dict[str, Any], prefix: str)
     Where the backbone is a part of the saved model, they go into a folder with the path of the part.
     """
     refuse_upload(call.arguments)
-    part = prefix.removesuffix(".")
-    job = SaveJob(root, call.folder / part, None, bool(call.arguments.get("is_main_process", True)))
+    is_main = bool(call.arguments.get("is_main_process", True))
+    job = SaveJob(root, call.folder, None, is_main, prefix.removesuffix("."))
     refuse_peft(call.model, job)
     if is_narrowed(root) and not prefix:
         raise StateError(

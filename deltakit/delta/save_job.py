@@ -25,10 +25,13 @@ class SaveJob:
     Args:
         state: the state dict that an engine has gathered; None if every process takes part.
         is_main: whether this process writes.
+        part: the path of the backbone in the saved model. Its deltas go into a folder of that name.
     """
 
-    def __init__(self, root: nn.Module, folder: Path, state: Mapping[str, Tensor] | None, is_main: bool) -> None:
-        self.root, self.folder, self.state, self.is_main = root, folder, state, is_main
+    def __init__(
+        self, root: nn.Module, folder: Path, state: Mapping[str, Tensor] | None, is_main: bool, part: str = ""
+    ) -> None:
+        self.root, self.folder, self.state, self.is_main, self.part = root, folder, state, is_main, part
         # A merged one is in the weights.
         self.deltas = [DeltaContents(found) for found in rooted_deltas(root) if not found.record.merged]
         self.sharded = any(is_sharded(p) for delta in self.deltas for p in delta.parameters())
@@ -53,15 +56,14 @@ class SaveJob:
         if not self.takes_part:
             return []
         if self.is_main:
-            refuse_earlier(self.folder, [delta.name for delta in self.deltas])
+            refuse_earlier(self.folder, [delta.name for delta in self.deltas], self.part)
         return [state_to_save(delta, self.state) for delta in self.deltas]
 
     def write(self, states: list[dict[str, Tensor]]) -> None:
         """Writes the deltas' files into the folder, or each into a folder in it if there are several."""
         for delta, state in zip(self.deltas, states, strict=False):
-            folder = self.folder / delta.name if len(self.deltas) > 1 else self.folder
             if self.is_main:
-                write(delta, folder, "deltakit", state)
+                write(delta, self.folder / self.part / (delta.name if len(self.deltas) > 1 else ""), "deltakit", state)
 
     def save_checkpoint(
         self, small: Callable[[Mapping[str, Tensor]], Any], whole: Callable[[Mapping[str, Tensor] | None], Any]

@@ -34,6 +34,8 @@ def test_the_function_of_the_class_saves_both(tmp_path):
     model = bert()
     before, state = snapshot(model), values(model)
     delta = attached(model, dk.LoRA(r=3), train="@head")
+    tf.PreTrainedModel.save_pretrained(model, tmp_path / "other", is_main_process=False)
+    assert not list((tmp_path / "other").iterdir())
     tf.PreTrainedModel.save_pretrained(copy.deepcopy(model), tmp_path)
     again = reloaded(tmp_path)
     has_values(again, state)
@@ -83,6 +85,17 @@ def test_a_model_around_the_backbone_saves_its_deltas(several, tmp_path):
             dk.BackboneMismatch, match="trained on a BertModel .* found a BertForSequenceClassification"
         ):
             dk.load(tmp_path / "bert", bert())
+
+
+def test_a_delta_of_an_earlier_save_above_the_part_is_refused(tmp_path):
+    model = bert()
+    delta = attached(model)
+    model.save_pretrained(tmp_path)
+    delta.detach()
+    attached(model.bert)
+    with pytest.raises(dk.CheckpointError, match="a delta of an earlier save is here, and would stay .* remove it"):
+        model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "another")
 
 
 def test_a_trainer_of_the_model_around(tmp_path):
