@@ -31,7 +31,6 @@ from deltakit.ops import (
     LowRank,
     NormedLowRank,
     check_dropout,
-    has_own_forward,
     kaiming_uniform,
     like,
     refuse_max_norm,
@@ -85,14 +84,6 @@ class LoRADelta(LowRank):
         return f"r={r} {scaling}" + (f" dropout={self.dropout:g}" if self.dropout else "")
 
 
-class LoRAPatchDelta(LoRADelta):
-    """LoRA as a weight patch, even on modules that are called."""
-
-    @classmethod
-    def patches_weight(cls, target: Target) -> bool:
-        return True
-
-
 class DoRADelta(NormedLowRank, LoRADelta):
     """Also trains `m` [*stack, d_out]: what is added to the norms of the weight's rows. It starts at zero.
 
@@ -122,10 +113,6 @@ class DoRADelta(NormedLowRank, LoRADelta):
 
     def summary(self) -> str:
         return f"{super().summary()} dora"
-
-
-class DoRAPatchDelta(LoRAPatchDelta, DoRADelta):
-    """DoRA as a weight patch, even on modules that are called."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,13 +165,6 @@ class LoRA(Method, name="lora"):
         return (("attn.q", "attn.qkv"), ("attn.v", "attn.kv"))
 
     def kind_at(self, target: Target) -> type[LoRADelta]:
-        # A subclass with its own forward may change the vectors of an embedding (Gemma scales them), or the input and the
-        # weight of a convolution (BiT pads and standardises them). Adding to its output would be wrong; a weight patch is
-        # right, because the subclass's own code runs with the new weight. A quantized weight cannot be added to, and the
-        # forward of a quantized embedding only looks it up.
-        quantized = isinstance(target.module, nn.Embedding) and is_quantized(target.module.weight)
-        if has_own_forward(target.module) and not quantized:
-            return DoRAPatchDelta if self.dora else LoRAPatchDelta
         return DoRADelta if self.dora else LoRADelta
 
     def build_at(self, target: Target) -> DeltaModule:

@@ -16,11 +16,13 @@ from deltakit.core import (
     checked,
     hidden_input,
     hidden_output,
+    is_quantized,
     replace_hidden,
     weight_view,
     wide,
 )
 from deltakit.errors import OptionError, StateError
+from deltakit.ops.forwards import has_own_forward
 from deltakit.ops.kinds.output_map import OutputMap
 from deltakit.ops.low_rank import Product, add_few_tokens, add_low_rank, convolved, fresh, watched
 from deltakit.ops.low_rank_batched import add_per_example, shared_work
@@ -80,7 +82,14 @@ class LowRank(OutputMap):
 
     @classmethod
     def patches_weight(cls, target: Target) -> bool:
-        return target.weight_read is not None or bool(target.parameter)
+        if target.weight_read is not None or target.parameter:
+            return True
+        # A subclass with its own forward may change the vectors of an embedding (Gemma scales them), or the input and the
+        # weight of a convolution (BiT pads and standardises them). Adding to its output would be wrong; a weight patch is
+        # right, because the subclass's own code runs with the new weight. A quantized weight cannot be added to, and the
+        # forward of a quantized embedding only looks it up.
+        quantized = isinstance(target.module, nn.Embedding) and is_quantized(target.module.weight)
+        return has_own_forward(target.module) and not quantized
 
     @property
     def drops(self) -> bool:
