@@ -52,6 +52,7 @@ from deltakit.methods.parallel_adapter import ParallelAdapter
 from deltakit.methods.prefix import Prefix
 from deltakit.methods.soft_prompt import SoftPrompt
 from deltakit.methods.trainable_tokens import TrainableTokens
+from deltakit.methods.vera import VeRA
 from deltakit.opendelta import (
     AdapterModel,
     AutoDeltaConfig,
@@ -115,6 +116,7 @@ __all__ = [
     "Target",
     "TargetError",
     "TrainableTokens",
+    "VeRA",
     "View",
     "Visualization",
     "WeightMap",

@@ -31,9 +31,10 @@ from deltakit.ops import (
     LowRank,
     NormedLowRank,
     check_dropout,
+    check_patch_dropout,
+    check_weight,
     kaiming_uniform,
     like,
-    refuse_max_norm,
     sum_of_products,
 )
 
@@ -169,18 +170,8 @@ class LoRA(Method, name="lora"):
 
     def build_at(self, target: Target) -> DeltaModule:
         kind = self.kind_at(target)
-        refuse_max_norm(target, "LoRA")
-        if self.dropout and kind.patches_weight(target):
-            raise OptionError(
-                f"{target.named}: LoRA(dropout={self.dropout:g}) drops inputs, but here LoRA patches a weight whose input no "
-                "hook sees; use dropout=0, or leave it out with exclude="
-            )
-        if target.tied and not target.parameter and not self.untie:
-            raise TargetError(
-                f"{target.named}: its weight is tied to {target.tied[0]}, and an update of this module alone would make the "
-                f"two differ; write at='{target.path}.weight' to update both, pass untie=True to update this module alone, or "
-                f"leave it out with exclude={target.path!r}"
-            )
+        check_weight(target, "LoRA", untie=self.untie)
+        check_patch_dropout(target, "LoRA", kind, self.dropout)
         delta = kind(target, self)
         r, largest = one_value(self.r), min(delta.d_in, delta.d_out)
         if r > largest:

@@ -22,8 +22,9 @@ from deltakit.ops.prompt.positions import move_positions
 from deltakit.ops.prompt.start_vectors import start_vectors
 from deltakit.ops.prompt.text_stack import Positions, input_embeddings, stack_at, text_stack
 from deltakit.ops.recompute import linear_with
-from deltakit.ops.seeded import Seeded, normal, uniform
-from deltakit.ops.sizes import input_size, like
+from deltakit.ops.seeded import Draw, Seeded, normal, uniform
+from deltakit.ops.sizes import input_size, largest_sizes, like
+from deltakit.ops.weight_method import LowRankMethod, WeightMethod, check_patch_dropout, check_weight
 
 __all__ = [
     "ACTIVATIONS",
@@ -31,20 +32,25 @@ __all__ = [
     "Bottleneck",
     "BottleneckMethod",
     "CallContext",
+    "Draw",
     "Handover",
     "InputMap",
     "InputTap",
     "Insertion",
     "LowRank",
+    "LowRankMethod",
     "NormedLowRank",
     "OutputMap",
     "Positions",
     "PrefixMode",
     "Seeded",
     "WeightMap",
+    "WeightMethod",
     "attends",
     "called_directly",
     "check_dropout",
+    "check_patch_dropout",
+    "check_weight",
     "enter_prefix_mode",
     "enters_by_interface",
     "finish",
@@ -60,6 +66,7 @@ __all__ = [
     "kaiming_uniform",
     "layout_for",
     "leave_prefix_mode",
+    "largest_sizes",
     "like",
     "linear_with",
     "move_positions",

@@ -1,7 +1,7 @@
 """Reads a target's sizes, dtype and device from its weights. No forward is needed."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,19 @@ def sizes(target: Target, method: str) -> tuple[int, int]:
         f"{target.named}: {method} works on Linear, Conv1D, Embedding and Conv1d to Conv3d, found "
         f"{type(module).__name__}; leave it out with of= or exclude=, or select a module inside it{named}"
     )
+
+
+def largest_sizes(targets: Sequence[Target], method: str) -> tuple[int, int]:
+    """Returns the largest input size and the largest output size of these linear maps.
+
+    Args:
+        method: the name of the method, for the error message.
+
+    Raises:
+        TargetError: if a target is no linear map.
+    """
+    each = [sizes(target, method) for target in targets]
+    return max(d_in for d_in, _ in each), max(d_out for _, d_out in each)
 
 
 def _parameter_sizes(target: Target, method: str) -> tuple[int, int]:

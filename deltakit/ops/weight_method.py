@@ -1,0 +1,93 @@
+"""Methods that change a weight: what each of them refuses, and the sums of those that are low-rank."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deltakit.core import METHODS, DeltaModule, Method, Target
+from deltakit.errors import OptionError, TargetError
+from deltakit.ops.forwards import refuse_max_norm
+from deltakit.ops.kinds.low_rank import LowRank, check_dropout
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightMethod(Method):
+    """A method whose delta modules change a weight, and are built from a target and the method itself.
+
+    Its default positions are the query and value projections.
+
+    Args:
+        untie: whether to adapt a module alone although other modules share its weight.
+    """
+
+    untie: bool = False
+
+    def positions(self) -> tuple[tuple[str, ...], ...]:
+        return (("attn.q", "attn.qkv"), ("attn.v", "attn.kv"))
+
+    def build_at(self, target: Target) -> DeltaModule:
+        check_weight(target, type(self).__name__, untie=self.untie)
+        build: Any = self.kind_at(target) or self.kind
+        module: DeltaModule = build(target, self)
+        return module
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankMethod(WeightMethod):
+    """A method whose delta modules are `LowRank`: products of factors that they compute. A weighted sum of them is a LoRA.
+
+    Args:
+        dropout: the probability in [0, 1) with which inputs of the update are dropped in training.
+    """
+
+    dropout: float = 0.0
+
+    def validate(self) -> None:
+        check_dropout(type(self).__name__, self.dropout)
+
+    def build_at(self, target: Target) -> DeltaModule:
+        check_patch_dropout(target, type(self).__name__, self.kind, self.dropout)
+        return super().build_at(target)
+
+    @classmethod
+    def combination(cls, parts: Sequence[DeltaModule], rank: int | None) -> Method:
+        own = [part for part in parts if isinstance(part, LowRank)]
+        # No sum has a higher rank than the smaller side of the weight, where the factors of these methods may have more.
+        full = min(min(part.d_in, part.d_out) for part in own)
+        r = rank if rank is not None else min(full, sum(part.factors()[0].shape[-2] for part in own))
+        return METHODS["lora"](r=r, alpha=r)
+
+
+def check_weight(target: Target, method: str, *, untie: bool) -> None:
+    """Refuses to change the weight of a target where the change would be wrong.
+
+    Args:
+        method: the name of the method, for the error message.
+        untie: whether to change the weight of a module alone although other modules share it.
+
+    Raises:
+        TargetError: if an embedding rewrites its weight, or other modules share the weight.
+    """
+    refuse_max_norm(target, method)
+    if target.tied and not target.parameter and not untie:
+        raise TargetError(
+            f"{target.named}: its weight is tied to {target.tied[0]}, and an update of this module alone would make the "
+            f"two differ; write at='{target.path}.weight' to update both, pass untie=True to update this module alone, or "
+            f"leave it out with exclude={target.path!r}"
+        )
+
+
+def check_patch_dropout(target: Target, method: str, kind: type[DeltaModule], dropout: float) -> None:
+    """Refuses a dropout where a weight is patched.
+
+    Args:
+        method: the name of the method, for the error message.
+
+    Raises:
+        OptionError: if there is a dropout, and this kind of delta module patches the target's weight.
+    """
+    if dropout and kind.patches_weight(target):
+        raise OptionError(
+            f"{target.named}: {method}(dropout={dropout:g}) drops inputs, but here {method} patches a weight whose input no "
+            "hook sees; use dropout=0, or leave it out with exclude="
+        )
