@@ -67,7 +67,7 @@ class VeRA(LowRankMethod, name="vera"):
     r: int = 256
     start: float = 0.1
     seed: int = 0
-    sizes: Sequence[int] | None = None
+    sizes: tuple[int, int] | None = None
 
     def validate(self) -> None:
         super().validate()
@@ -77,10 +77,8 @@ class VeRA(LowRankMethod, name="vera"):
             raise OptionError(f"VeRA(start={self.start}): expected a finite number that is not zero; 0.1 is usual")
         if not 0 <= self.seed < 2**63:
             raise OptionError(f"VeRA(seed={self.seed}): expected a seed of at least 0 that 63 bits hold")
-        if self.sizes is not None:
-            if len(self.sizes) != 2 or min(self.sizes) < 1:
-                raise OptionError(f"VeRA(sizes={self.sizes}): expected an input and an output size of at least 1")
-            object.__setattr__(self, "sizes", tuple(self.sizes))
+        if self.sizes is not None and min(self.sizes) < 1:
+            raise OptionError(f"VeRA(sizes={self.sizes}): expected an input and an output size of at least 1")
 
     def build_shared(self, index: BackboneView, targets: Sequence[Target]) -> nn.Module:
         needed = largest_sizes(targets, "VeRA")

@@ -15,6 +15,7 @@ from deltakit.ops.kinds.maps import on_own_examples
 from deltakit.ops.kinds.normed_low_rank import NormedLowRank
 from deltakit.ops.kinds.output_map import OutputMap
 from deltakit.ops.kinds.weight_map import WeightMap
+from deltakit.ops.low_rank_starts import STARTS_WITH_A_PRODUCT, difference, start_factors
 from deltakit.ops.low_rank_sum import sum_of_products
 from deltakit.ops.prompt.direct_call import called_directly
 from deltakit.ops.prompt.insertion import Insertion, finish, grown_mask, insert, layout_for
@@ -24,10 +25,11 @@ from deltakit.ops.prompt.text_stack import Positions, input_embeddings, stack_at
 from deltakit.ops.recompute import linear_with
 from deltakit.ops.seeded import Draw, Seeded, normal, uniform
 from deltakit.ops.sizes import input_size, largest_sizes, like
-from deltakit.ops.weight_method import LowRankMethod, WeightMethod, check_patch_dropout, check_weight
+from deltakit.ops.weight_method import LowRankMethod, WeightMethod, check_patch_dropout, check_rank, check_weight
 
 __all__ = [
     "ACTIVATIONS",
+    "STARTS_WITH_A_PRODUCT",
     "AttentionPrefix",
     "Bottleneck",
     "BottleneckMethod",
@@ -50,7 +52,9 @@ __all__ = [
     "called_directly",
     "check_dropout",
     "check_patch_dropout",
+    "check_rank",
     "check_weight",
+    "difference",
     "enter_prefix_mode",
     "enters_by_interface",
     "finish",
@@ -64,9 +68,9 @@ __all__ = [
     "joined",
     "joined_per_example",
     "kaiming_uniform",
+    "largest_sizes",
     "layout_for",
     "leave_prefix_mode",
-    "largest_sizes",
     "like",
     "linear_with",
     "move_positions",
@@ -74,6 +78,7 @@ __all__ = [
     "on_own_examples",
     "refuse_max_norm",
     "stack_at",
+    "start_factors",
     "start_vectors",
     "sum_of_products",
     "text_stack",

@@ -3,7 +3,7 @@
 They are drawn on the CPU in float32, so they are the same on every device and in every dtype. They are in no state dict.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -56,7 +56,7 @@ class Seeded(nn.Module):
     """
 
     def __init__(
-        self, seed: int, recipes: dict[str, tuple[tuple[int, ...], Draw]], *, one_stream: bool = False, **like: Any
+        self, seed: int, recipes: Mapping[str, tuple[tuple[int, ...], Draw]], *, one_stream: bool = False, **like: Any
     ) -> None:
         super().__init__()
         self.seed, self.recipes, self.one_stream = seed, recipes, one_stream

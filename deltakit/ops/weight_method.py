@@ -8,6 +8,7 @@ from deltakit.core import METHODS, DeltaModule, Method, Target
 from deltakit.errors import OptionError, TargetError
 from deltakit.ops.forwards import refuse_max_norm
 from deltakit.ops.kinds.low_rank import LowRank, check_dropout
+from deltakit.ops.sizes import sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,9 @@ class LowRankMethod(WeightMethod):
         # No sum has a higher rank than the smaller side of the weight, where the factors of these methods may have more.
         full = min(min(part.d_in, part.d_out) for part in own)
         r = rank if rank is not None else min(full, sum(part.factors()[0].shape[-2] for part in own))
-        return METHODS["lora"](r=r, alpha=r)
+        lora: Any = METHODS["lora"]
+        method: Method = lora(r=r, alpha=r)
+        return method
 
 
 def check_weight(target: Target, method: str, *, untie: bool) -> None:
@@ -90,4 +93,23 @@ def check_patch_dropout(target: Target, method: str, kind: type[DeltaModule], dr
         raise OptionError(
             f"{target.named}: {method}(dropout={dropout:g}) drops inputs, but here {method} patches a weight whose input no "
             "hook sees; use dropout=0, or leave it out with exclude="
+        )
+
+
+def check_rank(target: Target, method: str, r: int) -> None:
+    """Refuses a rank that no matrix of the target's size has.
+
+    Args:
+        method: the name of the method, for the error message.
+
+    Raises:
+        OptionError: if the rank is above the smaller side of the weight.
+        TargetError: if the target is no linear map.
+    """
+    d_in, d_out = sizes(target, method)
+    largest = min(d_in, d_out)
+    if r > largest:
+        raise OptionError(
+            f"{target.named}: rank {r} is above the layer's size {d_in} to {d_out}; use {method}(r={largest}) or less, or "
+            "leave it out with exclude="
         )

@@ -62,7 +62,9 @@ def by_peft(case, model, delta):
         for path, (module,) in delta.modules.items():
             layer = other.base_model.model.get_submodule(path)
             for ours, theirs in case.names.items():
-                held = layer.get_parameter_or_buffer(f"{theirs}.default") if False else getattr(layer, theirs)["default"]
+                held = (
+                    layer.get_parameter_or_buffer(f"{theirs}.default") if False else getattr(layer, theirs)["default"]
+                )
                 held = getattr(held, "weight", held)
                 value = dict(module.named_parameters())[ours]
                 held.copy_(value.T if ours in case.turned else value)
