@@ -33,6 +33,7 @@ from deltakit.ops import (
     STARTS_WITH_A_PRODUCT,
     LowRank,
     NormedLowRank,
+    check_alpha,
     check_dropout,
     check_patch_dropout,
     check_rank,
@@ -40,6 +41,7 @@ from deltakit.ops import (
     difference,
     kaiming_uniform,
     like,
+    stack_of,
     start_factors,
     sum_of_products,
 )
@@ -55,10 +57,8 @@ class LoRADelta(LowRank):
 
     def __init__(self, target: Target, options: "LoRA") -> None:
         super().__init__(target, scaling=options.scaling, dropout=options.dropout, keep=options.keep)
-        weight = target.module._parameters.get(target.parameter)
         # The experts of a mixture are one parameter: a stack of matrices.
-        stack = weight.shape[:-2] if weight is not None else ()
-        r = one_value(options.r)
+        stack, r = stack_of(target), one_value(options.r)
         self.A = nn.Parameter(torch.empty(*stack, r, self.d_in, **like(target)))
         self.B = nn.Parameter(torch.empty(*stack, self.d_out, r, **like(target)))
         self.start = options.start
@@ -175,11 +175,7 @@ class LoRA(Method, name="lora"):
     def validate(self) -> None:
         if min(values_of(self.r)) < 1:
             raise OptionError(f"LoRA(r={self.r}): expected a rank of at least 1; 8 is usual")
-        # Beyond what float32 holds, torch refuses to multiply by it.
-        if not all(0 <= alpha <= torch.finfo(torch.float32).max for alpha in values_of(self.alpha)):
-            raise OptionError(
-                f"LoRA(alpha={self.alpha}): expected a finite number of at least 0 that float32 holds; r or 2 * r is usual"
-            )
+        check_alpha("LoRA", self.alpha)
         if self.start == "orthogonal" and any(r % 2 for r in values_of(self.r)):
             raise OptionError(f"LoRA(r={self.r}, start='orthogonal'): expected an even rank")
         if self.start == "pissa" and not all(values_of(self.alpha)):

@@ -1,7 +1,8 @@
 """VeRA: y = W x + b * (B (d * A x)) with random frozen A and B that all targets share, and trained vectors b and d.
 
-Kopiczko et al. 2023, https://arxiv.org/abs/2310.11454, section 3. b starts at zero and d at 0.1, as in the authors' defaults. A
-target uses the first d_in columns of A and the first d_out rows of B. They are drawn as PEFT draws them: uniform, with the
+Kopiczko et al. 2023, https://arxiv.org/abs/2310.11454, section 3. b starts at zero and d at 0.1, as in PEFT.
+
+A target uses the first d_in columns of A and the first d_out rows of B. They are drawn as PEFT draws them: uniform, with the
 variance 2 / fan-in, A and then B from one generator. So their numbers depend on the sizes of the largest target.
 """
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from deltakit.core import BackboneView, DeltaModule, Target, wants_start_values
 from deltakit.errors import OptionError
-from deltakit.ops import Draw, LowRank, LowRankMethod, Seeded, largest_sizes, like, uniform
+from deltakit.ops import Draw, LowRank, LowRankMethod, Seeded, check_seed, drawn_sizes, like, uniform
 
 
 class VeRADelta(LowRank):
@@ -75,19 +76,10 @@ class VeRA(LowRankMethod, name="vera"):
             raise OptionError(f"VeRA(r={self.r}): expected a rank of at least 1; 256 is usual")
         if not self.start or not math.isfinite(self.start):
             raise OptionError(f"VeRA(start={self.start}): expected a finite number that is not zero; 0.1 is usual")
-        if not 0 <= self.seed < 2**63:
-            raise OptionError(f"VeRA(seed={self.seed}): expected a seed of at least 0 that 63 bits hold")
-        if self.sizes is not None and min(self.sizes) < 1:
-            raise OptionError(f"VeRA(sizes={self.sizes}): expected an input and an output size of at least 1")
+        check_seed("VeRA", self.seed, self.sizes)
 
     def build_shared(self, index: BackboneView, targets: Sequence[Target]) -> nn.Module:
-        needed = largest_sizes(targets, "VeRA")
-        d_in, d_out = needed if self.sizes is None else self.sizes
-        if needed[0] > d_in or needed[1] > d_out:
-            raise OptionError(
-                f"VeRA(sizes={self.sizes}): the largest target has {needed[0]} to {needed[1]} features; use at least these "
-                "sizes, or omit sizes="
-            )
+        d_in, d_out = drawn_sizes("VeRA", targets, self.sizes)
         recipes = {"A": ((self.r, d_in), _kaiming(d_in)), "B": ((d_out, self.r), _kaiming(self.r))}
         return Seeded(self.seed, recipes, one_stream=True, **like(targets[0]))
 

@@ -10,7 +10,7 @@ from deltakit.ops.forwards import has_own_forward, refuse_max_norm
 from deltakit.ops.handover import Handover, InputTap
 from deltakit.ops.kinds.call_context import CallContext
 from deltakit.ops.kinds.input_map import InputMap
-from deltakit.ops.kinds.low_rank import LowRank, check_dropout, kaiming_uniform
+from deltakit.ops.kinds.low_rank import LowRank, check_alpha, check_dropout, kaiming_uniform
 from deltakit.ops.kinds.maps import on_own_examples
 from deltakit.ops.kinds.normed_low_rank import NormedLowRank
 from deltakit.ops.kinds.output_map import OutputMap
@@ -24,8 +24,16 @@ from deltakit.ops.prompt.start_vectors import start_vectors
 from deltakit.ops.prompt.text_stack import Positions, input_embeddings, stack_at, text_stack
 from deltakit.ops.recompute import linear_with
 from deltakit.ops.seeded import Draw, Seeded, normal, uniform
-from deltakit.ops.sizes import input_size, largest_sizes, like
-from deltakit.ops.weight_method import LowRankMethod, WeightMethod, check_patch_dropout, check_rank, check_weight
+from deltakit.ops.sizes import input_size, kernel_of, largest_sizes, like, matrix_sizes, stack_of
+from deltakit.ops.weight_method import (
+    LowRankMethod,
+    WeightMethod,
+    check_patch_dropout,
+    check_rank,
+    check_seed,
+    check_weight,
+    drawn_sizes,
+)
 
 __all__ = [
     "ACTIVATIONS",
@@ -50,11 +58,14 @@ __all__ = [
     "WeightMethod",
     "attends",
     "called_directly",
+    "check_alpha",
     "check_dropout",
     "check_patch_dropout",
     "check_rank",
+    "check_seed",
     "check_weight",
     "difference",
+    "drawn_sizes",
     "enter_prefix_mode",
     "enters_by_interface",
     "finish",
@@ -68,16 +79,19 @@ __all__ = [
     "joined",
     "joined_per_example",
     "kaiming_uniform",
+    "kernel_of",
     "largest_sizes",
     "layout_for",
     "leave_prefix_mode",
     "like",
     "linear_with",
+    "matrix_sizes",
     "move_positions",
     "normal",
     "on_own_examples",
     "refuse_max_norm",
     "stack_at",
+    "stack_of",
     "start_factors",
     "start_vectors",
     "sum_of_products",

@@ -42,6 +42,33 @@ def sizes(target: Target, method: str) -> tuple[int, int]:
     )
 
 
+def matrix_sizes(target: Target, method: str) -> tuple[int, int]:
+    """Returns the numbers of input and output features of a linear map, or of channels of a convolution.
+
+    Args:
+        method: the name of the method, for the error message.
+
+    Raises:
+        TargetError: if it is neither a linear layer, an embedding, a convolution nor a parameter with a matrix.
+    """
+    d_in, d_out = sizes(target, method)
+    return d_in // math.prod(kernel_of(target)), d_out
+
+
+def kernel_of(target: Target) -> tuple[int, ...]:
+    """Returns the size of a convolution's kernel; () for other targets, and for kernels of size 1."""
+    module = target.module
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or target.parameter:
+        return ()
+    return tuple(module.kernel_size) if math.prod(module.kernel_size) > 1 else ()
+
+
+def stack_of(target: Target) -> tuple[int, ...]:
+    """Returns the dimensions before the matrix of a parameter: (8,) for 8 experts; () for one matrix and for modules."""
+    held = target.module._parameters.get(target.parameter)
+    return tuple(held.shape[:-2]) if held is not None else ()
+
+
 def largest_sizes(targets: Sequence[Target], method: str) -> tuple[int, int]:
     """Returns the largest input size and the largest output size of these linear maps.
 

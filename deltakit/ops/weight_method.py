@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from deltakit.core import METHODS, DeltaModule, Method, Target
 from deltakit.errors import OptionError, TargetError
 from deltakit.ops.forwards import refuse_max_norm
 from deltakit.ops.kinds.low_rank import LowRank, check_dropout
-from deltakit.ops.sizes import sizes
+from deltakit.ops.sizes import largest_sizes, sizes, stack_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,13 +21,22 @@ class WeightMethod(Method):
         untie: whether to adapt a module alone although other modules share its weight.
     """
 
+    on_stacks: ClassVar[bool] = False
+    """Whether it can be on a stack of matrices, such as the experts of a mixture."""
+
     untie: bool = False
 
     def positions(self) -> tuple[tuple[str, ...], ...]:
         return (("attn.q", "attn.qkv"), ("attn.v", "attn.kv"))
 
     def build_at(self, target: Target) -> DeltaModule:
-        check_weight(target, type(self).__name__, untie=self.untie)
+        name = type(self).__name__
+        check_weight(target, name, untie=self.untie)
+        if stack_of(target) and not self.on_stacks:
+            raise TargetError(
+                f"{target.named}: {name} changes one matrix, and this is a stack of them; use LoRA, or leave it out with "
+                "exclude="
+            )
         build: Any = self.kind_at(target) or self.kind
         module: DeltaModule = build(target, self)
         return module
@@ -113,3 +122,40 @@ def check_rank(target: Target, method: str, r: int) -> None:
             f"{target.named}: rank {r} is above the layer's size {d_in} to {d_out}; use {method}(r={largest}) or less, or "
             "leave it out with exclude="
         )
+
+
+def check_seed(method: str, seed: int, sizes: tuple[int, int] | None) -> None:
+    """Refuses a seed, or sizes of frozen factors, that are out of their range.
+
+    Args:
+        method: the name of the method, for the error message.
+
+    Raises:
+        OptionError: if they are.
+    """
+    if not 0 <= seed < 2**63:
+        raise OptionError(f"{method}(seed={seed}): expected a seed of at least 0 that 63 bits hold")
+    if sizes is not None and min(sizes) < 1:
+        raise OptionError(f"{method}(sizes={sizes}): expected an input and an output size of at least 1")
+
+
+def drawn_sizes(method: str, targets: Sequence[Target], sizes: tuple[int, int] | None) -> tuple[int, int]:
+    """Returns the input and output size that frozen factors are drawn for.
+
+    Args:
+        method: the name of the method, for the error message.
+        sizes: those that its options ask for; by default the largest ones of the targets.
+
+    Raises:
+        OptionError: if the options ask for less than a target needs.
+        TargetError: if a target is no linear map.
+    """
+    needed = largest_sizes(targets, method)
+    if sizes is None:
+        return needed
+    if needed[0] > sizes[0] or needed[1] > sizes[1]:
+        raise OptionError(
+            f"{method}(sizes={sizes}): the largest target has {needed[0]} to {needed[1]} features; use at least these sizes, "
+            "or omit sizes="
+        )
+    return sizes

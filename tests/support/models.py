@@ -140,6 +140,9 @@ def a_layer_of_each_kind():
 
 NEEDED = {
     "trainable_tokens": {"ids": (3, 5, 11)},
+    "hira": {"r": 3},
+    "miss": {"r": 5},
+    "vblora": {"length": 4, "vectors": 7},
 }
 """The options of methods that have none of their own, or whose defaults are for larger layers than those here."""
 

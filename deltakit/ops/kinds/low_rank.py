@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from deltakit.core import (
     DeltaModule,
     MixedBatch,
+    PerTarget,
     Target,
     checked,
     hidden_input,
     hidden_output,
     is_quantized,
     replace_hidden,
+    values_of,
     weight_view,
     wide,
 )
@@ -40,6 +42,22 @@ def check_dropout(where: str, dropout: float) -> None:
     """
     if not 0 <= dropout < 1:
         raise OptionError(f"{where}(dropout={dropout}): expected a probability in [0, 1)")
+
+
+def check_alpha(where: str, alpha: PerTarget[float]) -> None:
+    """Refuses an alpha that no update can be multiplied by.
+
+    Args:
+        where: the class that got it, for the error message.
+
+    Raises:
+        OptionError: if it is negative, not finite, or beyond what float32 holds.
+    """
+    # Beyond what float32 holds, torch refuses to multiply by it.
+    if not all(0 <= one <= torch.finfo(torch.float32).max for one in values_of(alpha)):
+        raise OptionError(
+            f"{where}(alpha={alpha}): expected a finite number of at least 0 that float32 holds; r or 2 * r is usual"
+        )
 
 
 class LowRank(OutputMap):
