@@ -33,7 +33,7 @@ class HiRADelta(WeightMap):
     def __init__(self, target: Target, options: "HiRA") -> None:
         super().__init__(target)
         d_in, d_out = matrix_sizes(target, "HiRA")
-        d_in *= torch.Size(kernel_of(target)).numel()
+        d_in *= kernel_of(target).numel()
         self.embeds = isinstance(target.module, nn.Embedding)
         self.A = nn.Parameter(torch.empty(*stack_of(target), options.r, d_in, **like(target)))
         self.B = nn.Parameter(torch.empty(*stack_of(target), d_out, options.r, **like(target)))

@@ -20,7 +20,8 @@ from deltakit.ops import WeightMap, WeightMethod, check_alpha, kernel_of, like, 
 class LoHaDelta(WeightMap):
     """The factors `A1`, `A2` [*stack, r, d_in] and `B1`, `B2` [*stack, d_out, r].
 
-    With `tucker`, d_in is the number of channels, and `core1`, `core2` are [r, r, *kernel].
+    With `tucker`, d_in is the number of channels, B1 and B2 are [r, d_out], and `core1` and `core2` [r, r, positions] have a
+    matrix for each position in the kernel.
     """
 
     reads_weight: ClassVar[bool] = False
@@ -28,14 +29,15 @@ class LoHaDelta(WeightMap):
     def __init__(self, target: Target, options: "LoHa") -> None:
         super().__init__(target)
         self.scaling = options.alpha / options.r
-        r, stack, kernel = options.r, stack_of(target), kernel_of(target)
+        r, stack, positions = options.r, stack_of(target), kernel_of(target).numel()
         d_in, d_out = matrix_sizes(target, "LoHa")
-        d_in *= 1 if options.tucker else torch.Size(kernel).numel()
+        tucker = options.tucker and positions > 1
+        shapes = {"A": (*stack, r, d_in * positions), "B": (*stack, d_out, r)}
+        if tucker:
+            shapes = {"A": (r, d_in), "B": (r, d_out), "core": (r, r, positions)}
         for which in "12":
-            setattr(self, f"A{which}", nn.Parameter(torch.empty(*stack, r, d_in, **like(target))))
-            setattr(self, f"B{which}", nn.Parameter(torch.empty(*stack, d_out, r, **like(target))))
-            if kernel and options.tucker:
-                setattr(self, f"core{which}", nn.Parameter(torch.empty(r, r, *kernel, **like(target))))
+            for name, shape in shapes.items():
+                setattr(self, f"{name}{which}", nn.Parameter(torch.empty(shape, **like(target))))
         if wants_start_values(self.get_parameter("A1")):
             self.reset_parameters()
 
@@ -50,9 +52,7 @@ class LoHaDelta(WeightMap):
     def _matrix(self, which: str, dtype: torch.dtype) -> Float[Tensor, "*stack d_out d_in"]:
         own = {name: parameter.to(dtype) for name, parameter in self._parameters.items() if parameter is not None}
         a, b, core = own[f"A{which}"], own[f"B{which}"], own.get(f"core{which}")
-        if core is None:
-            return b @ a
-        return torch.einsum("oi,ij...,jc->oc...", b, core, a).flatten(1)
+        return b @ a if core is None else torch.einsum("io,ijk,jc->ock", b, core, a).flatten(1)
 
     def summary(self) -> str:
         r = self.get_parameter("A1").shape[-2]

@@ -22,23 +22,24 @@ class LoKrDelta(WeightMap):
     """`left` [p, m] and `right` [q, n], with d_out = p q and d_in = m n; of convolutions n is times the size of the kernel.
 
     Instead of `left` there may be `left_B` [p, r] and `left_A` [r, m]; instead of `right`, `right_B` [q, r] and `right_A`
-    [r, n], and in Tucker form `core` [r, r, *kernel] between them.
+    [r, n], or in Tucker form `right_B` [r, q], `core` [r, r, positions in the kernel] and `right_A` [r, n].
     """
 
     reads_weight: ClassVar[bool] = False
 
     def __init__(self, target: Target, options: "LoKr") -> None:
         super().__init__(target)
-        self.scaling, r, kernel = options.alpha / options.r, options.r, kernel_of(target)
+        self.scaling, r, positions = options.alpha / options.r, options.r, kernel_of(target).numel()
         d_in, d_out = matrix_sizes(target, "LoKr")
         (m, n), (p, q) = options.split(target, d_in, 1), options.split(target, d_out, 0)
         thin_right = r < max(q, n) / 2 and not options.full
-        tucker = bool(kernel) and options.tucker and thin_right
-        positions = 1 if tucker else torch.Size(kernel).numel()
         thin_left = options.both and r < max(p, m) / 2
         shapes: dict[str, tuple[int, ...]] = {"left_B": (p, r), "left_A": (r, m)} if thin_left else {"left": (p, m)}
-        shapes |= {"right_B": (q, r), "right_A": (r, n * positions)} if thin_right else {"right": (q, n * positions)}
-        shapes |= {"core": (r, r, *kernel)} if tucker else {}
+        if thin_right and options.tucker and positions > 1:
+            shapes |= {"right_B": (r, q), "right_A": (r, n), "core": (r, r, positions)}
+        else:
+            n *= positions
+            shapes |= {"right_B": (q, r), "right_A": (r, n)} if thin_right else {"right": (q, n)}
         for name, shape in shapes.items():
             setattr(self, name, nn.Parameter(torch.empty(shape, **like(target))))
         if wants_start_values(*self.parameters()):
@@ -69,7 +70,7 @@ class LoKrDelta(WeightMap):
         if side in own:
             return own[side]
         a, b, core = own[f"{side}_A"], own[f"{side}_B"], own.get("core") if side == "right" else None
-        return b @ a if core is None else torch.einsum("oi,ij...,jc->oc...", b, core, a).flatten(1)
+        return b @ a if core is None else torch.einsum("io,ijk,jc->ock", b, core, a).flatten(1)
 
     def summary(self) -> str:
         left, right = (self._side(side, torch.float32).shape for side in ("left", "right"))

@@ -2,7 +2,7 @@
 
 Kang and Yin 2024, https://arxiv.org/abs/2409.15371 (first called Bone). It is LoRA with a fixed A, rows of an identity matrix
 side by side; only B is trained, and starts at zero. With `bat` the update depends on the weight: with W in blocks of r x r,
-each block in the rows of block o gets W_block D_o + D_o.
+each block in the rows of block o gets W_block B_o + B_o.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ class MiSSDelta(LowRank):
 
 
 class MiSSBatDelta(WeightMap):
-    """The blocks `D` [d_out / r, r, r]."""
+    """The blocks `B` [d_out / r, r, r]."""
 
     def __init__(self, target: Target, options: "MiSS") -> None:
         super().__init__(target)
@@ -53,20 +53,20 @@ class MiSSBatDelta(WeightMap):
                 f"{target.named}: {options!r} expects sizes that r divides, and the layer has {d_in} to {d_out} features; use "
                 "another r, or leave it out with exclude="
             )
-        self.D = nn.Parameter(torch.zeros(d_out // options.r, options.r, options.r, **like(target)))
+        self.B = nn.Parameter(torch.zeros(d_out // options.r, options.r, options.r, **like(target)))
 
     def weight_update(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        blocks, r = self.D.to(weight.dtype), self.D.shape[-1]
+        blocks, r = self.B.to(weight.dtype), self.B.shape[-1]
         # [d_out / r, d_in / r, r, r]
         parts = weight.unflatten(1, (-1, r)).unflatten(0, (-1, r)).transpose(1, 2)
         return (parts @ blocks[:, None] + blocks[:, None]).transpose(1, 2).flatten(2).flatten(0, 1)
 
     @torch.no_grad()
     def take_sum(self, parts: Sequence[tuple[float, DeltaModule]]) -> tuple[float, float]:
-        return _take_sum(self.D, [(weight, part.D) for weight, part in parts if isinstance(part, MiSSBatDelta)])
+        return _take_sum(self.B, [(weight, part.B) for weight, part in parts if isinstance(part, MiSSBatDelta)])
 
     def summary(self) -> str:
-        return f"r={self.D.shape[-1]} bat"
+        return f"r={self.B.shape[-1]} bat"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,18 +109,17 @@ class MiSS(LowRankMethod, name="miss"):
 
     @classmethod
     def combination(cls, parts: Sequence[DeltaModule], rank: int | None) -> Method:
-        first = parts[0]
-        tensor = first.D if isinstance(first, MiSSBatDelta) else first.B if isinstance(first, MiSSDelta) else None
-        assert tensor is not None
-        alike = all(type(part) is type(first) and next(part.parameters()).shape == tensor.shape for part in parts)
-        if isinstance(first, MiSSBatDelta):
-            if not alike:
-                raise TargetError("MiSS(bat=True) has weighted sums with the same r only; run the deltas one by one")
-            return cls(r=tensor.shape[-1], bat=True)
-        assert isinstance(first, MiSSDelta)
-        if not alike or rank is not None:
-            return super().combination(parts, rank)
-        return cls(r=tensor.shape[1], mini=None if len(tensor) == first.d_out else len(tensor))
+        own = [part for part in parts if isinstance(part, MiSSDelta | MiSSBatDelta)]
+        first, alike = own[0], len({part.B.shape for part in own}) == 1
+        if isinstance(first, MiSSDelta) and alike and rank is None:
+            return cls(r=first.B.shape[1], mini=None if len(first.B) == first.d_out else len(first.B))
+        if alike and isinstance(first, MiSSBatDelta):
+            return cls(r=first.B.shape[-1], bat=True)
+        if any(isinstance(part, MiSSBatDelta) for part in own):
+            raise TargetError(
+                "MiSS(bat=True) has no weighted sums with others than of the same r and bat=True; run the deltas one by one"
+            )
+        return super().combination(parts, rank)
 
 
 def _tiled(values: Float[Tensor, "r d_in"], _: torch.Generator) -> None:

@@ -55,12 +55,12 @@ def matrix_sizes(target: Target, method: str) -> tuple[int, int]:
     return d_in // math.prod(kernel_of(target)), d_out
 
 
-def kernel_of(target: Target) -> tuple[int, ...]:
-    """Returns the size of a convolution's kernel; () for other targets, and for kernels of size 1."""
+def kernel_of(target: Target) -> torch.Size:
+    """Returns the size of a convolution's kernel; () for other targets."""
     module = target.module
     if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or target.parameter:
-        return ()
-    return tuple(module.kernel_size) if math.prod(module.kernel_size) > 1 else ()
+        return torch.Size()
+    return torch.Size(module.kernel_size)
 
 
 def stack_of(target: Target) -> tuple[int, ...]:

@@ -55,11 +55,11 @@ def miss(weight, p, shared):
 
 
 def miss_bat(weight, p, shared):
-    new, r = torch.zeros_like(weight), p["D"].shape[1]
+    new, r = torch.zeros_like(weight), p["B"].shape[1]
     for o in range(weight.shape[0] // r):
         for i in range(weight.shape[1] // r):
             place = slice(o * r, o * r + r), slice(i * r, i * r + r)
-            new[place] = weight[place] @ p["D"][o] + p["D"][o]
+            new[place] = weight[place] @ p["B"][o] + p["B"][o]
     return new
 
 
@@ -147,7 +147,7 @@ CASES = {
         ("B",),
     ),
     "MiSS, bat": Case(
-        dk.MiSS(r=3, bat=True), peft.MissConfig(r=3, init_weights="bat"), {"D": "miss_block"}, miss_bat, (9, 15)
+        dk.MiSS(r=3, bat=True), peft.MissConfig(r=3, init_weights="bat"), {"B": "miss_block"}, miss_bat, (9, 15)
     ),
     "DeLoRA": Case(
         dk.DeLoRA(r=3, strength=2.5, start="zero"), peft.DeloraConfig(r=3, delora_lambda=2.5), DELORA, delora, (7, 11)
