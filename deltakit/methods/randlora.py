@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from deltakit.core import BackboneView, DeltaModule, Target, wants_start_values
 from deltakit.errors import OptionError
-from deltakit.ops import LowRank, LowRankMethod, Seeded, check_alpha, check_seed, drawn_sizes, like
+from deltakit.ops import LowRank, LowRankMethod, Seeded, check_alpha, check_seed, drawn_sizes, largest_sizes, like
 
 
 class RandLoRADelta(LowRank):
@@ -64,8 +64,8 @@ class RandLoRA(LowRankMethod, name="randlora"):
         bases: how the frozen matrices are drawn: "uniform", or with entries of -1, 0 and 1 ("sparse": a third of them is not
             zero; "very_sparse": one in the root of the size).
         seed: the seed of the frozen matrices, at least 0.
-        sizes: the largest input and output size that they are drawn for; by default those of the targets. Set it to get the
-            same matrices on other targets.
+        sizes: the largest input and output size, in any order, that they are drawn for; by default those of the targets. Set
+            it to get the same matrices on other targets.
         dropout: the probability in [0, 1) with which inputs of the update are dropped in training.
         untie: whether to adapt a module alone although other modules share its weight.
 
@@ -89,11 +89,18 @@ class RandLoRA(LowRankMethod, name="randlora"):
         check_seed("RandLoRA", self.seed, self.sizes)
 
     def build_shared(self, index: BackboneView, targets: Sequence[Target]) -> nn.Module:
-        smaller, larger = sorted(drawn_sizes("RandLoRA", targets, self.sizes))
+        # Which of the two sides is the smaller one does not matter: the larger layers may be wide or tall.
+        needed, sizes = (_sorted(one) for one in (largest_sizes(targets, "RandLoRA"), self.sizes))
+        assert needed is not None
+        smaller, larger = drawn_sizes("RandLoRA", needed, sizes)
         every = {"sparse": 3.0, "very_sparse": math.sqrt(smaller)}.get(self.bases)
         draw = _uniform if every is None else partial(_sparse, every)
         recipes = {"A": ((self.r, 1, smaller), draw), "B": ((larger, -(-smaller // self.r), self.r), draw)}
         return Seeded(self.seed, recipes, one_stream=True, **like(targets[0]))
+
+
+def _sorted(sizes: tuple[int, int] | None) -> tuple[int, int] | None:
+    return None if sizes is None else (min(sizes), max(sizes))
 
 
 def _uniform(values: Float[Tensor, "rows count columns"], generator: torch.Generator) -> None:

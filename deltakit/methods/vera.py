@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deltakit.core import BackboneView, DeltaModule, Target, wants_start_values
 from deltakit.errors import OptionError
-from deltakit.ops import Draw, LowRank, LowRankMethod, Seeded, check_seed, drawn_sizes, like, uniform
+from deltakit.ops import Draw, LowRank, LowRankMethod, Seeded, check_seed, drawn_sizes, largest_sizes, like, uniform
 
 
 class VeRADelta(LowRank):
@@ -79,7 +79,7 @@ class VeRA(LowRankMethod, name="vera"):
         check_seed("VeRA", self.seed, self.sizes)
 
     def build_shared(self, index: BackboneView, targets: Sequence[Target]) -> nn.Module:
-        d_in, d_out = drawn_sizes("VeRA", targets, self.sizes)
+        d_in, d_out = drawn_sizes("VeRA", largest_sizes(targets, "VeRA"), self.sizes)
         recipes = {"A": ((self.r, d_in), _kaiming(d_in)), "B": ((d_out, self.r), _kaiming(self.r))}
         return Seeded(self.seed, recipes, one_stream=True, **like(targets[0]))
 

@@ -8,7 +8,7 @@ from deltakit.core import METHODS, DeltaModule, Method, Target
 from deltakit.errors import OptionError, TargetError
 from deltakit.ops.forwards import refuse_max_norm
 from deltakit.ops.kinds.low_rank import LowRank, check_dropout
-from deltakit.ops.sizes import largest_sizes, sizes, stack_of
+from deltakit.ops.sizes import sizes, stack_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,18 +139,17 @@ def check_seed(method: str, seed: int, sizes: tuple[int, int] | None) -> None:
         raise OptionError(f"{method}(sizes={sizes}): expected an input and an output size of at least 1")
 
 
-def drawn_sizes(method: str, targets: Sequence[Target], sizes: tuple[int, int] | None) -> tuple[int, int]:
-    """Returns the input and output size that frozen factors are drawn for.
+def drawn_sizes(method: str, needed: tuple[int, int], sizes: tuple[int, int] | None) -> tuple[int, int]:
+    """Returns the sizes that frozen factors are drawn for.
 
     Args:
         method: the name of the method, for the error message.
-        sizes: those that its options ask for; by default the largest ones of the targets.
+        needed: the largest sizes of the targets.
+        sizes: those that its options ask for; None for those that are needed.
 
     Raises:
-        OptionError: if the options ask for less than a target needs.
-        TargetError: if a target is no linear map.
+        OptionError: if the options ask for less than is needed.
     """
-    needed = largest_sizes(targets, method)
     if sizes is None:
         return needed
     if needed[0] > sizes[0] or needed[1] > sizes[1]:
