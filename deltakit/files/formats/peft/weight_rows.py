@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from deltakit.core import Site
 from deltakit.errors import CheckpointError
-from deltakit.files.formats.layers import Layers
+from deltakit.files.formats.layers import Layers, differs_with_new_weight
 from deltakit.files.formats.peft.row import Field, Options, OptionsAt, Row, Stored
 from deltakit.files.formats.source import Source
 from deltakit.files.formats.writing import Writing
@@ -42,20 +42,8 @@ def with_own(own: Callable[[Source], OptionsAt]) -> Callable[[Source], OptionsAt
     return computed
 
 
-def plain_convolution(module: nn.Module | None) -> str:
-    """Returns why PEFT, which calls torch's function, computes something else at a convolution or embedding."""
-    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
-    base: Any = next((kind for kind in kinds if isinstance(module, kind)), None)
-    if getattr(module, "padding_mode", "zeros") != "zeros":
-        return "is a convolution that is padded by other than zeros"
-    if base is not None and getattr(type(module), "forward", None) is not base.forward:
-        return f"is a {type(module).__name__} with a forward of its own"
-    return ""
-
-
-def ungrouped_convolution(module: nn.Module | None) -> str:
-    """Returns why PEFT computes something else at a convolution, also if it is in groups."""
-    return "is a grouped convolution" if getattr(module, "groups", 1) != 1 else plain_convolution(module)
+def _differs_in_groups(module: nn.Module | None) -> str:
+    return "is a grouped convolution" if getattr(module, "groups", 1) != 1 else differs_with_new_weight(module)
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -104,7 +92,7 @@ LOHA = Row(
     },
     layers=Layers(_CONVOLUTIONS, conv1d=False),
     computed=untied,
-    differs=plain_convolution,
+    differs=differs_with_new_weight,
     training_only=("rank_dropout", "module_dropout"),
 )
 
@@ -158,7 +146,7 @@ LOKR = Row(
     layers=Layers(_CONVOLUTIONS, conv1d=False),
     computed=with_own(_of_lokr),
     written=_split,
-    differs=plain_convolution,
+    differs=differs_with_new_weight,
     training_only=("rank_dropout", "module_dropout"),
     known=("rank_dropout_scale",),
 )
@@ -186,7 +174,7 @@ HIRA = Row(
     prepared=_of_embeddings,
     consumed=(".hira_embedding_A", ".hira_embedding_B"),
     written=_no_embedding,
-    differs=ungrouped_convolution,
+    differs=_differs_in_groups,
     training_only=("hira_dropout",),
 )
 
