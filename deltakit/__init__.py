@@ -45,13 +45,22 @@ from deltakit.errors import (
 from deltakit.methods.adapter import Adapter
 from deltakit.methods.bitfit import BitFit
 from deltakit.methods.compacter import Compacter
+from deltakit.methods.delora import DeLoRA
+from deltakit.methods.gralora import GraLoRA
+from deltakit.methods.hira import HiRA
 from deltakit.methods.ia3 import IA3
+from deltakit.methods.loha import LoHa
+from deltakit.methods.lokr import LoKr
 from deltakit.methods.lora import LoRA
 from deltakit.methods.low_rank_adapter import LowRankAdapter
+from deltakit.methods.miss import MiSS
 from deltakit.methods.parallel_adapter import ParallelAdapter
 from deltakit.methods.prefix import Prefix
+from deltakit.methods.randlora import RandLoRA
 from deltakit.methods.soft_prompt import SoftPrompt
 from deltakit.methods.trainable_tokens import TrainableTokens
+from deltakit.methods.vblora import VBLoRA
+from deltakit.methods.vera import VeRA
 from deltakit.opendelta import (
     AdapterModel,
     AutoDeltaConfig,
@@ -85,18 +94,24 @@ __all__ = [
     "Combination",
     "Compacter",
     "CompacterModel",
+    "DeLoRA",
     "Delta",
     "DeltaError",
     "DeltaModule",
     "DeltaWarning",
+    "GraLoRA",
+    "HiRA",
     "HubError",
     "InputMap",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "LoraModel",
     "LowRank",
     "LowRankAdapter",
     "LowRankAdapterModel",
     "Method",
+    "MiSS",
     "OptionError",
     "OutputMap",
     "ParallelAdapter",
@@ -104,6 +119,7 @@ __all__ = [
     "Plan",
     "Prefix",
     "PrefixModel",
+    "RandLoRA",
     "RoleError",
     "RoleTable",
     "SavedDelta",
@@ -115,6 +131,8 @@ __all__ = [
     "Target",
     "TargetError",
     "TrainableTokens",
+    "VBLoRA",
+    "VeRA",
     "View",
     "Visualization",
     "WeightMap",

@@ -61,7 +61,7 @@ class _Kind(NamedTuple):
 
 def by_row(row: Row) -> _Kind:
     """Returns what reads a method in the table."""
-    return _Kind(partial(read_row, row), tuple(row.tensors), row.layers, row.all_fields)
+    return _Kind(partial(read_row, row), (*row.tensors, *row.consumed), row.layers, row.all_fields)
 
 
 _OF_LORA = (*LORA, *LORA_OF_EMBEDDINGS, *LORA_BIAS, *LORA_MAGNITUDES, *TOKENS_OF_LORA)

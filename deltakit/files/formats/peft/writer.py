@@ -147,7 +147,7 @@ class _Kind(NamedTuple):
 
 def by_row(row: Row) -> _Kind:
     """Returns how a method in the table is written."""
-    return _Kind(row.peft_type, partial(write_row, row), shared=row.shared)
+    return _Kind(row.peft_type, partial(write_row, row), shared=(*row.shared, *row.consumed))
 
 
 KINDS = {
