@@ -44,10 +44,13 @@ from deltakit.errors import (
 )
 from deltakit.methods.adapter import Adapter
 from deltakit.methods.bitfit import BitFit
+from deltakit.methods.boft import BOFT
 from deltakit.methods.compacter import Compacter
+from deltakit.methods.hra import HRA
 from deltakit.methods.ia3 import IA3
 from deltakit.methods.lora import LoRA
 from deltakit.methods.low_rank_adapter import LowRankAdapter
+from deltakit.methods.oft import OFT
 from deltakit.methods.parallel_adapter import ParallelAdapter
 from deltakit.methods.prefix import Prefix
 from deltakit.methods.soft_prompt import SoftPrompt
@@ -71,8 +74,11 @@ from deltakit.version import __version__
 from deltakit.view import View, show
 
 __all__ = [
+    "BOFT",
+    "HRA",
     "IA3",
     "METHODS",
+    "OFT",
     "Adapter",
     "AdapterModel",
     "AutoDeltaConfig",

@@ -21,7 +21,7 @@ WORD = {"no", "false", "16", "own text", "long text"}
 TEXT = WORD | {"empty text", "zero byte", "control"}
 MODEL = {"module"}
 BOTTLENECKS = ("Adapter", "LowRankAdapter", "Compacter", "ParallelAdapter")
-ON_MODULES = ("LoRA", "BitFit", "IA3", *BOTTLENECKS)
+ON_MODULES = ("LoRA", "BitFit", "IA3", "OFT", "BOFT", "HRA", *BOTTLENECKS)
 ALL_METHODS = (*ON_MODULES, "Prefix", "SoftPrompt", "TrainableTokens")
 
 OPENDELTA = {
@@ -97,6 +97,11 @@ ACCEPTED = {
     **dict.fromkeys(["Compacter.shared_rule", "Compacter.bias"], SWITCH),
     "ParallelAdapter.scaling": NUMBER,
     "ParallelAdapter.source": NOTHING,
+    # A block has at least two features, and a series three terms.
+    **dict.fromkeys(["OFT.block_size", "BOFT.block_size"], NOTHING),
+    "OFT.blocks": NOTHING | COUNT,
+    "OFT.block_share": SWITCH,
+    "BOFT.factors": COUNT,
     "SoftPrompt.init_ids": NOTHING | {"range"},
     "SoftPrompt.where": NOTHING,
     # Any text with a token.

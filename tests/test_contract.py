@@ -218,7 +218,7 @@ def test_every_way_of_calling_and_returning(name, style):
     # Sizes and divisors that fit a layer of 7 to 5 features.
     options = {"lora": {"r": 3}, "compacter": {"division": 5}}.get(name, {})
     delta = dk.attach(model, method_of(name, at="target", **options))
-    assert torch.equal(model(x), before)
+    assert not dk.METHODS[name].identity or torch.equal(model(x), before)
     kind = type(model.target(x))
     randomize(delta)
     assert not torch.equal(model(x), before)

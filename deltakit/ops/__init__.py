@@ -5,6 +5,7 @@ from deltakit.ops.attention.interface import install_prefixes
 from deltakit.ops.attention.kernel import AttentionPrefix, joined, joined_per_example
 from deltakit.ops.attention.mode_stack import enter_prefix_mode, leave_prefix_mode
 from deltakit.ops.attention.sites import attends, enters_by_interface, heads_of
+from deltakit.ops.blocks import block_size_for
 from deltakit.ops.bottleneck import ACTIVATIONS, Bottleneck, BottleneckMethod, unfilled_linear
 from deltakit.ops.forwards import has_own_forward, refuse_max_norm
 from deltakit.ops.handover import Handover, InputTap
@@ -23,7 +24,7 @@ from deltakit.ops.prompt.start_vectors import start_vectors
 from deltakit.ops.prompt.text_stack import Positions, input_embeddings, stack_at, text_stack
 from deltakit.ops.recompute import linear_with
 from deltakit.ops.seeded import Seeded, normal, uniform
-from deltakit.ops.sizes import input_size, like
+from deltakit.ops.sizes import input_size, like, matrix_shape
 
 __all__ = [
     "ACTIVATIONS",
@@ -43,6 +44,7 @@ __all__ = [
     "Seeded",
     "WeightMap",
     "attends",
+    "block_size_for",
     "called_directly",
     "check_dropout",
     "enter_prefix_mode",
@@ -62,6 +64,7 @@ __all__ = [
     "leave_prefix_mode",
     "like",
     "linear_with",
+    "matrix_shape",
     "move_positions",
     "normal",
     "on_own_examples",

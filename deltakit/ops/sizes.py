@@ -42,6 +42,24 @@ def sizes(target: Target, method: str) -> tuple[int, int]:
     )
 
 
+def matrix_shape(target: Target, method: str) -> tuple[tuple[int, ...], int, int]:
+    """Returns the shape of a target's weight as matrices: the sizes of a stack (mostly none), d_out and d_in.
+
+    Args:
+        method: the name of the method, for the error message.
+
+    Raises:
+        TargetError: if the target is none of those of `sizes`, or an embedding: its ids are no features.
+    """
+    if isinstance(target.module, nn.Embedding):
+        raise TargetError(
+            f"{target.named}: {method} changes maps of features, but an embedding takes ids; leave it out with exclude="
+        )
+    d_in, d_out = sizes(target, method)
+    weight = target.module._parameters.get(target.parameter)
+    return tuple(weight.shape[:-2]) if weight is not None else (), d_out, d_in
+
+
 def _parameter_sizes(target: Target, method: str) -> tuple[int, int]:
     tensor = target.module._parameters[target.parameter]
     if tensor is None or tensor.ndim < 2:
