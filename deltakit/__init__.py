@@ -48,11 +48,13 @@ from deltakit.methods.boft import BOFT
 from deltakit.methods.compacter import Compacter
 from deltakit.methods.hra import HRA
 from deltakit.methods.ia3 import IA3
+from deltakit.methods.ln_tuning import LNTuning
 from deltakit.methods.lora import LoRA
 from deltakit.methods.low_rank_adapter import LowRankAdapter
 from deltakit.methods.oft import OFT
 from deltakit.methods.parallel_adapter import ParallelAdapter
 from deltakit.methods.prefix import Prefix
+from deltakit.methods.road import RoAd
 from deltakit.methods.soft_prompt import SoftPrompt
 from deltakit.methods.trainable_tokens import TrainableTokens
 from deltakit.opendelta import (
@@ -97,6 +99,7 @@ __all__ = [
     "DeltaWarning",
     "HubError",
     "InputMap",
+    "LNTuning",
     "LoRA",
     "LoraModel",
     "LowRank",
@@ -110,6 +113,7 @@ __all__ = [
     "Plan",
     "Prefix",
     "PrefixModel",
+    "RoAd",
     "RoleError",
     "RoleTable",
     "SavedDelta",

@@ -25,6 +25,7 @@ from deltakit.ops.prompt.text_stack import Positions, input_embeddings, stack_at
 from deltakit.ops.recompute import linear_with
 from deltakit.ops.seeded import Seeded, normal, uniform
 from deltakit.ops.sizes import input_size, like, matrix_shape
+from deltakit.ops.weighted_sum import take_weighted_sum
 
 __all__ = [
     "ACTIVATIONS",
@@ -72,6 +73,7 @@ __all__ = [
     "stack_at",
     "start_vectors",
     "sum_of_products",
+    "take_weighted_sum",
     "text_stack",
     "unfilled_linear",
     "uniform",

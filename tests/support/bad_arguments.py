@@ -226,6 +226,8 @@ CALLS = {
     "OFT": _option(dk.OFT),
     "BOFT": _option(dk.BOFT),
     "HRA": _option(dk.HRA),
+    "RoAd": _option(dk.RoAd),
+    "LNTuning": _option(dk.LNTuning),
     "Prefix": _option(dk.Prefix),
     "SoftPrompt": _option(dk.SoftPrompt),
     "TrainableTokens": Call(lambda s: dk.TrainableTokens, lambda s: {"ids": [3, 5]}, _used),
