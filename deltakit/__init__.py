@@ -54,6 +54,7 @@ from deltakit.methods.low_rank_adapter import LowRankAdapter
 from deltakit.methods.oft import OFT
 from deltakit.methods.parallel_adapter import ParallelAdapter
 from deltakit.methods.prefix import Prefix
+from deltakit.methods.reft import ReFT
 from deltakit.methods.road import RoAd
 from deltakit.methods.soft_prompt import SoftPrompt
 from deltakit.methods.trainable_tokens import TrainableTokens
@@ -113,6 +114,7 @@ __all__ = [
     "Plan",
     "Prefix",
     "PrefixModel",
+    "ReFT",
     "RoAd",
     "RoleError",
     "RoleTable",

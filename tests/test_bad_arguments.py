@@ -21,7 +21,7 @@ WORD = {"no", "false", "16", "own text", "long text"}
 TEXT = WORD | {"empty text", "zero byte", "control"}
 MODEL = {"module"}
 BOTTLENECKS = ("Adapter", "LowRankAdapter", "Compacter", "ParallelAdapter")
-ON_MODULES = ("LoRA", "BitFit", "IA3", "OFT", "BOFT", "HRA", "RoAd", *BOTTLENECKS)
+ON_MODULES = ("LoRA", "BitFit", "IA3", "OFT", "BOFT", "HRA", "RoAd", "ReFT", *BOTTLENECKS)
 ALL_METHODS = (*ON_MODULES, "LNTuning", "Prefix", "SoftPrompt", "TrainableTokens")
 
 OPENDELTA = {
@@ -101,6 +101,9 @@ ACCEPTED = {
     **dict.fromkeys(["OFT.block_size", "BOFT.block_size", "RoAd.group_size"], NOTHING),
     "OFT.blocks": NOTHING | COUNT,
     "OFT.block_share": SWITCH,
+    **dict.fromkeys(["ReFT.r", "ReFT.prefix_positions"], COUNT),
+    "ReFT.suffix_positions": COUNT | {"0"},
+    "ReFT.tied": SWITCH,
     "BOFT.factors": COUNT,
     "SoftPrompt.init_ids": NOTHING | {"range"},
     "SoftPrompt.where": NOTHING,

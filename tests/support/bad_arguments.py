@@ -227,6 +227,7 @@ CALLS = {
     "BOFT": _option(dk.BOFT),
     "HRA": _option(dk.HRA),
     "RoAd": _option(dk.RoAd),
+    "ReFT": _option(dk.ReFT),
     "LNTuning": _option(dk.LNTuning),
     "Prefix": _option(dk.Prefix),
     "SoftPrompt": _option(dk.SoftPrompt),
