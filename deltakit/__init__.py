@@ -45,7 +45,9 @@ from deltakit.errors import (
 from deltakit.methods.adapter import Adapter
 from deltakit.methods.bitfit import BitFit
 from deltakit.methods.boft import BOFT
+from deltakit.methods.c3a import C3A
 from deltakit.methods.compacter import Compacter
+from deltakit.methods.fourierft import FourierFT
 from deltakit.methods.hra import HRA
 from deltakit.methods.ia3 import IA3
 from deltakit.methods.ln_tuning import LNTuning
@@ -56,6 +58,7 @@ from deltakit.methods.parallel_adapter import ParallelAdapter
 from deltakit.methods.prefix import Prefix
 from deltakit.methods.reft import ReFT
 from deltakit.methods.road import RoAd
+from deltakit.methods.shira import SHiRA
 from deltakit.methods.soft_prompt import SoftPrompt
 from deltakit.methods.trainable_tokens import TrainableTokens
 from deltakit.opendelta import (
@@ -78,6 +81,7 @@ from deltakit.view import View, show
 
 __all__ = [
     "BOFT",
+    "C3A",
     "HRA",
     "IA3",
     "METHODS",
@@ -98,6 +102,7 @@ __all__ = [
     "DeltaError",
     "DeltaModule",
     "DeltaWarning",
+    "FourierFT",
     "HubError",
     "InputMap",
     "LNTuning",
@@ -118,6 +123,7 @@ __all__ = [
     "RoAd",
     "RoleError",
     "RoleTable",
+    "SHiRA",
     "SavedDelta",
     "SavedMethod",
     "SelectorError",

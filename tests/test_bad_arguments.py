@@ -21,7 +21,7 @@ WORD = {"no", "false", "16", "own text", "long text"}
 TEXT = WORD | {"empty text", "zero byte", "control"}
 MODEL = {"module"}
 BOTTLENECKS = ("Adapter", "LowRankAdapter", "Compacter", "ParallelAdapter")
-ON_MODULES = ("LoRA", "BitFit", "IA3", "OFT", "BOFT", "HRA", "RoAd", "ReFT", *BOTTLENECKS)
+ON_MODULES = ("LoRA", "BitFit", "IA3", "OFT", "BOFT", "HRA", "RoAd", "ReFT", "FourierFT", "C3A", "SHiRA", *BOTTLENECKS)
 ALL_METHODS = (*ON_MODULES, "LNTuning", "Prefix", "SoftPrompt", "TrainableTokens")
 
 OPENDELTA = {
@@ -101,6 +101,9 @@ ACCEPTED = {
     **dict.fromkeys(["OFT.block_size", "BOFT.block_size", "RoAd.group_size"], NOTHING),
     "OFT.blocks": NOTHING | COUNT,
     "OFT.block_share": SWITCH,
+    **dict.fromkeys(["FourierFT.n", "C3A.block_size", "SHiRA.r"], NOTHING | COUNT),
+    "FourierFT.scaling": NUMBER - {"0", "-1"},
+    **dict.fromkeys(["FourierFT.seed", "SHiRA.seed"], COUNT | {"0"}),
     **dict.fromkeys(["ReFT.r", "ReFT.prefix_positions"], COUNT),
     "ReFT.suffix_positions": COUNT | {"0"},
     "ReFT.tied": SWITCH,

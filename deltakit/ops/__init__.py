@@ -23,7 +23,7 @@ from deltakit.ops.prompt.positions import move_positions
 from deltakit.ops.prompt.start_vectors import start_vectors
 from deltakit.ops.prompt.text_stack import Positions, input_embeddings, stack_at, text_stack
 from deltakit.ops.recompute import linear_with
-from deltakit.ops.seeded import Seeded, normal, uniform
+from deltakit.ops.seeded import Seeded, SeededPlaces, normal, seeded_places, uniform
 from deltakit.ops.sizes import input_size, like, matrix_shape
 from deltakit.ops.weighted_sum import take_weighted_sum
 
@@ -43,6 +43,7 @@ __all__ = [
     "Positions",
     "PrefixMode",
     "Seeded",
+    "SeededPlaces",
     "WeightMap",
     "attends",
     "block_size_for",
@@ -70,6 +71,7 @@ __all__ = [
     "normal",
     "on_own_examples",
     "refuse_max_norm",
+    "seeded_places",
     "stack_at",
     "start_vectors",
     "sum_of_products",

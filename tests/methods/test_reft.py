@@ -190,12 +190,17 @@ def test_a_rank_above_the_features():
         dk.attach(Calls("tensor"), dk.ReFT(at="target", r=6))
 
 
-def test_under_gradient_checkpointing_it_says_so():
-    """A block that is computed again in the backward pass does not know the mask of its call."""
-    model = build("llama", tf.AutoModelForCausalLM)
-    attached(model, dk.ReFT())
-    model.gradient_checkpointing_enable()
-    model.train()
-    loss = model(ids(2, 5)).logits.square().mean()
-    with pytest.raises(dk.StateError, match="switch checkpointing off for this method"):
-        loss.backward()
+def test_under_gradient_checkpointing():
+    """transformers computes the blocks' forwards again, outside of which the edits are."""
+    model = build("llama", tf.AutoModelForCausalLM).train()
+    delta, found = attached(model, dk.ReFT()), []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model(ids(2, 5)).logits.square().mean().backward()
+        found.append([parameter.grad for parameter in delta.parameters()])
+        for parameter in delta.parameters():
+            parameter.grad = None
+    for one, other in zip(*found, strict=True):
+        assert one.any()
+        torch.testing.assert_close(one, other)
