@@ -305,6 +305,25 @@ def test_what_is_wrong_with_other_parts_is_theirs(tmp_path):
     loads_as(unet, file, expected(unet, pairs))
 
 
+METADATA = {
+    "DoRA": ({"use_dora": True}, r"this LoRA of diffusers has DoRA \(use_dora\), .* diffusers' fuse_lora"),
+    "a changed start": (
+        {"init_lora_weights": "pissa"},
+        "this LoRA of diffusers started by changing .* diffusers' fuse_lora",
+    ),
+    "a wrong type": ({"lora_alpha": "x"}, r"lora_adapter_metadata is damaged at lora_alpha"),
+}
+
+
+@pytest.mark.parametrize("case", METADATA)
+def test_metadata_that_are_refused_are_those_of_diffusers(case, tmp_path):
+    config, message = METADATA[case]
+    entry = json.dumps({f"unet.{key}": value for key, value in ({"lora_alpha": 3} | config).items()})
+    write(tmp_path / FILE, dotted(only(factors(unet()), "to_q"), "unet."), lora_adapter_metadata=entry)
+    with pytest.raises(dk.CheckpointError, match=message):
+        dk.load(tmp_path, unet())
+
+
 def test_another_backbone(tmp_path):
     file = write(
         tmp_path / "a.safetensors", dotted(factors(unet()), "unet.") | dotted(factors(text()), "text_encoder.")
@@ -412,6 +431,7 @@ UNWRITTEN = {
 def test_what_diffusers_does_not_have(case, tmp_path):
     method, train, message = UNWRITTEN[case]
     delta = randomize(dk.attach(Layers(TEXT | {"words": lambda: nn.Embedding(9, 6)}), method, train=train))
+    message = f"delta 'delta' cannot be saved as a LoRA of diffusers: .*{message}.*; save it in the format 'deltakit'"
     with pytest.raises(dk.CheckpointError, match=message):
         delta.save(tmp_path, format="diffusers")
     assert not any(tmp_path.iterdir())

@@ -108,7 +108,7 @@ DENSE = "bert.encoder.layer.0.output.dense"
     [
         ("lora", {"config": {"delta_type": "split"}}, "delta of OpenDelta of the type 'split', which .* it reads lora, "),
         ("lora", {"config": {"lora_alpha": "x"}}, "damaged at lora_alpha"),
-        ("adapter", {"config": {"non_linearity": "mish"}}, "activation 'mish', which deltakit does not have; it has relu, "),
+        ("adapter", {"config": {"non_linearity": "mish"}}, "activation 'mish', which deltakit does not have; it has gelu, "),
         ("lora", {"add": {f"{QUERY}.lora_1.lora_A": torch.ones(2, 12)}}, f"it has two deltas at {QUERY}"),
         ("lora", {"add": {f"{DENSE}.adapter.modulelist.up_proj.bias": torch.ones(12)}}, "no part of the lora delta"),
         ("lora", {"add": {f"{DENSE}.lora.lora_A": torch.ones(2, 20)}}, f"it has no B at {DENSE}"),

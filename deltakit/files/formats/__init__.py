@@ -20,6 +20,9 @@ WRITERS = {kind.name: kind.write for kind in FORMATS.values() if kind.write is n
 FILES = tuple(name for kind in FORMATS.values() for name in kind.files)
 """The files that are downloaded from a repository: all that some format reads."""
 
+TELLING = frozenset(FILES) - {"README.md", "config.json"}
+"""Files that only deltas have."""
+
 # Each: a file, and what has it.
 _OTHERS = {
     "adapter_fusion_config.json": "an AdapterFusion of AdapterHub",
@@ -115,16 +118,28 @@ def _why_none(place: Path) -> str:
     return no_delta(_names_in(place))
 
 
-def no_delta(names: Iterable[str]) -> str:
-    """Returns what to say of a folder or repository that holds no delta in a format that deltakit reads."""
+def no_delta(names: Iterable[str], *, listed: bool = False) -> str:
+    """Returns what to say of a folder or repository that holds no delta in a format that deltakit reads.
+
+    Args:
+        listed: whether the names are all files of a repository, those in folders, too.
+    """
     there = list(names)
+    folders = sorted({name.rpartition("/")[0] for name in there if name.rpartition("/")[2] in TELLING} - {""})
+    if folders:
+        more = f" and {len(folders) - 10} more" if len(folders) > 10 else ""
+        return (
+            f"there is no delta here, but in folders below: {', '.join(folders[:10])}{more}; pass one of them as the "
+            f"subfolder, such as {folders[0]!r}"
+        )
     known = next((_OTHERS[name] for name in there if name in _OTHERS), "")
     if known:
         reads = ", ".join(kind.reads for kind in FORMATS.values())
         return f"this is {known}, which deltakit does not read; it reads {reads}"
     more = f" and {len(there) - 10} more" if len(there) > 10 else ""
     file = next((name for name in there if name.endswith(".safetensors")), "")
-    advice = f"; if {file} is a LoRA of kohya or LyCORIS, pass the path of that file on this machine" if file else ""
+    how = "its name as the subfolder" if listed else "the path of that file"
+    advice = f"; if {file} is a LoRA of kohya or LyCORIS, pass {how}" if file else ""
     return (
         f"there is no delta here: expected {TENSORS_FILE}, or the files of another library, found "
         f"{', '.join(there[:10]) or 'nothing'}{more}; pass the folder or repository that a delta was saved to"

@@ -6,11 +6,7 @@ TENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 FILES = (CONFIG, TENSORS, PICKLE)
 
 PREFIX, PREFIX_OF_PROMPTS = "base_model.model.", "base_model."
-LORA = {".lora_A.weight": "A", ".lora_B.weight": "B"}
-LORA_OF_EMBEDDINGS = {".lora_embedding_A": "A", ".lora_embedding_B": "B"}
-LORA_MAGNITUDES = {".lora_magnitude_vector": "m"}
 LORA_BIAS = {".lora_B.bias": "bias"}
-IA3 = {".ia3_l": "scale"}
 ADALORA = {".lora_A": "A", ".lora_B": "B", ".lora_E": "E"}
 TOKENS = {".trainable_tokens_delta": "rows"}
 TOKENS_OF_LORA = {".token_adapter.trainable_tokens_delta": "rows"}
@@ -23,7 +19,7 @@ KNOWN = frozenset({
     "alora_invocation_tokens", "alpha_pattern", "arrow_config", "auto_mapping", "base_model_name_or_path", "beta1",
     "beta2", "bias", "corda_config", "deltaT", "encoder_dropout", "encoder_hidden_size", "encoder_num_layers",
     "encoder_reparameterization_type", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
-    "feedforward_modules", "inference_mode", "init_ia3_weights", "init_lora_weights", "init_r", "init_weights",
+    "inference_mode", "init_lora_weights", "init_r", "init_weights",
     "kasa_config", "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
     "lora_bias", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "modules_to_save",
     "monteclora_config", "num_attention_heads", "num_layers", "num_transformer_submodules", "num_virtual_tokens",

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from deltakit.core import own_modules
 from deltakit.errors import CheckpointError
 from deltakit.files.formats.format import Parts
-from deltakit.files.formats.peft.adapter import Adapter
 from deltakit.files.formats.peft.keys import PROMPT
-from deltakit.files.schema import checked
+from deltakit.files.formats.source import Source
 
 
 class Prompting(TypedDict):
@@ -20,41 +19,40 @@ class Prompting(TypedDict):
     task_type: str | None
 
 
-def read_prompt(adapter: Adapter, parts: Parts) -> None:
+def read_prompt(source: Source, parts: Parts) -> None:
     """Adds the prompt of an adapter to the parts.
 
     Raises:
         CheckpointError: if the config is damaged, or the tensor does not fit.
     """
-    config, prompt = prompting(adapter)
+    config, prompt = prompting(source)
     tokens = config["num_virtual_tokens"]
     # Of an encoder and a decoder PEFT keeps rows for both, and uses the encoder's.
     if prompt.ndim != 2 or tokens < 1 or prompt.shape[0] not in (tokens, 2 * tokens):
         raise CheckpointError(
-            f"{adapter.folder}: {PROMPT} has shape {tuple(prompt.shape)}, and num_virtual_tokens is {tokens}; save or "
+            f"{source.folder}: {PROMPT} has shape {tuple(prompt.shape)}, and num_virtual_tokens is {tokens}; save or "
             "download it again"
         )
     # PEFT puts the vectors behind the scale of such an embedding (Gemma 3, BART), and deltakit before it.
-    scale = embed_scale(adapter.backbone)
-    options = {"tokens": tokens, "where": "start", "trim": not first_is_read(adapter.backbone, config["task_type"])}
+    scale = embed_scale(source.backbone)
+    options = {"tokens": tokens, "where": "start", "trim": not first_is_read(source.backbone, config["task_type"])}
     parts.add_in_order("soft_prompt", options, [{"prompt": prompt[:tokens] / scale}])
 
 
-def prompting(adapter: Adapter) -> tuple[Prompting, Tensor]:
+def prompting(source: Source) -> tuple[Prompting, Tensor]:
     """Returns the config and the tensor of an adapter that is a prompt or a prefix.
 
     Raises:
         CheckpointError: if the config is damaged, there is no such tensor, or PEFT itself would not use it.
     """
-    found = {key: value for key, value in adapter.config.items() if key in Prompting.__annotations__}
-    config: Prompting = checked({"task_type": None, **found}, Prompting, adapter.config_file)
-    prompt = adapter.tensors.get(PROMPT)
+    config: Prompting = source.options(Prompting, {"task_type": None})
+    prompt = source.tensors.get(PROMPT)
     if prompt is None:
-        raise CheckpointError(f"{adapter.folder}: it has no {PROMPT}; save or download it again")
+        raise CheckpointError(f"{source.folder}: it has no {PROMPT}; save or download it again")
     if config["task_type"] is None:
         raise CheckpointError(
-            f"{adapter.folder}: it has no task_type, and without one PEFT puts no prompt into a model; write the task_type "
-            f"into {adapter.config_file.name}, such as 'CAUSAL_LM'"
+            f"{source.folder}: it has no task_type, and without one PEFT puts no prompt into a model; write the task_type "
+            f"into {source.config_file.name}, such as 'CAUSAL_LM'"
         )
     return config, prompt
 
