@@ -97,7 +97,7 @@ ACCEPTED = {
     **dict.fromkeys(["Compacter.shared_rule", "Compacter.bias"], SWITCH),
     "ParallelAdapter.scaling": NUMBER,
     "ParallelAdapter.source": NOTHING,
-    # A block has at least two features, and a series three terms.
+    # A block has at least two features, and a series four terms.
     **dict.fromkeys(["OFT.block_size", "BOFT.block_size", "RoAd.group_size"], NOTHING),
     "OFT.blocks": NOTHING | COUNT,
     "OFT.block_share": SWITCH,

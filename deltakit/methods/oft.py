@@ -74,7 +74,7 @@ class OFT(Method, name="oft"):
         blocks: instead of `block_size`: the number of blocks.
         block_share: whether all blocks of a target are rotated alike.
         cayley: "exact" rotates exactly. "neumann" is a series for it, which is faster for large blocks.
-        terms: the number of terms of the series, at least 3.
+        terms: the number of terms of the series, at least 4.
 
     Raises:
         OptionError: if an option is out of its range, or both `block_size` and `blocks` are given.
@@ -95,8 +95,8 @@ class OFT(Method, name="oft"):
             raise OptionError(f"OFT(block_size={self.block_size}): expected at least 2 features; 32 is usual")
         if self.blocks is not None and self.blocks < 1:
             raise OptionError(f"OFT(blocks={self.blocks}): expected at least 1")
-        if self.terms < 3:
-            raise OptionError(f"OFT(terms={self.terms}): expected at least 3; 5 is usual")
+        if self.terms < 4:
+            raise OptionError(f"OFT(terms={self.terms}): expected at least 4; 5 is usual")
 
     def positions(self) -> tuple[tuple[str, ...], ...]:
         # An input map turns the input of a fused projection as a whole.

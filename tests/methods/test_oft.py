@@ -106,7 +106,7 @@ def test_an_image_is_rotated_in_its_channels():
         (lambda: dk.OFT(block_size=4, blocks=3), r"OFT\(block_size=4, blocks=3\): omit one of the two"),
         (lambda: dk.OFT(block_size=1), r"OFT\(block_size=1\): expected at least 2 features; 32 is usual"),
         (lambda: dk.OFT(blocks=0), r"OFT\(blocks=0\): expected at least 1"),
-        (lambda: dk.OFT(terms=2), r"OFT\(terms=2\): expected at least 3; 5 is usual"),
+        (lambda: dk.OFT(terms=3), r"OFT\(terms=3\): expected at least 4; 5 is usual"),
         (lambda: dk.OFT(cayley="series"), r"OFT\(cayley='series'\)"),
     ],
 )

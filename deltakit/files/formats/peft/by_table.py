@@ -30,6 +30,7 @@ def read_row(row: Row, source: Source, parts: Parts) -> None:
             f"{source.folder}: this {row.peft_type} of PEFT {why}, which deltakit does not have; merge it into the backbone "
             "by PEFT's merge_and_unload()"
         )
+    source = row.prepared(source)
     options_at, computed = _options(row, source), row.computed(source)
     by_ours = {stored.ours: stored for stored in row.tensors.values()}
     shared = {one.ours: one.read(source.tensors[key]) for key, one in row.shared.items() if key in source.tensors}
@@ -113,6 +114,7 @@ def write_row(row: Row, writing: Writing) -> tuple[dict[str, Any], dict[str, Ten
             if whole in found:
                 raise writing.impossible(f"it has two {row.method} that share {key} among others, and PEFT has one")
             found[whole] = stored.write(writing.tensors[name], site)
+    found |= row.drawn(writing, sites)
     options: dict[str, Any] = {}
     for name, field in row.fields.items():
         options |= _written(writing, name, field)

@@ -33,6 +33,14 @@ def _no_reason(_: object) -> str:
     return ""
 
 
+def _as_saved(source: Source) -> Source:
+    return source
+
+
+def _no_tensors(_writing: Writing, _sites: Sequence[Site]) -> dict[str, Tensor]:
+    return {}
+
+
 class Stored(NamedTuple):
     """One tensor of a method: its name in deltakit, and what makes it from PEFT's and back.
 
@@ -85,6 +93,13 @@ class Row:
     differs: Callable[[nn.Module | None], str] = _no_reason
     """Returns why PEFT computes something else at a module, as in "{path} {...}"; "" if it does not. None is one that is not
     there."""
+    prepared: Callable[[Source], Source] = _as_saved
+    """Returns the file with its `consumed` tensors checked, or turned into those of `tensors`. It may raise."""
+    consumed: Sequence[str] = ()
+    """The ends of the names of tensors that `prepared` takes and `tensors` does not have, such as frozen matrices that
+    deltakit draws from their seed."""
+    drawn: Callable[[Writing, Sequence[Site]], dict[str, Tensor]] = _no_tensors
+    """Returns tensors that PEFT's file has and the delta's own file does not. A name without a dot is of no module."""
     training_only: Sequence[str] = ()
     """Fields that change the training alone, such as dropouts that deltakit lacks. Whoever loads such a file is warned."""
     known: Sequence[str] = ()
