@@ -21,8 +21,8 @@ WORD = {"no", "false", "16", "own text", "long text"}
 TEXT = WORD | {"empty text", "zero byte", "control"}
 MODEL = {"module"}
 BOTTLENECKS = ("Adapter", "LowRankAdapter", "Compacter", "ParallelAdapter")
-ON_MODULES = ("LoRA", "BitFit", "IA3", *BOTTLENECKS)
-ALL_METHODS = (*ON_MODULES, "Prefix", "SoftPrompt", "TrainableTokens")
+ON_MODULES = ("LoRA", "BitFit", "IA3", "OFT", "BOFT", "HRA", "RoAd", "ReFT", "FourierFT", "C3A", "SHiRA", *BOTTLENECKS)
+ALL_METHODS = (*ON_MODULES, "LNTuning", "Prefix", "SoftPrompt", "TrainableTokens")
 
 OPENDELTA = {
     "LoraModel": {"counts": ["lora_r"]},
@@ -78,7 +78,7 @@ ACCEPTED = {
     "Delta.parameter_groups.by_tag": {"empty dict", "dict of objects"},
     **{f"{kind}.at": NOTHING for kind in ALL_METHODS},
     **{f"{kind}.of": NOTHING | {"module class"} for kind in ON_MODULES},
-    **dict.fromkeys(["Prefix.of", "SoftPrompt.of", "TrainableTokens.of"], NOTHING),
+    **dict.fromkeys(["LNTuning.of", "Prefix.of", "SoftPrompt.of", "TrainableTokens.of"], NOTHING),
     "TrainableTokens.ids": {"range"},
     "TrainableTokens.untie": SWITCH,
     **{f"{kind}.exclude": NOTHING | NO_SELECTORS for kind in ALL_METHODS},
@@ -97,6 +97,17 @@ ACCEPTED = {
     **dict.fromkeys(["Compacter.shared_rule", "Compacter.bias"], SWITCH),
     "ParallelAdapter.scaling": NUMBER,
     "ParallelAdapter.source": NOTHING,
+    # A block has at least two features, and a series four terms.
+    **dict.fromkeys(["OFT.block_size", "BOFT.block_size", "RoAd.group_size"], NOTHING),
+    "OFT.blocks": NOTHING | COUNT,
+    "OFT.block_share": SWITCH,
+    **dict.fromkeys(["FourierFT.n", "C3A.block_size", "SHiRA.r"], NOTHING | COUNT),
+    "FourierFT.scaling": NUMBER - {"0", "-1"},
+    **dict.fromkeys(["FourierFT.seed", "SHiRA.seed"], COUNT | {"0"}),
+    **dict.fromkeys(["ReFT.r", "ReFT.prefix_positions"], COUNT),
+    "ReFT.suffix_positions": COUNT | {"0"},
+    "ReFT.tied": SWITCH,
+    "BOFT.factors": COUNT,
     "SoftPrompt.init_ids": NOTHING | {"range"},
     "SoftPrompt.where": NOTHING,
     # Any text with a token.

@@ -6,6 +6,7 @@ from deltakit.ops.attention.interface import install_prefixes
 from deltakit.ops.attention.kernel import AttentionPrefix, joined, joined_per_example
 from deltakit.ops.attention.mode_stack import enter_prefix_mode, leave_prefix_mode
 from deltakit.ops.attention.sites import attends, enters_by_interface, heads_of
+from deltakit.ops.blocks import block_size_for
 from deltakit.ops.bottleneck import ACTIVATIONS, Bottleneck, BottleneckMethod, unfilled_linear
 from deltakit.ops.forwards import has_own_forward, refuse_max_norm
 from deltakit.ops.handover import Handover, InputTap
@@ -24,8 +25,8 @@ from deltakit.ops.prompt.positions import PositionsDelta
 from deltakit.ops.prompt.start_vectors import start_vectors
 from deltakit.ops.prompt.text_stack import input_embeddings, stack_at, text_stack
 from deltakit.ops.recompute import linear_with
-from deltakit.ops.seeded import Draw, Seeded, normal, uniform
-from deltakit.ops.sizes import input_size, kernel_of, largest_sizes, like, matrix_sizes, stack_of
+from deltakit.ops.seeded import Draw, Seeded, SeededPlaces, normal, seeded_places, uniform
+from deltakit.ops.sizes import input_size, kernel_of, largest_sizes, like, matrix_shape, matrix_sizes, stack_of
 from deltakit.ops.weight_method import (
     LowRankMethod,
     WeightMethod,
@@ -35,6 +36,7 @@ from deltakit.ops.weight_method import (
     check_weight,
     drawn_sizes,
 )
+from deltakit.ops.weighted_sum import take_weighted_sum
 
 __all__ = [
     "ACTIVATIONS",
@@ -56,9 +58,11 @@ __all__ = [
     "PositionsDelta",
     "PrefixMode",
     "Seeded",
+    "SeededPlaces",
     "WeightMap",
     "WeightMethod",
     "attends",
+    "block_size_for",
     "called_directly",
     "check_alpha",
     "check_dropout",
@@ -88,17 +92,20 @@ __all__ = [
     "leave_prefix_mode",
     "like",
     "linear_with",
+    "matrix_shape",
     "matrix_sizes",
     "normal",
     "nothing_handed_on",
     "on_own_examples",
     "refuse_max_norm",
     "refuse_without_first_block",
+    "seeded_places",
     "stack_at",
     "stack_of",
     "start_factors",
     "start_vectors",
     "sum_of_products",
+    "take_weighted_sum",
     "text_stack",
     "unfilled_linear",
     "uniform",

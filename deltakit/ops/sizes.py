@@ -55,6 +55,23 @@ def matrix_sizes(target: Target, method: str) -> tuple[int, int]:
     return d_in // math.prod(kernel_of(target)), d_out
 
 
+def matrix_shape(target: Target, method: str) -> tuple[tuple[int, ...], int, int]:
+    """Returns the shape of a target's weight as matrices: the sizes of a stack (mostly none), d_out and d_in.
+
+    Args:
+        method: the name of the method, for the error message.
+
+    Raises:
+        TargetError: if the target is none of those of `sizes`, or an embedding: its ids are no features.
+    """
+    if isinstance(target.module, nn.Embedding):
+        raise TargetError(
+            f"{target.named}: {method} changes maps of features, but an embedding takes ids; leave it out with exclude="
+        )
+    d_in, d_out = sizes(target, method)
+    return stack_of(target), d_out, d_in
+
+
 def kernel_of(target: Target) -> torch.Size:
     """Returns the size of a convolution's kernel; () for other targets."""
     module = target.module
