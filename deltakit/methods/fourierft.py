@@ -39,7 +39,7 @@ class FourierFTDelta(WeightMap):
         self.spectrum = nn.Parameter(torch.zeros(*stack, n, **like(target)))
         self.places = SeededPlaces(entries, n, options.seed, self.spectrum.device)
 
-    def weight_update(self, weight: Float[Tensor, "*stack d_out d_in"]) -> Float[Tensor, "*stack d_out d_in"]:
+    def weight_update(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "*stack d_out d_in"]:
         # torch has no transforms of 16 bits.
         entries = wide(self.spectrum)
         matrix = entries.new_zeros(*entries.shape[:-1], self.shape[0] * self.shape[1])

@@ -53,7 +53,7 @@ class SHiRADelta(WeightMap):
         index = index.sort().values
         self.places.copy_(torch.stack((index // self.shape[1], index % self.shape[1])))
 
-    def weight_update(self, weight: Float[Tensor, "*stack d_out d_in"]) -> Float[Tensor, "*stack d_out d_in"]:
+    def weight_update(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "*stack d_out d_in"]:
         values, (rows, columns) = wide(self.values), self.places.long()
         matrix = values.new_zeros(*values.shape[:-1], self.shape[0] * self.shape[1])
         return matrix.index_add(-1, rows * self.shape[1] + columns, values).unflatten(-1, self.shape)
