@@ -47,20 +47,29 @@ from deltakit.methods.bitfit import BitFit
 from deltakit.methods.boft import BOFT
 from deltakit.methods.c3a import C3A
 from deltakit.methods.compacter import Compacter
+from deltakit.methods.delora import DeLoRA
 from deltakit.methods.fourierft import FourierFT
+from deltakit.methods.gralora import GraLoRA
+from deltakit.methods.hira import HiRA
 from deltakit.methods.hra import HRA
 from deltakit.methods.ia3 import IA3
 from deltakit.methods.ln_tuning import LNTuning
+from deltakit.methods.loha import LoHa
+from deltakit.methods.lokr import LoKr
 from deltakit.methods.lora import LoRA
 from deltakit.methods.low_rank_adapter import LowRankAdapter
+from deltakit.methods.miss import MiSS
 from deltakit.methods.oft import OFT
 from deltakit.methods.parallel_adapter import ParallelAdapter
 from deltakit.methods.prefix import Prefix
+from deltakit.methods.randlora import RandLoRA
 from deltakit.methods.reft import ReFT
 from deltakit.methods.road import RoAd
 from deltakit.methods.shira import SHiRA
 from deltakit.methods.soft_prompt import SoftPrompt
 from deltakit.methods.trainable_tokens import TrainableTokens
+from deltakit.methods.vblora import VBLoRA
+from deltakit.methods.vera import VeRA
 from deltakit.opendelta import (
     AdapterModel,
     AutoDeltaConfig,
@@ -98,20 +107,26 @@ __all__ = [
     "Combination",
     "Compacter",
     "CompacterModel",
+    "DeLoRA",
     "Delta",
     "DeltaError",
     "DeltaModule",
     "DeltaWarning",
     "FourierFT",
+    "GraLoRA",
+    "HiRA",
     "HubError",
     "InputMap",
     "LNTuning",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "LoraModel",
     "LowRank",
     "LowRankAdapter",
     "LowRankAdapterModel",
     "Method",
+    "MiSS",
     "OptionError",
     "OutputMap",
     "ParallelAdapter",
@@ -119,6 +134,7 @@ __all__ = [
     "Plan",
     "Prefix",
     "PrefixModel",
+    "RandLoRA",
     "ReFT",
     "RoAd",
     "RoleError",
@@ -133,6 +149,8 @@ __all__ = [
     "Target",
     "TargetError",
     "TrainableTokens",
+    "VBLoRA",
+    "VeRA",
     "View",
     "Visualization",
     "WeightMap",

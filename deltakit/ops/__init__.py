@@ -1,5 +1,6 @@
 """The building blocks of methods: low-rank products, attention with a prefix, prompt insertion, sizes and dtypes."""
 
+from deltakit.ops.attention.first_block import FRONT, first_block_only, nothing_handed_on, refuse_without_first_block
 from deltakit.ops.attention.function_mode import PrefixMode
 from deltakit.ops.attention.interface import install_prefixes
 from deltakit.ops.attention.kernel import AttentionPrefix, joined, joined_per_example
@@ -11,47 +12,70 @@ from deltakit.ops.forwards import has_own_forward, refuse_max_norm
 from deltakit.ops.handover import Handover, InputTap
 from deltakit.ops.kinds.call_context import CallContext
 from deltakit.ops.kinds.input_map import InputMap
-from deltakit.ops.kinds.low_rank import LowRank, check_dropout, kaiming_uniform
+from deltakit.ops.kinds.low_rank import LowRank, check_alpha, check_dropout, kaiming_uniform
 from deltakit.ops.kinds.maps import on_own_examples
 from deltakit.ops.kinds.normed_low_rank import NormedLowRank
 from deltakit.ops.kinds.output_map import OutputMap
 from deltakit.ops.kinds.weight_map import WeightMap
+from deltakit.ops.low_rank_starts import STARTS_WITH_A_PRODUCT, difference, start_factors
 from deltakit.ops.low_rank_sum import sum_of_products
 from deltakit.ops.prompt.direct_call import called_directly
 from deltakit.ops.prompt.insertion import Insertion, finish, grown_mask, insert, layout_for
-from deltakit.ops.prompt.positions import move_positions
+from deltakit.ops.prompt.positions import PositionsDelta
 from deltakit.ops.prompt.start_vectors import start_vectors
-from deltakit.ops.prompt.text_stack import Positions, input_embeddings, stack_at, text_stack
+from deltakit.ops.prompt.text_stack import input_embeddings, stack_at, text_stack
 from deltakit.ops.recompute import linear_with
-from deltakit.ops.seeded import Seeded, SeededPlaces, normal, seeded_places, uniform
-from deltakit.ops.sizes import input_size, like, matrix_shape
+from deltakit.ops.seeded import Draw, Seeded, SeededPlaces, normal, seeded_places, uniform
+from deltakit.ops.sizes import input_size, kernel_of, largest_sizes, like, matrix_shape, matrix_sizes, stack_of
+from deltakit.ops.weight_method import (
+    LowRankMethod,
+    WeightMethod,
+    check_patch_dropout,
+    check_rank,
+    check_seed,
+    check_weight,
+    drawn_sizes,
+)
 from deltakit.ops.weighted_sum import take_weighted_sum
 
 __all__ = [
     "ACTIVATIONS",
+    "FRONT",
+    "STARTS_WITH_A_PRODUCT",
     "AttentionPrefix",
     "Bottleneck",
     "BottleneckMethod",
     "CallContext",
+    "Draw",
     "Handover",
     "InputMap",
     "InputTap",
     "Insertion",
     "LowRank",
+    "LowRankMethod",
     "NormedLowRank",
     "OutputMap",
-    "Positions",
+    "PositionsDelta",
     "PrefixMode",
     "Seeded",
     "SeededPlaces",
     "WeightMap",
+    "WeightMethod",
     "attends",
     "block_size_for",
     "called_directly",
+    "check_alpha",
     "check_dropout",
+    "check_patch_dropout",
+    "check_rank",
+    "check_seed",
+    "check_weight",
+    "difference",
+    "drawn_sizes",
     "enter_prefix_mode",
     "enters_by_interface",
     "finish",
+    "first_block_only",
     "grown_mask",
     "has_own_forward",
     "heads_of",
@@ -62,17 +86,23 @@ __all__ = [
     "joined",
     "joined_per_example",
     "kaiming_uniform",
+    "kernel_of",
+    "largest_sizes",
     "layout_for",
     "leave_prefix_mode",
     "like",
     "linear_with",
     "matrix_shape",
-    "move_positions",
+    "matrix_sizes",
     "normal",
+    "nothing_handed_on",
     "on_own_examples",
     "refuse_max_norm",
+    "refuse_without_first_block",
     "seeded_places",
     "stack_at",
+    "stack_of",
+    "start_factors",
     "start_vectors",
     "sum_of_products",
     "take_weighted_sum",

@@ -3,7 +3,7 @@
 They are drawn on the CPU in float32, so they are the same on every device and in every dtype. They are in no state dict.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from typing import Any
 
@@ -35,8 +35,12 @@ def seeded(shape: tuple[int, ...], seed: int, draw: Draw) -> Float[Tensor, "*sha
     >>> torch.equal(seeded((2, 3), 1, normal()), seeded((2, 3), 1, normal()))
     True
     """
+    return _drawn(shape, torch.Generator("cpu").manual_seed(seed), draw)
+
+
+def _drawn(shape: tuple[int, ...], generator: torch.Generator, draw: Draw) -> Float[Tensor, "*shape"]:
     values = torch.empty(shape, dtype=torch.float32, device="cpu")
-    draw(values, torch.Generator("cpu").manual_seed(seed))
+    draw(values, generator)
     return values
 
 
@@ -44,21 +48,30 @@ class Seeded(nn.Module):
     """Several frozen tensors of one seed, as buffers that are not saved.
 
     On the meta device they have no values. When `to_empty` moves them to another device, they are drawn.
+
+    Args:
+        recipes: the shape of each tensor, and what draws its values.
+        one_stream: draw them all from one generator, in their order, as PEFT does. By default each has its own seed, so that
+            its values do not depend on the sizes of the others.
     """
 
-    def __init__(self, seed: int, recipes: dict[str, tuple[tuple[int, ...], Draw]], **like: Any) -> None:
+    def __init__(
+        self, seed: int, recipes: Mapping[str, tuple[tuple[int, ...], Draw]], *, one_stream: bool = False, **like: Any
+    ) -> None:
         super().__init__()
-        self.seed, self.recipes = seed, recipes
+        self.seed, self.recipes, self.one_stream = seed, recipes, one_stream
         for name, (shape, _) in recipes.items():
             self.register_buffer(name, torch.empty(shape, **like), persistent=False)
         self._fill()
 
     def _fill(self) -> None:
+        if any(buffer is None or buffer.is_meta for buffer in self._buffers.values()):
+            return
+        generator = torch.Generator("cpu").manual_seed(self.seed)
         for index, (name, (shape, draw)) in enumerate(self.recipes.items()):
-            buffer = self._buffers[name]
-            if buffer is not None and not buffer.is_meta:
-                # Each tensor has its own seed, so its values do not depend on the sizes of the others.
-                buffer.copy_(seeded(shape, self.seed + index, draw))
+            if not self.one_stream:
+                generator.manual_seed(self.seed + index)
+            self.get_buffer(name).copy_(_drawn(shape, generator, draw))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Seeded":
         before = self._kinds()

@@ -138,9 +138,18 @@ def a_layer_of_each_kind():
     return Kinds().double().eval(), torch.randint(0, 13, (3, 5))
 
 
+NEEDED = {
+    "trainable_tokens": {"ids": (3, 5, 11)},
+    "hira": {"r": 3},
+    "miss": {"r": 5},
+    "vblora": {"length": 4, "vectors": 7},
+}
+"""The options of methods that have none of their own, or whose defaults are for larger layers than those here."""
+
+
 def method_of(name, **options):
     """A method by its name, with the options that it cannot do without."""
-    return dk.METHODS[name](**{**({"ids": (3, 5, 11)} if name == "trainable_tokens" else {}), **options})
+    return dk.METHODS[name](**{**NEEDED.get(name, {}), **options})
 
 
 def ids(rows=3, length=11):

@@ -79,9 +79,10 @@ def formats_in(place: Path) -> list[Format]:
 
 
 def deltas_below(folder: Path) -> list[tuple[str, Format]]:
-    """Returns the names of the folders in a folder that hold a delta, sorted, each with its format."""
-    entries = sorted(entry for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
-    return [(entry.name, found[0]) for entry in entries if (found := formats_in(entry))]
+    """Returns the paths of the folders in a folder, and in these, that hold a delta, sorted, each with its format."""
+    # `save_pretrained` puts several deltas of a part of a model into part/name.
+    entries = sorted(entry for pattern in ("*", "*/*") for entry in folder.glob(pattern) if entry.is_dir())
+    return [(entry.relative_to(folder).as_posix(), found[0]) for entry in entries if (found := formats_in(entry))]
 
 
 def refuse_others(folder: Path, format: str) -> None:

@@ -55,6 +55,19 @@ def differs(module: nn.Module | None) -> str:
     return ""
 
 
+def differs_with_new_weight(module: nn.Module | None) -> str:
+    """Returns why a library that calls torch's function with an update computes something else at a module; "" if it does not.
+
+    PEFT and LyCORIS do so with all updates but LoRA's.
+    """
+    base: Any = next((kind for kind in (*_CONVOLUTIONS, nn.Embedding) if isinstance(module, kind)), None)
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        return "is a convolution that is padded by other than zeros"
+    if base is not None and getattr(type(module), "forward", None) is not base.forward:
+        return f"is a {type(module).__name__} with a forward of its own"
+    return ""
+
+
 def refuse_layer(writing: Writing, site: Site, layers: Layers) -> None:
     """Refuses a target on which PEFT has no effect, or that it cannot have.
 

@@ -5,6 +5,7 @@ into B, which changes no output; of different dropouts the largest is written.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -45,10 +46,10 @@ def lora_of(writing: Writing) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise writing.impossible(
                 f"{site.path} {differs(site.target)}, where the LoRA of {writing.library} computes something else"
             )
-        a, b = (writing.tensor(site, name) for name in "AB")
+        a, b, method = _factors(writing, site)
         part = getattr(site.module, "feature_slice", None)
         b = part.spread(b.mT).mT if part is not None else b
-        by_path.setdefault(site.owner, []).append(_Factors(a, b, attachment.record.methods[site.method]))
+        by_path.setdefault(site.owner, []).append(_Factors(a, b, method))
         targets[site.owner] = site.target
     every = [one for factors in by_path.values() for one in factors]
     method = every[0].method
@@ -69,6 +70,17 @@ def lora_of(writing: Writing) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "bias": "none",
         **target_options(attachment.backbone, targets),
     }, found
+
+
+def _factors(writing: Writing, site: Site) -> tuple[Tensor, Tensor, Any]:
+    """Returns A and B of a LoRA, and its method. With a start whose product is subtracted, both have twice its rank."""
+    method: Any = writing.attachment.record.methods[site.method]
+    a, b = (writing.tensor(site, name) for name in "AB")
+    if writing.attachment.named(site, "A0") not in writing.tensors:
+        return a, b, method
+    a = torch.cat([a, writing.tensor(site, "A0")])
+    b = torch.cat([b, -writing.tensor(site, "B0")], 1)
+    return a, b, replace(method, r=len(a), alpha=method.scaling * len(a), rslora=False, start="kaiming")
 
 
 def _sum(factors: Sequence[_Factors], r: int) -> tuple[Tensor, Tensor]:

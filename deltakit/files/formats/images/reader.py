@@ -12,7 +12,8 @@ from deltakit.files.checkpoint import read_metadata, read_tensors
 from deltakit.files.formats.dora import read_magnitudes
 from deltakit.files.formats.format import Parts
 from deltakit.files.formats.images.fused import unfused
-from deltakit.files.formats.images.keys import METADATA, PICKLE, TENSORS, spelling
+from deltakit.files.formats.images.keys import LOHA, LOKR, METADATA, PICKLE, TENSORS, spelling
+from deltakit.files.formats.images.lycoris import add_update, read_alpha
 from deltakit.files.formats.images.names import Names
 from deltakit.files.formats.images.parts import Layer, Part, part_for, parts_of, refuse_strange
 from deltakit.files.formats.layers import differs
@@ -65,7 +66,9 @@ def read(place: Path, backbone: nn.Module | None, values: bool) -> Saved:
         scale_of = _scales(part, source)
         for name, path in paths.items():
             layer = part.layers[name]
-            if {"A", "B", "mid", "dora_scale"} & layer.tensors.keys():
+            if {*LOHA, *LOKR} & layer.tensors.keys():
+                add_update(source, found, path, layer.name, layer.tensors)
+            elif {"A", "B", "mid", "dora_scale"} & layer.tensors.keys():
                 a, b = _factors(layer, place)
                 _refuse_layer(source, path)
                 scale = scale_of(path) or _scale(layer, a.shape[0], place)
@@ -150,11 +153,7 @@ def _magnitudes(source: Source, path: str, layer: Layer, rows: int) -> Tensor | 
 
 
 def _scale(layer: Layer, r: int, place: Path) -> Scale:
-    alpha = layer.tensors.get("alpha")
-    if alpha is not None and (alpha.numel() != 1 or alpha.is_complex()):
-        raise CheckpointError(f"{place}: the alpha of {layer.name} is no number; save or download it again")
-    # In sd-scripts and LyCORIS an alpha of 0 means the rank, as none does.
-    return Scale((float(alpha) if alpha is not None else 0.0) or r)
+    return Scale(read_alpha(layer.tensors, r, f"{place}: the alpha of {layer.name}"))
 
 
 def _sum(source: Source, path: str, name: str, difference: Tensor) -> Tensor:
