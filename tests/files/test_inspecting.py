@@ -94,7 +94,9 @@ def test_what_cannot_be_converted(tmp_path, capsys):
     wide("llama").save_pretrained(tmp_path / "llama")
     options = ["--model", str(tmp_path / "llama"), "--to", "peft"]
     assert main(["convert", str(tmp_path / "own"), str(tmp_path / "peft"), *options]) == 1
-    assert "this is not the backbone the delta was trained on" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "this is not the backbone the delta was trained on" in error
+    assert error.endswith("; name that one as the model (--model)\n")
     assert not (tmp_path / "peft").exists()
     with pytest.raises(SystemExit):
         main(["convert", str(tmp_path / "own"), str(tmp_path / "peft"), "--to", "onnx"])
