@@ -31,8 +31,9 @@ def read_row(row: Row, source: Source, parts: Parts) -> None:
             f"{source.folder}: this {row.peft_type} of PEFT {why}, which deltakit does not have; merge it into the backbone "
             "by PEFT's merge_and_unload()"
         )
-    pathless = (*row.shared, *row.consumed)
-    refuse_integers({key: tensor for key, tensor in source.tensors.items() if key.endswith(pathless)}, source.folder)
+    # What has a path may hold indices, too.
+    matrices = {key: source.tensors[key] for key in (*row.shared, *row.consumed) if key in source.tensors}
+    refuse_integers(matrices, source.folder)
     source = row.prepared(source)
     options_at, computed = _options(row, source), row.computed(source)
     by_ours = {stored.ours: stored for stored in row.tensors.values()}
