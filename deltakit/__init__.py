@@ -44,19 +44,28 @@ from deltakit.errors import (
 )
 from deltakit.methods.adapter import Adapter
 from deltakit.methods.bitfit import BitFit
+from deltakit.methods.boft import BOFT
+from deltakit.methods.c3a import C3A
 from deltakit.methods.compacter import Compacter
 from deltakit.methods.delora import DeLoRA
+from deltakit.methods.fourierft import FourierFT
 from deltakit.methods.gralora import GraLoRA
 from deltakit.methods.hira import HiRA
+from deltakit.methods.hra import HRA
 from deltakit.methods.ia3 import IA3
+from deltakit.methods.ln_tuning import LNTuning
 from deltakit.methods.loha import LoHa
 from deltakit.methods.lokr import LoKr
 from deltakit.methods.lora import LoRA
 from deltakit.methods.low_rank_adapter import LowRankAdapter
 from deltakit.methods.miss import MiSS
+from deltakit.methods.oft import OFT
 from deltakit.methods.parallel_adapter import ParallelAdapter
 from deltakit.methods.prefix import Prefix
 from deltakit.methods.randlora import RandLoRA
+from deltakit.methods.reft import ReFT
+from deltakit.methods.road import RoAd
+from deltakit.methods.shira import SHiRA
 from deltakit.methods.soft_prompt import SoftPrompt
 from deltakit.methods.trainable_tokens import TrainableTokens
 from deltakit.methods.vblora import VBLoRA
@@ -80,8 +89,12 @@ from deltakit.version import __version__
 from deltakit.view import View, show
 
 __all__ = [
+    "BOFT",
+    "C3A",
+    "HRA",
     "IA3",
     "METHODS",
+    "OFT",
     "Adapter",
     "AdapterModel",
     "AutoDeltaConfig",
@@ -99,10 +112,12 @@ __all__ = [
     "DeltaError",
     "DeltaModule",
     "DeltaWarning",
+    "FourierFT",
     "GraLoRA",
     "HiRA",
     "HubError",
     "InputMap",
+    "LNTuning",
     "LoHa",
     "LoKr",
     "LoRA",
@@ -120,8 +135,11 @@ __all__ = [
     "Prefix",
     "PrefixModel",
     "RandLoRA",
+    "ReFT",
+    "RoAd",
     "RoleError",
     "RoleTable",
+    "SHiRA",
     "SavedDelta",
     "SavedMethod",
     "SelectorError",

@@ -21,8 +21,9 @@ WORD = {"no", "false", "16", "own text", "long text"}
 TEXT = WORD | {"empty text", "zero byte", "control"}
 MODEL = {"module"}
 BOTTLENECKS = ("Adapter", "LowRankAdapter", "Compacter", "ParallelAdapter")
-ON_MODULES = ("LoRA", "BitFit", "IA3", *BOTTLENECKS, *WEIGHT_METHODS)
-ALL_METHODS = (*ON_MODULES, "Prefix", "SoftPrompt", "TrainableTokens")
+MAPS = ("OFT", "BOFT", "HRA", "RoAd", "ReFT", "FourierFT", "C3A", "SHiRA")
+ON_MODULES = ("LoRA", "BitFit", "IA3", *BOTTLENECKS, *WEIGHT_METHODS, *MAPS)
+ALL_METHODS = (*ON_MODULES, "LNTuning", "Prefix", "SoftPrompt", "TrainableTokens")
 
 OPENDELTA = {
     "LoraModel": {"counts": ["lora_r"]},
@@ -78,7 +79,7 @@ ACCEPTED = {
     "Delta.parameter_groups.by_tag": {"empty dict", "dict of objects"},
     **{f"{kind}.at": NOTHING for kind in ALL_METHODS},
     **{f"{kind}.of": NOTHING | {"module class"} for kind in ON_MODULES},
-    **dict.fromkeys(["Prefix.of", "SoftPrompt.of", "TrainableTokens.of"], NOTHING),
+    **dict.fromkeys(["LNTuning.of", "Prefix.of", "SoftPrompt.of", "TrainableTokens.of"], NOTHING),
     "TrainableTokens.ids": {"range"},
     "TrainableTokens.untie": SWITCH,
     **{f"{kind}.untie": SWITCH for kind in WEIGHT_METHODS},
@@ -105,7 +106,7 @@ ACCEPTED = {
     # At alpha 0 the update is zero: sweeps begin there.
     "LoRA.alpha": NUMBER - {"-1"},
     "LoRA.dropout": {"0"},
-    **dict.fromkeys(["LoRA.rslora", "LoRA.dora", "LoRA.untie", "Prefix.reparam", "SoftPrompt.prepend", "SoftPrompt.trim", "Prefix.shift"], SWITCH),
+    **dict.fromkeys(["LoRA.rslora", "LoRA.dora", "LoRA.untie", "BOFT.untie", "FourierFT.untie", "SHiRA.untie", "Prefix.reparam", "SoftPrompt.prepend", "SoftPrompt.trim", "Prefix.shift"], SWITCH),
     **{f"{kind}.{option}": NOTHING | COUNT for kind in BOTTLENECKS for option in ("size", "reduction")},
     # A size is a multiple of the division, which divides the features (20 here). A rank is at most the size (1 here).
     "Compacter.size": NOTHING,
@@ -114,6 +115,17 @@ ACCEPTED = {
     **dict.fromkeys(["Compacter.shared_rule", "Compacter.bias"], SWITCH),
     "ParallelAdapter.scaling": NUMBER,
     "ParallelAdapter.source": NOTHING,
+    # A block has at least two features, and a series four terms.
+    **dict.fromkeys(["OFT.block_size", "BOFT.block_size", "RoAd.group_size"], NOTHING),
+    "OFT.blocks": NOTHING | COUNT,
+    "OFT.block_share": SWITCH,
+    **dict.fromkeys(["FourierFT.n", "C3A.block_size", "SHiRA.r"], NOTHING | COUNT),
+    "FourierFT.scaling": NUMBER - {"0", "-1"},
+    **dict.fromkeys(["FourierFT.seed", "SHiRA.seed"], COUNT | {"0"}),
+    **dict.fromkeys(["ReFT.r", "ReFT.prefix_positions"], COUNT),
+    "ReFT.suffix_positions": COUNT | {"0"},
+    "ReFT.tied": SWITCH,
+    "BOFT.factors": COUNT,
     "SoftPrompt.init_ids": NOTHING | {"range"},
     "SoftPrompt.where": NOTHING,
     # Any text with a token.

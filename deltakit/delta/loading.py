@@ -18,6 +18,7 @@ from deltakit.files import (
     Access,
     Saved,
     backbone_identity,
+    called,
     differences,
     expanded,
     find_folder,
@@ -42,6 +43,7 @@ def load(
     token: str | bool | None = None,
     cache_dir: str | PathLike[str] | None = None,
     local_files_only: bool = False,
+    subfolder: str | None = None,
 ) -> Delta:
     """Loads a delta from a folder or a Hub repository, attaches it to the backbone, and returns it.
 
@@ -62,31 +64,42 @@ def load(
         token: the Hub's access token; by default the one of `hf auth login`.
         cache_dir: where downloads are kept; by default the Hub's own cache.
         local_files_only: whether to read the cache alone, without asking the Hub.
+        subfolder: where in the repository or folder the delta is, if not at its top: a folder such as "style", or a LoRA of
+            kohya or LyCORIS as a file, such as "style.safetensors".
 
     Raises:
         CheckpointError: if there is no delta, it is damaged, its methods cannot be built on this backbone, or its tensors do
             not fit. Nothing is changed then.
         BackboneMismatch: if the backbone differs from the one that the delta was trained on.
         HubError: if the repository cannot be read.
-        OptionError: if `check` or `name` has a wrong value.
+        OptionError: if `check`, `name` or `subfolder` has a wrong value.
         StateError: if the name is taken, the delta has no name and a target has the same method already, the backbone is
             wrapped for distribution or is in a `rows` block, or another delta fully trains the same parameters or is merged
             into them.
     """
-    folder = find_folder(source, Access(revision, token, cache_dir, local_files_only))
-    saved = read_saved(folder, original(backbone), str(source))
-    delta, tensors = unfilled(saved, backbone, str(source), name=name, freeze=freeze, check=check)
-    delta.load_state_dict(tensors, where=str(source))
+    access = Access(revision, token, cache_dir, local_files_only, subfolder)
+    folder, where = find_folder(source, access), called(source, access)
+    saved = read_saved(folder, original(backbone), where)
+    delta, tensors = unfilled(saved, backbone, where, name=name, freeze=freeze, check=check)
+    delta.load_state_dict(tensors, where=where)
     return delta.attach() if attach else delta
 
 
 def unfilled(
-    saved: Saved, backbone: nn.Module, where: str, *, name: str | None = None, freeze: bool = True, check: str = "error"
+    saved: Saved,
+    backbone: nn.Module,
+    where: str,
+    *,
+    name: str | None = None,
+    freeze: bool = True,
+    check: str = "error",
+    advice: str = "load that backbone, or pass check='warn' to load the delta all the same",
 ) -> tuple[Delta, Mapping[str, Tensor]]:
     """Returns a delta with the methods and targets of a saved one, not attached and without its values; and these values.
 
     Args:
         where: the folder or repository, for error messages.
+        advice: what to do if the backbone is another one.
 
     Raises:
         DeltaError: as `load` does.
@@ -96,7 +109,7 @@ def unfilled(
     saved = placed(index, saved, where)
     own = dict(tensors_of(backbone))
     if saved.fingerprint is not None:
-        _check_backbone(saved.fingerprint, backbone, where, check)
+        _check_backbone(saved.fingerprint, backbone, where, check, advice)
     limit = room_for([*index.by_path, *own])
     found = methods_of(saved.methods, index, limit, where)
     with from_file(where, "train.names"):
@@ -132,7 +145,7 @@ def _refuse_unseen(sites: Sequence[Site], where: str) -> None:
             )
 
 
-def _check_backbone(fingerprint: Mapping[str, Any], backbone: nn.Module, where: str, check: str) -> None:
+def _check_backbone(fingerprint: Mapping[str, Any], backbone: nn.Module, where: str, check: str, advice: str) -> None:
     found = backbone_identity(backbone)["fingerprint"]
     with from_file(where, "backbone.fingerprint"):
         other = differences(fingerprint, found)
@@ -140,5 +153,5 @@ def _check_backbone(fingerprint: Mapping[str, Any], backbone: nn.Module, where: 
         return
     message = f"{where}: this is not the backbone the delta was trained on: {other[0]}"
     if check == "error":
-        raise BackboneMismatch(f"{message}; load that backbone, or pass check='warn' to load the delta all the same")
+        raise BackboneMismatch(f"{message}; {advice}")
     warn(message)

@@ -8,6 +8,7 @@ from torch import nn
 from deltakit.core import deltas_left_out, records_of
 from deltakit.errors import warn
 from deltakit.injection.narrowed_state_dict import is_whole_state_dict
+from deltakit.injection.saving_call import saving_call
 
 
 class WarnOfInactive:
@@ -19,10 +20,15 @@ class WarnOfInactive:
             return
         for record in records_of(backbone):
             names = sorted(name for name in record.fully_trained if name in record.trained_values)
-            if names and not record.active and not record.leaving:
+            if names and not record.active and not record.leaving and not _written_beside(backbone):
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
                 warn(
                     f"state_dict() has the backbone's own values of {prefix}{names[0]}{more}, and not those of delta "
                     f"{record.name!r}, which is not active; set its active = True first, call its save(folder), or take "
                     "base_state_dict(model) if you mean the backbone's own"
                 )
+
+
+def _written_beside(backbone: nn.Module) -> bool:
+    call = saving_call(backbone)
+    return call is not None and call.leaves_deltas_out

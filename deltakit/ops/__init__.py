@@ -1,10 +1,12 @@
 """The building blocks of methods: low-rank products, attention with a prefix, prompt insertion, sizes and dtypes."""
 
+from deltakit.ops.attention.first_block import FRONT, first_block_only, nothing_handed_on, refuse_without_first_block
 from deltakit.ops.attention.function_mode import PrefixMode
 from deltakit.ops.attention.interface import install_prefixes
 from deltakit.ops.attention.kernel import AttentionPrefix, joined, joined_per_example
 from deltakit.ops.attention.mode_stack import enter_prefix_mode, leave_prefix_mode
 from deltakit.ops.attention.sites import attends, enters_by_interface, heads_of
+from deltakit.ops.blocks import block_size_for
 from deltakit.ops.bottleneck import ACTIVATIONS, Bottleneck, BottleneckMethod, unfilled_linear
 from deltakit.ops.forwards import has_own_forward, refuse_max_norm
 from deltakit.ops.handover import Handover, InputTap
@@ -19,12 +21,12 @@ from deltakit.ops.low_rank_starts import STARTS_WITH_A_PRODUCT, difference, star
 from deltakit.ops.low_rank_sum import sum_of_products
 from deltakit.ops.prompt.direct_call import called_directly
 from deltakit.ops.prompt.insertion import Insertion, finish, grown_mask, insert, layout_for
-from deltakit.ops.prompt.positions import move_positions
+from deltakit.ops.prompt.positions import PositionsDelta
 from deltakit.ops.prompt.start_vectors import start_vectors
-from deltakit.ops.prompt.text_stack import Positions, input_embeddings, stack_at, text_stack
+from deltakit.ops.prompt.text_stack import input_embeddings, stack_at, text_stack
 from deltakit.ops.recompute import linear_with
-from deltakit.ops.seeded import Draw, Seeded, normal, uniform
-from deltakit.ops.sizes import input_size, kernel_of, largest_sizes, like, matrix_sizes, stack_of
+from deltakit.ops.seeded import Draw, Seeded, SeededPlaces, normal, seeded_places, uniform
+from deltakit.ops.sizes import input_size, kernel_of, largest_sizes, like, matrix_shape, matrix_sizes, stack_of
 from deltakit.ops.weight_method import (
     LowRankMethod,
     WeightMethod,
@@ -34,9 +36,11 @@ from deltakit.ops.weight_method import (
     check_weight,
     drawn_sizes,
 )
+from deltakit.ops.weighted_sum import take_weighted_sum
 
 __all__ = [
     "ACTIVATIONS",
+    "FRONT",
     "STARTS_WITH_A_PRODUCT",
     "AttentionPrefix",
     "Bottleneck",
@@ -51,12 +55,14 @@ __all__ = [
     "LowRankMethod",
     "NormedLowRank",
     "OutputMap",
-    "Positions",
+    "PositionsDelta",
     "PrefixMode",
     "Seeded",
+    "SeededPlaces",
     "WeightMap",
     "WeightMethod",
     "attends",
+    "block_size_for",
     "called_directly",
     "check_alpha",
     "check_dropout",
@@ -69,6 +75,7 @@ __all__ = [
     "enter_prefix_mode",
     "enters_by_interface",
     "finish",
+    "first_block_only",
     "grown_mask",
     "has_own_forward",
     "heads_of",
@@ -85,16 +92,20 @@ __all__ = [
     "leave_prefix_mode",
     "like",
     "linear_with",
+    "matrix_shape",
     "matrix_sizes",
-    "move_positions",
     "normal",
+    "nothing_handed_on",
     "on_own_examples",
     "refuse_max_norm",
+    "refuse_without_first_block",
+    "seeded_places",
     "stack_at",
     "stack_of",
     "start_factors",
     "start_vectors",
     "sum_of_products",
+    "take_weighted_sum",
     "text_stack",
     "unfilled_linear",
     "uniform",

@@ -1,14 +1,14 @@
-"""Frozen random tensors that are computed from a seed instead of saved (VeRA's projections, RandLoRA's bases).
+"""Frozen random tensors and places that are computed from a seed instead of saved (VeRA's projections, FourierFT's entries).
 
 They are drawn on the CPU in float32, so they are the same on every device and in every dtype. They are in no state dict.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 Draw = Callable[[Tensor, torch.Generator], Any]
@@ -83,3 +83,30 @@ class Seeded(nn.Module):
 
     def _kinds(self) -> list[tuple[torch.dtype, bool]]:
         return [(buffer.dtype, buffer.is_meta) for buffer in self._buffers.values() if buffer is not None]
+
+
+@lru_cache(8)
+def seeded_places(size: int, count: int, seed: int) -> Int[Tensor, " count"]:
+    """Returns the first `count` numbers of the random permutation of 0 to size - 1 that the seed gives, on the CPU.
+
+    Layers of one size have the same places, and a permutation of all entries of a weight takes long. Do not change the result.
+    """
+    return torch.randperm(size, generator=torch.Generator("cpu").manual_seed(seed))[:count].clone()
+
+
+class SeededPlaces(nn.Module):
+    """Different entries of a weight, chosen by a seed, as the buffer `index` [count], which is not saved."""
+
+    index: Tensor
+
+    def __init__(self, size: int, count: int, seed: int, device: torch.device) -> None:
+        super().__init__()
+        self.recipe = size, count, seed
+        self.register_buffer("index", seeded_places(*self.recipe).to(device), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SeededPlaces":
+        super()._apply(fn, recurse)
+        if not self.index.is_meta:
+            # `to_empty` leaves other numbers in it.
+            self.index.copy_(seeded_places(*self.recipe))
+        return self

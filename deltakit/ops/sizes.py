@@ -69,6 +69,23 @@ def stack_of(target: Target) -> tuple[int, ...]:
     return tuple(held.shape[:-2]) if held is not None else ()
 
 
+def matrix_shape(target: Target, method: str) -> tuple[tuple[int, ...], int, int]:
+    """Returns the shape of a target's weight as matrices: `stack_of` it, d_out, and d_in with the positions of a kernel.
+
+    Args:
+        method: the name of the method, for the error message.
+
+    Raises:
+        TargetError: if the target is none of those of `sizes`, or an embedding: its ids are no features.
+    """
+    if isinstance(target.module, nn.Embedding):
+        raise TargetError(
+            f"{target.named}: {method} changes maps of features, but an embedding takes ids; leave it out with exclude="
+        )
+    d_in, d_out = sizes(target, method)
+    return stack_of(target), d_out, d_in
+
+
 def largest_sizes(targets: Sequence[Target], method: str) -> tuple[int, int]:
     """Returns the largest input size and the largest output size of these linear maps.
 

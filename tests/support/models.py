@@ -81,9 +81,9 @@ class Transformer(nn.Module):
 class Calls(nn.Module):
     """One linear target, called and returning in a chosen style."""
 
-    def __init__(self, style):
+    def __init__(self, style, d_out=5):
         super().__init__()
-        self.target = Styled(style)
+        self.target = Styled(style, d_out)
         self.style = style
 
     def forward(self, x):
@@ -96,8 +96,8 @@ class Calls(nn.Module):
 
 
 class Styled(nn.Linear):
-    def __init__(self, style):
-        super().__init__(7, 5)
+    def __init__(self, style, d_out=5):
+        super().__init__(7, d_out)
         self.style = style
 
     def forward(self, hidden_states):

@@ -13,12 +13,12 @@ from deltakit.core import (
     are_apart,
     bare_weight,
     join,
-    records_of,
     weight_view,
     wide,
 )
 from deltakit.errors import CheckpointError, StateError, TargetError
 from deltakit.files.formats.lora import LORA_MAGNITUDES
+from deltakit.files.formats.merged import refuse_merged
 from deltakit.files.formats.source import Source
 from deltakit.files.formats.writing import Writing
 
@@ -90,12 +90,7 @@ def norms_at(backbone: nn.Module, path: str, module: nn.Module, where: str) -> T
     """
     view = weight_view(Target(path, module))
     name = join(path, view.name)
-    merged = next((record for record in records_of(backbone) if name in record.weights_before_merge), None)
-    if merged is not None:
-        raise CheckpointError(
-            f"{where}: its format stores DoRA with the norms of {name}, and delta {merged.name!r} is merged into that; "
-            "unmerge() it first"
-        )
+    refuse_merged(backbone, [name], where, "DoRA with the norms of")
     try:
         return torch.linalg.vector_norm(wide(bare_weight(module, view)), dim=-1)
     except (StateError, TargetError) as error:

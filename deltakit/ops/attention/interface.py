@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from deltakit.errors import StateError
+from deltakit.ops.attention.first_block import FRONT
 from deltakit.ops.attention.kernel import (
     causal,
     joined,
@@ -74,7 +75,7 @@ def attend(
         StateError: if the kernel addresses keys by index or page, cuts a window with flash attention, or has a mask that
             is not a tensor; and if the sizes of a prefix do not fit the keys and values.
     """
-    prefixes = live_prefixes(module)
+    prefixes, front = live_prefixes(module), kwargs.pop(FRONT, None)
     if not prefixes:
         return kernel(module, query, key, value, attention_mask, *args, **kwargs)
     _refuse(module, implementation or "eager", attention_mask, kwargs)
@@ -91,9 +92,10 @@ def attend(
         if mask is None:
             mask = query.new_zeros(1, 1, query.shape[-2], key.shape[-2])
         mask = widen_per_example(mask, seen)
-    # 14 models pass a bias for relative positions apart from the mask (T5). A prefix has no position, so its bias is 0.
+    # 14 models pass a bias for relative positions apart from the mask (T5). A prefix has no position, so its bias is 0, but
+    # for `front`.
     if isinstance(kwargs.get("position_bias"), Tensor):
-        kwargs["position_bias"] = widen(kwargs["position_bias"], length)
+        kwargs["position_bias"] = widen(kwargs["position_bias"], length, front)
     key, value = prepend(prefix_key, key, module), prepend(prefix_value, value, module)
     output, weights, *rest = kernel(module, query, key, value, mask, *args, **kwargs)
     if isinstance(weights, Tensor) and weights.shape[-1] == key.shape[-2]:

@@ -33,6 +33,7 @@ from deltakit.files.formats.peft.keys import (
     TOKENS,
     TOKENS_OF_LORA,
 )
+from deltakit.files.formats.peft.ln_tuning import WITHIN, read_ln_tuning
 from deltakit.files.formats.peft.lora import read_lora
 from deltakit.files.formats.peft.missing import warn_missing
 from deltakit.files.formats.peft.prefix import read_prefix
@@ -69,6 +70,7 @@ KINDS = {
     "LORA": _Kind(read_lora, _OF_LORA, LAYERS_OF_LORA),
     "ADALORA": _Kind(read_adalora, (*ADALORA, *TOKENS_OF_LORA)),
     **{row.peft_type: by_row(row) for row in TABLE},
+    "LN_TUNING": _Kind(read_ln_tuning, (f"{WITHIN}weight", f"{WITHIN}bias")),
     "TRAINABLE_TOKENS": _Kind(read_trainable_tokens, tuple(TOKENS)),
     "PROMPT_TUNING": _Kind(read_prompt, (PROMPT,)),
     # The network that computed the prompt is not in the file.
@@ -113,7 +115,7 @@ def read(place: Path, backbone: nn.Module | None, values: bool) -> Saved:
     # PEFT puts no wrapper of adapters around a model with a prompt.
     prefix = f"^{re.escape(PREFIX_OF_PROMPTS)}" if PROMPT in kind.ends else _PREFIX
     tensors = {re.sub(prefix, "", key): tensor for key, tensor in _tensors(place, values).items()}
-    source, parts = Source("PEFT", place, where, config, tensors, backbone), Parts()
+    source, parts = Source("PEFT", place, where, config, tensors, backbone), Parts(place)
     kind.read(source, parts)
     if not parts:
         raise CheckpointError(f"{place}: it has no tensor of a {name} adapter; save or download it again")

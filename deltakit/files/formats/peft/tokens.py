@@ -12,6 +12,7 @@ from deltakit.core import (
     WeightView,
     bare_weight,
     embedding_rows,
+    join,
     module_at,
     own_modules,
     parent_of,
@@ -21,12 +22,13 @@ from deltakit.core import (
 from deltakit.errors import CheckpointError
 from deltakit.files.formats.format import Parts
 from deltakit.files.formats.layers import differs
+from deltakit.files.formats.merged import refuse_merged
 from deltakit.files.formats.peft.keys import TOKENS
 from deltakit.files.formats.source import Source
 from deltakit.files.formats.writing import Writing
 from deltakit.selection import BackboneIndex
 
-METHOD = "trainable_tokens"
+METHOD, _STORES = "trainable_tokens", "trained tokens with the rows of"
 Indices = Sequence[int] | Mapping[str, Sequence[int]] | None
 """The ids of the rows, or those of each module by the end of its path."""
 
@@ -97,6 +99,7 @@ def _add(source: Source, parts: Parts, path: str, found: Mapping[str, Tensor], i
     together = [path] if options["untie"] else owners
     for other in together:
         _refuse(source, other)
+    refuse_merged(source.backbone, [join(other, "weight") for other in owners], str(source.folder), _STORES)
     if not rows.is_meta:
         if module.weight.is_meta:
             raise CheckpointError(
@@ -169,6 +172,8 @@ def write_tokens(writing: Writing) -> dict[str, tuple[tuple[int, ...], Tensor]]:
         path = next((other for other in owners if _leads(backbone, other)), site.owner)
         _refuse_writing(writing, site, path, owners, taken)
         taken |= {path, *owners} if len(owners) > 1 else {path}
+        where = f"delta {attachment.record.name!r} cannot be saved as {writing.what}"
+        refuse_merged(backbone, [join(other, "weight") for other in owners], where, _STORES)
         ids: tuple[int, ...] = vars(site.module)["tokens"]
         change = writing.tensor(site, "rows")
         rows = wide(backbone_rows(site.target, ids).to(change.device)) + wide(change)

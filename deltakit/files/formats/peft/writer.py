@@ -18,6 +18,8 @@ from deltakit.files.formats.layers import target_options
 from deltakit.files.formats.lora_writer import lora_of
 from deltakit.files.formats.peft.by_table import write_row
 from deltakit.files.formats.peft.keys import PREFIX, PREFIX_OF_PROMPTS, TENSORS, TOKENS, TOKENS_OF_LORA
+from deltakit.files.formats.peft.ln_tuning import METHOD as NORMS
+from deltakit.files.formats.peft.ln_tuning import norms_of
 from deltakit.files.formats.peft.prompt_writer import prefix_options, prompt_options
 from deltakit.files.formats.peft.row import Row
 from deltakit.files.formats.peft.table import TABLE
@@ -153,6 +155,7 @@ def by_row(row: Row) -> _Kind:
 KINDS = {
     "lora": _Kind("LORA", lora_of),
     **{row.method: by_row(row) for row in TABLE},
+    NORMS: _Kind("LN_TUNING", norms_of),
     METHOD: _Kind("TRAINABLE_TOKENS", _tokens),
     "soft_prompt": _Kind("PROMPT_TUNING", prompt_options, ""),
     "prefix": _Kind("PREFIX_TUNING", prefix_options, ""),
