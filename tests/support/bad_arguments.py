@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 import deltakit as dk
-from support.models import Transformer, randomize, same, snapshot
+from support.models import NEEDED, Transformer, randomize, same, snapshot
+
+WEIGHT_METHODS = ("VeRA", "LoHa", "LoKr", "HiRA", "MiSS", "DeLoRA", "GraLoRA", "RandLoRA", "VBLoRA")
 
 
 class Awkward:
@@ -145,7 +147,7 @@ def _set(name):
 
 
 def _option(kind):
-    return Call(lambda s: kind, lambda s: {}, _used)
+    return Call(lambda s: kind, lambda s: NEEDED.get(kind.name, {}), _used)
 
 
 def _opendelta(kind):
@@ -234,7 +236,7 @@ CALLS = {
     "LNTuning": _option(dk.LNTuning),
     "Prefix": _option(dk.Prefix),
     "SoftPrompt": _option(dk.SoftPrompt),
-    "TrainableTokens": Call(lambda s: dk.TrainableTokens, lambda s: {"ids": [3, 5]}, _used),
+    **{kind: _option(getattr(dk, kind)) for kind in ("TrainableTokens", *WEIGHT_METHODS)},
     "SoftPrompt.from_text": Call(
         lambda s: dk.SoftPrompt.from_text, lambda s: {"text": "a bc", "tokenizer": Tokenizer()}, _used
     ),

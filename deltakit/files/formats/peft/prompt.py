@@ -9,6 +9,7 @@ from deltakit.core import own_modules
 from deltakit.errors import CheckpointError
 from deltakit.files.formats.format import Parts
 from deltakit.files.formats.peft.keys import PROMPT
+from deltakit.files.formats.shapes import refuse_integers
 from deltakit.files.formats.source import Source
 
 
@@ -49,6 +50,7 @@ def prompting(source: Source) -> tuple[Prompting, Tensor]:
     prompt = source.tensors.get(PROMPT)
     if prompt is None:
         raise CheckpointError(f"{source.folder}: it has no {PROMPT}; save or download it again")
+    refuse_integers({PROMPT: prompt}, source.folder)
     if config["task_type"] is None:
         raise CheckpointError(
             f"{source.folder}: it has no task_type, and without one PEFT puts no prompt into a model; write the task_type "
