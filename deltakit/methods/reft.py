@@ -84,7 +84,8 @@ class ReFTDelta(OutputMap):
             learned = F.linear(h, self.source[unit])
             learned = learned if self.variant == "direft" else learned - F.linear(h, rows[unit])
             change = (learned + self.bias[unit]) @ rows[unit]
-            y = y.scatter_add(1, index, torch.where(there[..., None], change, 0).to(y.dtype))
+            # A clone keeps the layout, by which later layers may choose how they round.
+            y = y.clone().scatter_add_(1, index, torch.where(there[..., None], change, 0).to(y.dtype))
         return y
 
     def places(self, y: Float[Tensor, "batch seq d"]) -> list[tuple[Int[Tensor, "batch k"], Bool[Tensor, "batch k"]]]:
