@@ -40,11 +40,12 @@ def _first_tensor(call: dict[str, Any], names: tuple[str, ...]) -> Tensor | None
     return next((call[name] for name in names if isinstance(call.get(name), Tensor)), None)
 
 
-def _seen(call: dict[str, Any]) -> int:
-    """Returns the number of tokens in the cache before this call."""
+def _seen(call: dict[str, Any]) -> int | None:
+    """Returns the number of tokens in the cache before this call; None if it holds some and does not say how many."""
     cache = next((call[name] for name in _CACHE if call.get(name) is not None), None)
     try:
         return int(cache.get_seq_length()) if cache is not None else 0
     except (AttributeError, ValueError):
         # transformers' caches for recurrent layers have no length.
-        return 0
+        filled = getattr(cache, "has_previous_state", None)
+        return None if filled is not None and filled() else 0

@@ -52,7 +52,7 @@ class LNTuning(Method, name="ln_tuning"):
         if selected is None:
             selected = [index.target(path) for path in index.role("norm")]
             if not any(_is_norm(target.module) for target in selected):
-                raise RoleError(f"ln_tuning: {index.owner} has no norm with a weight; name targets with at=")
+                raise RoleError(f"ln_tuning: {index.owner} has no norm with a weight; use another method")
             selected = [target for target in selected if _is_norm(target.module)]
         return [parameter for target in selected for parameter in _parameters(index, target)]
 
