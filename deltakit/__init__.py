@@ -48,8 +48,9 @@ from deltakit.methods.compacter import Compacter
 from deltakit.methods.ia3 import IA3
 from deltakit.methods.lora import LoRA
 from deltakit.methods.low_rank_adapter import LowRankAdapter
+from deltakit.methods.p_tuning import PTuning
 from deltakit.methods.parallel_adapter import ParallelAdapter
-from deltakit.methods.prefix import Prefix
+from deltakit.methods.prefix import Prefix, PTuningV2
 from deltakit.methods.soft_prompt import SoftPrompt
 from deltakit.methods.trainable_tokens import TrainableTokens
 from deltakit.opendelta import (
@@ -99,6 +100,8 @@ __all__ = [
     "Method",
     "OptionError",
     "OutputMap",
+    "PTuning",
+    "PTuningV2",
     "ParallelAdapter",
     "ParallelAdapterModel",
     "Plan",

@@ -22,7 +22,8 @@ TEXT = WORD | {"empty text", "zero byte", "control"}
 MODEL = {"module"}
 BOTTLENECKS = ("Adapter", "LowRankAdapter", "Compacter", "ParallelAdapter")
 ON_MODULES = ("LoRA", "BitFit", "IA3", *BOTTLENECKS)
-ALL_METHODS = (*ON_MODULES, "Prefix", "SoftPrompt", "TrainableTokens")
+PREFIXES, PROMPTS = ("Prefix", "PTuningV2"), ("SoftPrompt", "PTuning")
+ALL_METHODS = (*ON_MODULES, *PREFIXES, *PROMPTS, "TrainableTokens")
 
 OPENDELTA = {
     "LoraModel": {"counts": ["lora_r"]},
@@ -78,17 +79,27 @@ ACCEPTED = {
     "Delta.parameter_groups.by_tag": {"empty dict", "dict of objects"},
     **{f"{kind}.at": NOTHING for kind in ALL_METHODS},
     **{f"{kind}.of": NOTHING | {"module class"} for kind in ON_MODULES},
-    **dict.fromkeys(["Prefix.of", "SoftPrompt.of", "TrainableTokens.of"], NOTHING),
+    **dict.fromkeys([f"{kind}.of" for kind in (*PREFIXES, *PROMPTS, "TrainableTokens")], NOTHING),
     "TrainableTokens.ids": {"range"},
     "TrainableTokens.untie": SWITCH,
     **{f"{kind}.exclude": NOTHING | NO_SELECTORS for kind in ALL_METHODS},
     "select.of": NOTHING | {"module class"},
     "select.exclude": NOTHING | NO_SELECTORS,
-    **dict.fromkeys(["LoRA.r", "Prefix.tokens", "Prefix.hidden", "SoftPrompt.tokens", "SoftPrompt.from_text.options"], COUNT),
+    **dict.fromkeys(["LoRA.r", "SoftPrompt.from_text.options", "PTuning.layers"], COUNT),
     # At alpha 0 the update is zero: sweeps begin there.
     "LoRA.alpha": NUMBER - {"-1"},
     "LoRA.dropout": {"0"},
-    **dict.fromkeys(["LoRA.rslora", "LoRA.dora", "LoRA.untie", "Prefix.reparam", "SoftPrompt.prepend", "SoftPrompt.trim", "Prefix.shift"], SWITCH),
+    **dict.fromkeys(["LoRA.rslora", "LoRA.dora", "LoRA.untie"], SWITCH),
+    **{f"{kind}.{option}": SWITCH for kind in PREFIXES for option in ("reparam", "shift")},
+    **{f"{kind}.{option}": COUNT for kind in PREFIXES for option in ("tokens", "hidden")},
+    **{f"{kind}.{option}": {"0"} if option == "dropout" else NOTHING | COUNT for kind in PREFIXES for option in ("embed", "dropout")},
+    **{f"{kind}.{option}": SWITCH for kind in PROMPTS for option in ("prepend", "trim")},
+    **{f"{kind}.tokens": COUNT for kind in PROMPTS},
+    **{f"{kind}.where": NOTHING for kind in PROMPTS},
+    "PTuning.encoder": NOTHING,
+    "PTuning.hidden": NOTHING | COUNT,
+    "PTuning.dropout": {"0"},
+    "PTuning.anchors": NOTHING | {"empty dict"},
     **{f"{kind}.{option}": NOTHING | COUNT for kind in BOTTLENECKS for option in ("size", "reduction")},
     # A size is a multiple of the division, which divides the features (20 here). A rank is at most the size (1 here).
     "Compacter.size": NOTHING,
@@ -98,13 +109,12 @@ ACCEPTED = {
     "ParallelAdapter.scaling": NUMBER,
     "ParallelAdapter.source": NOTHING,
     "SoftPrompt.init_ids": NOTHING | {"range"},
-    "SoftPrompt.where": NOTHING,
+    # Any vectors of the right width, repeated to the length: this matrix has another one.
+    "SoftPrompt.init_vectors": NOTHING,
     # Any text with a token.
     "SoftPrompt.from_text.text": (TEXT - {"empty text", "long text"}),
     "WeightMap.view": NOTHING,
-    "Prefix.embed": NOTHING | COUNT,
     "SoftPrompt.init_range": NUMBER - {"0", "-1"},
-    "SoftPrompt.trim": SWITCH,
     **dict.fromkeys([f"{kind}.{option}" for kind, options in OPENDELTA.items() for option in options["counts"]], COUNT),
     **dict.fromkeys(["CompacterModel.hypercomplex_division", "LowRankAdapterModel.low_rank_rank"], ONE),
     "LoraModel.lora_alpha": NUMBER - {"-1"},

@@ -16,10 +16,11 @@ from deltakit.ops.kinds.normed_low_rank import NormedLowRank
 from deltakit.ops.kinds.output_map import OutputMap
 from deltakit.ops.kinds.weight_map import WeightMap
 from deltakit.ops.low_rank_sum import sum_of_products
-from deltakit.ops.prompt.direct_call import called_directly
-from deltakit.ops.prompt.insertion import Insertion, finish, grown_mask, insert, layout_for
+from deltakit.ops.prompt.delta_modules import PromptVectorsDelta
+from deltakit.ops.prompt.method import PromptMethod
 from deltakit.ops.prompt.positions import move_positions
 from deltakit.ops.prompt.start_vectors import start_vectors
+from deltakit.ops.prompt.started import StartedPrompt
 from deltakit.ops.prompt.text_stack import Positions, input_embeddings, stack_at, text_stack
 from deltakit.ops.recompute import linear_with
 from deltakit.ops.seeded import Seeded, normal, uniform
@@ -34,31 +35,28 @@ __all__ = [
     "Handover",
     "InputMap",
     "InputTap",
-    "Insertion",
     "LowRank",
     "NormedLowRank",
     "OutputMap",
     "Positions",
     "PrefixMode",
+    "PromptMethod",
+    "PromptVectorsDelta",
     "Seeded",
+    "StartedPrompt",
     "WeightMap",
     "attends",
-    "called_directly",
     "check_dropout",
     "enter_prefix_mode",
     "enters_by_interface",
-    "finish",
-    "grown_mask",
     "has_own_forward",
     "heads_of",
     "input_embeddings",
     "input_size",
-    "insert",
     "install_prefixes",
     "joined",
     "joined_per_example",
     "kaiming_uniform",
-    "layout_for",
     "leave_prefix_mode",
     "like",
     "linear_with",

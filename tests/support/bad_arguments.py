@@ -144,6 +144,10 @@ def _set(name):
     return lambda scene: lambda value: setattr(scene.delta, name, value)
 
 
+def _prompted(scene):
+    return dk.attach(Transformer(blocks=1), dk.SoftPrompt(tokens=3))
+
+
 def _option(kind):
     return Call(lambda s: kind, lambda s: {}, _used)
 
@@ -225,10 +229,13 @@ CALLS = {
     "IA3": _option(dk.IA3),
     "Prefix": _option(dk.Prefix),
     "SoftPrompt": _option(dk.SoftPrompt),
+    "PTuning": _option(dk.PTuning),
+    "PTuningV2": _option(dk.PTuningV2),
     "TrainableTokens": Call(lambda s: dk.TrainableTokens, lambda s: {"ids": [3, 5]}, _used),
     "SoftPrompt.from_text": Call(
         lambda s: dk.SoftPrompt.from_text, lambda s: {"text": "a bc", "tokenizer": Tokenizer()}, _used
     ),
+    "SoftPrompt.from_delta": Call(lambda s: dk.SoftPrompt.from_delta, lambda s: {"delta": _prompted(s)}, _used),
     "Method.from_dict": Call(lambda s: dk.Method.from_dict, lambda s: {"data": dk.LoRA(r=2).to_dict()}, _used),
     "RoleTable[]": Call(lambda s: lambda role: dk.roles(s.bare)[role], lambda s: {"role": "@attn.q"}),
     "View": Call(lambda s: dk.View, lambda s: {"node": dk.show(s.bare).node, "columns": ()}, lambda s, view: str(view)),

@@ -11,6 +11,12 @@ from deltakit.files.formats.peft.keys import PREFIX_OF_PROMPTS, PROMPT
 from deltakit.files.formats.peft.layers import impossible
 from deltakit.files.formats.peft.prompt import embed_scale, first_is_read
 
+PROMPTS = ("soft_prompt", "p_tuning")
+"""The methods whose files have one prompt."""
+
+PREFIXES = ("prefix", "p_tuning_v2")
+"""The methods whose files have keys and values of a prefix."""
+
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
@@ -50,12 +56,12 @@ def prompt_options(attachment: Attachment, tensors: Mapping[str, Tensor]) -> tup
         )
     if not reads and not insertion.trim and not insertion.encodes and task == "SEQ_CLS":
         raise impossible(attachment, "the classifier reads the last token, which trim=False moves")
-    (prompt,) = (value for name, value in tensors.items() if name.endswith(".soft_prompt.prompt"))
+    (prompt,) = (value for name, value in tensors.items() if name.endswith(f".{method.name}.prompt"))
     vectors = prompt * embed_scale(backbone)
     both = 2 if insertion.encodes else 1
     return {
         "task_type": task,
-        "num_virtual_tokens": method.tokens,  # type: ignore[attr-defined]
+        "num_virtual_tokens": len(prompt),
         "num_transformer_submodules": both,
         "token_dim": prompt.shape[1],
         # PEFT does not use these for prompts, and fails where it finds them neither here nor in the backbone's config.

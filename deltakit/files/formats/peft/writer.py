@@ -41,7 +41,7 @@ from deltakit.files.formats.peft.keys import (
     TOKENS_OF_LORA,
 )
 from deltakit.files.formats.peft.layers import adapts, differs, impossible
-from deltakit.files.formats.peft.prompt_writer import prefix_options, prompt_options
+from deltakit.files.formats.peft.prompt_writer import PREFIXES, PROMPTS, prefix_options, prompt_options
 from deltakit.files.formats.peft.tokens import METHOD, write_tokens
 
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
@@ -285,6 +285,6 @@ _KINDS = {
     "lora": _Kind("LORA", lora_of),
     "ia3": _Kind("IA3", _ia3),
     METHOD: _Kind("TRAINABLE_TOKENS", _tokens),
-    "soft_prompt": _Kind("PROMPT_TUNING", prompt_options, ""),
-    "prefix": _Kind("PREFIX_TUNING", prefix_options, ""),
+    **dict.fromkeys(PROMPTS, _Kind("PROMPT_TUNING", prompt_options, "")),
+    **dict.fromkeys(PREFIXES, _Kind("PREFIX_TUNING", prefix_options, "")),
 }
