@@ -46,8 +46,10 @@ from deltakit.methods.adapter import Adapter
 from deltakit.methods.bitfit import BitFit
 from deltakit.methods.compacter import Compacter
 from deltakit.methods.ia3 import IA3
+from deltakit.methods.intrinsic_prompt import IntrinsicPrompt, PromptDecoder
 from deltakit.methods.lora import LoRA
 from deltakit.methods.low_rank_adapter import LowRankAdapter
+from deltakit.methods.multitask_prompt import MultitaskPrompt
 from deltakit.methods.p_tuning import PTuning
 from deltakit.methods.parallel_adapter import ParallelAdapter
 from deltakit.methods.prefix import Prefix, PTuningV2
@@ -92,12 +94,14 @@ __all__ = [
     "DeltaWarning",
     "HubError",
     "InputMap",
+    "IntrinsicPrompt",
     "LoRA",
     "LoraModel",
     "LowRank",
     "LowRankAdapter",
     "LowRankAdapterModel",
     "Method",
+    "MultitaskPrompt",
     "OptionError",
     "OutputMap",
     "PTuning",
@@ -107,6 +111,7 @@ __all__ = [
     "Plan",
     "Prefix",
     "PrefixModel",
+    "PromptDecoder",
     "RoleError",
     "RoleTable",
     "SavedDelta",

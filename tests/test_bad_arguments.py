@@ -22,7 +22,8 @@ TEXT = WORD | {"empty text", "zero byte", "control"}
 MODEL = {"module"}
 BOTTLENECKS = ("Adapter", "LowRankAdapter", "Compacter", "ParallelAdapter")
 ON_MODULES = ("LoRA", "BitFit", "IA3", *BOTTLENECKS)
-PREFIXES, PROMPTS = ("Prefix", "PTuningV2"), ("SoftPrompt", "PTuning")
+PREFIXES, STARTED = ("Prefix", "PTuningV2"), ("SoftPrompt", "MultitaskPrompt")
+PROMPTS = (*STARTED, "PTuning", "IntrinsicPrompt")
 ALL_METHODS = (*ON_MODULES, *PREFIXES, *PROMPTS, "TrainableTokens")
 
 OPENDELTA = {
@@ -108,13 +109,25 @@ ACCEPTED = {
     **dict.fromkeys(["Compacter.shared_rule", "Compacter.bias"], SWITCH),
     "ParallelAdapter.scaling": NUMBER,
     "ParallelAdapter.source": NOTHING,
-    "SoftPrompt.init_ids": NOTHING | {"range"},
+    **{f"{kind}.init_ids": NOTHING | {"range"} for kind in STARTED},
     # Any vectors of the right width, repeated to the length: this matrix has another one.
-    "SoftPrompt.init_vectors": NOTHING,
+    **{f"{kind}.init_vectors": NOTHING for kind in STARTED},
     # Any text with a token.
     "SoftPrompt.from_text.text": (TEXT - {"empty text", "long text"}),
     "WeightMap.view": NOTHING,
-    "SoftPrompt.init_range": NUMBER - {"0", "-1"},
+    **{f"{kind}.init_range": NUMBER - {"0", "-1"} for kind in STARTED},
+    # More than one task only without prepend=.
+    "MultitaskPrompt.tasks": {"1"},
+    "MultitaskPrompt.rank": COUNT,
+    **{f"PromptDecoder.{option}": COUNT for option in ("tokens", "width", "size", "hidden")},
+    **{f"PromptDecoder.fit.{option}": COUNT for option in ("size", "hidden", "steps")},
+    "PromptDecoder.fit.lr": NUMBER - {"0", "-1"},
+    # Any seed of torch's.
+    "PromptDecoder.fit.seed": COUNT | {"0", "-1"},
+    "IntrinsicPrompt.size": NOTHING | COUNT,
+    # A seed is a count from 0; a decoder is what PromptDecoder.fit returns.
+    "IntrinsicPrompt.seed": COUNT | {"0"},
+    "IntrinsicPrompt.decoder": NOTHING,
     **dict.fromkeys([f"{kind}.{option}" for kind, options in OPENDELTA.items() for option in options["counts"]], COUNT),
     **dict.fromkeys(["CompacterModel.hypercomplex_division", "LowRankAdapterModel.low_rank_rank"], ONE),
     "LoraModel.lora_alpha": NUMBER - {"-1"},
@@ -145,6 +158,7 @@ UNCHECKED = {
     "Method": "abstract; its options are those of LoRA",
     # Python's own containers and what only deltakit makes.
     "METHODS": "a dict",
+    "PromptDecoder.forward": "torch's own way of calling a module",
     "Combination": "a named tuple",
     **dict.fromkeys(["SavedDelta", "SavedMethod"], "what inspect returns"),
     "Plan": "the result of plan",

@@ -294,7 +294,9 @@ def test_starts_that_cannot_be():
         dk.SoftPrompt.from_delta(lora)
     with pytest.raises(dk.OptionError, match="expected a delta, found a str; pass what attach"):
         dk.SoftPrompt.from_delta("pretrained")
-    with pytest.raises(dk.OptionError, match="has vectors of 7 features, and this embedding has 20; use those of a prompt"):
+    with pytest.raises(
+        dk.OptionError, match="has vectors of 7 features, and this embedding has 20; use those of a prompt"
+    ):
         dk.attach(model, dk.SoftPrompt(init_vectors=torch.zeros(3, 7)))
     with pytest.raises(dk.OptionError, match=r"expected a matrix \[n, d\] with at least one row, found shape \(3,\)"):
         dk.SoftPrompt(init_vectors=torch.zeros(3))

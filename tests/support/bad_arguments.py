@@ -230,6 +230,12 @@ CALLS = {
     "Prefix": _option(dk.Prefix),
     "SoftPrompt": _option(dk.SoftPrompt),
     "PTuning": _option(dk.PTuning),
+    "MultitaskPrompt": _option(dk.MultitaskPrompt),
+    "IntrinsicPrompt": _option(dk.IntrinsicPrompt),
+    "PromptDecoder": Call(lambda s: dk.PromptDecoder, lambda s: {"tokens": 3, "width": 5}),
+    "PromptDecoder.fit": Call(
+        lambda s: dk.PromptDecoder.fit, lambda s: {"prompts": [torch.zeros(2, 3), torch.ones(2, 3)], "steps": 1}
+    ),
     "PTuningV2": _option(dk.PTuningV2),
     "TrainableTokens": Call(lambda s: dk.TrainableTokens, lambda s: {"ids": [3, 5]}, _used),
     "SoftPrompt.from_text": Call(

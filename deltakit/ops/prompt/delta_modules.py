@@ -16,12 +16,16 @@ from deltakit.ops.prompt.insertion import Insertion, finish, grown_mask, insert,
 class PromptVectors(nn.Module):
     """The vectors [tokens, d], shared by all embeddings that share the input embedding's weight (T5 has three).
 
-    They are the parameter `prompt`, or what a module without arguments computes while it is trained. That module is in no
-    file, so a loaded delta trains the vectors themselves.
+    They are the parameter `prompt`, or what a module without arguments computes.
+
+    Args:
+        start: the vectors at the start, or that module.
+        in_files: whether a file holds that module's tensors. If not, it holds the vectors, and a loaded delta trains them.
     """
 
-    def __init__(self, start: Float[Tensor, "tokens d"] | nn.Module) -> None:
+    def __init__(self, start: Float[Tensor, "tokens d"] | nn.Module, *, in_files: bool = False) -> None:
         super().__init__()
+        self.in_files = in_files
         self.encoder = start if isinstance(start, nn.Module) else None
         self.register_parameter("prompt", nn.Parameter(start) if isinstance(start, Tensor) else None)
 
@@ -29,13 +33,21 @@ class PromptVectors(nn.Module):
         found: Tensor = self.prompt if self.encoder is None else self.encoder()
         return found
 
-    def load(self, prompt: Float[Tensor, "tokens d"]) -> None:
-        """Takes these vectors, instead of those that a module computes."""
+    def saved(self) -> dict[str, Tensor]:
+        """Returns the tensors that a file holds."""
+        if self.in_files and self.encoder is not None:
+            return dict(self.encoder.state_dict())
+        return {"prompt": self().detach()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Loads the tensors of a file."""
         if self.encoder is None:
-            self.load_state_dict({"prompt": prompt})
+            self.load_state_dict(dict(state))
+        elif self.in_files:
+            self.encoder.load_state_dict(dict(state))
         else:
             like = next(self.encoder.parameters())
-            self.encoder, self.prompt = None, nn.Parameter(prompt.to(like, copy=True), like.requires_grad)
+            self.encoder, self.prompt = None, nn.Parameter(state["prompt"].to(like, copy=True), like.requires_grad)
 
 
 class PromptDelta(CallContext):
@@ -125,11 +137,12 @@ class PromptVectorsDelta(PromptDelta):
 
     # A file holds the vectors once, at the first of the embeddings.
     def saved_state(self) -> dict[str, Tensor]:
-        return {"prompt": self.shared().detach()} if "shared" in self._modules else {}
+        found: dict[str, Tensor] = self.shared.saved() if "shared" in self._modules else {}
+        return found
 
     def load_saved(self, state: Mapping[str, Tensor]) -> None:
         if "shared" in self._modules:
-            self.shared.load(state["prompt"])
+            self.shared.load(state)
 
     def summary(self) -> str:
         return f"tokens={self.tokens}"

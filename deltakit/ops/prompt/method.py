@@ -38,6 +38,8 @@ class PromptMethod(Method):
     trim: bool = True
 
     identity: ClassVar[bool] = False
+    computed_in_files: ClassVar[bool] = False
+    """Whether a file holds the tensors of the module that computes the vectors, instead of the vectors."""
 
     @abstractmethod
     def start(self, target: Target) -> Float[Tensor, "tokens d"] | nn.Module:
@@ -90,7 +92,7 @@ class PromptMethod(Method):
     def _build_in_model(
         self, index: BackboneView, group: Sequence[str], targets: Sequence[Target]
     ) -> dict[str, DeltaModule]:
-        vectors = PromptVectors(self.start(targets[0]))
+        vectors = PromptVectors(self.start(targets[0]), in_files=self.computed_in_files)
         vocabulary = int(targets[0].module.num_embeddings)  # type: ignore[arg-type]
         built: dict[str, DeltaModule] = {}
         for target in targets:

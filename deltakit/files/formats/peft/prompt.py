@@ -1,4 +1,4 @@
-"""Reads PEFT's prompt tuning and P-tuning: vectors in front of the text, which deltakit has as soft prompts."""
+"""Reads PEFT's prompt tuning, P-tuning and multitask prompts: vectors in front of the text, which are soft prompts here."""
 
 import inspect
 from typing import Any, TypedDict
@@ -9,7 +9,7 @@ from deltakit.core import own_modules
 from deltakit.errors import CheckpointError
 from deltakit.files.formats.format import Parts
 from deltakit.files.formats.peft.adapter import Adapter
-from deltakit.files.formats.peft.keys import PROMPT
+from deltakit.files.formats.peft.keys import PROMPT, TASKS
 from deltakit.files.schema import checked
 
 
@@ -26,6 +26,40 @@ def read_prompt(adapter: Adapter, parts: Parts) -> None:
     Raises:
         CheckpointError: if the config is damaged, or the tensor does not fit.
     """
+    options, prompt = _prompt_of(adapter)
+    parts.add_in_order("soft_prompt", options, [{"prompt": prompt}])
+
+
+def read_multitask(adapter: Adapter, parts: Parts) -> None:
+    """Adds the prompts of several tasks to the parts.
+
+    Raises:
+        CheckpointError: if the config is damaged, or the tensors do not fit.
+    """
+    options, prompt = _prompt_of(adapter)
+    tokens, d = prompt.shape
+    if len(adapter.tensors[PROMPT]) > tokens:
+        raise CheckpointError(
+            f"{adapter.folder}: PEFT puts these prompts into the encoder and the decoder, and deltakit into the encoder only; "
+            "with num_transformer_submodules=1 PEFT trains those of the encoder alone"
+        )
+    found = {ours: adapter.tensors.get(name) for name, ours in TASKS.items()}
+    columns, rows = found["columns"], found["rows"]
+    if (
+        columns is None
+        or rows is None
+        or columns.ndim != 3
+        or columns.shape[1] != tokens
+        or rows.shape != (len(columns), columns.shape[2], d)
+    ):
+        raise CheckpointError(f"{adapter.folder}: {' and '.join(TASKS)} do not fit together; save or download it again")
+    # The ids in a text say which of several tasks it has.
+    one = len(columns) == 1
+    options = {**options, "tasks": len(columns), "rank": columns.shape[2], "prepend": one}
+    parts.add_in_order("multitask_prompt", options, [{"prompt": prompt, "columns": columns, "rows": rows}])
+
+
+def _prompt_of(adapter: Adapter) -> tuple[dict[str, Any], Tensor]:
     config, prompt = prompting(adapter)
     tokens = config["num_virtual_tokens"]
     # Of an encoder and a decoder PEFT keeps rows for both, and uses the encoder's.
@@ -37,7 +71,7 @@ def read_prompt(adapter: Adapter, parts: Parts) -> None:
     # PEFT puts the vectors behind the scale of such an embedding (Gemma 3, BART), and deltakit before it.
     scale = embed_scale(adapter.backbone)
     options = {"tokens": tokens, "where": "start", "trim": not first_is_read(adapter.backbone, config["task_type"])}
-    parts.add_in_order("soft_prompt", options, [{"prompt": prompt[:tokens] / scale}])
+    return options, prompt[:tokens] / scale
 
 
 def prompting(adapter: Adapter) -> tuple[Prompting, Tensor]:

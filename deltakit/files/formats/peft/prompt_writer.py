@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from deltakit.core import Attachment, own_modules, tensors_of
-from deltakit.files.formats.peft.keys import PREFIX_OF_PROMPTS, PROMPT
+from deltakit.files.formats.peft.keys import PREFIX_OF_PROMPTS, PROMPT, TASKS
 from deltakit.files.formats.peft.layers import impossible
 from deltakit.files.formats.peft.prompt import embed_scale, first_is_read
 
-PROMPTS = ("soft_prompt", "p_tuning")
+PROMPTS = ("soft_prompt", "p_tuning", "intrinsic_prompt")
 """The methods whose files have one prompt."""
 
 PREFIXES = ("prefix", "p_tuning_v2")
@@ -68,6 +68,23 @@ def prompt_options(attachment: Attachment, tensors: Mapping[str, Tensor]) -> tup
         "num_layers": 1,
         "num_attention_heads": 1,
     }, {PROMPT: vectors.repeat(both, 1), **_head(attachment, task)}
+
+
+def multitask_options(
+    attachment: Attachment, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns the options and the tensors of a multitask prompt of one task.
+
+    Raises:
+        CheckpointError: if PEFT would compute something else.
+    """
+    options, named = prompt_options(attachment, tensors)
+    for name, ours in TASKS.items():
+        (named[name],) = (value for key, value in tensors.items() if key.endswith(f".multitask_prompt.{ours}"))
+    tokens, rows = options["num_virtual_tokens"], named["prefix_task_rows"]
+    # With more, PEFT would put prompts into the decoder, too.
+    options["num_transformer_submodules"], named[PROMPT] = 1, named[PROMPT][:tokens]
+    return {**options, "num_tasks": len(rows), "num_ranks": rows.shape[1], "prompt_tuning_init": "RANDOM"}, named
 
 
 def prefix_options(attachment: Attachment, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -31,6 +31,7 @@ from deltakit.files.formats.peft.keys import (
     PREFIX,
     PREFIX_OF_PROMPTS,
     PROMPT,
+    TASKS,
     TENSORS,
     TOKENS,
     TOKENS_OF_LORA,
@@ -38,7 +39,7 @@ from deltakit.files.formats.peft.keys import (
 from deltakit.files.formats.peft.lora import read_lora
 from deltakit.files.formats.peft.missing import warn_missing
 from deltakit.files.formats.peft.prefix import read_prefix
-from deltakit.files.formats.peft.prompt import read_prompt
+from deltakit.files.formats.peft.prompt import read_multitask, read_prompt
 from deltakit.files.formats.peft.tokens import read_trainable_tokens
 from deltakit.files.pickles import read_either
 from deltakit.files.saved import Saved, Trained
@@ -62,6 +63,7 @@ KINDS = {
     "PROMPT_TUNING": _Kind(read_prompt, (PROMPT,)),
     # The network that computed the prompt is not in the file.
     "P_TUNING": _Kind(read_prompt, (PROMPT,)),
+    "MULTITASK_PROMPT_TUNING": _Kind(read_multitask, (PROMPT, *TASKS)),
     "PREFIX_TUNING": _Kind(read_prefix, (PROMPT,)),
 }
 """What reads each kind of adapter, by its `peft_type`."""

@@ -41,7 +41,13 @@ from deltakit.files.formats.peft.keys import (
     TOKENS_OF_LORA,
 )
 from deltakit.files.formats.peft.layers import adapts, differs, impossible
-from deltakit.files.formats.peft.prompt_writer import PREFIXES, PROMPTS, prefix_options, prompt_options
+from deltakit.files.formats.peft.prompt_writer import (
+    PREFIXES,
+    PROMPTS,
+    multitask_options,
+    prefix_options,
+    prompt_options,
+)
 from deltakit.files.formats.peft.tokens import METHOD, write_tokens
 
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
@@ -286,5 +292,6 @@ _KINDS = {
     "ia3": _Kind("IA3", _ia3),
     METHOD: _Kind("TRAINABLE_TOKENS", _tokens),
     **dict.fromkeys(PROMPTS, _Kind("PROMPT_TUNING", prompt_options, "")),
+    "multitask_prompt": _Kind("MULTITASK_PROMPT_TUNING", multitask_options, ""),
     **dict.fromkeys(PREFIXES, _Kind("PREFIX_TUNING", prefix_options, "")),
 }
