@@ -53,6 +53,7 @@ from deltakit.methods.multitask_prompt import MultitaskPrompt
 from deltakit.methods.p_tuning import PTuning
 from deltakit.methods.parallel_adapter import ParallelAdapter
 from deltakit.methods.prefix import Prefix, PTuningV2
+from deltakit.methods.said import SAID
 from deltakit.methods.soft_prompt import SoftPrompt
 from deltakit.methods.trainable_tokens import TrainableTokens
 from deltakit.opendelta import (
@@ -76,6 +77,7 @@ from deltakit.view import View, show
 __all__ = [
     "IA3",
     "METHODS",
+    "SAID",
     "Adapter",
     "AdapterModel",
     "AutoDeltaConfig",

@@ -21,7 +21,7 @@ WORD = {"no", "false", "16", "own text", "long text"}
 TEXT = WORD | {"empty text", "zero byte", "control"}
 MODEL = {"module"}
 BOTTLENECKS = ("Adapter", "LowRankAdapter", "Compacter", "ParallelAdapter")
-ON_MODULES = ("LoRA", "BitFit", "IA3", *BOTTLENECKS)
+ON_MODULES = ("LoRA", "BitFit", "IA3", "SAID", *BOTTLENECKS)
 PREFIXES, STARTED = ("Prefix", "PTuningV2"), ("SoftPrompt", "MultitaskPrompt")
 PROMPTS = (*STARTED, "PTuning", "IntrinsicPrompt")
 ALL_METHODS = (*ON_MODULES, *PREFIXES, *PROMPTS, "TrainableTokens")
@@ -86,7 +86,7 @@ ACCEPTED = {
     **{f"{kind}.exclude": NOTHING | NO_SELECTORS for kind in ALL_METHODS},
     "select.of": NOTHING | {"module class"},
     "select.exclude": NOTHING | NO_SELECTORS,
-    **dict.fromkeys(["LoRA.r", "SoftPrompt.from_text.options", "PTuning.layers"], COUNT),
+    **dict.fromkeys(["LoRA.r", "SoftPrompt.from_text.options", "SoftPrompt.from_delta.options", "PTuning.layers"], COUNT),
     # At alpha 0 the update is zero: sweeps begin there.
     "LoRA.alpha": NUMBER - {"-1"},
     "LoRA.dropout": {"0"},
@@ -97,6 +97,9 @@ ACCEPTED = {
     **{f"{kind}.{option}": SWITCH for kind in PROMPTS for option in ("prepend", "trim")},
     **{f"{kind}.tokens": COUNT for kind in PROMPTS},
     **{f"{kind}.where": NOTHING for kind in PROMPTS},
+    # The backbone has more targets than a size of 1 or 3 has room for.
+    "SAID.structured": SWITCH,
+    "SAID.seed": COUNT | {"0"},
     "PTuning.encoder": NOTHING,
     "PTuning.hidden": NOTHING | COUNT,
     "PTuning.dropout": {"0"},

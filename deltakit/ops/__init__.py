@@ -6,6 +6,7 @@ from deltakit.ops.attention.kernel import AttentionPrefix, joined, joined_per_ex
 from deltakit.ops.attention.mode_stack import enter_prefix_mode, leave_prefix_mode
 from deltakit.ops.attention.sites import attends, enters_by_interface, heads_of
 from deltakit.ops.bottleneck import ACTIVATIONS, Bottleneck, BottleneckMethod, unfilled_linear
+from deltakit.ops.fastfood import Fastfood, key_of_name
 from deltakit.ops.forwards import has_own_forward, refuse_max_norm
 from deltakit.ops.handover import Handover, InputTap
 from deltakit.ops.kinds.call_context import CallContext
@@ -32,6 +33,7 @@ __all__ = [
     "Bottleneck",
     "BottleneckMethod",
     "CallContext",
+    "Fastfood",
     "Handover",
     "InputMap",
     "InputTap",
@@ -57,6 +59,7 @@ __all__ = [
     "joined",
     "joined_per_example",
     "kaiming_uniform",
+    "key_of_name",
     "leave_prefix_mode",
     "like",
     "linear_with",

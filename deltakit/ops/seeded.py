@@ -3,7 +3,7 @@
 They are drawn on the CPU in float32, so they are the same on every device and in every dtype. They are in no state dict.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,24 @@ def normal(std: float = 1.0) -> Draw:
     return partial(_draw, "normal_", 0.0, std)
 
 
+def signs() -> Draw:
+    """Returns a function that draws -1 and 1."""
+    return _signs
+
+
+def permutation() -> Draw:
+    """Returns a function that draws the numbers from 0 on in a random order: below 2**24, beyond which float32 has gaps."""
+    return _permutation
+
+
+def _signs(values: Float[Tensor, "*shape"], generator: torch.Generator) -> None:
+    values.bernoulli_(generator=generator).mul_(2).sub_(1)
+
+
+def _permutation(values: Float[Tensor, " n"], generator: torch.Generator) -> None:
+    values.copy_(torch.randperm(len(values), generator=generator))
+
+
 def _draw(how: str, first: float, second: float, values: Float[Tensor, "*shape"], generator: torch.Generator) -> None:
     getattr(values, how)(first, second, generator=generator)
 
@@ -44,17 +62,22 @@ class Seeded(nn.Module):
     """Several frozen tensors of one seed, as buffers that are not saved.
 
     On the meta device they have no values. When `to_empty` moves them to another device, they are drawn.
+
+    Args:
+        recipes: by the name of each tensor its shape, what draws it, and optionally a dtype of its own.
+        like: the device and the dtype of the others.
     """
 
-    def __init__(self, seed: int, recipes: dict[str, tuple[tuple[int, ...], Draw]], **like: Any) -> None:
+    def __init__(self, seed: int, recipes: Mapping[str, tuple[Any, ...]], **like: Any) -> None:
         super().__init__()
         self.seed, self.recipes = seed, recipes
-        for name, (shape, _) in recipes.items():
-            self.register_buffer(name, torch.empty(shape, **like), persistent=False)
+        for name, (shape, _, *dtype) in recipes.items():
+            own = {**like, "dtype": dtype[0]} if dtype else like
+            self.register_buffer(name, torch.empty(shape, **own), persistent=False)
         self._fill()
 
     def _fill(self) -> None:
-        for index, (name, (shape, draw)) in enumerate(self.recipes.items()):
+        for index, (name, (shape, draw, *_)) in enumerate(self.recipes.items()):
             buffer = self._buffers[name]
             if buffer is not None and not buffer.is_meta:
                 # Each tensor has its own seed, so its values do not depend on the sizes of the others.
