@@ -49,6 +49,7 @@ from deltakit.methods.ia3 import IA3
 from deltakit.methods.intrinsic_prompt import IntrinsicPrompt, PromptDecoder
 from deltakit.methods.lora import LoRA
 from deltakit.methods.low_rank_adapter import LowRankAdapter
+from deltakit.methods.lst import LST
 from deltakit.methods.multitask_prompt import MultitaskPrompt
 from deltakit.methods.p_tuning import PTuning
 from deltakit.methods.parallel_adapter import ParallelAdapter
@@ -76,6 +77,7 @@ from deltakit.view import View, show
 
 __all__ = [
     "IA3",
+    "LST",
     "METHODS",
     "SAID",
     "Adapter",

@@ -12,7 +12,7 @@ from deltakit.ops.handover import Handover, InputTap
 from deltakit.ops.kinds.call_context import CallContext
 from deltakit.ops.kinds.input_map import InputMap
 from deltakit.ops.kinds.low_rank import LowRank, check_dropout, kaiming_uniform
-from deltakit.ops.kinds.maps import on_own_examples
+from deltakit.ops.kinds.maps import in_own_dtype, on_own_examples
 from deltakit.ops.kinds.normed_low_rank import NormedLowRank
 from deltakit.ops.kinds.output_map import OutputMap
 from deltakit.ops.kinds.weight_map import WeightMap
@@ -53,6 +53,7 @@ __all__ = [
     "enters_by_interface",
     "has_own_forward",
     "heads_of",
+    "in_own_dtype",
     "input_embeddings",
     "input_size",
     "install_prefixes",
