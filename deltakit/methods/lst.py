@@ -36,6 +36,11 @@ _TEMPERATURE = 0.1
 _INNER = 4
 """How many times wider the inner layer of a ladder's block is, as in most transformers."""
 
+_ADVICE = (
+    "call the whole backbone; switch off gradient checkpointing around whole blocks, which saves nothing here, because "
+    "they keep no activations"
+)
+
 
 class Rung(nn.Module):
     """One step of the ladder: the gate `alpha`, the layer `down` that reads the backbone, and the block of the ladder."""
@@ -64,7 +69,7 @@ class LSTDelta(OutputMap):
         self.norm, self.last = nn.LayerNorm(size, **new), nn.Linear(size, self.size, **new)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
-        self.handovers = tuple(Handover(block.named, target.named) for block in blocks[:-1])
+        self.handovers = tuple(Handover(block.named, target.named, _ADVICE) for block in blocks[:-1])
 
     def forward(self, *given: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         """Returns the last output, with the ladder's added. given: the inputs of all blocks, and the last output."""

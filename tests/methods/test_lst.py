@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers as tf
+from torch.utils.checkpoint import checkpoint
 
 import deltakit as dk
 from support.backbone_inputs import inputs
@@ -98,6 +99,27 @@ def test_stands_beside_the_decoder_of_an_encoder_decoder():
     assert all(path.startswith("decoder.block") for path in delta.modules)
     both = dk.attach(model, dk.LST(at="@block"), name="both")
     assert sum(hasattr(module, "rungs") for found in both.modules.values() for module in found) == 2
+
+
+def test_checkpointing_inside_blocks_and_around_them():
+    """transformers checkpoints inside the calls of blocks. Around them the last block would run again, and the others not."""
+    model = build("llama", tf.AutoModelForCausalLM).train()
+    delta = randomize(dk.attach(model, dk.LST()))
+    model(**inputs("llama", model)).logits.square().sum().backward()
+    wanted = [parameter.grad.clone() for parameter in delta.parameters()]
+    model.zero_grad()
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+    model(**inputs("llama", model)).logits.square().sum().backward()
+    torch.testing.assert_close([parameter.grad for parameter in delta.parameters()], wanted)
+
+    plain = Transformer().train()
+    randomize(dk.attach(plain, dk.LST()))
+    x = plain.embed(ids())
+    for block in plain.layers:
+        x = checkpoint(block, x, use_reentrant=False)
+    with pytest.raises(dk.TargetError, match="switch off gradient checkpointing around whole blocks"):
+        x.sum().backward()
 
 
 def test_every_second_block(tmp_path):
