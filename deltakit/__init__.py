@@ -47,6 +47,7 @@ from deltakit.methods.bitfit import BitFit
 from deltakit.methods.compacter import Compacter
 from deltakit.methods.ia3 import IA3
 from deltakit.methods.intrinsic_prompt import IntrinsicPrompt, PromptDecoder
+from deltakit.methods.llama_adapter import LlamaAdapter
 from deltakit.methods.lora import LoRA
 from deltakit.methods.low_rank_adapter import LowRankAdapter
 from deltakit.methods.lst import LST
@@ -99,6 +100,7 @@ __all__ = [
     "HubError",
     "InputMap",
     "IntrinsicPrompt",
+    "LlamaAdapter",
     "LoRA",
     "LoraModel",
     "LowRank",

@@ -24,7 +24,7 @@ BOTTLENECKS = ("Adapter", "LowRankAdapter", "Compacter", "ParallelAdapter")
 ON_MODULES = ("LoRA", "BitFit", "IA3", "SAID", *BOTTLENECKS)
 PREFIXES, STARTED = ("Prefix", "PTuningV2"), ("SoftPrompt", "MultitaskPrompt")
 PROMPTS = (*STARTED, "PTuning", "IntrinsicPrompt")
-ALL_METHODS = (*ON_MODULES, *PREFIXES, *PROMPTS, "TrainableTokens", "LST")
+ALL_METHODS = (*ON_MODULES, *PREFIXES, *PROMPTS, "TrainableTokens", "LST", "LlamaAdapter")
 
 OPENDELTA = {
     "LoraModel": {"counts": ["lora_r"]},
@@ -80,7 +80,7 @@ ACCEPTED = {
     "Delta.parameter_groups.by_tag": {"empty dict", "dict of objects"},
     **{f"{kind}.at": NOTHING for kind in ALL_METHODS},
     **{f"{kind}.of": NOTHING | {"module class"} for kind in ON_MODULES},
-    **dict.fromkeys([f"{kind}.of" for kind in (*PREFIXES, *PROMPTS, "TrainableTokens", "LST")], NOTHING),
+    **dict.fromkeys([f"{kind}.of" for kind in (*PREFIXES, *PROMPTS, "TrainableTokens", "LST", "LlamaAdapter")], NOTHING),
     "TrainableTokens.ids": {"range"},
     "TrainableTokens.untie": SWITCH,
     **{f"{kind}.exclude": NOTHING | NO_SELECTORS for kind in ALL_METHODS},
@@ -97,6 +97,7 @@ ACCEPTED = {
     **{f"{kind}.{option}": SWITCH for kind in PROMPTS for option in ("prepend", "trim")},
     **{f"{kind}.tokens": COUNT for kind in PROMPTS},
     **{f"{kind}.where": NOTHING for kind in PROMPTS},
+    **{f"LlamaAdapter.{option}": COUNT for option in ("tokens", "layers")},
     **{f"LST.{option}": NOTHING | COUNT if option == "size" else COUNT for option in ("size", "reduction", "every")},
     # The backbone has more targets than a size of 1 or 3 has room for.
     "SAID.structured": SWITCH,

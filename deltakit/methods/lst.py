@@ -30,7 +30,6 @@ from deltakit.core import (
 )
 from deltakit.errors import OptionError, RoleError, TargetError
 from deltakit.ops import Handover, InputTap, OutputMap, in_own_dtype, like, on_own_examples
-from deltakit.selection import features_last
 
 _TEMPERATURE = 0.1
 _INNER = 4
@@ -63,6 +62,11 @@ class LSTDelta(OutputMap):
 
     def __init__(self, target: Target, blocks: Sequence[Target], options: "LST") -> None:
         super().__init__(target)
+        if self.axis != -1:
+            raise TargetError(
+                f"{target.named}: LST works on blocks whose features are the last dimension, found a "
+                f"{type(target.module).__name__} with channels first; name other blocks with at="
+            )
         size, new = options.size or max(1, self.size // options.reduction), like(target)
         self.first = nn.Linear(self.size, size, **new)
         self.rungs = nn.ModuleList(Rung(self.size, size, **new) for _ in blocks)
@@ -109,8 +113,7 @@ class LSTDelta(OutputMap):
                 f"LST reads modules whose inputs and outputs are alike, and found hidden states of shape {shapes}; select the "
                 "blocks of one stack with at="
             )
-        new = in_own_dtype(self, *(features_last(h, self.axis, self.size) for h in (*own, y)))
-        new = features_last(new, self.axis, y.shape[-1])
+        new = in_own_dtype(self, *own, y)
         return replace_hidden(output, new if self.strength == 1 else torch.lerp(y, new, self.strength))
 
     def summary(self) -> str:

@@ -16,14 +16,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import BackboneView, DeltaModule, Method, Target, above, hidden_input, wants_start_values
-from deltakit.errors import OptionError, RoleError, TargetError
+from deltakit.core import BackboneView, DeltaModule, Method, Target, hidden_input, wants_start_values
+from deltakit.errors import OptionError, TargetError
 from deltakit.ops import (
     AttentionPrefix,
     CallContext,
     Positions,
     PrefixMode,
     attends,
+    attention_targets,
     check_dropout,
     enter_prefix_mode,
     enters_by_interface,
@@ -195,28 +196,7 @@ class Prefix(Method, name="prefix"):
         check_dropout(type(self).__name__, self.dropout)
 
     def targets(self, index: BackboneView, selected: Sequence[Target] | None) -> Sequence[Target]:
-        paths = [path for path, module in index.by_path.items() if attends(module)]
-        if selected is None:
-            if not paths:
-                raise RoleError(
-                    f"{self.name}: {index.owner} has no attention whose keys and values can be extended, so there is no "
-                    "default position; use another method, such as LoRA"
-                )
-            return [index.target(path) for path in paths]
-        inside: dict[str, list[str]] = {}
-        for path in paths:
-            for around in above(path):
-                inside.setdefault(around, []).append(path)
-        found = []
-        for target in selected:
-            below = inside.get(target.path)
-            if below is None:
-                raise TargetError(
-                    f"{target.named}: this {type(target.module).__name__} has no attention in it, and {self.name} needs one; "
-                    f"this backbone has attention at {', '.join(paths[:3]) or 'no path'}"
-                )
-            found += [index.target(path) for path in below]
-        return found
+        return attention_targets(index, selected, self.name)
 
     def kind_at(self, target: Target) -> type[PrefixDelta]:
         return PrefixDelta if enters_by_interface(target.module) else PrefixModeDelta

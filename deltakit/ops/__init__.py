@@ -1,10 +1,12 @@
 """The building blocks of methods: low-rank products, attention with a prefix, prompt insertion, sizes and dtypes."""
 
+from deltakit.ops.attention.beside import AttentionBeside, BesideMode
 from deltakit.ops.attention.function_mode import PrefixMode
 from deltakit.ops.attention.interface import install_prefixes
 from deltakit.ops.attention.kernel import AttentionPrefix, joined, joined_per_example
 from deltakit.ops.attention.mode_stack import enter_prefix_mode, leave_prefix_mode
-from deltakit.ops.attention.sites import attends, enters_by_interface, heads_of
+from deltakit.ops.attention.sites import attends, calls_fused_attention, enters_by_interface, heads_of
+from deltakit.ops.attention.targets import attention_targets
 from deltakit.ops.bottleneck import ACTIVATIONS, Bottleneck, BottleneckMethod, unfilled_linear
 from deltakit.ops.fastfood import Fastfood, key_of_name
 from deltakit.ops.forwards import has_own_forward, refuse_max_norm
@@ -29,7 +31,9 @@ from deltakit.ops.sizes import input_size, like
 
 __all__ = [
     "ACTIVATIONS",
+    "AttentionBeside",
     "AttentionPrefix",
+    "BesideMode",
     "Bottleneck",
     "BottleneckMethod",
     "CallContext",
@@ -48,6 +52,8 @@ __all__ = [
     "StartedPrompt",
     "WeightMap",
     "attends",
+    "attention_targets",
+    "calls_fused_attention",
     "check_dropout",
     "enter_prefix_mode",
     "enters_by_interface",

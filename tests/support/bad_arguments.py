@@ -229,6 +229,7 @@ CALLS = {
     "IA3": _option(dk.IA3),
     "Prefix": _option(dk.Prefix),
     "SoftPrompt": _option(dk.SoftPrompt),
+    "LlamaAdapter": _option(dk.LlamaAdapter),
     "LST": _option(dk.LST),
     "SAID": _option(dk.SAID),
     "PTuning": _option(dk.PTuning),

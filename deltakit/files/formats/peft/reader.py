@@ -17,10 +17,12 @@ from deltakit.files.formats.adapter_config import CONFIG, is_adapterhub
 from deltakit.files.formats.format import Parts
 from deltakit.files.formats.peft.adalora import read_adalora
 from deltakit.files.formats.peft.adapter import Adapter
+from deltakit.files.formats.peft.adaption import read_adaption
 from deltakit.files.formats.peft.full import fully_trained
 from deltakit.files.formats.peft.ia3 import read_ia3
 from deltakit.files.formats.peft.keys import (
     ADALORA,
+    ADAPTION,
     IA3,
     KNOWN,
     LORA,
@@ -58,6 +60,7 @@ class _Kind(NamedTuple):
 KINDS = {
     "LORA": _Kind(read_lora, (*LORA, *LORA_OF_EMBEDDINGS, *LORA_BIAS, *LORA_MAGNITUDES, *TOKENS_OF_LORA)),
     "ADALORA": _Kind(read_adalora, (*ADALORA, *TOKENS_OF_LORA)),
+    "ADAPTION_PROMPT": _Kind(read_adaption, tuple(ADAPTION)),
     "IA3": _Kind(read_ia3, tuple(IA3)),
     "TRAINABLE_TOKENS": _Kind(read_trainable_tokens, tuple(TOKENS)),
     "PROMPT_TUNING": _Kind(read_prompt, (PROMPT,)),
