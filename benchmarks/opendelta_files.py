@@ -5,10 +5,12 @@
 It needs an environment of its own: OpenDelta of August 2023 (commit 067eed2 on GitHub), transformers 4.30.2, and a torch that
 they run with (2.13.0 was used). Of what OpenDelta imports, DeltaCenter and web.py may be stubs: nothing here uses them.
 
-For each backbone it writes the weights, and for each case the folder that `save_finetuned` wrote and the logits.
+For each backbone it writes the weights, and for each case the folder that `save_finetuned` wrote and the logits; for prefixes
+on T5 also those without a mask, and those of generated tokens.
 """
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +94,22 @@ ONLY: dict[str, dict[str, tuple[str, dict[str, Any], list[str] | None]]] = {
             DELTAS,
         ),
     },
-    "t5": {},
+    "t5": {
+        # In some of the blocks: those behind them lose their relative positions, too.
+        "prefix_somewhere": (
+            "Prefix",
+            {
+                "prefix_token_num": 3,
+                "embed_dim": 5,
+                "mid_dim": 7,
+                "modified_modules": [
+                    "encoder.block.0.layer.0.SelfAttention",
+                    "decoder.block.1.layer.0.SelfAttention",
+                ],
+            },
+            DELTAS,
+        ),
+    },
     "gpt2": {},
 }
 
@@ -119,8 +136,8 @@ def build(name: str) -> nn.Module:
 
 def make(
     folder: Path, name: str, case: str, kind: str, options: dict[str, Any], exclude: list[str] | None
-) -> torch.Tensor:
-    """Saves a delta of OpenDelta with random values, and returns its logits."""
+) -> dict[str, torch.Tensor]:
+    """Saves a delta of OpenDelta with random values, and returns its logits by what was called."""
     model = build(name)
     delta = getattr(od, f"{kind}Model")(model, **options)
     if exclude is not None:
@@ -130,9 +147,30 @@ def make(
             if parameter.requires_grad and exclude is not None:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     delta.save_finetuned(str(folder / name / case))
+    model.eval()
+    call = inputs(name)
     with torch.no_grad():
-        logits: torch.Tensor = model.eval()(**inputs(name)).logits
-    return logits.contiguous().clone()
+        found = {case: model(**call).logits}
+        if (name, kind) == ("t5", "Prefix"):
+            found[f"{case}.unmasked"] = model(**{k: v for k, v in call.items() if k != "attention_mask"}).logits
+            if "modified_modules" not in options:
+                found[f"{case}.generated"] = generated(model, call)
+    return {key: value.contiguous().clone() for key, value in found.items()}
+
+
+def generated(model: Any, call: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Returns the scores [7, batch, vocabulary] of generated tokens."""
+    output = model.generate(
+        call["input_ids"],
+        attention_mask=call["attention_mask"],
+        max_new_tokens=7,
+        min_new_tokens=7,
+        do_sample=False,
+        num_beams=1,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    return torch.stack(output.scores)
 
 
 def main() -> None:
@@ -150,7 +188,7 @@ def main() -> None:
             if (name, case) == ("gpt2", "lora"):
                 # OpenDelta has no LoRA for GPT-2's layers.
                 continue
-            expected[case] = make(folder, name, case, kind, options, exclude)
+            expected |= make(folder, name, case, kind, options, exclude)
         save_file(
             {**inputs(name), **{f"expected.{key}": value for key, value in expected.items()}},
             folder / name / "expected.safetensors",

@@ -44,20 +44,38 @@ from deltakit.errors import (
 )
 from deltakit.methods.adapter import Adapter
 from deltakit.methods.bitfit import BitFit
+from deltakit.methods.boft import BOFT
+from deltakit.methods.c3a import C3A
 from deltakit.methods.compacter import Compacter
+from deltakit.methods.delora import DeLoRA
+from deltakit.methods.fourierft import FourierFT
+from deltakit.methods.gralora import GraLoRA
+from deltakit.methods.hira import HiRA
+from deltakit.methods.hra import HRA
 from deltakit.methods.ia3 import IA3
 from deltakit.methods.intrinsic_prompt import IntrinsicPrompt, PromptDecoder
 from deltakit.methods.llama_adapter import LlamaAdapter
+from deltakit.methods.ln_tuning import LNTuning
+from deltakit.methods.loha import LoHa
+from deltakit.methods.lokr import LoKr
 from deltakit.methods.lora import LoRA
 from deltakit.methods.low_rank_adapter import LowRankAdapter
 from deltakit.methods.lst import LST
+from deltakit.methods.miss import MiSS
 from deltakit.methods.multitask_prompt import MultitaskPrompt
+from deltakit.methods.oft import OFT
 from deltakit.methods.p_tuning import PTuning
 from deltakit.methods.parallel_adapter import ParallelAdapter
 from deltakit.methods.prefix import Prefix, PTuningV2
+from deltakit.methods.randlora import RandLoRA
+from deltakit.methods.reft import ReFT
+from deltakit.methods.road import RoAd
 from deltakit.methods.said import SAID
+from deltakit.methods.shira import SHiRA
 from deltakit.methods.soft_prompt import SoftPrompt
 from deltakit.methods.trainable_tokens import TrainableTokens
+from deltakit.methods.vblora import VBLoRA
+from deltakit.methods.vera import VeRA
 from deltakit.opendelta import (
     AdapterModel,
     AutoDeltaConfig,
@@ -77,9 +95,13 @@ from deltakit.version import __version__
 from deltakit.view import View, show
 
 __all__ = [
+    "BOFT",
+    "C3A",
+    "HRA",
     "IA3",
     "LST",
     "METHODS",
+    "OFT",
     "SAID",
     "Adapter",
     "AdapterModel",
@@ -93,20 +115,28 @@ __all__ = [
     "Combination",
     "Compacter",
     "CompacterModel",
+    "DeLoRA",
     "Delta",
     "DeltaError",
     "DeltaModule",
     "DeltaWarning",
+    "FourierFT",
+    "GraLoRA",
+    "HiRA",
     "HubError",
     "InputMap",
     "IntrinsicPrompt",
+    "LNTuning",
     "LlamaAdapter",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "LoraModel",
     "LowRank",
     "LowRankAdapter",
     "LowRankAdapterModel",
     "Method",
+    "MiSS",
     "MultitaskPrompt",
     "OptionError",
     "OutputMap",
@@ -118,8 +148,12 @@ __all__ = [
     "Prefix",
     "PrefixModel",
     "PromptDecoder",
+    "RandLoRA",
+    "ReFT",
+    "RoAd",
     "RoleError",
     "RoleTable",
+    "SHiRA",
     "SavedDelta",
     "SavedMethod",
     "SelectorError",
@@ -129,6 +163,8 @@ __all__ = [
     "Target",
     "TargetError",
     "TrainableTokens",
+    "VBLoRA",
+    "VeRA",
     "View",
     "Visualization",
     "WeightMap",

@@ -67,6 +67,7 @@ def _add_file_commands(commands: Any) -> None:
     other.set_defaults(command=_convert)
     for command in (contents, other):
         command.add_argument("--revision", help="a branch, tag or commit of the Hub repository")
+        command.add_argument("--subfolder", help="the folder or file in it that is the delta, if it is not at the top")
 
 
 def _positive(text: str) -> int:
@@ -109,22 +110,22 @@ def _roles(options: argparse.Namespace) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     from deltakit.delta import inspect
 
-    print(inspect(options.delta, revision=options.revision))
+    print(inspect(options.delta, revision=options.revision, subfolder=options.subfolder))
 
 
 def _convert(options: argparse.Namespace) -> None:
     from deltakit.delta import convert, inspect
     from deltakit.files import Access, find_folder
 
-    found = inspect(options.delta, revision=options.revision)
+    found = inspect(options.delta, revision=options.revision, subfolder=options.subfolder)
     model = options.model or found.base
     if model is None:
         raise OptionError(f"{options.delta} does not say which model it is for; add --model with a folder or Hub id")
-    place = find_folder(options.delta, Access(revision=options.revision))
+    place = find_folder(options.delta, Access(revision=options.revision, subfolder=options.subfolder))
     folder = convert(
-        place, options.out, _empty(model, options.kind or found.base_class or "*"), to=options.to, where=options.delta
+        place, options.out, _empty(model, options.kind or found.base_class or "*"), to=options.to, where=found.source
     )
-    print(f"{options.delta} ({found.format}) is now in {folder} ({options.to})")
+    print(f"{found.source} ({found.format}) is now in {folder} ({options.to})")
 
 
 def _empty(model: str, architecture: str | None = None) -> Any:

@@ -5,6 +5,9 @@ import os
 # Before torch is imported: the suite's models are too small to gain from threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Seconds, instead of 10: the Hub on loopback answers at once, but the machine may be busy.
+os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "600")
+os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "600")
 
 import hypothesis
 import jaxtyping

@@ -125,6 +125,15 @@ def test_no_import_circles_within_a_room():
             del left[name]
 
 
+def test_formats_import_no_other_format():
+    """What several of them need stands one floor up, in `files/formats`."""
+    folders = {path.name for path in (PACKAGE / "files" / "formats").iterdir() if path.is_dir()}
+    for name, _, tree in sources():
+        own = name.split(".")[2:3] if name.startswith("files.formats.") else []
+        taken = {module.split(".")[2] for module, _ in imports(tree) if module.startswith("files.formats.")}
+        assert not own or own[0] not in folders or not taken & folders - {*own}, name
+
+
 def test_methods_import_no_other_method():
     for name, _, tree in sources():
         if room_of(name) == "methods" and not name.endswith("__init__"):

@@ -21,10 +21,25 @@ WORD = {"no", "false", "16", "own text", "long text"}
 TEXT = WORD | {"empty text", "zero byte", "control"}
 MODEL = {"module"}
 BOTTLENECKS = ("Adapter", "LowRankAdapter", "Compacter", "ParallelAdapter")
-ON_MODULES = ("LoRA", "BitFit", "IA3", "SAID", *BOTTLENECKS)
+ON_MODULES = (
+    "LoRA",
+    "BitFit",
+    "IA3",
+    "OFT",
+    "BOFT",
+    "HRA",
+    "RoAd",
+    "ReFT",
+    "FourierFT",
+    "C3A",
+    "SHiRA",
+    "SAID",
+    *BOTTLENECKS,
+)
 PREFIXES, STARTED = ("Prefix", "PTuningV2"), ("SoftPrompt", "MultitaskPrompt")
 PROMPTS = (*STARTED, "PTuning", "IntrinsicPrompt")
-ALL_METHODS = (*ON_MODULES, *PREFIXES, *PROMPTS, "TrainableTokens", "LST", "LlamaAdapter")
+ON_PARTS = (*PREFIXES, *PROMPTS, "LNTuning", "TrainableTokens", "LST", "LlamaAdapter")
+ALL_METHODS = (*ON_MODULES, *ON_PARTS)
 
 OPENDELTA = {
     "LoraModel": {"counts": ["lora_r"]},
@@ -80,7 +95,7 @@ ACCEPTED = {
     "Delta.parameter_groups.by_tag": {"empty dict", "dict of objects"},
     **{f"{kind}.at": NOTHING for kind in ALL_METHODS},
     **{f"{kind}.of": NOTHING | {"module class"} for kind in ON_MODULES},
-    **dict.fromkeys([f"{kind}.of" for kind in (*PREFIXES, *PROMPTS, "TrainableTokens", "LST", "LlamaAdapter")], NOTHING),
+    **{f"{kind}.of": NOTHING for kind in ON_PARTS},
     "TrainableTokens.ids": {"range"},
     "TrainableTokens.untie": SWITCH,
     **{f"{kind}.exclude": NOTHING | NO_SELECTORS for kind in ALL_METHODS},
@@ -114,6 +129,17 @@ ACCEPTED = {
     **dict.fromkeys(["Compacter.shared_rule", "Compacter.bias"], SWITCH),
     "ParallelAdapter.scaling": NUMBER,
     "ParallelAdapter.source": NOTHING,
+    # A block has at least two features, and a series four terms.
+    **dict.fromkeys(["OFT.block_size", "BOFT.block_size", "RoAd.group_size"], NOTHING),
+    "OFT.blocks": NOTHING | COUNT,
+    "OFT.block_share": SWITCH,
+    **dict.fromkeys(["FourierFT.n", "C3A.block_size", "SHiRA.r"], NOTHING | COUNT),
+    "FourierFT.scaling": NUMBER - {"0", "-1"},
+    **dict.fromkeys(["FourierFT.seed", "SHiRA.seed"], COUNT | {"0"}),
+    **dict.fromkeys(["ReFT.r", "ReFT.prefix_positions"], COUNT),
+    "ReFT.suffix_positions": COUNT | {"0"},
+    "ReFT.tied": SWITCH,
+    "BOFT.factors": COUNT,
     **{f"{kind}.init_ids": NOTHING | {"range"} for kind in STARTED},
     # Any vectors of the right width, repeated to the length: this matrix has another one.
     **{f"{kind}.init_vectors": NOTHING for kind in STARTED},

@@ -12,16 +12,16 @@ from deltakit.delta.mixed_rows import rows
 from deltakit.delta.new_heads import Spelling
 from deltakit.delta.own_values import base_state_dict, merged_state_dict
 from deltakit.delta.planning import Plan, plan
-from deltakit.delta.pretrained import CHECKPOINT, Job
-from deltakit.delta.training_state import checkpoint_tensors, deltas_in_file, trains_only_deltas
+from deltakit.delta.save_job import SaveJob
+from deltakit.delta.training_state import checkpoint_tensors, trains_only_deltas
 from deltakit.delta.using import deltas, use
+from deltakit.delta.whole_checkpoints import deltas_in_file, whole_checkpoint_mark
 
 __all__ = [
-    "CHECKPOINT",
     "Combination",
     "Delta",
-    "Job",
     "Plan",
+    "SaveJob",
     "SavedDelta",
     "SavedMethod",
     "Spelling",
@@ -44,5 +44,6 @@ __all__ = [
     "spare_name",
     "trains_only_deltas",
     "use",
+    "whole_checkpoint_mark",
     "widen",
 ]

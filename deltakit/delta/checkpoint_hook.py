@@ -1,4 +1,4 @@
-"""The hook by which a backbone with deltas loads a checkpoint that holds only what they train."""
+"""The hook by which a backbone with deltas loads the checkpoints of training frameworks."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,10 +7,11 @@ from weakref import ReferenceType, WeakSet, ref
 from torch import nn
 
 from deltakit.delta.training_state import deltas_in, load_checkpoint
+from deltakit.delta.whole_checkpoints import take_mark
 
 
-class Savers:
-    """What the `Saver`s of one backbone share: the backbone, and the modules that have one.
+class SavedBackbone:
+    """What the `Saver`s of one backbone share: the backbone, and the modules that have a `Saver`.
 
     It is pickled and copied without either. Whoever copies a part of the backbone gets that part alone.
     """
@@ -20,7 +21,7 @@ class Savers:
         self.modules: WeakSet[nn.Module] = WeakSet()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Savers, ()
+        return SavedBackbone, ()
 
     def root_of(self, module: nn.Module) -> nn.Module:
         """Returns the backbone of one of the modules; the module itself if it was copied alone."""
@@ -29,17 +30,20 @@ class Savers:
 
 
 class LoadCheckpoint:
-    """Stands on a backbone with deltas, and loads checkpoints of them instead of torch. All others it leaves to torch."""
+    """Stands on a backbone with deltas, and loads checkpoints that hold only what they train instead of torch.
 
-    def __init__(self, backbone: nn.Module, savers: Savers) -> None:
-        self.savers = savers
-        savers.root = ref(backbone)
+    All others it leaves to torch. Of those that hold the whole model it compares the mark.
+    """
+
+    def __init__(self, backbone: nn.Module, saved: SavedBackbone) -> None:
+        self.saved = saved
+        saved.root = ref(backbone)
         self._loaded: str | None = None
         """The prefix of the backbone in the state dict that is being loaded, if that is a checkpoint of deltas."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of the backbone gets one for itself.
-        return LoadCheckpoint, (self.savers.root() if self.savers.root is not None else None, self.savers)
+        return LoadCheckpoint, (self.saved.root() if self.saved.root is not None else None, self.saved)
 
     def before(self, backbone: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         """Loads the checkpoint, and takes it out of the state dict."""
@@ -48,6 +52,8 @@ class LoadCheckpoint:
             own: Mapping[str, Any] = {key: state.pop(key) for key in list(state) if key.startswith(prefix)}
             load_checkpoint(backbone, {key.removeprefix(prefix): value for key, value in own.items()})
             self._loaded = prefix
+        else:
+            take_mark(backbone, state, prefix)
 
     def after(self, backbone: nn.Module, found: Any) -> None:
         """Removes the backbone's own keys, which such a checkpoint does not have, from the missing ones."""

@@ -19,15 +19,17 @@ from deltakit.files import backbone_identity, differences, from_file
 _NOT_COMPARED = ("at", "of", "exclude", "keep")
 
 
-def marks_of(attachments: Sequence[Attachment]) -> list[Tensor]:
-    """Returns the mark of each delta of one backbone: its place among them and its options; the first has the backbone."""
-    found = []
-    for place, attachment in enumerate(attachments):
-        said: dict[str, Any] = {"place": place, "methods": _options(attachment)}
-        if not place:
-            said["backbone"] = backbone_identity(attachment.backbone)["fingerprint"]
-        found.append(torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8))
-    return found
+def marks_of(attachments: Sequence[Attachment]) -> dict[str, Tensor]:
+    """Returns the mark of each delta of one backbone, by its name; the first says which backbone it is."""
+    said = _said(attachments)
+    for attachment in attachments[:1]:
+        said[attachment.record.name]["backbone"] = backbone_identity(attachment.backbone)["fingerprint"]
+    return {name: _written(entry) for name, entry in said.items()}
+
+
+def common_mark(attachments: Sequence[Attachment]) -> Tensor:
+    """Returns one mark of all deltas of a backbone, for a checkpoint that has the backbone's own tensors, too."""
+    return _written(_said(attachments))
 
 
 def refuse_other_run(attachments: Sequence[Attachment], marks: Mapping[str, Tensor], where: str) -> None:
@@ -38,7 +40,22 @@ def refuse_other_run(attachments: Sequence[Attachment], marks: Mapping[str, Tens
         CheckpointError: if a delta has other options, the deltas were attached in another order, or a mark is damaged.
     """
     # Checkpoints of earlier versions have marks that say nothing.
-    said = {name: _read(mark, name, where) for name, mark in marks.items() if mark.dtype == torch.uint8}
+    read = {name: _read(mark, name, where) for name, mark in marks.items() if mark.dtype == torch.uint8}
+    _compare(attachments, {name: _checked(entry, name, where) for name, entry in read.items()}, where)
+
+
+def refuse_other_options(attachments: Sequence[Attachment], common: Tensor, where: str) -> None:
+    """Does the same with the mark of a checkpoint that has the backbone's own tensors, too.
+
+    Raises:
+        CheckpointError: if a delta has other options, the deltas were attached in another order, or the mark is damaged.
+    """
+    names = [attachment.record.name for attachment in attachments]
+    said = _read(common, ", ".join(names), where)
+    _compare(attachments, {name: _checked(said.get(name), name, where) for name in names}, where)
+
+
+def _compare(attachments: Sequence[Attachment], said: Mapping[str, dict[str, Any]], where: str) -> None:
     if said.keys() != {attachment.record.name for attachment in attachments}:
         return
     for attachment in attachments:
@@ -80,12 +97,37 @@ def _options(attachment: Attachment) -> list[dict[str, Any]]:
     return found
 
 
+def _said(attachments: Sequence[Attachment]) -> dict[str, dict[str, Any]]:
+    return {
+        attachment.record.name: {"place": place, "methods": _options(attachment)}
+        for place, attachment in enumerate(attachments)
+    }
+
+
+def _written(said: Mapping[str, Any]) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8)
+
+
 def _read(mark: Tensor, name: str, where: str) -> dict[str, Any]:
     try:
-        said: dict[str, Any] = json.loads(bytes(mark.cpu().tolist()))
+        said: Any = json.loads(bytes(mark.cpu().tolist()))
+    except (ValueError, TypeError):
+        said = None
+    if not isinstance(said, dict):
+        raise _damaged(name, where)
+    return said
+
+
+def _checked(said: Any, name: str, where: str) -> dict[str, Any]:
+    try:
         fits = isinstance(said["place"], int) and all(isinstance(method, dict) for method in said["methods"])
-    except (ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         fits = False
     if not fits:
-        raise CheckpointError(f"{where}: what it says of the delta {name!r} is damaged; use another checkpoint")
-    return said
+        raise _damaged(name, where)
+    found: dict[str, Any] = said
+    return found
+
+
+def _damaged(name: str, where: str) -> CheckpointError:
+    return CheckpointError(f"{where}: what it says of the delta {name!r} is damaged; use another checkpoint")

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from deltakit.core import checked, join, label_among
-from deltakit.files import Access, Saved, expanded, find_folder, format_of, from_file, read_saved, room_for
+from deltakit.files import Access, Saved, called, expanded, find_folder, format_of, from_file, read_saved, room_for
 from deltakit.view import Line, report
 
 _NOT_OPTIONS = ("method", "targets", "at", "of", "exclude")
@@ -76,6 +76,7 @@ def inspect(
     token: str | bool | None = None,
     cache_dir: str | PathLike[str] | None = None,
     local_files_only: bool = False,
+    subfolder: str | None = None,
 ) -> SavedDelta:
     """Returns what a saved delta is: its format, its methods with their options and targets, and its size.
 
@@ -87,13 +88,16 @@ def inspect(
         token: the Hub's access token; by default the one of `hf auth login`.
         cache_dir: where downloads are kept; by default the Hub's own cache.
         local_files_only: whether to read the cache alone, without asking the Hub.
+        subfolder: where in the repository or folder the delta is, if not at its top: a folder such as "style", or a LoRA of
+            kohya or LyCORIS as a file, such as "style.safetensors".
 
     Raises:
         CheckpointError: if there is no delta, or its files are damaged.
         HubError: if the repository cannot be read.
+        OptionError: if `subfolder` is in no folder or repository.
     """
-    place = find_folder(source, Access(revision, token, cache_dir, local_files_only))
-    where = str(source)
+    access = Access(revision, token, cache_dir, local_files_only, subfolder)
+    place, where = find_folder(source, access), called(source, access)
     saved = read_saved(place, None, where, values=False)
     limit = room_for(saved.tensors)
     tensors = {**saved.tensors, **_in_order(saved)}

@@ -18,6 +18,7 @@ from deltakit.files import (
     Access,
     Saved,
     backbone_identity,
+    called,
     differences,
     expanded,
     find_folder,
@@ -42,6 +43,7 @@ def load(
     token: str | bool | None = None,
     cache_dir: str | PathLike[str] | None = None,
     local_files_only: bool = False,
+    subfolder: str | None = None,
 ) -> Delta:
     """Loads a delta from a folder or a Hub repository, attaches it to the backbone, and returns it.
 
@@ -62,21 +64,24 @@ def load(
         token: the Hub's access token; by default the one of `hf auth login`.
         cache_dir: where downloads are kept; by default the Hub's own cache.
         local_files_only: whether to read the cache alone, without asking the Hub.
+        subfolder: where in the repository or folder the delta is, if not at its top: a folder such as "style", or a LoRA of
+            kohya or LyCORIS as a file, such as "style.safetensors".
 
     Raises:
         CheckpointError: if there is no delta, it is damaged, its methods cannot be built on this backbone, or its tensors do
             not fit. Nothing is changed then.
         BackboneMismatch: if the backbone differs from the one that the delta was trained on.
         HubError: if the repository cannot be read.
-        OptionError: if `check` or `name` has a wrong value.
+        OptionError: if `check`, `name` or `subfolder` has a wrong value.
         StateError: if the name is taken, the delta has no name and a target has the same method already, the backbone is
             wrapped for distribution or is in a `rows` block, or another delta fully trains the same parameters or is merged
             into them.
     """
-    folder = find_folder(source, Access(revision, token, cache_dir, local_files_only))
-    saved = read_saved(folder, original(backbone), str(source))
-    delta, tensors = unfilled(saved, backbone, str(source), name=name, freeze=freeze, check=check)
-    delta.load_state_dict(tensors, where=str(source))
+    access = Access(revision, token, cache_dir, local_files_only, subfolder)
+    folder, where = find_folder(source, access), called(source, access)
+    saved = read_saved(folder, original(backbone), where)
+    delta, tensors = unfilled(saved, backbone, where, name=name, freeze=freeze, check=check)
+    delta.load_state_dict(tensors, where=where)
     return delta.attach() if attach else delta
 
 

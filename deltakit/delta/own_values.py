@@ -29,14 +29,11 @@ def base_state_dict(backbone: nn.Module) -> dict[str, Tensor]:
                 f"base_state_dict: this {type(backbone).__name__} has parts of delta {record.name!r}, which is attached to a "
                 "model around it and keeps the own values; call it with that model"
             )
-    own = dict(tensors_of(backbone))
-    bare: dict[int, Tensor] = {}
-    # By identity: a tied tensor has several names, and is kept under one of them.
-    for root in (backbone, *dict.fromkeys(root for _, root in roots_inside(backbone).values())):
-        bare |= {id(tensor): value.detach() for tensor, value in kept_values(root)}
+    known = {name for name, _ in tensors_of(backbone)}
+    own = own_values(backbone, backbone, *dict.fromkeys(root for _, root in roots_inside(backbone).values()))
     with whole_state_dict():
         state = backbone.state_dict()
-    return {name: bare.get(id(own[name]), value) for name, value in state.items() if name in own}
+    return {name: own.get(name, value) for name, value in state.items() if name in known}
 
 
 @checked
@@ -60,12 +57,23 @@ def merged_state_dict(backbone: nn.Module) -> dict[str, Tensor]:
     return {name: sums.get(id(own[name]), value) for name, value in state.items() if name in own}
 
 
-def kept_values(root: nn.Module, *, merged: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the tensors of a backbone that have other values while its deltas are attached, with their own values.
+def own_values(module: nn.Module, *roots: nn.Module, merged: bool = True) -> dict[str, Tensor]:
+    """Returns the backbone's own values of the tensors in a module that have others while deltas are attached.
 
     Args:
-        merged: whether to yield those of merged deltas, too.
+        roots: the modules that the deltas are attached to.
+        merged: whether to return those of merged deltas, too.
+
+    Returns:
+        The values by the names that the tensors have in the module. A tied tensor has several.
     """
+    # By identity: a tied tensor is kept under one of its names.
+    found = {id(tensor): value.detach() for root in roots for tensor, value in _kept(root, merged)}
+    return {name: found[id(tensor)] for name, tensor in tensors_of(module) if id(tensor) in found}
+
+
+def _kept(root: nn.Module, merged: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the tensors of a backbone that have other values while its deltas are attached, with their own values."""
     records = records_of(root)
     for record in records[:1]:
         notice_moved_buffers(root, record)

@@ -4,8 +4,7 @@ A delta's file may hold less than training needs: the keys and values of a prefi
 is trained. So here delta modules have the keys of the model's own state dict.
 """
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from deltakit.delta.full_training import fully_trained_tensors
 from deltakit.delta.running_statistics import fitting, held_of
 from deltakit.delta.tensors import load_state_dict, trained_values
 from deltakit.errors import CheckpointError, StateError
-from deltakit.files import check_tensors, plain_tensors, read_tensors
+from deltakit.files import check_tensors, plain_tensors
 
 _MARK = "deltakit: attach this delta first: "
 # Fully trained tensors and running statistics have the backbone's names, so their keys name the delta that they belong to.
@@ -72,8 +71,7 @@ def checkpoint_tensors(backbone: nn.Module, given: Mapping[str, Tensor] | None =
         taken |= own.keys()
     guard = next((name for name, tensor in tensors_of(backbone) if name not in taken and tensor.ndim), None)
     found |= {guard: torch.zeros(0)} if guard is not None else {}
-    marks = zip(attachments, marks_of(attachments), strict=True)
-    return plain_tensors(found | {_MARK + attachment.record.name: mark for attachment, mark in marks})
+    return plain_tensors(found | {_MARK + name: mark for name, mark in marks_of(attachments).items()})
 
 
 def deltas_in(keys: Iterable[str], prefix: str = "") -> list[str]:
@@ -91,7 +89,7 @@ def load_checkpoint(backbone: nn.Module, state: Mapping[str, Tensor], where: str
             Nothing is changed then.
         StateError: if a delta is merged.
     """
-    _refuse_other_deltas(backbone, deltas_in(state), where)
+    refuse_other_deltas(backbone, deltas_in(state), where)
     # The guard is the only one without values.
     found = {key: value for key, value in state.items() if not key.startswith(_MARK) and value.shape != (0,)}
     expected: dict[str, Tensor] = {}
@@ -119,30 +117,18 @@ def load_checkpoint(backbone: nn.Module, state: Mapping[str, Tensor], where: str
         load_state_dict(attachment, values, before, _put)
 
 
-def deltas_in_file(backbone: nn.Module, file: Path, where: str) -> list[str]:
-    """Returns the names of the deltas whose checkpoint a file is; none if it is another one, or there is none.
-
-    Raises:
-        CheckpointError: if other deltas are attached, or the file is damaged.
-    """
-    names = deltas_in(read_tensors(file, values=False)) if file.is_file() else []
-    if names:
-        _refuse_other_deltas(backbone, names, where)
-    return names
-
-
-def _refuse_other_deltas(backbone: nn.Module, names: list[str], where: str) -> None:
+def refuse_other_deltas(backbone: nn.Module, names: Collection[str], where: str) -> None:
     """Refuses a checkpoint of other deltas than those that are attached.
 
     Raises:
         CheckpointError: if they differ.
     """
     here = sorted(attachment.record.name for attachment in rooted_deltas(backbone))
-    if here != names:
+    if here != sorted(names):
         there = f"the attached are {_words(here)}" if here else "none is attached"
         raise CheckpointError(
-            f"{where}: it holds what these deltas have trained: {_words(names)}; {there}; attach the same deltas by the same "
-            "names before loading it"
+            f"{where}: it holds what these deltas have trained: {_words(sorted(names))}; {there}; attach the same deltas by "
+            "the same names before loading it"
         )
 
 

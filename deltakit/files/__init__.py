@@ -6,7 +6,7 @@ from deltakit.files.checkpoint import DELTA_FILES, WEIGHTS_FILE, plain_tensors, 
 from deltakit.files.config import backbone_identity, delta_config, expanded, methods_of, room_for
 from deltakit.files.fingerprint import differences
 from deltakit.files.formats import WRITERS, Written, deltas_below, format_of, formats_in, read_saved, refuse_others
-from deltakit.files.hub import Access, find_folder, upload
+from deltakit.files.hub import Access, called, find_folder, upload
 from deltakit.files.saved import Saved
 from deltakit.files.schema import from_file, read_method
 from deltakit.files.values import check_tensors, is_finite
@@ -20,6 +20,7 @@ __all__ = [
     "Saved",
     "Written",
     "backbone_identity",
+    "called",
     "check_tensors",
     "delta_config",
     "deltas_below",

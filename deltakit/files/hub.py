@@ -6,14 +6,15 @@ them before the user's code can set them.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from glob import escape
 from importlib import import_module
 from os import PathLike
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from deltakit.errors import CheckpointError, HubError, OptionError
-from deltakit.files.formats import FILES, formats_in, no_delta
+from deltakit.files.formats import FILES, TELLING, formats_in, no_delta
 from deltakit.files.repository import is_repository
 
 _LOGIN = "log in with `hf auth login` or pass token="
@@ -27,20 +28,41 @@ class Access:
     token: str | bool | None = None
     cache_dir: str | PathLike[str] | None = None
     local_files_only: bool = False
+    subfolder: str | None = None
 
     def copy(self, repo_id: str, files: Sequence[str], revision: str | None) -> Path:
         """Returns a folder with those of the files that the repository has. Downloads what is not in the cache."""
         from huggingface_hub import snapshot_download
 
+        # In a subfolder, or it is one of them itself. What is asked for are patterns, and names may look like some.
+        inside = escape(self.subfolder or "").strip("/")
+        wanted = [*(f"{inside}/{file}" for file in files), inside] if inside else list(files)
         found = snapshot_download(
             repo_id,
             revision=revision,
             token=self.token,
             cache_dir=None if self.cache_dir is None else Path(self.cache_dir),
             local_files_only=self.local_files_only,
-            allow_patterns=list(files),
+            allow_patterns=wanted,
         )
         return Path(found)
+
+    def refuse_outside(self, source: object) -> None:
+        """Refuses a subfolder that is in no folder or repository.
+
+        Raises:
+            OptionError: if it is one.
+        """
+        inside = PurePosixPath(self.subfolder or ".")
+        if self.subfolder is not None and (not inside.parts or inside.is_absolute() or ".." in inside.parts):
+            raise OptionError(
+                f"subfolder={self.subfolder!r}: expected a folder or file in {source}, such as 'style' or 'lora.safetensors'"
+            )
+
+
+def called(source: str | PathLike[str], access: Access) -> str:
+    """Returns what errors and printouts call the place of a delta."""
+    return f"{source}/{access.subfolder}" if access.subfolder is not None else str(source)
 
 
 def find_folder(source: str | PathLike[str], access: Access = Access()) -> Path:
@@ -51,24 +73,22 @@ def find_folder(source: str | PathLike[str], access: Access = Access()) -> Path:
             `./name`, absolute paths, more than one slash, backslashes) and `Path` objects are never looked up on the Hub.
 
     Raises:
-        OptionError: if `revision` is given for a folder.
+        OptionError: if `revision` is given for a folder, or `subfolder` is in none.
         CheckpointError: if the source can only be local and does not exist.
         HubError: if there is no such repository, it holds no delta, or the Hub cannot be reached or refuses.
     """
     name, folder = str(source), Path(source)
-    try:
-        is_there = folder.exists()
-    except OSError:
-        # Too long for a path.
-        is_there = False
+    access.refuse_outside(name)
+    is_there = _exists(folder)
     if is_there and access.revision is not None:
         raise OptionError(
-            f"revision={access.revision!r}: {name} is on this machine, and only repositories have revisions; omit revision="
+            f"revision={access.revision!r}: {name} is on this machine, and only repositories have revisions; omit the revision"
         )
     if is_there:
-        # People also pass one of the files that are the delta together.
-        is_part = folder.name in FILES and folder.is_file() and formats_in(folder.parent)
-        return folder.parent if is_part else folder
+        place = folder / (access.subfolder or "")
+        if not _exists(place):
+            raise CheckpointError(f"{name}: it has no {access.subfolder}; pass the path of a folder or file in it")
+        return _whole(place)
     # Every delta on the Hub has an owner; only a few old models have none.
     if not isinstance(source, str) or not is_repository(name) or "/" not in name:
         raise CheckpointError(
@@ -78,16 +98,47 @@ def find_folder(source: str | PathLike[str], access: Access = Access()) -> Path:
     return _downloaded(name, access)
 
 
+def _exists(place: Path) -> bool:
+    try:
+        return place.exists()
+    except OSError:
+        # Too long for a path.
+        return False
+
+
+def _whole(place: Path) -> Path:
+    """Returns the folder of a delta of which people pass a file, such as its config; else the place."""
+    return place.parent if place.name in FILES and place.is_file() and formats_in(place.parent) else place
+
+
 def _downloaded(name: str, access: Access) -> Path:
     with _explained(name, access, "read", missing_folder=f"no local folder {name!r} exists, and "):
         copy = access.copy(name, FILES, access.revision)
-        late = [file for kind in formats_in(copy) for file in kind.late_files]
+        place = copy / (access.subfolder or "")
+        late = [file for kind in formats_in(place) for file in kind.late_files]
         if late:
             # The name of the copy is its commit: the repository may have changed in between.
-            copy = access.copy(name, [*FILES, *late], copy.name)
-    if not formats_in(copy):
-        raise HubError(f"{name}: {no_delta(_files(name, access))}")
-    return copy
+            place = access.copy(name, [*FILES, *late], copy.name) / (access.subfolder or "")
+    if place.is_file() and place.name in TELLING:
+        # The other files of the delta are beside it.
+        above = str(PurePosixPath(access.subfolder or "").parent)
+        return _downloaded(name, replace(access, subfolder=None if above == "." else above))
+    if not formats_in(place):
+        raise HubError(f"{called(name, access)}: {_none_on_the_hub(name, access)}")
+    return place
+
+
+def _none_on_the_hub(name: str, access: Access) -> str:
+    """Returns what to say of a repository, or of a folder in one, without a delta."""
+    files = _files(name, access)
+    if access.subfolder is None:
+        return no_delta(files, listed=True)
+    inside = f"{access.subfolder.strip('/')}/"
+    there = [file.removeprefix(inside) for file in files if file.startswith(inside)]
+    if not there and access.subfolder not in files:
+        folders = ", ".join(sorted({file.rpartition("/")[0] for file in files} - {""})[:10])
+        return f"the repository has no {access.subfolder}; " + (f"its folders are {folders}" if folders else "omit it")
+    return no_delta(there or [access.subfolder], listed=True)
 
 
 def upload(

@@ -8,21 +8,34 @@ from deltakit.injection.backbone_guards import change_begins, watch, watch_rows
 from deltakit.injection.first_forward import forget_first_forward, watch_first_forward
 from deltakit.injection.hooks import put, scopes_of, sort_patches, take, take_patches
 from deltakit.injection.loading_guards import hook_loading, records_around
-from deltakit.injection.narrowed_state_dict import is_narrowed, narrow_state_dict, whole_state_dict, widen_state_dict
+from deltakit.injection.narrowed_state_dict import (
+    is_narrowed,
+    is_whole_state_dict,
+    narrow_state_dict,
+    whole_state_dict,
+    widen_state_dict,
+)
 from deltakit.injection.replaced_targets import holder_of, modules_of
-from deltakit.injection.saving_hooks import bare_state_dicts
+from deltakit.injection.saving_call import SavingCall, in_method_of, is_checkpoint, saving_call
+from deltakit.injection.saving_hooks import hook_state_dicts, own_state_dicts
 
 __all__ = [
-    "bare_state_dicts",
+    "SavingCall",
     "change_begins",
     "forget_first_forward",
     "holder_of",
     "hook_loading",
+    "hook_state_dicts",
+    "in_method_of",
+    "is_checkpoint",
     "is_narrowed",
+    "is_whole_state_dict",
     "modules_of",
     "narrow_state_dict",
+    "own_state_dicts",
     "put",
     "records_around",
+    "saving_call",
     "scopes_of",
     "sort_patches",
     "take",

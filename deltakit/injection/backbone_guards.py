@@ -23,6 +23,7 @@ from deltakit.core import (
 from deltakit.injection.call_observer import CallObserver
 from deltakit.injection.first_forward import FirstForward
 from deltakit.injection.hooks import follow_hooks_when_compiled
+from deltakit.injection.inactive_values import WarnOfInactive
 from deltakit.injection.loading_guards import ReportPart, refuse_loading
 from deltakit.injection.output_hooks import InputHook, OutputHook
 from deltakit.injection.replaced_targets import TargetGuard
@@ -67,6 +68,7 @@ def watch(backbone: nn.Module) -> None:
     guarded = [m for m in removed if _watch_inside(m, "", known, _Found(m)) or m._load_state_dict_pre_hooks]
     holds = bool(found.records)
     _stand(ReportPart, backbone, lambda guard: backbone.register_load_state_dict_pre_hook(guard), wanted=holds)
+    _stand(WarnOfInactive, backbone, lambda guard: backbone.register_state_dict_pre_hook(guard), wanted=holds)
     _stand(CallObserver, backbone, partial(_around, backbone), wanted=found.reads_call)
     _stand(TrainingGuard, backbone, partial(_ahead, backbone), wanted=holds)
     for guard in ours(backbone, TrainingGuard):

@@ -10,7 +10,9 @@ from deltakit.core import (
     DeltaModule,
     Record,
     above,
+    gathered,
     is_below,
+    join,
     moved_in,
     notice_moved_buffers,
     own_modules,
@@ -91,8 +93,27 @@ class RefuseLoading:
                     f"delta {record.name!r} fully trains this tensor, and detaching would restore the old value; detach() the "
                     "delta before loading the backbone's weights, or load a state dict that has the delta's own tensors too",
                 )
+            elif not record.active:
+                self._refuse_trained(module, record, state, prefix)
         if self.records and not with_delta:
             self._take_statistics(module, state, prefix)
+
+    def _refuse_trained(self, module: nn.Module, record: Record, state: Mapping[str, Any], prefix: str) -> None:
+        """Refuses a state dict that was saved while a delta was active, which now is not.
+
+        What the delta had trained would become the backbone's own values.
+        """
+        own = dict(tensors_of(module)) if record.trained_values else {}
+        for name in sorted(record.trained_values.keys() & {join(self.path, name) for name in own}):
+            here, loaded = own[relative(name, self.path)], state.get(prefix + relative(name, self.path))
+            if not isinstance(loaded, torch.Tensor) or loaded.shape != here.shape or loaded.is_meta or here.is_meta:
+                continue
+            if not torch.equal(gathered(loaded).to(here.device, here.dtype), gathered(here)):
+                raise StateError(
+                    f"{prefix}{name}: delta {record.name!r} fully trains this tensor and is not active, and the state dict "
+                    "has the delta's own tensors and another value here than the backbone; set active = True before you load "
+                    "a state dict that was saved while it was, or remove the delta's keys to load the backbone's own values"
+                )
 
     def _take_statistics(self, module: nn.Module, state: Mapping[str, Any], prefix: str) -> None:
         """Makes the buffers of a base checkpoint the backbone's own, unless a delta has moved them."""
@@ -202,9 +223,10 @@ def _other_names(backbone: nn.Module, records: Iterable[Record]) -> dict[str, st
 
 def _replaced(record: Record) -> set[str]:
     """Returns the names of the weights that a delta is merged into, and of the tensors that it fully trains."""
-    if not (record.weights_before_merge or record.backbone_values):
+    trained = record.backbone_values or record.trained_values
+    if not (record.weights_before_merge or trained):
         return set()
-    return record.weights_before_merge.keys() | (record.backbone_values.keys() - record.moved - record.unsaved)
+    return record.weights_before_merge.keys() | (trained.keys() - record.moved - record.unsaved)
 
 
 def _guards(module: nn.Module) -> list[RefuseLoading]:

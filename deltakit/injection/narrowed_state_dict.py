@@ -54,6 +54,11 @@ def widen_state_dict(module: nn.Module, record: Record) -> None:
             unhook(inner, [one for one in ours(inner, StateDictFilter) if one.record is record])
 
 
+def is_whole_state_dict() -> bool:
+    """Returns whether the caller is in a `whole_state_dict` block."""
+    return _WHOLE.get()
+
+
 @contextmanager
 def whole_state_dict() -> Iterator[None]:
     """In this block and thread, filters leave everything in state dicts."""

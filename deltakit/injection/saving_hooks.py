@@ -1,4 +1,4 @@
-"""The hook that gives state dicts the backbone's own values while the backbone is saved without its deltas."""
+"""The hooks on the state dicts of a backbone with deltas: those that save it."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from deltakit.core import deltas_left_out, without_deltas
 from deltakit.injection.narrowed_state_dict import whole_state_dict
+from deltakit.injection.tables import ours, unhook
 
 
 class OwnValues:
@@ -27,16 +28,25 @@ class OwnValues:
 
 
 @contextmanager
-def bare_state_dicts(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """In this block and thread, state dicts of a module have no tensors of deltas, and these values under their names.
+def own_state_dicts(module: nn.Module, own: Mapping[str, Tensor]) -> Iterator[None]:
+    """In this block and thread, state dicts of a module have no tensors of deltas, and the backbone's own values.
 
     Args:
-        values: by the names that they have in the module.
+        own: these values, by the names that they have in the module.
     """
-    handle = module.register_state_dict_post_hook(OwnValues(values)) if values else None
+    handle = module.register_state_dict_post_hook(OwnValues(own)) if own else None
     try:
         with without_deltas(), whole_state_dict():
             yield
     finally:
         if handle is not None:
             handle.remove()
+
+
+def hook_state_dicts(module: nn.Module, kind: type[Any], *, wanted: bool) -> None:
+    """Registers a hook of this class on the state dicts of a module, or removes it."""
+    there = ours(module, kind)
+    if not wanted:
+        unhook(module, there)
+    elif not there:
+        module.register_state_dict_post_hook(kind())

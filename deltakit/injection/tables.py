@@ -18,6 +18,7 @@ _TABLES = {
     "_load_state_dict_pre_hooks": (),
     "_load_state_dict_post_hooks": (),
     "_state_dict_hooks": (),
+    "_state_dict_pre_hooks": (),
 }
 
 

@@ -7,7 +7,13 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from deltakit.core import checked
-from deltakit.delta import checkpoint_tensors, deltas, deltas_in_file, trains_only_deltas
+from deltakit.delta import (
+    checkpoint_tensors,
+    deltas,
+    deltas_in_file,
+    trains_only_deltas,
+    whole_checkpoint_mark,
+)
 from deltakit.errors import OptionError
 from deltakit.files import WEIGHTS_FILE
 
@@ -45,6 +51,10 @@ class _Save:
             model = _bare(self.accelerator, models[number])
             if trains_only_deltas(model):
                 weights[number] = checkpoint_tensors(model)
+            else:
+                # The state dict is that of the model with what wraps it, such as DistributedDataParallel.
+                path = next((path for path, inner in models[number].named_modules() if inner is model), "")
+                weights[number] = {**weights[number], **whole_checkpoint_mark(model, f"{path}." if path else "")}
 
 
 class _Load:

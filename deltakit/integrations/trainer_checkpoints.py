@@ -6,6 +6,7 @@ sentence-transformers loads a whole model; these are replaced on the one object 
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from deltakit.core import checked
-from deltakit.delta import CHECKPOINT, Job, checkpoint_tensors, deltas_in_file, trains_only_deltas
+from deltakit.delta import SaveJob, deltas_in_file, whole_checkpoint_mark
 from deltakit.errors import OptionError
 from deltakit.files import DELTA_FILES, WEIGHTS_FILE, read_tensors
 
@@ -49,15 +50,18 @@ def small_checkpoints(trainer: T) -> T:
 
 def _save(trainer: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
     folder, model = Path(output_dir if output_dir is not None else trainer.args.output_dir), trainer.model
+    own = partial(type(trainer)._save, trainer, output_dir)
     # What has the method of its own saves its deltas by itself.
     plain = isinstance(model, nn.Module) and not hasattr(model, "save_pretrained")
-    if not (plain and CHECKPOINT.fullmatch(folder.name) and trains_only_deltas(model)):
-        type(trainer)._save(trainer, output_dir, state_dict=state_dict)
+    job = SaveJob(model, folder, state_dict, trainer.args.should_save) if plain else None
+    if job is None or not job.makes_checkpoint:
+        own(state_dict=state_dict)
         return
-    job = Job(model, folder, state_dict, trainer.args.should_save)
-    states = job.states()
-    type(trainer)._save(trainer, output_dir, state_dict=checkpoint_tensors(model, state_dict))
-    job.write(states)
+
+    def whole(state: Any) -> None:
+        own(state_dict=state if state is not None else model.state_dict() | whole_checkpoint_mark(model))
+
+    job.save_checkpoint(lambda small: own(state_dict=small), whole)
 
 
 def _load_from_checkpoint(trainer: Any, resume_from_checkpoint: str, model: Any = None) -> None:

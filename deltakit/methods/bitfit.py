@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from deltakit.core import BareLayer, DeltaModule, FeatureSlice, Method, Target, WeightView, wide
 from deltakit.errors import OptionError
-from deltakit.ops import OutputMap, WeightMap, like
+from deltakit.ops import OutputMap, WeightMap, like, take_weighted_sum
 
 # The paper's smaller variant (section 3, "b_q and b_m2"): the query's bias and that of the first feed-forward layer.
 _QUERY_MLP = (("attn.q", "attn.qkv"), ("ff.up", "ff.gate_up"))
@@ -44,7 +44,7 @@ class BitFitDelta(OutputMap):
         return None, wide(self.bias)
 
     def take_sum(self, parts: Sequence[tuple[float, DeltaModule]]) -> tuple[float, float]:
-        return _take_sum(self.bias, parts)
+        return take_weighted_sum(self, "bias", parts)
 
 
 class BitFitPatchDelta(WeightMap):
@@ -66,14 +66,7 @@ class BitFitPatchDelta(WeightMap):
         return wide(self.bias)
 
     def take_sum(self, parts: Sequence[tuple[float, DeltaModule]]) -> tuple[float, float]:
-        return _take_sum(self.bias, parts)
-
-
-@torch.no_grad()
-def _take_sum(bias: Float[Tensor, "*shape"], parts: Sequence[tuple[float, DeltaModule]]) -> tuple[float, float]:
-    terms = [weight * wide(part.get_parameter("bias")) for weight, part in parts]
-    bias.copy_(torch.stack(terms).sum(0))
-    return 0.0, float(wide(bias).square().sum())
+        return take_weighted_sum(self, "bias", parts)
 
 
 @dataclass(frozen=True, kw_only=True)

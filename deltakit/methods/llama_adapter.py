@@ -61,7 +61,7 @@ class LlamaAdapterDelta(AttentionBeside):
         self.projections = tuple(
             Projection(one.owner[len(target.path) :].removeprefix("."), weight_view(one)) for one in (key, value)
         )
-        d = (projection_sizes(key.module) or (0,))[0]
+        d = _sizes(key)[0]
         self.prompt = nn.Parameter(torch.empty(tokens, d, **new))
         self.gate = nn.Parameter(torch.zeros(1, **new))
         if wants_start_values(self.prompt):
@@ -154,7 +154,6 @@ class LlamaAdapter(Method, name="llama_adapter"):
 def _can_project(index: BackboneView, attention: Target) -> bool:
     try:
         _projections(index, attention)
-        heads_of(attention)
     except DeltaError:
         return False
     return True
@@ -164,7 +163,7 @@ def _projections(index: BackboneView, attention: Target) -> tuple[Target, Target
     """Returns the projections of an attention module's keys and values: layers, or features of a fused layer.
 
     Raises:
-        TargetError: if its roles do not show them, or they read inputs of different sizes.
+        TargetError: if its roles do not show them, or they have other sizes than its heads.
     """
     found = []
     for letter in "kv":
@@ -176,9 +175,18 @@ def _projections(index: BackboneView, attention: Target) -> tuple[Target, Target
             )
         found.append(index.target(inside[0]))
     key, value = found
-    sizes = [projection_sizes(one.module) for one in found]
-    if sizes[0] is None or sizes[1] is None or sizes[0][0] != sizes[1][0] or key.parameter or value.parameter:
+    heads = heads_of(attention)
+    sizes = [_sizes(one) for one in found]
+    wanted = [(sizes[0][0], heads.count * d) for d in (heads.d_key, heads.d_value)]
+    if sizes != wanted:
         raise TargetError(
-            f"{attention.named}: LlamaAdapter needs linear layers of one input size for keys and values; omit it with exclude="
+            f"{attention.named}: LlamaAdapter needs linear layers from one input to the {heads.count} heads of keys and "
+            "values; omit it with exclude=, or use Prefix"
         )
     return key, value
+
+
+def _sizes(projection: Target) -> tuple[int, int]:
+    """Returns the input and output size of a projection; zeros if it is no layer."""
+    found = (None if projection.parameter else projection_sizes(projection.module)) or (0, 0)
+    return found if projection.feature_slice is None else (found[0], projection.feature_slice.size)

@@ -10,17 +10,19 @@ DoRA: W' = m (W + s B A) / ||W + s B A||, with one norm per row.  Liu et al. 202
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from deltakit.core import (
+    FROZEN,
     DeltaModule,
     Method,
     PerTarget,
     Target,
+    bare_weight,
     is_quantized,
     one_value,
     values_of,
@@ -28,32 +30,48 @@ from deltakit.core import (
 )
 from deltakit.errors import OptionError, TargetError
 from deltakit.ops import (
+    STARTS_WITH_A_PRODUCT,
     LowRank,
     NormedLowRank,
+    check_alpha,
     check_dropout,
-    has_own_forward,
+    check_patch_dropout,
+    check_rank,
+    check_weight,
+    difference,
     kaiming_uniform,
     like,
-    refuse_max_norm,
+    stack_of,
+    start_factors,
     sum_of_products,
 )
 
 
 class LoRADelta(LowRank):
-    """The factors `A` [*stack, r, d_in] and `B` [*stack, d_out, r]. B starts at zero."""
+    """The factors `A` [*stack, r, d_in] and `B` [*stack, d_out, r]. B starts at zero.
 
-    tags: ClassVar[Mapping[str, str]] = {"A": "down", "B": "up"}
+    With a start whose product is not zero, `A0` and `B0` keep that start.
+    """
+
+    tags: ClassVar[Mapping[str, str]] = {"A": "down", "B": "up", "A0": FROZEN, "B0": FROZEN}
 
     def __init__(self, target: Target, options: "LoRA") -> None:
         super().__init__(target, scaling=options.scaling, dropout=options.dropout, keep=options.keep)
-        weight = target.module._parameters.get(target.parameter)
         # The experts of a mixture are one parameter: a stack of matrices.
-        stack = weight.shape[:-2] if weight is not None else ()
-        r = one_value(options.r)
+        stack, r = stack_of(target), one_value(options.r)
         self.A = nn.Parameter(torch.empty(*stack, r, self.d_in, **like(target)))
         self.B = nn.Parameter(torch.empty(*stack, self.d_out, r, **like(target)))
+        self.start = options.start
+        self.differs = self.start in STARTS_WITH_A_PRODUCT
+        if self.differs:
+            self.A0, self.B0 = (nn.Parameter(torch.empty_like(factor)) for factor in (self.A, self.B))
         if wants_start_values(self.A):
             self.reset_parameters()
+            if self.start != "kaiming":
+                start_factors(self.start, self.A, self.B, self.scaling, lambda: bare_weight(target.module, self.view))
+            if self.differs:
+                self.A0.data.copy_(self.A.data)
+                self.B0.data.copy_(self.B.data)
 
     def reset_parameters(self) -> None:
         if self.embeds:
@@ -65,8 +83,12 @@ class LoRADelta(LowRank):
         nn.init.zeros_(self.B)
 
     def factors(self) -> tuple[Float[Tensor, "*stack r d_in"], Float[Tensor, "*stack d_out r"]]:
-        parameters = self._parameters
-        return parameters["A"], parameters["B"]  # type: ignore[return-value]
+        parameters: Mapping[str, Any] = self._parameters
+        a, b = parameters["A"], parameters["B"]
+        return difference(a, b, parameters["A0"], parameters["B0"]) if self.differs else (a, b)
+
+    def tag_of(self, name: str) -> str:
+        return FROZEN if name == "B" and self.start == "mica" else super().tag_of(name)
 
     @torch.no_grad()
     def take_sum(self, parts: Sequence[tuple[float, DeltaModule]]) -> tuple[float, float]:
@@ -82,15 +104,8 @@ class LoRADelta(LowRank):
         r = self.A.shape[-2]
         alpha = self.scaling * r
         scaling = f"alpha={alpha:g}" if float(alpha).is_integer() else f"scale={self.scaling:g}"
-        return f"r={r} {scaling}" + (f" dropout={self.dropout:g}" if self.dropout else "")
-
-
-class LoRAPatchDelta(LoRADelta):
-    """LoRA as a weight patch, even on modules that are called."""
-
-    @classmethod
-    def patches_weight(cls, target: Target) -> bool:
-        return True
+        start = f" {self.start}" if self.start != "kaiming" else ""
+        return f"r={r} {scaling}{start}" + (f" dropout={self.dropout:g}" if self.dropout else "")
 
 
 class DoRADelta(NormedLowRank, LoRADelta):
@@ -124,10 +139,6 @@ class DoRADelta(NormedLowRank, LoRADelta):
         return f"{super().summary()} dora"
 
 
-class DoRAPatchDelta(LoRAPatchDelta, DoRADelta):
-    """DoRA as a weight patch, even on modules that are called."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Method, name="lora"):
     """Low-rank updates of linear layers, embeddings, convolutions and parameters.
@@ -139,6 +150,8 @@ class LoRA(Method, name="lora"):
             the target, or a module around it, counts.
         rslora: multiply by alpha / sqrt(r) instead.
         dora: also train the norms of the new weight's rows (DoRA).
+        start: "kaiming" (A is random and B zero), "gaussian" (the same with a normal A), "pissa", "olora", "orthogonal" (with
+            an even rank) or "mica" (B is never trained). The outputs stay those of the backbone until A or B is trained.
         dropout: the probability in [0, 1) with which inputs of the update are dropped in training.
         keep: "exact", or "int8" to store the inputs for the gradient of A with one byte per value. The gradient of A is
             then off by about half a percent; all other gradients are exact.
@@ -154,6 +167,7 @@ class LoRA(Method, name="lora"):
     alpha: PerTarget[float] = 16
     rslora: bool = False
     dora: bool = False
+    start: Literal["kaiming", "gaussian", "pissa", "olora", "orthogonal", "mica"] = "kaiming"
     dropout: float = 0.0
     keep: Literal["exact", "int8"] = "exact"
     untie: bool = False
@@ -161,10 +175,12 @@ class LoRA(Method, name="lora"):
     def validate(self) -> None:
         if min(values_of(self.r)) < 1:
             raise OptionError(f"LoRA(r={self.r}): expected a rank of at least 1; 8 is usual")
-        # Beyond what float32 holds, torch refuses to multiply by it.
-        if not all(0 <= alpha <= torch.finfo(torch.float32).max for alpha in values_of(self.alpha)):
+        check_alpha("LoRA", self.alpha)
+        if self.start == "orthogonal" and any(r % 2 for r in values_of(self.r)):
+            raise OptionError(f"LoRA(r={self.r}, start='orthogonal'): expected an even rank")
+        if self.start == "pissa" and not all(values_of(self.alpha)):
             raise OptionError(
-                f"LoRA(alpha={self.alpha}): expected a finite number of at least 0 that float32 holds; r or 2 * r is usual"
+                "LoRA(alpha=0, start='pissa'): expected an alpha above 0, because the start is divided by it"
             )
         check_dropout("LoRA", self.dropout)
 
@@ -178,37 +194,14 @@ class LoRA(Method, name="lora"):
         return (("attn.q", "attn.qkv"), ("attn.v", "attn.kv"))
 
     def kind_at(self, target: Target) -> type[LoRADelta]:
-        # A subclass with its own forward may change the vectors of an embedding (Gemma scales them), or the input and the
-        # weight of a convolution (BiT pads and standardises them). Adding to its output would be wrong; a weight patch is
-        # right, because the subclass's own code runs with the new weight. A quantized weight cannot be added to, and the
-        # forward of a quantized embedding only looks it up.
-        quantized = isinstance(target.module, nn.Embedding) and is_quantized(target.module.weight)
-        if has_own_forward(target.module) and not quantized:
-            return DoRAPatchDelta if self.dora else LoRAPatchDelta
         return DoRADelta if self.dora else LoRADelta
 
     def build_at(self, target: Target) -> DeltaModule:
         kind = self.kind_at(target)
-        refuse_max_norm(target, "LoRA")
-        if self.dropout and kind.patches_weight(target):
-            raise OptionError(
-                f"{target.named}: LoRA(dropout={self.dropout:g}) drops inputs, but here LoRA patches a weight whose input no "
-                "hook sees; use dropout=0, or leave it out with exclude="
-            )
-        if target.tied and not target.parameter and not self.untie:
-            raise TargetError(
-                f"{target.named}: its weight is tied to {target.tied[0]}, and an update of this module alone would make the "
-                f"two differ; write at='{target.path}.weight' to update both, pass untie=True to update this module alone, or "
-                f"leave it out with exclude={target.path!r}"
-            )
-        delta = kind(target, self)
-        r, largest = one_value(self.r), min(delta.d_in, delta.d_out)
-        if r > largest:
-            raise OptionError(
-                f"{target.named}: rank {r} is above the layer's size {delta.d_in} to {delta.d_out}; use "
-                f"LoRA(r={largest}) or less, or leave it out with exclude="
-            )
-        return delta
+        check_weight(target, "LoRA", untie=self.untie)
+        check_patch_dropout(target, "LoRA", kind, self.dropout)
+        check_rank(target, "LoRA", one_value(self.r))
+        return kind(target, self)
 
     @classmethod
     def combination(cls, parts: Sequence[DeltaModule], rank: int | None) -> "LoRA":
@@ -216,5 +209,9 @@ class LoRA(Method, name="lora"):
             raise TargetError(
                 "DoRA is not linear in its parameters, so it has no weighted sums; run the deltas one by one"
             )
-        r = rank if rank is not None else sum(part.A.shape[-2] for part in parts if isinstance(part, LoRADelta))
+        r = (
+            rank
+            if rank is not None
+            else sum(part.factors()[0].shape[-2] for part in parts if isinstance(part, LoRADelta))
+        )
         return cls(r=r, alpha=r)

@@ -19,15 +19,16 @@ from torch import Tensor, nn
 from deltakit.core import BackboneView, DeltaModule, Method, Target, hidden_input, wants_start_values
 from deltakit.errors import OptionError, TargetError
 from deltakit.ops import (
+    FRONT,
     AttentionPrefix,
-    CallContext,
-    Positions,
+    PositionsDelta,
     PrefixMode,
     attends,
     attention_targets,
     check_dropout,
     enter_prefix_mode,
     enters_by_interface,
+    first_block_only,
     heads_of,
     input_embeddings,
     install_prefixes,
@@ -35,7 +36,8 @@ from deltakit.ops import (
     joined_per_example,
     leave_prefix_mode,
     like,
-    move_positions,
+    nothing_handed_on,
+    refuse_without_first_block,
     stack_at,
     text_stack,
 )
@@ -125,6 +127,39 @@ class PrefixModeDelta(PrefixDelta):
         leave_prefix_mode(target)
 
 
+class FirstBlockPrefixDelta(PrefixDelta):
+    """A prefix that leaves T5 relative positions in its first block only."""
+
+    mixable: ClassVar[bool] = False
+
+    def enter(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kwargs, front = first_block_only(self, target, args, kwargs)
+        return args, {**kwargs, FRONT: front}
+
+    def leave(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        return nothing_handed_on(output)
+
+    def summary(self) -> str:
+        return f"{super().summary()} relative_positions=first_block"
+
+
+class FirstBlockModeDelta(PrefixModeDelta):
+    """The same for T5 as it was before it used transformers' attention interface."""
+
+    mixable: ClassVar[bool] = False
+
+    def enter(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kwargs, front = first_block_only(self, target, args, kwargs)
+        enter_prefix_mode(PrefixMode(target, *self.key_value(), front=front))
+        return args, kwargs
+
+    def leave(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        return nothing_handed_on(super().leave(target, args, kwargs, output))
+
+    def summary(self) -> str:
+        return f"{super().summary()} relative_positions=first_block"
+
+
 class PrefixMLP(nn.Module):
     """The MLP tanh(W e + b) over one embedding e of the prefix, shared by all targets (section 4.3)."""
 
@@ -139,29 +174,6 @@ class PrefixMLP(nn.Module):
         return torch.tanh(self.inner(self.embedding))
 
 
-class PositionsDelta(CallContext):
-    """Lets the positions of the text start after the prefix, in the module that turns token ids into hidden states."""
-
-    mixable: ClassVar[bool] = True
-
-    def __init__(self, tokens: int, counted: Positions) -> None:
-        super().__init__()
-        self.tokens, self.counted = tokens, counted
-
-    def enter(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        batch, peers = self.batch, self.peers(target)
-        if batch is None:
-            return move_positions(target, args, kwargs, sum(peer.tokens for peer in peers), self.counted)
-        text = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        own = {peer.record.name: peer.tokens for peer in peers}
-        by = torch.tensor([[own.get(name, 0)] for name in batch.names], device=text.device)
-        by = by.repeat_interleave(batch.times(text.flatten(1)[..., None], target), 0)
-        return move_positions(target, args, kwargs, by, self.counted)
-
-    def summary(self) -> str:
-        return f"shift={self.tokens}"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Prefix(Method, name="prefix"):
     """Trained keys and values in front of every attention's own. A target is any module with attention at or below it.
@@ -174,6 +186,9 @@ class Prefix(Method, name="prefix"):
             It needs a model that takes `position_ids`.
         embed: the size of the vectors that the MLP reads, at least 1; by default the model's width, as in the paper.
         dropout: the probability in [0, 1) with which training drops values of the prefix.
+        relative_positions: "first_block" is for T5 and reads OpenDelta's prefixes: the blocks after the first lose their
+            relative positions, and in the first block the prefix stands before the text. It costs quality in new training:
+            the model was trained with relative positions in all its blocks.
 
     Raises:
         OptionError: if an option is out of its range.
@@ -185,6 +200,7 @@ class Prefix(Method, name="prefix"):
     shift: bool = False
     embed: int | None = None
     dropout: float = 0.0
+    relative_positions: str = "all_blocks"
 
     identity: ClassVar[bool] = False
 
@@ -194,14 +210,24 @@ class Prefix(Method, name="prefix"):
             if value is not None and value < 1:
                 raise OptionError(f"{type(self).__name__}({option}={value}): expected at least 1")
         check_dropout(type(self).__name__, self.dropout)
+        if self.relative_positions not in ("all_blocks", "first_block"):
+            raise OptionError(
+                f"{type(self).__name__}(relative_positions={self.relative_positions!r}): expected 'all_blocks' or "
+                "'first_block'"
+            )
 
     def targets(self, index: BackboneView, selected: Sequence[Target] | None) -> Sequence[Target]:
         return attention_targets(index, selected, self.name)
 
     def kind_at(self, target: Target) -> type[PrefixDelta]:
-        return PrefixDelta if enters_by_interface(target.module) else PrefixModeDelta
+        by_interface = enters_by_interface(target.module)
+        if self.relative_positions == "first_block":
+            return FirstBlockPrefixDelta if by_interface else FirstBlockModeDelta
+        return PrefixDelta if by_interface else PrefixModeDelta
 
     def build_at(self, target: Target) -> DeltaModule:
+        if self.relative_positions == "first_block":
+            refuse_without_first_block(target)
         return self.kind_at(target)(target, self)
 
     def build(self, index: BackboneView, targets: Sequence[Target]) -> dict[str, DeltaModule]:

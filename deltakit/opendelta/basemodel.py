@@ -1,6 +1,6 @@
 """DeltaBase: what all of OpenDelta's model classes have. `delta` is deltakit's own handle."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import nn
@@ -25,6 +25,7 @@ from deltakit.opendelta.freezing import Frozen, is_leaf_module, unfreeze, walk, 
 from deltakit.opendelta.loading import SaveLoadMixin
 from deltakit.opendelta.matching import Addresses, Selectors, as_list
 from deltakit.opendelta.reporting import Reporting
+from deltakit.opendelta.utils.signature import get_arg_names_inside_func
 
 __all__ = ["DeltaBase", "is_leaf_module", "non_module_param"]
 
@@ -94,8 +95,12 @@ class DeltaBase(Reporting, SaveLoadMixin, CustomDeltas):
         """
         raise StateError(f"{type(self).__name__} has no forward of its own; call the backbone, to which it is attached")
 
-    def _attach_new(self, **options: Any) -> None:
-        """Attaches a new delta with OpenDelta's options of this type."""
+    def _attach_with(self, given: Mapping[str, Any]) -> None:
+        """Attaches a new delta with the arguments that the `__init__` of its class was given: its `locals()`."""
+        # As in OpenDelta, the classes take the common arguments in different orders, and two have no backend.
+        common = get_arg_names_inside_func(DeltaBase.__init__)
+        DeltaBase.__init__(self, **{name: given[name] for name in common if name in given})
+        options = {name: given[name] for name in self.config_class.own_names()}
         own = {name: getattr(self, name) for name in ("modified_modules", "exclude_modules", "unfrozen_modules")}
         self.config = self.config_class(
             **options, **own, common_structure=self.common_structure, backbone_class=type(self.backbone_model).__name__

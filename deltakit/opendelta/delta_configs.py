@@ -69,6 +69,12 @@ class BaseDeltaConfig:
         return list(names)
 
     @classmethod
+    def own_names(cls) -> list[str]:
+        """Returns the names of the options that only this type has, in their order."""
+        common = BaseDeltaConfig.option_names()
+        return [name for name in cls.option_names() if name not in common]
+
+    @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], *, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Returns the config for a dictionary. `kwargs` come before what is in the dictionary.
 

@@ -1,62 +1,90 @@
 """The building blocks of methods: low-rank products, attention with a prefix, prompt insertion, sizes and dtypes."""
 
 from deltakit.ops.attention.beside import AttentionBeside, BesideMode
+from deltakit.ops.attention.first_block import FRONT, first_block_only, nothing_handed_on, refuse_without_first_block
 from deltakit.ops.attention.function_mode import PrefixMode
 from deltakit.ops.attention.interface import install_prefixes
 from deltakit.ops.attention.kernel import AttentionPrefix, joined, joined_per_example
 from deltakit.ops.attention.mode_stack import enter_prefix_mode, leave_prefix_mode
 from deltakit.ops.attention.sites import attends, calls_fused_attention, enters_by_interface, heads_of
 from deltakit.ops.attention.targets import attention_targets
+from deltakit.ops.blocks import block_size_for
 from deltakit.ops.bottleneck import ACTIVATIONS, Bottleneck, BottleneckMethod, unfilled_linear
 from deltakit.ops.fastfood import Fastfood, key_of_name
 from deltakit.ops.forwards import has_own_forward, refuse_max_norm
 from deltakit.ops.handover import Handover, InputTap
 from deltakit.ops.kinds.call_context import CallContext
 from deltakit.ops.kinds.input_map import InputMap
-from deltakit.ops.kinds.low_rank import LowRank, check_dropout, kaiming_uniform
+from deltakit.ops.kinds.low_rank import LowRank, check_alpha, check_dropout, kaiming_uniform
 from deltakit.ops.kinds.maps import in_own_dtype, on_own_examples
 from deltakit.ops.kinds.normed_low_rank import NormedLowRank
 from deltakit.ops.kinds.output_map import OutputMap
 from deltakit.ops.kinds.weight_map import WeightMap
+from deltakit.ops.low_rank_starts import STARTS_WITH_A_PRODUCT, difference, start_factors
 from deltakit.ops.low_rank_sum import sum_of_products
 from deltakit.ops.prompt.delta_modules import PromptVectorsDelta
 from deltakit.ops.prompt.method import PromptMethod
-from deltakit.ops.prompt.positions import move_positions
+from deltakit.ops.prompt.positions import PositionsDelta
 from deltakit.ops.prompt.start_vectors import start_vectors
 from deltakit.ops.prompt.started import StartedPrompt
-from deltakit.ops.prompt.text_stack import Positions, input_embeddings, stack_at, text_stack
+from deltakit.ops.prompt.text_stack import input_embeddings, stack_at, text_stack
 from deltakit.ops.recompute import linear_with
-from deltakit.ops.seeded import Seeded, normal, uniform
-from deltakit.ops.sizes import input_size, like
+from deltakit.ops.seeded import Draw, Seeded, SeededPlaces, normal, seeded_places, uniform
+from deltakit.ops.sizes import input_size, kernel_of, largest_sizes, like, matrix_shape, matrix_sizes, stack_of
+from deltakit.ops.weight_method import (
+    LowRankMethod,
+    WeightMethod,
+    check_patch_dropout,
+    check_rank,
+    check_seed,
+    check_weight,
+    drawn_sizes,
+)
+from deltakit.ops.weighted_sum import take_weighted_sum
 
 __all__ = [
     "ACTIVATIONS",
+    "FRONT",
+    "STARTS_WITH_A_PRODUCT",
     "AttentionBeside",
     "AttentionPrefix",
     "BesideMode",
     "Bottleneck",
     "BottleneckMethod",
     "CallContext",
+    "Draw",
     "Fastfood",
     "Handover",
     "InputMap",
     "InputTap",
     "LowRank",
+    "LowRankMethod",
     "NormedLowRank",
     "OutputMap",
-    "Positions",
+    "PositionsDelta",
     "PrefixMode",
     "PromptMethod",
     "PromptVectorsDelta",
     "Seeded",
+    "SeededPlaces",
     "StartedPrompt",
     "WeightMap",
+    "WeightMethod",
     "attends",
     "attention_targets",
+    "block_size_for",
     "calls_fused_attention",
+    "check_alpha",
     "check_dropout",
+    "check_patch_dropout",
+    "check_rank",
+    "check_seed",
+    "check_weight",
+    "difference",
+    "drawn_sizes",
     "enter_prefix_mode",
     "enters_by_interface",
+    "first_block_only",
     "has_own_forward",
     "heads_of",
     "in_own_dtype",
@@ -66,17 +94,26 @@ __all__ = [
     "joined",
     "joined_per_example",
     "kaiming_uniform",
+    "kernel_of",
     "key_of_name",
+    "largest_sizes",
     "leave_prefix_mode",
     "like",
     "linear_with",
-    "move_positions",
+    "matrix_shape",
+    "matrix_sizes",
     "normal",
+    "nothing_handed_on",
     "on_own_examples",
     "refuse_max_norm",
+    "refuse_without_first_block",
+    "seeded_places",
     "stack_at",
+    "stack_of",
+    "start_factors",
     "start_vectors",
     "sum_of_products",
+    "take_weighted_sum",
     "text_stack",
     "unfilled_linear",
     "uniform",

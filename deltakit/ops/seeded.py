@@ -1,14 +1,14 @@
-"""Frozen random tensors that are computed from a seed instead of saved (VeRA's projections, RandLoRA's bases).
+"""Frozen random tensors and places that are computed from a seed instead of saved (VeRA's projections, FourierFT's entries).
 
 They are drawn on the CPU in float32, so they are the same on every device and in every dtype. They are in no state dict.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 Draw = Callable[[Tensor, torch.Generator], Any]
@@ -53,8 +53,12 @@ def seeded(shape: tuple[int, ...], seed: int, draw: Draw) -> Float[Tensor, "*sha
     >>> torch.equal(seeded((2, 3), 1, normal()), seeded((2, 3), 1, normal()))
     True
     """
+    return _drawn(shape, torch.Generator("cpu").manual_seed(seed), draw)
+
+
+def _drawn(shape: tuple[int, ...], generator: torch.Generator, draw: Draw) -> Float[Tensor, "*shape"]:
     values = torch.empty(shape, dtype=torch.float32, device="cpu")
-    draw(values, torch.Generator("cpu").manual_seed(seed))
+    draw(values, generator)
     return values
 
 
@@ -64,24 +68,30 @@ class Seeded(nn.Module):
     On the meta device they have no values. When `to_empty` moves them to another device, they are drawn.
 
     Args:
-        recipes: by the name of each tensor its shape, what draws it, and optionally a dtype of its own.
+        recipes: by the name of each tensor its shape, what draws its values, and optionally a dtype of its own.
+        one_stream: draw them all from one generator, in their order, as PEFT does. By default each has its own seed, so that
+            its values do not depend on the sizes of the others.
         like: the device and the dtype of the others.
     """
 
-    def __init__(self, seed: int, recipes: Mapping[str, tuple[Any, ...]], **like: Any) -> None:
+    def __init__(
+        self, seed: int, recipes: Mapping[str, tuple[Any, ...]], *, one_stream: bool = False, **like: Any
+    ) -> None:
         super().__init__()
-        self.seed, self.recipes = seed, recipes
+        self.seed, self.recipes, self.one_stream = seed, recipes, one_stream
         for name, (shape, _, *dtype) in recipes.items():
             own = {**like, "dtype": dtype[0]} if dtype else like
             self.register_buffer(name, torch.empty(shape, **own), persistent=False)
         self._fill()
 
     def _fill(self) -> None:
+        if any(buffer is None or buffer.is_meta for buffer in self._buffers.values()):
+            return
+        generator = torch.Generator("cpu").manual_seed(self.seed)
         for index, (name, (shape, draw, *_)) in enumerate(self.recipes.items()):
-            buffer = self._buffers[name]
-            if buffer is not None and not buffer.is_meta:
-                # Each tensor has its own seed, so its values do not depend on the sizes of the others.
-                buffer.copy_(seeded(shape, self.seed + index, draw))
+            if not self.one_stream:
+                generator.manual_seed(self.seed + index)
+            self.get_buffer(name).copy_(_drawn(shape, generator, draw))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Seeded":
         before = self._kinds()
@@ -93,3 +103,30 @@ class Seeded(nn.Module):
 
     def _kinds(self) -> list[tuple[torch.dtype, bool]]:
         return [(buffer.dtype, buffer.is_meta) for buffer in self._buffers.values() if buffer is not None]
+
+
+@lru_cache(8)
+def seeded_places(size: int, count: int, seed: int) -> Int[Tensor, " count"]:
+    """Returns the first `count` numbers of the random permutation of 0 to size - 1 that the seed gives, on the CPU.
+
+    Layers of one size have the same places, and a permutation of all entries of a weight takes long. Do not change the result.
+    """
+    return torch.randperm(size, generator=torch.Generator("cpu").manual_seed(seed))[:count].clone()
+
+
+class SeededPlaces(nn.Module):
+    """Different entries of a weight, chosen by a seed, as the buffer `index` [count], which is not saved."""
+
+    index: Tensor
+
+    def __init__(self, size: int, count: int, seed: int, device: torch.device) -> None:
+        super().__init__()
+        self.recipe = size, count, seed
+        self.register_buffer("index", seeded_places(*self.recipe).to(device), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SeededPlaces":
+        super()._apply(fn, recurse)
+        if not self.index.is_meta:
+            # `to_empty` leaves other numbers in it.
+            self.index.copy_(seeded_places(*self.recipe))
+        return self

@@ -1,7 +1,7 @@
 """Reads a target's sizes, dtype and device from its weights. No forward is needed."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,63 @@ def sizes(target: Target, method: str) -> tuple[int, int]:
         f"{target.named}: {method} works on Linear, Conv1D, Embedding and Conv1d to Conv3d, found "
         f"{type(module).__name__}; leave it out with of= or exclude=, or select a module inside it{named}"
     )
+
+
+def matrix_sizes(target: Target, method: str) -> tuple[int, int]:
+    """Returns the numbers of input and output features of a linear map, or of channels of a convolution.
+
+    Args:
+        method: the name of the method, for the error message.
+
+    Raises:
+        TargetError: if it is neither a linear layer, an embedding, a convolution nor a parameter with a matrix.
+    """
+    d_in, d_out = sizes(target, method)
+    return d_in // math.prod(kernel_of(target)), d_out
+
+
+def matrix_shape(target: Target, method: str) -> tuple[tuple[int, ...], int, int]:
+    """Returns the shape of a target's weight as matrices: the sizes of a stack (mostly none), d_out and d_in.
+
+    Args:
+        method: the name of the method, for the error message.
+
+    Raises:
+        TargetError: if the target is none of those of `sizes`, or an embedding: its ids are no features.
+    """
+    if isinstance(target.module, nn.Embedding):
+        raise TargetError(
+            f"{target.named}: {method} changes maps of features, but an embedding takes ids; leave it out with exclude="
+        )
+    d_in, d_out = sizes(target, method)
+    return stack_of(target), d_out, d_in
+
+
+def kernel_of(target: Target) -> torch.Size:
+    """Returns the size of a convolution's kernel; () for other targets."""
+    module = target.module
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or target.parameter:
+        return torch.Size()
+    return torch.Size(module.kernel_size)
+
+
+def stack_of(target: Target) -> tuple[int, ...]:
+    """Returns the dimensions before the matrix of a parameter: (8,) for 8 experts; () for one matrix and for modules."""
+    held = target.module._parameters.get(target.parameter)
+    return tuple(held.shape[:-2]) if held is not None else ()
+
+
+def largest_sizes(targets: Sequence[Target], method: str) -> tuple[int, int]:
+    """Returns the largest input size and the largest output size of these linear maps.
+
+    Args:
+        method: the name of the method, for the error message.
+
+    Raises:
+        TargetError: if a target is no linear map.
+    """
+    each = [sizes(target, method) for target in targets]
+    return max(d_in for d_in, _ in each), max(d_out for _, d_out in each)
 
 
 def _parameter_sizes(target: Target, method: str) -> tuple[int, int]:

@@ -219,3 +219,48 @@ def test_the_order_is_that_of_the_first_attachment(model, tmp_path):
     later.detach().attach()
     assert [delta.name for delta in dk.deltas(model)] == ["first", "later"]
     assert torch.equal(model(ids()), output)
+
+
+def test_a_state_dict_of_an_inactive_delta_warns_of_what_it_lacks(model):
+    delta = trained(model)
+    kept = model.classifier.weight.detach().clone()
+    model.state_dict()
+    delta.active = False
+    with pytest.warns(dk.DeltaWarning, match=r"own values of classifier.bias and \d+ more, and not .* delta 'delta'"):
+        state = model.state_dict()
+    assert not torch.equal(state["classifier.weight"], kept)
+    # What the warning advises warns no more.
+    dk.base_state_dict(model)
+    delta.active = True
+    assert torch.equal(model.state_dict()["classifier.weight"], kept)
+    delta.active = False
+    delta.detach()
+    model.state_dict()
+
+
+def test_a_state_dict_of_an_active_delta_is_not_loaded_into_an_inactive_one(model):
+    delta = trained(model)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    own = dk.base_state_dict(model)
+    delta.active = False
+    with pytest.raises(dk.StateError, match=r"classifier.bias: delta 'delta' .* is not active, .*set active = True"):
+        model.load_state_dict(state)
+    torch.testing.assert_close(dk.base_state_dict(model), own, rtol=0, atol=0)
+    # Both ways that the error advises.
+    model.load_state_dict({name: value for name, value in state.items() if name in own}, strict=True)
+    assert torch.equal(model.classifier.weight, state["classifier.weight"])
+    model.load_state_dict(own)
+    delta.active = True
+    model.load_state_dict(state)
+    assert torch.equal(model.classifier.weight, state["classifier.weight"])
+
+
+def test_a_state_dict_from_an_inactive_delta_loads_into_an_inactive_one(model):
+    delta = trained(model)
+    delta.active = False
+    with pytest.warns(dk.DeltaWarning, match="not active"):
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    delta.active = True
+    delta.detach()
+    assert torch.equal(model.classifier.weight, state["classifier.weight"])

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import socket
-import time
 import urllib.error
 import urllib.request
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +22,8 @@ from support.tiny_transformers import build
 EXAMPLE = Path(__file__).parents[2] / "examples" / "serving.py"
 METHODS = {"spelling": dk.LoRA(r=3), "topic": dk.Adapter(size=5), "answer": dk.Prefix(tokens=3)}
 WORDS = ["who", "wrote", "faust", "a", "poet", "in", "weimar", "?"]
+# Seconds. Only a server that hangs takes them, on the slowest machine, too.
+LONG = 600
 TEXTS = ["who wrote faust ?", "a poet", "in weimar a poet wrote faust", "who ?", "wrote wrote wrote"]
 
 
@@ -115,8 +116,8 @@ def test_clients_at_once(start, kind, folders, hub):
     most, generate = [], server.generate
 
     def after_all_asked(requests):
-        while not server.batches and len(requests) + len(server.waiting) < 12:
-            time.sleep(0.001)
+        with server.changed:
+            server.changed.wait_for(lambda: server.batches or len(requests) + len(server.waiting) >= 12, LONG)
         return generate(requests)
 
     server.generate = after_all_asked
@@ -163,7 +164,7 @@ def together(server, requests):
     with server.changed:
         server.waiting.extend(asked)
         server.changed.notify()
-    return [answer.exception(timeout=20) or answer.result() for _, _, answer in asked]
+    return [answer.exception(timeout=LONG) or answer.result() for _, _, answer in asked]
 
 
 def test_a_delta_that_cannot_be_in_a_mixed_batch_fails_alone(start, kind, folders, tmp_path):
@@ -225,7 +226,7 @@ def test_the_server_goes_on_after_any_error(serving, start, folders, monkeypatch
 @pytest.mark.parametrize("length", ["x", "-1", "1.5", "9" * 5000])
 def test_a_length_that_is_no_number(start, folders, length):
     _, ask = start(folders)
-    with socket.create_connection(("127.0.0.1", ask.port), timeout=5) as client:
+    with socket.create_connection(("127.0.0.1", ask.port), timeout=LONG) as client:
         client.sendall(f"POST / HTTP/1.1\r\nContent-Length: {length}\r\n\r\n".encode())
         found = client.makefile("rb").read()
     assert found.startswith(b"HTTP/1.1 400 ")
@@ -247,7 +248,7 @@ def test_what_waits_at_stop_is_answered(start, folders):
         server.waiting.extend(asked)
         server.stopped = True
         server.changed.notify()
-    assert all(isinstance(answer.result(timeout=20), str) for _, _, answer in asked)
+    assert all(isinstance(answer.result(timeout=LONG), str) for _, _, answer in asked)
     server.thread.join()
 
 
@@ -258,16 +259,16 @@ def test_a_bound_on_what_waits(start, folders):
 
     def slow(requests):
         begun.set()
-        go.wait()
+        go.wait(LONG)
         return generate(requests)
 
     server.generate = slow
     with ThreadPoolExecutor(2) as clients:
         first = clients.submit(ask, {"task": "topic", "text": "a"})
-        begun.wait()
+        assert begun.wait(LONG)
         second = clients.submit(ask, {"task": "topic", "text": "a"})
-        while not server.waiting:
-            time.sleep(0.001)
+        with server.changed:
+            assert server.changed.wait_for(lambda: server.waiting, LONG)
         assert ask({"task": "topic", "text": "a"}) == (503, {"error": "too many requests wait; try again later"})
         go.set()
         assert first.result()[0] == second.result()[0] == 200

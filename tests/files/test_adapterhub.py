@@ -104,7 +104,7 @@ REFUSED = {
     "gates": ({"use_gating": True}, r"has gates \(use_gating\)"),
     "a norm": ({"ln_after": True}, r"has a norm of its own after the bottleneck"),
     "another place": ({"residual_before_ln": "post_add"}, "residual_before_ln='post_add', which puts it where deltakit has no adapter"),
-    "an activation": ({"non_linearity": "mish"}, "has the activation 'mish', and deltakit has gelu, gelu_tanh, leaky_relu"),
+    "an activation": ({"non_linearity": "mish"}, "have the activation 'mish', which deltakit does not have; it has gelu, gelu_tanh, leaky_relu"),
     "prompts": ({"architecture": "prompt_tuning"}, "this is prompt tuning of AdapterHub, which deltakit does not read"),
     "ReFT": ({"architecture": "reft"}, "this is ReFT of AdapterHub"),
     "a union": ({"architecture": "union"}, "this is a union of several methods of AdapterHub"),

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors.torch import save_file
 
 import deltakit as dk
+from deltakit.cli import main
 from support.loopback_hub import LoopbackHub
 from support.models import Transformer, ids, randomize, same, snapshot
 
@@ -233,3 +235,98 @@ def test_a_repository_of_something_else_says_what_it_holds(hub, count, found):
     hub.add_repo("me/other", {f"f{n}": b"1" for n in range(count)})
     with pytest.raises(dk.HubError, match=f"expected delta_model.safetensors, .* found {found}"):
         dk.load("me/other", fresh())
+
+
+@pytest.fixture
+def several(hub, delta, tmp_path):
+    """A repository as PEFT and others upload them: deltas in folders, and one that is a file."""
+    files = {"README.md": b"Three", "unet/config.json": b"{}"}
+    for folder, format in {"style": "peft", "ours/[1]": "deltakit"}.items():
+        saved = delta.save(tmp_path / format, format=format)
+        files |= {f"{folder}/{path.name}": path.read_bytes() for path in saved.iterdir()}
+    flat = {f"lycoris_{path.replace('.', '_')}": modules[0] for path, modules in delta.modules_of("lora").items()}
+    tensors = {f"{name}.lora_down.weight": module.A for name, module in flat.items()}
+    tensors |= {f"{name}.lora_up.weight": module.B for name, module in flat.items()}
+    tensors |= {f"{name}.alpha": torch.tensor(16.0) for name in flat}
+    save_file({name: tensor.detach().clone() for name, tensor in tensors.items()}, tmp_path / "lora.safetensors")
+    files["lora.safetensors"] = (tmp_path / "lora.safetensors").read_bytes()
+    hub.add_repo("me/several", files)
+    return hub
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        "style",
+        "style/",
+        "style/adapter_model.safetensors",
+        "ours/[1]",
+        "ours/[1]/delta_config.json",
+        "lora.safetensors",
+    ],
+)
+def test_a_folder_or_file_of_a_repository(several, delta, inside, tmp_path, monkeypatch):
+    model = fresh()
+    loaded = dk.load("me/several", model, subfolder=inside)
+    if inside != "lora.safetensors":
+        assert torch.equal(model(ids()), delta.backbone(ids()))
+    for path, (module,) in loaded.modules_of("lora").items():
+        assert torch.equal(module.A, delta.modules_of("lora")[path][0].A)
+    assert loaded.modules.keys() == delta.modules.keys()
+    assert dk.inspect("me/several", subfolder=inside).source == f"me/several/{inside}"
+    wanted = {inside.strip("/").split("/")[0]}
+    asked = {
+        request.rpartition("/resolve/")[2].partition("/")[2] for request in several.requests if "/resolve/" in request
+    }
+    assert {name.replace("%5B", "[").split("/")[0] for name in asked} <= wanted
+
+
+def test_a_folder_on_this_machine(delta, tmp_path):
+    delta.save(tmp_path / "all" / "style")
+    model = fresh()
+    dk.load(tmp_path / "all", model, subfolder="style")
+    assert torch.equal(model(ids()), delta.backbone(ids()))
+    with pytest.raises(dk.CheckpointError, match="all: it has no other; pass the path of a folder or file in it"):
+        dk.inspect(tmp_path / "all", subfolder="other")
+
+
+NOT_INSIDE = ["..", "a/../../b", "/etc", "", "."]
+
+
+@pytest.mark.parametrize("inside", NOT_INSIDE)
+def test_subfolders_are_inside(hub, inside, tmp_path):
+    for source in ("me/several", tmp_path):
+        with pytest.raises(dk.OptionError, match=r"subfolder='.*': expected a folder or file in .*, such as 'style'"):
+            dk.load(source, fresh(), subfolder=inside)
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    ("inside", "message"),
+    [
+        (
+            None,
+            r"me/several: there is no delta here, but in folders below: ours/\[1\], style; pass one of them as the subfolder",
+        ),
+        ("other", r"me/several/other: the repository has no other; its folders are ours/\[1\], style, unet"),
+        ("unet", "me/several/unet: there is no delta here: .* found config.json"),
+        ("ours", r"me/several/ours: there is no delta here, but in folders below: \[1\]; pass"),
+        ("README.md", "me/several/README.md: there is no delta here: .* found README.md"),
+    ],
+)
+def test_what_a_repository_has_instead(several, inside, message):
+    with pytest.raises(dk.HubError, match=message):
+        dk.load("me/several", fresh(), subfolder=inside)
+
+
+def test_a_lora_of_kohya_is_asked_for_by_name(hub):
+    hub.add_repo("me/kohya", {"style.safetensors": b"1"})
+    with pytest.raises(
+        dk.HubError, match=r"if style.safetensors is a LoRA of kohya or LyCORIS, pass its name as the subfolder"
+    ):
+        dk.load("me/kohya", fresh())
+
+
+def test_the_command_line_knows_subfolders(several, capsys):
+    assert main(["inspect", "me/several", "--subfolder", "style"]) == 0
+    assert capsys.readouterr().out.startswith("a delta in me/several/style, format peft")

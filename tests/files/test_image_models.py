@@ -275,8 +275,8 @@ def several(**more):
 
 FLAT_QUERY = f"lora_unet_{QUERY.replace('.', '_')}"
 REFUSED = {
-    "LoHa": ({"lora_unet_conv_in.hada_w1_a": 0}, r"it has LoHa \(lora_unet_conv_in.hada_w1_a\), which deltakit does not have"),
-    "LoKr": ({"lora_unet_conv_in.lokr_w2": 0}, "it has LoKr"),
+    "OFT": ({"lora_unet_conv_in.oft_blocks": 0}, r"it has OFT \(lora_unet_conv_in.oft_blocks\), which deltakit does not have"),
+    "GLoRA": ({"lora_unet_conv_in.a1.weight": 0}, "it has GLoRA"),
     "DoRA of inputs": ({f"{FLAT_QUERY}.dora_scale": 0}, r"magnitudes of shape \(2, 2\), and deltakit's has one for each of the 22 outputs"),
     "DoRA without factors": ({"lora_unet_conv_in.dora_scale": 0}, "conv_in has no two factors"),
     "DoRA of PEFT": ({f"{FLAT_QUERY}.lora_magnitude_vector": 0}, "it has DoRA of PEFT"),
@@ -301,8 +301,27 @@ def test_refused(case, tmp_path):
 
 def test_what_is_wrong_with_other_parts_is_theirs(tmp_path):
     pairs = only(factors(unet()), "to_q")
-    file = write(tmp_path / "a.safetensors", {**flat(pairs, "lora_unet"), "lora_te_x.hada_w1_a": torch.ones(2, 2)})
+    file = write(tmp_path / "a.safetensors", {**flat(pairs, "lora_unet"), "lora_te_x.oft_blocks": torch.ones(2, 2)})
     loads_as(unet, file, expected(unet, pairs))
+
+
+METADATA = {
+    "DoRA": ({"use_dora": True}, r"this LoRA of diffusers has DoRA \(use_dora\), .* diffusers' fuse_lora"),
+    "a changed start": (
+        {"init_lora_weights": "pissa"},
+        "this LoRA of diffusers started by changing .* diffusers' fuse_lora",
+    ),
+    "a wrong type": ({"lora_alpha": "x"}, r"lora_adapter_metadata is damaged at lora_alpha"),
+}
+
+
+@pytest.mark.parametrize("case", METADATA)
+def test_metadata_that_are_refused_are_those_of_diffusers(case, tmp_path):
+    config, message = METADATA[case]
+    entry = json.dumps({f"unet.{key}": value for key, value in ({"lora_alpha": 3} | config).items()})
+    write(tmp_path / FILE, dotted(only(factors(unet()), "to_q"), "unet."), lora_adapter_metadata=entry)
+    with pytest.raises(dk.CheckpointError, match=message):
+        dk.load(tmp_path, unet())
 
 
 def test_another_backbone(tmp_path):
@@ -412,6 +431,7 @@ UNWRITTEN = {
 def test_what_diffusers_does_not_have(case, tmp_path):
     method, train, message = UNWRITTEN[case]
     delta = randomize(dk.attach(Layers(TEXT | {"words": lambda: nn.Embedding(9, 6)}), method, train=train))
+    message = f"delta 'delta' cannot be saved as a LoRA of diffusers: .*{message}.*; save it in the format 'deltakit'"
     with pytest.raises(dk.CheckpointError, match=message):
         delta.save(tmp_path, format="diffusers")
     assert not any(tmp_path.iterdir())

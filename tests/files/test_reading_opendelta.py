@@ -11,7 +11,7 @@ import torch
 
 import deltakit as dk
 from support.models import same, snapshot
-from support.opendelta_files import CASES, FILES, REFUSED, backbone, known, logits
+from support.opendelta_files import CASES, FILES, backbone, known, logits
 
 
 def test_there_is_a_file_of_each_type():
@@ -21,7 +21,7 @@ def test_there_is_a_file_of_each_type():
     }
 
 
-@pytest.mark.parametrize(("name", "case"), [pair for pair in CASES if pair not in REFUSED])
+@pytest.mark.parametrize(("name", "case"), CASES)
 def test_logits_are_opendelta_s(name, case, tmp_path):
     model = backbone(name)
     before, (call, expected) = snapshot(model), known(name)
@@ -48,15 +48,57 @@ def test_they_are_inspected_without_a_backbone(name, case):
     assert len(seen.methods) == 1
 
 
-@pytest.mark.parametrize("case", ["prefix", "prefix_plain"])
-def test_prefixes_of_t5_are_refused(case):
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("case", ["prefix", "prefix_plain", "prefix_somewhere"])
+def test_prefixes_of_t5_without_a_mask_and_in_generation(case, attention):
+    """OpenDelta takes the relative positions from all blocks but the first; with a cache as without."""
+    model = backbone("t5")
+    model.set_attn_implementation(attention)
+    call, expected = known("t5")
+    dk.load(FILES / "t5" / case, model)
+    mask = call.pop("attention_mask")
+    torch.testing.assert_close(logits(model, call), expected[f"{case}.unmasked"], rtol=1e-5, atol=1e-5)
+    tokens = {"max_new_tokens": 7, "min_new_tokens": 7, "do_sample": False}
+    runs = [
+        model.generate(
+            call["input_ids"], attention_mask=mask, **tokens, **cache, output_scores=True, return_dict_in_generate=True
+        )
+        for cache in ({"use_cache": False}, {"use_cache": True}, {"cache_implementation": "static"})
+    ]
+    # OpenDelta itself fails with a cache if only some of the blocks have a prefix.
+    known_scores = expected.get(f"{case}.generated", torch.stack(runs[0].scores))
+    for run in runs:
+        torch.testing.assert_close(torch.stack(run.scores), known_scores, rtol=1e-5, atol=1e-5)
+
+
+def test_a_prefix_of_t5_is_trained_further_and_saved(tmp_path):
     model = backbone("t5")
     before = snapshot(model)
-    with pytest.raises(
-        dk.CheckpointError, match=r"OpenDelta's prefixes change the relative positions of a T5.*train a Prefix"
-    ):
-        dk.load(FILES / "t5" / case, model)
+    delta = dk.load(FILES / "t5" / "prefix", model)
+    assert "relative_positions=first_block" in repr(delta)
+    call, expected = known("t5")
+    model(**call).logits.square().mean().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in delta.parameters())
+    with torch.no_grad():
+        for parameter in delta.parameters():
+            parameter -= parameter.grad
+    trained = logits(model, call)
+    assert (trained - expected["prefix"]).abs().max() > 1e-3
+    delta.save(tmp_path)
+    delta.detach()
     same(before, snapshot(model))
+    assert dk.inspect(tmp_path).methods[0].options["relative_positions"] == "first_block"
+    dk.load(tmp_path, model)
+    assert torch.equal(logits(model, call), trained)
+
+
+def test_a_prefix_in_attention_to_the_encoder(tmp_path):
+    """OpenDelta's has no effect there: it was seen to give the bare model's logits."""
+    folder = changed(
+        "t5", "prefix_plain", tmp_path, rename=lambda key: key.replace("0.SelfAttention", "1.EncDecAttention")
+    )
+    with pytest.raises(dk.CheckpointError, match=r"EncDecAttention, in attention to the encoder, .* train a Prefix"):
+        dk.load(folder, backbone("t5"))
 
 
 def test_what_was_trained_beside_the_delta():
@@ -108,7 +150,7 @@ DENSE = "bert.encoder.layer.0.output.dense"
     [
         ("lora", {"config": {"delta_type": "split"}}, "delta of OpenDelta of the type 'split', which .* it reads lora, "),
         ("lora", {"config": {"lora_alpha": "x"}}, "damaged at lora_alpha"),
-        ("adapter", {"config": {"non_linearity": "mish"}}, "activation 'mish', which deltakit does not have; it has relu, "),
+        ("adapter", {"config": {"non_linearity": "mish"}}, "activation 'mish', which deltakit does not have; it has gelu, "),
         ("lora", {"add": {f"{QUERY}.lora_1.lora_A": torch.ones(2, 12)}}, f"it has two deltas at {QUERY}"),
         ("lora", {"add": {f"{DENSE}.adapter.modulelist.up_proj.bias": torch.ones(12)}}, "no part of the lora delta"),
         ("lora", {"add": {f"{DENSE}.lora.lora_A": torch.ones(2, 20)}}, f"it has no B at {DENSE}"),

@@ -155,17 +155,31 @@ def test_a_merged_delta_is_in_the_weights(tmp_path):
     assert "save_pretrained" not in vars(model)
 
 
-def test_a_module_inside_saves_the_delta_of_the_whole(tmp_path):
+def test_a_part_is_saved_without_the_delta_of_the_whole(tmp_path):
     model = bert()
     state = values(model.bert)
-    attached(model, dk.LoRA(r=3), train=["pooler", "@head"])
-    model.bert.save_pretrained(tmp_path)
-    inner = tf.AutoModel.from_pretrained(tmp_path)
+    delta = attached(model, dk.LoRA(r=3), train=["pooler", "@head"])
+    expected = model(BATCH).logits
+    with pytest.raises(
+        dk.StateError, match=r"BertModel is a part of .* 'delta' is attached to.*delta\.save.*detach\(\).*attach\(\)"
+    ):
+        model.bert.save_pretrained(tmp_path / "part")
+    assert "save_pretrained" not in vars(model.bert.encoder)
+    delta.save(tmp_path / "delta")
+    delta.detach()
+    model.bert.save_pretrained(tmp_path / "part")
+    delta.attach()
+    assert torch.equal(model(BATCH).logits, expected)
+    inner = tf.AutoModel.from_pretrained(tmp_path / "part")
     assert all(torch.equal(value, state[name]) for name, value in inner.state_dict().items())
     other = bert()
-    dk.load(tmp_path, other)
-    assert torch.equal(other(BATCH).logits, model(BATCH).logits)
-    assert "save_pretrained" not in vars(model.bert.encoder)
+    dk.load(tmp_path / "delta", other)
+    assert torch.equal(other(BATCH).logits, expected)
+    # A merged delta is in the weights of the part.
+    delta.merge()
+    model.bert.save_pretrained(tmp_path / "merged")
+    merged = tf.AutoModel.from_pretrained(tmp_path / "merged").eval()
+    assert torch.equal(merged(BATCH).last_hidden_state, model.bert(BATCH).last_hidden_state)
 
 
 class Holder(nn.Module):
@@ -181,12 +195,16 @@ class Holder(nn.Module):
     def save_pretrained(self, path, safe_serialization=True):
         self.inner.save_pretrained(path, safe_serialization=safe_serialization)
 
+    def save(self, path):
+        self.inner.save_pretrained(path)
 
-def test_a_holder_saves_the_delta_once_by_its_own_paths(tmp_path):
+
+@pytest.mark.parametrize("method", ["save_pretrained", "save"])
+def test_a_holder_saves_the_delta_once_by_its_own_paths(method, tmp_path):
     model = Holder()
     state = values(model.inner)
     attached(model, dk.LoRA(r=3), train="inner.pooler")
-    model.save_pretrained(str(tmp_path))
+    getattr(model, method)(str(tmp_path))
     again = Holder()
     assert torch.equal(load_file(tmp_path / "model.safetensors")["pooler.dense.weight"], state["pooler.dense.weight"])
     dk.load(tmp_path, again)

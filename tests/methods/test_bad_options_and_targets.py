@@ -31,6 +31,7 @@ from support.tiny_transformers import build
         (lambda: dk.BitFit(subset="half"), r"BitFit\(subset='half'\): expected one of all, query_mlp"),
         (lambda: dk.BitFit(subset="query_mlp", at="x"), "both choose the targets"),
         (lambda: dk.Prefix(tokens=0), r"Prefix\(tokens=0\)"),
+        (lambda: dk.Prefix(relative_positions="none"), r"positions='none'\): expected 'all_blocks' or 'first_block'"),
         (lambda: dk.SoftPrompt(tokens=-1), r"SoftPrompt\(tokens=-1\)"),
         (lambda: dk.SoftPrompt(init="text"), r"SoftPrompt\(init='text'\)"),
         (lambda: dk.SoftPrompt(where="end"), r"SoftPrompt\(where='end'\)"),

@@ -253,14 +253,16 @@ def test_the_state_dict_is_that_of_the_model_again_after_detaching():
 def test_a_parent_keeps_everything(tmp_path):
     """In OpenDelta it loses what came before the module. Its `save_pretrained` would write a model without its weights."""
     model = MODELS["bert"]()
-    expected = sorted(model.state_dict())
+    expected, bare = sorted(model.state_dict()), copy.deepcopy(model.bert)
     delta = dk.LoraModel(model.bert)
     delta.freeze_module()
     assert len(model.bert.state_dict()) == 8
     assert sorted(name for name in model.state_dict() if "lora" not in name) == expected
-    # The part's own keys are among them: LIMITS.md.
+    randomize(delta.delta)
     model.save_pretrained(tmp_path)
-    assert expected == sorted(name for name in load_file(tmp_path / "model.safetensors") if "lora" not in name)
+    assert expected == sorted(load_file(tmp_path / "model.safetensors"))
+    loaded = dk.load(tmp_path / "bert", bare).state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in delta.delta.state_dict().items())
 
 
 def test_a_narrowed_state_dict_is_no_model(tmp_path):
@@ -282,7 +284,8 @@ def test_a_narrowed_state_dict_is_no_model(tmp_path):
     delta.freeze_module(set_state_dict=False)
     model.save_pretrained(tmp_path / "wide", state_dict=model.state_dict())
     for name in ("whole", "wide", "checkpoint-1"):
-        assert sorted(x for x in load_file(tmp_path / name / "model.safetensors") if "lora" not in x) == bare
+        saved = load_file(tmp_path / name / "model.safetensors")
+        assert sorted(x for x in saved if "lora" not in x and "deltakit" not in x) == bare
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

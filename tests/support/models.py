@@ -81,9 +81,9 @@ class Transformer(nn.Module):
 class Calls(nn.Module):
     """One linear target, called and returning in a chosen style."""
 
-    def __init__(self, style):
+    def __init__(self, style, d_out=5):
         super().__init__()
-        self.target = Styled(style)
+        self.target = Styled(style, d_out)
         self.style = style
 
     def forward(self, x):
@@ -96,8 +96,8 @@ class Calls(nn.Module):
 
 
 class Styled(nn.Linear):
-    def __init__(self, style):
-        super().__init__(7, 5)
+    def __init__(self, style, d_out=5):
+        super().__init__(7, d_out)
         self.style = style
 
     def forward(self, hidden_states):
@@ -138,9 +138,18 @@ def a_layer_of_each_kind():
     return Kinds().double().eval(), torch.randint(0, 13, (3, 5))
 
 
+NEEDED = {
+    "trainable_tokens": {"ids": (3, 5, 11)},
+    "hira": {"r": 3},
+    "miss": {"r": 5},
+    "vblora": {"length": 4, "vectors": 7},
+}
+"""The options of methods that have none of their own, or whose defaults are for larger layers than those here."""
+
+
 def method_of(name, **options):
     """A method by its name, with the options that it cannot do without."""
-    return dk.METHODS[name](**{**({"ids": (3, 5, 11)} if name == "trainable_tokens" else {}), **options})
+    return dk.METHODS[name](**{**NEEDED.get(name, {}), **options})
 
 
 def ids(rows=3, length=11):

@@ -16,8 +16,6 @@ BACKBONES = {
     "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=12, n_layer=2, n_head=3, n_positions=32, **COMMON)),
 }
 CASES = [(path.parent.parent.name, path.parent.name) for path in sorted(FILES.glob("*/*/config.json"))]
-# Here OpenDelta computes something else than deltakit's Prefix can.
-REFUSED = [("t5", "prefix"), ("t5", "prefix_plain")]
 
 
 def backbone(name):

@@ -20,6 +20,9 @@ WRITERS = {kind.name: kind.write for kind in FORMATS.values() if kind.write is n
 FILES = tuple(name for kind in FORMATS.values() for name in kind.files)
 """The files that are downloaded from a repository: all that some format reads."""
 
+TELLING = frozenset(FILES) - {"README.md", "config.json"}
+"""Files that only deltas have."""
+
 # Each: a file, and what has it.
 _OTHERS = {
     "adapter_fusion_config.json": "an AdapterFusion of AdapterHub",
@@ -76,9 +79,10 @@ def formats_in(place: Path) -> list[Format]:
 
 
 def deltas_below(folder: Path) -> list[tuple[str, Format]]:
-    """Returns the names of the folders in a folder that hold a delta, sorted, each with its format."""
-    entries = sorted(entry for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
-    return [(entry.name, found[0]) for entry in entries if (found := formats_in(entry))]
+    """Returns the paths of the folders in a folder, and in these, that hold a delta, sorted, each with its format."""
+    # `save_pretrained` puts several deltas of a part of a model into part/name.
+    entries = sorted(entry for pattern in ("*", "*/*") for entry in folder.glob(pattern) if entry.is_dir())
+    return [(entry.relative_to(folder).as_posix(), found[0]) for entry in entries if (found := formats_in(entry))]
 
 
 def refuse_others(folder: Path, format: str) -> None:
@@ -115,16 +119,28 @@ def _why_none(place: Path) -> str:
     return no_delta(_names_in(place))
 
 
-def no_delta(names: Iterable[str]) -> str:
-    """Returns what to say of a folder or repository that holds no delta in a format that deltakit reads."""
+def no_delta(names: Iterable[str], *, listed: bool = False) -> str:
+    """Returns what to say of a folder or repository that holds no delta in a format that deltakit reads.
+
+    Args:
+        listed: whether the names are all files of a repository, those in folders, too.
+    """
     there = list(names)
+    folders = sorted({name.rpartition("/")[0] for name in there if name.rpartition("/")[2] in TELLING} - {""})
+    if folders:
+        more = f" and {len(folders) - 10} more" if len(folders) > 10 else ""
+        return (
+            f"there is no delta here, but in folders below: {', '.join(folders[:10])}{more}; pass one of them as the "
+            f"subfolder, such as {folders[0]!r}"
+        )
     known = next((_OTHERS[name] for name in there if name in _OTHERS), "")
     if known:
         reads = ", ".join(kind.reads for kind in FORMATS.values())
         return f"this is {known}, which deltakit does not read; it reads {reads}"
     more = f" and {len(there) - 10} more" if len(there) > 10 else ""
     file = next((name for name in there if name.endswith(".safetensors")), "")
-    advice = f"; if {file} is a LoRA of kohya or LyCORIS, pass the path of that file on this machine" if file else ""
+    how = "its name as the subfolder" if listed else "the path of that file"
+    advice = f"; if {file} is a LoRA of kohya or LyCORIS, pass {how}" if file else ""
     return (
         f"there is no delta here: expected {TENSORS_FILE}, or the files of another library, found "
         f"{', '.join(there[:10]) or 'nothing'}{more}; pass the folder or repository that a delta was saved to"

@@ -1,6 +1,6 @@
 """Adapters with OpenDelta's names."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -18,7 +18,7 @@ class AdapterConfig(BottleneckConfig):
     """The options of `AdapterModel`."""
 
     delta_type = "adapter"
-    method = Adapter
+    method: ClassVar[Any] = Adapter
     renamed = {"bottleneck_dim": "size"}  # noqa: RUF012  # as declared
 
     def __init__(self, bottleneck_dim: int = 24, non_linearity: str = "gelu_new", **kwargs: Any) -> None:
@@ -46,13 +46,4 @@ class AdapterModel(DeltaBase):
         interactive_modify: bool | int = False,
         backend: str = "hf",
     ) -> None:
-        super().__init__(
-            backbone_model,
-            modified_modules,
-            exclude_modules,
-            unfrozen_modules,
-            interactive_modify,
-            common_structure,
-            backend,
-        )
-        self._attach_new(bottleneck_dim=bottleneck_dim, non_linearity=non_linearity)
+        self._attach_with(locals())

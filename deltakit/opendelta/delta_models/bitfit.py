@@ -37,13 +37,4 @@ class BitFitModel(DeltaBase):
         interactive_modify: bool | int = False,
         backend: str = "hf",
     ) -> None:
-        super().__init__(
-            backbone_model,
-            modified_modules,
-            exclude_modules,
-            unfrozen_modules,
-            interactive_modify,
-            common_structure,
-            backend,
-        )
-        self._attach_new()
+        self._attach_with(locals())

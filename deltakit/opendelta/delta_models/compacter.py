@@ -124,16 +124,4 @@ class CompacterModel(DeltaBase):
         use_bias_up_sampler: bool = True,
         use_bias_down_sampler: bool = True,
     ) -> None:
-        given = locals()
-        super().__init__(
-            backbone_model,
-            modified_modules,
-            exclude_modules,
-            unfrozen_modules,
-            interactive_modify,
-            common_structure,
-            backend,
-        )
-        self._attach_new(
-            **{name: given[name] for name in vars(CompacterConfig()) if name in given and name not in vars(self)}
-        )
+        self._attach_with(locals())

@@ -47,13 +47,4 @@ class LoraModel(DeltaBase):
         interactive_modify: bool | int = False,
         backend: str = "hf",
     ) -> None:
-        super().__init__(
-            backbone_model,
-            modified_modules,
-            exclude_modules,
-            unfrozen_modules,
-            interactive_modify,
-            common_structure,
-            backend,
-        )
-        self._attach_new(lora_r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout)
+        self._attach_with(locals())

@@ -60,20 +60,6 @@ class LowRankAdapterModel(DeltaBase):
         interactive_modify: bool | int = False,
         backend: str = "hf",
     ) -> None:
-        super().__init__(
-            backbone_model,
-            modified_modules,
-            exclude_modules,
-            unfrozen_modules,
-            interactive_modify,
-            common_structure,
-            backend,
-        )
         if low_rank_w_init != "glorot-uniform":
             warn(f"LowRankAdapterModel(low_rank_w_init={low_rank_w_init!r}): the start values are Glorot-uniform")
-        self._attach_new(
-            reduction_factor=reduction_factor,
-            non_linearity=non_linearity,
-            low_rank_w_init=low_rank_w_init,
-            low_rank_rank=low_rank_rank,
-        )
+        self._attach_with(locals())

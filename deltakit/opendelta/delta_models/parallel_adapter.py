@@ -9,22 +9,17 @@ from deltakit.errors import OptionError
 from deltakit.methods.parallel_adapter import ParallelAdapter
 from deltakit.methods.parallel_adapter import ParallelAdapterDelta as ParallelAdapterLayer
 from deltakit.opendelta.basemodel import DeltaBase
-from deltakit.opendelta.delta_models.bottleneck import BottleneckConfig
+from deltakit.opendelta.delta_models.adapter import AdapterConfig
 from deltakit.opendelta.matching import Selectors
 
 __all__ = ["ParallelAdapterConfig", "ParallelAdapterLayer", "ParallelAdapterModel"]
 
 
-class ParallelAdapterConfig(BottleneckConfig):
-    """The options of `ParallelAdapterModel`."""
+class ParallelAdapterConfig(AdapterConfig):
+    """The options of `ParallelAdapterModel`: those of `AdapterModel`."""
 
     delta_type = "parallel_adapter"
     method = ParallelAdapter
-    renamed = {"bottleneck_dim": "size"}  # noqa: RUF012  # as declared
-
-    def __init__(self, bottleneck_dim: int = 24, non_linearity: str = "gelu_new", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.bottleneck_dim, self.non_linearity = bottleneck_dim, non_linearity
 
     def method_at(self, at: Any, **options: Any) -> Method:
         """Returns deltakit's method with these options and targets. As in OpenDelta, the result is added as it is."""
@@ -55,16 +50,7 @@ class ParallelAdapterModel(DeltaBase):
         interactive_modify: bool | int = False,
         backend: str = "hf",
     ) -> None:
-        super().__init__(
-            backbone_model,
-            modified_modules,
-            exclude_modules,
-            unfrozen_modules,
-            interactive_modify,
-            common_structure,
-            backend,
-        )
-        self._attach_new(bottleneck_dim=bottleneck_dim, non_linearity=non_linearity)
+        self._attach_with(locals())
 
     def _methods(self) -> list[Method]:
         names = self.modified_modules

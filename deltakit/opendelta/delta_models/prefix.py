@@ -61,9 +61,4 @@ class PrefixModel(DeltaBase):
         common_structure: bool | None = None,
         interactive_modify: bool | int = False,
     ) -> None:
-        super().__init__(
-            backbone_model, modified_modules, exclude_modules, unfrozen_modules, interactive_modify, common_structure
-        )
-        self._attach_new(
-            prefix_token_num=prefix_token_num, reparameterize=reparameterize, embed_dim=embed_dim, mid_dim=mid_dim
-        )
+        self._attach_with(locals())

@@ -80,15 +80,13 @@ class SoftPromptModel(DeltaBase):
         common_structure: bool | None = None,
         interactive_modify: bool | int = False,
     ) -> None:
-        super().__init__(backbone_model, None, exclude_modules, unfrozen_modules, interactive_modify, False)
+        given = locals() | {"modified_modules": None, "common_structure": False, "other_expand_ids": _EXPANDED}
         if dict(other_expand_ids) != _EXPANDED:
             raise OptionError(
                 f"SoftPromptModel(other_expand_ids={dict(other_expand_ids)}): only {dict(_EXPANDED)} is served: the mask and "
                 "the token types grow with the prompt, and nothing else does"
             )
-        self._attach_new(
-            soft_token_num=soft_token_num, init_range=init_range, token_init=token_init, other_expand_ids=_EXPANDED
-        )
+        self._attach_with(given)
 
     def _targets(self) -> None:
         return None

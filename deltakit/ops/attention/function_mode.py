@@ -45,6 +45,7 @@ class PrefixMode(TorchFunctionMode):
         key: the prefix's keys: one set for all examples, or one for each example in the first dimension.
         value: the prefix's values, likewise.
         seen: which positions of its prefix each example sees; None if every query sees all of them.
+        front: what is added to the scores of the prefix where a bias is added to the others; None for zeros.
     """
 
     def __init__(
@@ -53,11 +54,12 @@ class PrefixMode(TorchFunctionMode):
         key: Float[Tensor, "*examples heads prefix d_k"],
         value: Float[Tensor, "*examples heads prefix d_v"],
         seen: Bool[Tensor, "*examples prefix"] | None = None,
+        front: Float[Tensor, "one heads queries prefix"] | None = None,
     ) -> None:
         super().__init__()
         self.call: RunningCall | None = None
         """The call of the module. After it the mode changes nothing: Ctrl-C may have left it on torch's stack."""
-        self.module, self.key, self.value, self.seen = module, key, value, seen
+        self.module, self.key, self.value, self.seen, self.front = module, key, value, seen, front
         self.length = key.shape[-2]
         self.keys: int | None = None
         """The number of the module's own keys while its scores are being turned into probabilities, else None."""
@@ -190,7 +192,7 @@ class PrefixMode(TorchFunctionMode):
         if func is torch.where:
             return (widen(args[0], self.length, visible=wide[1]) if self._narrow(args[0]) else args[0], *args[1:])
         if func in _SUMS:
-            return tuple(widen(x, self.length) if self._narrow(x) else x for x in args)
+            return tuple(widen(x, self.length, self.front) if self._narrow(x) else x for x in args)
         return args
 
     @property

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from deltakit.errors import StateError
 from deltakit.ops.attention.beside import AttentionBeside, beside
+from deltakit.ops.attention.first_block import FRONT
 from deltakit.ops.attention.kernel import (
     AttentionPrefix,
     causal,
@@ -76,20 +77,25 @@ def attend(
         StateError: if the kernel addresses keys by index or page, cuts a window with flash attention, or has a mask that
             is not a tensor; and if the sizes of a prefix do not fit the keys and values.
     """
-    found = live_prefixes(module)
+    found, front = live_prefixes(module), kwargs.pop(FRONT, None)
     if not found:
         return kernel(module, query, key, value, attention_mask, *args, **kwargs)
     others = [one for one in found if isinstance(one, AttentionBeside)]
     if others:
-        plain = partial(_attend_with, [one for one in found if one not in others])
-        output, *rest = plain(kernel, implementation, module, query, key, value, attention_mask, *args, **kwargs)
+        prefixes = [one for one in found if one not in others]
+        output, *rest = _attend_with(
+            prefixes, front, kernel, implementation, module, query, key, value, attention_mask, *args, **kwargs
+        )
         added = beside(others, module, query, kwargs.get("scaling"))
         return (output + added.transpose(1, 2), *rest)
-    return _attend_with(found, kernel, implementation, module, query, key, value, attention_mask, *args, **kwargs)
+    return _attend_with(
+        found, front, kernel, implementation, module, query, key, value, attention_mask, *args, **kwargs
+    )
 
 
 def _attend_with(
     prefixes: Sequence[AttentionPrefix],
+    front: Any,
     kernel: Callable[..., Any],
     implementation: str | None,
     module: nn.Module,
@@ -117,9 +123,10 @@ def _attend_with(
         if mask is None:
             mask = query.new_zeros(1, 1, query.shape[-2], key.shape[-2])
         mask = widen_per_example(mask, seen)
-    # 14 models pass a bias for relative positions apart from the mask (T5). A prefix has no position, so its bias is 0.
+    # 14 models pass a bias for relative positions apart from the mask (T5). A prefix has no position, so its bias is 0, but
+    # for `front`.
     if isinstance(kwargs.get("position_bias"), Tensor):
-        kwargs["position_bias"] = widen(kwargs["position_bias"], length)
+        kwargs["position_bias"] = widen(kwargs["position_bias"], length, front)
     key, value = prepend(prefix_key, key, module), prepend(prefix_value, value, module)
     output, weights, *rest = kernel(module, query, key, value, mask, *args, **kwargs)
     if isinstance(weights, Tensor) and weights.shape[-1] == key.shape[-2]:

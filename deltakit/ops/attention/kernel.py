@@ -21,6 +21,9 @@ class AttentionPrefix(CallContext):
 
     mixable: ClassVar[bool] = True
 
+    tokens: int
+    """The length of the prefix."""
+
     def key_value(self) -> tuple[Float[Tensor, "heads prefix d_k"], Float[Tensor, "heads prefix d_v"]]:
         """Returns the keys and values that every query sees ahead of the module's own."""
         raise NotImplementedError(f"{type(self).__name__} does not override key_value")
@@ -138,14 +141,23 @@ def _prepend_per_example(
     return torch.cat([(front if own.ndim == 4 else front.flatten(0, 1)).to(own.dtype), own], dim=-2)
 
 
-def widen(mask: Shaped[Tensor, "*lead keys"], length: int, *, visible: bool = True) -> Shaped[Tensor, "*lead both"]:
+def widen(
+    mask: Shaped[Tensor, "*lead keys"],
+    length: int,
+    front: Float[Tensor, "*front_lead prefix"] | None = None,
+    *,
+    visible: bool = True,
+) -> Shaped[Tensor, "*lead both"]:
     """Returns a mask or bias with `length` columns in front that hide nothing.
 
     These are True in a boolean mask, 1 in a mask of integers, and 0 in a mask or bias that is added to scores.
 
     Args:
+        front: the columns, if they are others.
         visible: the value that means "seen" in a boolean mask; False for masks in which True means hidden.
     """
+    if front is not None:
+        return torch.cat([front.expand(*mask.shape[:-1], length), mask], dim=-1)
     if mask.dtype is torch.bool:
         return F.pad(mask, (length, 0), value=visible)
     return F.pad(mask, (length, 0), value=0 if mask.is_floating_point() else 1)

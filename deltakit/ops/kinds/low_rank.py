@@ -12,15 +12,19 @@ from torch import Tensor, nn
 from deltakit.core import (
     DeltaModule,
     MixedBatch,
+    PerTarget,
     Target,
     checked,
     hidden_input,
     hidden_output,
+    is_quantized,
     replace_hidden,
+    values_of,
     weight_view,
     wide,
 )
 from deltakit.errors import OptionError, StateError
+from deltakit.ops.forwards import has_own_forward
 from deltakit.ops.kinds.output_map import OutputMap
 from deltakit.ops.low_rank import Product, add_few_tokens, add_low_rank, convolved, fresh, watched
 from deltakit.ops.low_rank_batched import add_per_example, shared_work
@@ -38,6 +42,22 @@ def check_dropout(where: str, dropout: float) -> None:
     """
     if not 0 <= dropout < 1:
         raise OptionError(f"{where}(dropout={dropout}): expected a probability in [0, 1)")
+
+
+def check_alpha(where: str, alpha: PerTarget[float]) -> None:
+    """Refuses an alpha that no update can be multiplied by.
+
+    Args:
+        where: the class that got it, for the error message.
+
+    Raises:
+        OptionError: if it is negative, not finite, or beyond what float32 holds.
+    """
+    # Beyond what float32 holds, torch refuses to multiply by it.
+    if not all(0 <= one <= torch.finfo(torch.float32).max for one in values_of(alpha)):
+        raise OptionError(
+            f"{where}(alpha={alpha}): expected a finite number of at least 0 that float32 holds; r or 2 * r is usual"
+        )
 
 
 class LowRank(OutputMap):
@@ -80,7 +100,14 @@ class LowRank(OutputMap):
 
     @classmethod
     def patches_weight(cls, target: Target) -> bool:
-        return target.weight_read is not None or bool(target.parameter)
+        if target.weight_read is not None or target.parameter:
+            return True
+        # A subclass with its own forward may change the vectors of an embedding (Gemma scales them), or the input and the
+        # weight of a convolution (BiT pads and standardises them). Adding to its output would be wrong; a weight patch is
+        # right, because the subclass's own code runs with the new weight. A quantized weight cannot be added to, and the
+        # forward of a quantized embedding only looks it up.
+        quantized = isinstance(target.module, nn.Embedding) and is_quantized(target.module.weight)
+        return has_own_forward(target.module) and not quantized
 
     @property
     def drops(self) -> bool:

@@ -31,6 +31,8 @@ class WeightMap(DeltaModule):
     W is the backbone's own weight [*stack, d_out, d_in], however the module stores it: dequantized, gathered, only the feature
     slice, and without the updates of other deltas. So several weight maps on one weight add up.
 
+    A kind whose update does not depend on the weight sets `reads_weight = False`, and gets an empty tensor instead.
+
     On a linear layer that is called, the product with dW is added to the output, and dW is recomputed in the backward pass
     instead of saved. Elsewhere a weight patch replaces W by W + dW during the forward that reads it.
     """
@@ -62,14 +64,21 @@ class WeightMap(DeltaModule):
 
     def after_call(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         x, y = hidden_input(args, kwargs), hidden_output(output)
-        # The bare weight is computed inside, too: a dequantized, gathered or widened one is as large as the update.
-        update = linear_with(x, lambda: self(self._bare(target)), tuple(self.parameters_read()))
+        update = self.product(target, x)
         if self.view.feature_slice is not None:
             update = self.view.feature_slice.spread(update)
         return replace_hidden(output, y + (update * self.strength).to(y.dtype))
 
+    def product(self, target: nn.Module, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """Returns the product of the update with the input x of a linear layer."""
+        # The bare weight is computed inside, too: a dequantized, gathered or widened one is as large as the update.
+        return linear_with(x, lambda: self(self._bare(target)), tuple(self.parameters_read()))
+
     def _bare(self, target: nn.Module) -> Tensor:
         """The bare weight, in the dtype of the delta's parameters if that is wider."""
+        if not self.reads_weight:
+            # Not read, so it is not dequantized or gathered either.
+            return self.parameters_read()[0].new_empty(0)
         weight = bare_weight(target, self.view)
         return weight.to(torch.promote_types(weight.dtype, own_dtype(self, weight)))
 

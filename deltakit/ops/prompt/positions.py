@@ -1,13 +1,14 @@
 """Moves the positions of a text behind those of a prefix, where `past_key_values` would move them."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
 from deltakit.errors import StateError
+from deltakit.ops.kinds.call_context import CallContext
 from deltakit.ops.prompt.cache import stored_length
 from deltakit.ops.prompt.text_stack import Positions, names_of_arguments
 
@@ -50,3 +51,26 @@ def move_positions(
         else:
             positions = positions + padding + 1
     return (), {**call, "position_ids": positions.expand(text.shape[0], -1)}
+
+
+class PositionsDelta(CallContext):
+    """Lets the positions of the text start after the prefix, in the module that turns token ids into hidden states."""
+
+    mixable: ClassVar[bool] = True
+
+    def __init__(self, tokens: int, counted: Positions) -> None:
+        super().__init__()
+        self.tokens, self.counted = tokens, counted
+
+    def enter(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        batch, peers = self.batch, self.peers(target)
+        if batch is None:
+            return move_positions(target, args, kwargs, sum(peer.tokens for peer in peers), self.counted)
+        text = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        own = {peer.record.name: peer.tokens for peer in peers}
+        by = torch.tensor([[own.get(name, 0)] for name in batch.names], device=text.device)
+        by = by.repeat_interleave(batch.times(text.flatten(1)[..., None], target), 0)
+        return move_positions(target, args, kwargs, by, self.counted)
+
+    def summary(self) -> str:
+        return f"shift={self.tokens}"

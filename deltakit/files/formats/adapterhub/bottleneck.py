@@ -18,24 +18,13 @@ from typing import Any, TypedDict
 from torch import Tensor
 
 from deltakit.errors import CheckpointError, warn
+from deltakit.files.formats.activations import activation_of
 from deltakit.files.formats.adapterhub.keys import by_place
 from deltakit.files.formats.adapterhub.phm import compacter
 from deltakit.files.formats.adapterhub.places import Place, place_of
 from deltakit.files.formats.format import Parts
-from deltakit.files.formats.peft.adapter import Adapter
-from deltakit.files.schema import checked
+from deltakit.files.formats.source import Source
 
-_ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "leakyrelu": "leaky_relu",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-    "tanh": "tanh",
-}
 _OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 _NAMES = {
     "adapter_down.0.weight": "down.weight",
@@ -78,7 +67,7 @@ _DEFAULTS = _Config(
 )
 
 
-def read_bottlenecks(adapter: Adapter, name: object, config: Mapping[str, Any], parts: Parts) -> None:
+def read_bottlenecks(source: Source, name: object, config: Mapping[str, Any], parts: Parts) -> None:
     """Adds the bottleneck adapters of a folder to the parts.
 
     Raises:
@@ -87,23 +76,22 @@ def read_bottlenecks(adapter: Adapter, name: object, config: Mapping[str, Any], 
     for option, what in _ABSENT.items():
         if config.get(option):
             raise CheckpointError(
-                f"{adapter.folder}: this adapter of AdapterHub has {what} ({option}), which deltakit does not have"
+                f"{source.folder}: this adapter of AdapterHub has {what} ({option}), which deltakit does not have"
             )
-    known = {key: value for key, value in config.items() if key in _Config.__annotations__}
-    options: Any = _DEFAULTS | checked(known, _Config, adapter.config_file, "config")
-    activation = _activation(options, adapter)
-    _warn_of_dropout(options, adapter)
+    options: Any = source.options(_Config, _DEFAULTS, "config")
+    activation = _activation(options, source)
+    _warn_of_dropout(options, source)
     shared: set[tuple[Any, ...]] = set()
-    for owner, tensors in by_place(adapter.tensors, "adapters", name).items():
-        place = place_of(adapter.backbone, owner, adapter.folder) if adapter.backbone is not None else None
-        target, to = _target(options, place, owner, adapter.folder)
+    for owner, tensors in by_place(source.tensors, "adapters", name).items():
+        place = place_of(source.backbone, owner, source.folder) if source.backbone is not None else None
+        target, to = _target(options, place, owner, source.folder)
         if options["is_parallel"]:
-            _add_parallel(parts, adapter, options, activation, (owner, place), tensors)
+            _add_parallel(parts, source, options, activation, (owner, place), tensors)
             continue
         if options["phm_layer"]:
-            method, layers = compacter(config, tensors, name, adapter, owner)
+            method, layers = compacter(config, tensors, name, source, owner)
         else:
-            layers = _layers(tensors, adapter.folder, owner, _factor(options, tensors, adapter.folder, owner))
+            layers = _layers(tensors, source.folder, owner, _factor(options, tensors, source.folder, owner))
             method = {"size": len(layers["down.bias"])}
         method |= {"activation": activation, "add_to": to}
         if "shared.rule" in layers and tuple(method.items()) in shared:
@@ -113,25 +101,21 @@ def read_bottlenecks(adapter: Adapter, name: object, config: Mapping[str, Any], 
         parts.add("compacter" if options["phm_layer"] else "adapter", method, target, layers)
 
 
-def _warn_of_dropout(options: Mapping[str, Any], adapter: Adapter) -> None:
+def _warn_of_dropout(options: Mapping[str, Any], source: Source) -> None:
     dropped = max(options["dropout"], options["stochastic_depth"] or 0.0)
-    if dropped and adapter.backbone is not None:
+    if dropped and source.backbone is not None:
         warn(
-            f"{adapter.folder}: it was trained with a dropout of {dropped:g} in the adapters, which deltakit does not have: "
+            f"{source.folder}: it was trained with a dropout of {dropped:g} in the adapters, which deltakit does not have: "
             "outputs are the same, and training goes on without it"
         )
 
 
-def _activation(options: Mapping[str, Any], adapter: Adapter) -> str:
+def _activation(options: Mapping[str, Any], source: Source) -> str:
     written = str(options.get("non_linearity", "")).lower()
     # The first library called them otherwise, and wrote no version.
-    name = written if "version" in adapter.config else _OLD_ACTIVATIONS.get(written, written)
-    if name not in _ACTIVATIONS:
-        raise CheckpointError(
-            f"{adapter.folder}: this adapter of AdapterHub has the activation {written!r}, and deltakit has "
-            f"{', '.join(sorted(set(_ACTIVATIONS.values())))}"
-        )
-    return _ACTIVATIONS[name]
+    return activation_of(
+        written if "version" in source.config else _OLD_ACTIVATIONS.get(written, written), source.folder
+    )
 
 
 def _target(options: Mapping[str, Any], place: Place | None, owner: str, where: Path) -> tuple[str, str]:
@@ -165,7 +149,7 @@ def _target(options: Mapping[str, Any], place: Place | None, owner: str, where: 
 
 def _add_parallel(
     parts: Parts,
-    adapter: Adapter,
+    source: Source,
     options: Mapping[str, Any],
     activation: str,
     where: tuple[str, Place | None],
@@ -174,12 +158,12 @@ def _add_parallel(
     owner, place = where
     if options["phm_layer"]:
         raise CheckpointError(
-            f"{adapter.folder}: this adapter of AdapterHub is a parallel compacter, which deltakit lacks"
+            f"{source.folder}: this adapter of AdapterHub is a parallel compacter, which deltakit lacks"
         )
-    layers = _layers(tensors, adapter.folder, owner, None)
+    layers = _layers(tensors, source.folder, owner, None)
     scaling = options["scaling"]
     if isinstance(scaling, str):
-        layers["gain"] = _gain(tensors, adapter.folder, owner)
+        layers["gain"] = _gain(tensors, source.folder, owner)
     method = {
         "size": len(layers["down.bias"]),
         "activation": activation,

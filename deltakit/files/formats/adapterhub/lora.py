@@ -10,10 +10,8 @@ from deltakit.errors import CheckpointError
 from deltakit.files.formats.adapterhub.keys import by_place
 from deltakit.files.formats.adapterhub.places import path_in
 from deltakit.files.formats.format import Parts
-from deltakit.files.formats.peft.adapter import Adapter
-from deltakit.files.formats.peft.layers import differs
-from deltakit.files.formats.peft.lora import Scale, add_lora
-from deltakit.files.schema import checked
+from deltakit.files.formats.lora import Scale, add_lora
+from deltakit.files.formats.source import Source
 
 _ABSENT = {"use_gating": "gates", "vera_d": "VeRA", "vera_b": "VeRA"}
 _VERSION = re.compile(r"adapters\.(\d+)\.(\d+)")
@@ -29,7 +27,7 @@ class _Config(TypedDict, total=False):
 _DEFAULTS = _Config(r=8, alpha=8, dropout=0.0, composition_mode="add")
 
 
-def read_loras(adapter: Adapter, name: object, config: Mapping[str, Any], parts: Parts) -> None:
+def read_loras(source: Source, name: object, config: Mapping[str, Any], parts: Parts) -> None:
     """Adds the LoRAs or scales of an adapter to the parts.
 
     Raises:
@@ -38,20 +36,19 @@ def read_loras(adapter: Adapter, name: object, config: Mapping[str, Any], parts:
     for option, what in _ABSENT.items():
         if config.get(option):
             raise CheckpointError(
-                f"{adapter.folder}: this LoRA of AdapterHub has {what} ({option}), which deltakit does not have"
+                f"{source.folder}: this LoRA of AdapterHub has {what} ({option}), which deltakit does not have"
             )
-    known = {key: value for key, value in config.items() if key in _Config.__annotations__}
-    options: Any = _DEFAULTS | checked(known, _Config, adapter.config_file, "config")
+    options: Any = source.options(_Config, _DEFAULTS, "config")
     scales = options["composition_mode"] == "scale"
-    alpha = options["r"] if _is_faulty(adapter.config.get("version")) else options["alpha"]
-    for owner, tensors in by_place(adapter.tensors, "loras", name).items():
-        path = path_in(adapter.backbone, owner)
-        module = adapter.module(path)
-        linear = isinstance(module, nn.Linear) or (module is None and adapter.backbone is None)
-        if tensors.keys() != ({"lora_B"} if scales else {"lora_A", "lora_B"}) or not linear or differs(module):
+    alpha = options["r"] if _is_faulty(source.config.get("version")) else options["alpha"]
+    for owner, tensors in by_place(source.tensors, "loras", name).items():
+        path = path_in(source.backbone, owner)
+        module = source.module(path)
+        linear = isinstance(module, nn.Linear) or (module is None and source.backbone is None)
+        if tensors.keys() != ({"lora_B"} if scales else {"lora_A", "lora_B"}) or not linear:
             found = "no module" if module is None else f"a {type(module).__name__}"
             raise CheckpointError(
-                f"{adapter.folder}: it has {', '.join(sorted(tensors))} at {owner}, where this backbone has {found}; deltakit "
+                f"{source.folder}: it has {', '.join(sorted(tensors))} at {owner}, where this backbone has {found}; deltakit "
                 "reads LoRA and IA3 of AdapterHub on linear layers"
             )
         if scales:
@@ -60,10 +57,10 @@ def read_loras(adapter: Adapter, name: object, config: Mapping[str, Any], parts:
             a, b = tensors["lora_A"], tensors["lora_B"]
             if a.ndim != 2 or b.ndim != 2 or a.shape[0] != options["r"] or b.shape[1] != options["r"]:
                 raise CheckpointError(
-                    f"{adapter.folder}: the factors at {owner} are {tuple(a.shape)} and {tuple(b.shape)}, and its config has "
+                    f"{source.folder}: the factors at {owner} are {tuple(a.shape)} and {tuple(b.shape)}, and its config has "
                     f"r={options['r']}; save or download it again"
                 )
-            add_lora(adapter, parts, path, a, b, Scale(alpha, dropout=options["dropout"]))
+            add_lora(source, parts, path, a, b, Scale(alpha, dropout=options["dropout"]))
 
 
 def _is_faulty(version: object) -> bool:

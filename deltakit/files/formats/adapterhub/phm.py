@@ -10,15 +10,15 @@ from torch import Tensor
 
 from deltakit.errors import CheckpointError
 from deltakit.files.formats.adapterhub.keys import by_place
-from deltakit.files.formats.peft.adapter import Adapter
 from deltakit.files.formats.products import product
+from deltakit.files.formats.source import Source
 
 _LAYERS = {"down": "adapter_down.0.", "up": "adapter_up."}
 _KNOWN = re.compile(r"scaling|(adapter_down\.0|adapter_up)\.(W|W_left|W_right|b|phm_rule|phm_rule_left|phm_rule_right)")
 
 
 def compacter(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: object, adapter: Adapter, owner: str
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: object, source: Source, owner: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Returns the options of a compacter, and its tensors by their names in deltakit.
 
@@ -28,21 +28,19 @@ def compacter(
     strange = next((key for key in tensors if not _KNOWN.fullmatch(key)), None)
     if strange is not None:
         raise CheckpointError(
-            f"{adapter.folder}: its compacter at {owner} also has {strange}, which deltakit does not have"
+            f"{source.folder}: its compacter at {owner} also has {strange}, which deltakit does not have"
         )
-    shared = next(iter(by_place(adapter.tensors, "shared_parameters", name).values()), {})
+    shared = next(iter(by_place(source.tensors, "shared_parameters", name).values()), {})
     try:
-        found = _named(tensors, shared, adapter.folder)
+        found = _named(tensors, shared, source.folder)
     except KeyError as error:
         # A compacter that is saved from a model without a head lacks the rule that its layers share.
         raise CheckpointError(
-            f"{adapter.folder}: its compacter at {owner} lacks {error.args[0]}; save it again, from a model with a head"
+            f"{source.folder}: its compacter at {owner} lacks {error.args[0]}; save it again, from a model with a head"
         ) from error
     factor = tensors.get("scaling", config.get("scaling", 1.0))
     if isinstance(factor, str) or (isinstance(factor, Tensor) and factor.numel() != 1):
-        raise CheckpointError(
-            f"{adapter.folder}: its compacter has a scaling per feature, which deltakit does not have"
-        )
+        raise CheckpointError(f"{source.folder}: its compacter has a scaling per feature, which deltakit does not have")
     for last in ("up.right", "up.bias"):
         if last in found:
             found[last] = found[last] * factor

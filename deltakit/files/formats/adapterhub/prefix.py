@@ -14,9 +14,8 @@ from deltakit.errors import CheckpointError, warn
 from deltakit.files.formats.adapterhub.keys import by_place
 from deltakit.files.formats.adapterhub.places import path_in
 from deltakit.files.formats.format import Parts
-from deltakit.files.formats.peft.adapter import Adapter
 from deltakit.files.formats.products import product
-from deltakit.files.schema import checked
+from deltakit.files.formats.source import Source
 
 _POOL = ".prefix_tuning.pool"
 _SELF = "self_prefix."
@@ -34,23 +33,22 @@ class _Config(TypedDict, total=False):
 _DEFAULTS = _Config(prefix_length=30, leave_out=[], flat=False, non_linearity="tanh", use_gating=False, dropout=0.0)
 
 
-def read_prefixes(adapter: Adapter, name: object, config: Mapping[str, Any], parts: Parts) -> None:
+def read_prefixes(source: Source, name: object, _config: Mapping[str, Any], parts: Parts) -> None:
     """Adds the prefixes of an adapter to the parts.
 
     Raises:
         CheckpointError: if it has options that deltakit does not have, or does not fit.
     """
-    known = {key: value for key, value in config.items() if key in _Config.__annotations__}
-    options: Any = _DEFAULTS | checked(known, _Config, adapter.config_file, "config")
+    options: Any = source.options(_Config, _DEFAULTS, "config")
     if options["use_gating"] or options["non_linearity"].lower() != "tanh":
         what = "gates (use_gating)" if options["use_gating"] else f"the activation {options['non_linearity']!r}"
-        raise CheckpointError(f"{adapter.folder}: this prefix of AdapterHub has {what}, which deltakit does not have")
-    if options["dropout"] and adapter.backbone is not None:
+        raise CheckpointError(f"{source.folder}: this prefix of AdapterHub has {what}, which deltakit does not have")
+    if options["dropout"] and source.backbone is not None:
         warn(
-            f"{adapter.folder}: it was trained with a dropout of {options['dropout']:g} on the prefix, which deltakit does "
+            f"{source.folder}: it was trained with a dropout of {options['dropout']:g} on the prefix, which deltakit does "
             "not have: outputs are the same, and training goes on without it"
         )
-    places = by_place(adapter.tensors, "prefix_tunings", name)
+    places = by_place(source.tensors, "prefix_tunings", name)
     # Each layer of the model has the same tensors under its own name.
     layers = [owner for owner in places if owner.endswith(_POOL)]
     layers = [owner for number, owner in enumerate(layers) if number not in options["leave_out"]]
@@ -59,12 +57,12 @@ def read_prefixes(adapter: Adapter, name: object, config: Mapping[str, Any], par
     if other is not None or not layers:
         what = f"it has {other}" if other is not None else "no layer has one"
         raise CheckpointError(
-            f"{adapter.folder}: deltakit reads prefixes of self-attention from AdapterHub, and here {what}"
+            f"{source.folder}: deltakit reads prefixes of self-attention from AdapterHub, and here {what}"
         )
-    pairs = _keys_and_values(pool, options["prefix_length"], len(layers), adapter)
+    pairs = _keys_and_values(pool, options["prefix_length"], len(layers), source)
     for owner, key, value in zip(layers, pairs[0::2], pairs[1::2], strict=True):
-        path = path_in(adapter.backbone, owner.removesuffix(_POOL))
-        heads = _heads(adapter, path, key)
+        path = path_in(source.backbone, owner.removesuffix(_POOL))
+        heads = _heads(source, path, key)
         parts.add(
             "prefix",
             {"tokens": options["prefix_length"]},
@@ -76,32 +74,32 @@ def read_prefixes(adapter: Adapter, name: object, config: Mapping[str, Any], par
         )
 
 
-def _keys_and_values(pool: Mapping[str, Tensor], tokens: int, layers: int, adapter: Adapter) -> tuple[Tensor, ...]:
+def _keys_and_values(pool: Mapping[str, Tensor], tokens: int, layers: int, source: Source) -> tuple[Tensor, ...]:
     """Returns the keys and values [tokens, d] of all layers, in turn: the key and the value of the first, and so on."""
     part = {key.removeprefix(_SELF): tensor for key, tensor in pool.items()}
     try:
         if "control_trans" in part:
             both = part["control_trans"]
         else:
-            hidden = product(part["wte.weight"], part["control_trans.0.weight"].mT, adapter.folder)
+            hidden = product(part["wte.weight"], part["control_trans.0.weight"].mT, source.folder)
             hidden = torch.tanh(hidden + part["control_trans.0.bias"])
-            both = product(hidden, part["control_trans.2.weight"].mT, adapter.folder) + part["control_trans.2.bias"]
+            both = product(hidden, part["control_trans.2.weight"].mT, source.folder) + part["control_trans.2.bias"]
         return both.reshape(tokens, 2 * layers, -1).unbind(1)
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(
-            f"{adapter.folder}: the tensors of its prefix do not fit each other ({error}); save or download it again"
+            f"{source.folder}: the tensors of its prefix do not fit each other ({error}); save or download it again"
         ) from error
 
 
-def _heads(adapter: Adapter, path: str, key: Tensor) -> int:
+def _heads(source: Source, path: str, key: Tensor) -> int:
     """Returns the number of heads of an attention; 1 without a backbone."""
-    if adapter.backbone is None:
+    if source.backbone is None:
         return 1
-    config = getattr(adapter.backbone, "config", None)
+    config = getattr(source.backbone, "config", None)
     heads = getattr(config, "num_attention_heads", None)
     if not isinstance(heads, int) or heads < 1 or key.shape[1] % heads:
         raise CheckpointError(
-            f"{adapter.folder}: its prefix has {key.shape[1]} features at {path}, which are not those of {heads} heads; load "
+            f"{source.folder}: its prefix has {key.shape[1]} features at {path}, which are not those of {heads} heads; load "
             "the backbone that it was trained on"
         )
     return heads

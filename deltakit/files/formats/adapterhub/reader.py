@@ -13,12 +13,12 @@ from deltakit.files.formats.adapterhub.keys import FUSION, HEAD, PICKLE, TENSORS
 from deltakit.files.formats.adapterhub.lora import read_loras
 from deltakit.files.formats.adapterhub.prefix import read_prefixes
 from deltakit.files.formats.format import Parts
-from deltakit.files.formats.peft.adapter import Adapter
+from deltakit.files.formats.source import Source
 from deltakit.files.pickles import read_either
 from deltakit.files.saved import Saved, Trained
 from deltakit.files.schema import read_json
 
-_Read = Callable[[Adapter, object, Mapping[str, Any], Parts], None]
+_Read = Callable[[Source, object, Mapping[str, Any], Parts], None]
 _KINDS: dict[str, tuple[str, _Read]] = {
     "": ("adapters", read_bottlenecks),
     "lora": ("loras", read_loras),
@@ -63,8 +63,8 @@ def read(place: Path, backbone: nn.Module | None, values: bool) -> Saved:
     kind, reads = _KINDS[architecture]
     tensors = _tensors(place, values)
     _refuse_strange(place, tensors, kind, config.get("name"))
-    adapter, parts = Adapter(place, config, tensors, backbone), Parts()
-    reads(adapter, config.get("name"), own, parts)
+    source, parts = Source("AdapterHub", place, file, config, tensors, backbone), Parts()
+    reads(source, config.get("name"), own, parts)
     if not parts:
         raise CheckpointError(
             f"{place}: it has no tensor of the adapter {config.get('name')!r}; save or download it again"

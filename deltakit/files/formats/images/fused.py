@@ -36,7 +36,7 @@ _SINGLE = {
 _BLOCKS = {"double": ("transformer_blocks", _DOUBLE), "single": ("single_transformer_blocks", _SINGLE)}
 """The layers of the two kinds of blocks, and diffusers' layers that they are."""
 
-_OF_ROWS = ("B", "dora_scale", "weight", "bias")
+_OF_ROWS = ("B", "dora_scale", "weight", "bias", "hada_w1_a", "hada_w2_a")
 """The tensors that have a row for each output."""
 
 _NAME = re.compile(r"(double|single)_blocks_(\d+)_(\w+)")

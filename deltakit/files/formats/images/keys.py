@@ -13,6 +13,10 @@ FILES = (TENSORS, PICKLE)
 METADATA = "lora_adapter_metadata"
 """The entry of a safetensors file of diffusers that holds the config of each component's LoRA."""
 
+LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+"""The tensors of LyCORIS's other products than LoRA's. They keep their names here."""
+
 _ENDS = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
@@ -32,12 +36,11 @@ _ENDS = {
     ".diff_b": "bias",
     ".w_norm": "weight",
     ".b_norm": "bias",
+    **{f".{name}": name for name in (*LOHA, *LOKR)},
 }
 """The end of a key: the name of the tensor here. `weight` and `bias` are added to those of the module."""
 
 _ABSENT = (
-    (re.compile(r"\.hada_\w+$"), "LoHa"),
-    (re.compile(r"\.lokr_\w+$"), "LoKr"),
     (re.compile(r"\.lora_magnitude_vector(\.weight)?$"), "DoRA of PEFT"),
     (re.compile(r"\.oft_\w+(\.weight)?$"), "OFT"),
     (re.compile(r"\.[ab][12]\.weight$"), "GLoRA"),
@@ -60,7 +63,8 @@ class Key(NamedTuple):
     module: str
     """The path of the module, or its name with underscores."""
     tensor: str
-    """What the tensor is: A, B, mid, alpha, dora_scale, weight or bias; "" if the key has no known end."""
+    """What the tensor is: A, B, mid, alpha, dora_scale, weight, bias, or a tensor of `LOHA` or `LOKR`; "" if the key has no
+    known end."""
     flat: bool
 
 

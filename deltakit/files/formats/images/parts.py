@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from deltakit.core import linear_sizes
 from deltakit.errors import CheckpointError
 from deltakit.files.formats.images.keys import absent, read_key
+from deltakit.files.formats.images.lycoris import update_sizes
 from deltakit.files.formats.images.names import Names
 
 
@@ -21,7 +22,10 @@ class Layer:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def sizes(self) -> tuple[int, int] | None:
-        """Returns how many inputs and outputs its LoRA has; None without one."""
+        """Returns how many inputs and outputs its update has; None without one."""
+        other = update_sizes(self.tensors)
+        if other is not None:
+            return other
         a, b, mid = (self.tensors.get(name) for name in ("A", "B", "mid"))
         if a is None or b is None:
             return None

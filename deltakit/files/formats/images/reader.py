@@ -1,6 +1,7 @@
 """Reads the LoRAs of image models: those of diffusers, of kohya's sd-scripts, and of LyCORIS."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -8,17 +9,18 @@ from torch import Tensor, nn
 from deltakit.core import is_quantized, join, tensors_in, wide
 from deltakit.errors import CheckpointError
 from deltakit.files.checkpoint import read_metadata, read_tensors
+from deltakit.files.formats.dora import read_magnitudes
 from deltakit.files.formats.format import Parts
 from deltakit.files.formats.images.fused import unfused
-from deltakit.files.formats.images.keys import METADATA, PICKLE, TENSORS, spelling
+from deltakit.files.formats.images.keys import LOHA, LOKR, METADATA, PICKLE, TENSORS, spelling
+from deltakit.files.formats.images.lycoris import add_update, read_alpha
 from deltakit.files.formats.images.names import Names
 from deltakit.files.formats.images.parts import Layer, Part, part_for, parts_of, refuse_strange
-from deltakit.files.formats.peft.adapter import Adapter
-from deltakit.files.formats.peft.dora import read_magnitudes
-from deltakit.files.formats.peft.full import refuse_tied
-from deltakit.files.formats.peft.layers import differs
-from deltakit.files.formats.peft.lora import Scale, add_lora, scales
+from deltakit.files.formats.layers import differs
+from deltakit.files.formats.lora import Scale, add_lora
+from deltakit.files.formats.lora_config import LoRAOptions
 from deltakit.files.formats.products import product
+from deltakit.files.formats.source import Source
 from deltakit.files.pickles import read_pickle
 from deltakit.files.saved import Saved, Trained
 from deltakit.files.schema import checked, read_json
@@ -50,7 +52,9 @@ def read(place: Path, backbone: nn.Module | None, values: bool) -> Saved:
     file = next((place / name for name in (TENSORS, PICKLE) if (place / name).is_file()), place)
     tensors, configs = _contents(file, values)
     parts = [part for part in parts_of(tensors, place) if part.layers or part.strange]
-    adapter, found = Adapter(place, {}, tensors, backbone), Parts()
+    flat = any(layer.flat for part in parts for layer in part.layers.values())
+    library = "kohya or LyCORIS" if flat else "diffusers"
+    source, found = Source(library, place, file / METADATA, configs, tensors, backbone), Parts()
     if backbone is None:
         chosen = [(part, {name: _shown(part, name) for name in part.layers}) for part in parts]
     else:
@@ -59,19 +63,21 @@ def read(place: Path, backbone: nn.Module | None, values: bool) -> Saved:
     refuse_strange((part for part, _ in chosen), place)
     full: dict[str, Tensor] = {}
     for part, paths in chosen:
-        scale_of = _scales(part, configs, file)
+        scale_of = _scales(part, source)
         for name, path in paths.items():
             layer = part.layers[name]
-            if {"A", "B", "mid", "dora_scale"} & layer.tensors.keys():
+            if {*LOHA, *LOKR} & layer.tensors.keys():
+                add_update(source, found, path, layer.name, layer.tensors)
+            elif {"A", "B", "mid", "dora_scale"} & layer.tensors.keys():
                 a, b = _factors(layer, place)
-                _refuse_layer(adapter, path)
+                _refuse_layer(source, path)
                 scale = scale_of(path) or _scale(layer, a.shape[0], place)
-                add_lora(adapter, found, path, a, b, scale, _magnitudes(adapter, path, layer, len(b)))
+                add_lora(source, found, path, a, b, scale, _magnitudes(source, path, layer, len(b)))
             for ours in ("weight", "bias"):
                 if ours in layer.tensors:
-                    full[join(path, ours)] = _sum(adapter, path, ours, layer.tensors[ours])
+                    full[join(path, ours)] = _sum(source, path, ours, layer.tensors[ours])
     if backbone is not None:
-        refuse_tied(adapter, full)
+        source.refuse_tied(full)
     methods, renamed = found.named()
     return Saved(methods, renamed | full, Trained(names=sorted(full)))
 
@@ -91,11 +97,11 @@ def _contents(file: Path, values: bool) -> tuple[dict[str, Tensor], Mapping[str,
     return tensors, found
 
 
-def _scales(part: Part, configs: Mapping[str, object], file: Path) -> Callable[[str], Scale | None]:
+def _scales(part: Part, source: Source) -> Callable[[str], Scale | None]:
     """Returns what gives the options of the LoRA at a path, if the metadata have the config of this component."""
     prefix = f"{part.component}." if part.component else ""
-    config = {key.removeprefix(prefix): value for key, value in configs.items() if key.startswith(prefix)}
-    return scales(config, file, file / METADATA) if "lora_alpha" in config else _no_scale
+    config = {key.removeprefix(prefix): value for key, value in source.config.items() if key.startswith(prefix)}
+    return LoRAOptions(replace(source, config=config)).scale if "lora_alpha" in config else _no_scale
 
 
 def _no_scale(_path: str) -> None:
@@ -108,12 +114,12 @@ def _shown(part: Part, name: str) -> str:
     return f"{part.component}{between}{name}" if part.component else name
 
 
-def _refuse_layer(adapter: Adapter, path: str) -> None:
-    why = differs(adapter.module(path))
+def _refuse_layer(source: Source, path: str) -> None:
+    why = differs(source.module(path))
     if why:
         raise CheckpointError(
-            f"{adapter.folder}: {path} {why}, where the LoRA of other libraries computes something else than deltakit's; use "
-            "it in the library that it was trained with"
+            f"{source.folder}: {path} {why}, where the LoRA of {source.library} computes something else than deltakit's; "
+            "use it in the library that it was trained with"
         )
 
 
@@ -135,28 +141,24 @@ def _factors(layer: Layer, place: Path) -> tuple[Tensor, Tensor]:
     return rows.unflatten(0, (mid.shape[0], *kernel)).movedim(-1, 1).flatten(1), wide(b.flatten(1))
 
 
-def _magnitudes(adapter: Adapter, path: str, layer: Layer, rows: int) -> Tensor | None:
+def _magnitudes(source: Source, path: str, layer: Layer, rows: int) -> Tensor | None:
     """Returns the magnitudes of a DoRA of LyCORIS, whose `dora_scale` has the shape [d_out, 1, ...]; None without one."""
     found = layer.tensors.get("dora_scale")
     if found is not None and (found.ndim < 1 or found.shape[0] != rows or found.numel() != rows):
         raise CheckpointError(
-            f"{adapter.folder}: the DoRA of {path} has magnitudes of shape {tuple(found.shape)}, and deltakit's has one for "
+            f"{source.folder}: the DoRA of {path} has magnitudes of shape {tuple(found.shape)}, and deltakit's has one for "
             f"each of the {rows} outputs (LyCORIS with wd_on_out=True); use it in the library that it was trained with"
         )
-    return None if found is None else read_magnitudes(adapter, path, found)
+    return None if found is None else read_magnitudes(source, path, found)
 
 
 def _scale(layer: Layer, r: int, place: Path) -> Scale:
-    alpha = layer.tensors.get("alpha")
-    if alpha is not None and (alpha.numel() != 1 or alpha.is_complex()):
-        raise CheckpointError(f"{place}: the alpha of {layer.name} is no number; save or download it again")
-    # In sd-scripts and LyCORIS an alpha of 0 means the rank, as none does.
-    return Scale((float(alpha) if alpha is not None else 0.0) or r)
+    return Scale(read_alpha(layer.tensors, r, f"{place}: the alpha of {layer.name}"))
 
 
-def _sum(adapter: Adapter, path: str, name: str, difference: Tensor) -> Tensor:
+def _sum(source: Source, path: str, name: str, difference: Tensor) -> Tensor:
     """Returns a tensor of the backbone with the difference that a file has for it; without a backbone the difference."""
-    module = adapter.module(path)
+    module = source.module(path)
     if module is None:
         return difference
     own = dict(tensors_in("", module)).get(name)
@@ -164,7 +166,7 @@ def _sum(adapter: Adapter, path: str, name: str, difference: Tensor) -> Tensor:
     if own is None or not fits or own.is_meta or is_quantized(own):
         shape = "none" if own is None else f"one of {tuple(own.shape)} in {own.dtype}"
         raise CheckpointError(
-            f"{adapter.folder}: it has a difference of shape {tuple(difference.shape)} for the {name} of {path}, and this "
+            f"{source.folder}: it has a difference of shape {tuple(difference.shape)} for the {name} of {path}, and this "
             f"backbone has {shape}; load the backbone that it was trained on, not quantized and with its weights"
         )
     if difference.is_meta:

@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltakit.core import Attachment
-from deltakit.errors import CheckpointError
 from deltakit.files.checkpoint import plain_tensors, write_files, write_tensors
 from deltakit.files.formats.images.keys import METADATA, TENSORS
-from deltakit.files.formats.peft.writer import lora_of
+from deltakit.files.formats.lora_writer import lora_of
+from deltakit.files.formats.writing import Writing
 
 _COMPONENTS = {"UNet": "unet", "Transformer": "transformer", "CLIPTextModelWithProjection": "text_encoder_2"}
 _TEXT = "CLIPTextModel"
@@ -29,8 +29,9 @@ def write(
     Raises:
         CheckpointError: if diffusers has no such LoRA, or the files cannot be written.
     """
-    _refuse(attachment, tensors)
-    options, named = lora_of(attachment, tensors)
+    writing = Writing(attachment, tensors, "diffusers", "a LoRA of diffusers")
+    _refuse(writing)
+    options, named = lora_of(writing)
     component = component_of(attachment.backbone)
     prefix = f"{component}." if component else ""
     metadata = {
@@ -56,9 +57,10 @@ def component_of(backbone: nn.Module) -> str:
     return next((component for part, component in _COMPONENTS.items() if known and part in name), "")
 
 
-def _refuse(attachment: Attachment, tensors: Mapping[str, Tensor]) -> None:
+def _refuse(writing: Writing) -> None:
+    attachment = writing.attachment
     kinds = sorted({method.name for method in attachment.record.methods})
-    full = [name for name in attachment.record.fully_trained if name in tensors]
+    full = [name for name in attachment.record.fully_trained if name in writing.tensors]
     embedding = next((site for site in attachment.sites if isinstance(site.target, nn.Embedding)), None)
     why = ""
     methods: Sequence[Any] = attachment.record.methods
@@ -70,5 +72,4 @@ def _refuse(attachment: Attachment, tensors: Mapping[str, Tensor]) -> None:
     elif embedding is not None:
         why = f"{embedding.path} is an embedding, where diffusers loads no LoRA"
     if why:
-        name = attachment.record.name
-        raise CheckpointError(f"delta {name!r} cannot be saved as a LoRA of diffusers: {why}; save it without format=")
+        raise writing.impossible(why)

@@ -3,59 +3,27 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from deltakit.core import METHODS, module_at, tensors_of, without_start_values
+from deltakit.core import METHODS, without_start_values
 from deltakit.errors import CheckpointError
+from deltakit.files.formats.activations import activation_of
 from deltakit.files.formats.format import Parts
 from deltakit.files.formats.patterns import Pattern
+from deltakit.files.formats.source import Source
 from deltakit.files.schema import checked
-from deltakit.selection import BackboneIndex
-
-ACTIVATIONS = {
-    "relu": "relu",
-    "tanh": "tanh",
-    "swish": "silu",
-    "silu": "silu",
-    "gelu": "gelu",
-    "gelu_orig": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "leakyrelu": "leaky_relu",
-}
-"""What OpenDelta and transformers call the activations that deltakit has."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """The config and the tensors of a delta, and the backbone that it is read for."""
+class Found(Source):
+    """A delta of OpenDelta."""
 
-    folder: Path
-    config: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
-    backbone: nn.Module | None
     parts: Parts = field(default_factory=Parts)
     read: set[str] = field(default_factory=set)
     """The names of the tensors that belong to the delta's type. What is left was trained beside it."""
-
-    @cached_property
-    def own(self) -> dict[str, Tensor]:
-        """The backbone's tensors by name; empty without a backbone."""
-        return dict(tensors_of(self.backbone)) if self.backbone is not None else {}
-
-    @cached_property
-    def index(self) -> BackboneIndex | None:
-        """The index of the backbone, if there is one."""
-        return BackboneIndex(self.backbone) if self.backbone is not None else None
-
-    def module(self, path: str) -> nn.Module | None:
-        """Returns the backbone's module at a path, if there is one."""
-        return module_at(self.backbone, path) if self.backbone is not None else None
 
     def option(self, name: str, kind: Any, default: Any) -> Any:
         """Returns an option of the config. OpenDelta writes null for some that have their default.
@@ -64,7 +32,7 @@ class Found:
             CheckpointError: if it is of another type.
         """
         value = self.config.get(name)
-        return default if value is None else checked(value, kind, self.folder / "config.json", name)
+        return default if value is None else checked(value, kind, self.config_file, name)
 
     @property
     def activation(self) -> str:
@@ -73,13 +41,7 @@ class Found:
         Raises:
             CheckpointError: if deltakit does not have it.
         """
-        name = self.option("non_linearity", str, "gelu_new").lower()
-        if name not in ACTIVATIONS:
-            raise CheckpointError(
-                f"{self.folder}: its adapters have the activation {name!r}, which deltakit does not have; it has "
-                f"{', '.join(ACTIVATIONS)}"
-            )
-        return ACTIVATIONS[name]
+        return activation_of(self.option("non_linearity", str, "gelu_new"), self.folder)
 
     def groups(self, pattern: str) -> dict[str, dict[str, Tensor]]:
         """Returns the tensors whose names match: by what is before the match, and by what the match's group is.

@@ -1,7 +1,7 @@
 """Reads OpenDelta's prefixes and soft prompts."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,9 +24,10 @@ def read_prefix(found: Found) -> None:
     for first, given in found.groups(rf"reparams(?:_\d+)?\.({'|'.join(map(re.escape, _REPARAM))})").items():
         pairs |= _computed(found, first, [found.tensor(given, name, first) for name in _REPARAM])
     for path, (key, value) in pairs.items():
-        target, heads = _attention(found, path)
+        options = {"tokens": len(key)} | ({"relative_positions": "first_block"} if _of_t5(found, path) else {})
+        target, heads = _attention(found, path, options)
         tensors = {name: _by_head(found, tensor, heads) for name, tensor in (("key", key), ("value", value))}
-        found.parts.add("prefix", {"tokens": len(key)}, target, tensors)
+        found.parts.add("prefix", options, target, tensors)
 
 
 def _computed(found: Found, first: str, given: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -55,11 +56,19 @@ def _in_order(found: Found, first: str) -> list[str]:
     return [unit.path for unit in index.roles.units if unit.kind == "attn" and unit.path not in cross]
 
 
-def _attention(found: Found, path: str) -> tuple[str, int]:
+def _of_t5(found: Found, path: str) -> bool:
+    """Returns whether a prefix is in T5: there OpenDelta's takes the relative positions from all blocks but the first."""
+    module = found.module(path)
+    if module is None:
+        return "T5" in found.option("backbone_class", str, "")
+    return any(hasattr(child, "has_relative_attention_bias") for child in module.modules())
+
+
+def _attention(found: Found, path: str, options: Mapping[str, Any]) -> tuple[str, int]:
     """Returns the attention at or below a module, and the number of its heads; the module and 1 without a backbone.
 
     Raises:
-        CheckpointError: if OpenDelta computes something else there than deltakit's prefixes.
+        CheckpointError: if the prefix does not fit the module.
     """
     if found.index is None:
         return path, 1
@@ -67,14 +76,14 @@ def _attention(found: Found, path: str) -> tuple[str, int]:
     if module is None:
         # `load` says which paths the backbone does not have.
         return path, 1
-    if any(hasattr(child, "has_relative_attention_bias") for child in module.modules()):
+    if path in found.index.roles.paths("attn.cross"):
+        # Its outputs on T5 are those of the bare model, and its generation without a cache fails.
         raise CheckpointError(
-            f"{found.folder}: OpenDelta's prefixes change the relative positions of a {type(module).__name__}: they are zero "
-            "after the first block. deltakit's prefixes leave them as they are, so the outputs would differ; train a Prefix "
-            "with deltakit instead"
+            f"{found.folder}: it has a prefix at {path}, in attention to the encoder, where OpenDelta's prefixes do not work; "
+            "train a Prefix with deltakit instead"
         )
     try:
-        method = METHODS["prefix"]()
+        method = METHODS["prefix"](**{**options, "tokens": 1})
         (target,) = method.targets(found.index, [found.index.target(path)])
         with without_start_values():
             built: Any = method.build_at(target)

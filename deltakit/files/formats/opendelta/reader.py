@@ -55,7 +55,7 @@ def read(place: Path, backbone: nn.Module | None, values: bool) -> Saved:
         )
     if not (place / PICKLE).is_file():
         raise CheckpointError(f"{place}: it has {CONFIG} of OpenDelta, and no {PICKLE}; save or download it again")
-    found = Found(place, config, read_pickle(place / PICKLE, values=values), backbone)
+    found = Found("OpenDelta", place, place / CONFIG, config, read_pickle(place / PICKLE, values=values), backbone)
     empty = next((key for key, tensor in found.tensors.items() if not tensor.numel()), None)
     if empty is not None:
         # Nothing that is trained has no values, and what is computed from its sizes could take any memory.

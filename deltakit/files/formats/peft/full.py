@@ -3,13 +3,12 @@
 import re
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from deltakit.core import is_quantized
 from deltakit.errors import CheckpointError
-from deltakit.files.formats.peft.adapter import Adapter
 from deltakit.files.formats.same_values import is_own
+from deltakit.files.formats.source import Source
 
 # PEFT's wrappers around a module, and the copy that it keeps of a module in `modules_to_save`.
 # Where a module in it has modules of its own, the adapter's name stands in between.
@@ -20,13 +19,13 @@ _WRAPPERS = (
 _COPY = ".original_module."
 
 
-def fully_trained(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def fully_trained(source: Source, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns those of the tensors that replace the backbone's, by the backbone's names.
 
     Raises:
         CheckpointError: if the backbone has no such tensor, or it is tied to one that is not replaced.
     """
-    if adapter.backbone is None:
+    if source.backbone is None:
         # Without a backbone it is not known whether embeddings that LoRA adapts are trained, too; PEFT always saves them.
         return {
             name: tensor for name, tensor in tensors.items() if _COPY not in name and ".base_layer.weight" not in name
@@ -35,38 +34,22 @@ def fully_trained(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, 
             for name, tensor in tensors.items()
             if ".base_layer.bias" in name or ".modules_to_save." in name
         }
-    own = adapter.own
+    own = source.own
     found: dict[str, Tensor] = {}
     for full, tensor in tensors.items():
         name = next((name for name in (pattern.sub("", full) for pattern in _WRAPPERS) if name in own), None)
         if name is None and _COPY not in full:
             raise CheckpointError(
-                f"{adapter.folder}: {full} is in no module of this backbone, and no part of a method that deltakit has; load "
+                f"{source.folder}: {full} is in no module of this backbone, and no part of a method that deltakit has; load "
                 "the backbone that the adapter was trained on"
             )
-        if name is not None and not _is_copy(adapter, full, tensor, own[name]):
+        if name is not None and not _is_copy(source, full, tensor, own[name]):
             found[name] = tensor
-    refuse_tied(adapter, found)
+    source.refuse_tied(found)
     return found
 
 
-def refuse_tied(adapter: Adapter, found: Mapping[str, Tensor]) -> None:
-    """Refuses values of a tied tensor that its other names do not get.
-
-    Raises:
-        CheckpointError: if there is one.
-    """
-    for name, tensor in found.items():
-        tied = [other for other in adapter.names_of(adapter.own[name]) if other != name]
-        apart = next((other for other in tied if other not in found or not torch.equal(found[other], tensor)), None)
-        if apart is not None:
-            raise CheckpointError(
-                f"{adapter.folder}: it has {name} trained in full, and in this backbone that is tied to {apart}, which would "
-                "change, too; untie the two first"
-            )
-
-
-def _is_copy(adapter: Adapter, name: str, tensor: Tensor, held: Tensor) -> bool:
+def _is_copy(source: Source, name: str, tensor: Tensor, held: Tensor) -> bool:
     """Returns whether a tensor is one of the backbone that PEFT saved beside the adapter.
 
     It saves embeddings that are adapted, or that were resized, and whatever `save_embedding_layers` asks for.
@@ -80,7 +63,7 @@ def _is_copy(adapter: Adapter, name: str, tensor: Tensor, held: Tensor) -> bool:
         return inside
     if inside and held.is_meta and not tensor.is_meta:
         raise CheckpointError(
-            f"{adapter.folder}: {name} may be the backbone's own, whose weights are not in memory here; load the adapter onto "
+            f"{source.folder}: {name} may be the backbone's own, whose weights are not in memory here; load the adapter onto "
             "the model with its weights, and save it from there"
         )
     return is_own(tensor, held) or (inside and tensor.is_meta)

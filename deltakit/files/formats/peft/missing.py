@@ -6,53 +6,53 @@ from torch import nn
 
 from deltakit.core import own_modules
 from deltakit.errors import warn
+from deltakit.files.formats.layers import Layers
 from deltakit.files.formats.patterns import Pattern
-from deltakit.files.formats.peft.adapter import Adapter
-from deltakit.files.formats.peft.layers import adapts
+from deltakit.files.formats.source import Source
 
 
-def warn_missing(adapter: Adapter, kind: str, adapted: Iterable[str], full: Iterable[str]) -> None:
+def warn_missing(source: Source, layers: Layers, adapted: Iterable[str], full: Iterable[str]) -> None:
     """Warns if `target_modules` or `modules_to_save` name modules of the backbone that the adapter has nothing for.
 
     Args:
-        kind: "lora" or "ia3".
+        layers: the types of modules that PEFT has the method for.
         adapted: the paths that it has tensors of an adapter for.
         full: the names of the backbone's tensors that it has.
     """
-    if adapter.backbone is None:
+    if source.backbone is None:
         return
-    modules = dict(own_modules(adapter.backbone))
+    modules = dict(own_modules(source.backbone))
     have = {*adapted}
-    saved = _texts(adapter.config.get("modules_to_save"))
+    saved = _texts(source.config.get("modules_to_save"))
     owners = {name.rpartition(".")[0] for name in full}
     kept = [path for path in modules if _is_named(path, saved)]
     missing = [path for path in kept if not any(owner == path or owner.startswith(f"{path}.") for owner in owners)]
-    targets = _targets(adapter, modules, kind)
+    targets = _targets(source, modules, layers)
     missing += [path for path in targets if path not in have and not path.startswith(tuple(f"{k}." for k in kept))]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         warn(
-            f"{adapter.folder}: its config names modules of this backbone that it has no tensors for: "
+            f"{source.folder}: its config names modules of this backbone that it has no tensors for: "
             f"{', '.join(missing[:3])}{more}; they stay as they are; save or download the adapter again if they were trained"
         )
 
 
-def _targets(adapter: Adapter, modules: dict[str, nn.Module], kind: str) -> list[str]:
+def _targets(source: Source, modules: dict[str, nn.Module], layers: Layers) -> list[str]:
     """Returns the paths that `target_modules` means, where nothing else narrows them."""
-    config = adapter.config
+    config = source.config
     if any(
         config.get(option) is not None for option in ("layers_to_transform", "exclude_modules", "target_parameters")
     ):
         return []
     named = config.get("target_modules")
     if isinstance(named, str):
-        pattern = Pattern(f"({named})$", named, adapter.config_file / "target_modules")
+        pattern = Pattern(f"({named})$", named, source.config_file / "target_modules")
         found = [path for path in modules if pattern.matches(path)] if named != "all-linear" else []
     else:
         names = _texts(named)
         found = [path for path in modules if _is_named(path, names)]
     kept = _texts(config.get("modules_to_save"))
-    return [path for path in found if adapts(modules[path], kind) and not _is_named(path, kept)]
+    return [path for path in found if layers.include(modules[path]) and not _is_named(path, kept)]
 
 
 def _is_named(path: str, names: Sequence[str]) -> bool:

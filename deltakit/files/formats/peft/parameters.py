@@ -9,12 +9,12 @@ from torch import Tensor
 
 from deltakit.core import join
 from deltakit.errors import CheckpointError
-from deltakit.files.formats.peft.adapter import Adapter
+from deltakit.files.formats.source import Source
 
 _INNER = ".base_layer"
 
 
-def parameter_at(adapter: Adapter, targets: Sequence[str], path: str, paths: Collection[str]) -> str:
+def parameter_at(source: Source, targets: Sequence[str], path: str, paths: Collection[str]) -> str:
     """Returns the path of the parameter whose factors are at a path; "" if they are those of a module.
 
     Args:
@@ -25,7 +25,7 @@ def parameter_at(adapter: Adapter, targets: Sequence[str], path: str, paths: Col
         CheckpointError: if the module has no such parameter.
     """
     owner, depth = _unwrapped(path)
-    module = adapter.module(owner)
+    module = source.module(owner)
     names = list(module._parameters) if module is not None else [target.rpartition(".")[2] for target in targets]
     wanted = [name for name in names if f".{join(owner, name)}".endswith(tuple(f".{target}" for target in targets))]
     if not wanted and not depth:
@@ -33,7 +33,7 @@ def parameter_at(adapter: Adapter, targets: Sequence[str], path: str, paths: Col
     deepest = max(_unwrapped(other)[1] for other in paths if _unwrapped(other)[0] == owner)
     if deepest - depth >= len(wanted):
         raise CheckpointError(
-            f"{adapter.folder}: it has {deepest + 1} LoRAs on parameters of {owner}, and target_parameters names "
+            f"{source.folder}: it has {deepest + 1} LoRAs on parameters of {owner}, and target_parameters names "
             f"{len(wanted)} there; load the backbone that the adapter was trained on"
         )
     return join(owner, wanted[deepest - depth])
@@ -47,7 +47,7 @@ def _unwrapped(path: str) -> tuple[str, int]:
     return owner, (len(path) - len(owner)) // len(_INNER)
 
 
-def stacked(adapter: Adapter, parameter: str, pair: Mapping[str, Tensor], r: int) -> tuple[Tensor, Tensor]:
+def stacked(source: Source, parameter: str, pair: Mapping[str, Tensor], r: int) -> tuple[Tensor, Tensor]:
     """Returns A [*stack, r, d_in] and B [*stack, d_out, r] of a parameter, of PEFT's A [stack * r, d_in] and B.
 
     The columns of B have the stack within the rank, unlike the rows of A.
@@ -59,14 +59,14 @@ def stacked(adapter: Adapter, parameter: str, pair: Mapping[str, Tensor], r: int
         CheckpointError: if the factors do not fit the stack.
     """
     a, b = pair["A"], pair["B"]
-    held = adapter.own.get(parameter)
+    held = source.own.get(parameter)
     # Without the backbone the stack is what the rank leaves, and a rank pattern may say another rank.
     count = max(1, a.shape[0] // r) if a.shape[0] % r == 0 else 1
     if held is not None:
         count = held.shape[0] if held.ndim == 3 else 1
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] % count or a.shape[0] != b.shape[1]:
         raise CheckpointError(
-            f"{adapter.folder}: the factors of {parameter} have shapes {tuple(a.shape)} and {tuple(b.shape)}, which fit no "
+            f"{source.folder}: the factors of {parameter} have shapes {tuple(a.shape)} and {tuple(b.shape)}, which fit no "
             f"stack of {count}; load the backbone that the adapter was trained on"
         )
     if held is not None and held.ndim == 2:

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from deltakit.core import own_modules
 from deltakit.errors import CheckpointError
 from deltakit.files.formats.format import Parts
-from deltakit.files.formats.peft.adapter import Adapter
 from deltakit.files.formats.peft.keys import PROMPT, TASKS
-from deltakit.files.schema import checked
+from deltakit.files.formats.source import Source
 
 
 class Prompting(TypedDict):
@@ -20,30 +19,30 @@ class Prompting(TypedDict):
     task_type: str | None
 
 
-def read_prompt(adapter: Adapter, parts: Parts) -> None:
+def read_prompt(source: Source, parts: Parts) -> None:
     """Adds the prompt of an adapter to the parts.
 
     Raises:
         CheckpointError: if the config is damaged, or the tensor does not fit.
     """
-    options, prompt = _prompt_of(adapter)
+    options, prompt = _prompt_of(source)
     parts.add_in_order("soft_prompt", options, [{"prompt": prompt}])
 
 
-def read_multitask(adapter: Adapter, parts: Parts) -> None:
+def read_multitask(source: Source, parts: Parts) -> None:
     """Adds the prompts of several tasks to the parts.
 
     Raises:
         CheckpointError: if the config is damaged, or the tensors do not fit.
     """
-    options, prompt = _prompt_of(adapter)
+    options, prompt = _prompt_of(source)
     tokens, d = prompt.shape
-    if len(adapter.tensors[PROMPT]) > tokens:
+    if len(source.tensors[PROMPT]) > tokens:
         raise CheckpointError(
-            f"{adapter.folder}: PEFT puts these prompts into the encoder and the decoder, and deltakit into the encoder only; "
+            f"{source.folder}: PEFT puts these prompts into the encoder and the decoder, and deltakit into the encoder only; "
             "with num_transformer_submodules=1 PEFT trains those of the encoder alone"
         )
-    found = {ours: adapter.tensors.get(name) for name, ours in TASKS.items()}
+    found = {ours: source.tensors.get(name) for name, ours in TASKS.items()}
     columns, rows = found["columns"], found["rows"]
     if (
         columns is None
@@ -52,43 +51,42 @@ def read_multitask(adapter: Adapter, parts: Parts) -> None:
         or columns.shape[1] != tokens
         or rows.shape != (len(columns), columns.shape[2], d)
     ):
-        raise CheckpointError(f"{adapter.folder}: {' and '.join(TASKS)} do not fit together; save or download it again")
+        raise CheckpointError(f"{source.folder}: {' and '.join(TASKS)} do not fit together; save or download it again")
     # The ids in a text say which of several tasks it has.
     one = len(columns) == 1
     options = {**options, "tasks": len(columns), "rank": columns.shape[2], "prepend": one}
     parts.add_in_order("multitask_prompt", options, [{"prompt": prompt, "columns": columns, "rows": rows}])
 
 
-def _prompt_of(adapter: Adapter) -> tuple[dict[str, Any], Tensor]:
-    config, prompt = prompting(adapter)
+def _prompt_of(source: Source) -> tuple[dict[str, Any], Tensor]:
+    config, prompt = prompting(source)
     tokens = config["num_virtual_tokens"]
     # Of an encoder and a decoder PEFT keeps rows for both, and uses the encoder's.
     if prompt.ndim != 2 or tokens < 1 or prompt.shape[0] not in (tokens, 2 * tokens):
         raise CheckpointError(
-            f"{adapter.folder}: {PROMPT} has shape {tuple(prompt.shape)}, and num_virtual_tokens is {tokens}; save or "
+            f"{source.folder}: {PROMPT} has shape {tuple(prompt.shape)}, and num_virtual_tokens is {tokens}; save or "
             "download it again"
         )
     # PEFT puts the vectors behind the scale of such an embedding (Gemma 3, BART), and deltakit before it.
-    scale = embed_scale(adapter.backbone)
-    options = {"tokens": tokens, "where": "start", "trim": not first_is_read(adapter.backbone, config["task_type"])}
+    scale = embed_scale(source.backbone)
+    options = {"tokens": tokens, "where": "start", "trim": not first_is_read(source.backbone, config["task_type"])}
     return options, prompt[:tokens] / scale
 
 
-def prompting(adapter: Adapter) -> tuple[Prompting, Tensor]:
+def prompting(source: Source) -> tuple[Prompting, Tensor]:
     """Returns the config and the tensor of an adapter that is a prompt or a prefix.
 
     Raises:
         CheckpointError: if the config is damaged, there is no such tensor, or PEFT itself would not use it.
     """
-    found = {key: value for key, value in adapter.config.items() if key in Prompting.__annotations__}
-    config: Prompting = checked({"task_type": None, **found}, Prompting, adapter.config_file)
-    prompt = adapter.tensors.get(PROMPT)
+    config: Prompting = source.options(Prompting, {"task_type": None})
+    prompt = source.tensors.get(PROMPT)
     if prompt is None:
-        raise CheckpointError(f"{adapter.folder}: it has no {PROMPT}; save or download it again")
+        raise CheckpointError(f"{source.folder}: it has no {PROMPT}; save or download it again")
     if config["task_type"] is None:
         raise CheckpointError(
-            f"{adapter.folder}: it has no task_type, and without one PEFT puts no prompt into a model; write the task_type "
-            f"into {adapter.config_file.name}, such as 'CAUSAL_LM'"
+            f"{source.folder}: it has no task_type, and without one PEFT puts no prompt into a model; write the task_type "
+            f"into {source.config_file.name}, such as 'CAUSAL_LM'"
         )
     return config, prompt
 

@@ -5,7 +5,8 @@ Their tensors' names have every module's path in full, so the options that chose
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,20 +16,17 @@ from deltakit.errors import CheckpointError, warn
 from deltakit.files.checkpoint import read_tensors
 from deltakit.files.formats.adapter_config import CONFIG, is_adapterhub
 from deltakit.files.formats.format import Parts
+from deltakit.files.formats.layers import LAYERS_OF_LORA, Layers
+from deltakit.files.formats.lora import LORA, LORA_MAGNITUDES, LORA_OF_EMBEDDINGS
 from deltakit.files.formats.peft.adalora import read_adalora
-from deltakit.files.formats.peft.adapter import Adapter
 from deltakit.files.formats.peft.adaption import read_adaption
+from deltakit.files.formats.peft.by_table import read_row
 from deltakit.files.formats.peft.full import fully_trained
-from deltakit.files.formats.peft.ia3 import read_ia3
 from deltakit.files.formats.peft.keys import (
     ADALORA,
     ADAPTION,
-    IA3,
     KNOWN,
-    LORA,
     LORA_BIAS,
-    LORA_MAGNITUDES,
-    LORA_OF_EMBEDDINGS,
     PICKLE,
     PREFIX,
     PREFIX_OF_PROMPTS,
@@ -38,11 +36,15 @@ from deltakit.files.formats.peft.keys import (
     TOKENS,
     TOKENS_OF_LORA,
 )
+from deltakit.files.formats.peft.ln_tuning import WITHIN, read_ln_tuning
 from deltakit.files.formats.peft.lora import read_lora
 from deltakit.files.formats.peft.missing import warn_missing
 from deltakit.files.formats.peft.prefix import read_prefix
 from deltakit.files.formats.peft.prompt import read_multitask, read_prompt
+from deltakit.files.formats.peft.row import Row
+from deltakit.files.formats.peft.table import TABLE
 from deltakit.files.formats.peft.tokens import read_trainable_tokens
+from deltakit.files.formats.source import Source
 from deltakit.files.pickles import read_either
 from deltakit.files.saved import Saved, Trained
 from deltakit.files.schema import read_json
@@ -51,22 +53,34 @@ _PREFIX = r"^base_model\.(model\.)?"
 
 
 class _Kind(NamedTuple):
-    """What reads one kind of adapter, and how the names of its tensors end."""
+    """What reads one kind of adapter, how the names of its tensors end, and which modules PEFT has it for."""
 
-    read: Callable[[Adapter, Parts], None]
+    read: Callable[[Source, Parts], None]
     ends: tuple[str, ...]
+    layers: Layers | None = None
+    """None if the config does not name modules, or for other reasons than to adapt them."""
+    known: Collection[str] = ()
+    """The fields of its config that not all kinds have."""
 
 
+def by_row(row: Row) -> _Kind:
+    """Returns what reads a method in the table."""
+    return _Kind(partial(read_row, row), (*row.tensors, *row.consumed), row.layers, row.all_fields)
+
+
+_OF_LORA = (*LORA, *LORA_OF_EMBEDDINGS, *LORA_BIAS, *LORA_MAGNITUDES, *TOKENS_OF_LORA)
+_OF_TASKS = ("num_ranks", "num_tasks", "prompt_tuning_init_state_dict_path", "prompt_tuning_init_task")
 KINDS = {
-    "LORA": _Kind(read_lora, (*LORA, *LORA_OF_EMBEDDINGS, *LORA_BIAS, *LORA_MAGNITUDES, *TOKENS_OF_LORA)),
+    "LORA": _Kind(read_lora, _OF_LORA, LAYERS_OF_LORA),
     "ADALORA": _Kind(read_adalora, (*ADALORA, *TOKENS_OF_LORA)),
-    "ADAPTION_PROMPT": _Kind(read_adaption, tuple(ADAPTION)),
-    "IA3": _Kind(read_ia3, tuple(IA3)),
+    **{row.peft_type: by_row(row) for row in TABLE},
+    "LN_TUNING": _Kind(read_ln_tuning, (f"{WITHIN}weight", f"{WITHIN}bias")),
+    "ADAPTION_PROMPT": _Kind(read_adaption, tuple(ADAPTION), known=("adapter_layers", "adapter_len")),
     "TRAINABLE_TOKENS": _Kind(read_trainable_tokens, tuple(TOKENS)),
     "PROMPT_TUNING": _Kind(read_prompt, (PROMPT,)),
     # The network that computed the prompt is not in the file.
     "P_TUNING": _Kind(read_prompt, (PROMPT,)),
-    "MULTITASK_PROMPT_TUNING": _Kind(read_multitask, (PROMPT, *TASKS)),
+    "MULTITASK_PROMPT_TUNING": _Kind(read_multitask, (PROMPT, *TASKS), known=_OF_TASKS),
     "PREFIX_TUNING": _Kind(read_prefix, (PROMPT,)),
 }
 """What reads each kind of adapter, by its `peft_type`."""
@@ -107,13 +121,13 @@ def read(place: Path, backbone: nn.Module | None, values: bool) -> Saved:
     # PEFT puts no wrapper of adapters around a model with a prompt.
     prefix = f"^{re.escape(PREFIX_OF_PROMPTS)}" if PROMPT in kind.ends else _PREFIX
     tensors = {re.sub(prefix, "", key): tensor for key, tensor in _tensors(place, values).items()}
-    adapter, parts = Adapter(place, config, tensors, backbone), Parts()
-    kind.read(adapter, parts)
+    source, parts = Source("PEFT", place, where, config, tensors, backbone), Parts()
+    kind.read(source, parts)
     if not parts:
         raise CheckpointError(f"{place}: it has no tensor of a {name} adapter; save or download it again")
     methods, renamed = parts.named()
-    full = fully_trained(adapter, {key: tensor for key, tensor in tensors.items() if not key.endswith(kind.ends)})
-    _warn_of_rest(adapter, name, parts, full)
+    full = fully_trained(source, {key: tensor for key, tensor in tensors.items() if not key.endswith(kind.ends)})
+    _warn_of_rest(source, kind, parts, full)
     base, kinds = config.get("base_model_name_or_path"), config.get("auto_mapping")
     base_class = kinds.get("base_model_class") if isinstance(kinds, dict) else None
     trained = Trained(names=sorted(full))
@@ -127,14 +141,14 @@ def read(place: Path, backbone: nn.Module | None, values: bool) -> Saved:
     )
 
 
-def _warn_of_rest(adapter: Adapter, kind: str, parts: Parts, full: Mapping[str, Tensor]) -> None:
+def _warn_of_rest(source: Source, kind: _Kind, parts: Parts, full: Mapping[str, Tensor]) -> None:
     """Warns of modules without tensors, and of options that may mean more than is read."""
-    if kind in ("LORA", "IA3"):
-        warn_missing(adapter, kind.lower(), parts.paths, full)
-    unknown = sorted(key for key, value in adapter.config.items() if key not in KNOWN and value)
+    if kind.layers is not None:
+        warn_missing(source, kind.layers, parts.paths, full)
+    unknown = sorted(key for key, value in source.config.items() if key not in (KNOWN | {*kind.known}) and value)
     if unknown:
         warn(
-            f"{adapter.folder}: its config has options that deltakit does not know: {', '.join(unknown[:5])}; if they change "
+            f"{source.folder}: its config has options that deltakit does not know: {', '.join(unknown[:5])}; if they change "
             "what the adapter computes, outputs differ; compare them with those of PEFT"
         )
 

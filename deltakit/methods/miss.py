@@ -1,0 +1,134 @@
+"""MiSS: y = W x + B h, where h sums the features of x with the same place in blocks of r: h_j = x_j + x_{j+r} + x_{j+2r} + ...
+
+Kang and Yin 2024, https://arxiv.org/abs/2409.15371 (first called Bone). It is LoRA with a fixed A, rows of an identity matrix
+side by side; only B is trained, and starts at zero. With `bat` the update depends on the weight: with W in blocks of r x r,
+each block in the rows of block o gets W_block B_o + B_o.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from deltakit.core import BackboneView, DeltaModule, Method, Target
+from deltakit.errors import OptionError, TargetError
+from deltakit.ops import LowRank, LowRankMethod, Seeded, WeightMap, largest_sizes, like
+
+
+class MiSSDelta(LowRank):
+    """The factor `B` [d_out, r]; with `mini`, its first rows [mini, r], which are repeated."""
+
+    def __init__(self, target: Target, options: "MiSS") -> None:
+        super().__init__(target, dropout=options.dropout)
+        rows = self.d_out if options.mini is None else options.mini
+        if options.r > self.d_in or self.d_out % rows:
+            raise OptionError(
+                f"{target.named}: {options!r} does not fit a layer of {self.d_in} to {self.d_out} features; use an r of at "
+                f"most {self.d_in} and a mini that divides {self.d_out}, or leave it out with exclude="
+            )
+        self.B = nn.Parameter(torch.zeros(rows, options.r, **like(target)))
+
+    def factors(self) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]:
+        tiles = self.shared.tiles.to(self.B)
+        return tiles[:, : self.d_in], self.B.repeat(self.d_out // len(self.B), 1)
+
+    @torch.no_grad()
+    def take_sum(self, parts: Sequence[tuple[float, DeltaModule]]) -> tuple[float, float]:
+        return _take_sum(self.B, [(weight, part.B) for weight, part in parts if isinstance(part, MiSSDelta)])
+
+    def summary(self) -> str:
+        return f"r={self.B.shape[1]}" + (f" mini={len(self.B)}" if len(self.B) < self.d_out else "")
+
+
+class MiSSBatDelta(WeightMap):
+    """The blocks `B` [d_out / r, r, r]."""
+
+    def __init__(self, target: Target, options: "MiSS") -> None:
+        super().__init__(target)
+        d_in, d_out = largest_sizes([target], "MiSS")
+        if d_in % options.r or d_out % options.r:
+            raise OptionError(
+                f"{target.named}: {options!r} expects sizes that r divides, and the layer has {d_in} to {d_out} features; use "
+                "another r, or leave it out with exclude="
+            )
+        self.B = nn.Parameter(torch.zeros(d_out // options.r, options.r, options.r, **like(target)))
+
+    def weight_update(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        blocks, r = self.B.to(weight.dtype), self.B.shape[-1]
+        # [d_out / r, d_in / r, r, r]
+        parts = weight.unflatten(1, (-1, r)).unflatten(0, (-1, r)).transpose(1, 2)
+        return (parts @ blocks[:, None] + blocks[:, None]).transpose(1, 2).flatten(2).flatten(0, 1)
+
+    @torch.no_grad()
+    def take_sum(self, parts: Sequence[tuple[float, DeltaModule]]) -> tuple[float, float]:
+        return _take_sum(self.B, [(weight, part.B) for weight, part in parts if isinstance(part, MiSSBatDelta)])
+
+    def summary(self) -> str:
+        return f"r={self.B.shape[-1]} bat"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiSS(LowRankMethod, name="miss"):
+    """Updates in which the rows of a weight repeat themselves: one trained matrix [d_out, r] for each layer.
+
+    A weighted sum of several with the same r and mini is exact, and a MiSS; of others it is a LoRA.
+
+    Args:
+        r: the length of the part that repeats, at least 1 and at most the number of input features.
+        mini: instead of all, the number of rows that are trained, which are repeated for all output features.
+        bat: whether the update depends on the weight, in blocks of r x r. It excludes `mini` and `dropout`.
+        dropout: the probability in [0, 1) with which inputs of the update are dropped in training.
+        untie: whether to adapt a module alone although other modules share its weight.
+
+    Raises:
+        OptionError: if an option is out of its range, or does not fit the sizes of a target.
+    """
+
+    r: int = 64
+    mini: int | None = None
+    bat: bool = False
+
+    def validate(self) -> None:
+        super().validate()
+        for option in ("r", "mini"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise OptionError(f"MiSS({option}={value}): expected at least 1; r=64 is usual")
+        if self.bat and (self.mini is not None or self.dropout):
+            raise OptionError("MiSS(bat=True) has neither mini nor dropout; omit them")
+
+    def kind_at(self, target: Target) -> type[DeltaModule]:
+        return MiSSBatDelta if self.bat else MiSSDelta
+
+    def build_shared(self, index: BackboneView, targets: Sequence[Target]) -> nn.Module | None:
+        if self.bat:
+            return None
+        return Seeded(0, {"tiles": ((self.r, largest_sizes(targets, "MiSS")[0]), _tiled)}, **like(targets[0]))
+
+    @classmethod
+    def combination(cls, parts: Sequence[DeltaModule], rank: int | None) -> Method:
+        own = [part for part in parts if isinstance(part, MiSSDelta | MiSSBatDelta)]
+        first, alike = own[0], len({part.B.shape for part in own}) == 1
+        if isinstance(first, MiSSDelta) and alike and rank is None:
+            return cls(r=first.B.shape[1], mini=None if len(first.B) == first.d_out else len(first.B))
+        if alike and isinstance(first, MiSSBatDelta):
+            return cls(r=first.B.shape[-1], bat=True)
+        if any(isinstance(part, MiSSBatDelta) for part in own):
+            raise TargetError(
+                "MiSS(bat=True) has no weighted sums with others than of the same r and bat=True; run the deltas one by one"
+            )
+        return super().combination(parts, rank)
+
+
+def _tiled(values: Float[Tensor, "r d_in"], _: torch.Generator) -> None:
+    r, d_in = values.shape
+    values.copy_(torch.eye(r, device=values.device).repeat(1, -(-d_in // r))[:, :d_in])
+
+
+def _take_sum(own: nn.Parameter, terms: Sequence[tuple[float, Tensor]]) -> tuple[float, float]:
+    total = sum(weight * tensor.double() for weight, tensor in terms)
+    assert isinstance(total, Tensor)
+    own.copy_(total)
+    return 0.0, float(total.square().sum())
