@@ -8,7 +8,7 @@ import torch
 
 import deltakit as dk
 from deltakit.core.arguments import Door
-from support.bad_arguments import BAD, CALLS, Scene, arguments_of, outcome
+from support.bad_arguments import BAD, CALLS, WEIGHT_METHODS, Scene, arguments_of, outcome
 from support.models import Transformer, randomize
 
 SWITCH = {"True", "False", "numpy bool"}
@@ -21,21 +21,8 @@ WORD = {"no", "false", "16", "own text", "long text"}
 TEXT = WORD | {"empty text", "zero byte", "control"}
 MODEL = {"module"}
 BOTTLENECKS = ("Adapter", "LowRankAdapter", "Compacter", "ParallelAdapter")
-ON_MODULES = (
-    "LoRA",
-    "BitFit",
-    "IA3",
-    "OFT",
-    "BOFT",
-    "HRA",
-    "RoAd",
-    "ReFT",
-    "FourierFT",
-    "C3A",
-    "SHiRA",
-    "SAID",
-    *BOTTLENECKS,
-)
+MAPS = ("OFT", "BOFT", "HRA", "RoAd", "ReFT", "FourierFT", "C3A", "SHiRA")
+ON_MODULES = ("LoRA", "BitFit", "IA3", "SAID", *BOTTLENECKS, *WEIGHT_METHODS, *MAPS)
 PREFIXES, STARTED = ("Prefix", "PTuningV2"), ("SoftPrompt", "MultitaskPrompt")
 PROMPTS = (*STARTED, "PTuning", "IntrinsicPrompt")
 ON_PARTS = (*PREFIXES, *PROMPTS, "LNTuning", "TrainableTokens", "LST", "LlamaAdapter")
@@ -98,6 +85,23 @@ ACCEPTED = {
     **{f"{kind}.of": NOTHING for kind in ON_PARTS},
     "TrainableTokens.ids": {"range"},
     "TrainableTokens.untie": SWITCH,
+    **{f"{kind}.untie": SWITCH for kind in WEIGHT_METHODS},
+    # Of the others the rank must be a multiple of k, which is 2.
+    **{f"{kind}.r": COUNT for kind in WEIGHT_METHODS if kind != "GraLoRA"},
+    **{f"{kind}.alpha": NUMBER - {"-1"} for kind in ("LoHa", "LoKr", "GraLoRA", "RandLoRA")},
+    **{f"{kind}.dropout": {"0"} for kind in ("VeRA", "MiSS", "DeLoRA", "GraLoRA", "RandLoRA", "VBLoRA")},
+    **{f"{kind}.seed": COUNT | {"0"} for kind in ("VeRA", "RandLoRA")},
+    **dict.fromkeys(["VeRA.sizes", "RandLoRA.sizes", "LoKr.left"], NOTHING),
+    "VeRA.start": NUMBER - {"0"},
+    "DeLoRA.strength": NUMBER - {"0", "-1"},
+    "LoKr.factor": COUNT | {"-1"},
+    **dict.fromkeys(["LoHa.tucker", "LoKr.both", "LoKr.full", "LoKr.tucker", "MiSS.bat"], SWITCH),
+    # It divides the number of features, 20.
+    "MiSS.mini": NOTHING | ONE,
+    **dict.fromkeys(["GraLoRA.k", "VBLoRA.length"], ONE),
+    "GraLoRA.hybrid": COUNT | {"0"},
+    "VBLoRA.vectors": {"numpy int"},
+    "VBLoRA.top": COUNT,
     **{f"{kind}.exclude": NOTHING | NO_SELECTORS for kind in ALL_METHODS},
     "select.of": NOTHING | {"module class"},
     "select.exclude": NOTHING | NO_SELECTORS,
@@ -105,7 +109,7 @@ ACCEPTED = {
     # At alpha 0 the update is zero: sweeps begin there.
     "LoRA.alpha": NUMBER - {"-1"},
     "LoRA.dropout": {"0"},
-    **dict.fromkeys(["LoRA.rslora", "LoRA.dora", "LoRA.untie"], SWITCH),
+    **dict.fromkeys(["LoRA.rslora", "LoRA.dora", "LoRA.untie", "BOFT.untie", "FourierFT.untie", "SHiRA.untie"], SWITCH),
     **{f"{kind}.{option}": SWITCH for kind in PREFIXES for option in ("reparam", "shift")},
     **{f"{kind}.{option}": COUNT for kind in PREFIXES for option in ("tokens", "hidden")},
     **{f"{kind}.{option}": {"0"} if option == "dropout" else NOTHING | COUNT for kind in PREFIXES for option in ("embed", "dropout")},

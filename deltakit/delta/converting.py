@@ -25,7 +25,7 @@ def convert(place: Path, target: str | PathLike[str], backbone: nn.Module, *, to
         BackboneMismatch: if the backbone differs from the one that the delta was trained on.
     """
     saved = read_saved(place, backbone, where)
-    delta, tensors = unfilled(saved, backbone, where)
+    delta, tensors = unfilled(saved, backbone, where, advice="name that one as the model (--model)")
     check_tensors(tensors, delta.state_dict(), own=delta._record.fully_trained, where=where)
     folder = Path(target)
     write(delta, folder, to, tensors)

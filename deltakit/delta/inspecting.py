@@ -16,7 +16,10 @@ _NOT_OPTIONS = ("method", "targets", "at", "of", "exclude")
 
 @dataclass(frozen=True)
 class SavedMethod:
-    """One method of a saved delta: its name, its options, the paths of its targets, and its number of saved values."""
+    """One method of a saved delta: its name, its options, the paths of its targets, and its number of saved values.
+
+    Of prefixes and prompts of other libraries, `targets` is empty: only a backbone shows them.
+    """
 
     name: str
     options: Mapping[str, Any]
@@ -43,6 +46,8 @@ class SavedDelta:
     """The names of the backbone's own tensors that it has."""
     tensors: Mapping[str, Tensor] = field(repr=False)
     """All its tensors, without values (on the meta device), by the names of `Delta.state_dict`."""
+    notes: Sequence[str] = ()
+    """What `load` may do otherwise with the backbone and the values in view. Empty for deltas of deltakit."""
 
     @property
     def num_values(self) -> int:
@@ -61,9 +66,19 @@ class SavedDelta:
         dtypes = dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors.values())
         return report(
             f"{name} in {self.source}, format {self.format}{base}",
-            [Line(m.name, _text(m.options), m.targets, m.num_values) for m in self.methods],
+            [
+                Line(
+                    m.name,
+                    _text(m.options),
+                    m.targets,
+                    m.num_values,
+                    known=bool(m.targets) or self.format == "deltakit",
+                )
+                for m in self.methods
+            ],
             {name: self.tensors[name] for name in self.fully_trained},
-            f"{self.num_values:,} values in {' and '.join(dtypes)}, {self.num_bytes:,} bytes",
+            f"{self.num_values:,} values in {' and '.join(dtypes)}, {self.num_bytes:,} bytes"
+            + "".join(f"\n({note})" for note in self.notes),
             None,
         )
 
@@ -105,16 +120,47 @@ def inspect(
         full = expanded(saved.train.names, saved.tensors, limit)
     with from_file(where, "methods"):
         targets = [expanded(entry.get("targets", ()), (), limit) for entry in saved.methods]
+    format = format_of(place).name
+    found = [name for name in full if name in saved.tensors]
     return SavedDelta(
         where,
-        format_of(place).name,
+        format,
         saved.name,
         saved.base,
         saved.base_class,
         _methods(saved, targets, tensors),
-        [name for name in full if name in saved.tensors],
+        found,
         tensors,
+        [] if format == "deltakit" else _notes(saved, found),
     )
+
+
+def _notes(saved: Saved, full: Sequence[str]) -> list[str]:
+    """Returns how a delta of another library may differ once it is loaded."""
+    notes = []
+    if any(entry["method"] == "lora" for entry in saved.methods):
+        notes.append("r is the rank in the file: loading leaves out ranks whose values are all zero")
+    if _are_stacks(saved):
+        notes.append(
+            "which parameter of its module a LoRA is on, only the backbone shows: loading may swap their names"
+        )
+    if saved.in_order:
+        names = " and ".join(dict.fromkeys(saved.methods[number]["method"] for number in saved.in_order))
+        notes.append(f"the file does not name the targets of {names}: loading finds them in the backbone")
+    if full:
+        notes.append("fully trained tensors that are equal to the backbone's are left out on loading")
+    return notes
+
+
+def _are_stacks(saved: Saved) -> bool:
+    """Returns whether several LoRAs are on parameters of one module: PEFT's files name the module alone."""
+    stacks = [
+        name.rpartition(".lora")[0]
+        for name, tensor in saved.tensors.items()
+        if tensor.ndim == 3 and name.endswith(".A")
+    ]
+    owners = [path.rpartition(".")[0] for path in stacks]
+    return len({*owners}) < len(owners)
 
 
 def _in_order(saved: Saved) -> dict[str, Tensor]:

@@ -86,12 +86,20 @@ def load(
 
 
 def unfilled(
-    saved: Saved, backbone: nn.Module, where: str, *, name: str | None = None, freeze: bool = True, check: str = "error"
+    saved: Saved,
+    backbone: nn.Module,
+    where: str,
+    *,
+    name: str | None = None,
+    freeze: bool = True,
+    check: str = "error",
+    advice: str = "load that backbone, or pass check='warn' to load the delta all the same",
 ) -> tuple[Delta, Mapping[str, Tensor]]:
     """Returns a delta with the methods and targets of a saved one, not attached and without its values; and these values.
 
     Args:
         where: the folder or repository, for error messages.
+        advice: what to do if the backbone is another one.
 
     Raises:
         DeltaError: as `load` does.
@@ -101,7 +109,7 @@ def unfilled(
     saved = placed(index, saved, where)
     own = dict(tensors_of(backbone))
     if saved.fingerprint is not None:
-        _check_backbone(saved.fingerprint, backbone, where, check)
+        _check_backbone(saved.fingerprint, backbone, where, check, advice)
     limit = room_for([*index.by_path, *own])
     found = methods_of(saved.methods, index, limit, where)
     with from_file(where, "train.names"):
@@ -137,7 +145,7 @@ def _refuse_unseen(sites: Sequence[Site], where: str) -> None:
             )
 
 
-def _check_backbone(fingerprint: Mapping[str, Any], backbone: nn.Module, where: str, check: str) -> None:
+def _check_backbone(fingerprint: Mapping[str, Any], backbone: nn.Module, where: str, check: str, advice: str) -> None:
     found = backbone_identity(backbone)["fingerprint"]
     with from_file(where, "backbone.fingerprint"):
         other = differences(fingerprint, found)
@@ -145,5 +153,5 @@ def _check_backbone(fingerprint: Mapping[str, Any], backbone: nn.Module, where: 
         return
     message = f"{where}: this is not the backbone the delta was trained on: {other[0]}"
     if check == "error":
-        raise BackboneMismatch(f"{message}; load that backbone, or pass check='warn' to load the delta all the same")
+        raise BackboneMismatch(f"{message}; {advice}")
     warn(message)

@@ -9,7 +9,7 @@ from deltakit.errors import CheckpointError
 
 _VALUES = "has values that are infinite or not a number"
 # A delta may be loaded in another precision than it was saved in, but not from integers, booleans or single bytes.
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensors(
@@ -52,7 +52,7 @@ def _problem(name: str, found: Tensor, expected: Tensor, own: bool) -> str:
         return f"{name} is on the meta device and has no values"
     if found.shape != expected.shape:
         return f"{name}: the file has {tuple(found.shape)}, the backbone needs {tuple(expected.shape)}"
-    if found.dtype != expected.dtype and not (found.dtype in _FLOATS and expected.dtype in _FLOATS):
+    if found.dtype != expected.dtype and not (found.dtype in FLOATS and expected.dtype in FLOATS):
         return f"{name}: the file has {found.dtype}, the backbone needs {expected.dtype}"
     # A mask of -inf among the buffers of a fully trained module is meant. The expected values of a delta module say nothing:
     # while loading they are not initialised.
@@ -64,7 +64,7 @@ def _problem(name: str, found: Tensor, expected: Tensor, own: bool) -> str:
 
 def is_finite(tensor: Tensor) -> bool:
     """Returns whether all values of a tensor are finite; True without values."""
-    if tensor.dtype not in _FLOATS or tensor.is_meta or not tensor.numel():
+    if tensor.dtype not in FLOATS or tensor.is_meta or not tensor.numel():
         return True
     # Both are NaN if one value is. No tensor of booleans is made: 5 ms for 100 MB, `isfinite` takes 60 times as long.
     smallest, largest = tensor.aminmax()

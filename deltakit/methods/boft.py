@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import DeltaModule, Method, Target, wide
+from deltakit.core import DeltaModule, Target, wide
 from deltakit.errors import OptionError
-from deltakit.ops import WeightMap, block_size_for, like, matrix_shape
+from deltakit.ops import WeightMap, WeightMethod, block_size_for, like, matrix_shape
 
 _MOST_FACTORS = 32
 """More would need more features than there are."""
@@ -67,7 +67,7 @@ class BOFTDelta(WeightMap):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BOFT(Method, name="boft"):
+class BOFT(WeightMethod, name="boft"):
     """Orthogonal finetuning with butterfly factors: trained rotations and scales of the rows of a weight.
 
     Args:
@@ -75,11 +75,13 @@ class BOFT(Method, name="boft"):
             2^(factors - 1) divides the number of features. By default the largest such size up to 4, or the smallest one if
             all are larger.
         factors: the number of butterfly factors, at least 1.
+        untie: whether to adapt a module alone although other modules share its weight.
 
     Raises:
         OptionError: if an option is out of its range.
     """
 
+    on_stacks: ClassVar[bool] = True
     kind: ClassVar[type[DeltaModule]] = BOFTDelta
 
     block_size: int | None = None
@@ -90,9 +92,3 @@ class BOFT(Method, name="boft"):
             raise OptionError(f"BOFT(block_size={self.block_size}): expected at least 2 features; 4 is usual")
         if not 1 <= self.factors <= _MOST_FACTORS:
             raise OptionError(f"BOFT(factors={self.factors}): expected 1 to {_MOST_FACTORS}")
-
-    def positions(self) -> tuple[tuple[str, ...], ...]:
-        return (("attn.q", "attn.qkv"), ("attn.v", "attn.kv"))
-
-    def build_at(self, target: Target) -> DeltaModule:
-        return BOFTDelta(target, self)

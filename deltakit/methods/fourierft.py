@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import DeltaModule, Method, Target, wide
+from deltakit.core import DeltaModule, Target, wide
 from deltakit.errors import OptionError, TargetError
-from deltakit.ops import SeededPlaces, WeightMap, like, matrix_shape
+from deltakit.ops import SeededPlaces, WeightMap, WeightMethod, check_seed, like, matrix_shape
 
 _USUAL = 1000
 
@@ -39,7 +39,7 @@ class FourierFTDelta(WeightMap):
         self.spectrum = nn.Parameter(torch.zeros(*stack, n, **like(target)))
         self.places = SeededPlaces(entries, n, options.seed, self.spectrum.device)
 
-    def weight_update(self, weight: Float[Tensor, "*stack d_out d_in"]) -> Float[Tensor, "*stack d_out d_in"]:
+    def weight_update(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "*stack d_out d_in"]:
         # torch has no transforms of 16 bits.
         entries = wide(self.spectrum)
         matrix = entries.new_zeros(*entries.shape[:-1], self.shape[0] * self.shape[1])
@@ -62,18 +62,20 @@ class FourierFTDelta(WeightMap):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FourierFT(Method, name="fourierft"):
+class FourierFT(WeightMethod, name="fourierft"):
     """Trained entries of the Fourier transform of a weight update.
 
     Args:
         n: the number of trained entries of each target, at least 1. By default 1000, or all of a smaller weight.
         scaling: the factor of the update, above 0. Larger ones train faster.
         seed: the seed of the places of the entries, at least 0. It is a part of the file.
+        untie: whether to adapt a module alone although other modules share its weight.
 
     Raises:
         OptionError: if an option is out of its range.
     """
 
+    on_stacks: ClassVar[bool] = True
     kind: ClassVar[type[DeltaModule]] = FourierFTDelta
 
     n: int | None = None
@@ -85,14 +87,7 @@ class FourierFT(Method, name="fourierft"):
             raise OptionError(f"FourierFT(n={self.n}): expected at least 1 entry; {_USUAL} is usual")
         if not 0 < self.scaling <= torch.finfo(torch.float32).max:
             raise OptionError(f"FourierFT(scaling={self.scaling}): expected a finite number above 0; 150 is usual")
-        if not 0 <= self.seed < 2**63:
-            raise OptionError(f"FourierFT(seed={self.seed}): expected a number of at least 0 and below 2^63")
-
-    def positions(self) -> tuple[tuple[str, ...], ...]:
-        return (("attn.q", "attn.qkv"), ("attn.v", "attn.kv"))
-
-    def build_at(self, target: Target) -> DeltaModule:
-        return FourierFTDelta(target, self)
+        check_seed("FourierFT", self.seed, None)
 
     @classmethod
     def combination(cls, parts: Sequence[DeltaModule], rank: int | None) -> "FourierFT":

@@ -35,7 +35,7 @@ class LNTuningDelta(WeightMap):
             )
         self.change = nn.Parameter(torch.zeros(held.shape, **like(target)))
 
-    def weight_update(self, weight: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+    def weight_update(self, weight: Float[Tensor, "..."]) -> Float[Tensor, " d"]:
         return wide(self.change)
 
     def take_sum(self, parts: Sequence[tuple[float, DeltaModule]]) -> tuple[float, float]:

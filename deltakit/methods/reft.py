@@ -117,7 +117,8 @@ def _orthonormal(matrix: Float[Tensor, "*stack r d"]) -> Float[Tensor, "*stack r
     """Returns the rows made orthonormal one after the other, each in its own direction."""
     q, r = torch.linalg.qr(matrix.mT)
     signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
-    return (q * signs[..., None, :]).mT
+    # Laid out as W is: torch may round other layouts otherwise.
+    return (q * signs[..., None, :]).mT.contiguous()
 
 
 def _text(

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import DeltaModule, Method, Target, wants_start_values, wide
+from deltakit.core import DeltaModule, Target, wants_start_values, wide
 from deltakit.errors import CheckpointError, OptionError, TargetError
-from deltakit.ops import WeightMap, like, matrix_shape, seeded_places, take_weighted_sum
+from deltakit.ops import WeightMap, WeightMethod, check_seed, like, matrix_shape, seeded_places, take_weighted_sum
 
 _USUAL = 32
 
@@ -53,7 +53,7 @@ class SHiRADelta(WeightMap):
         index = index.sort().values
         self.places.copy_(torch.stack((index // self.shape[1], index % self.shape[1])))
 
-    def weight_update(self, weight: Float[Tensor, "*stack d_out d_in"]) -> Float[Tensor, "*stack d_out d_in"]:
+    def weight_update(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "*stack d_out d_in"]:
         values, (rows, columns) = wide(self.values), self.places.long()
         matrix = values.new_zeros(*values.shape[:-1], self.shape[0] * self.shape[1])
         return matrix.index_add(-1, rows * self.shape[1] + columns, values).unflatten(-1, self.shape)
@@ -85,18 +85,20 @@ class SHiRADelta(WeightMap):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SHiRA(Method, name="shira"):
+class SHiRA(WeightMethod, name="shira"):
     """Trained entries of a weight at random places.
 
     Args:
         r: as many entries are trained as a LoRA of this rank has; at least 1. By default those of 32, or all of a smaller
             weight.
         seed: the seed of the places, at least 0.
+        untie: whether to adapt a module alone although other modules share its weight.
 
     Raises:
         OptionError: if an option is out of its range.
     """
 
+    on_stacks: ClassVar[bool] = True
     kind: ClassVar[type[DeltaModule]] = SHiRADelta
 
     r: int | None = None
@@ -105,14 +107,7 @@ class SHiRA(Method, name="shira"):
     def validate(self) -> None:
         if self.r is not None and self.r < 1:
             raise OptionError(f"SHiRA(r={self.r}): expected a rank of at least 1; {_USUAL} is usual")
-        if not 0 <= self.seed < 2**63:
-            raise OptionError(f"SHiRA(seed={self.seed}): expected a number of at least 0 and below 2^63")
-
-    def positions(self) -> tuple[tuple[str, ...], ...]:
-        return (("attn.q", "attn.qkv"), ("attn.v", "attn.kv"))
-
-    def build_at(self, target: Target) -> DeltaModule:
-        return SHiRADelta(target, self)
+        check_seed("SHiRA", self.seed, None)
 
     @classmethod
     def combination(cls, parts: Sequence[DeltaModule], rank: int | None) -> "SHiRA":

@@ -55,8 +55,22 @@ def matrix_sizes(target: Target, method: str) -> tuple[int, int]:
     return d_in // math.prod(kernel_of(target)), d_out
 
 
+def kernel_of(target: Target) -> torch.Size:
+    """Returns the size of a convolution's kernel; () for other targets."""
+    module = target.module
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or target.parameter:
+        return torch.Size()
+    return torch.Size(module.kernel_size)
+
+
+def stack_of(target: Target) -> tuple[int, ...]:
+    """Returns the dimensions before the matrix of a parameter: (8,) for 8 experts; () for one matrix and for modules."""
+    held = target.module._parameters.get(target.parameter)
+    return tuple(held.shape[:-2]) if held is not None else ()
+
+
 def matrix_shape(target: Target, method: str) -> tuple[tuple[int, ...], int, int]:
-    """Returns the shape of a target's weight as matrices: the sizes of a stack (mostly none), d_out and d_in.
+    """Returns the shape of a target's weight as matrices: `stack_of` it, d_out, and d_in with the positions of a kernel.
 
     Args:
         method: the name of the method, for the error message.
@@ -70,20 +84,6 @@ def matrix_shape(target: Target, method: str) -> tuple[tuple[int, ...], int, int
         )
     d_in, d_out = sizes(target, method)
     return stack_of(target), d_out, d_in
-
-
-def kernel_of(target: Target) -> torch.Size:
-    """Returns the size of a convolution's kernel; () for other targets."""
-    module = target.module
-    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or target.parameter:
-        return torch.Size()
-    return torch.Size(module.kernel_size)
-
-
-def stack_of(target: Target) -> tuple[int, ...]:
-    """Returns the dimensions before the matrix of a parameter: (8,) for 8 experts; () for one matrix and for modules."""
-    held = target.module._parameters.get(target.parameter)
-    return tuple(held.shape[:-2]) if held is not None else ()
 
 
 def largest_sizes(targets: Sequence[Target], method: str) -> tuple[int, int]:

@@ -29,6 +29,8 @@ class Line(NamedTuple):
     """What is unusual about the choice of the paths."""
     gone: Collection[str] = ()
     """The paths whose module the user has replaced or removed."""
+    known: bool = True
+    """Whether the paths are known. Only a backbone shows those of some files."""
 
 
 def report(
@@ -51,7 +53,7 @@ def report(
     """
     text = [head]
     for line in lines:
-        targets = f"{len(line.paths)} target{'s' if len(line.paths) != 1 else ''}"
+        targets = f"{len(line.paths) if line.known else '?'} target{'s' if len(line.paths) != 1 else ''}"
         text.append(f"  {' '.join((line.method, line.summary)).strip():<32} {targets:>12}  +{line.parameters:,}")
         patched = set(line.patched)
         there = [path for path in line.paths if path not in line.gone]

@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import torch
 
 import deltakit as dk
 from deltakit.cli import main
 from support.models import Transformer, randomize
+from support.opendelta_files import backbone
 from support.peft_models import close, outputs, peft, read_by_peft, saved, wide
 
 
@@ -92,7 +94,75 @@ def test_what_cannot_be_converted(tmp_path, capsys):
     wide("llama").save_pretrained(tmp_path / "llama")
     options = ["--model", str(tmp_path / "llama"), "--to", "peft"]
     assert main(["convert", str(tmp_path / "own"), str(tmp_path / "peft"), *options]) == 1
-    assert "this is not the backbone the delta was trained on" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "this is not the backbone the delta was trained on" in error
+    assert error.endswith("; name that one as the model (--model)\n")
     assert not (tmp_path / "peft").exists()
     with pytest.raises(SystemExit):
         main(["convert", str(tmp_path / "own"), str(tmp_path / "peft"), "--to", "onnx"])
+
+
+def test_what_only_the_values_or_the_backbone_show_is_said(tmp_path):
+    """Ranks that are padded, and tensors that are the backbone's own."""
+    delta = randomize(dk.attach(wide("llama"), dk.LoRA(r=2, at="q_proj"), dk.LoRA(r=5, at="v_proj")))
+    delta.save(tmp_path / "padded", format="peft")
+    found = dk.inspect(tmp_path / "padded")
+    assert {method.options["r"] for method in found.methods} == {5}
+    assert {method.r for method in dk.load(tmp_path / "padded", wide("llama")).methods} == {2, 5}
+    assert repr(found).endswith("(r is the rank in the file: loading leaves out ranks whose values are all zero)")
+    assert dk.inspect(delta.save(tmp_path / "own")).notes == []
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_targets_that_only_the_backbone_shows(kind, tmp_path):
+    configs = {"prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig}
+    saved("gpt2", configs[kind](num_virtual_tokens=5, task_type="CAUSAL_LM"), tmp_path)
+    found = dk.inspect(tmp_path)
+    delta = dk.load(tmp_path, wide("gpt2"))
+    assert [method.name for method in found.methods] == [method.name for method in delta.methods]
+    assert found.num_values == delta.num_parameters
+    assert repr(found).splitlines()[1].split()[-3:-1] == ["?", "targets"]
+    assert f"targets of {found.methods[0].name}: loading finds them in the backbone" in repr(found)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_ranks_of_experts_by_patterns(first, tmp_path):
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    pattern = {"layers.1.mlp.experts.down_proj": 2}
+    config = peft.LoraConfig(r=3, target_modules=[], target_parameters=names, rank_pattern=pattern)
+    saved("mixtral", config, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    # PEFT writes them in any order.
+    written = {**json.loads(file.read_text()), "target_parameters": names[first:] + names[:first]}
+    file.write_text(json.dumps(written))
+    delta = dk.load(tmp_path, wide("mixtral"))
+    found = dk.inspect(tmp_path)
+    assert {method.options["r"]: set(method.targets) for method in found.methods} == {
+        method.r: {
+            path for path, modules in delta.modules.items() for module in modules if module.A.shape[-2] == method.r
+        }
+        for method in delta.methods
+    }
+    assert {name: tensor.shape for name, tensor in found.tensors.items()} == {
+        name: tensor.shape for name, tensor in delta.state_dict().items()
+    }
+    assert "loading may swap their names" in repr(found)
+
+
+def test_biases_of_opendelta_beside_the_whole_backbone(tmp_path):
+    """OpenDelta saves all of it where `freeze_module` was never called."""
+    model = backbone("bert")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    biases = [name for name in state if name.endswith("query.bias")]
+    state |= {name: state[name] + 1 for name in biases}
+    (tmp_path / "config.json").write_text(json.dumps({"delta_type": "bitfit"}))
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    found = dk.inspect(tmp_path)
+    assert found.methods[0].name == "bitfit"
+    assert {f"{path}.bias" for path in found.methods[0].targets} == {name for name in state if name.endswith(".bias")}
+    assert found.notes == ["fully trained tensors that are equal to the backbone's are left out on loading"]
+    delta = dk.load(tmp_path, model)
+    assert delta.fully_trained == []
+    assert {path for path, (module,) in delta.modules.items() if module.bias.any()} == {
+        name.removesuffix(".bias") for name in biases
+    }

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import deltakit as dk
+from deltakit.integrations import small_checkpoints
 from integrations.test_save_pretrained import BATCH, attached, bert, values
 from integrations.test_trainer import bert as with_dropout
 from integrations.test_trainer import equal, trainer_of
@@ -98,7 +99,8 @@ def test_a_delta_of_an_earlier_save_above_the_part_is_refused(tmp_path):
     model.save_pretrained(tmp_path / "another")
 
 
-def test_a_trainer_of_the_model_around(tmp_path):
+@pytest.mark.parametrize("line", [lambda trainer: trainer, small_checkpoints])
+def test_a_trainer_of_the_model_around(line, tmp_path):
     def model(alpha=16):
         whole = with_dropout()
         dk.attach(whole.bert, dk.LoRA(r=3, alpha=alpha, dropout=0.1), train="pooler", name="topic")
@@ -108,7 +110,7 @@ def test_a_trainer_of_the_model_around(tmp_path):
     trainer = trainer_of(first, tmp_path / "out")
     trainer.train()
     resume = {"resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-2")}
-    trainer_of(again, tmp_path / "out").train(**resume)
+    line(trainer_of(again, tmp_path / "out")).train(**resume)
     equal(first.state_dict(), again.state_dict())
     with pytest.raises(dk.CheckpointError, match="other options of the delta 'topic': alpha was 16 and is 8"):
         trainer_of(model(8), tmp_path / "out").train(**resume)
@@ -191,6 +193,21 @@ def test_a_method_that_asks_for_the_own_values_gets_no_files(tmp_path):
     attached(model.inner, train="@head")
     model.save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["own.pt"]
+
+
+class Beside(nn.Module):
+    """Saves a model that is no part of it."""
+
+    def save_pretrained(self, folder, model):
+        torch.save(model.state_dict(), folder / "model.pt")
+
+
+def test_a_state_dict_of_another_model_stays_whole(tmp_path):
+    model = bert()
+    attached(model)
+    Beside().save_pretrained(tmp_path, model)
+    assert torch.load(tmp_path / "model.pt").keys() == model.state_dict().keys()
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
 
 def test_a_narrowed_state_dict_is_not_saved_as_the_model(tmp_path):

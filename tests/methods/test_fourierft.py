@@ -105,7 +105,7 @@ def test_sums():
         ({"n": 0}, r"FourierFT\(n=0\): expected at least 1 entry; 1000 is usual"),
         ({"scaling": 0.0}, r"FourierFT\(scaling=0.0\): expected a finite number above 0; 150 is usual"),
         ({"scaling": math.inf}, r"FourierFT\(scaling=inf\)"),
-        ({"seed": -1}, r"FourierFT\(seed=-1\): expected a number of at least 0"),
+        ({"seed": -1}, r"FourierFT\(seed=-1\): expected a seed of at least 0"),
     ],
 )
 def test_bad_options(unchecked, options, message):

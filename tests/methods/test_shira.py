@@ -90,7 +90,7 @@ def test_sums():
     ("options", "message"),
     [
         ({"r": 0}, r"SHiRA\(r=0\): expected a rank of at least 1; 32 is usual"),
-        ({"seed": -1}, r"SHiRA\(seed=-1\): expected a number of at least 0"),
+        ({"seed": -1}, r"SHiRA\(seed=-1\): expected a seed of at least 0"),
     ],
 )
 def test_bad_options(unchecked, options, message):

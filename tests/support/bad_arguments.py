@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 import deltakit as dk
-from support.models import Transformer, randomize, same, snapshot
+from support.models import NEEDED, Transformer, randomize, same, snapshot
+
+WEIGHT_METHODS = ("VeRA", "LoHa", "LoKr", "HiRA", "MiSS", "DeLoRA", "GraLoRA", "RandLoRA", "VBLoRA")
 
 
 class Awkward:
@@ -149,7 +151,7 @@ def _prompted(scene):
 
 
 def _option(kind):
-    return Call(lambda s: kind, lambda s: {}, _used)
+    return Call(lambda s: kind, lambda s: NEEDED.get(kind.name, {}), _used)
 
 
 def _opendelta(kind):
@@ -249,7 +251,7 @@ CALLS = {
         lambda s: dk.PromptDecoder.fit, lambda s: {"prompts": [torch.zeros(2, 3), torch.ones(2, 3)], "steps": 1}
     ),
     "PTuningV2": _option(dk.PTuningV2),
-    "TrainableTokens": Call(lambda s: dk.TrainableTokens, lambda s: {"ids": [3, 5]}, _used),
+    **{kind: _option(getattr(dk, kind)) for kind in ("TrainableTokens", *WEIGHT_METHODS)},
     "SoftPrompt.from_text": Call(
         lambda s: dk.SoftPrompt.from_text, lambda s: {"text": "a bc", "tokenizer": Tokenizer()}, _used
     ),

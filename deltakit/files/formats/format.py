@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltakit.core import Attachment, join, label_among
+from deltakit.files.formats.shapes import check_shapes
 from deltakit.files.saved import Saved
 from deltakit.files.schema import MethodEntry
 
@@ -47,17 +48,30 @@ class Format:
 class Parts:
     """The tensors that a reader found, by method, options and target."""
 
+    where: Path
+    """The folder or file, for error messages."""
     _groups: dict[tuple[str, tuple[tuple[str, Any], ...]], dict[str, Mapping[str, Tensor]]] = field(
         default_factory=dict
     )
     _in_order: list[tuple[str, Mapping[str, Any], Sequence[Mapping[str, Tensor]]]] = field(default_factory=list)
 
     def add(self, method: str, options: Mapping[str, Any], path: str, tensors: Mapping[str, Tensor]) -> None:
-        """Adds the tensors of one target, by their names in the delta module. Targets with the same options are one method."""
+        """Adds the tensors of one target, by their names in the delta module. Targets with the same options are one method.
+
+        Raises:
+            CheckpointError: if they do not fit each other.
+        """
+        check_shapes(method, options, path, tensors, self.where)
         self._groups.setdefault((method, tuple(options.items())), {})[path] = tensors
 
     def add_in_order(self, method: str, options: Mapping[str, Any], states: Sequence[Mapping[str, Tensor]]) -> None:
-        """Adds the tensors of a method whose targets are not named in the file; see `Saved.in_order`."""
+        """Adds the tensors of a method whose targets are not named in the file; see `Saved.in_order`.
+
+        Raises:
+            CheckpointError: if they do not fit each other.
+        """
+        for state in states:
+            check_shapes(method, options, "", state, self.where)
         self._in_order.append((method, options, states))
 
     def __bool__(self) -> bool:

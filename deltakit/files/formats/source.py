@@ -1,6 +1,6 @@
 """What a reader of another library's format has, before anything is known about the method."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from deltakit.core import module_at, names_by_id, tensors_of
 from deltakit.errors import CheckpointError
+from deltakit.files.formats.shapes import refuse_integers
 from deltakit.files.schema import checked
 from deltakit.selection import BackboneIndex
 
@@ -55,13 +56,22 @@ class Source:
         """Returns whether a tensor of the backbone has several names."""
         return len(self.names_of(tensor)) > 1
 
-    def by_path(self, suffixes: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
-        """Returns the tensors whose names end with one of these, by the path of their target and their name in deltakit."""
+    def by_path(self, suffixes: Mapping[str, str], integers: Collection[str] = ()) -> dict[str, dict[str, Tensor]]:
+        """Returns the tensors whose names end with one of these, by the path of their target and their name in deltakit.
+
+        Args:
+            integers: the names in deltakit of those that are no floating-point numbers.
+
+        Raises:
+            CheckpointError: if another one is none.
+        """
         found: dict[str, dict[str, Tensor]] = {}
         for name, tensor in self.tensors.items():
             for suffix, ours in suffixes.items():
                 if name.endswith(suffix):
                     found.setdefault(name.removesuffix(suffix), {})[ours] = tensor
+                    if ours not in integers:
+                        refuse_integers({name: tensor}, self.folder)
         return found
 
     def options(self, kind: Any, defaults: Mapping[str, Any], within: str = "") -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deltakit.errors import CheckpointError, warn
 from deltakit.files.formats.activations import activation_of
-from deltakit.files.formats.adapterhub.keys import by_place
+from deltakit.files.formats.adapterhub.keys import IN_ADAPTERHUB, by_place
 from deltakit.files.formats.adapterhub.phm import compacter
 from deltakit.files.formats.adapterhub.places import Place, place_of
 from deltakit.files.formats.format import Parts
@@ -77,6 +77,7 @@ def read_bottlenecks(source: Source, name: object, config: Mapping[str, Any], pa
         if config.get(option):
             raise CheckpointError(
                 f"{source.folder}: this adapter of AdapterHub has {what} ({option}), which deltakit does not have"
+                f"{IN_ADAPTERHUB}"
             )
     options: Any = source.options(_Config, _DEFAULTS, "config")
     activation = _activation(options, source)
@@ -134,6 +135,7 @@ def _target(options: Mapping[str, Any], place: Place | None, owner: str, where: 
         raise CheckpointError(
             f"{where}: this adapter of AdapterHub has original_ln_before={before}, original_ln_after={after} and "
             f"residual_before_ln={residual!r}, which puts it where deltakit has no adapter"
+            f"{IN_ADAPTERHUB}"
         )
     if place is None:
         return owner, "input" if before and after else "output"
@@ -142,7 +144,7 @@ def _target(options: Mapping[str, Any], place: Place | None, owner: str, where: 
     if place.total is None:
         raise CheckpointError(
             f"{where}: its adapter at {owner} reads the residual after attention (original_ln_before), which no module "
-            "of this backbone returns"
+            f"of this backbone returns{IN_ADAPTERHUB}"
         )
     return place.total, "input" if after and place.norm is not None else "output"
 
@@ -158,7 +160,7 @@ def _add_parallel(
     owner, place = where
     if options["phm_layer"]:
         raise CheckpointError(
-            f"{source.folder}: this adapter of AdapterHub is a parallel compacter, which deltakit lacks"
+            f"{source.folder}: this adapter of AdapterHub is a parallel compacter, which deltakit lacks{IN_ADAPTERHUB}"
         )
     layers = _layers(tensors, source.folder, owner, None)
     scaling = options["scaling"]
@@ -204,4 +206,11 @@ def _factor(
 def _gain(tensors: Mapping[str, Tensor], where: Path, owner: str) -> Tensor:
     if "scaling" not in tensors:
         raise CheckpointError(f"{where}: its adapter at {owner} lacks its trained scaling; save or download it again")
-    return tensors["scaling"]
+    scaling = tensors["scaling"]
+    outputs = tensors["adapter_up.bias"].numel() if "adapter_up.bias" in tensors else 1
+    if scaling.ndim != 1 or len(scaling) not in (1, outputs):
+        raise CheckpointError(
+            f"{where}: its adapter at {owner} has a scaling of shape {tuple(scaling.shape)} for {outputs} outputs; save or "
+            "download it again"
+        )
+    return scaling

@@ -9,6 +9,8 @@ from deltakit.files.formats.adapter_config import CONFIG
 
 TENSORS, PICKLE = "adapter.safetensors", "pytorch_adapter.bin"
 HEAD, FUSION = "head_config.json", "adapter_fusion_config.json"
+IN_ADAPTERHUB = "; use it with AdapterHub's library"
+"""What to do with an adapter that deltakit does not have."""
 FILES = (CONFIG, TENSORS, PICKLE, HEAD, FUSION)
 
 _OLD = re.compile(r"\.(attention|layer)_text_(task|lang)_adapters\.")

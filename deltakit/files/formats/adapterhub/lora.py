@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 from torch import nn
 
 from deltakit.errors import CheckpointError
-from deltakit.files.formats.adapterhub.keys import by_place
+from deltakit.files.formats.adapterhub.keys import IN_ADAPTERHUB, by_place
 from deltakit.files.formats.adapterhub.places import path_in
 from deltakit.files.formats.format import Parts
 from deltakit.files.formats.lora import Scale, add_lora
@@ -37,6 +37,7 @@ def read_loras(source: Source, name: object, config: Mapping[str, Any], parts: P
         if config.get(option):
             raise CheckpointError(
                 f"{source.folder}: this LoRA of AdapterHub has {what} ({option}), which deltakit does not have"
+                f"{IN_ADAPTERHUB}"
             )
     options: Any = source.options(_Config, _DEFAULTS, "config")
     scales = options["composition_mode"] == "scale"

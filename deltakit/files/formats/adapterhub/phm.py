@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deltakit.errors import CheckpointError
-from deltakit.files.formats.adapterhub.keys import by_place
+from deltakit.files.formats.adapterhub.keys import IN_ADAPTERHUB, by_place
 from deltakit.files.formats.products import product
 from deltakit.files.formats.source import Source
 
@@ -28,7 +28,7 @@ def compacter(
     strange = next((key for key in tensors if not _KNOWN.fullmatch(key)), None)
     if strange is not None:
         raise CheckpointError(
-            f"{source.folder}: its compacter at {owner} also has {strange}, which deltakit does not have"
+            f"{source.folder}: its compacter at {owner} also has {strange}, which deltakit does not have{IN_ADAPTERHUB}"
         )
     shared = next(iter(by_place(source.tensors, "shared_parameters", name).values()), {})
     try:
@@ -40,7 +40,9 @@ def compacter(
         ) from error
     factor = tensors.get("scaling", config.get("scaling", 1.0))
     if isinstance(factor, str) or (isinstance(factor, Tensor) and factor.numel() != 1):
-        raise CheckpointError(f"{source.folder}: its compacter has a scaling per feature, which deltakit does not have")
+        raise CheckpointError(
+            f"{source.folder}: its compacter has a scaling per feature, which deltakit does not have{IN_ADAPTERHUB}"
+        )
     for last in ("up.right", "up.bias"):
         if last in found:
             found[last] = found[last] * factor

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deltakit.errors import CheckpointError, warn
-from deltakit.files.formats.adapterhub.keys import by_place
+from deltakit.files.formats.adapterhub.keys import IN_ADAPTERHUB, by_place
 from deltakit.files.formats.adapterhub.places import path_in
 from deltakit.files.formats.format import Parts
 from deltakit.files.formats.products import product
@@ -42,7 +42,9 @@ def read_prefixes(source: Source, name: object, _config: Mapping[str, Any], part
     options: Any = source.options(_Config, _DEFAULTS, "config")
     if options["use_gating"] or options["non_linearity"].lower() != "tanh":
         what = "gates (use_gating)" if options["use_gating"] else f"the activation {options['non_linearity']!r}"
-        raise CheckpointError(f"{source.folder}: this prefix of AdapterHub has {what}, which deltakit does not have")
+        raise CheckpointError(
+            f"{source.folder}: this prefix of AdapterHub has {what}, which deltakit does not have{IN_ADAPTERHUB}"
+        )
     if options["dropout"] and source.backbone is not None:
         warn(
             f"{source.folder}: it was trained with a dropout of {options['dropout']:g} on the prefix, which deltakit does "
@@ -52,12 +54,12 @@ def read_prefixes(source: Source, name: object, _config: Mapping[str, Any], part
     # Each layer of the model has the same tensors under its own name.
     layers = [owner for owner in places if owner.endswith(_POOL)]
     layers = [owner for number, owner in enumerate(layers) if number not in options["leave_out"]]
-    pool = next(iter(places.values()), {})
+    pool = _pool(places, source)
     other = next((key for key in pool if not key.startswith(_SELF)), None)
     if other is not None or not layers:
         what = f"it has {other}" if other is not None else "no layer has one"
         raise CheckpointError(
-            f"{source.folder}: deltakit reads prefixes of self-attention from AdapterHub, and here {what}"
+            f"{source.folder}: deltakit reads prefixes of self-attention from AdapterHub, and here {what}{IN_ADAPTERHUB}"
         )
     pairs = _keys_and_values(pool, options["prefix_length"], len(layers), source)
     for owner, key, value in zip(layers, pairs[0::2], pairs[1::2], strict=True):
@@ -72,6 +74,19 @@ def read_prefixes(source: Source, name: object, _config: Mapping[str, Any], part
                 "value": value.unflatten(1, (heads, -1)).transpose(0, 1),
             },
         )
+
+
+def _pool(places: Mapping[str, Mapping[str, Tensor]], source: Source) -> Mapping[str, Tensor]:
+    """Returns the tensors that all layers have."""
+    pool = next(iter(places.values()), {})
+    shapes = {key: tensor.shape for key, tensor in pool.items()}
+    for owner, copy in places.items():
+        if {key: tensor.shape for key, tensor in copy.items()} != shapes:
+            raise CheckpointError(
+                f"{source.folder}: the tensors of its prefix at {owner} have other shapes than those of the first layer; save "
+                "or download it again"
+            )
+    return pool
 
 
 def _keys_and_values(pool: Mapping[str, Tensor], tokens: int, layers: int, source: Source) -> tuple[Tensor, ...]:

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from deltakit.errors import CheckpointError, warn
 from deltakit.files.formats.adapter_config import CONFIG, is_adapterhub
 from deltakit.files.formats.adapterhub.bottleneck import read_bottlenecks
-from deltakit.files.formats.adapterhub.keys import FUSION, HEAD, PICKLE, TENSORS, Key
+from deltakit.files.formats.adapterhub.keys import FUSION, HEAD, IN_ADAPTERHUB, PICKLE, TENSORS, Key
 from deltakit.files.formats.adapterhub.lora import read_loras
 from deltakit.files.formats.adapterhub.prefix import read_prefixes
 from deltakit.files.formats.format import Parts
+from deltakit.files.formats.shapes import refuse_integers
 from deltakit.files.formats.source import Source
 from deltakit.files.pickles import read_either
 from deltakit.files.saved import Saved, Trained
@@ -63,7 +64,8 @@ def read(place: Path, backbone: nn.Module | None, values: bool) -> Saved:
     kind, reads = _KINDS[architecture]
     tensors = _tensors(place, values)
     _refuse_strange(place, tensors, kind, config.get("name"))
-    source, parts = Source("AdapterHub", place, file, config, tensors, backbone), Parts()
+    refuse_integers(tensors, place)
+    source, parts = Source("AdapterHub", place, file, config, tensors, backbone), Parts(place)
     reads(source, config.get("name"), own, parts)
     if not parts:
         raise CheckpointError(
@@ -91,7 +93,7 @@ def _refuse_strange(folder: Path, tensors: Mapping[str, Tensor], kind: str, name
         key = Key(full)
         if key.kind not in kinds or key.name != name:
             what = "an invertible adapter" if "invertible" in full else f"no part of the adapter {name!r}"
-            raise CheckpointError(f"{folder}: {full} is {what}, which deltakit does not read")
+            raise CheckpointError(f"{folder}: {full} is {what}, which deltakit does not read{IN_ADAPTERHUB}")
 
 
 def _warn_of_others(folder: Path, backbone: nn.Module | None) -> None:

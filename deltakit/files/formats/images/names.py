@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from torch import nn
 
@@ -37,7 +38,12 @@ _TEXT_ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out
 class Names:
     """The modules of a backbone that have a weight, by their paths, also with underscores in place of the dots."""
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, place: Path) -> None:
+        """
+        Args:
+            place: the file, for error messages.
+        """
+        self._place = place
         self.backbone = type(backbone).__name__
         self.modules = {path: module for path, module in own_modules(backbone) if hasattr(module, "weight")}
         self._flat: dict[str, list[str]] = {}
@@ -56,7 +62,10 @@ class Names:
             return next((path for path in _dotted(component, name) if path in self.modules), None)
         found = next((self._flat[other] for other in self._with_underscores(name) if other in self._flat), [])
         if len(found) > 1:
-            raise CheckpointError(f"{name} is the name of two modules of this backbone: {found[0]} and {found[1]}")
+            raise CheckpointError(
+                f"{self._place}: {name} is the name of two modules of this backbone: {found[0]} and {found[1]}; use it in the "
+                "library that it was trained with"
+            )
         return found[0] if found else None
 
     def _with_underscores(self, name: str) -> Iterator[str]:

@@ -11,6 +11,7 @@ from deltakit.errors import CheckpointError
 from deltakit.files.formats.images.keys import absent, read_key
 from deltakit.files.formats.images.lycoris import update_sizes
 from deltakit.files.formats.images.names import Names
+from deltakit.files.formats.shapes import refuse_integers
 
 
 @dataclass
@@ -62,6 +63,8 @@ def parts_of(tensors: Mapping[str, Tensor], place: Path) -> list[Part]:
         layer = part.layers.setdefault(key.module, Layer(key.module, key.flat))
         if key.tensor in layer.tensors:
             raise CheckpointError(f"{place}: it has {full} in two spellings; save or download it again")
+        if key.tensor != "alpha":
+            refuse_integers({full: tensor}, place)
         layer.tensors[key.tensor] = tensor
     return list(found.values())
 

@@ -54,11 +54,11 @@ def read(place: Path, backbone: nn.Module | None, values: bool) -> Saved:
     parts = [part for part in parts_of(tensors, place) if part.layers or part.strange]
     flat = any(layer.flat for part in parts for layer in part.layers.values())
     library = "kohya or LyCORIS" if flat else "diffusers"
-    source, found = Source(library, place, file / METADATA, configs, tensors, backbone), Parts()
+    source, found = Source(library, place, file / METADATA, configs, tensors, backbone), Parts(place)
     if backbone is None:
         chosen = [(part, {name: _shown(part, name) for name in part.layers}) for part in parts]
     else:
-        names = Names(backbone)
+        names = Names(backbone, place)
         chosen = [part_for([unfused(part, names) for part in parts], names, place)]
     refuse_strange((part for part, _ in chosen), place)
     full: dict[str, Tensor] = {}

@@ -13,6 +13,7 @@ from deltakit.errors import CheckpointError
 from deltakit.files.formats.activations import activation_of
 from deltakit.files.formats.format import Parts
 from deltakit.files.formats.patterns import Pattern
+from deltakit.files.formats.shapes import refuse_integers
 from deltakit.files.formats.source import Source
 from deltakit.files.schema import checked
 
@@ -21,7 +22,7 @@ from deltakit.files.schema import checked
 class Found(Source):
     """A delta of OpenDelta."""
 
-    parts: Parts = field(default_factory=Parts)
+    parts: Parts
     read: set[str] = field(default_factory=set)
     """The names of the tensors that belong to the delta's type. What is left was trained beside it."""
 
@@ -62,6 +63,7 @@ class Found(Source):
                 )
             here[match[1]] = tensor
             self.read.add(name)
+        refuse_integers({name: tensor for name, tensor in self.tensors.items() if name in self.read}, self.folder)
         return found
 
     def names(self) -> list[str]:

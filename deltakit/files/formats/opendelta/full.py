@@ -6,6 +6,7 @@ from deltakit.core import names_by_id
 from deltakit.errors import CheckpointError
 from deltakit.files.formats.opendelta.found import Found
 from deltakit.files.formats.same_values import is_own
+from deltakit.files.formats.shapes import refuse_integers
 
 
 def read_bitfit(found: Found) -> None:
@@ -13,12 +14,18 @@ def read_bitfit(found: Found) -> None:
 
     A module without a bias (T5's) has a new one in OpenDelta, whose value is the difference.
     """
+    # Where `freeze_module` was never called, the file has all weights, too, and only the backbone shows which biases changed.
+    whole = found.backbone is None and all(
+        _weight_beside(name) in found.tensors for name in found.tensors if _is_bias(name)
+    )
     for name, value in found.tensors.items():
         path = name.removesuffix(".bias")
+        if path != name:
+            refuse_integers({name: value}, found.folder)
         if path.endswith(".bitfit"):
             found.parts.add("bitfit", {}, path.removesuffix(".bitfit"), {"bias": value})
             found.read.add(name)
-        elif path != name and _is_bitfit(found, name):
+        elif path != name and (whole or _is_bitfit(found, name)):
             own = found.own.get(name)
             if own is not None and own.is_meta and not value.is_meta:
                 raise _needs_weights(found, name)
@@ -50,6 +57,8 @@ def fully_trained(found: Found) -> dict[str, Tensor]:
                 f"{found.folder}: {name} is in no module of this backbone, and no part of the {found.config['delta_type']} "
                 "delta that its config describes; load the backbone that it was trained on, and save several deltas one by one"
             )
+        if own is not None and own.is_floating_point():
+            refuse_integers({name: tensor}, found.folder)
         # Buffers of ids and positions are never trained, and other versions of transformers have others.
         if own is not None and tensor.is_floating_point() and not is_own(tensor, own):
             full |= dict.fromkeys(names[id(own)], tensor)
@@ -59,11 +68,19 @@ def fully_trained(found: Found) -> dict[str, Tensor]:
 def _is_bitfit(found: Found, name: str) -> bool:
     """Returns whether a bias belongs to BitFit, and not to a module that was not frozen, whose weight is there, too."""
     own = found.own.get(name)
-    value, weight = found.tensors[name], f"{name.removesuffix('bias')}weight"
+    value, weight = found.tensors[name], _weight_beside(name)
     if own is not None and is_own(value, own) and weight in found.tensors:
         return False
     beside = found.tensors.get(weight)
     return beside is None or (weight in found.own and is_own(beside, found.own[weight]))
+
+
+def _is_bias(name: str) -> bool:
+    return name.endswith(".bias")
+
+
+def _weight_beside(name: str) -> str:
+    return f"{name.removesuffix('bias')}weight"
 
 
 def _needs_weights(found: Found, name: str) -> CheckpointError:

@@ -24,10 +24,20 @@ def read_prefix(found: Found) -> None:
     for first, given in found.groups(rf"reparams(?:_\d+)?\.({'|'.join(map(re.escape, _REPARAM))})").items():
         pairs |= _computed(found, first, [found.tensor(given, name, first) for name in _REPARAM])
     for path, (key, value) in pairs.items():
+        _check_tokens(found, "prefix_token_num", key)
         options = {"tokens": len(key)} | ({"relative_positions": "first_block"} if _of_t5(found, path) else {})
         target, heads = _attention(found, path, options)
         tensors = {name: _by_head(found, tensor, heads) for name, tensor in (("key", key), ("value", value))}
         found.parts.add("prefix", options, target, tensors)
+
+
+def _check_tokens(found: Found, field: str, vectors: Tensor) -> None:
+    tokens = found.option(field, int, len(vectors))
+    if vectors.ndim != 2 or tokens != len(vectors):
+        raise CheckpointError(
+            f"{found.folder}: its vectors have the shape {tuple(vectors.shape)}, and its config has {field}={tokens}; save or "
+            "download it again"
+        )
 
 
 def _computed(found: Found, first: str, given: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -109,6 +119,7 @@ def read_soft_prompt(found: Found) -> None:
     """Adds a soft prompt. OpenDelta puts it in front of all tokens, [CLS] included, and leaves it in the output."""
     for path, given in found.groups(r"soft_prompt_layer\.(soft_embeds)").items():
         vectors = given["soft_embeds"]
+        _check_tokens(found, "soft_token_num", vectors)
         options = {"tokens": len(vectors), "where": "start", "trim": False}
         if found.index is None:
             found.parts.add("soft_prompt", options, path, {"prompt": vectors})

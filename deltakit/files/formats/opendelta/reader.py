@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from deltakit.errors import CheckpointError
+from deltakit.files.formats.format import Parts
 from deltakit.files.formats.opendelta import adapters, full, prompts
 from deltakit.files.formats.opendelta.found import Found
 from deltakit.files.pickles import read_pickle
@@ -55,7 +56,8 @@ def read(place: Path, backbone: nn.Module | None, values: bool) -> Saved:
         )
     if not (place / PICKLE).is_file():
         raise CheckpointError(f"{place}: it has {CONFIG} of OpenDelta, and no {PICKLE}; save or download it again")
-    found = Found("OpenDelta", place, place / CONFIG, config, read_pickle(place / PICKLE, values=values), backbone)
+    tensors = read_pickle(place / PICKLE, values=values)
+    found = Found("OpenDelta", place, place / CONFIG, config, tensors, backbone, Parts(place))
     empty = next((key for key, tensor in found.tensors.items() if not tensor.numel()), None)
     if empty is not None:
         # Nothing that is trained has no values, and what is computed from its sizes could take any memory.
@@ -63,7 +65,8 @@ def read(place: Path, backbone: nn.Module | None, values: bool) -> Saved:
     add(found)
     if not found.parts:
         raise CheckpointError(
-            f"{place}: it has no tensor of a {name} delta. OpenDelta saves such a file if its modified_modules matched nothing"
+            f"{place}: it has no tensor of a {name} delta. OpenDelta saves such a file if its modified_modules "
+            "matched nothing; attach and train it again"
         )
     methods, renamed = found.parts.named()
     trained = full.fully_trained(found)

@@ -13,6 +13,7 @@ from deltakit.files.formats.format import Parts
 from deltakit.files.formats.layers import refuse_layer, target_options
 from deltakit.files.formats.patterns import Patterns
 from deltakit.files.formats.peft.row import Field, Options, Row
+from deltakit.files.formats.shapes import refuse_integers
 from deltakit.files.formats.source import Source
 from deltakit.files.formats.writing import Writing
 from deltakit.files.schema import checked
@@ -36,7 +37,9 @@ def read_row(row: Row, source: Source, parts: Parts) -> None:
     shared = {one.ours: one.read(source.tensors[key]) for key, one in row.shared.items() if key in source.tensors}
     holders: set[tuple[Any, ...]] = set()
     suffixes = {key: stored.ours for key, stored in row.tensors.items() if key not in row.shared}
-    for path, raw in source.by_path(suffixes).items():
+    integers = {stored.ours for stored in row.tensors.values() if stored.integer}
+    refuse_integers({key: source.tensors[key] for key in row.shared if key in source.tensors}, source.folder)
+    for path, raw in source.by_path(suffixes, integers).items():
         _check(row, source, path, raw.keys() | shared.keys())
         options = {**options_at(path), **computed(path, raw)}
         tensors = {ours: by_ours[ours].read(tensor) for ours, tensor in raw.items()}

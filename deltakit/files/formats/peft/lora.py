@@ -34,7 +34,7 @@ def read_lora(source: Source, parts: Parts) -> None:
             "again"
         )
     for path, pair in found.items():
-        parameter = parameter_at(source, targets, path, found) if targets else ""
+        parameter = parameter_at(source, targets, path, found, options.rank) if targets else ""
         name = parameter or path
         scale = options.scale(name)
         a, b = _factors(source, name, pair, "" if parameter else differs(source.module(path)))

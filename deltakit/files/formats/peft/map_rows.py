@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from deltakit.core import Site
 from deltakit.files.formats.layers import Layers
 from deltakit.files.formats.peft.row import Field, Options, OptionsAt, Row, Stored
+from deltakit.files.formats.peft.weight_rows import turned, with_own
 from deltakit.files.formats.source import Source
 from deltakit.files.formats.writing import Writing
 
@@ -124,7 +125,9 @@ BOFT = Row(
     tensors={".boft_R": Stored("R"), ".boft_s": Stored("scale", Tensor.flatten, _one_scale)},
     fields={},
     layers=_IMAGES,
-    computed=_of_tensors(lambda tensors: {"block_size": tensors["R"].shape[-1], "factors": tensors["R"].shape[0]}),
+    computed=with_own(
+        _of_tensors(lambda tensors: {"block_size": tensors["R"].shape[-1], "factors": tensors["R"].shape[0]})
+    ),
     written=lambda writing, sites: {
         **_one("boft_block_size", lambda module: module.block_size)(writing, sites),
         **_one("boft_n_butterfly_factor", lambda module: len(module.R))(writing, sites),
@@ -134,10 +137,6 @@ BOFT = Row(
     training_only=("boft_dropout",),
     known=("boft_block_size", "boft_block_num", "boft_n_butterfly_factor"),
 )
-
-
-def _turned(u: Tensor, _: object = None) -> Tensor:
-    return u.mT.contiguous()
 
 
 def _orthogonal(source: Source) -> Source:
@@ -159,7 +158,7 @@ def _refused_hra(config: Mapping[str, Any]) -> str:
 HRA = Row(
     peft_type="HRA",
     method="hra",
-    tensors={".hra_u": Stored("u", _turned, _turned)},
+    tensors={".hra_u": Stored("u", turned, turned)},
     fields={"r": Field("r", int, 8)},
     layers=_IMAGES,
     prepared=_orthogonal,
@@ -195,7 +194,7 @@ FOURIERFT = Row(
     tensors={".fourierft_spectrum": Stored("spectrum")},
     fields={"scaling": Field("scaling", float, 150.0), "random_loc_seed": Field("seed", int, 777)},
     layers=Layers(),
-    computed=_of_tensors(lambda tensors: {"n": tensors["spectrum"].shape[-1]}),
+    computed=with_own(_of_tensors(lambda tensors: {"n": tensors["spectrum"].shape[-1]})),
     written=_one("n_frequency", lambda module: module.spectrum.shape[-1]),
     known=("n_frequency", "n_frequency_pattern"),
 )
@@ -238,7 +237,7 @@ SHIRA = Row(
     tensors={".shira_weight": Stored("values"), ".shira_indices": Stored("places")},
     fields={},
     layers=_LINEAR,
-    computed=_of_shira,
+    computed=with_own(_of_shira),
     written=_rank,
     known=("mask_type", "random_seed"),
 )

@@ -3,7 +3,9 @@
 PEFT wraps the module once for each of its targeted parameters, the first one innermost, and names the wrappers alone.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from itertools import permutations
 
 from torch import Tensor
 
@@ -12,31 +14,59 @@ from deltakit.errors import CheckpointError
 from deltakit.files.formats.source import Source
 
 _INNER = ".base_layer"
+_MOST = 5
+"""The most parameters of one module whose orders are compared."""
 
 
-def parameter_at(source: Source, targets: Sequence[str], path: str, paths: Collection[str]) -> str:
+def parameter_at(
+    source: Source,
+    targets: Sequence[str],
+    path: str,
+    pairs: Mapping[str, Mapping[str, Tensor]],
+    rank: Callable[[str], int],
+) -> str:
     """Returns the path of the parameter whose factors are at a path; "" if they are those of a module.
 
     Args:
-        targets: the config's `target_parameters`, each the end of a parameter's path.
-        paths: all paths in the file.
+        targets: the config's `target_parameters`, each the end of a parameter's path. Their order says nothing.
+        pairs: the factors by all paths in the file.
+        rank: what gives the rank of a parameter that the config says.
 
     Raises:
         CheckpointError: if the module has no such parameter.
     """
     owner, depth = _unwrapped(path)
     module = source.module(owner)
-    names = list(module._parameters) if module is not None else [target.rpartition(".")[2] for target in targets]
+    if module is not None:
+        names = list(module._parameters)
+    else:
+        names = sorted({target.rpartition(".")[2] for target in targets}, reverse=True)
     wanted = [name for name in names if f".{join(owner, name)}".endswith(tuple(f".{target}" for target in targets))]
     if not wanted and not depth:
         return ""
-    deepest = max(_unwrapped(other)[1] for other in paths if _unwrapped(other)[0] == owner)
+    wrappers = sorted((other for other in pairs if _unwrapped(other)[0] == owner), key=len, reverse=True)
+    deepest = _unwrapped(wrappers[0])[1]
     if deepest - depth >= len(wanted):
         raise CheckpointError(
             f"{source.folder}: it has {deepest + 1} LoRAs on parameters of {owner}, and target_parameters names "
             f"{len(wanted)} there; load the backbone that the adapter was trained on"
         )
+    if module is None:
+        wanted = _in_order(wanted, [len(pairs[other]["A"]) for other in wrappers if "A" in pairs[other]], owner, rank)
     return join(owner, wanted[deepest - depth])
+
+
+def _in_order(names: list[str], rows: Sequence[int], owner: str, rank: Callable[[str], int]) -> list[str]:
+    """Returns the parameters in an order in which all are stacks of one number, which is all that the file alone tells."""
+    if not 1 < len(names) == len(rows) <= _MOST:
+        return names
+    ranks = {name: rank(join(owner, name)) for name in names}
+    fitting = (
+        order
+        for order in permutations(names)
+        if len({Fraction(count, ranks[name]) for count, name in zip(rows, order, strict=True)}) == 1
+    )
+    return list(next(fitting, names))
 
 
 def _unwrapped(path: str) -> tuple[str, int]:

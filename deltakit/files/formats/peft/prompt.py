@@ -9,6 +9,7 @@ from deltakit.core import own_modules
 from deltakit.errors import CheckpointError
 from deltakit.files.formats.format import Parts
 from deltakit.files.formats.peft.keys import PROMPT, TASKS
+from deltakit.files.formats.shapes import refuse_integers
 from deltakit.files.formats.source import Source
 
 
@@ -52,6 +53,7 @@ def read_multitask(source: Source, parts: Parts) -> None:
         or rows.shape != (len(columns), columns.shape[2], d)
     ):
         raise CheckpointError(f"{source.folder}: {' and '.join(TASKS)} do not fit together; save or download it again")
+    refuse_integers({name: source.tensors[name] for name in TASKS}, source.folder)
     # The ids in a text say which of several tasks it has.
     one = len(columns) == 1
     options = {**options, "tasks": len(columns), "rank": columns.shape[2], "prepend": one}
@@ -83,6 +85,7 @@ def prompting(source: Source) -> tuple[Prompting, Tensor]:
     prompt = source.tensors.get(PROMPT)
     if prompt is None:
         raise CheckpointError(f"{source.folder}: it has no {PROMPT}; save or download it again")
+    refuse_integers({PROMPT: prompt}, source.folder)
     if config["task_type"] is None:
         raise CheckpointError(
             f"{source.folder}: it has no task_type, and without one PEFT puts no prompt into a model; write the task_type "

@@ -121,7 +121,7 @@ def read(place: Path, backbone: nn.Module | None, values: bool) -> Saved:
     # PEFT puts no wrapper of adapters around a model with a prompt.
     prefix = f"^{re.escape(PREFIX_OF_PROMPTS)}" if PROMPT in kind.ends else _PREFIX
     tensors = {re.sub(prefix, "", key): tensor for key, tensor in _tensors(place, values).items()}
-    source, parts = Source("PEFT", place, where, config, tensors, backbone), Parts()
+    source, parts = Source("PEFT", place, where, config, tensors, backbone), Parts(place)
     kind.read(source, parts)
     if not parts:
         raise CheckpointError(f"{place}: it has no tensor of a {name} adapter; save or download it again")

@@ -52,6 +52,8 @@ class Stored(NamedTuple):
     write: Callable[[Tensor, Site], Tensor] = as_it_is
     optional: bool = False
     """Whether some targets have none."""
+    integer: bool = False
+    """Whether it holds indices, and no floating-point numbers."""
 
 
 class Field(NamedTuple):

@@ -1,0 +1,146 @@
+"""Tensors of other libraries' files that are no numbers of a delta, or do not fit each other: refused with and without a backbone."""
+
+import re
+import shutil
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+
+import deltakit as dk
+from support import image_models
+from support.models import same, snapshot
+from support.opendelta_files import CASES, FILES, backbone
+from support.paths import CHECKPOINTS
+from support.peft_models import adapted, peft, wide
+
+HUB = CHECKPOINTS / "adapterhub"
+OF_HUB = ["seq_bn", "par_bn_learned", "compacter", "compacterpp", "lora", "ia3", "prefix", "prefix_flat"]
+OF_OPENDELTA = [
+    case for name, case in CASES if name == "bert" and case not in ("never_frozen", "lora_head", "bitfit_head")
+]
+
+
+def read(folder):
+    """The name of the file of tensors, and what is in it."""
+    for name in (
+        "adapter_model.safetensors",
+        "adapter.safetensors",
+        "pytorch_lora_weights.safetensors",
+        "kohya.safetensors",
+    ):
+        if (folder / name).is_file():
+            return folder / name, load_file(folder / name)
+    name = next(name for name in ("pytorch_model.bin", "pytorch_adapter.bin") if (folder / name).is_file())
+    return folder / name, torch.load(folder / name, weights_only=True)
+
+
+def changed(folder, name, change):
+    """The folder with another tensor in it; returns what dk.load gets."""
+    file, tensors = read(folder)
+    tensors = {key: tensor.clone() for key, tensor in tensors.items()} | {name: change(tensors[name])}
+    if file.suffix == ".bin":
+        torch.save(tensors, file)
+    else:
+        save_file(tensors, file, {"format": "pt"})
+    return file if file.name == "kohya.safetensors" else folder
+
+
+def of_delta(tensors, kind):
+    """One tensor for each end of a name, without those of the backbone and the alphas."""
+    own = ("classifier.", ".alpha", "base_layer.")
+    names = [name for name in tensors if not any(part in name for part in own)]
+    if kind.startswith("opendelta"):
+        marks = ("lora", "adapter", "compactor", "prefix", "reparams", "soft_prompt", ".bias")
+        names = [name for name in names if any(mark in name for mark in marks)]
+    return list({tuple(re.sub(r"\d", "", name).split(".")[-2:]): name for name in names}.values())
+
+
+CONFIGS = {
+    "lora": lambda: peft.LoraConfig(r=3, target_modules=["q_proj", "embed_tokens"], lora_bias=False),
+    "adalora": lambda: peft.AdaLoraConfig(target_modules=["q_proj"], total_step=9, init_r=4),
+    "ia3": lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "tokens": lambda: peft.TrainableTokensConfig(token_indices=[3, 5], target_modules=["embed_tokens"]),
+    "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+    "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+}
+KINDS = [
+    *(f"opendelta {case}" for case in OF_OPENDELTA),
+    *(f"adapterhub {case}" for case in OF_HUB),
+    *(f"peft {case}" for case in CONFIGS),
+    "diffusers",
+    "kohya",
+]
+
+
+def made(kind, folder):
+    """Writes a delta of another library, and returns what builds its backbone."""
+    library, _, case = kind.partition(" ")
+    if library == "opendelta":
+        shutil.copytree(FILES / "bert" / case, folder)
+        return lambda: backbone("bert")
+    if library == "adapterhub":
+        shutil.copytree(HUB / "bert" / case, folder)
+        return lambda: tf.BertModel(tf.BertConfig.from_pretrained(HUB / "bert")).eval()
+    if library == "peft":
+        adapted(wide("llama"), CONFIGS[case](), folder)
+        return lambda: wide("llama")
+    folder.mkdir()
+    pairs = image_models.factors(image_models.unet())
+    names = {path: path.replace(".", "_") for path in pairs}
+    if library == "kohya":
+        tensors = {f"lora_unet_{names[path]}.lora_{end}.weight": t for path, pair in pairs.items() for end, t in zip(("down", "up"), pair, strict=True)}  # fmt: skip
+    else:
+        tensors = {f"unet.{path}.lora_{end}.weight": t for path, pair in pairs.items() for end, t in zip("AB", pair, strict=True)}  # fmt: skip
+    file = "kohya.safetensors" if library == "kohya" else "pytorch_lora_weights.safetensors"
+    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, folder / file, {"format": "pt"})
+    return image_models.unet
+
+
+CHANGES = {
+    "int8": lambda tensor: (tensor * 10).to(torch.int8),
+    "bool": lambda tensor: tensor > 0,
+    "deeper": lambda tensor: tensor[None].contiguous(),
+    "longer": lambda tensor: torch.cat([tensor, tensor[:1]]),
+}
+UNSEEN = {
+    "int8": None,
+    "bool": None,
+    # A vector stays one, and a bias is added to all rows.
+    "deeper": r"ia3_l$|loras\.task\.lora_B$|control_trans\.0\.bias$",
+    # The backbone alone knows how many outputs a layer has.
+    "longer": r"lora_(embedding_)?B(\.weight)?$|lora_up\.weight$|ia3_l$|\.bias$",
+}
+"""What fits without a backbone, by the change."""
+
+
+def copied(folder):
+    shutil.rmtree(folder / "bad", ignore_errors=True)
+    return shutil.copytree(folder / "good", folder / "bad")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_they_are_refused(kind, tmp_path):
+    build = made(kind, tmp_path / "good")
+    names = of_delta(read(tmp_path / "good")[1], kind)
+    assert names
+    dk.inspect(changed(tmp_path / "good", names[0], torch.clone))
+    for change, function in CHANGES.items():
+        accepted = []
+        for name in names:
+            place = changed(copied(tmp_path), name, function)
+            try:
+                dk.inspect(place)
+                accepted.append(name)
+            except dk.CheckpointError as error:
+                assert str(error).startswith(str(tmp_path / "bad")), error
+        assert not [name for name in accepted if not UNSEEN[change] or not re.search(UNSEEN[change], name)], change
+        if change != "deeper":
+            # What fits itself does not fit the backbone.
+            place = changed(copied(tmp_path), (accepted or names)[-1], function)
+            model = build()
+            before = snapshot(model)
+            with pytest.raises(dk.CheckpointError, match=f"^{re.escape(str(place))}.*; "):
+                dk.load(place, model)
+            same(before, snapshot(model))
