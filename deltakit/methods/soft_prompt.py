@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from deltakit.core import BackboneView, DeltaModule, Method, Target, checked
+from deltakit.core import BackboneView, DeltaModule, Design, Method, Target, checked
 from deltakit.errors import OptionError, StateError, TargetError
 from deltakit.ops import (
     CallContext,
@@ -41,6 +41,7 @@ class PromptVectors(nn.Module):
 class PromptDelta(CallContext):
     """The base of all parts of a soft prompt. In a mixed batch the first part at a target acts for all prompts there."""
 
+    design: ClassVar[Design] = Design(form="P", changes="embeddings", insertion="parallel", composition="concatenation")
     mixable: ClassVar[bool] = True
     tokens: int
 
@@ -118,8 +119,7 @@ class PromptVectorsDelta(PromptDelta):
         index, is_prompt = ids.prompt_indices
         tables = [peer.shared.prompt.to(output.dtype) for peer in self.peers(target)]
         table = tables[0] if len(tables) == 1 else torch.cat(tables)
-        # Some embeddings scale their vectors (Gemma, BART). The prompt's vectors start as rows of the same weight, so they
-        # are scaled, too.
+        # As some embeddings scale theirs (Gemma, BART): the prompt's vectors start as rows of the same weight.
         vectors = table[index].to(output.dtype) * getattr(target, "embed_scale", 1.0)
         return torch.where(is_prompt.unsqueeze(-1), vectors.to(output.dtype), output)
 
