@@ -98,7 +98,10 @@ def write(path: Path | None, name: str, rows: Any) -> None:
     """Writes the results of a benchmark as JSON, with the machine."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"benchmark": name, "machine": machine(), "rows": rows}, indent=1) + "\n")
+        # By renaming: a benchmark that is stopped while it writes must not lose what it had.
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({"benchmark": name, "machine": machine(), "rows": rows}, indent=1) + "\n")
+        partial.replace(path)
 
 
 CONFIGS: dict[str, Callable[[], Any]] = {

@@ -1,0 +1,111 @@
+"""The comparison of methods on two tasks (`benchmarks/accuracy.py`): which runs it does, what it chooses, and its table."""
+
+import json
+
+import pytest
+
+import deltakit as dk
+from support.paths import ROOT
+
+
+@pytest.fixture
+def accuracy(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import accuracy
+
+    return accuracy
+
+
+@pytest.fixture
+def results(accuracy, tmp_path):
+    return accuracy.Results(tmp_path / "accuracy.json", accuracy.Settings("demo", 600, 3))
+
+
+WANTED = {"lora": (dk.LoRA(),), "bitfit": (dk.BitFit(),)}
+
+
+def row(job, valid, test, results, methods=None, **changed):
+    common = {"methods": repr(methods or WANTED[job.name]), "parameters": 1234, "bytes": 5600, "seconds": 1.0}
+    return {**job._asdict(), **results.settings._asdict(), **common, "valid": valid, "test": test, **changed}
+
+
+def fill(accuracy, results, seeds, value):
+    """Does all runs, with accuracies that a function gives, and returns them in their order."""
+    done = []
+    while jobs := list(accuracy.missing(results, WANTED, ["SNIPS"], seeds)):
+        for job in jobs:
+            results.add(row(job, *value(job), results))
+        done += jobs
+    return done
+
+
+def test_every_registered_method_is_compared_with_a_grid_of_one_length(accuracy):
+    found = accuracy.contestants()
+    assert set(dk.METHODS) < set(found)
+    assert found["head alone"] == ()
+    assert {len(accuracy.rates(name)) for name in found} == {3}
+
+
+def test_the_rate_is_chosen_on_the_validation_split_alone(accuracy, results):
+    # On the test split the middle rate is best, and a later seed likes the last one.
+    valid = dict(zip(accuracy.RATES, (0.9, 0.5, 0.7), strict=True))
+    test = dict(zip(accuracy.RATES, (0.1, 0.8, 0.2), strict=True))
+    jobs = fill(accuracy, results, 3, lambda job: (valid.get(job.rate, 0.6), test.get(job.rate, 0.3)))
+    own = [job for job in jobs if job.name == "lora"]
+    assert [(job.rate, job.seed) for job in own] == [
+        *((rate, 0) for rate in accuracy.RATES),
+        *((accuracy.RATES[0], seed) for seed in (1, 2)),
+    ]
+    assert results.chosen("lora", WANTED["lora"], "SNIPS") == accuracy.RATES[0]
+    lines = accuracy.table(results, WANTED, ["SNIPS"], 3)
+    assert lines[0].startswith("| method | SNIPS, % right | rate | parameters |")
+    # The best comes first, and a rate at an end of the grid has a mark.
+    assert lines[2:] == [
+        "| bitfit | 20.0 (20.0 to 20.0) | 0.024 | 1,234 | 6 |  |",
+        "| lora | 10.0 (10.0 to 10.0) | 0.0015 < | 1,234 | 6 |  |",
+    ]
+
+
+def test_a_second_start_does_what_is_missing(accuracy, results):
+    jobs = fill(accuracy, results, 2, lambda job: (job.rate, 0.5))
+    assert len(jobs) == len(set(jobs)) == 2 * (3 + 1)
+    again = accuracy.Results(results.path, results.settings)
+    assert not list(accuracy.missing(again, WANTED, ["SNIPS"], 2))
+    assert len(list(accuracy.missing(again, WANTED, ["SNIPS"], 4))) == 2 * 2
+    # Rows of other settings or options are neither counted nor lost.
+    other = accuracy.Results(results.path, accuracy.Settings("demo", 100, 3))
+    assert len(list(accuracy.missing(other, WANTED, ["SNIPS"], 2))) == 2 * 3
+    changed = {"lora": (dk.LoRA(r=3),)}
+    assert len(list(accuracy.missing(again, changed, ["SNIPS"], 2))) == 3
+    assert "not run" in accuracy.table(again, changed, ["SNIPS"], 2)[2]
+    other.add(row(jobs[0], 0.1, 0.1, other))
+    assert len(json.loads(results.path.read_text())["rows"]) == len(jobs) + 1
+    assert not results.path.with_suffix(".partial").exists()
+
+
+@pytest.mark.parametrize("name", ["head alone", "lora"])
+def test_a_run_trains_its_method_and_the_classifier(accuracy, toy, name):
+    settings = accuracy.Settings(str(toy), 8, 1)
+    methods = accuracy.contestants()[name]
+    before, _, groups = accuracy.fresh(settings.model, "SNIPS", methods, 0)
+    assert sum(p.numel() for p in groups[0]["params"]) == sum(p.numel() for p in before.classifier.parameters())
+    found = accuracy.run(accuracy.Job("SNIPS", name, 1e-2, 0), methods, settings)
+    assert (found["parameters"] > 0, found["bytes"] > 0) == (name == "lora",) * 2
+    assert 0 <= found["test"] <= 1
+    assert found["seed"] == 0
+    assert json.loads(json.dumps(found)) == found
+    assert accuracy.run(accuracy.Job("SNIPS", name, 1e-2, 0), methods, settings)["valid"] == found["valid"]
+
+
+def test_the_splits_are_apart(accuracy):
+    for name, classes in (("SNIPS", 7), ("CLINC150", 10)):
+        task = accuracy.TASKS[name]()
+        assert len(task.classes) == classes
+        splits = [{request for request, _ in part} for part in (task.pool, task.valid, task.test)]
+        assert {label for _, label in task.test} == {label for _, label in task.valid} == set(task.classes)
+        assert min(map(len, splits)) >= 300
+        assert splits[0].isdisjoint(splits[1])
+        assert splits[0].isdisjoint(splits[2])
+        assert splits[1].isdisjoint(splits[2])
+        assert task.train(50, 0) != task.train(50, 1)
+        assert task.train(50, 1) == task.train(50, 1)
