@@ -28,6 +28,7 @@ import transformers as tf
 from intent_tasks import TASKS
 
 import deltakit as dk
+from deltakit.delta import method_rows
 from deltakit.demo.data import Example, batches, encode
 from deltakit.demo.run import bundled_model
 from deltakit.demo.training import BATCH, accuracy, train
@@ -36,10 +37,10 @@ HERE = Path(__file__).resolve().parent
 HEAD_ALONE = "head alone"
 HEAD_RATE = 1e-2
 
-RATES = (1.5e-3, 6e-3, 2.4e-2)
-# Few numbers that many tokens share need larger steps; their papers use rates up to 0.3.
-HIGH_RATES = (6e-3, 2.4e-2, 9.6e-2)
-HIGH = {"bitfit", "ia3", "prefix", "soft_prompt", "trainable_tokens", "vera"}
+RATES = (2e-3, 6e-3, 1.8e-2)
+# Prompts, prefixes and scales need larger steps; their papers use rates up to 0.3.
+HIGH_RATES = (1e-2, 3e-2, 9e-2)
+HIGH = {"trainable_tokens", "vera"}
 
 OPTIONS: dict[str, dict[str, Any]] = {
     # The thousand most frequent words in the vocabulary of the demo's encoder.
@@ -74,9 +75,17 @@ def contestants() -> dict[str, tuple[dk.Method, ...]]:
     return {HEAD_ALONE: (), **every, "lora, dora=True": (dk.LoRA(dora=True),), "prefix + parallel_adapter": mam}
 
 
+@cache
+def needs_high_rates(name: str) -> bool:
+    """Whether a registered method changes attention or embeddings, or scales what it changes."""
+    (row,) = method_rows([name])
+    return name in HIGH or row.design.changes in ("attention", "embeddings") or row.design.composition == "product"
+
+
 def rates(name: str) -> tuple[float, ...]:
     """Returns the learning rates that a contestant may choose from. All have the same number of them."""
-    return HIGH_RATES if set(name.split(" + ")) & HIGH else RATES
+    parts = [part for part in name.split(" + ") if part in dk.METHODS]
+    return HIGH_RATES if any(map(needs_high_rates, parts)) else RATES
 
 
 def folder(model: str) -> str:

@@ -44,13 +44,17 @@ def test_every_registered_method_is_compared_with_a_grid_of_one_length(accuracy)
     assert set(dk.METHODS) < set(found)
     assert found["head alone"] == ()
     assert {len(accuracy.rates(name)) for name in found} == {3}
+    # Prompts and scales get larger ones, by what they declare.
+    assert accuracy.rates("ia3") == accuracy.rates("prefix + parallel_adapter") == accuracy.HIGH_RATES
+    assert accuracy.rates("lora, dora=True") == accuracy.rates("bitfit") == accuracy.RATES
 
 
 def test_the_rate_is_chosen_on_the_validation_split_alone(accuracy, results):
     # On the test split the middle rate is best, and a later seed likes the last one.
-    valid = dict(zip(accuracy.RATES, (0.9, 0.5, 0.7), strict=True))
-    test = dict(zip(accuracy.RATES, (0.1, 0.8, 0.2), strict=True))
-    jobs = fill(accuracy, results, 3, lambda job: (valid.get(job.rate, 0.6), test.get(job.rate, 0.3)))
+    low, middle, high = accuracy.RATES
+    valid = {("lora", low): 0.9, ("lora", high): 0.7, ("bitfit", middle): 0.6}
+    test = {("lora", low): 0.1, ("lora", middle): 0.8, ("bitfit", middle): 0.4}
+    jobs = fill(accuracy, results, 3, lambda job: (valid.get(job[1:3], 0.5), test.get(job[1:3], 0.3)))
     own = [job for job in jobs if job.name == "lora"]
     assert [(job.rate, job.seed) for job in own] == [
         *((rate, 0) for rate in accuracy.RATES),
@@ -61,8 +65,8 @@ def test_the_rate_is_chosen_on_the_validation_split_alone(accuracy, results):
     assert lines[0].startswith("| method | SNIPS, % right | rate | parameters |")
     # The best comes first, and a rate at an end of the grid has a mark.
     assert lines[2:] == [
-        "| bitfit | 20.0 (20.0 to 20.0) | 0.024 | 1,234 | 6 |  |",
-        "| lora | 10.0 (10.0 to 10.0) | 0.0015 < | 1,234 | 6 |  |",
+        "| bitfit | 40.0 (40.0 to 40.0) | 0.006 | 1,234 | 6 |  |",
+        "| lora | 10.0 (10.0 to 10.0) | 0.002 < | 1,234 | 6 |  |",
     ]
 
 
