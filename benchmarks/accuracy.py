@@ -13,7 +13,6 @@ import json
 import statistics
 import sys
 import tempfile
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -239,7 +238,6 @@ def edge(name: str, rate: float) -> str:
 
 def document(lines: Sequence[str], settings: Settings, seeds: int) -> str:
     """Returns the page with the table."""
-    machine = ", ".join(f"{key} {value}" for key, value in harness.machine().items())
     said = (
         f"The encoder of `deltakit demo` learns the seven intents of SNIPS and the ten topics of CLINC150 "
         f"(`benchmarks/data/clinc150`) from {settings.examples} examples, in {settings.epochs} passes. Every method has its "
@@ -248,10 +246,7 @@ def document(lines: Sequence[str], settings: Settings, seeds: int) -> str:
         f"seeds, which also draw the examples, with the lowest and the highest. `<` and `>` mark rates at an end of the grid. "
         f"Parameters are without the classifier, files with it. Steps take turns with LoRA's: medians with quartiles."
     )
-    head = ["<!-- written by benchmarks/accuracy.py -->", "# Methods on two real tasks", ""]
-    return "\n".join(
-        [*head, f"`python benchmarks/accuracy.py`; {machine}.", "", *textwrap.wrap(said, 127), "", *lines, ""]
-    )
+    return harness.page("accuracy.py", "Methods on two real tasks", said, lines)
 
 
 def work(results: Results, wanted: dict[str, tuple[dk.Method, ...]], options: argparse.Namespace) -> list[str]:

@@ -6,8 +6,9 @@ import json
 import os
 import platform
 import statistics
+import textwrap
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,13 @@ def write(path: Path | None, name: str, rows: Any) -> None:
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps({"benchmark": name, "machine": machine(), "rows": rows}, indent=1) + "\n")
         partial.replace(path)
+
+
+def page(script: str, title: str, text: str, lines: Sequence[str]) -> str:
+    """Returns a Markdown page of results: the command, the machine, a text and a table."""
+    known = ", ".join(f"{key} {value}" for key, value in machine().items())
+    head = [f"<!-- written by benchmarks/{script} -->", f"# {title}", "", f"`python benchmarks/{script}`; {known}.", ""]
+    return "\n".join([*head, *textwrap.wrap(text, 127), "", *lines, ""])
 
 
 CONFIGS: dict[str, Callable[[], Any]] = {

@@ -1,4 +1,4 @@
-"""The comparison of methods on two tasks (`benchmarks/accuracy.py`): which runs it does, what it chooses, and its table."""
+"""The comparisons of methods, `benchmarks/accuracy.py` and `benchmarks/methods.py`: what they run, choose and write."""
 
 import json
 
@@ -113,3 +113,33 @@ def test_the_splits_are_apart(accuracy):
         assert splits[1].isdisjoint(splits[2])
         assert task.train(50, 0) != task.train(50, 1)
         assert task.train(50, 1) == task.train(50, 1)
+
+
+def test_the_table_of_costs(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import methods
+
+    # What PEFT has of ours has a name in the registry, or is not there yet.
+    assert {"lora", "ia3", "prefix", "soft_prompt", "trainable_tokens"} <= methods.PEFT.keys() & dk.METHODS.keys()
+    row = {
+        "method": "lora",
+        "missing": {},
+        "to floor": {"floor": (1, 1, 1), "LoRA": (1.1, 1, 1.2), "deltakit": (1.25, 1.2, 1.3)},
+        "to LoRA": (1.136, 1.1, 1.2),
+        "operations": {"floor": 100, "LoRA": 110, "deltakit": 121},
+        "kept": {"floor": 1e6, "LoRA": 2e6, "deltakit": 3.5e6},
+        "parameters": {"floor": 0, "LoRA": 1200, "deltakit": 3400},
+    }
+    alone = {**row, "method": "a", "missing": {"PEFT": "ValueError: no"}}
+    beside = {name: {**row[name], "PEFT": 5e6} for name in ("kept", "parameters", "operations")}
+    beside["to floor"] = {**row["to floor"], "PEFT": (2, 1.9, 2.1)}
+    text = methods.document([{**row, **beside}, alone])
+    assert text.splitlines()[-6:] == [
+        "| a |  | 1.250 (1.200 to 1.300) | 1.136 (1.100 to 1.200) | 1.10 |  | 2.5 |  | 3,400 |",
+        "| lora | 2.000 (1.900 to 2.100) | 1.250 (1.200 to 1.300) | 1.136 (1.100 to 1.200) | 1.10 | 4.0 | 2.5 "
+        "| 5,000,000.0 | 3,400 |",
+        "",
+        "PEFT's that do not run on this model:",
+        "",
+        "- PEFT's a: ValueError: no",
+    ]
