@@ -26,7 +26,7 @@ def named(model, name, *labels):
 
 
 def modules_of(delta):
-    return [module for there in delta.modules.values() for module in there]
+    return [site.module for site in delta._attachment.sites]
 
 
 def alone(model, deltas, own):
@@ -40,7 +40,7 @@ def alone(model, deltas, own):
 def test_examples_of_a_mixed_batch_are_as_alone(model, name):
     deltas = named(model, name, "one", "two")
     before, names = snapshot(model), ["one", None, "two", "one"]
-    if not all(module.mixable for delta in deltas for module in modules_of(delta)):
+    if not all(module.mixable and module.weight_read is None for delta in deltas for module in modules_of(delta)):
         with pytest.raises(dk.StateError, match="rows"), dk.rows(model, names):
             model(ids(4))
         same(before, snapshot(model))
@@ -84,20 +84,13 @@ def changed_weights(model, delta):
     """What a delta adds to each weight into which it can be merged."""
     found = {}
     delta.attach()
-    for path, there in delta.modules.items():
-        for module in there:
-            # A bias cannot be merged into a layer that has none.
-            with contextlib.suppress(dk.TargetError):
-                for name, update in module.weight_updates(model.get_submodule(path)).items():
-                    found[f"{path}.{name}"] = update.clone()
+    for site in delta._attachment.sites:
+        # A bias cannot be merged into a layer that has none.
+        with contextlib.suppress(dk.TargetError):
+            for name, update in site.module.weight_updates(site.target).items():
+                found[f"{site.owner}.{name}"] = update.clone()
     delta.detach()
     return found
-
-
-def together(model, *methods):
-    """One delta with all the methods, on a copy of a model."""
-    twin = copy.deepcopy(model)
-    return twin, dk.attach(twin, *methods)
 
 
 @every_method
@@ -109,11 +102,11 @@ def test_several_deltas_at_one_place_act_in_the_order_of_attachment(model, name)
     randomize(one), randomize(two)
     output = model(ids())
     # Several methods in one delta do the same, in their order.
-    twin, both = together(Transformer().double().eval(), first, second)
+    twin = Transformer().double().eval()
     twin.load_state_dict(dk.base_state_dict(model))
-    with torch.no_grad():
-        for own, value in zip(both.parameters(), (*one.parameters(), *two.parameters()), strict=True):
-            own.copy_(value)
+    both = dk.attach(twin, first, second)
+    for own, other in zip(modules_of(both), (*modules_of(one), *modules_of(two)), strict=True):
+        own.load_state_dict(other.state_dict())
     assert torch.equal(twin(ids()), output)
     # The order is that of the first attachment.
     one.detach().attach()
@@ -131,10 +124,11 @@ def test_several_deltas_at_one_place_act_in_the_order_of_attachment(model, name)
 
 
 def places(model, name):
-    """The modules with an output of features that a method is at, or reads."""
-    with_output = (nn.Linear, nn.Embedding, type(model.layers[0].self_attn), type(model.layers[0].mlp))
-    paths = dk.attach(copy.deepcopy(model), method_of(name)).modules
-    return [path for path in paths if isinstance(model.get_submodule(path), with_output)]
+    """The modules with hidden states as their output that a method is at, or reads."""
+    block = model.layers[0]
+    hidden = (nn.Linear, nn.Embedding, nn.LayerNorm, type(block), type(block.self_attn), type(block.mlp))
+    sites = dk.attach(copy.deepcopy(model), method_of(name))._attachment.sites
+    return list(dict.fromkeys(site.owner for site in sites if isinstance(site.target, hidden)))
 
 
 def hooked(module):

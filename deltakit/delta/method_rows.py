@@ -17,9 +17,10 @@ from deltakit.selection import roles
 from deltakit.view import MethodRow
 
 _NAME = r"[A-Z][\w'-]+(?: [A-Z][\w'-]+)*"
-_PAPER = re.compile(rf"({_NAME}(?: et al\.| and {_NAME})? \d{{4}}),? \(?(https?://[^\s,)]*[^\s,.)])")
-"""Authors and year, then an address, as docstrings of methods have them."""
-_ADDRESS = re.compile(r"(https?://[^\s,)]*[^\s,.)])")
+_WHO = rf"({_NAME}(?: et al\.| and {_NAME})? \d{{4}})"
+_ADDRESS = r"(https?://[^\s,;)]*[^\s,;.)])"
+_SOURCES = (rf"{_WHO}(?: \([^)]*\))?,? \(?{_ADDRESS}", _WHO, _ADDRESS)
+"""Authors and year, and an address, as docstrings of methods have them; or one of the two."""
 
 
 def method_rows(names: Sequence[str] = ()) -> list[MethodRow]:
@@ -49,7 +50,9 @@ def _row(kind: type[Method]) -> MethodRow:
     else:
         attachment = delta._attachment
         design, positions = _design(kind, attachment), _positions(attachment)
-        mixed = "yes" if all(site.module.mixable for site in attachment.sites) else "no"
+        # A weight is the same for all examples of a batch.
+        apart = all(site.module.mixable and site.module.weight_read is None for site in attachment.sites)
+        mixed = "yes" if apart else "no"
         summed, merged = _sums(delta), _merges(delta)
     return MethodRow(
         name=kind.name,
@@ -72,7 +75,7 @@ def _design(kind: type[Method], attachment: Attachment) -> Design:
 def _positions(attachment: Attachment) -> list[str]:
     """Returns selectors of the roles of the targets, such as "@attn.{q,v}"."""
     # Modules that only help others, such as by inserting ids, have no parameters, and shared ones stand at one target.
-    paths = {site.path for site in attachment.sites if site.module.parameters_read()}
+    paths = {site.owner for site in attachment.sites if site.module.parameters_read()}
     parts: dict[str, list[str]] = {}
     seen: set[str] = set()
     for role, there in roles(attachment.backbone).items():
@@ -113,13 +116,13 @@ def _sums(delta: Delta) -> str:
 def _source(kind: type[Method]) -> str:
     """Returns authors, year and address of the first paper in the docstring of the method's class or of its file.
 
-    Without a paper it is the first address, or "".
+    It is only one of the two where nothing has both, and "" where there is neither.
     """
     module = inspect.getmodule(kind)
     texts = [" ".join((text or "").split()) for text in (kind.__doc__, module and module.__doc__)]
-    for pattern in (_PAPER, _ADDRESS):
+    for pattern in _SOURCES:
         for text in texts:
-            found = pattern.search(text)
+            found = re.search(pattern, text)
             if found:
                 return ", ".join(found.groups())
     return ""

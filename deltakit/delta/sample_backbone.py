@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # They fit the defaults of methods that divide features into blocks.
-_WIDTH, _INNER, _COUNT, _VOCABULARY = 64, 128, 4, 64
+_WIDTH, _INNER, _COUNT, _VOCABULARY = 256, 512, 4, 64
 
 
 class _Attention(nn.Module):

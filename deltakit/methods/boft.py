@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import DeltaModule, Method, Target, wide
+from deltakit.core import DeltaModule, Design, Method, Target, wide
 from deltakit.errors import OptionError
 from deltakit.ops import WeightMap, block_size_for, like, matrix_shape
 
@@ -81,6 +81,7 @@ class BOFT(Method, name="boft"):
     """
 
     kind: ClassVar[type[DeltaModule]] = BOFTDelta
+    design: ClassVar[Design] = Design(form="diag(s) W B_1 ... B_m x", composition="replacement")
 
     block_size: int | None = None
     factors: int = 1

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import DeltaModule, Method, Target, wide
+from deltakit.core import DeltaModule, Design, Method, Target, wide
 from deltakit.errors import OptionError, TargetError
 from deltakit.ops import SeededPlaces, WeightMap, like, matrix_shape
 
@@ -39,7 +39,7 @@ class FourierFTDelta(WeightMap):
         self.spectrum = nn.Parameter(torch.zeros(*stack, n, **like(target)))
         self.places = SeededPlaces(entries, n, options.seed, self.spectrum.device)
 
-    def weight_update(self, weight: Float[Tensor, "*stack d_out d_in"]) -> Float[Tensor, "*stack d_out d_in"]:
+    def weight_update(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "*stack d_out d_in"]:
         # torch has no transforms of 16 bits.
         entries = wide(self.spectrum)
         matrix = entries.new_zeros(*entries.shape[:-1], self.shape[0] * self.shape[1])
@@ -75,6 +75,7 @@ class FourierFT(Method, name="fourierft"):
     """
 
     kind: ClassVar[type[DeltaModule]] = FourierFTDelta
+    design: ClassVar[Design] = Design(form="s F^-1(S) x, S sparse")
 
     n: int | None = None
     scaling: float = 150.0

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import DeltaModule, Method, Target, wants_start_values, wide
+from deltakit.core import DeltaModule, Design, Method, Target, wants_start_values, wide
 from deltakit.errors import CheckpointError, OptionError, TargetError
 from deltakit.ops import WeightMap, like, matrix_shape, seeded_places, take_weighted_sum
 
@@ -53,7 +53,7 @@ class SHiRADelta(WeightMap):
         index = index.sort().values
         self.places.copy_(torch.stack((index // self.shape[1], index % self.shape[1])))
 
-    def weight_update(self, weight: Float[Tensor, "*stack d_out d_in"]) -> Float[Tensor, "*stack d_out d_in"]:
+    def weight_update(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "*stack d_out d_in"]:
         values, (rows, columns) = wide(self.values), self.places.long()
         matrix = values.new_zeros(*values.shape[:-1], self.shape[0] * self.shape[1])
         return matrix.index_add(-1, rows * self.shape[1] + columns, values).unflatten(-1, self.shape)
@@ -98,6 +98,7 @@ class SHiRA(Method, name="shira"):
     """
 
     kind: ClassVar[type[DeltaModule]] = SHiRADelta
+    design: ClassVar[Design] = Design(form="S x, S sparse")
 
     r: int | None = None
     seed: int = 0

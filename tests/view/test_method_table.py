@@ -50,7 +50,7 @@ def test_every_method_has_a_complete_row(rows, name):
     for field, words in WORDS.items():
         assert getattr(row.design if field == "insertion" else row, field) in words
     assert row.source.isascii()
-    assert "http" in row.source
+    assert "http" in row.source or row.source[-4:].isdigit()
 
 
 def test_abilities_are_those_that_the_methods_have(rows):
