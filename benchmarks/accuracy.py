@@ -1,6 +1,6 @@
 """Compares all methods on two real tasks: accuracy, parameters, time of a step as a ratio to LoRA's, and size of the file.
 
-    python benchmarks/accuracy.py [--methods lora adapter ...] [--seeds 3] [--examples 600] [--epochs 3] [--workers 2]
+    python benchmarks/accuracy.py [--methods lora adapter ...] [--seeds 3] [--examples 480] [--epochs 3] [--workers 2]
                                   [--out benchmarks/results/accuracy.json] [--table benchmarks/accuracy.md]
 
 Each method gets the same budget: three learning rates with the first seed, of which the accuracy on a validation split chooses
@@ -281,7 +281,7 @@ def main() -> int:
     parser.add_argument("--methods", nargs="*", help="only these; by default all that are registered")
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--examples", type=int, default=600)
+    parser.add_argument("--examples", type=int, default=480)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--rounds", type=int, default=15, help="steps that are timed")
