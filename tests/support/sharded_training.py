@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 import deltakit as dk
-from support.models import Transformer, randomize
+from support.models import Transformer, method_of, randomize
 
 
 def to_train(start=None):
@@ -71,6 +71,31 @@ def worker(rank, size, port, engine, steps, start, out, results):
         delta.load_state_dict({name: torch.zeros_like(value) for name, value in state.items()})
         assert all(not value.any() for value in delta.state_dict().values())
     results[rank] = (means, state, late)
+    dist.destroy_process_group()
+    leave()
+
+
+def every_method():
+    """Yields each registered method by name, with a toy that it is attached to; equal in all processes."""
+    for name in sorted(dk.METHODS):
+        torch.manual_seed(7)
+        model = Transformer()
+        yield name, model, randomize(dk.attach(model, method_of(name)), scale=0.03)
+
+
+def saver(rank, size, port, out, results):
+    """Saves every method under FSDP2, and puts the reasons of those that failed into `results`."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    failed = {}
+    for name, model, delta in every_method():
+        try:
+            sharded = shard(model, "fsdp2")
+            sharded(batch(0)).square().mean().backward()
+            delta.save(f"{out}/{name}")
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {error}"
+    results[rank] = failed
     dist.destroy_process_group()
     leave()
 
