@@ -44,8 +44,8 @@ class FourierFTDelta(WeightMap):
         entries = wide(self.spectrum)
         matrix = entries.new_zeros(*entries.shape[:-1], self.shape[0] * self.shape[1])
         matrix = matrix.index_copy(-1, self.places.index, entries).unflatten(-1, self.shape)
-        # Of a real matrix the transform back and forth have the same real part, up to the number of entries, and it is the same
-        # at (i, j) and (-i, -j). So half of the columns are enough.
+        # Of a real matrix the transforms back and forth have the same real part, up to the number of entries, and it is the
+        # same at (i, j) and (-i, -j). So half of the columns are enough.
         half = torch.fft.rfft2(matrix, norm="forward").real
         other = half[..., 1 : (self.shape[1] + 1) // 2].flip(-2, -1).roll(1, -2)
         return self.factor * torch.cat((half, other), -1)

@@ -1,4 +1,4 @@
-"""AdapterHub's adapters: bottlenecks, compacters, LoRA, IA3 and prefixes.
+"""AdapterHub's adapters: bottlenecks, compacters, LoRA, IA3, ReFT and prefixes.
 
 The forms of keys and the formulas are those of adapters 1.2.0, found by saving and running adapters of each kind.
 """
