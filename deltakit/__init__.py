@@ -53,18 +53,24 @@ from deltakit.methods.gralora import GraLoRA
 from deltakit.methods.hira import HiRA
 from deltakit.methods.hra import HRA
 from deltakit.methods.ia3 import IA3
+from deltakit.methods.intrinsic_prompt import IntrinsicPrompt, PromptDecoder
+from deltakit.methods.llama_adapter import LlamaAdapter
 from deltakit.methods.ln_tuning import LNTuning
 from deltakit.methods.loha import LoHa
 from deltakit.methods.lokr import LoKr
 from deltakit.methods.lora import LoRA
 from deltakit.methods.low_rank_adapter import LowRankAdapter
+from deltakit.methods.lst import LST
 from deltakit.methods.miss import MiSS
+from deltakit.methods.multitask_prompt import MultitaskPrompt
 from deltakit.methods.oft import OFT
+from deltakit.methods.p_tuning import PTuning
 from deltakit.methods.parallel_adapter import ParallelAdapter
-from deltakit.methods.prefix import Prefix
+from deltakit.methods.prefix import Prefix, PTuningV2
 from deltakit.methods.randlora import RandLoRA
 from deltakit.methods.reft import ReFT
 from deltakit.methods.road import RoAd
+from deltakit.methods.said import SAID
 from deltakit.methods.shira import SHiRA
 from deltakit.methods.soft_prompt import SoftPrompt
 from deltakit.methods.trainable_tokens import TrainableTokens
@@ -93,8 +99,10 @@ __all__ = [
     "C3A",
     "HRA",
     "IA3",
+    "LST",
     "METHODS",
     "OFT",
+    "SAID",
     "Adapter",
     "AdapterModel",
     "AutoDeltaConfig",
@@ -117,7 +125,9 @@ __all__ = [
     "HiRA",
     "HubError",
     "InputMap",
+    "IntrinsicPrompt",
     "LNTuning",
+    "LlamaAdapter",
     "LoHa",
     "LoKr",
     "LoRA",
@@ -127,13 +137,17 @@ __all__ = [
     "LowRankAdapterModel",
     "Method",
     "MiSS",
+    "MultitaskPrompt",
     "OptionError",
     "OutputMap",
+    "PTuning",
+    "PTuningV2",
     "ParallelAdapter",
     "ParallelAdapterModel",
     "Plan",
     "Prefix",
     "PrefixModel",
+    "PromptDecoder",
     "RandLoRA",
     "ReFT",
     "RoAd",

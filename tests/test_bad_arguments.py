@@ -22,8 +22,11 @@ TEXT = WORD | {"empty text", "zero byte", "control"}
 MODEL = {"module"}
 BOTTLENECKS = ("Adapter", "LowRankAdapter", "Compacter", "ParallelAdapter")
 MAPS = ("OFT", "BOFT", "HRA", "RoAd", "ReFT", "FourierFT", "C3A", "SHiRA")
-ON_MODULES = ("LoRA", "BitFit", "IA3", *BOTTLENECKS, *WEIGHT_METHODS, *MAPS)
-ALL_METHODS = (*ON_MODULES, "LNTuning", "Prefix", "SoftPrompt", "TrainableTokens")
+ON_MODULES = ("LoRA", "BitFit", "IA3", "SAID", *BOTTLENECKS, *WEIGHT_METHODS, *MAPS)
+PREFIXES, STARTED = ("Prefix", "PTuningV2"), ("SoftPrompt", "MultitaskPrompt")
+PROMPTS = (*STARTED, "PTuning", "IntrinsicPrompt")
+ON_PARTS = (*PREFIXES, *PROMPTS, "LNTuning", "TrainableTokens", "LST", "LlamaAdapter")
+ALL_METHODS = (*ON_MODULES, *ON_PARTS)
 
 OPENDELTA = {
     "LoraModel": {"counts": ["lora_r"]},
@@ -79,7 +82,7 @@ ACCEPTED = {
     "Delta.parameter_groups.by_tag": {"empty dict", "dict of objects"},
     **{f"{kind}.at": NOTHING for kind in ALL_METHODS},
     **{f"{kind}.of": NOTHING | {"module class"} for kind in ON_MODULES},
-    **dict.fromkeys(["LNTuning.of", "Prefix.of", "SoftPrompt.of", "TrainableTokens.of"], NOTHING),
+    **{f"{kind}.of": NOTHING for kind in ON_PARTS},
     "TrainableTokens.ids": {"range"},
     "TrainableTokens.untie": SWITCH,
     **{f"{kind}.untie": SWITCH for kind in WEIGHT_METHODS},
@@ -102,11 +105,26 @@ ACCEPTED = {
     **{f"{kind}.exclude": NOTHING | NO_SELECTORS for kind in ALL_METHODS},
     "select.of": NOTHING | {"module class"},
     "select.exclude": NOTHING | NO_SELECTORS,
-    **dict.fromkeys(["LoRA.r", "Prefix.tokens", "Prefix.hidden", "SoftPrompt.tokens", "SoftPrompt.from_text.options"], COUNT),
+    **dict.fromkeys(["LoRA.r", "SoftPrompt.from_text.options", "SoftPrompt.from_delta.options", "PTuning.layers"], COUNT),
     # At alpha 0 the update is zero: sweeps begin there.
     "LoRA.alpha": NUMBER - {"-1"},
     "LoRA.dropout": {"0"},
-    **dict.fromkeys(["LoRA.rslora", "LoRA.dora", "LoRA.untie", "BOFT.untie", "FourierFT.untie", "SHiRA.untie", "Prefix.reparam", "SoftPrompt.prepend", "SoftPrompt.trim", "Prefix.shift"], SWITCH),
+    **dict.fromkeys(["LoRA.rslora", "LoRA.dora", "LoRA.untie", "BOFT.untie", "FourierFT.untie", "SHiRA.untie"], SWITCH),
+    **{f"{kind}.{option}": SWITCH for kind in PREFIXES for option in ("reparam", "shift")},
+    **{f"{kind}.{option}": COUNT for kind in PREFIXES for option in ("tokens", "hidden")},
+    **{f"{kind}.{option}": {"0"} if option == "dropout" else NOTHING | COUNT for kind in PREFIXES for option in ("embed", "dropout")},
+    **{f"{kind}.{option}": SWITCH for kind in PROMPTS for option in ("prepend", "trim")},
+    **{f"{kind}.tokens": COUNT for kind in PROMPTS},
+    **{f"{kind}.where": NOTHING for kind in PROMPTS},
+    **{f"LlamaAdapter.{option}": COUNT for option in ("tokens", "layers")},
+    **{f"LST.{option}": NOTHING | COUNT if option == "size" else COUNT for option in ("size", "reduction", "every")},
+    # The backbone has more targets than a size of 1 or 3 has room for.
+    "SAID.structured": SWITCH,
+    "SAID.seed": COUNT | {"0"},
+    "PTuning.encoder": NOTHING,
+    "PTuning.hidden": NOTHING | COUNT,
+    "PTuning.dropout": {"0"},
+    "PTuning.anchors": NOTHING | {"empty dict"},
     **{f"{kind}.{option}": NOTHING | COUNT for kind in BOTTLENECKS for option in ("size", "reduction")},
     # A size is a multiple of the division, which divides the features (20 here). A rank is at most the size (1 here).
     "Compacter.size": NOTHING,
@@ -126,14 +144,25 @@ ACCEPTED = {
     "ReFT.suffix_positions": COUNT | {"0"},
     "ReFT.tied": SWITCH,
     "BOFT.factors": COUNT,
-    "SoftPrompt.init_ids": NOTHING | {"range"},
-    "SoftPrompt.where": NOTHING,
+    **{f"{kind}.init_ids": NOTHING | {"range"} for kind in STARTED},
+    # Any vectors of the right width, repeated to the length: this matrix has another one.
+    **{f"{kind}.init_vectors": NOTHING for kind in STARTED},
     # Any text with a token.
     "SoftPrompt.from_text.text": (TEXT - {"empty text", "long text"}),
     "WeightMap.view": NOTHING,
-    "Prefix.embed": NOTHING | COUNT,
-    "SoftPrompt.init_range": NUMBER - {"0", "-1"},
-    "SoftPrompt.trim": SWITCH,
+    **{f"{kind}.init_range": NUMBER - {"0", "-1"} for kind in STARTED},
+    # More than one task only without prepend=.
+    "MultitaskPrompt.tasks": {"1"},
+    "MultitaskPrompt.rank": COUNT,
+    **{f"PromptDecoder.{option}": COUNT for option in ("tokens", "width", "size", "hidden")},
+    **{f"PromptDecoder.fit.{option}": COUNT for option in ("size", "hidden", "steps")},
+    "PromptDecoder.fit.lr": NUMBER - {"0", "-1"},
+    # Any seed of torch's.
+    "PromptDecoder.fit.seed": COUNT | {"0", "-1"},
+    "IntrinsicPrompt.size": NOTHING | COUNT,
+    # A seed is a count from 0; a decoder is what PromptDecoder.fit returns.
+    "IntrinsicPrompt.seed": COUNT | {"0"},
+    "IntrinsicPrompt.decoder": NOTHING,
     **dict.fromkeys([f"{kind}.{option}" for kind, options in OPENDELTA.items() for option in options["counts"]], COUNT),
     **dict.fromkeys(["CompacterModel.hypercomplex_division", "LowRankAdapterModel.low_rank_rank"], ONE),
     "LoraModel.lora_alpha": NUMBER - {"-1"},
@@ -164,6 +193,7 @@ UNCHECKED = {
     "Method": "abstract; its options are those of LoRA",
     # Python's own containers and what only deltakit makes.
     "METHODS": "a dict",
+    "PromptDecoder.forward": "torch's own way of calling a module",
     "Combination": "a named tuple",
     **dict.fromkeys(["SavedDelta", "SavedMethod"], "what inspect returns"),
     "Plan": "the result of plan",

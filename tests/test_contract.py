@@ -294,6 +294,8 @@ def test_merge_is_the_delta_or_an_error(model, name):
 def test_gradients_under_checkpointing(model, name, reentrant):
     delta = trained(model, name)
     model.train()
+    # Some drop values.
+    torch.manual_seed(2)
     model(ids()).square().sum().backward()
     expected = [parameter.grad for parameter in delta.parameters()]
     for parameter in delta.parameters():
@@ -306,6 +308,7 @@ def test_gradients_under_checkpointing(model, name, reentrant):
             return torch.utils.checkpoint.checkpoint(plain, x, use_reentrant=reentrant)
 
         layer.forward = forward
+    torch.manual_seed(2)
     model(ids()).square().sum().backward()
     for parameter, gradient in zip(delta.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)

@@ -21,6 +21,7 @@ from deltakit.core.bare_weight import (
 from deltakit.core.buffer_ledger import buffer_at, copy_buffers, is_below, relative
 from deltakit.core.caller_rows import begin_forward, close_rows, current_batch, end_forward, open_rows, rows_now
 from deltakit.core.delta_module import DeltaModule
+from deltakit.core.design import Design
 from deltakit.core.feature_slice import FeatureSlice, slice_where
 from deltakit.core.folding import breadth, expand, fold, is_plain, span
 from deltakit.core.grad_ledger import GradLedger
@@ -100,6 +101,7 @@ __all__ = [
     "BareLayer",
     "CurrentCall",
     "DeltaModule",
+    "Design",
     "FeatureSlice",
     "GradLedger",
     "Inferred",

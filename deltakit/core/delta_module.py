@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from deltakit.core.attached_module import AttachedModule
+from deltakit.core.design import Design
 from deltakit.errors import TargetError
 
 
@@ -19,6 +20,9 @@ class DeltaModule(AttachedModule):
     tags: ClassVar[Mapping[str, str]] = {}
     """A tag for each parameter, by its name or by the name of the child module that holds it. `Delta.parameter_groups` groups
     by tags, and parameters tagged "frozen" are never trained."""
+
+    design: ClassVar[Design] = Design()
+    """The design of methods with this kind, where they say nothing else."""
 
     reads_call: ClassVar[bool] = False
     """Whether it reads `current_call()`: the ids, mask and position of the backbone's call."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from deltakit.core.arguments import Door, checked
 from deltakit.core.delta_module import DeltaModule
+from deltakit.core.design import Design
 from deltakit.core.paths import type_names
 from deltakit.core.target import Target
 from deltakit.errors import CheckpointError, OptionError
@@ -100,6 +101,12 @@ class Method(metaclass=MethodType):
 
     identity: ClassVar[bool] = True
     """Whether the outputs stay bit-exact while a delta is attached and untrained."""
+
+    design: ClassVar[Design] = Design()
+    """What it changes, and how: the words that differ from those of its kind. `deltakit methods` prints them."""
+
+    example: ClassVar[Mapping[str, Any]] = {}
+    """Values for options that have no default, with which `deltakit methods` builds one."""
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

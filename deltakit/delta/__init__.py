@@ -8,6 +8,7 @@ from deltakit.delta.freezing import freeze_parameters, keep_frozen, narrow, wide
 from deltakit.delta.handle import Delta
 from deltakit.delta.inspecting import SavedDelta, SavedMethod, inspect
 from deltakit.delta.loading import load
+from deltakit.delta.method_rows import method_rows
 from deltakit.delta.mixed_rows import rows
 from deltakit.delta.new_heads import Spelling
 from deltakit.delta.own_values import base_state_dict, merged_state_dict
@@ -38,6 +39,7 @@ __all__ = [
     "keep_frozen",
     "load",
     "merged_state_dict",
+    "method_rows",
     "narrow",
     "plan",
     "rows",

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from deltakit.core import is_first, is_sharded, wait_for_all
+from deltakit.core import Attachment, Site, is_first, is_sharded, wait_for_all
 from deltakit.delta import tensors
 from deltakit.delta.changed_backbone import refuse_changed
 from deltakit.delta.claims import refuse_scaled
@@ -87,11 +87,20 @@ def write(
     """
     refuse_others(folder, format)
     attachment = delta._attachment
-    sizes = [0] * len(attachment.record.methods)
+    sizes, count = [0] * len(attachment.record.methods), delta.num_parameters
     for site in attachment.sites:
-        sizes[site.method] += sum(p.numel() for _, p, _ in site.module.trained_parameters())
+        trained = sum(p.numel() for _, p, _ in site.module.trained_parameters())
+        size = _computed(attachment, site, state) if site.module.computes_saved_state() else trained
+        sizes[site.method] += size
+        count += size - trained
     details = CardDetails(
         format, sizes, repository, type(delta.backbone).__module__.split(".")[0] == "transformers", results
     )
-    config = delta_config(attachment, delta.num_parameters)
+    config = delta_config(attachment, count)
     WRITERS[format](folder, attachment, state, config, model_card(config, details))
+
+
+def _computed(attachment: Attachment, site: Site, state: Mapping[str, Tensor]) -> int:
+    """Returns the number of values in a file of a delta module that saves what its parameters compute."""
+    prefix = attachment.named(site, "")
+    return sum(tensor.numel() for name, tensor in state.items() if name.startswith(prefix))

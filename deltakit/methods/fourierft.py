@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import DeltaModule, Target, wide
+from deltakit.core import DeltaModule, Design, Target, wide
 from deltakit.errors import OptionError, TargetError
 from deltakit.ops import SeededPlaces, WeightMap, WeightMethod, check_seed, like, matrix_shape
 
@@ -81,6 +81,7 @@ class FourierFT(WeightMethod, name="fourierft"):
 
     on_stacks: ClassVar[bool] = True
     kind: ClassVar[type[DeltaModule]] = FourierFTDelta
+    design: ClassVar[Design] = Design(form="s F^-1(S) x, S sparse")
 
     n: int | None = None
     scaling: float = 150.0

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import BackboneView, DeltaModule, Method, Target, wide
+from deltakit.core import BackboneView, DeltaModule, Design, Method, Target, wide
 from deltakit.errors import RoleError, TargetError
 from deltakit.ops import WeightMap, like, take_weighted_sum
 
@@ -47,6 +47,7 @@ class LNTuning(Method, name="ln_tuning"):
     """Trains the weights and biases of norms: by default of all, or of those that `at` selects."""
 
     kind: ClassVar[type[DeltaModule]] = LNTuningDelta
+    design: ClassVar[Design] = Design(form="w * N(x) + b")
 
     def targets(self, index: BackboneView, selected: Sequence[Target] | None) -> Sequence[Target]:
         if selected is None:

@@ -1,9 +1,10 @@
 """Prefix tuning: softmax(q [P_k; K]^T) [P_v; V] in every attention.  Li and Liang 2021, https://arxiv.org/abs/2101.00190.
 
-P-tuning v2 (Liu et al. 2022, https://arxiv.org/abs/2110.07602) trains keys and values directly, which is the default here.
-With `reparam` an MLP over one embedding computes them (section 4.3); the MLP is not saved. A prefix has no position, and every
-query sees it. It is inserted inside the attention instead of through `past_key_values`, which would shift positions (`shift`
-does) and do nothing in encoders. An untrained prefix is not the identity: even a key of zeros takes its share of the softmax.
+P-tuning v2 (Liu et al. 2022, https://arxiv.org/abs/2110.07602) trains keys and values directly, which is the default here;
+`PTuningV2` has its defaults. With `reparam` an MLP over one embedding computes them (section 4.3); the MLP is not saved. A
+prefix has no position, and every query sees it. It is inserted inside the attention instead of through `past_key_values`,
+which would shift positions (`shift` does) and do nothing in encoders. An untrained prefix is not the identity: even a key of
+zeros takes its share of the softmax.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,17 +12,20 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import BackboneView, DeltaModule, Method, Target, above, hidden_input, wants_start_values
-from deltakit.errors import OptionError, RoleError, TargetError
+from deltakit.core import BackboneView, DeltaModule, Method, Target, hidden_input, wants_start_values
+from deltakit.errors import OptionError, TargetError
 from deltakit.ops import (
     FRONT,
     AttentionPrefix,
     PositionsDelta,
     PrefixMode,
     attends,
+    attention_targets,
+    check_dropout,
     enter_prefix_mode,
     enters_by_interface,
     first_block_only,
@@ -45,6 +49,7 @@ class PrefixDelta(AttentionPrefix):
     def __init__(self, target: Target, options: "Prefix") -> None:
         super().__init__()
         self.heads, self.tokens, new = heads_of(target), options.tokens, like(target)
+        self.dropout = options.dropout
         self.out: nn.Linear | None = None
         if options.reparam:
             d = self.heads.count * (self.heads.d_key + self.heads.d_value)
@@ -69,6 +74,13 @@ class PrefixDelta(AttentionPrefix):
             nn.init.normal_(self.value, std=0.02)
 
     def key_value(self) -> tuple[Float[Tensor, "heads prefix d_k"], Float[Tensor, "heads prefix d_v"]]:
+        key, value = self.trained()
+        if not (self.dropout and self.training):
+            return key, value
+        return F.dropout(key, self.dropout), F.dropout(value, self.dropout)
+
+    def trained(self) -> tuple[Float[Tensor, "heads prefix d_k"], Float[Tensor, "heads prefix d_v"]]:
+        """Returns the keys and values without dropout."""
         if self.out is None:
             return self.key, self.value
         vectors = self.out(self.shared()).view(self.tokens, self.heads.count, -1).transpose(0, 1)
@@ -76,7 +88,7 @@ class PrefixDelta(AttentionPrefix):
         return key, value
 
     def saved_state(self) -> dict[str, Tensor]:
-        key, value = self.key_value()
+        key, value = self.trained()
         return {"key": key.detach(), "value": value.detach()}
 
     def load_saved(self, state: Mapping[str, Tensor]) -> None:
@@ -173,6 +185,7 @@ class Prefix(Method, name="prefix"):
         shift: whether the positions of the text start after the prefix, as where it enters through `past_key_values` (PEFT).
             It needs a model that takes `position_ids`.
         embed: the size of the vectors that the MLP reads, at least 1; by default the model's width, as in the paper.
+        dropout: the probability in [0, 1) with which training drops values of the prefix.
         relative_positions: "first_block" is for T5 and reads OpenDelta's prefixes: the blocks after the first lose their
             relative positions, and in the first block the prefix stands before the text. It costs quality in new training:
             the model was trained with relative positions in all its blocks.
@@ -186,6 +199,7 @@ class Prefix(Method, name="prefix"):
     hidden: int = 512
     shift: bool = False
     embed: int | None = None
+    dropout: float = 0.0
     relative_positions: str = "all_blocks"
 
     identity: ClassVar[bool] = False
@@ -194,35 +208,16 @@ class Prefix(Method, name="prefix"):
         for option in ("tokens", "hidden", "embed"):
             value = getattr(self, option)
             if value is not None and value < 1:
-                raise OptionError(f"Prefix({option}={value}): expected at least 1")
+                raise OptionError(f"{type(self).__name__}({option}={value}): expected at least 1")
+        check_dropout(type(self).__name__, self.dropout)
         if self.relative_positions not in ("all_blocks", "first_block"):
             raise OptionError(
-                f"Prefix(relative_positions={self.relative_positions!r}): expected 'all_blocks' or 'first_block'"
+                f"{type(self).__name__}(relative_positions={self.relative_positions!r}): expected 'all_blocks' or "
+                "'first_block'"
             )
 
     def targets(self, index: BackboneView, selected: Sequence[Target] | None) -> Sequence[Target]:
-        paths = [path for path, module in index.by_path.items() if attends(module)]
-        if selected is None:
-            if not paths:
-                raise RoleError(
-                    f"prefix: {index.owner} has no attention whose keys and values can be extended, so there is no default "
-                    "position; use another method, such as LoRA"
-                )
-            return [index.target(path) for path in paths]
-        inside: dict[str, list[str]] = {}
-        for path in paths:
-            for around in above(path):
-                inside.setdefault(around, []).append(path)
-        found = []
-        for target in selected:
-            below = inside.get(target.path)
-            if below is None:
-                raise TargetError(
-                    f"{target.named}: this {type(target.module).__name__} has no attention in it, and prefix needs one; this "
-                    f"backbone has attention at {', '.join(paths[:3]) or 'no path'}"
-                )
-            found += [index.target(path) for path in below]
-        return found
+        return attention_targets(index, selected, self.name)
 
     def kind_at(self, target: Target) -> type[PrefixDelta]:
         by_interface = enters_by_interface(target.module)
@@ -248,10 +243,10 @@ class Prefix(Method, name="prefix"):
             stack, decoder = text_stack(index, group)
             counted = stack_at(index, stack, 0).positions
             if more or decoder is not None or counted not in ("given", "padding"):
+                here = f"{type(index.by_path[stack]).__name__} {'has another beside it' if more or decoder else 'takes none'}"
                 raise TargetError(
-                    f"{stack or 'the backbone'}: Prefix(shift=True) expects one text stack that takes position_ids, and this "
-                    f"{type(index.by_path[stack]).__name__} {'has another beside it' if more or decoder else 'takes none'}; "
-                    "use shift=False"
+                    f"{stack or 'the backbone'}: {type(self).__name__}(shift=True) expects one text stack that takes "
+                    f"position_ids, and this {here}; use shift=False"
                 )
             built[stack] = PositionsDelta(self.tokens, counted)
         return built
@@ -266,3 +261,25 @@ class Prefix(Method, name="prefix"):
     def to_dict(self) -> dict[str, Any]:
         # The MLP is not saved, only the keys and values that it computes.
         return super(Prefix, replace(self, reparam=False)).to_dict()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PTuningV2(Prefix, name="p_tuning_v2"):
+    """P-tuning v2: a prefix without an MLP, with defaults for classification. Train the head with it: `train="@head"`.
+
+    Args:
+        tokens: the length of the prefix, at least 1. Simple classification needs up to 20, labels for each token about 100
+            (section 3.3).
+        reparam: as for `Prefix`; by default not, because its gain differs between tasks (section 3.3).
+        hidden: the number of hidden units of that MLP.
+        shift: as for `Prefix`. The authors' code has it, because their prefix enters through `past_key_values`.
+        embed: the size of the vectors that the MLP reads.
+        dropout: the probability in [0, 1) with which training drops values of the prefix. In the authors' code it is the
+            model's own for hidden states, 0.1 in BERT.
+
+    Raises:
+        OptionError: if an option is out of its range.
+    """
+
+    tokens: int = 20
+    dropout: float = 0.1

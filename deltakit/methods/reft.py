@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from deltakit.core import (
     BackboneView,
     DeltaModule,
+    Design,
     Method,
     MixedBatch,
     Target,
@@ -163,6 +164,7 @@ class ReFT(Method, name="reft"):
     """
 
     kind: ClassVar[type[DeltaModule]] = ReFTDelta
+    design: ClassVar[Design] = Design(form="R^T (W y + b - R y)", composition="addition")
 
     variant: Literal["loreft", "noreft", "direft"] = "loreft"
     r: int = 4

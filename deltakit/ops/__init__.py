@@ -1,28 +1,32 @@
 """The building blocks of methods: low-rank products, attention with a prefix, prompt insertion, sizes and dtypes."""
 
+from deltakit.ops.attention.beside import AttentionBeside, BesideMode
 from deltakit.ops.attention.first_block import FRONT, first_block_only, nothing_handed_on, refuse_without_first_block
 from deltakit.ops.attention.function_mode import PrefixMode
 from deltakit.ops.attention.interface import install_prefixes
 from deltakit.ops.attention.kernel import AttentionPrefix, joined, joined_per_example
 from deltakit.ops.attention.mode_stack import enter_prefix_mode, leave_prefix_mode
-from deltakit.ops.attention.sites import attends, enters_by_interface, heads_of
+from deltakit.ops.attention.sites import attends, calls_fused_attention, enters_by_interface, heads_of
+from deltakit.ops.attention.targets import attention_targets
 from deltakit.ops.blocks import block_size_for
 from deltakit.ops.bottleneck import ACTIVATIONS, Bottleneck, BottleneckMethod, unfilled_linear
+from deltakit.ops.fastfood import Fastfood, key_of_name
 from deltakit.ops.forwards import has_own_forward, refuse_max_norm
 from deltakit.ops.handover import Handover, InputTap
 from deltakit.ops.kinds.call_context import CallContext
 from deltakit.ops.kinds.input_map import InputMap
 from deltakit.ops.kinds.low_rank import LowRank, check_alpha, check_dropout, kaiming_uniform
-from deltakit.ops.kinds.maps import on_own_examples
+from deltakit.ops.kinds.maps import in_own_dtype, on_own_examples
 from deltakit.ops.kinds.normed_low_rank import NormedLowRank
 from deltakit.ops.kinds.output_map import OutputMap
 from deltakit.ops.kinds.weight_map import WeightMap
 from deltakit.ops.low_rank_starts import STARTS_WITH_A_PRODUCT, difference, start_factors
 from deltakit.ops.low_rank_sum import sum_of_products
-from deltakit.ops.prompt.direct_call import called_directly
-from deltakit.ops.prompt.insertion import Insertion, finish, grown_mask, insert, layout_for
+from deltakit.ops.prompt.delta_modules import PromptVectorsDelta
+from deltakit.ops.prompt.method import PromptMethod
 from deltakit.ops.prompt.positions import PositionsDelta
 from deltakit.ops.prompt.start_vectors import start_vectors
+from deltakit.ops.prompt.started import StartedPrompt
 from deltakit.ops.prompt.text_stack import input_embeddings, stack_at, text_stack
 from deltakit.ops.recompute import linear_with
 from deltakit.ops.seeded import Draw, Seeded, SeededPlaces, normal, seeded_places, uniform
@@ -42,28 +46,34 @@ __all__ = [
     "ACTIVATIONS",
     "FRONT",
     "STARTS_WITH_A_PRODUCT",
+    "AttentionBeside",
     "AttentionPrefix",
+    "BesideMode",
     "Bottleneck",
     "BottleneckMethod",
     "CallContext",
     "Draw",
+    "Fastfood",
     "Handover",
     "InputMap",
     "InputTap",
-    "Insertion",
     "LowRank",
     "LowRankMethod",
     "NormedLowRank",
     "OutputMap",
     "PositionsDelta",
     "PrefixMode",
+    "PromptMethod",
+    "PromptVectorsDelta",
     "Seeded",
     "SeededPlaces",
+    "StartedPrompt",
     "WeightMap",
     "WeightMethod",
     "attends",
+    "attention_targets",
     "block_size_for",
-    "called_directly",
+    "calls_fused_attention",
     "check_alpha",
     "check_dropout",
     "check_patch_dropout",
@@ -74,21 +84,19 @@ __all__ = [
     "drawn_sizes",
     "enter_prefix_mode",
     "enters_by_interface",
-    "finish",
     "first_block_only",
-    "grown_mask",
     "has_own_forward",
     "heads_of",
+    "in_own_dtype",
     "input_embeddings",
     "input_size",
-    "insert",
     "install_prefixes",
     "joined",
     "joined_per_example",
     "kaiming_uniform",
     "kernel_of",
+    "key_of_name",
     "largest_sizes",
-    "layout_for",
     "leave_prefix_mode",
     "like",
     "linear_with",

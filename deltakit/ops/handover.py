@@ -14,10 +14,13 @@ class Handover:
     """The input of the module at `source`, until the delta module at `target` takes it. Each thread has its own.
 
     A copy or a pickle is empty. A copy of a backbone holds one copy of it, which its two ends share.
+
+    Args:
+        advice: what the error says to do if the source was not called.
     """
 
-    def __init__(self, source: str, target: str) -> None:
-        self.source, self.target = source, target
+    def __init__(self, source: str, target: str, advice: str = "name another module with source=") -> None:
+        self.source, self.target, self.advice = source, target, advice
         self._held: dict[int, Tensor] = {}
 
     def put(self, x: Tensor) -> None:
@@ -33,13 +36,13 @@ class Handover:
         x = self._held.pop(_caller(), None)
         if x is None:
             raise TargetError(
-                f"{self.target} was called, and {self.source}, whose input its delta reads, was not called before it; name "
-                "another module with source="
+                f"{self.target} was called, and {self.source}, whose input its delta reads, was not called before it; "
+                f"{self.advice}"
             )
         return x
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Handover, (self.source, self.target)
+        return Handover, (self.source, self.target, self.advice)
 
 
 class InputTap(DeltaModule):

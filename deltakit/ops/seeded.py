@@ -25,6 +25,24 @@ def normal(std: float = 1.0) -> Draw:
     return partial(_draw, "normal_", 0.0, std)
 
 
+def signs() -> Draw:
+    """Returns a function that draws -1 and 1."""
+    return _signs
+
+
+def permutation() -> Draw:
+    """Returns a function that draws the numbers from 0 on in a random order: below 2**24, beyond which float32 has gaps."""
+    return _permutation
+
+
+def _signs(values: Float[Tensor, "*shape"], generator: torch.Generator) -> None:
+    values.bernoulli_(generator=generator).mul_(2).sub_(1)
+
+
+def _permutation(values: Float[Tensor, " n"], generator: torch.Generator) -> None:
+    values.copy_(torch.randperm(len(values), generator=generator))
+
+
 def _draw(how: str, first: float, second: float, values: Float[Tensor, "*shape"], generator: torch.Generator) -> None:
     getattr(values, how)(first, second, generator=generator)
 
@@ -50,25 +68,27 @@ class Seeded(nn.Module):
     On the meta device they have no values. When `to_empty` moves them to another device, they are drawn.
 
     Args:
-        recipes: the shape of each tensor, and what draws its values.
+        recipes: by the name of each tensor its shape, what draws its values, and optionally a dtype of its own.
         one_stream: draw them all from one generator, in their order, as PEFT does. By default each has its own seed, so that
             its values do not depend on the sizes of the others.
+        like: the device and the dtype of the others.
     """
 
     def __init__(
-        self, seed: int, recipes: Mapping[str, tuple[tuple[int, ...], Draw]], *, one_stream: bool = False, **like: Any
+        self, seed: int, recipes: Mapping[str, tuple[Any, ...]], *, one_stream: bool = False, **like: Any
     ) -> None:
         super().__init__()
         self.seed, self.recipes, self.one_stream = seed, recipes, one_stream
-        for name, (shape, _) in recipes.items():
-            self.register_buffer(name, torch.empty(shape, **like), persistent=False)
+        for name, (shape, _, *dtype) in recipes.items():
+            own = {**like, "dtype": dtype[0]} if dtype else like
+            self.register_buffer(name, torch.empty(shape, **own), persistent=False)
         self._fill()
 
     def _fill(self) -> None:
         if any(buffer is None or buffer.is_meta for buffer in self._buffers.values()):
             return
         generator = torch.Generator("cpu").manual_seed(self.seed)
-        for index, (name, (shape, draw)) in enumerate(self.recipes.items()):
+        for index, (name, (shape, draw, *_)) in enumerate(self.recipes.items()):
             if not self.one_stream:
                 generator.manual_seed(self.seed + index)
             self.get_buffer(name).copy_(_drawn(shape, generator, draw))

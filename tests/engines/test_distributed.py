@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import deltakit as dk
 from support.models import Transformer
-from support.sharded_training import batch, leave, losses, to_train, worker
+from support.sharded_training import batch, every_method, leave, losses, saver, to_train, worker
 
 
 def free_port():
@@ -68,6 +68,16 @@ def test_what_is_saved_sharded_is_what_is_saved_whole(tmp_path):
     one, many = (load_file(tmp_path / name / "delta_model.safetensors") for name in ("one", "many"))
     assert one.keys() == many.keys()
     assert all(torch.equal(one[name], many[name]) for name in one)
+
+
+def test_every_method_is_saved_whole(tmp_path):
+    failed = in_processes(2, saver, 2, free_port(), str(tmp_path / "many"))
+    assert list(failed.values()) == [{}, {}]
+    for name, _, delta in every_method():
+        one = load_file(delta.save(tmp_path / "one" / name) / "delta_model.safetensors")
+        many = load_file(tmp_path / "many" / name / "delta_model.safetensors")
+        assert one.keys() == many.keys(), name
+        assert all(torch.equal(one[key], many[key]) for key in one), name
 
 
 def test_resumed_with_another_number_of_processes(tmp_path):

@@ -53,7 +53,7 @@ PROMPTS = {
     "bert": (dk.SoftPrompt(tokens=5, where="start"), "classifier"),
     "distilbert": (dk.SoftPrompt(tokens=5, where="start", trim=False), ["classifier", "pre_classifier"]),
     "gpt2": (dk.SoftPrompt(tokens=5), ()),
-    "llama": (dk.SoftPrompt(tokens=5), ()),
+    "llama": (dk.PTuning(tokens=5, encoder=None), ()),
     "t5": (dk.SoftPrompt(tokens=5), ()),
     "prefix bert": (dk.Prefix(tokens=5, shift=True), "classifier"),
     "frozen head bert": (dk.SoftPrompt(tokens=5, where="start"), ()),
@@ -208,7 +208,7 @@ def test_it_keeps_the_rules_of_vllm(case, tmp_path):
 
 
 REFUSED = {
-    "another method": ("llama", (dk.Adapter(size=2),), (), "an adapter of PEFT is one of lora, ia3, .*soft_prompt, prefix, and this delta is adapter"),
+    "another method": ("llama", (dk.Adapter(size=2),), (), "an adapter of PEFT is one of lora, ia3, .*soft_prompt, .*p_tuning_v2, and this delta is adapter"),
     "positions that stay": ("llama", (dk.Prefix(tokens=2),), (), r"the text start after a prefix, as with Prefix\(shift=True\)"),
     "a prefix in one layer": ("llama", (dk.Prefix(tokens=2, shift=True, at="layers.0"),), (), "into every layer, and it has 1 pairs for 2 layers"),
     "a prompt by its ids": ("llama", (dk.SoftPrompt(tokens=2, prepend=False),), (), "its prompt stands where the ids are"),

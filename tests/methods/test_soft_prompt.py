@@ -263,3 +263,42 @@ def test_the_prompt_may_stay_in_the_output():
     message = r"with trim=\[False, True\]; expected the same for all examples"
     with dk.rows(model, ["a", "b"]), pytest.raises(dk.StateError, match=message):
         model(ids)
+
+
+def test_a_start_from_another_delta(tmp_path):
+    """PPT: a prompt that was trained first on other data, also one of another length."""
+    model = Transformer().eval()
+    trained = randomize(dk.attach(model, dk.SoftPrompt(tokens=3), name="pretrained", train=()))
+    wanted, vectors = model(ids()), trained.state_dict()["embed.soft_prompt.prompt"]
+    trained.save(tmp_path)
+    trained.detach()
+    started = dk.attach(model, dk.SoftPrompt.from_delta(trained), name="few", train=())
+    assert torch.equal(model(ids()), wanted)
+    with torch.no_grad():
+        next(started.parameters()).zero_()
+    assert torch.equal(trained.state_dict()["embed.soft_prompt.prompt"], vectors)
+    started.detach()
+    waiting = dk.load(tmp_path, model, name="file", attach=False)
+    longer = dk.attach(model, dk.SoftPrompt.from_delta(waiting, tokens=7, where="start"), train=())
+    assert torch.equal(next(longer.parameters()), vectors[[0, 1, 2, 0, 1, 2, 0]])
+    randomize(longer)
+    assert "init_vectors" not in longer.save(tmp_path / "longer").joinpath("delta_config.json").read_text()
+    (fresh,) = dk.load(tmp_path / "longer", model, name="again", attach=False).parameters()
+    assert torch.equal(fresh, next(longer.parameters()))
+
+
+def test_starts_that_cannot_be():
+    model = Transformer()
+    lora = dk.attach(model, dk.LoRA(r=2))
+    with pytest.raises(dk.OptionError, match="SoftPrompt.from_delta: expected a delta with one soft prompt, found 0"):
+        dk.SoftPrompt.from_delta(lora)
+    with pytest.raises(dk.OptionError, match="expected a delta, found a str; pass what attach"):
+        dk.SoftPrompt.from_delta("pretrained")
+    with pytest.raises(
+        dk.OptionError, match="has vectors of 7 features, and this embedding has 20; use those of a prompt"
+    ):
+        dk.attach(model, dk.SoftPrompt(init_vectors=torch.zeros(3, 7)))
+    with pytest.raises(dk.OptionError, match=r"expected a matrix \[n, d\] with at least one row, found shape \(3,\)"):
+        dk.SoftPrompt(init_vectors=torch.zeros(3))
+    with pytest.raises(dk.OptionError, match="omit one of the two"):
+        dk.SoftPrompt(init_vectors=torch.zeros(3, 20), init_ids=[3])

@@ -146,6 +146,10 @@ def _set(name):
     return lambda scene: lambda value: setattr(scene.delta, name, value)
 
 
+def _prompted(scene):
+    return dk.attach(Transformer(blocks=1), dk.SoftPrompt(tokens=3))
+
+
 def _option(kind):
     return Call(lambda s: kind, lambda s: NEEDED.get(kind.name, {}), _used)
 
@@ -236,10 +240,22 @@ CALLS = {
     "LNTuning": _option(dk.LNTuning),
     "Prefix": _option(dk.Prefix),
     "SoftPrompt": _option(dk.SoftPrompt),
+    "LlamaAdapter": _option(dk.LlamaAdapter),
+    "LST": _option(dk.LST),
+    "SAID": _option(dk.SAID),
+    "PTuning": _option(dk.PTuning),
+    "MultitaskPrompt": _option(dk.MultitaskPrompt),
+    "IntrinsicPrompt": _option(dk.IntrinsicPrompt),
+    "PromptDecoder": Call(lambda s: dk.PromptDecoder, lambda s: {"tokens": 3, "width": 5}),
+    "PromptDecoder.fit": Call(
+        lambda s: dk.PromptDecoder.fit, lambda s: {"prompts": [torch.zeros(2, 3), torch.ones(2, 3)], "steps": 1}
+    ),
+    "PTuningV2": _option(dk.PTuningV2),
     **{kind: _option(getattr(dk, kind)) for kind in ("TrainableTokens", *WEIGHT_METHODS)},
     "SoftPrompt.from_text": Call(
         lambda s: dk.SoftPrompt.from_text, lambda s: {"text": "a bc", "tokenizer": Tokenizer()}, _used
     ),
+    "SoftPrompt.from_delta": Call(lambda s: dk.SoftPrompt.from_delta, lambda s: {"delta": _prompted(s)}, _used),
     "Method.from_dict": Call(lambda s: dk.Method.from_dict, lambda s: {"data": dk.LoRA(r=2).to_dict()}, _used),
     "RoleTable[]": Call(lambda s: lambda role: dk.roles(s.bare)[role], lambda s: {"role": "@attn.q"}),
     "View": Call(lambda s: dk.View, lambda s: {"node": dk.show(s.bare).node, "columns": ()}, lambda s, view: str(view)),

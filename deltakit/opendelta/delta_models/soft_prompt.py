@@ -7,11 +7,11 @@ from torch import nn
 
 from deltakit.core import Method, checked
 from deltakit.errors import OptionError
-from deltakit.methods.soft_prompt import PromptVectorsDelta as SoftPromptLayer
 from deltakit.methods.soft_prompt import SoftPrompt
 from deltakit.opendelta.basemodel import DeltaBase
 from deltakit.opendelta.delta_configs import BaseDeltaConfig
 from deltakit.opendelta.matching import Selectors
+from deltakit.ops import PromptVectorsDelta as SoftPromptLayer
 
 __all__ = ["SoftPromptConfig", "SoftPromptLayer", "SoftPromptModel"]
 

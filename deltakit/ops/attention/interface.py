@@ -8,7 +8,7 @@ unpickling, so that the copy would lose its prefixes without an error.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from deltakit.errors import StateError
+from deltakit.ops.attention.beside import AttentionBeside, beside
 from deltakit.ops.attention.first_block import FRONT
 from deltakit.ops.attention.kernel import (
+    AttentionPrefix,
     causal,
     joined,
     joined_per_example,
@@ -75,7 +77,36 @@ def attend(
         StateError: if the kernel addresses keys by index or page, cuts a window with flash attention, or has a mask that
             is not a tensor; and if the sizes of a prefix do not fit the keys and values.
     """
-    prefixes, front = live_prefixes(module), kwargs.pop(FRONT, None)
+    found, front = live_prefixes(module), kwargs.pop(FRONT, None)
+    if not found:
+        return kernel(module, query, key, value, attention_mask, *args, **kwargs)
+    others = [one for one in found if isinstance(one, AttentionBeside)]
+    if others:
+        prefixes = [one for one in found if one not in others]
+        output, *rest = _attend_with(
+            prefixes, front, kernel, implementation, module, query, key, value, attention_mask, *args, **kwargs
+        )
+        added = beside(others, module, query, kwargs.get("scaling"))
+        return (output + added.transpose(1, 2), *rest)
+    return _attend_with(
+        found, front, kernel, implementation, module, query, key, value, attention_mask, *args, **kwargs
+    )
+
+
+def _attend_with(
+    prefixes: Sequence[AttentionPrefix],
+    front: Any,
+    kernel: Callable[..., Any],
+    implementation: str | None,
+    module: nn.Module,
+    query: Float[Tensor, "*query_batch queries d_k"],
+    key: Float[Tensor, "*batch keys d_k"],
+    value: Float[Tensor, "*batch keys d_v"],
+    attention_mask: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Calls a kernel with these prefixes."""
     if not prefixes:
         return kernel(module, query, key, value, attention_mask, *args, **kwargs)
     _refuse(module, implementation or "eager", attention_mask, kwargs)

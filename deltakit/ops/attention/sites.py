@@ -38,6 +38,11 @@ def enters_by_interface(module: nn.Module) -> bool:
     return "get_interface" in _names(module)
 
 
+def calls_fused_attention(module: nn.Module) -> bool:
+    """Returns whether a module attends through torch's `scaled_dot_product_attention`, called in Python."""
+    return "scaled_dot_product_attention" in _names(module) and not isinstance(module, nn.MultiheadAttention)
+
+
 def attends(module: nn.Module) -> bool:
     """Returns whether a module's own forward attends: by the interface, by torch's attention, or written out."""
     names = _names(module)

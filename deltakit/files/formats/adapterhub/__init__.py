@@ -8,5 +8,9 @@ from deltakit.files.formats.adapterhub.reader import read, recognises
 from deltakit.files.formats.format import Format
 
 FORMAT = Format(
-    "adapterhub", "bottleneck adapters, LoRA, IA3, ReFT and prefixes of AdapterHub", FILES, recognises=recognises, read=read
+    "adapterhub",
+    "bottleneck adapters, LoRA, IA3, ReFT and prefixes of AdapterHub",
+    FILES,
+    recognises=recognises,
+    read=read,
 )

@@ -7,13 +7,16 @@ FILES = (CONFIG, TENSORS, PICKLE)
 
 PREFIX, PREFIX_OF_PROMPTS = "base_model.model.", "base_model."
 LORA_BIAS = {".lora_B.bias": "bias"}
+ADAPTION = {".adaption_prompt": "prompt", ".adaption_gate": "gate"}
 ADALORA = {".lora_A": "A", ".lora_B": "B", ".lora_E": "E"}
 TOKENS = {".trainable_tokens_delta": "rows"}
 TOKENS_OF_LORA = {".token_adapter.trainable_tokens_delta": "rows"}
 """Each: what stands behind the path of the module, and the name of the tensor in deltakit."""
 
 PROMPT = "prompt_embeddings"
-"""The only tensor of prompts and prefixes."""
+"""The only tensor of prompts and prefixes, except for prompts of several tasks."""
+TASKS = {"prefix_task_cols": "columns", "prefix_task_rows": "rows"}
+"""Those that they have beside it: the name in the file, and the name in deltakit."""
 
 KNOWN = frozenset({
     "alora_invocation_tokens", "alpha_pattern", "arrow_config", "auto_mapping", "base_model_name_or_path", "beta1",

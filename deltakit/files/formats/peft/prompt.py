@@ -1,4 +1,4 @@
-"""Reads PEFT's prompt tuning and P-tuning: vectors in front of the text, which deltakit has as soft prompts."""
+"""Reads PEFT's prompt tuning, P-tuning and multitask prompts: vectors in front of the text, which are soft prompts here."""
 
 import inspect
 from typing import Any, TypedDict
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from deltakit.core import own_modules
 from deltakit.errors import CheckpointError
 from deltakit.files.formats.format import Parts
-from deltakit.files.formats.peft.keys import PROMPT
+from deltakit.files.formats.peft.keys import PROMPT, TASKS
 from deltakit.files.formats.shapes import refuse_integers
 from deltakit.files.formats.source import Source
 
@@ -26,6 +26,41 @@ def read_prompt(source: Source, parts: Parts) -> None:
     Raises:
         CheckpointError: if the config is damaged, or the tensor does not fit.
     """
+    options, prompt = _prompt_of(source)
+    parts.add_in_order("soft_prompt", options, [{"prompt": prompt}])
+
+
+def read_multitask(source: Source, parts: Parts) -> None:
+    """Adds the prompts of several tasks to the parts.
+
+    Raises:
+        CheckpointError: if the config is damaged, or the tensors do not fit.
+    """
+    options, prompt = _prompt_of(source)
+    tokens, d = prompt.shape
+    if len(source.tensors[PROMPT]) > tokens:
+        raise CheckpointError(
+            f"{source.folder}: PEFT puts these prompts into the encoder and the decoder, and deltakit into the encoder only; "
+            "with num_transformer_submodules=1 PEFT trains those of the encoder alone"
+        )
+    found = {ours: source.tensors.get(name) for name, ours in TASKS.items()}
+    columns, rows = found["columns"], found["rows"]
+    if (
+        columns is None
+        or rows is None
+        or columns.ndim != 3
+        or columns.shape[1] != tokens
+        or rows.shape != (len(columns), columns.shape[2], d)
+    ):
+        raise CheckpointError(f"{source.folder}: {' and '.join(TASKS)} do not fit together; save or download it again")
+    refuse_integers({name: source.tensors[name] for name in TASKS}, source.folder)
+    # The ids in a text say which of several tasks it has.
+    one = len(columns) == 1
+    options = {**options, "tasks": len(columns), "rank": columns.shape[2], "prepend": one}
+    parts.add_in_order("multitask_prompt", options, [{"prompt": prompt, "columns": columns, "rows": rows}])
+
+
+def _prompt_of(source: Source) -> tuple[dict[str, Any], Tensor]:
     config, prompt = prompting(source)
     tokens = config["num_virtual_tokens"]
     # Of an encoder and a decoder PEFT keeps rows for both, and uses the encoder's.
@@ -37,7 +72,7 @@ def read_prompt(source: Source, parts: Parts) -> None:
     # PEFT puts the vectors behind the scale of such an embedding (Gemma 3, BART), and deltakit before it.
     scale = embed_scale(source.backbone)
     options = {"tokens": tokens, "where": "start", "trim": not first_is_read(source.backbone, config["task_type"])}
-    parts.add_in_order("soft_prompt", options, [{"prompt": prompt[:tokens] / scale}])
+    return options, prompt[:tokens] / scale
 
 
 def prompting(source: Source) -> tuple[Prompting, Tensor]:

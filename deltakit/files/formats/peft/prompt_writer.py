@@ -6,9 +6,15 @@ import torch
 from torch import Tensor
 
 from deltakit.core import Attachment, own_modules, tensors_of
-from deltakit.files.formats.peft.keys import PREFIX_OF_PROMPTS, PROMPT
+from deltakit.files.formats.peft.keys import PREFIX_OF_PROMPTS, PROMPT, TASKS
 from deltakit.files.formats.peft.prompt import embed_scale, first_is_read
 from deltakit.files.formats.writing import Writing
+
+PROMPTS = ("soft_prompt", "p_tuning", "intrinsic_prompt")
+"""The methods whose files have one prompt."""
+
+PREFIXES = ("prefix", "p_tuning_v2")
+"""The methods whose files have keys and values of a prefix."""
 
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -47,18 +53,33 @@ def prompt_options(writing: Writing) -> tuple[dict[str, Any], dict[str, Tensor]]
         )
     if not reads and not insertion.trim and not insertion.encodes and task == "SEQ_CLS":
         raise writing.impossible("the classifier reads the last token, which trim=False moves")
-    (prompt,) = (value for name, value in tensors.items() if name.endswith(".soft_prompt.prompt"))
+    (prompt,) = (value for name, value in tensors.items() if name.endswith(f".{method.name}.prompt"))
     vectors = prompt * embed_scale(backbone)
     both = 2 if insertion.encodes else 1
     return {
         "task_type": task,
-        "num_virtual_tokens": method.tokens,  # type: ignore[attr-defined]
+        "num_virtual_tokens": len(prompt),
         "num_transformer_submodules": both,
         "token_dim": prompt.shape[1],
         # PEFT does not use these for prompts, and fails where it finds them neither here nor in the backbone's config.
         "num_layers": 1,
         "num_attention_heads": 1,
     }, {PROMPT: vectors.repeat(both, 1), **_head(attachment, task)}
+
+
+def multitask_options(writing: Writing) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns the options and the tensors of a multitask prompt of one task.
+
+    Raises:
+        CheckpointError: if PEFT would compute something else.
+    """
+    options, named = prompt_options(writing)
+    for name, ours in TASKS.items():
+        (named[name],) = (value for key, value in writing.tensors.items() if key.endswith(f".multitask_prompt.{ours}"))
+    tokens, rows = options["num_virtual_tokens"], named["prefix_task_rows"]
+    # With more, PEFT would put prompts into the decoder, too.
+    options["num_transformer_submodules"], named[PROMPT] = 1, named[PROMPT][:tokens]
+    return {**options, "num_tasks": len(rows), "num_ranks": rows.shape[1], "prompt_tuning_init": "RANDOM"}, named
 
 
 def prefix_options(writing: Writing) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -19,16 +19,19 @@ from deltakit.files.formats.format import Parts
 from deltakit.files.formats.layers import LAYERS_OF_LORA, Layers
 from deltakit.files.formats.lora import LORA, LORA_MAGNITUDES, LORA_OF_EMBEDDINGS
 from deltakit.files.formats.peft.adalora import read_adalora
+from deltakit.files.formats.peft.adaption import read_adaption
 from deltakit.files.formats.peft.by_table import read_row
 from deltakit.files.formats.peft.full import fully_trained
 from deltakit.files.formats.peft.keys import (
     ADALORA,
+    ADAPTION,
     KNOWN,
     LORA_BIAS,
     PICKLE,
     PREFIX,
     PREFIX_OF_PROMPTS,
     PROMPT,
+    TASKS,
     TENSORS,
     TOKENS,
     TOKENS_OF_LORA,
@@ -37,7 +40,7 @@ from deltakit.files.formats.peft.ln_tuning import WITHIN, read_ln_tuning
 from deltakit.files.formats.peft.lora import read_lora
 from deltakit.files.formats.peft.missing import warn_missing
 from deltakit.files.formats.peft.prefix import read_prefix
-from deltakit.files.formats.peft.prompt import read_prompt
+from deltakit.files.formats.peft.prompt import read_multitask, read_prompt
 from deltakit.files.formats.peft.row import Row
 from deltakit.files.formats.peft.table import TABLE
 from deltakit.files.formats.peft.tokens import read_trainable_tokens
@@ -66,15 +69,18 @@ def by_row(row: Row) -> _Kind:
 
 
 _OF_LORA = (*LORA, *LORA_OF_EMBEDDINGS, *LORA_BIAS, *LORA_MAGNITUDES, *TOKENS_OF_LORA)
+_OF_TASKS = ("num_ranks", "num_tasks", "prompt_tuning_init_state_dict_path", "prompt_tuning_init_task")
 KINDS = {
     "LORA": _Kind(read_lora, _OF_LORA, LAYERS_OF_LORA),
     "ADALORA": _Kind(read_adalora, (*ADALORA, *TOKENS_OF_LORA)),
     **{row.peft_type: by_row(row) for row in TABLE},
     "LN_TUNING": _Kind(read_ln_tuning, (f"{WITHIN}weight", f"{WITHIN}bias")),
+    "ADAPTION_PROMPT": _Kind(read_adaption, tuple(ADAPTION), known=("adapter_layers", "adapter_len")),
     "TRAINABLE_TOKENS": _Kind(read_trainable_tokens, tuple(TOKENS)),
     "PROMPT_TUNING": _Kind(read_prompt, (PROMPT,)),
     # The network that computed the prompt is not in the file.
     "P_TUNING": _Kind(read_prompt, (PROMPT,)),
+    "MULTITASK_PROMPT_TUNING": _Kind(read_multitask, (PROMPT, *TASKS), known=_OF_TASKS),
     "PREFIX_TUNING": _Kind(read_prefix, (PROMPT,)),
 }
 """What reads each kind of adapter, by its `peft_type`."""

@@ -20,7 +20,13 @@ from deltakit.files.formats.peft.by_table import write_row
 from deltakit.files.formats.peft.keys import PREFIX, PREFIX_OF_PROMPTS, TENSORS, TOKENS, TOKENS_OF_LORA
 from deltakit.files.formats.peft.ln_tuning import METHOD as NORMS
 from deltakit.files.formats.peft.ln_tuning import norms_of
-from deltakit.files.formats.peft.prompt_writer import prefix_options, prompt_options
+from deltakit.files.formats.peft.prompt_writer import (
+    PREFIXES,
+    PROMPTS,
+    multitask_options,
+    prefix_options,
+    prompt_options,
+)
 from deltakit.files.formats.peft.row import Row
 from deltakit.files.formats.peft.table import TABLE
 from deltakit.files.formats.peft.tokens import METHOD, write_tokens
@@ -157,7 +163,8 @@ KINDS = {
     **{row.method: by_row(row) for row in TABLE},
     NORMS: _Kind("LN_TUNING", norms_of),
     METHOD: _Kind("TRAINABLE_TOKENS", _tokens),
-    "soft_prompt": _Kind("PROMPT_TUNING", prompt_options, ""),
-    "prefix": _Kind("PREFIX_TUNING", prefix_options, ""),
+    **dict.fromkeys(PROMPTS, _Kind("PROMPT_TUNING", prompt_options, "")),
+    "multitask_prompt": _Kind("MULTITASK_PROMPT_TUNING", multitask_options, ""),
+    **dict.fromkeys(PREFIXES, _Kind("PREFIX_TUNING", prefix_options, "")),
 }
 """How each method of deltakit is written."""
