@@ -42,6 +42,7 @@ from deltakit.errors import (
     StateError,
     TargetError,
 )
+from deltakit.methods.adalora import AdaLoRA
 from deltakit.methods.adapter import Adapter
 from deltakit.methods.bitfit import BitFit
 from deltakit.methods.boft import BOFT
@@ -103,6 +104,7 @@ __all__ = [
     "METHODS",
     "OFT",
     "SAID",
+    "AdaLoRA",
     "Adapter",
     "AdapterModel",
     "AutoDeltaConfig",

@@ -6,7 +6,7 @@ and what a linear layer is. Imports nothing but `errors`.
 
 from deltakit.core.activations import hidden_input, hidden_output, replace_hidden, replace_input
 from deltakit.core.arguments import checked
-from deltakit.core.attached_module import FROZEN
+from deltakit.core.attached_module import FROZEN, TRAINING
 from deltakit.core.backbone_call import CurrentCall, begin_call, current_call, drop_interrupted_calls, end_call
 from deltakit.core.bare_weight import (
     BareLayer,
@@ -96,6 +96,7 @@ from deltakit.core.without_deltas import deltas_left_out, without_deltas
 __all__ = [
     "FROZEN",
     "METHODS",
+    "TRAINING",
     "Attachment",
     "BackboneView",
     "BareLayer",

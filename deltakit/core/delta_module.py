@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from deltakit.core.attached_module import AttachedModule
+from deltakit.core.attached_module import TRAINING, AttachedModule
 from deltakit.core.design import Design
 from deltakit.errors import TargetError
 
@@ -19,7 +19,8 @@ class DeltaModule(AttachedModule):
 
     tags: ClassVar[Mapping[str, str]] = {}
     """A tag for each parameter, by its name or by the name of the child module that holds it. `Delta.parameter_groups` groups
-    by tags, and parameters tagged "frozen" are never trained."""
+    by tags, and parameters tagged "frozen" are never trained. Buffers tagged "training" are in the checkpoints of training
+    frameworks, and in no file of a delta."""
 
     design: ClassVar[Design] = Design()
     """The design of methods with this kind, where they say nothing else."""
@@ -52,7 +53,7 @@ class DeltaModule(AttachedModule):
         """Returns the tensors that a file holds for this target, by the method's own names."""
         if self._is_flat():
             return {name: parameter.detach() for name, parameter in self._parameters.items() if parameter is not None}
-        return dict(self.state_dict())
+        return {name: value for name, value in self.state_dict().items() if self.tag_of(name) != TRAINING}
 
     @classmethod
     def computes_saved_state(cls) -> bool:
@@ -66,7 +67,8 @@ class DeltaModule(AttachedModule):
             for name, value in state.items():
                 own[name].copy_(value)
         else:
-            self.load_state_dict(dict(state))
+            training = {name: value for name, value in self.state_dict().items() if self.tag_of(name) == TRAINING}
+            self.load_state_dict({**training, **state})
 
     def _is_flat(self) -> bool:
         # Most delta modules are. nn.Module's own functions take ten times as long, and a load calls them for each target.

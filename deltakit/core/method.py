@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
 from deltakit.core.arguments import Door, checked
 from deltakit.core.delta_module import DeltaModule
@@ -195,6 +195,27 @@ class Method(metaclass=MethodType):
             for number, module in enumerate(built.values()):
                 module.share(shared, holds=number == 0)
         return built
+
+    def penalty(self, modules: Sequence[DeltaModule]) -> Tensor | float:
+        """Returns what the method adds to the loss (`Delta.penalty`): a scalar, 0 by default.
+
+        Args:
+            modules: all its delta modules in one delta.
+        """
+        return 0.0
+
+    def step(self, modules: Sequence[DeltaModule]) -> None:
+        """Changes its delta modules once a step, while their gradients are there (`Delta.step`). By default it does nothing.
+
+        What it must remember belongs in buffers with the tag "training".
+
+        Raises:
+            StateError: if the gradients that it needs are not there.
+        """
+
+    def unfinished(self, modules: Sequence[DeltaModule]) -> str:
+        """Returns what was left out of a training run, for a warning when the delta is saved; "" by default."""
+        return ""
 
     @classmethod
     def combination(cls, parts: Sequence[DeltaModule], rank: int | None) -> "Method":

@@ -14,7 +14,7 @@ from deltakit.delta.changed_backbone import refuse_changed
 from deltakit.delta.claims import refuse_scaled
 from deltakit.delta.contents import DeltaContents
 from deltakit.delta.running_statistics import held_of
-from deltakit.delta.untrained import warn_untrained
+from deltakit.delta.untrained import warn_unfinished, warn_untrained
 from deltakit.files import WRITERS, CardDetails, Written, delta_config, model_card, refuse_others, upload
 
 Results = Mapping[str, float | str]
@@ -58,6 +58,7 @@ def state_to_save(delta: DeltaContents, given: Mapping[str, Tensor] | None = Non
     tensors.refuse_absent(state)
     tensors.refuse_not_finite(attachment, state)
     warn_untrained(attachment, state)
+    warn_unfinished(attachment)
     return state
 
 
