@@ -107,6 +107,8 @@ class Method(metaclass=MethodType):
 
     example: ClassVar[Mapping[str, Any]] = {}
     """Values for options that have no default, with which `deltakit methods` builds one."""
+    lora_elsewhere: ClassVar[bool] = False
+    """Whether other formats get a LoRA with the same effect (`combination` of one delta module)."""
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

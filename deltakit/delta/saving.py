@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deltakit.core import Attachment, Site, is_first, is_sharded, wait_for_all
 from deltakit.delta import tensors
+from deltakit.delta.as_loras import as_loras
 from deltakit.delta.changed_backbone import refuse_changed
 from deltakit.delta.claims import refuse_scaled
 from deltakit.delta.contents import DeltaContents
@@ -105,3 +106,6 @@ def _computed(attachment: Attachment, site: Site, state: Mapping[str, Tensor]) -
     """Returns the number of values in a file of a delta module that saves what its parameters compute."""
     prefix = attachment.named(site, "")
     return sum(tensor.numel() for name, tensor in state.items() if name.startswith(prefix))
+    config = delta_config(attachment, delta.num_parameters)
+    written = (attachment, state) if format == "deltakit" else as_loras(attachment, state)
+    WRITERS[format](folder, *written, config, model_card(config, details))

@@ -18,7 +18,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import TRAINING, DeltaModule, Target, gathered, gathered_in_training, scatter, wants_start_values
+from deltakit.core import (
+    TRAINING,
+    DeltaModule,
+    Method,
+    Target,
+    gathered,
+    gathered_in_training,
+    scatter,
+    wants_start_values,
+)
 from deltakit.errors import OptionError, StateError
 from deltakit.ops import LowRank, LowRankMethod, check_rank, like, stack_of
 
@@ -116,6 +125,7 @@ class AdaLoRA(LowRankMethod, name="adalora"):
     """
 
     kind: ClassVar[type[DeltaModule]] = AdaLoRADelta
+    lora_elsewhere: ClassVar[bool] = True
 
     total_steps: int
     init_r: int = 12
@@ -194,6 +204,11 @@ class AdaLoRA(LowRankMethod, name="adalora"):
         for module, part in zip(modules, kept.split([m.get_buffer("kept").numel() for m in modules]), strict=True):
             own = module.get_buffer("kept")
             own.copy_(part.view_as(own))
+
+    @classmethod
+    def combination(cls, parts: Sequence[DeltaModule], rank: int | None) -> Method:
+        ranks = [part.rank if isinstance(part, AdaLoRADelta) else 0 for part in parts]
+        return super().combination(parts, rank if rank is not None else max(1, sum(ranks)))
 
     def unfinished(self, modules: Sequence[DeltaModule]) -> str:
         steps = modules[0].get_buffer("steps")
