@@ -91,6 +91,7 @@ from deltakit.opendelta import (
     Visualization,
 )
 from deltakit.ops import CallContext, InputMap, LowRank, OutputMap, WeightMap
+from deltakit.searching import Structure, search
 from deltakit.selection import RoleTable, roles, select
 from deltakit.version import __version__
 from deltakit.view import View, show
@@ -162,6 +163,7 @@ __all__ = [
     "SoftPrompt",
     "SoftPromptModel",
     "StateError",
+    "Structure",
     "Target",
     "TargetError",
     "TrainableTokens",
@@ -181,6 +183,7 @@ __all__ = [
     "plan",
     "roles",
     "rows",
+    "search",
     "select",
     "show",
     "use",

@@ -188,6 +188,16 @@ CALLS = {
     "show": Call(lambda s: dk.show, lambda s: {"backbone": s.model}, lambda s, view: str(view)),
     "roles": Call(lambda s: dk.roles, lambda s: {"backbone": s.model}),
     "select": Call(lambda s: dk.select, lambda s: {"backbone": s.model, "at": "q_proj"}),
+    "search": Call(
+        lambda s: dk.search,
+        lambda s: {
+            "backbone": s.bare,
+            "candidates": [dk.LoRA(r=1)],
+            "budget": 40,
+            "train_step": lambda part: s.bare(torch.tensor([[3, 5]])).square().mean(),
+            "steps": 1,
+        },
+    ),
     "rows": Call(lambda s: dk.rows, lambda s: {"backbone": s.model, "names": ["d"]}, _entered),
     "combine": Call(lambda s: dk.combine, lambda s: {"backbone": s.model, "weights": {"d": 0.5}}),
     "deltas": Call(lambda s: dk.deltas, lambda s: {"backbone": s.model}),
