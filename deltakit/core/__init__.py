@@ -19,6 +19,7 @@ from deltakit.core.bare_weight import (
     weight_view,
 )
 from deltakit.core.buffer_ledger import buffer_at, copy_buffers, is_below, relative
+from deltakit.core.callables import takes
 from deltakit.core.caller_rows import begin_forward, close_rows, current_batch, end_forward, open_rows, rows_now
 from deltakit.core.delta_module import DeltaModule
 from deltakit.core.design import Design
@@ -200,6 +201,7 @@ __all__ = [
     "slice_where",
     "span",
     "split_slice",
+    "takes",
     "tensors_in",
     "tensors_of",
     "type_names",

@@ -49,6 +49,17 @@ class DeltaModule(AttachedModule):
             f"{type(self).__name__} is not linear in its parameters, so it has no weighted sums; run the deltas one by one"
         )
 
+    def start_at(self, directions: Tensor) -> None:
+        """Sets its start values to those that read these directions of the input, and change nothing (`attach_from_data`).
+
+        Args:
+            directions: orthonormal rows [r, d_in], where r is the rank of its method (`Method.with_rank`).
+
+        Raises:
+            TargetError: if the method does not start from data.
+        """
+        raise TargetError(f"{type(self).__name__} does not start from data")
+
     def saved_state(self) -> dict[str, Tensor]:
         """Returns the tensors that a file holds for this target, by the method's own names."""
         if self._is_flat():

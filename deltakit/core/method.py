@@ -219,6 +219,14 @@ class Method(metaclass=MethodType):
         """Returns what was left out of a training run, for a warning when the delta is saved; "" by default."""
         return ""
 
+    def with_rank(self, r: int) -> "Method":
+        """Returns the method with another rank and the same scale, for methods that start from data (`attach_from_data`).
+
+        Raises:
+            OptionError: if the method has no rank, or needs another start.
+        """
+        raise OptionError(f"{self.name} does not start from data; write LoRA(), or use attach()")
+
     @classmethod
     def combination(cls, parts: Sequence[DeltaModule], rank: int | None) -> "Method":
         """Returns the method whose delta module can hold a weighted sum of these delta modules.

@@ -1,13 +1,12 @@
 """`search` trains gates on every candidate position and method, and returns those that are worth the budget."""
 
 from collections.abc import Callable, Sequence
-from inspect import signature
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from deltakit.core import Method, Selector, checked
+from deltakit.core import Method, Selector, checked, takes
 from deltakit.delta import Delta, attach
 from deltakit.errors import OptionError, StateError
 from deltakit.searching.gated import Gated
@@ -70,7 +69,11 @@ def search(
         raise OptionError("search(candidates=[]): expected at least one method, such as [LoRA(r=1), BitFit()]")
     if not 0 <= seed < 2**63:
         raise OptionError(f"search(seed={seed}): expected a seed of at least 0 that 63 bits hold")
-    _check_callable(train_step)
+    if not takes(train_step, "weights"):
+        raise OptionError(
+            f"search(train_step={train_step!r:.80}): expected a function that takes 'weights' or 'gates' and returns the loss "
+            "of the next batch, such as lambda part: model(**next(batches[part])).loss"
+        )
     found = candidates_of(backbone, candidates, train)
     check_budget(found, budget)
     gates = Gates([candidate.size for candidate in found], budget, beta=beta, seed=seed)
@@ -87,21 +90,6 @@ def search(
         sum(candidate.size for candidate in chosen),
         {(candidate.method.name, candidate.path): float(value) for candidate, value in zip(found, p, strict=True)},
     )
-
-
-def _check_callable(train_step: Callable[[Part], Tensor]) -> None:
-    try:
-        fits = not isinstance(train_step, type | nn.Module) and bool(signature(train_step).bind("weights"))
-    except TypeError:
-        fits = False
-    except ValueError:
-        # Some functions of C code have no signature.
-        fits = True
-    if not fits:
-        raise OptionError(
-            f"search(train_step={train_step!r:.80}): expected a function that takes 'weights' or 'gates' and returns the loss "
-            "of the next batch, such as lambda part: model(**next(batches[part])).loss"
-        )
 
 
 def _gated(candidates: Sequence[Candidate], gates: Gates) -> list[Gated]:

@@ -182,6 +182,14 @@ class _Accelerator:
 
 CALLS = {
     "attach": Call(lambda s: dk.attach, lambda s: {"backbone": s.bare, "methods": dk.LoRA(r=2)}),
+    "attach_from_data": Call(
+        lambda s: dk.attach_from_data,
+        lambda s: {
+            "backbone": s.bare,
+            "methods": dk.LoRA(r=2, at="q_proj"),
+            "run": lambda: s.bare(torch.tensor([[3, 5, 7, 11]])),
+        },
+    ),
     "plan": Call(lambda s: dk.plan, lambda s: {"backbone": s.bare, "methods": dk.LoRA(r=2)}),
     "load": Call(lambda s: dk.load, lambda s: {"source": s.saved, "backbone": s.bare}),
     "inspect": Call(lambda s: dk.inspect, lambda s: {"source": s.saved}),
