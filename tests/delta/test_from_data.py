@@ -158,7 +158,12 @@ class TestErrors:
             ),
             (dk.LoRA(r=2, at="conv"), {}, dk.TargetError, "conv: a start from data needs a linear layer .* is Conv1d"),
             (dk.LoRA(r=2, at="used.weight"), {}, dk.TargetError, "this is a weight that is read directly"),
-            (dk.LoRA(r=2, at="used"), {"run": model}, dk.OptionError, "expected a function without arguments that calls"),
+            (
+                dk.LoRA(r=2, at="used"),
+                {"run": model},
+                dk.OptionError,
+                "expected a function without arguments that calls",
+            ),
             (dk.BitFit(at="used"), {}, dk.OptionError, "bitfit does not start from data; write LoRA"),
             (
                 dk.LoRA(r=2, at="used", start="pissa"),
