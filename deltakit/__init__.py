@@ -57,6 +57,7 @@ from deltakit.methods.hra import HRA
 from deltakit.methods.ia3 import IA3
 from deltakit.methods.intrinsic_prompt import IntrinsicPrompt, PromptDecoder
 from deltakit.methods.llama_adapter import LlamaAdapter
+from deltakit.methods.invertible_adapter import InvertibleAdapter
 from deltakit.methods.ln_tuning import LNTuning
 from deltakit.methods.loha import LoHa
 from deltakit.methods.lokr import LoKr
@@ -130,6 +131,7 @@ __all__ = [
     "HubError",
     "InputMap",
     "IntrinsicPrompt",
+    "InvertibleAdapter",
     "LNTuning",
     "LlamaAdapter",
     "LoHa",

@@ -104,8 +104,9 @@ class AdaLoRADelta(LowRank):
 class AdaLoRA(LowRankMethod, name="adalora"):
     """Low-rank updates whose ranks are chosen while they are trained: call `delta.step()` in each step.
 
-    The loss is `loss + delta.penalty()`. The step stands between `optimizer.step()` and `optimizer.zero_grad()`. The file has
-    the values that were set to zero, too; an adapter of PEFT (`format="peft"`) leaves them out.
+    The loss is `loss + delta.penalty()`. The step stands between `optimizer.step()` and `optimizer.zero_grad()`. For a
+    `Trainer` of transformers write `integrations.training_steps(trainer)` instead of both. The file has the values that were
+    set to zero, too; an adapter of PEFT (`format="peft"`) leaves them out.
 
     Args:
         total_steps: the number of calls of `delta.step()` in the training run.

@@ -163,12 +163,18 @@ def _opendelta_method(name, arguments=lambda s: {}):
 
 
 class _Trainer:
-    """Has what `small_checkpoints` looks for in a Trainer."""
+    """Has what the functions for a Trainer look for."""
 
     def _save(self):
         pass
 
     _load_from_checkpoint = _load_best_model = _push_from_checkpoint = _save
+
+    def compute_loss(self):
+        pass
+
+    def add_callback(self, callback):
+        pass
 
 
 class _Accelerator:
@@ -215,6 +221,7 @@ CALLS = {
     "integrations.small_checkpoints": Call(
         lambda s: dk.integrations.small_checkpoints, lambda s: {"trainer": _Trainer()}
     ),
+    "integrations.training_steps": Call(lambda s: dk.integrations.training_steps, lambda s: {"trainer": _Trainer()}),
     "integrations.small_states": Call(
         lambda s: dk.integrations.small_states, lambda s: {"accelerator": _Accelerator()}
     ),
@@ -250,6 +257,7 @@ CALLS = {
     "ParallelAdapter": _option(dk.ParallelAdapter),
     "BitFit": _option(dk.BitFit),
     "IA3": _option(dk.IA3),
+    "InvertibleAdapter": _option(dk.InvertibleAdapter),
     "OFT": _option(dk.OFT),
     "BOFT": _option(dk.BOFT),
     "HRA": _option(dk.HRA),
