@@ -56,8 +56,8 @@ from deltakit.methods.hira import HiRA
 from deltakit.methods.hra import HRA
 from deltakit.methods.ia3 import IA3
 from deltakit.methods.intrinsic_prompt import IntrinsicPrompt, PromptDecoder
-from deltakit.methods.llama_adapter import LlamaAdapter
 from deltakit.methods.invertible_adapter import InvertibleAdapter
+from deltakit.methods.llama_adapter import LlamaAdapter
 from deltakit.methods.ln_tuning import LNTuning
 from deltakit.methods.loha import LoHa
 from deltakit.methods.lokr import LoKr

@@ -99,13 +99,11 @@ def write(
         format, sizes, repository, type(delta.backbone).__module__.split(".")[0] == "transformers", results
     )
     config = delta_config(attachment, count)
-    WRITERS[format](folder, attachment, state, config, model_card(config, details))
+    written = (attachment, state) if format == "deltakit" else as_loras(attachment, state)
+    WRITERS[format](folder, *written, config, model_card(config, details))
 
 
 def _computed(attachment: Attachment, site: Site, state: Mapping[str, Tensor]) -> int:
     """Returns the number of values in a file of a delta module that saves what its parameters compute."""
     prefix = attachment.named(site, "")
     return sum(tensor.numel() for name, tensor in state.items() if name.startswith(prefix))
-    config = delta_config(attachment, delta.num_parameters)
-    written = (attachment, state) if format == "deltakit" else as_loras(attachment, state)
-    WRITERS[format](folder, *written, config, model_card(config, details))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from deltakit.core import (
     TRAINING,
     DeltaModule,
+    Design,
     Method,
     Target,
     gathered,
@@ -127,6 +128,8 @@ class AdaLoRA(LowRankMethod, name="adalora"):
 
     kind: ClassVar[type[DeltaModule]] = AdaLoRADelta
     lora_elsewhere: ClassVar[bool] = True
+    design: ClassVar[Design] = Design(form="s B diag(E) A x")
+    example: ClassVar[Mapping[str, Any]] = {"total_steps": 100}
 
     total_steps: int
     init_r: int = 12

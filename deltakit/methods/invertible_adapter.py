@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from deltakit.core import (
     BackboneView,
+    Design,
     Method,
     Target,
     gathered_in_training,
@@ -93,6 +94,8 @@ class InvertibleAdapter(Method, name="invertible_adapter"):
     Raises:
         OptionError: if an option is out of its range, or the targets have different numbers of features.
     """
+
+    design: ClassVar[Design] = Design(form="x_1 + F(x_2), x_2 + G(x_1)", changes="embeddings", composition="addition")
 
     reduction: int = 2
     activation: str = "relu"
