@@ -44,7 +44,11 @@ class FourierFTDelta(WeightMap):
         entries = wide(self.spectrum)
         matrix = entries.new_zeros(*entries.shape[:-1], self.shape[0] * self.shape[1])
         matrix = matrix.index_copy(-1, self.places.index, entries).unflatten(-1, self.shape)
-        return self.factor * torch.fft.ifft2(matrix).real
+        # Of a real matrix the transforms back and forth have the same real part, up to the number of entries, and it is the
+        # same at (i, j) and (-i, -j). So half of the columns are enough.
+        half = torch.fft.rfft2(matrix, norm="forward").real
+        other = half[..., 1 : (self.shape[1] + 1) // 2].flip(-2, -1).roll(1, -2)
+        return self.factor * torch.cat((half, other), -1)
 
     @torch.no_grad()
     def take_sum(self, parts: Sequence[tuple[float, DeltaModule]]) -> tuple[float, float]:
