@@ -72,6 +72,8 @@ class VBLoRADelta(LowRank):
 class VBLoRA(LowRankMethod, name="vblora"):
     """Low-rank updates from one trained bank of vectors. A weighted sum of several is a LoRA.
 
+    The start values are random in both factors, so attaching changes the outputs a little.
+
     Args:
         r: the rank, at least 1.
         vectors: the number of vectors in the bank, at least `top`.

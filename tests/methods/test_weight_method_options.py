@@ -213,3 +213,30 @@ def test_frozen_factors_that_are_larger_than_any_weight_are_loaded(sizes, tmp_pa
     delta.detach()
     dk.load(tmp_path, model)
     assert torch.equal(model[0](torch.ones(1, 1400)), expected)
+
+
+def test_small_factors_of_delora_count_as_large_as_in_peft():
+    case = CASES["DeLoRA"]
+    model, x = chain(case)
+    delta = randomize(dk.attach(model, with_options(case.ours, at="first")))
+    (module,) = delta.modules["first"]
+    with torch.no_grad():
+        module.B[:, 1] *= 1e-6
+        module.A[2] *= 1e-6
+    update = peft.tuners.delora.layer.DeloraLayer._compute_delta(module.A, module.B, module.lam, 3, module.norms)
+    expected = nn.functional.linear(x, model.first.weight + update, model.first.bias)
+    torch.testing.assert_close(model.first(x), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", [{"r": 2, "full": True}, {"r": 9}])
+def test_a_full_right_matrix_of_lokr_has_no_core(options):
+    model = nn.ModuleDict({"conv": nn.Conv2d(6, 10, 3)})
+    delta = dk.attach(model, dk.LoKr(tucker=True, at="conv", **options))
+    assert {name.rpartition(".")[2]: tuple(value.shape) for name, value in delta.state_dict().items()} == {
+        "left": (2, 2),
+        "right": (5, 27),
+    }
+    randomize(delta)
+    x = torch.randn(1, 6, 5, 5)
+    expected = model.conv(x)
+    torch.testing.assert_close(delta.merge().backbone.conv(x), expected, rtol=1e-5, atol=1e-5)
