@@ -5,6 +5,7 @@ from deltakit.delta.beside import attach_beside, spare_name
 from deltakit.delta.combining import Combination, combine
 from deltakit.delta.converting import convert
 from deltakit.delta.freezing import freeze_parameters, keep_frozen, narrow, widen
+from deltakit.delta.from_data import attach_from_data
 from deltakit.delta.handle import Delta
 from deltakit.delta.inspecting import SavedDelta, SavedMethod, inspect
 from deltakit.delta.loading import load
@@ -28,6 +29,7 @@ __all__ = [
     "Spelling",
     "attach",
     "attach_beside",
+    "attach_from_data",
     "base_state_dict",
     "checkpoint_tensors",
     "combine",

@@ -17,9 +17,8 @@ class CallObserver:
 
     def begin(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         """Records the arguments of the backbone's call."""
-        names = _argument_names(type(backbone).forward)
         # There are no keyword arguments while another thread attaches or detaches (see `InputHook`).
-        call = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+        call = _named(backbone, args, kwargs or {})
         ids = _first_tensor(call, _IDS)
         if ids is None and args and isinstance(args[0], Tensor) and not args[0].is_floating_point():
             # The user's own models may name their ids differently.
@@ -29,6 +28,15 @@ class CallObserver:
     def end(self, backbone: nn.Module, args: Any, output: Any) -> None:
         """Ends the call. After an interruption that skips this, the call is known to be over."""
         end_call()
+
+
+def mask_of(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Returns the attention mask that a backbone is called with; None if there is none."""
+    return _first_tensor(_named(backbone, args, kwargs), _MASK)
+
+
+def _named(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**dict(zip(_argument_names(type(backbone).forward), args, strict=False)), **kwargs}
 
 
 @lru_cache(256)

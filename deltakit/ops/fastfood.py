@@ -44,7 +44,11 @@ def walsh_hadamard(x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
     while done < n:
         size = min(_AT_ONCE, n // done)
         matrix = hadamard(size, dtype=x.dtype, device=x.device)
-        x = (matrix @ x.reshape(*x.shape[:-1], -1, size, done)).reshape(x.shape)
+        if done == 1:
+            # H is symmetric, and as the left factor it would make products with columns of one number.
+            x = (x.reshape(*x.shape[:-1], -1, size) @ matrix).reshape(x.shape)
+        else:
+            x = (matrix @ x.reshape(*x.shape[:-1], -1, size, done)).reshape(x.shape)
         done *= size
     return x
 
@@ -81,14 +85,11 @@ class Fastfood(nn.Module):
         length = prod(shape)
         blocks = torch.arange(-(-length // self.n), device=x.device)
         mixed = _mixed(_mixed(blocks.new_full((), key + (self.seed << 32))) + blocks)
-        signs, numbers = (values.to(x.dtype) for values in self._values())
+        signs, numbers = self.draw.get_buffer("signs").to(x.dtype), self.draw.get_buffer("normal").to(x.dtype)
         full = torch.cat([x, x.new_zeros(self.n - len(x))])
-        z = walsh_hadamard(full * self._rolled(signs, mixed % self.n))[:, self.draw.order]  # type: ignore[index]
+        z = walsh_hadamard(full * self._rolled(signs, mixed % self.n)).index_select(1, self.draw.get_buffer("order"))
         found = walsh_hadamard(z * self._rolled(numbers, (mixed >> 32) % self.n)).flatten()[:length]
         return (found / (length * numbers.square().sum()).sqrt()).view(shape)
-
-    def _values(self) -> tuple[Tensor, Tensor]:
-        return self.draw.signs, self.draw.normal  # type: ignore[return-value]
 
     def _rolled(self, values: Float[Tensor, " n"], at: Int64[Tensor, " blocks"]) -> Float[Tensor, "blocks n"]:
         return torch.cat([values, values]).unfold(0, self.n, 1)[at]

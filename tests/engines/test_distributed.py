@@ -13,7 +13,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 import deltakit as dk
 from support.models import Transformer
-from support.sharded_training import batch, every_method, leave, losses, saver, to_train, worker
+from support.sharded_training import (
+    batch,
+    every_method,
+    leave,
+    losses,
+    ranked,
+    saver,
+    stepping,
+    steps,
+    to_train,
+    worker,
+)
 
 
 def free_port():
@@ -59,6 +70,16 @@ def test_as_in_one_process(engine, size, tmp_path):
     assert one["methods"] == many["methods"]
     assert one["backbone"]["class"] == many["backbone"]["class"] == "Transformer"
     assert one["backbone"]["fingerprint"]["structure"] == many["backbone"]["fingerprint"]["structure"]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_ranks_are_chosen_as_in_one_process(engine):
+    model, delta = ranked()
+    alone = steps(model, delta)
+    assert len(set(alone)) > 1
+    for ranks, state in in_processes(2, stepping, 2, free_port(), engine).values():
+        assert ranks == alone
+        agree(state, delta)
 
 
 def test_what_is_saved_sharded_is_what_is_saved_whole(tmp_path):

@@ -201,3 +201,15 @@ def test_sums_of_miss_of_different_sizes():
     attached(model, dk.MiSS(r=2, bat=True, at="up_proj"), name="three")
     with pytest.raises(dk.TargetError, match="MiSS.bat=True. has no weighted sums with others than of the same r"):
         dk.combine(model, {"one": 1.0, "three": 1.0})
+
+
+@pytest.mark.parametrize("sizes", [[(1400, 1100), (1100, 1400)], [(1400, 1400)]], ids=["wide and tall", "one layer"])
+def test_frozen_factors_that_are_larger_than_any_weight_are_loaded(sizes, tmp_path):
+    """A load refuses to create tensors that nothing gives a reason for, and these are as wide and tall as no layer is."""
+    model = nn.ModuleList([nn.Linear(*size) for size in sizes])
+    delta = randomize(dk.attach(model, dk.RandLoRA(r=100, at="*")))
+    expected = model[0](torch.ones(1, 1400))
+    delta.save(tmp_path)
+    delta.detach()
+    dk.load(tmp_path, model)
+    assert torch.equal(model[0](torch.ones(1, 1400)), expected)

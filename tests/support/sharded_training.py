@@ -75,6 +75,35 @@ def worker(rank, size, port, engine, steps, start, out, results):
     leave()
 
 
+def ranked():
+    """A model with a delta that takes steps and has a penalty, and one whose targets share parameters."""
+    torch.manual_seed(3)
+    model = Transformer()
+    adalora = dk.AdaLoRA(total_steps=4, init_r=3, target_r=1, tinit=1, tfinal=1)
+    return model, randomize(dk.attach(model, adalora, dk.InvertibleAdapter()), scale=0.03)
+
+
+def steps(model, delta, rank=0, size=1):
+    """Trains it, and returns the ranks."""
+    optimizer = torch.optim.SGD(delta.parameters(), lr=0.1)
+    for step in range(4):
+        (model(batch(step).chunk(size)[rank]).square().mean() + delta.penalty()).backward()
+        optimizer.step()
+        delta.step()
+        optimizer.zero_grad()
+    return [module.rank for (module,) in delta.modules_of("adalora").values()]
+
+
+def stepping(rank, size, port, engine, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    model, delta = ranked()
+    found = steps(shard(model, engine), delta, rank, size)
+    results[rank] = (found, {name: value.clone() for name, value in delta.state_dict().items()})
+    dist.destroy_process_group()
+    leave()
+
+
 def every_method():
     """Yields each registered method by name, with a toy that it is attached to; equal in all processes."""
     for name in sorted(dk.METHODS):
