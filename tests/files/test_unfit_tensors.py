@@ -66,6 +66,13 @@ CONFIGS = {
     "hira": lambda: peft.HiraConfig(r=3, target_modules=["q_proj"]),
     "delora": lambda: peft.DeloraConfig(r=3, target_modules=["q_proj"]),
     "hra": lambda: peft.HRAConfig(r=4, target_modules=["q_proj"]),
+    "oft": lambda: peft.OFTConfig(oft_block_size=4, target_modules=["q_proj"]),
+    "boft": lambda: peft.BOFTConfig(boft_block_size=4, target_modules=["q_proj"]),
+    "road": lambda: peft.RoadConfig(group_size=8, target_modules=["q_proj"]),
+    "fourierft": lambda: peft.FourierFTConfig(n_frequency=9, target_modules=["q_proj"]),
+    "c3a": lambda: peft.C3AConfig(block_size=4, target_modules=["q_proj"]),
+    "shira": lambda: peft.ShiraConfig(r=2, target_modules=["q_proj"]),
+    "ln_tuning": lambda: peft.LNTuningConfig(target_modules=["norm"]),
     "vblora": lambda: peft.VBLoRAConfig(r=3, topk=2, num_vectors=7, vector_length=4, target_modules=["q_proj"]),
     "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
     "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
@@ -113,9 +120,9 @@ UNSEEN = {
     "int8": None,
     "bool": None,
     # A vector stays one, a bias is added to all rows, and frozen matrices are drawn again.
-    "deeper": r"ia3_l$|loras\.task\.lora_B$|control_trans\.0\.bias$|vera_[AB]$",
+    "deeper": r"ia3_l$|loras\.task\.lora_B$|control_trans\.0\.bias$|vera_[AB]$|boft_s$",
     # The backbone alone knows how many outputs a layer has.
-    "longer": r"lora_(embedding_)?B(\.weight)?$|lora_up\.weight$|ia3_l$|\.bias$|hira_B$|hra_u$|vblora_logits_B$|vera_(lambda_b|[AB])$",
+    "longer": r"lora_(embedding_)?B(\.weight)?$|lora_up\.weight$|ia3_l$|\.bias$|hira_B$|hra_u$|vblora_logits_B$|vera_(lambda_b|[AB])$|oft_R\.weight$|boft_(R|s)$|fourierft_spectrum$|c3a_kernel$|ln_tuning_layers\.weight$",
 }
 """What fits without a backbone, by the change."""
 

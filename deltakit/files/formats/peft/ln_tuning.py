@@ -9,6 +9,7 @@ from deltakit.errors import CheckpointError
 from deltakit.files.formats.format import Parts
 from deltakit.files.formats.layers import target_options
 from deltakit.files.formats.merged import refuse_merged
+from deltakit.files.formats.shapes import refuse_integers
 from deltakit.files.formats.source import Source
 from deltakit.files.formats.writing import Writing
 
@@ -20,13 +21,15 @@ def read_ln_tuning(source: Source, parts: Parts) -> None:
     """Adds the norms of an adapter to the parts.
 
     Raises:
-        CheckpointError: if the backbone has no such parameter, or its values are not in memory.
+        CheckpointError: if they are no floating-point numbers, the backbone has no such parameter, or its values are not in
+            memory.
     """
     for name, value in source.tensors.items():
         path, within, parameter = name.partition(WITHIN)
         if not within:
             continue
         target = join(path, parameter)
+        refuse_integers({name: value}, source.folder)
         if source.backbone is not None:
             own = source.own.get(target)
             if own is None or own.shape != value.shape:

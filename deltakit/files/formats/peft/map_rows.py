@@ -1,6 +1,6 @@
-"""The rows of PEFT's methods that turn inputs or outputs of layers, or add sparse updates."""
+"""The rows of PEFT's methods that turn inputs or outputs of layers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypedDict
 
@@ -9,32 +9,12 @@ from torch import Tensor, nn
 
 from deltakit.core import Site
 from deltakit.files.formats.layers import Layers
-from deltakit.files.formats.peft.row import Field, Options, OptionsAt, Row, Stored
+from deltakit.files.formats.peft.row import Field, Options, OptionsAt, Row, Stored, one_for_all, unlike
 from deltakit.files.formats.peft.weight_rows import turned, with_own
 from deltakit.files.formats.source import Source
-from deltakit.files.formats.writing import Writing
 
 _LINEAR = Layers(conv1d=False)
 _IMAGES = Layers((nn.Conv2d,), conv1d=False)
-
-
-def _of_tensors(read: Callable[[Mapping[str, Tensor]], Options]) -> Callable[[Source], OptionsAt]:
-    """Returns what gives the options that the tensors of a target show."""
-    return lambda _source: lambda _path, tensors: read(tensors)
-
-
-def _one(field: str, value: Callable[[Any], Any]) -> Callable[[Writing, Sequence[Site]], Options]:
-    """Returns what writes a field of the config that all delta modules agree in."""
-
-    def written(writing: Writing, sites: Sequence[Site]) -> Options:
-        values = sorted({value(site.module) for site in sites})
-        if len(values) > 1:
-            raise writing.impossible(
-                f"its targets have {values[0]} and {values[1]} as {field}, and PEFT has one for all"
-            )
-        return {field: values[0]}
-
-    return written
 
 
 def _over_pixels(module: nn.Module | None) -> str:
@@ -104,8 +84,8 @@ OFT = Row(
     prepared=_other_direction,
     computed=_of_oft,
     written=lambda writing, sites: {
-        **_one("oft_block_size", lambda module: module.block_size)(writing, sites),
-        **_one("num_cayley_neumann_terms", lambda module: module.terms or 5)(writing, sites),
+        **one_for_all("oft_block_size", lambda module: module.block_size)(writing, sites),
+        **one_for_all("num_cayley_neumann_terms", lambda module: module.terms or 5)(writing, sites),
         "r": 0,
     },
     refuses=_refused_oft,
@@ -115,22 +95,37 @@ OFT = Row(
 )
 
 
-def _one_scale(scale: Tensor, site: Site) -> Tensor:
+def _scale_of(scale: Tensor, site: Site) -> Tensor:
     return scale.reshape((1, -1) if isinstance(site.target, nn.Conv2d) else (-1, 1))
+
+
+class _Factors(TypedDict):
+    boft_n_butterfly_factor: int
+
+
+def _of_boft(source: Source) -> OptionsAt:
+    most = source.options(_Factors, {"boft_n_butterfly_factor": 1})["boft_n_butterfly_factor"]
+
+    def at(path: str, tensors: Mapping[str, Tensor]) -> Options:
+        factors = tensors["R"].shape[0]
+        # Without its CUDA extension PEFT has one factor, whatever the config says.
+        if not 1 <= factors <= most:
+            raise unlike(source, path, f"{factors} butterfly factors")
+        return {"block_size": tensors["R"].shape[-1], "factors": factors}
+
+    return at
 
 
 BOFT = Row(
     peft_type="BOFT",
     method="boft",
-    tensors={".boft_R": Stored("R"), ".boft_s": Stored("scale", Tensor.flatten, _one_scale)},
+    tensors={".boft_R": Stored("R"), ".boft_s": Stored("scale", Tensor.flatten, _scale_of)},
     fields={},
     layers=_IMAGES,
-    computed=with_own(
-        _of_tensors(lambda tensors: {"block_size": tensors["R"].shape[-1], "factors": tensors["R"].shape[0]})
-    ),
+    computed=with_own(_of_boft),
     written=lambda writing, sites: {
-        **_one("boft_block_size", lambda module: module.block_size)(writing, sites),
-        **_one("boft_n_butterfly_factor", lambda module: len(module.R))(writing, sites),
+        **one_for_all("boft_block_size", lambda module: module.block_size)(writing, sites),
+        **one_for_all("boft_n_butterfly_factor", lambda module: len(module.R))(writing, sites),
         "boft_block_num": 0,
     },
     differs=_uneven,
@@ -185,61 +180,8 @@ ROAD = Row(
     fields={"variant": Field("variant", str, "road_1")},
     layers=_LINEAR,
     computed=_of_road,
-    written=_one("group_size", lambda module: module.group_size),
+    written=one_for_all("group_size", lambda module: module.group_size),
     known=("group_size",),
 )
-FOURIERFT = Row(
-    peft_type="FOURIERFT",
-    method="fourierft",
-    tensors={".fourierft_spectrum": Stored("spectrum")},
-    fields={"scaling": Field("scaling", float, 150.0), "random_loc_seed": Field("seed", int, 777)},
-    layers=Layers(),
-    computed=with_own(_of_tensors(lambda tensors: {"n": tensors["spectrum"].shape[-1]})),
-    written=_one("n_frequency", lambda module: module.spectrum.shape[-1]),
-    known=("n_frequency", "n_frequency_pattern"),
-)
-C3A = Row(
-    peft_type="C3A",
-    method="c3a",
-    tensors={".c3a_kernel": Stored("kernel")},
-    fields={},
-    layers=_LINEAR,
-    computed=_of_tensors(lambda tensors: {"block_size": tensors["kernel"].shape[-1]}),
-    written=_one("block_size", lambda module: module.block_size),
-    known=("block_size", "block_size_pattern"),
-)
 
-
-def _rank(writing: Writing, sites: Sequence[Site]) -> Options:
-    """As PEFT counts it: the number of entries by the number of inputs and outputs."""
-    for site in sites:
-        module: Any = site.module
-        if module.values.numel() % sum(module.shape):
-            raise writing.impossible(
-                f"{site.path} has {module.values.numel()} trained entries, and PEFT has a multiple of its {sum(module.shape)} "
-                "inputs and outputs"
-            )
-    return _one("r", lambda module: module.values.numel() // sum(module.shape))(writing, sites)
-
-
-class _Rank(TypedDict):
-    r: int
-
-
-def _of_shira(source: Source) -> OptionsAt:
-    r = source.options(_Rank, {"r": 32})["r"]
-    return lambda _path, _tensors: {"r": r}
-
-
-SHIRA = Row(
-    peft_type="SHIRA",
-    method="shira",
-    tensors={".shira_weight": Stored("values"), ".shira_indices": Stored("places", integer=True)},
-    fields={},
-    layers=_LINEAR,
-    computed=with_own(_of_shira),
-    written=_rank,
-    known=("mask_type", "random_seed"),
-)
-
-ROWS = (OFT, BOFT, HRA, ROAD, FOURIERFT, C3A, SHIRA)
+ROWS = (OFT, BOFT, HRA, ROAD)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from deltakit.core import Site
+from deltakit.errors import CheckpointError
 from deltakit.files.formats.layers import Layers
 from deltakit.files.formats.source import Source
 from deltakit.files.formats.writing import Writing
@@ -117,3 +118,24 @@ class Row:
         """The fields of the config that are not warned of."""
         patterns = {field.pattern for field in self.fields.values()} - {""}
         return {*self.fields, *patterns, *self.training_only, *self.known}
+
+
+def unlike(source: Source, path: str, found: str) -> CheckpointError:
+    """Returns the error for a target that has something else than the config says."""
+    return CheckpointError(
+        f"{source.folder}: {path} has {found}, which is not what its config says; save or download it again"
+    )
+
+
+def one_for_all(field: str, value: Callable[[Any], Any]) -> Callable[[Writing, Sequence[Site]], Options]:
+    """Returns what writes a field of the config that all delta modules agree in."""
+
+    def written(writing: Writing, sites: Sequence[Site]) -> Options:
+        values = sorted({value(site.module) for site in sites})
+        if len(values) > 1:
+            raise writing.impossible(
+                f"its targets have {values[0]} and {values[1]} as {field}, and PEFT has one for all"
+            )
+        return {field: values[0]}
+
+    return written

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from deltakit.core import Site
 from deltakit.files.formats.layers import Layers, pattern_of
 from deltakit.files.formats.patterns import Pattern
-from deltakit.files.formats.peft import map_rows, shared_rows, weight_rows
+from deltakit.files.formats.peft import map_rows, shared_rows, sparse_rows, weight_rows
 from deltakit.files.formats.peft.row import Options, OptionsAt, Row, Stored
 from deltakit.files.formats.source import Source
 from deltakit.files.formats.writing import Writing
@@ -76,4 +76,5 @@ TABLE = (
     *weight_rows.ROWS,
     *shared_rows.ROWS,
     *map_rows.ROWS,
+    *sparse_rows.ROWS,
 )
