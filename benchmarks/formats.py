@@ -7,6 +7,8 @@ the other library loads it. Each time the backbone is built again, tiny and in f
 """
 
 import argparse
+import copy
+import dataclasses
 import sys
 import tempfile
 import warnings
@@ -76,6 +78,38 @@ def peft_configs() -> dict[tuple[str, str], Any]:
     return found
 
 
+WEIGHTS = {
+    "VeRA": (peft.VeraConfig(r=3), dk.VeRA(r=3)),
+    "RandLoRA": (peft.RandLoraConfig(r=3), dk.RandLoRA(r=3)),
+    "VB-LoRA": (peft.VBLoRAConfig(r=3, num_vectors=7, vector_length=2), dk.VBLoRA(r=3, vectors=7, length=2)),
+    "GraLoRA": (peft.GraloraConfig(r=4), dk.GraLoRA(r=4)),
+    "HiRA": (peft.HiraConfig(r=3), dk.HiRA(r=3)),
+    "LoHa": (peft.LoHaConfig(r=2, use_effective_conv2d=True), dk.LoHa(r=2, tucker=True)),
+    "LoKr": (peft.LoKrConfig(r=2, use_effective_conv2d=True), dk.LoKr(r=2, tucker=True)),
+    "MiSS": (peft.MissConfig(r=4), dk.MiSS(r=4)),
+    "DeLoRA": (peft.DeloraConfig(r=3, delora_lambda=2.5), dk.DeLoRA(r=3, strength=2.5, start="zero")),
+}
+"""The methods that change weights: PEFT's config and the same in deltakit."""
+
+NO_CONV1D = ("LoHa", "LoKr", "MiSS", "DeLoRA")
+OF_IMAGES = ("LoHa", "LoKr", "HiRA")
+
+
+def weight_methods() -> list[Case]:
+    """Returns the rows of methods that change weights, on the layers that PEFT has each of them for."""
+    found = []
+    for method, (config, ours) in WEIGHTS.items():
+        for name, targets in QUERIES.items():
+            if (name == "resnet" and method not in OF_IMAGES) or (name == "gpt2" and method in NO_CONV1D):
+                continue
+            theirs = copy.deepcopy(config)
+            theirs.target_modules = set(targets)
+            found.append(Case("PEFT in", method, name, read(name, theirs)))
+            at = {"at": "**", "of": nn.Conv2d} if name == "resnet" else {"at": targets}
+            found.append(Case("PEFT out", method, name, written(name, dataclasses.replace(ours, **at))))
+    return found
+
+
 def read(name: str, config: Any) -> Callable[[Path], tuple[torch.Tensor, torch.Tensor]]:
     """Returns what compares PEFT with a delta loaded from its files."""
 
@@ -115,6 +149,7 @@ def cases() -> list[Case]:
     for name in WITH_PREFIX:
         found.append(Case("PEFT out", "prefix", name, written(name, dk.Prefix(tokens=5, shift=True))))
     ranks = dk.LoRA(r={"layers.0": 4, "*": 2}, alpha={"q_proj": 3, "*": 7})
+    found += weight_methods()
     return [*found, Case("PEFT out", "LoRA, ranks and alphas", "llama", written("llama", ranks))]
 
 

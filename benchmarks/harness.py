@@ -6,8 +6,9 @@ import json
 import os
 import platform
 import statistics
+import textwrap
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,17 @@ def write(path: Path | None, name: str, rows: Any) -> None:
     """Writes the results of a benchmark as JSON, with the machine."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"benchmark": name, "machine": machine(), "rows": rows}, indent=1) + "\n")
+        # By renaming: a benchmark that is stopped while it writes must not lose what it had.
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({"benchmark": name, "machine": machine(), "rows": rows}, indent=1) + "\n")
+        partial.replace(path)
+
+
+def page(script: str, title: str, text: str, lines: Sequence[str]) -> str:
+    """Returns a Markdown page of results: the command, the machine, a text and a table."""
+    known = ", ".join(f"{key} {value}" for key, value in machine().items())
+    head = [f"<!-- written by benchmarks/{script} -->", f"# {title}", "", f"`python benchmarks/{script}`; {known}.", ""]
+    return "\n".join([*head, *textwrap.wrap(text, 127), "", *lines, ""])
 
 
 CONFIGS: dict[str, Callable[[], Any]] = {

@@ -20,6 +20,7 @@ from deltakit.delta import (
     SavedDelta,
     SavedMethod,
     attach,
+    attach_from_data,
     base_state_dict,
     combine,
     deltas,
@@ -42,6 +43,7 @@ from deltakit.errors import (
     StateError,
     TargetError,
 )
+from deltakit.methods.adalora import AdaLoRA
 from deltakit.methods.adapter import Adapter
 from deltakit.methods.bitfit import BitFit
 from deltakit.methods.boft import BOFT
@@ -54,6 +56,7 @@ from deltakit.methods.hira import HiRA
 from deltakit.methods.hra import HRA
 from deltakit.methods.ia3 import IA3
 from deltakit.methods.intrinsic_prompt import IntrinsicPrompt, PromptDecoder
+from deltakit.methods.invertible_adapter import InvertibleAdapter
 from deltakit.methods.llama_adapter import LlamaAdapter
 from deltakit.methods.ln_tuning import LNTuning
 from deltakit.methods.loha import LoHa
@@ -90,6 +93,7 @@ from deltakit.opendelta import (
     Visualization,
 )
 from deltakit.ops import CallContext, InputMap, LowRank, OutputMap, WeightMap
+from deltakit.searching import Structure, search
 from deltakit.selection import RoleTable, roles, select
 from deltakit.version import __version__
 from deltakit.view import View, show
@@ -103,6 +107,7 @@ __all__ = [
     "METHODS",
     "OFT",
     "SAID",
+    "AdaLoRA",
     "Adapter",
     "AdapterModel",
     "AutoDeltaConfig",
@@ -126,6 +131,7 @@ __all__ = [
     "HubError",
     "InputMap",
     "IntrinsicPrompt",
+    "InvertibleAdapter",
     "LNTuning",
     "LlamaAdapter",
     "LoHa",
@@ -160,6 +166,7 @@ __all__ = [
     "SoftPrompt",
     "SoftPromptModel",
     "StateError",
+    "Structure",
     "Target",
     "TargetError",
     "TrainableTokens",
@@ -170,6 +177,7 @@ __all__ = [
     "WeightMap",
     "__version__",
     "attach",
+    "attach_from_data",
     "base_state_dict",
     "combine",
     "deltas",
@@ -179,6 +187,7 @@ __all__ = [
     "plan",
     "roles",
     "rows",
+    "search",
     "select",
     "show",
     "use",

@@ -48,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     table = commands.add_parser("roles", help="print the paths of each role on a model, without loading its weights")
     table.add_argument("model", help="a folder or Hub id with a config.json")
     table.set_defaults(command=_roles)
+    methods = commands.add_parser("methods", help="print the methods: what they change, where, and what they can do")
+    methods.add_argument("names", nargs="*", metavar="NAME", help="only these, such as lora; by default all")
+    methods.set_defaults(command=_methods)
     _add_file_commands(commands)
     return parser
 
@@ -105,6 +108,13 @@ def _roles(options: argparse.Namespace) -> None:
     from deltakit.selection import roles
 
     print(roles(_empty(options.model)))
+
+
+def _methods(options: argparse.Namespace) -> None:
+    from deltakit.delta import method_rows
+    from deltakit.view import MethodTable
+
+    _console().print(MethodTable(method_rows(options.names)), soft_wrap=True)
 
 
 def _inspect(options: argparse.Namespace) -> None:

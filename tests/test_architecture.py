@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "view": {"core"},
     "delta": {"core", "selection", "injection", "files", "view"},
     "integrations": {"core", "delta", "files"},
+    "searching": {"core", "delta"},
     "opendelta": {"core", "delta", "files", "methods", "ops", "view"},
 }
 FOR_AUTHORS = {

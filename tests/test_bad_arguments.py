@@ -22,10 +22,10 @@ TEXT = WORD | {"empty text", "zero byte", "control"}
 MODEL = {"module"}
 BOTTLENECKS = ("Adapter", "LowRankAdapter", "Compacter", "ParallelAdapter")
 MAPS = ("OFT", "BOFT", "HRA", "RoAd", "ReFT", "FourierFT", "C3A", "SHiRA")
-ON_MODULES = ("LoRA", "BitFit", "IA3", "SAID", *BOTTLENECKS, *WEIGHT_METHODS, *MAPS)
+ON_MODULES = ("LoRA", "AdaLoRA", "BitFit", "IA3", "SAID", *BOTTLENECKS, *WEIGHT_METHODS, *MAPS)
 PREFIXES, STARTED = ("Prefix", "PTuningV2"), ("SoftPrompt", "MultitaskPrompt")
 PROMPTS = (*STARTED, "PTuning", "IntrinsicPrompt")
-ON_PARTS = (*PREFIXES, *PROMPTS, "LNTuning", "TrainableTokens", "LST", "LlamaAdapter")
+ON_PARTS = (*PREFIXES, *PROMPTS, "LNTuning", "TrainableTokens", "LST", "LlamaAdapter", "InvertibleAdapter")
 ALL_METHODS = (*ON_MODULES, *ON_PARTS)
 
 OPENDELTA = {
@@ -42,10 +42,10 @@ OPENDELTA = {
 
 ACCEPTED = {
     # Any word without dots and spaces is a name.
-    **dict.fromkeys(["attach.name", "load.name", "combine.name"], NOTHING | WORD),
-    **dict.fromkeys(["attach.freeze", "load.freeze", "load.attach", "Delta.active.value", "Delta.trainable.value"], SWITCH),
+    **dict.fromkeys(["attach.name", "attach_from_data.name", "load.name", "combine.name"], NOTHING | WORD),
+    **dict.fromkeys(["attach.freeze", "attach_from_data.freeze", "load.freeze", "load.attach", "Delta.active.value", "Delta.trainable.value"], SWITCH),
     # No selectors: nothing is fully trained, and nothing is excluded.
-    **dict.fromkeys(["attach.train", "plan.train", "Delta.freeze.train"], NOTHING | NO_SELECTORS),
+    **dict.fromkeys(["attach.train", "attach_from_data.train", "plan.train", "Delta.freeze.train"], NOTHING | NO_SELECTORS),
     **dict.fromkeys(["load.revision", "inspect.revision"], NOTHING),
     # Not needed for a folder.
     **dict.fromkeys(["load.cache_dir", "inspect.cache_dir"], NOTHING | TEXT | {"path"}),
@@ -126,6 +126,18 @@ ACCEPTED = {
     "PTuning.dropout": {"0"},
     "PTuning.anchors": NOTHING | {"empty dict"},
     **{f"{kind}.{option}": NOTHING | COUNT for kind in BOTTLENECKS for option in ("size", "reduction")},
+    # The scene has 10 steps, and ranks from 3 to 2.
+    **dict.fromkeys(["AdaLoRA.total_steps", "AdaLoRA.delta_t"], COUNT | {"2**70"}),
+    **dict.fromkeys(["AdaLoRA.tinit", "AdaLoRA.tfinal"], COUNT | {"0"}),
+    "AdaLoRA.init_r": {"numpy int"}, "AdaLoRA.target_r": COUNT, "AdaLoRA.dropout": {"0"}, "AdaLoRA.untie": SWITCH,
+    **dict.fromkeys(["AdaLoRA.alpha", "AdaLoRA.orthogonality"], NUMBER - {"-1"}),
+    "InvertibleAdapter.reduction": COUNT,
+    "attach_from_data.rho": NUMBER - {"0", "-1"},
+    "search.train": NOTHING | NO_SELECTORS,
+    "search.budget": {"2**70"},
+    "search.steps": COUNT,
+    "search.seed": COUNT | {"0"},
+    **dict.fromkeys(["search.lr", "search.gate_lr", "search.beta", "search.max_norm"], NUMBER - {"0", "-1"}),
     # A size is a multiple of the division, which divides the features (20 here). A rank is at most the size (1 here).
     "Compacter.size": NOTHING,
     **{option: {"1"} for option in ("Compacter.division", "LowRankAdapter.r")},
@@ -197,6 +209,7 @@ UNCHECKED = {
     "Combination": "a named tuple",
     **dict.fromkeys(["SavedDelta", "SavedMethod"], "what inspect returns"),
     "Plan": "the result of plan",
+    "Structure": "the result of search",
     "RoleTable": "the result of roles",
     **dict.fromkeys(["AutoDeltaConfig", "AutoDeltaModel"], "as loose as OpenDelta; they have no instances"),
 }  # fmt: skip

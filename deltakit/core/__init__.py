@@ -6,7 +6,7 @@ and what a linear layer is. Imports nothing but `errors`.
 
 from deltakit.core.activations import hidden_input, hidden_output, replace_hidden, replace_input
 from deltakit.core.arguments import checked
-from deltakit.core.attached_module import FROZEN
+from deltakit.core.attached_module import FROZEN, TRAINING
 from deltakit.core.backbone_call import CurrentCall, begin_call, current_call, drop_interrupted_calls, end_call
 from deltakit.core.bare_weight import (
     BareLayer,
@@ -19,8 +19,10 @@ from deltakit.core.bare_weight import (
     weight_view,
 )
 from deltakit.core.buffer_ledger import buffer_at, copy_buffers, is_below, relative
+from deltakit.core.callables import takes
 from deltakit.core.caller_rows import begin_forward, close_rows, current_batch, end_forward, open_rows, rows_now
 from deltakit.core.delta_module import DeltaModule
+from deltakit.core.design import Design
 from deltakit.core.feature_slice import FeatureSlice, slice_where
 from deltakit.core.folding import breadth, expand, fold, is_plain, span
 from deltakit.core.grad_ledger import GradLedger
@@ -95,11 +97,13 @@ from deltakit.core.without_deltas import deltas_left_out, without_deltas
 __all__ = [
     "FROZEN",
     "METHODS",
+    "TRAINING",
     "Attachment",
     "BackboneView",
     "BareLayer",
     "CurrentCall",
     "DeltaModule",
+    "Design",
     "FeatureSlice",
     "GradLedger",
     "Inferred",
@@ -197,6 +201,7 @@ __all__ = [
     "slice_where",
     "span",
     "split_slice",
+    "takes",
     "tensors_in",
     "tensors_of",
     "type_names",

@@ -17,6 +17,8 @@ from deltakit.errors import TargetError
 
 FROZEN = "frozen"
 """The tag of parameters that are saved with a delta but never trained."""
+TRAINING = "training"
+"""The tag of buffers that a training run needs to continue, such as moving averages. Checkpoints have them, files do not."""
 
 
 @runtime_checkable

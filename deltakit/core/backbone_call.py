@@ -15,14 +15,16 @@ from deltakit.errors import StateError
 
 @dataclass(frozen=True)
 class CurrentCall:
-    """The backbone's current call. `start`: the number of tokens already in the cache (0 without a cache).
+    """The backbone's current call.
+
+    `start`: the number of tokens already in the cache: 0 without a cache, None if it is recurrent and does not say.
 
     `backbone` is the id of the module that is called, `running` its call, and `outer` the call of a backbone around it.
     """
 
     ids: Int[Tensor, "batch seq"] | None
     mask: Shaped[Tensor, "..."] | None
-    start: int = 0
+    start: int | None = 0
     backbone: int = 0
     running: RunningCall | None = None
     outer: "CurrentCall | None" = None

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from deltakit.core.attached_module import AttachedModule
+from deltakit.core.attached_module import TRAINING, AttachedModule
+from deltakit.core.design import Design
 from deltakit.errors import TargetError
 
 
@@ -18,7 +19,11 @@ class DeltaModule(AttachedModule):
 
     tags: ClassVar[Mapping[str, str]] = {}
     """A tag for each parameter, by its name or by the name of the child module that holds it. `Delta.parameter_groups` groups
-    by tags, and parameters tagged "frozen" are never trained."""
+    by tags, and parameters tagged "frozen" are never trained. Buffers tagged "training" are in the checkpoints of training
+    frameworks, and in no file of a delta."""
+
+    design: ClassVar[Design] = Design()
+    """The design of methods with this kind, where they say nothing else."""
 
     reads_call: ClassVar[bool] = False
     """Whether it reads `current_call()`: the ids, mask and position of the backbone's call."""
@@ -44,11 +49,22 @@ class DeltaModule(AttachedModule):
             f"{type(self).__name__} is not linear in its parameters, so it has no weighted sums; run the deltas one by one"
         )
 
+    def start_at(self, directions: Tensor) -> None:
+        """Sets its start values to those that read these directions of the input, and change nothing (`attach_from_data`).
+
+        Args:
+            directions: orthonormal rows [r, d_in], where r is the rank of its method (`Method.with_rank`).
+
+        Raises:
+            TargetError: if the method does not start from data.
+        """
+        raise TargetError(f"{type(self).__name__} does not start from data")
+
     def saved_state(self) -> dict[str, Tensor]:
         """Returns the tensors that a file holds for this target, by the method's own names."""
         if self._is_flat():
             return {name: parameter.detach() for name, parameter in self._parameters.items() if parameter is not None}
-        return dict(self.state_dict())
+        return {name: value for name, value in self.state_dict().items() if self.tag_of(name) != TRAINING}
 
     @classmethod
     def computes_saved_state(cls) -> bool:
@@ -62,7 +78,8 @@ class DeltaModule(AttachedModule):
             for name, value in state.items():
                 own[name].copy_(value)
         else:
-            self.load_state_dict(dict(state))
+            training = {name: value for name, value in self.state_dict().items() if self.tag_of(name) == TRAINING}
+            self.load_state_dict({**training, **state})
 
     def _is_flat(self) -> bool:
         # Most delta modules are. nn.Module's own functions take ten times as long, and a load calls them for each target.

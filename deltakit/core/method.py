@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
 from deltakit.core.arguments import Door, checked
 from deltakit.core.delta_module import DeltaModule
+from deltakit.core.design import Design
 from deltakit.core.paths import type_names
 from deltakit.core.target import Target
 from deltakit.errors import CheckpointError, OptionError
@@ -101,6 +102,14 @@ class Method(metaclass=MethodType):
     identity: ClassVar[bool] = True
     """Whether the outputs stay bit-exact while a delta is attached and untrained."""
 
+    design: ClassVar[Design] = Design()
+    """What it changes, and how: the words that differ from those of its kind. `deltakit methods` prints them."""
+
+    example: ClassVar[Mapping[str, Any]] = {}
+    """Values for options that have no default, with which `deltakit methods` builds one."""
+    lora_elsewhere: ClassVar[bool] = False
+    """Whether other formats get a LoRA with the same effect (`combination` of one delta module)."""
+
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if name is not None:
@@ -188,6 +197,35 @@ class Method(metaclass=MethodType):
             for number, module in enumerate(built.values()):
                 module.share(shared, holds=number == 0)
         return built
+
+    def penalty(self, modules: Sequence[DeltaModule]) -> Tensor | float:
+        """Returns what the method adds to the loss (`Delta.penalty`): a scalar, 0 by default.
+
+        Args:
+            modules: all its delta modules in one delta.
+        """
+        return 0.0
+
+    def step(self, modules: Sequence[DeltaModule]) -> None:
+        """Changes its delta modules once a step, while their gradients are there (`Delta.step`). By default it does nothing.
+
+        What it must remember belongs in buffers with the tag "training".
+
+        Raises:
+            StateError: if the gradients that it needs are not there.
+        """
+
+    def unfinished(self, modules: Sequence[DeltaModule]) -> str:
+        """Returns what was left out of a training run, for a warning when the delta is saved; "" by default."""
+        return ""
+
+    def with_rank(self, r: int) -> "Method":
+        """Returns the method with another rank and the same scale, for methods that start from data (`attach_from_data`).
+
+        Raises:
+            OptionError: if the method has no rank, or needs another start.
+        """
+        raise OptionError(f"{self.name} does not start from data; write LoRA(), or use attach()")
 
     @classmethod
     def combination(cls, parts: Sequence[DeltaModule], rank: int | None) -> "Method":

@@ -5,9 +5,11 @@ from deltakit.delta.beside import attach_beside, spare_name
 from deltakit.delta.combining import Combination, combine
 from deltakit.delta.converting import convert
 from deltakit.delta.freezing import freeze_parameters, keep_frozen, narrow, widen
+from deltakit.delta.from_data import attach_from_data
 from deltakit.delta.handle import Delta
 from deltakit.delta.inspecting import SavedDelta, SavedMethod, inspect
 from deltakit.delta.loading import load
+from deltakit.delta.method_rows import method_rows
 from deltakit.delta.mixed_rows import rows
 from deltakit.delta.new_heads import Spelling
 from deltakit.delta.own_values import base_state_dict, merged_state_dict
@@ -27,6 +29,7 @@ __all__ = [
     "Spelling",
     "attach",
     "attach_beside",
+    "attach_from_data",
     "base_state_dict",
     "checkpoint_tensors",
     "combine",
@@ -38,6 +41,7 @@ __all__ = [
     "keep_frozen",
     "load",
     "merged_state_dict",
+    "method_rows",
     "narrow",
     "plan",
     "rows",

@@ -31,7 +31,8 @@ def combine(
     """Returns the weighted sum of deltas on one backbone as a new delta, not attached. The deltas themselves do not change.
 
     A delta adds nothing at targets that it does not have. For LoRA the factors are concatenated, which is exact; with `rank`
-    you get the best approximation of that rank. BitFit is exact. Other methods are not linear and have no sum.
+    you get the best approximation of that rank. Sums of other low-rank methods are LoRAs. BitFit, MiSS and HiRA are exact.
+    Methods that are not linear, such as adapters, have no sum.
 
     Args:
         weights: the weight of each delta, any finite number. Keys are handles, or names of attached deltas.

@@ -12,12 +12,11 @@ from deltakit.delta import merging, saving, swapping, tensors
 from deltakit.delta.changed_backbone import refuse_changed
 from deltakit.delta.claims import check_scalable, claim, refuse_in_rows, refuse_merged, refuse_unloaded
 from deltakit.delta.composition import refuse_beside_merged
-from deltakit.delta.contents import DeltaContents
 from deltakit.delta.freezing import freeze_backbone
-from deltakit.delta.full_training import refresh_gradients
+from deltakit.delta.in_training import DeltaInTraining
 from deltakit.delta.putting import put_all, switch, take_all
 from deltakit.delta.quantized import Quantize
-from deltakit.delta.running_statistics import fitting, held_of
+from deltakit.delta.running_statistics import fitting
 from deltakit.delta.unloading import unload
 from deltakit.errors import StateError
 from deltakit.files import Written, check_tensors
@@ -25,7 +24,7 @@ from deltakit.view import states
 
 
 @checked
-class Delta(DeltaContents):
+class Delta(DeltaInTraining):
     """One or more methods on one backbone, with all their delta modules.
 
     `attached`, `active` and `trainable` are independent: changing one does not change the others. `attach`, `detach`,
@@ -72,21 +71,6 @@ class Delta(DeltaContents):
         if scale != self.scale:
             check_scalable(self._attachment)
         self._record.scale = float(scale)
-
-    @property
-    def trainable(self) -> bool:
-        """Whether the delta's parameters require gradients. Can be set."""
-        return self._record.trainable
-
-    @trainable.setter
-    def trainable(self, trainable: bool) -> None:
-        held_of(self._attachment)  # statistics that moved so far belong to the deltas that were trainable then
-        self._record.trainable, self._record.only_full = trainable, False
-        for site in self._attachment.sites:
-            for _, parameter, _ in site.module.trained_parameters():
-                parameter.requires_grad_(trainable)
-        if self.attached:
-            refresh_gradients(self.backbone, self._record.grad_ledger)
 
     def freeze(self, *, train: Selector | None = None) -> "Delta":
         """Freezes the backbone, except for the modules that `train` selects: the delta trains them fully and saves them.

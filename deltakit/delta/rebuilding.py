@@ -29,16 +29,24 @@ class SizeLimit(TorchFunctionMode):
     """Refuses to create tensors that the file and the backbone give no reason for, before memory is taken for them.
 
     The options of a file may ask for a rank of a billion. No part of a delta is larger than the largest tensor in its file,
-    or, if it is not saved (frozen tensors from a seed), than the largest weight of the backbone; and all of them together are
-    no larger than a few copies of the file and one of the backbone.
+    or, if it is not saved (frozen tensors from a seed), than the largest weight of the backbone, or than a matrix with as many
+    rows and columns as any target has (those that all targets share). All of them together are no larger than a few copies
+    of the file and of that matrix, and one of the backbone.
+
+    Args:
+        saved: the tensors in the file.
+        paths: the targets.
     """
 
-    def __init__(self, saved: Mapping[str, Tensor], index: BackboneIndex) -> None:
+    def __init__(self, saved: Mapping[str, Tensor], index: BackboneIndex, paths: Sequence[str] = ()) -> None:
         super().__init__()
         in_file = [tensor.numel() for tensor in saved.values()]
         in_backbone = [parameter.numel() for parameter in index.parameters.values()]
-        self.largest = max([_SMALL, *in_file, *in_backbone])
-        self.left = 4 * (_SMALL + sum(in_file)) + sum(in_backbone)
+        weights = [getattr(index.target(path).module, "weight", None) for path in paths]
+        shapes = [weight.shape for weight in weights if isinstance(weight, Tensor) and weight.ndim == 2]
+        widest = max((rows for rows, _ in shapes), default=0) * max((columns for _, columns in shapes), default=0)
+        self.largest = max([_SMALL, widest, *in_file, *in_backbone])
+        self.left = 4 * (_SMALL + sum(in_file) + widest) + sum(in_backbone)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -66,7 +74,7 @@ def rebuilt(
             here.
     """
     check_paths(index, paths, where)
-    with from_file(where, method.name), SizeLimit(saved, index), without_start_values():
+    with from_file(where, method.name), SizeLimit(saved, index, paths), without_start_values():
         built = build(index, method, [index.target(path) for path in paths])
     other = sorted(built.keys() ^ set(paths))
     if other:

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from deltakit.core import Attachment, Site, is_first, is_sharded, wait_for_all
 from deltakit.delta import tensors
+from deltakit.delta.as_loras import as_loras
 from deltakit.delta.changed_backbone import refuse_changed
 from deltakit.delta.claims import refuse_scaled
 from deltakit.delta.contents import DeltaContents
 from deltakit.delta.running_statistics import held_of
-from deltakit.delta.untrained import warn_untrained
+from deltakit.delta.untrained import warn_unfinished, warn_untrained
 from deltakit.files import WRITERS, CardDetails, Written, delta_config, model_card, refuse_others, upload
 
 Results = Mapping[str, float | str]
@@ -58,6 +59,7 @@ def state_to_save(delta: DeltaContents, given: Mapping[str, Tensor] | None = Non
     tensors.refuse_absent(state)
     tensors.refuse_not_finite(attachment, state)
     warn_untrained(attachment, state)
+    warn_unfinished(attachment)
     return state
 
 
@@ -97,7 +99,8 @@ def write(
         format, sizes, repository, type(delta.backbone).__module__.split(".")[0] == "transformers", results
     )
     config = delta_config(attachment, count)
-    WRITERS[format](folder, attachment, state, config, model_card(config, details))
+    written = (attachment, state) if format == "deltakit" else as_loras(attachment, state)
+    WRITERS[format](folder, *written, config, model_card(config, details))
 
 
 def _computed(attachment: Attachment, site: Site, state: Mapping[str, Tensor]) -> int:

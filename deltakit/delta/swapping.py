@@ -1,9 +1,9 @@
 """Exchanges the values of two deltas with the same methods and targets, without copies and without touching hooks."""
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from deltakit.core import Attachment, is_sharded, parameters_of
+from deltakit.core import TRAINING, Attachment, DeltaModule, is_sharded, parameters_of
 from deltakit.delta.running_statistics import held_of, holding_word
 from deltakit.errors import StateError
 
@@ -49,7 +49,7 @@ def _refuse(attachment: Attachment) -> None:
             raise StateError(f"swap: delta {record.name!r} {why}")
 
 
-def _pairs(one: Attachment, other: Attachment) -> list[tuple[nn.Parameter, nn.Parameter]]:
+def _pairs(one: Attachment, other: Attachment) -> list[tuple[Tensor, Tensor]]:
     record, another = one.record, other.record
     mine, theirs = (
         [{k: v for k, v in method.to_dict().items() if k not in _WHERE} for method in r.methods]
@@ -64,8 +64,8 @@ def _pairs(one: Attachment, other: Attachment) -> list[tuple[nn.Parameter, nn.Pa
         found = others.pop((site.path, site.method), None)
         if found is None:
             raise StateError(f"{both} must have the same targets; only one of them has {site.path}")
-        named = parameters_of(found)
-        for name, parameter in parameters_of(site.module).items():
+        named = _tensors(found)
+        for name, parameter in _tensors(site.module).items():
             match = named.get(name)
             if match is None or not _alike(parameter, match):
                 kinds = [f"{tuple(p.shape)} in {p.dtype} on {p.device}" for p in (parameter, match) if p is not None]
@@ -78,5 +78,11 @@ def _pairs(one: Attachment, other: Attachment) -> list[tuple[nn.Parameter, nn.Pa
     return pairs
 
 
-def _alike(one: nn.Parameter, other: nn.Parameter) -> bool:
+def _tensors(module: DeltaModule) -> dict[str, Tensor]:
+    # What a method knows of its training belongs to the values that were trained.
+    training = {name: buffer for name, buffer in module.named_buffers() if module.tag_of(name) == TRAINING}
+    return {**parameters_of(module), **training}
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and one.dtype is other.dtype and one.device == other.device

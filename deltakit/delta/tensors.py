@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from deltakit.core import (
+    TRAINING,
     Attachment,
     Site,
     gathered,
@@ -111,7 +112,7 @@ def _saved(site: Site, own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             "delta.save(folder) on every process instead, which gathers them"
         )
     if not site.module.computes_saved_state():
-        return own
+        return {name: value for name, value in own.items() if site.module.tag_of(name) != TRAINING}
     filled = copy.copy(site.module)
     filled.__dict__["_parameters"] = {name: nn.Parameter(value, requires_grad=False) for name, value in own.items()}
     return filled.saved_state()

@@ -1,11 +1,12 @@
-"""Notices at saving that a delta is still as it was attached, so that somebody trained something else."""
+"""Notices at saving that a delta is still as it was attached, or that its training left something out."""
 
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from deltakit.core import Attachment, Sample, Start, is_sharded, version_of
+from deltakit.core import Attachment, Sample, Start, is_sharded, parameters_of, version_of
+from deltakit.delta.in_training import by_method
 from deltakit.errors import warn
 
 _SITES, _VALUES = 8, 16
@@ -43,6 +44,19 @@ def warn_untrained(attachment: Attachment, state: Mapping[str, Tensor]) -> None:
             "since. If you trained it, the optimiser may have been made before attach(), or the model that was trained is "
             "another one than that of this handle: dk.deltas(model) returns a model's own"
         )
+
+
+def warn_unfinished(attachment: Attachment) -> None:
+    """Warns of what was left out while a new delta was trained, such as the steps of AdaLoRA."""
+    start = attachment.record.start
+    each = sum(len(parameters_of(site.module)) for site in attachment.sites)
+    # Values that were set once, by hand, are no training run.
+    if start is None or attachment.version() - start.version <= each:
+        return
+    for method, modules in by_method(attachment):
+        what = method.unfinished(modules)
+        if what:
+            warn(f"delta {attachment.record.name!r}: {what}")
 
 
 def _sampled(attachment: Attachment) -> Iterator[tuple[str, Tensor]]:

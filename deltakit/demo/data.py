@@ -30,9 +30,13 @@ def intents() -> list[str]:
     return sorted({intent for _, intent in read("train")})
 
 
-def encode(requests: Sequence[tuple[str, str]], tokenizer: Any) -> list[Example]:
-    """Returns the requests as examples of at most 64 token ids each."""
-    labels = {intent: index for index, intent in enumerate(intents())}
+def encode(requests: Sequence[tuple[str, str]], tokenizer: Any, classes: Sequence[str] = ()) -> list[Example]:
+    """Returns the requests as examples of at most 64 token ids each.
+
+    Args:
+        classes: the labels in the order of their indices; by default the seven intents.
+    """
+    labels = {intent: index for index, intent in enumerate(classes or intents())}
     encoded = tokenizer([request for request, _ in requests], truncation=True, max_length=64)["input_ids"]
     return [Example(ids, labels[intent]) for ids, (_, intent) in zip(encoded, requests, strict=True)]
 

@@ -1,6 +1,7 @@
 """A plain training loop, predictions and accuracy."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Int64
@@ -13,27 +14,31 @@ BATCH = 32
 
 def train(
     model: nn.Module,
-    parameters: Iterable[nn.Parameter],
+    parameters: Iterable[nn.Parameter] | Iterable[Mapping[str, Any]],
     examples: Sequence[Example],
     pad: int,
     *,
     lr: float,
     epochs: int,
+    seed: int = 0,
     step: Callable[[], None] = lambda: None,
 ) -> None:
     """Trains the parameters with AdamW, a warm-up over the first tenth of the steps and a linear decay.
 
-    `step` is called after each batch.
+    Args:
+        parameters: the parameters, or groups of them for the optimizer.
+        seed: the seed of the order of the examples.
+        step: what to call after each batch.
     """
     steps = epochs * -(-len(examples) // BATCH)
-    optimizer = torch.optim.AdamW(list(parameters), lr=lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW([*parameters], lr=lr, weight_decay=0.01)
     warm = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda n: min((n + 1) / warm, max(0.0, (steps - n) / max(1, steps - warm)))
     )
     model.train()
     for epoch in range(epochs):
-        for batch in batches(examples, BATCH, pad, seed=epoch):
+        for batch in batches(examples, BATCH, pad, seed=1000 * seed + epoch):
             model(**batch).loss.backward()
             optimizer.step()
             schedule.step()

@@ -7,6 +7,7 @@ that stand on a backbone while it holds deltas.
 from deltakit.injection.backbone_guards import change_begins, watch, watch_rows
 from deltakit.injection.first_forward import forget_first_forward, watch_first_forward
 from deltakit.injection.hooks import put, scopes_of, sort_patches, take, take_patches
+from deltakit.injection.input_observer import observed_inputs
 from deltakit.injection.loading_guards import hook_loading, records_around
 from deltakit.injection.narrowed_state_dict import (
     is_narrowed,
@@ -32,6 +33,7 @@ __all__ = [
     "is_whole_state_dict",
     "modules_of",
     "narrow_state_dict",
+    "observed_inputs",
     "own_state_dicts",
     "put",
     "records_around",

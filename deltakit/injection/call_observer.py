@@ -17,9 +17,8 @@ class CallObserver:
 
     def begin(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         """Records the arguments of the backbone's call."""
-        names = _argument_names(type(backbone).forward)
         # There are no keyword arguments while another thread attaches or detaches (see `InputHook`).
-        call = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+        call = _named(backbone, args, kwargs or {})
         ids = _first_tensor(call, _IDS)
         if ids is None and args and isinstance(args[0], Tensor) and not args[0].is_floating_point():
             # The user's own models may name their ids differently.
@@ -31,6 +30,15 @@ class CallObserver:
         end_call()
 
 
+def mask_of(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Returns the attention mask that a backbone is called with; None if there is none."""
+    return _first_tensor(_named(backbone, args, kwargs), _MASK)
+
+
+def _named(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**dict(zip(_argument_names(type(backbone).forward), args, strict=False)), **kwargs}
+
+
 @lru_cache(256)
 def _argument_names(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
@@ -40,11 +48,12 @@ def _first_tensor(call: dict[str, Any], names: tuple[str, ...]) -> Tensor | None
     return next((call[name] for name in names if isinstance(call.get(name), Tensor)), None)
 
 
-def _seen(call: dict[str, Any]) -> int:
-    """Returns the number of tokens in the cache before this call."""
+def _seen(call: dict[str, Any]) -> int | None:
+    """Returns the number of tokens in the cache before this call; None if it holds some and does not say how many."""
     cache = next((call[name] for name in _CACHE if call.get(name) is not None), None)
     try:
         return int(cache.get_seq_length()) if cache is not None else 0
     except (AttributeError, ValueError):
         # transformers' caches for recurrent layers have no length.
-        return 0
+        filled = getattr(cache, "has_previous_state", None)
+        return None if filled is not None and filled() else 0

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from deltakit.core import BareLayer, DeltaModule, FeatureSlice, Method, Target, WeightView, wide
+from deltakit.core import BareLayer, DeltaModule, Design, FeatureSlice, Method, Target, WeightView, wide
 from deltakit.errors import OptionError
 from deltakit.ops import OutputMap, WeightMap, like, take_weighted_sum
 
@@ -79,6 +79,8 @@ class BitFit(Method, name="bitfit"):
     Raises:
         OptionError: if `subset` has another value, or both `at` and `subset="query_mlp"` are given.
     """
+
+    design: ClassVar[Design] = Design(form="b", changes="output", insertion="parallel", composition="addition")
 
     subset: str = "all"
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import DeltaModule, Target, wide
+from deltakit.core import DeltaModule, Design, Target, wide
 from deltakit.errors import OptionError
 from deltakit.ops import WeightMap, WeightMethod, block_size_for, like, matrix_shape
 
@@ -83,6 +83,7 @@ class BOFT(WeightMethod, name="boft"):
 
     on_stacks: ClassVar[bool] = True
     kind: ClassVar[type[DeltaModule]] = BOFTDelta
+    design: ClassVar[Design] = Design(form="diag(s) W B_1 ... B_m x", composition="replacement")
 
     block_size: int | None = None
     factors: int = 1

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from deltakit.core import BareLayer, DeltaModule, Method, Target, linear_sizes, wide
+from deltakit.core import BareLayer, DeltaModule, Design, Method, Target, linear_sizes, wide
 from deltakit.errors import OptionError, TargetError
 from deltakit.ops import OutputMap, block_size_for, like, take_weighted_sum
 
@@ -66,6 +66,7 @@ class C3A(Method, name="c3a"):
     """
 
     kind: ClassVar[type[DeltaModule]] = C3ADelta
+    design: ClassVar[Design] = Design(form="C x, C block-circulant", insertion="parallel", composition="addition")
 
     block_size: int | None = None
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from deltakit.core import BackboneView, DeltaModule, Target, gathered_in_training, wants_start_values
+from deltakit.core import BackboneView, DeltaModule, Design, Target, gathered_in_training, wants_start_values
 from deltakit.errors import OptionError
 from deltakit.ops import Bottleneck, BottleneckMethod, like
 
@@ -119,6 +119,7 @@ class Compacter(BottleneckMethod, name="compacter"):
     """
 
     kind: ClassVar[type[DeltaModule]] = CompacterDelta
+    design: ClassVar[Design] = Design(form="f(y W_d + b_d) W_u + b_u, W = sum of A_i (x) S_i T_i")
     usual_reduction: ClassVar[int | None] = 32
 
     division: int = 4

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import FROZEN, DeltaModule, Target, bare_weight, wants_start_values, wide
+from deltakit.core import FROZEN, DeltaModule, Design, Target, bare_weight, wants_start_values, wide
 from deltakit.errors import OptionError
 from deltakit.ops import LowRank, LowRankMethod, check_rank, difference, kaiming_uniform, like
 
@@ -92,6 +92,7 @@ class DeLoRA(LowRankMethod, name="delora"):
     """
 
     kind: ClassVar[type[DeltaModule]] = DeLoRADelta
+    design: ClassVar[Design] = Design(form="B diag(lam / (r |A_i| |B_i|)) A diag(|W_j|) x")
 
     r: int = 8
     strength: float = 15

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import DeltaModule, Target, wide
+from deltakit.core import DeltaModule, Design, Target, wide
 from deltakit.errors import OptionError, TargetError
 from deltakit.ops import SeededPlaces, WeightMap, WeightMethod, check_seed, like, matrix_shape
 
@@ -44,7 +44,11 @@ class FourierFTDelta(WeightMap):
         entries = wide(self.spectrum)
         matrix = entries.new_zeros(*entries.shape[:-1], self.shape[0] * self.shape[1])
         matrix = matrix.index_copy(-1, self.places.index, entries).unflatten(-1, self.shape)
-        return self.factor * torch.fft.ifft2(matrix).real
+        # Of a real matrix the transforms back and forth have the same real part, up to the number of entries, and it is the
+        # same at (i, j) and (-i, -j). So half of the columns are enough.
+        half = torch.fft.rfft2(matrix, norm="forward").real
+        other = half[..., 1 : (self.shape[1] + 1) // 2].flip(-2, -1).roll(1, -2)
+        return self.factor * torch.cat((half, other), -1)
 
     @torch.no_grad()
     def take_sum(self, parts: Sequence[tuple[float, DeltaModule]]) -> tuple[float, float]:
@@ -77,6 +81,7 @@ class FourierFT(WeightMethod, name="fourierft"):
 
     on_stacks: ClassVar[bool] = True
     kind: ClassVar[type[DeltaModule]] = FourierFTDelta
+    design: ClassVar[Design] = Design(form="s F^-1(S) x, S sparse")
 
     n: int | None = None
     scaling: float = 150.0

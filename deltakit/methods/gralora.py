@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import DeltaModule, Target, wants_start_values
+from deltakit.core import DeltaModule, Design, Target, wants_start_values
 from deltakit.errors import OptionError
 from deltakit.ops import LowRank, LowRankMethod, check_alpha, kaiming_uniform, like
 
@@ -80,6 +80,7 @@ class GraLoRA(LowRankMethod, name="gralora"):
     """
 
     kind: ClassVar[type[DeltaModule]] = GraLoRADelta
+    design: ClassVar[Design] = Design(form="B A x in each of k x k blocks")
 
     r: int = 32
     alpha: float = 64

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import DeltaModule, Method, Target, wants_start_values
+from deltakit.core import DeltaModule, Design, Method, Target, wants_start_values
 from deltakit.errors import OptionError
 from deltakit.ops import (
     WeightMap,
@@ -79,6 +79,7 @@ class HiRA(WeightMethod, name="hira"):
     """
 
     kind: ClassVar[type[DeltaModule]] = HiRADelta
+    design: ClassVar[Design] = Design(form="(W * (B A)) x")
     on_stacks: ClassVar[bool] = True
 
     r: int = 32

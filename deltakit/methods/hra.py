@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import BareLayer, DeltaModule, Method, Target, wants_start_values, wide
+from deltakit.core import BareLayer, DeltaModule, Design, Method, Target, wants_start_values, wide
 from deltakit.errors import OptionError
 from deltakit.ops import InputMap, kaiming_uniform, like
 
@@ -66,6 +66,7 @@ class HRA(Method, name="hra"):
     """
 
     kind: ClassVar[type[DeltaModule]] = HRADelta
+    design: ClassVar[Design] = Design(form="H_1 ... H_r x, H_i = I - 2 u_i u_i^T / |u_i|^2")
     identity: ClassVar[bool] = False
 
     r: int = 8

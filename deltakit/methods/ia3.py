@@ -5,12 +5,13 @@ The third scale multiplies the input of the feed-forward output projection, afte
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from deltakit.core import BareLayer, DeltaModule, Method, Target
+from deltakit.core import BareLayer, DeltaModule, Design, Method, Target
 from deltakit.errors import OptionError
 from deltakit.ops import InputMap, OutputMap, like
 
@@ -58,6 +59,8 @@ class IA3(Method, name="ia3"):
     Raises:
         OptionError: if `side` has another value.
     """
+
+    design: ClassVar[Design] = Design(form="l * y or l * x", changes="output or input", composition="product")
 
     side: str = "auto"
 

@@ -8,13 +8,13 @@ reproduce them. A file has the vectors, and neither z nor the decoder. An untrai
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import Target, checked, same_random_numbers
+from deltakit.core import Design, Target, checked, same_random_numbers
 from deltakit.errors import OptionError
 from deltakit.ops import PromptMethod, Seeded, like, normal, start_vectors
 
@@ -146,6 +146,8 @@ class IntrinsicPrompt(PromptMethod, name="intrinsic_prompt"):
     Raises:
         OptionError: if an option is out of its range, or does not fit the decoder.
     """
+
+    design: ClassVar[Design] = Design(form="D(z), D fixed")
 
     size: int | None = 10
     decoder: PromptDecoder | None = field(default=None, compare=False, repr=False)

@@ -7,7 +7,7 @@ an untrained delta is the identity. The prompt starts with numbers of size one, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from deltakit.core import (
     BackboneView,
     BareLayer,
     DeltaModule,
+    Design,
     Method,
     Target,
     WeightView,
@@ -117,6 +118,8 @@ class LlamaAdapter(Method, name="llama_adapter"):
     Raises:
         OptionError: if an option is out of its range.
     """
+
+    design: ClassVar[Design] = Design(form="g softmax(q K^T) V, K and V of a prompt")
 
     tokens: int = 10
     layers: int = 30

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import BackboneView, DeltaModule, Method, Target, wide
+from deltakit.core import BackboneView, DeltaModule, Design, Method, Target, wide
 from deltakit.errors import RoleError, TargetError
 from deltakit.ops import WeightMap, like, take_weighted_sum
 
@@ -47,12 +47,13 @@ class LNTuning(Method, name="ln_tuning"):
     """Trains the weights and biases of norms: by default of all, or of those that `at` selects."""
 
     kind: ClassVar[type[DeltaModule]] = LNTuningDelta
+    design: ClassVar[Design] = Design(form="w * N(x) + b")
 
     def targets(self, index: BackboneView, selected: Sequence[Target] | None) -> Sequence[Target]:
         if selected is None:
             selected = [index.target(path) for path in index.role("norm")]
             if not any(_is_norm(target.module) for target in selected):
-                raise RoleError(f"ln_tuning: {index.owner} has no norm with a weight; name targets with at=")
+                raise RoleError(f"ln_tuning: {index.owner} has no norm with a weight; use another method")
             selected = [target for target in selected if _is_norm(target.module)]
         return [parameter for target in selected for parameter in _parameters(index, target)]
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import DeltaModule, Target, wants_start_values
+from deltakit.core import DeltaModule, Design, Target, wants_start_values
 from deltakit.errors import OptionError
 from deltakit.ops import WeightMap, WeightMethod, check_alpha, kernel_of, like, matrix_sizes, stack_of
 
@@ -76,6 +76,7 @@ class LoHa(WeightMethod, name="loha"):
     """
 
     kind: ClassVar[type[DeltaModule]] = LoHaDelta
+    design: ClassVar[Design] = Design(form="((B1 A1) * (B2 A2)) x", composition="scaled addition")
     on_stacks: ClassVar[bool] = True
 
     r: int = 8

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import DeltaModule, Target, wants_start_values
+from deltakit.core import DeltaModule, Design, Target, wants_start_values
 from deltakit.errors import OptionError
 from deltakit.ops import WeightMap, WeightMethod, check_alpha, kaiming_uniform, kernel_of, like, matrix_sizes
 
@@ -96,6 +96,7 @@ class LoKr(WeightMethod, name="lokr"):
     """
 
     kind: ClassVar[type[DeltaModule]] = LoKrDelta
+    design: ClassVar[Design] = Design(form="(L (x) R) x", composition="scaled addition")
 
     r: int = 8
     alpha: float = 8

@@ -9,7 +9,7 @@ DoRA: W' = m (W + s B A) / ||W + s B A||, with one norm per row.  Liu et al. 202
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -89,6 +89,10 @@ class LoRADelta(LowRank):
 
     def tag_of(self, name: str) -> str:
         return FROZEN if name == "B" and self.start == "mica" else super().tag_of(name)
+
+    def start_at(self, directions: Tensor) -> None:
+        self.A.copy_(directions)
+        nn.init.zeros_(self.B)
 
     @torch.no_grad()
     def take_sum(self, parts: Sequence[tuple[float, DeltaModule]]) -> tuple[float, float]:
@@ -189,6 +193,11 @@ class LoRA(Method, name="lora"):
         """The factor of the update: alpha / r, or alpha / sqrt(r) with `rslora`."""
         r = one_value(self.r)
         return one_value(self.alpha) / (math.sqrt(r) if self.rslora else r)
+
+    def with_rank(self, r: int) -> "LoRA":
+        if self.start not in ("kaiming", "gaussian"):
+            raise OptionError(f"LoRA(start={self.start!r}): a start from data is another one; omit start=")
+        return replace(self, r=r, alpha=self.scaling * (math.sqrt(r) if self.rslora else r))
 
     def positions(self) -> tuple[tuple[str, ...], ...]:
         return (("attn.q", "attn.qkv"), ("attn.v", "attn.kv"))

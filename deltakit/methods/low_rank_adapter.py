@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from deltakit.core import DeltaModule, Target, wants_start_values
+from deltakit.core import DeltaModule, Design, Target, wants_start_values
 from deltakit.errors import OptionError
 from deltakit.ops import Bottleneck, BottleneckMethod, like
 
@@ -85,6 +85,7 @@ class LowRankAdapter(BottleneckMethod, name="low_rank_adapter"):
     """
 
     kind: ClassVar[type[DeltaModule]] = LowRankAdapterDelta
+    design: ClassVar[Design] = Design(form="f(y S_d T_d + b_d) S_u T_u + b_u")
     usual_reduction: ClassVar[int | None] = 32
 
     r: int = 1

@@ -10,7 +10,7 @@ matrix of zeros, so that an untrained delta is the identity.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from deltakit.core import (
     BackboneView,
     DeltaModule,
+    Design,
     Method,
     MixedBatch,
     Target,
@@ -136,6 +137,10 @@ class LST(Method, name="lst"):
     Raises:
         OptionError: if an option is out of its range.
     """
+
+    design: ClassVar[Design] = Design(
+        form="V s_n, s_i = B_i(g_i s_(i-1) + (1 - g_i) W_i h_i)", insertion="parallel", composition="addition"
+    )
 
     reduction: int = 8
     size: int | None = None

@@ -7,12 +7,13 @@ each block in the rows of block o gets W_block B_o + B_o.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import BackboneView, DeltaModule, Method, Target
+from deltakit.core import BackboneView, DeltaModule, Design, Method, Target
 from deltakit.errors import OptionError, TargetError
 from deltakit.ops import LowRank, LowRankMethod, Seeded, WeightMap, largest_sizes, like
 
@@ -85,6 +86,8 @@ class MiSS(LowRankMethod, name="miss"):
     Raises:
         OptionError: if an option is out of its range, or does not fit the sizes of a target.
     """
+
+    design: ClassVar[Design] = Design(form="B h, h_j = x_j + x_(j+r) + ...")
 
     r: int = 64
     mini: int | None = None

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import Target, wants_start_values
+from deltakit.core import Design, Target, wants_start_values
 from deltakit.errors import OptionError
 from deltakit.ops import StartedPrompt
 
@@ -61,6 +61,8 @@ class MultitaskPrompt(StartedPrompt, name="multitask_prompt"):
     Raises:
         OptionError: if an option is out of its range.
     """
+
+    design: ClassVar[Design] = Design(form="P * (u v^T)")
 
     tasks: int = 1
     rank: int = 1

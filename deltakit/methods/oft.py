@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import BareLayer, DeltaModule, Method, Target, wide
+from deltakit.core import BareLayer, DeltaModule, Design, Method, Target, wide
 from deltakit.errors import OptionError
 from deltakit.ops import InputMap, block_size_for, like
 
@@ -81,6 +81,7 @@ class OFT(Method, name="oft"):
     """
 
     kind: ClassVar[type[DeltaModule]] = OFTDelta
+    design: ClassVar[Design] = Design(form="R x, R block-diagonal and orthogonal")
 
     block_size: int | None = None
     blocks: int | None = None

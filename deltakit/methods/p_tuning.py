@@ -8,13 +8,13 @@ loaded delta is a plain soft prompt. An untrained prompt is not the identity.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import Target
+from deltakit.core import Design, Target
 from deltakit.errors import OptionError
 from deltakit.ops import PromptMethod, check_dropout, like, start_vectors
 
@@ -85,6 +85,8 @@ class PTuning(PromptMethod, name="p_tuning"):
     Raises:
         OptionError: if an option is out of its range.
     """
+
+    design: ClassVar[Design] = Design(form="MLP(e) or MLP(LSTM(e))")
 
     encoder: str | None = "mlp"
     hidden: int | None = None

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import BackboneView, DeltaModule, MixedBatch, Selector, Target, wants_start_values
+from deltakit.core import BackboneView, DeltaModule, Design, MixedBatch, Selector, Target, wants_start_values
 from deltakit.errors import OptionError, TargetError
 from deltakit.ops import (
     Bottleneck,
@@ -124,6 +124,9 @@ class ParallelAdapter(BottleneckMethod, name="parallel_adapter"):
     """
 
     kind: ClassVar[type[DeltaModule]] = ParallelAdapterDelta
+    design: ClassVar[Design] = Design(
+        form="f(x W_d + b_d) W_u + b_u", insertion="parallel", composition="scaled addition"
+    )
     usual_size: ClassVar[int] = 512
 
     activation: str = "relu"

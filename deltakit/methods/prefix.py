@@ -267,6 +267,8 @@ class Prefix(Method, name="prefix"):
 class PTuningV2(Prefix, name="p_tuning_v2"):
     """P-tuning v2: a prefix without an MLP, with defaults for classification. Train the head with it: `train="@head"`.
 
+    Liu et al. 2022, https://arxiv.org/abs/2110.07602.
+
     Args:
         tokens: the length of the prefix, at least 1. Simple classification needs up to 20, labels for each token about 100
             (section 3.3).

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import BackboneView, DeltaModule, Target, wants_start_values
+from deltakit.core import BackboneView, DeltaModule, Design, Target, wants_start_values
 from deltakit.errors import OptionError
 from deltakit.ops import LowRank, LowRankMethod, Seeded, check_alpha, check_seed, drawn_sizes, largest_sizes, like
 
@@ -74,6 +74,7 @@ class RandLoRA(LowRankMethod, name="randlora"):
     """
 
     kind: ClassVar[type[DeltaModule]] = RandLoRADelta
+    design: ClassVar[Design] = Design(form="sum of B_j L_j A G_j x")
 
     r: int = 32
     alpha: float = 640

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from deltakit.core import (
     BackboneView,
     DeltaModule,
+    Design,
     Method,
     MixedBatch,
     Target,
@@ -42,6 +43,11 @@ class ReFTDelta(OutputMap):
 
     def __init__(self, target: Target, options: "ReFT") -> None:
         super().__init__(target)
+        if self.axis != -1 and any(isinstance(module, nn.Conv2d | nn.Conv3d) for module in target.module.modules()):
+            raise TargetError(
+                f"{target.named}: ReFT edits positions of a text, and this {type(target.module).__name__} returns images; use "
+                "another method, or leave it out with exclude="
+            )
         if options.r > self.size:
             raise OptionError(
                 f"{target.named}: rank {options.r} is above its {self.size} features; use ReFT(r={self.size}) or less, or "
@@ -79,7 +85,8 @@ class ReFTDelta(OutputMap):
             learned = F.linear(h, self.source[unit])
             learned = learned if self.variant == "direft" else learned - F.linear(h, rows[unit])
             change = (learned + self.bias[unit]) @ rows[unit]
-            y = y.scatter_add(1, index, torch.where(there[..., None], change, 0).to(y.dtype))
+            # A clone keeps the layout, by which later layers may choose how they round.
+            y = y.clone().scatter_add_(1, index, torch.where(there[..., None], change, 0).to(y.dtype))
         return y
 
     def places(self, y: Float[Tensor, "batch seq d"]) -> list[tuple[Int[Tensor, "batch k"], Bool[Tensor, "batch k"]]]:
@@ -89,6 +96,9 @@ class ReFTDelta(OutputMap):
         those of a call without a cache, and are no first ones.
         """
         call, (batch, length) = current_call(), y.shape[:2]
+        if call.start is None:
+            # The prompt is in the state of recurrent layers.
+            return []
         start, end = _text(call.mask, call.start + length, batch, y.device)
         found = []
         first = start[:, None] + torch.arange(self.first, device=y.device)
@@ -154,6 +164,7 @@ class ReFT(Method, name="reft"):
     """
 
     kind: ClassVar[type[DeltaModule]] = ReFTDelta
+    design: ClassVar[Design] = Design(form="R^T (W y + b - R y)", composition="addition")
 
     variant: Literal["loreft", "noreft", "direft"] = "loreft"
     r: int = 4

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from deltakit.core import BareLayer, DeltaModule, Method, Target, wide
+from deltakit.core import BareLayer, DeltaModule, Design, Method, Target, wide
 from deltakit.errors import OptionError, TargetError
 from deltakit.ops import OutputMap, block_size_for, like
 
@@ -93,6 +93,7 @@ class RoAd(Method, name="road"):
     """
 
     kind: ClassVar[type[DeltaModule]] = RoAdDelta
+    design: ClassVar[Design] = Design(form="a R(t) y, pairs of features", composition="product")
 
     variant: Literal["road_1", "road_2", "road_4"] = "road_1"
     group_size: int | None = None

@@ -8,12 +8,13 @@ identity. A file has θ, λ and the seed of the projections.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import BackboneView, DeltaModule, Method, Target
+from deltakit.core import BackboneView, DeltaModule, Design, Method, Target
 from deltakit.errors import OptionError
 from deltakit.ops import Fastfood, WeightMap, key_of_name, like
 
@@ -58,6 +59,8 @@ class SAID(Method, name="said"):
     Raises:
         OptionError: if an option is out of its range.
     """
+
+    design: ClassVar[Design] = Design(form="l P theta x, P fixed and random")
 
     size: int = 20_000
     structured: bool = True

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import DeltaModule, Target, wants_start_values, wide
+from deltakit.core import DeltaModule, Design, Target, wants_start_values, wide
 from deltakit.errors import CheckpointError, OptionError, TargetError
 from deltakit.ops import WeightMap, WeightMethod, check_seed, like, matrix_shape, seeded_places, take_weighted_sum
 
@@ -100,6 +100,7 @@ class SHiRA(WeightMethod, name="shira"):
 
     on_stacks: ClassVar[bool] = True
     kind: ClassVar[type[DeltaModule]] = SHiRADelta
+    design: ClassVar[Design] = Design(form="S x, S sparse")
 
     r: int | None = None
     seed: int = 0

@@ -4,7 +4,7 @@ They are PEFT's `TrainableTokens` (https://huggingface.co/docs/peft/package_refe
 from the backbone's rows, which starts at zero.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from deltakit.core import (
     BackboneView,
     DeltaModule,
+    Design,
     Method,
     Target,
     hidden_input,
@@ -160,6 +161,11 @@ class TrainableTokens(Method, name="trainable_tokens"):
     Raises:
         OptionError: if an id is negative or there twice, or there are none.
     """
+
+    design: ClassVar[Design] = Design(
+        form="D[x], rows of zeros except for the ids", changes="output", insertion="parallel", composition="addition"
+    )
+    example: ClassVar[Mapping[str, Any]] = {"ids": (3, 5, 11)}
 
     ids: Sequence[int]
     untie: bool = False

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import BackboneView, DeltaModule, Target, gathered_in_training, wants_start_values
+from deltakit.core import BackboneView, DeltaModule, Design, Target, gathered_in_training, wants_start_values
 from deltakit.errors import OptionError
 from deltakit.ops import LowRank, LowRankMethod, like
 
@@ -85,6 +85,7 @@ class VBLoRA(LowRankMethod, name="vblora"):
     """
 
     kind: ClassVar[type[DeltaModule]] = VBLoRADelta
+    design: ClassVar[Design] = Design(form="B A x, A and B from one bank")
     identity: ClassVar[bool] = False
 
     r: int = 4

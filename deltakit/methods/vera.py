@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import BackboneView, DeltaModule, Target, wants_start_values
+from deltakit.core import BackboneView, DeltaModule, Design, Target, wants_start_values
 from deltakit.errors import OptionError
 from deltakit.ops import Draw, LowRank, LowRankMethod, Seeded, check_seed, drawn_sizes, largest_sizes, like, uniform
 
@@ -64,6 +64,7 @@ class VeRA(LowRankMethod, name="vera"):
     """
 
     kind: ClassVar[type[DeltaModule]] = VeRADelta
+    design: ClassVar[Design] = Design(form="b * (B (d * A x))", composition="addition")
 
     r: int = 256
     start: float = 0.1

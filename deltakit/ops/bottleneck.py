@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import Method, Target, hidden_input, hidden_output, replace_hidden
+from deltakit.core import Design, Method, Target, hidden_input, hidden_output, replace_hidden
 from deltakit.errors import OptionError, TargetError
 from deltakit.ops.kinds.maps import in_own_dtype
 from deltakit.ops.kinds.output_map import OutputMap
@@ -67,6 +67,8 @@ class Bottleneck(OutputMap):
     The author sets both layers, so that `up` returns zero at the start, and writes `forward` with `change`. With
     `add_to="input"` the target is a norm: `forward` gets its output and its input, in this order, and changes the input.
     """
+
+    design: ClassVar[Design] = Design(form="f(y W_d + b_d) W_u + b_u", composition="addition").over(OutputMap.design)
 
     down: nn.Module
     up: nn.Module

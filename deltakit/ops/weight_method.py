@@ -105,11 +105,12 @@ def check_patch_dropout(target: Target, method: str, kind: type[DeltaModule], dr
         )
 
 
-def check_rank(target: Target, method: str, r: int) -> None:
+def check_rank(target: Target, method: str, r: int, *, option: str = "r") -> None:
     """Refuses a rank that no matrix of the target's size has.
 
     Args:
         method: the name of the method, for the error message.
+        option: the name of the rank among the method's options.
 
     Raises:
         OptionError: if the rank is above the smaller side of the weight.
@@ -119,8 +120,8 @@ def check_rank(target: Target, method: str, r: int) -> None:
     largest = min(d_in, d_out)
     if r > largest:
         raise OptionError(
-            f"{target.named}: rank {r} is above the layer's size {d_in} to {d_out}; use {method}(r={largest}) or less, or "
-            "leave it out with exclude="
+            f"{target.named}: rank {r} is above the layer's size {d_in} to {d_out}; use {method}({option}={largest}) or "
+            "less, or leave it out with exclude="
         )
 
 

@@ -1,6 +1,18 @@
 """Reports, trees, text and HTML: everything that is printed."""
 
 from deltakit.view.display import View, Visualization, show
+from deltakit.view.method_table import MethodRow, MethodTable
 from deltakit.view.report import Line, described, report, share, states
 
-__all__ = ["Line", "View", "Visualization", "described", "report", "share", "show", "states"]
+__all__ = [
+    "Line",
+    "MethodRow",
+    "MethodTable",
+    "View",
+    "Visualization",
+    "described",
+    "report",
+    "share",
+    "show",
+    "states",
+]

@@ -16,21 +16,11 @@ def compiler():
         yield pool
 
 
-# Adapters, BitFit and IA3 hook layers as LoRA does, which runs in both of these backbones: the toy is enough. Of the prompts,
-# each runs in one of them. Parallel adapters are on pairs of layers in BERT.
-SLOW = {
-    *(
-        "adapter-bert",
-        "adapter-llama",
-        "bitfit-bert",
-        "bitfit-llama",
-        "ia3-bert",
-        "ia3-llama",
-        "parallel_adapter-llama",
-    ),
-    *("low_rank_adapter-bert", "low_rank_adapter-llama", "compacter-bert", "compacter-llama"),
-    *("prefix-bert", "soft_prompt-llama"),
-}
+# Every method runs in the toy. In transformers' models LoRA is enough for all that hook layers; of the prompts, each runs in one
+# of them, and parallel adapters are on pairs of layers in BERT.
+IN_MODELS = {"lora-bert", "lora-llama", "parallel_adapter-bert", "prefix-llama", "soft_prompt-bert"}
+IN_MODELS |= {"trainable_tokens-bert", "trainable_tokens-llama"}
+SLOW = {case for case in CASES if case.endswith(("-bert", "-llama"))} - IN_MODELS
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] if c in SLOW else []) for c in CASES])

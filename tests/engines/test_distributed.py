@@ -13,7 +13,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 import deltakit as dk
 from support.models import Transformer
-from support.sharded_training import batch, leave, losses, to_train, worker
+from support.sharded_training import (
+    batch,
+    every_method,
+    leave,
+    losses,
+    ranked,
+    saver,
+    stepping,
+    steps,
+    to_train,
+    worker,
+)
 
 
 def free_port():
@@ -61,6 +72,16 @@ def test_as_in_one_process(engine, size, tmp_path):
     assert one["backbone"]["fingerprint"]["structure"] == many["backbone"]["fingerprint"]["structure"]
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_ranks_are_chosen_as_in_one_process(engine):
+    model, delta = ranked()
+    alone = steps(model, delta)
+    assert len(set(alone)) > 1
+    for ranks, state in in_processes(2, stepping, 2, free_port(), engine).values():
+        assert ranks == alone
+        agree(state, delta)
+
+
 def test_what_is_saved_sharded_is_what_is_saved_whole(tmp_path):
     run(2, "fsdp2", [], tmp_path / "many")
     _, delta = to_train()
@@ -68,6 +89,16 @@ def test_what_is_saved_sharded_is_what_is_saved_whole(tmp_path):
     one, many = (load_file(tmp_path / name / "delta_model.safetensors") for name in ("one", "many"))
     assert one.keys() == many.keys()
     assert all(torch.equal(one[name], many[name]) for name in one)
+
+
+def test_every_method_is_saved_whole(tmp_path):
+    failed = in_processes(2, saver, 2, free_port(), str(tmp_path / "many"))
+    assert list(failed.values()) == [{}, {}]
+    for name, _, delta in every_method():
+        one = load_file(delta.save(tmp_path / "one" / name) / "delta_model.safetensors")
+        many = load_file(tmp_path / "many" / name / "delta_model.safetensors")
+        assert one.keys() == many.keys(), name
+        assert all(torch.equal(one[key], many[key]) for key in one), name
 
 
 def test_resumed_with_another_number_of_processes(tmp_path):

@@ -22,7 +22,7 @@ CLASSES = {
     "bert": (tf.BertConfig, tf.BertModel, tf.BertForSequenceClassification),
     "llama": (tf.LlamaConfig, tf.LlamaModel, tf.LlamaForCausalLM),
 }
-CASES = ["seq_bn", "double_seq_bn", "layers", "par_bn", "par_bn_learned", "plus", "compacter", "compacterpp", "lora", "ia3", "prefix", "prefix_flat"]  # fmt: skip
+CASES = ["seq_bn", "double_seq_bn", "layers", "par_bn", "par_bn_learned", "plus", "compacter", "compacterpp", "lora", "ia3", "prefix", "prefix_flat", "loreft", "loreft_tied"]  # fmt: skip
 
 
 def backbone(kind, *, headed=False):
@@ -75,6 +75,62 @@ def test_adapters(kind, case, tmp_path):
     close(outputs(model), wanted)
 
 
+class TestReFT:
+    @pytest.mark.parametrize("kind", CLASSES)
+    def test_without_orthogonal_rows(self, kind):
+        """AdapterHub's config lacks what tells NoReFT and DiReFT apart: its own load makes a NoReFT of a DiReFT."""
+        model = backbone(kind)
+        with pytest.warns(
+            dk.DeltaWarning, match="does not say whether this is a NoReFT or a DiReFT; it is read as a NoReFT"
+        ):
+            delta = dk.load(FOLDER / kind / "noreft", model)
+        assert delta.methods[0].variant == "noreft"
+        close(outputs(model), expected(kind, "noreft"))
+
+    def test_sides_that_are_not_used(self, tmp_path):
+        model = backbone("bert")
+        delta = dk.load(copied(tmp_path, "loreft", prefix_positions=0), model)
+        assert {module.rotate.shape for (module,) in delta.modules.values()} == {(1, 2, 12)}
+        bare = outputs(backbone("bert"))
+        assert (outputs(model) - bare).abs().amax(2).argmax(1).tolist() == [6, 6]
+
+    def test_rows_that_are_not_orthonormal_are_those_of_a_noreft(self, tmp_path):
+        """The signs of torch's parametrization are truncated: after some weight decay a sign of 1 is none."""
+        file = copied(tmp_path, "loreft") / "adapter.safetensors"
+        tensors = load_file(file)
+        name = next(key for key in tensors if "layer.1" in key and key.endswith("original"))
+        tensors[name] *= 0.99
+        save_file(tensors, file)
+        delta = dk.load(tmp_path, backbone("bert"))
+        assert [method.variant for method in delta.methods] == ["loreft", "noreft"]
+        (module,) = delta.modules["encoder.layer.1"]
+        assert not module.rotate[0].any()
+        assert module.rotate[1].any()
+
+    def test_dropout_is_said(self, tmp_path):
+        folder = copied(tmp_path, "loreft", dropout=0.1)
+        with pytest.warns(dk.DeltaWarning, match="it was trained with a dropout of 0.1 in the adapters"):
+            dk.load(folder, backbone("bert"))
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"non_linearity": "relu"}, r"this ReFT of AdapterHub has an activation \(non_linearity\)"),
+            ({"tied_weights": True, "r": 3}, "loreft"),
+        ],
+    )
+    def test_what_does_not_fit(self, options, message, tmp_path):
+        with pytest.raises(dk.DeltaError, match=message):
+            dk.load(copied(tmp_path / "loreft", "loreft", **options), backbone("bert"))
+
+    def test_a_missing_unit(self, tmp_path):
+        folder = copied(tmp_path, "loreft_tied", tied_weights=False)
+        with pytest.raises(
+            dk.CheckpointError, match="its ReFT at bert.encoder.layer.1.reft_layer is not what its config says"
+        ):
+            dk.load(folder, backbone("bert"))
+
+
 @pytest.mark.parametrize("case", ["seq_bn", "par_bn", "lora", "compacter", "prefix"])
 def test_a_model_with_a_head(case):
     model = backbone("bert", headed=True)
@@ -106,7 +162,7 @@ REFUSED = {
     "another place": ({"residual_before_ln": "post_add"}, "residual_before_ln='post_add', which puts it where deltakit has no adapter"),
     "an activation": ({"non_linearity": "mish"}, "have the activation 'mish', which deltakit does not have; it has gelu, gelu_tanh, leaky_relu"),
     "prompts": ({"architecture": "prompt_tuning"}, "this is prompt tuning of AdapterHub, which deltakit does not read"),
-    "ReFT": ({"architecture": "reft"}, "this is ReFT of AdapterHub"),
+    "a LoRA of several tasks": ({"architecture": "mtl_lora"}, "this is a LoRA of several tasks of AdapterHub"),
     "a union": ({"architecture": "union"}, "this is a union of several methods of AdapterHub"),
     "another name": ({"top": {"name": "other"}}, "adapter_down.0.* is no part of the adapter 'other'"),
     "gates of LoRA": ({"case": "lora", "use_gating": True}, "this LoRA of AdapterHub has gates"),

@@ -249,8 +249,8 @@ def test_ranges_are_never_expanded_beyond_the_backbone(folder, targets):
 @pytest.mark.parametrize(
     ("entry", "sizes"),
     [
-        ({"method": "lora", "r": 10**9}, "13,000,000,000"),
-        ({"method": "lora", "r": 10**17}, "1,300,000,000,000,000,000"),
+        ({"method": "vera", "r": 10**9}, "13,000,000,000"),
+        ({"method": "vera", "r": 10**17}, "1,300,000,000,000,000,000"),
         ({"method": "adapter", "size": 10**9}, "17,000,000,000"),
     ],
 )

@@ -153,6 +153,8 @@ REFUSED = {
     "LoRA, too": (lambda own: {**own, "lora_up.weight": normal(18, 1)}, "it has B, which deltakit does not have; use it in LyCORIS"),
     "two alphas": (lambda own: {**own, "alpha": normal(2)}, "the alpha of .* is no number"),
     "another size": (lambda own: {**own, "hada_w1_b": normal(2, 13)}, "has a LoRA of 13 to 18 features, and the backbone needs 14 to 18"),
+    "no values": (lambda own: {**own, "hada_w2_b": normal(2, 0)}, "its tensors do not fit each other"),
+    "a vector of the second": (lambda own: {**own, "hada_w2_a": normal(2)}, "its tensors do not fit each other"),
     "another rank": (lambda own: {**own, "hada_w2_b": normal(3, 14)}, "load the backbone that"),
 }  # fmt: skip
 

@@ -226,3 +226,51 @@ def test_starts_of_lora_are_written_as_what_they_add_up_to(start, dora, tmp_path
     same(opened(copy.deepcopy(twin), tmp_path)(ids()), model(ids()))
     dk.load(tmp_path, twin)
     same(twin(ids()), model(ids()))
+
+
+def halved(tensors, key):
+    tensors[key] = tensors[key].flatten()[: tensors[key].numel() // 2].clone()
+
+
+DAMAGED = {
+    "VeRA": ("vera_A", {}, "vera_A and vera_B have the shapes .* which do not fit the rank 3 of its config"),
+    "VeRA, its rank": ("", {"r": 2**40}, "do not fit the rank 1099511627776 of its config"),
+    "RandLoRA, uniform": ("randlora_B", {}, "randlora_A and randlora_B have the shapes"),
+    "MiSS": ("model.first.miss_block", {}, "miss"),
+    "GraLoRA": ("model.first.gralora_A", {}, "gralora"),
+    "LoKr": ("model.first.lokr_w2_b", {}, "lokr"),
+    "MiSS, mini": ("", {"mini_r": "x"}, "mini"),
+    "DeLoRA": ("", {"delora_lambda": -3}, "strength"),
+    "VBLoRA": ("", {"topk": 2**40}, "top"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_files(name, tmp_path):
+    key, options, message = DAMAGED[name]
+    case = CASES.get(name) or CASES[name.partition(",")[0]]
+    saved(name if name in CASES else name.partition(",")[0], tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    if key:
+        halved(tensors, f"base_model.{key}")
+    save_file(tensors, file, {"format": "pt"})
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **options}))
+    with pytest.raises(dk.CheckpointError, match=message):
+        dk.load(tmp_path, chain(case)[0])
+
+
+def test_a_choice_of_far_too_many_vectors_is_refused(tmp_path):
+    saved("VBLoRA", tmp_path, save_only_topk_weights=True)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.vblora_vector_bank"] = torch.zeros(30_000, 5)
+    key = "base_model.model.first.vblora_logits_A_topk"
+    tensors[f"{key}_indices"] = torch.zeros(3, 30_000, 2, dtype=torch.uint8)
+    tensors[f"{key}_weights"] = torch.zeros(3, 30_000, 1)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(
+        dk.CheckpointError, match="is damaged: its logits would have far more values than it has itself"
+    ):
+        dk.load(tmp_path, chain(CASES["VBLoRA"])[0])

@@ -62,6 +62,11 @@ CONFIGS = {
     "adalora": lambda: peft.AdaLoraConfig(target_modules=["q_proj"], total_step=9, init_r=4),
     "ia3": lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "tokens": lambda: peft.TrainableTokensConfig(token_indices=[3, 5], target_modules=["embed_tokens"]),
+    "vera": lambda: peft.VeraConfig(r=3, target_modules=["q_proj"]),
+    "hira": lambda: peft.HiraConfig(r=3, target_modules=["q_proj"]),
+    "delora": lambda: peft.DeloraConfig(r=3, target_modules=["q_proj"]),
+    "hra": lambda: peft.HRAConfig(r=4, target_modules=["q_proj"]),
+    "vblora": lambda: peft.VBLoRAConfig(r=3, topk=2, num_vectors=7, vector_length=4, target_modules=["q_proj"]),
     "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
     "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
 }
@@ -107,10 +112,10 @@ CHANGES = {
 UNSEEN = {
     "int8": None,
     "bool": None,
-    # A vector stays one, and a bias is added to all rows.
-    "deeper": r"ia3_l$|loras\.task\.lora_B$|control_trans\.0\.bias$",
+    # A vector stays one, a bias is added to all rows, and frozen matrices are drawn again.
+    "deeper": r"ia3_l$|loras\.task\.lora_B$|control_trans\.0\.bias$|vera_[AB]$",
     # The backbone alone knows how many outputs a layer has.
-    "longer": r"lora_(embedding_)?B(\.weight)?$|lora_up\.weight$|ia3_l$|\.bias$",
+    "longer": r"lora_(embedding_)?B(\.weight)?$|lora_up\.weight$|ia3_l$|\.bias$|hira_B$|hra_u$|vblora_logits_B$|vera_(lambda_b|[AB])$",
 }
 """What fits without a backbone, by the change."""
 

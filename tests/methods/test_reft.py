@@ -6,6 +6,7 @@ import transformers as tf
 from torch import nn
 
 import deltakit as dk
+from support import backbone_zoo
 from support.models import Calls, Transformer, attached, ids, randomize
 from support.peft_layers import CLOSE
 from support.tiny_transformers import build
@@ -146,6 +147,19 @@ def test_generation_with_a_cache_edits_the_prompt_alone(suffix):
     torch.testing.assert_close(out.logits[0], bare, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@torch.no_grad()
+def test_generation_of_recurrent_layers_edits_the_prompt_alone():
+    """Their cache does not say how long it is."""
+    model, _ = backbone_zoo.build("mamba")
+    attached(model, dk.ReFT())
+    found = [
+        model.generate(ids(2, 5), max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=cached)
+        for cached in (True, False)
+    ]
+    assert torch.equal(*found)
+
+
 @torch.no_grad()
 def test_examples_of_a_mixed_batch_have_their_own_padding():
     model, delta, _ = echo(prefix_positions=2)
@@ -183,6 +197,11 @@ def test_a_backbone_with_a_decoder_is_refused():
 def test_bad_options(unchecked, options, message):
     with pytest.raises(dk.OptionError, match=message):
         dk.ReFT(**options)
+
+
+def test_images_are_refused():
+    with pytest.raises(dk.TargetError, match="^0: ReFT edits positions of a text, and this Conv2d returns images; use"):
+        dk.attach(nn.Sequential(nn.Conv2d(3, 7, 1)), dk.ReFT(at="0"))
 
 
 def test_a_rank_above_the_features():

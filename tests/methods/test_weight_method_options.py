@@ -2,6 +2,7 @@
 
 import re
 
+import peft
 import pytest
 import torch
 import transformers as tf
@@ -41,6 +42,29 @@ from support.weight_methods import CASES, chain, with_options
 def test_bad_options(unchecked, make, message):
     with pytest.raises(dk.OptionError, match=re.escape(message)):
         make()
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "options"),
+    [
+        (dk.VeRA, peft.VeraConfig, {"r": "r", "start": "d_initial", "seed": "projection_prng_key"}),
+        (dk.LoHa, peft.LoHaConfig, {"r": "r", "alpha": "alpha"}),
+        (
+            dk.LoKr,
+            peft.LoKrConfig,
+            {"r": "r", "alpha": "alpha", "factor": "decompose_factor", "both": "decompose_both"},
+        ),
+        (dk.HiRA, peft.HiraConfig, {"r": "r"}),
+        (dk.MiSS, peft.MissConfig, {"r": "r"}),
+        (dk.DeLoRA, peft.DeloraConfig, {"r": "r", "strength": "delora_lambda"}),
+        (dk.GraLoRA, peft.GraloraConfig, {"r": "r", "alpha": "alpha", "k": "gralora_k", "hybrid": "hybrid_r"}),
+        (dk.RandLoRA, peft.RandLoraConfig, {"r": "r", "alpha": "randlora_alpha", "seed": "projection_prng_key"}),
+        (dk.VBLoRA, peft.VBLoRAConfig, {"r": "r", "vectors": "num_vectors", "length": "vector_length", "top": "topk"}),
+    ],
+    ids=lambda kind: getattr(kind, "__name__", ""),
+)
+def test_the_defaults_are_those_of_peft(ours, theirs, options):
+    assert {name: getattr(ours(), name) for name in options} == {o: getattr(theirs(), t) for o, t in options.items()}
 
 
 def experts():
@@ -177,3 +201,15 @@ def test_sums_of_miss_of_different_sizes():
     attached(model, dk.MiSS(r=2, bat=True, at="up_proj"), name="three")
     with pytest.raises(dk.TargetError, match="MiSS.bat=True. has no weighted sums with others than of the same r"):
         dk.combine(model, {"one": 1.0, "three": 1.0})
+
+
+@pytest.mark.parametrize("sizes", [[(1400, 1100), (1100, 1400)], [(1400, 1400)]], ids=["wide and tall", "one layer"])
+def test_frozen_factors_that_are_larger_than_any_weight_are_loaded(sizes, tmp_path):
+    """A load refuses to create tensors that nothing gives a reason for, and these are as wide and tall as no layer is."""
+    model = nn.ModuleList([nn.Linear(*size) for size in sizes])
+    delta = randomize(dk.attach(model, dk.RandLoRA(r=100, at="*")))
+    expected = model[0](torch.ones(1, 1400))
+    delta.save(tmp_path)
+    delta.detach()
+    dk.load(tmp_path, model)
+    assert torch.equal(model[0](torch.ones(1, 1400)), expected)

@@ -163,12 +163,18 @@ def _opendelta_method(name, arguments=lambda s: {}):
 
 
 class _Trainer:
-    """Has what `small_checkpoints` looks for in a Trainer."""
+    """Has what the functions for a Trainer look for."""
 
     def _save(self):
         pass
 
     _load_from_checkpoint = _load_best_model = _push_from_checkpoint = _save
+
+    def compute_loss(self):
+        pass
+
+    def add_callback(self, callback):
+        pass
 
 
 class _Accelerator:
@@ -182,12 +188,30 @@ class _Accelerator:
 
 CALLS = {
     "attach": Call(lambda s: dk.attach, lambda s: {"backbone": s.bare, "methods": dk.LoRA(r=2)}),
+    "attach_from_data": Call(
+        lambda s: dk.attach_from_data,
+        lambda s: {
+            "backbone": s.bare,
+            "methods": dk.LoRA(r=2, at="q_proj"),
+            "run": lambda: s.bare(torch.tensor([[3, 5, 7, 11]])),
+        },
+    ),
     "plan": Call(lambda s: dk.plan, lambda s: {"backbone": s.bare, "methods": dk.LoRA(r=2)}),
     "load": Call(lambda s: dk.load, lambda s: {"source": s.saved, "backbone": s.bare}),
     "inspect": Call(lambda s: dk.inspect, lambda s: {"source": s.saved}),
     "show": Call(lambda s: dk.show, lambda s: {"backbone": s.model}, lambda s, view: str(view)),
     "roles": Call(lambda s: dk.roles, lambda s: {"backbone": s.model}),
     "select": Call(lambda s: dk.select, lambda s: {"backbone": s.model, "at": "q_proj"}),
+    "search": Call(
+        lambda s: dk.search,
+        lambda s: {
+            "backbone": s.bare,
+            "candidates": [dk.LoRA(r=1)],
+            "budget": 40,
+            "train_step": lambda part: s.bare(torch.tensor([[3, 5]])).square().mean(),
+            "steps": 1,
+        },
+    ),
     "rows": Call(lambda s: dk.rows, lambda s: {"backbone": s.model, "names": ["d"]}, _entered),
     "combine": Call(lambda s: dk.combine, lambda s: {"backbone": s.model, "weights": {"d": 0.5}}),
     "deltas": Call(lambda s: dk.deltas, lambda s: {"backbone": s.model}),
@@ -197,6 +221,7 @@ CALLS = {
     "integrations.small_checkpoints": Call(
         lambda s: dk.integrations.small_checkpoints, lambda s: {"trainer": _Trainer()}
     ),
+    "integrations.training_steps": Call(lambda s: dk.integrations.training_steps, lambda s: {"trainer": _Trainer()}),
     "integrations.small_states": Call(
         lambda s: dk.integrations.small_states, lambda s: {"accelerator": _Accelerator()}
     ),
@@ -218,17 +243,21 @@ CALLS = {
     "Delta.push": Call(lambda s: s.delta.push, lambda s: {"repo_id": "user/name"}),
     "Delta.state_dict": Call(lambda s: s.delta.state_dict),
     "Delta.load_state_dict": Call(lambda s: s.delta.load_state_dict, lambda s: {"state": s.delta.state_dict()}),
+    "Delta.penalty": Call(lambda s: s.delta.penalty),
+    "Delta.step": Call(lambda s: s.delta.step),
     "Delta.modules_of": Call(lambda s: s.delta.modules_of, lambda s: {"method": "lora"}),
     "Delta.named_parameters": Call(lambda s: s.delta.named_parameters, use=_consumed),
     "Delta.parameters": Call(lambda s: s.delta.parameters, use=_consumed),
     "Delta.parameter_groups": Call(lambda s: s.delta.parameter_groups, lambda s: {"up": {"lr": 1e-3}}),
     "LoRA": _option(dk.LoRA),
+    "AdaLoRA": Call(lambda s: dk.AdaLoRA, lambda s: {"total_steps": 10, "init_r": 3, "target_r": 2}, _used),
     "Adapter": _option(dk.Adapter),
     "LowRankAdapter": _option(dk.LowRankAdapter),
     "Compacter": _option(dk.Compacter),
     "ParallelAdapter": _option(dk.ParallelAdapter),
     "BitFit": _option(dk.BitFit),
     "IA3": _option(dk.IA3),
+    "InvertibleAdapter": _option(dk.InvertibleAdapter),
     "OFT": _option(dk.OFT),
     "BOFT": _option(dk.BOFT),
     "HRA": _option(dk.HRA),

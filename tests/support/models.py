@@ -139,6 +139,7 @@ def a_layer_of_each_kind():
 
 
 NEEDED = {
+    "adalora": {"total_steps": 10, "init_r": 3, "target_r": 2},
     "trainable_tokens": {"ids": (3, 5, 11)},
     "hira": {"r": 3},
     "miss": {"r": 5},

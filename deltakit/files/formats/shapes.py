@@ -35,6 +35,16 @@ _SHAPES: Mapping[str, Mapping[str, str]] = {
         "up.own.rule": "division division division",
         "shared.rule": "division division division",
     },
+    "hira": {"A": "... r d_in", "B": "... d_out r"},
+    "delora": {"A": "r d_in", "B": "d_out r", "norms": "d_in", "lam": "1"},
+    "vera": {"b": "d_out", "d": "r"},
+    "randlora": {"L": "r bases", "G": "bases smaller"},
+    "vblora": {
+        "logits_A": "r pieces_in vectors",
+        "logits_B": "pieces_out r vectors",
+        "shared.bank": "vectors length",
+    },
+    "hra": {"u": "r d"},
     "prefix": {"key": "heads tokens d", "value": "heads tokens d"},
     "soft_prompt": {"prompt": "tokens d"},
     "trainable_tokens": {"rows": "k d"},
@@ -72,6 +82,8 @@ def check_shapes(
 
 
 def _expected(dimension: str, size: object, options: Mapping[str, Any], sizes: dict[str, object]) -> object:
+    if dimension.isdigit():
+        return int(dimension)
     if "*" in dimension:
         product: Any = 1
         for factor in dimension.split("*"):

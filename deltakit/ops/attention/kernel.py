@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
-from deltakit.core import MixedBatch
+from deltakit.core import Design, MixedBatch
 from deltakit.errors import StateError
 from deltakit.ops.kinds.call_context import CallContext
 
@@ -19,6 +19,10 @@ from deltakit.ops.kinds.call_context import CallContext
 class AttentionPrefix(CallContext):
     """The interface of a prefix to the attention module that is its parent."""
 
+    # Table 1 of He et al. 2022: a prefix moves the output of attention towards the attention to the prefix alone.
+    design: ClassVar[Design] = Design(
+        form="softmax(q P_k^T) P_v", changes="attention", insertion="parallel", composition="gated addition"
+    )
     mixable: ClassVar[bool] = True
 
     tokens: int

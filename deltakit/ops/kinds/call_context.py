@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from deltakit.core import DeltaModule
+from deltakit.core import DeltaModule, Design
 
 
 class CallContext(DeltaModule):
@@ -14,6 +14,9 @@ class CallContext(DeltaModule):
     raised. If several deltas of one class are on a target, only the first active one is called, and acts for all `peers`.
     """
 
+    design: ClassVar[Design] = Design(
+        form="f(call)", changes="input and output", insertion="sequential", composition="replacement"
+    )
     scalable: ClassVar[bool] = False
     mixable: ClassVar[bool] = False
     """A context that supports mixed batches, in which its `peers` belong to different examples, sets this to True."""

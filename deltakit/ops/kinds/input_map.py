@@ -1,13 +1,13 @@
 """Input maps: they call the target with x' = f(x)."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from deltakit.core import BareLayer, Target, checked, hidden_input, linear_sizes, replace_input, weight_view
+from deltakit.core import BareLayer, Design, Target, checked, hidden_input, linear_sizes, replace_input, weight_view
 from deltakit.errors import TargetError
 from deltakit.ops.kinds.maps import LayerMap, in_own_dtype
 from deltakit.ops.sizes import input_size
@@ -23,6 +23,8 @@ class InputMap(LayerMap):
     Raises:
         TargetError: if the target is a feature slice, a parameter or an embedding, or its input size is unknown.
     """
+
+    design: ClassVar[Design] = Design(form="f(x)", changes="input", insertion="sequential", composition="replacement")
 
     @checked
     def __init__(self, target: Target) -> None:

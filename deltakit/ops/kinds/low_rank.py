@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from deltakit.core import (
     DeltaModule,
+    Design,
     MixedBatch,
     PerTarget,
     Target,
@@ -76,6 +77,9 @@ class LowRank(OutputMap):
         OptionError: if `dropout` is out of its range.
     """
 
+    design: ClassVar[Design] = Design(
+        form="B A x", changes="output", insertion="parallel", composition="scaled addition"
+    )
     has_weight_form: ClassVar[bool] = True
 
     @checked

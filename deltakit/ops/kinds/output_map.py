@@ -1,7 +1,7 @@
 """Output maps: y' = f(x, y)."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Shaped
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from deltakit.core import (
     BareLayer,
+    Design,
     MixedBatch,
     Target,
     checked,
@@ -32,6 +33,10 @@ class OutputMap(LayerMap):
     Raises:
         TargetError: if the target is a parameter, or its output size is unknown.
     """
+
+    design: ClassVar[Design] = Design(
+        form="f(x, y)", changes="output", insertion="sequential", composition="replacement"
+    )
 
     @checked
     def __init__(self, target: Target) -> None:

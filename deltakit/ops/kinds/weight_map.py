@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from deltakit.core import (
     DeltaModule,
+    Design,
     MixedBatch,
     Target,
     WeightView,
@@ -37,6 +38,7 @@ class WeightMap(DeltaModule):
     instead of saved. Elsewhere a weight patch replaces W by W + dW during the forward that reads it.
     """
 
+    design: ClassVar[Design] = Design(form="dW(W) x", changes="weight", insertion="parallel", composition="addition")
     has_weight_form: ClassVar[bool] = True
     reads_weight: ClassVar[bool] = True
 

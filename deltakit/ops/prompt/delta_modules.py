@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from deltakit.core import Design
 from deltakit.errors import StateError
 from deltakit.ops.kinds.call_context import CallContext
 from deltakit.ops.prompt.direct_call import called_directly
@@ -53,6 +54,7 @@ class PromptVectors(nn.Module):
 class PromptDelta(CallContext):
     """The base of all parts of a soft prompt. In a mixed batch the first part at a target acts for all prompts there."""
 
+    design: ClassVar[Design] = Design(form="P", changes="embeddings", insertion="parallel", composition="concatenation")
     mixable: ClassVar[bool] = True
     tokens: int
 

@@ -1,4 +1,4 @@
-"""AdapterHub's adapters: bottlenecks, compacters, LoRA, IA3 and prefixes.
+"""AdapterHub's adapters: bottlenecks, compacters, LoRA, IA3, ReFT and prefixes.
 
 The forms of keys and the formulas are those of adapters 1.2.0, found by saving and running adapters of each kind.
 """
@@ -8,5 +8,9 @@ from deltakit.files.formats.adapterhub.reader import read, recognises
 from deltakit.files.formats.format import Format
 
 FORMAT = Format(
-    "adapterhub", "bottleneck adapters, LoRA, IA3 and prefixes of AdapterHub", FILES, recognises=recognises, read=read
+    "adapterhub",
+    "bottleneck adapters, LoRA, IA3, ReFT and prefixes of AdapterHub",
+    FILES,
+    recognises=recognises,
+    read=read,
 )

@@ -12,6 +12,7 @@ from deltakit.files.formats.adapterhub.bottleneck import read_bottlenecks
 from deltakit.files.formats.adapterhub.keys import FUSION, HEAD, IN_ADAPTERHUB, PICKLE, TENSORS, Key
 from deltakit.files.formats.adapterhub.lora import read_loras
 from deltakit.files.formats.adapterhub.prefix import read_prefixes
+from deltakit.files.formats.adapterhub.reft import read_refts
 from deltakit.files.formats.format import Parts
 from deltakit.files.formats.shapes import refuse_integers
 from deltakit.files.formats.source import Source
@@ -24,13 +25,13 @@ _KINDS: dict[str, tuple[str, _Read]] = {
     "": ("adapters", read_bottlenecks),
     "lora": ("loras", read_loras),
     "prefix_tuning": ("prefix_tunings", read_prefixes),
+    "reft": ("refts", read_refts),
 }
 """What holds the adapters of each architecture, and what reads them. A bottleneck has no name."""
 
 _OTHERS = {
     "union": "a union of several methods",
     "prompt_tuning": "prompt tuning",
-    "reft": "ReFT",
     "mtl_lora": "a LoRA of several tasks",
 }
 
@@ -59,7 +60,7 @@ def read(place: Path, backbone: nn.Module | None, values: bool) -> Saved:
         what = _OTHERS.get(architecture, f"an adapter of the architecture {architecture!r}")
         raise CheckpointError(
             f"{place}: this is {what} of AdapterHub, which deltakit does not read; of AdapterHub it reads bottleneck "
-            "adapters, compacters, LoRA, IA3 and prefixes"
+            "adapters, compacters, LoRA, IA3, ReFT and prefixes"
         )
     kind, reads = _KINDS[architecture]
     tensors = _tensors(place, values)

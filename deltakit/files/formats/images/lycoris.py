@@ -3,6 +3,7 @@
 The formulas are those of lycoris-lora 4.1.3. A convolution's update may have the Tucker form, with a core [r, r, *kernel].
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,14 +45,14 @@ def _thin_sizes(b: Tensor | None, a: Tensor | None, core: Tensor | None) -> tupl
     if a is None or b is None or min(a.ndim, b.ndim) < 2:
         return None
     if core is None or core.ndim < 3:
-        return a[0].numel(), b.shape[0]
-    return a[0].numel() * core[0, 0].numel(), b.shape[1]
+        return math.prod(a.shape[1:]), b.shape[0]
+    return math.prod(a.shape[1:]) * math.prod(core.shape[2:]), b.shape[1]
 
 
 def _sizes_of_side(tensors: Mapping[str, Tensor], name: str, core: Tensor | None) -> tuple[int, int] | None:
     whole = tensors.get(name)
     if whole is not None and whole.ndim > 1:
-        return whole[0].numel(), whole.shape[0]
+        return math.prod(whole.shape[1:]), whole.shape[0]
     return _thin_sizes(tensors.get(f"{name}_a"), tensors.get(f"{name}_b"), core)
 
 
@@ -72,7 +73,10 @@ def add_update(source: Source, parts: Parts, path: str, name: str, tensors: Mapp
             f"{source.folder}: {path} {why}, where LyCORIS computes something else than deltakit; use it in LyCORIS"
         )
     more = sorted(tensors.keys() - own.keys() - {"alpha", "weight", "bias"})
-    if more or update_sizes(own) is None:
+    fits = all(
+        tensor.ndim > (2 if key in (*LOHA[4:], *LOKR[6:]) else 1) and tensor.numel() for key, tensor in own.items()
+    )
+    if more or not fits or update_sizes(own) is None:
         what = f"it has {more[0]}, which deltakit does not have" if more else "its tensors do not fit each other"
         raise CheckpointError(f"{source.folder}: {name} is a LoHa or LoKr, and {what}; use it in LyCORIS")
     untie = module is not None and source.is_tied(module._parameters.get("weight"))
@@ -111,9 +115,7 @@ def _lokr(source: Source, own: Mapping[str, Tensor], path: str) -> tuple[str, di
     right_sizes = _sizes_of_side(own, "lokr_w2", own.get("lokr_t2"))
     assert right_sizes is not None
     kernel = getattr(source.module(path), "kernel_size", ())
-    positions = 1
-    for size in kernel if isinstance(kernel, tuple) else ():
-        positions *= size
+    positions = math.prod(kernel) if isinstance(kernel, tuple) else 1
     full = "lokr_w2" in own or r >= max(right_sizes[0] / positions, right_sizes[1]) / 2
     if full:
         values["right"] = (own["lokr_w2"] if "lokr_w2" in own else _whole(source, own, "lokr_w2")).flatten(1)

@@ -31,6 +31,9 @@ def read_row(row: Row, source: Source, parts: Parts) -> None:
             f"{source.folder}: this {row.peft_type} of PEFT {why}, which deltakit does not have; merge it into the backbone "
             "by PEFT's merge_and_unload()"
         )
+    # What has a path may hold indices, too.
+    matrices = {key: source.tensors[key] for key in (*row.shared, *row.consumed) if key in source.tensors}
+    refuse_integers(matrices, source.folder)
     source = row.prepared(source)
     options_at, computed = _options(row, source), row.computed(source)
     by_ours = {stored.ours: stored for stored in row.tensors.values()}
@@ -38,7 +41,6 @@ def read_row(row: Row, source: Source, parts: Parts) -> None:
     holders: set[tuple[Any, ...]] = set()
     suffixes = {key: stored.ours for key, stored in row.tensors.items() if key not in row.shared}
     integers = {stored.ours for stored in row.tensors.values() if stored.integer}
-    refuse_integers({key: source.tensors[key] for key in row.shared if key in source.tensors}, source.folder)
     for path, raw in source.by_path(suffixes, integers).items():
         _check(row, source, path, raw.keys() | shared.keys())
         options = {**options_at(path), **computed(path, raw)}

@@ -234,7 +234,7 @@ def _of_shira(source: Source) -> OptionsAt:
 SHIRA = Row(
     peft_type="SHIRA",
     method="shira",
-    tensors={".shira_weight": Stored("values"), ".shira_indices": Stored("places")},
+    tensors={".shira_weight": Stored("values"), ".shira_indices": Stored("places", integer=True)},
     fields={},
     layers=_LINEAR,
     computed=with_own(_of_shira),

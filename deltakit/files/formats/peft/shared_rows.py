@@ -54,6 +54,13 @@ def _checked(name: str, r: int, end: str) -> Callable[[Source], Source]:
         path = next((path for path in source.by_path({end: ""}) if source.module(path) is not None), None)
         if index is None or path is None or options["sizes"] is None or source.tensors[f"{name}_A"].is_meta:
             return source
+        a, b = (source.tensors[f"{name}_{which}"] for which in "AB")
+        count = () if name == "vera" else (-(-a.shape[-1] // max(1, options["r"])),)
+        if a.shape[0] != options["r"] or b.shape[1:] != (*count, options["r"]):
+            raise CheckpointError(
+                f"{source.folder}: {name}_A and {name}_B have the shapes {tuple(a.shape)} and {tuple(b.shape)}, which do not "
+                f"fit the rank {options['r']} of its config; save or download it again"
+            )
         kind: Any = METHODS[name]
         drawn = kind(**options).build_shared(index, [index.target(path)]).float()
         for which in "AB":
@@ -147,6 +154,7 @@ def _all_logits(source: Source) -> Source:
     """With `save_only_topk_weights` a file has no logits, but the chosen vectors and all of their weights but the last."""
     bank = source.tensors.get("vblora_vector_bank")
     found: dict[str, Tensor] = {}
+    left = 64 * (2**20 + sum(tensor.numel() for tensor in source.tensors.values()))
     for name, chosen in source.tensors.items():
         if not name.endswith(tuple(f"{end}{_TOP[0]}" for end in _LOGITS)):
             continue
@@ -156,6 +164,11 @@ def _all_logits(source: Source) -> Source:
             raise CheckpointError(f"{source.folder}: it has no weights for {name}; save or download it again")
         if chosen.numel() and not chosen.is_meta and int(chosen.max()) >= len(bank):
             raise CheckpointError(f"{source.folder}: {name} chooses vectors that its bank does not have; save it again")
+        left -= chosen.numel() // max(1, chosen.shape[-1]) * len(bank)
+        if left < 0:
+            raise CheckpointError(
+                f"{source.folder} is damaged: its logits would have far more values than it has itself"
+            )
         weights = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], -1).clamp_min(1e-30)
         every = torch.full((*chosen.shape[:-1], len(bank)), _NEVER, dtype=weights.dtype, device=weights.device)
         found[logits] = every.scatter(-1, chosen.long(), weights.log())

@@ -18,8 +18,8 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
 
 def turned(tensor: Tensor, _: object = None) -> Tensor:
-    """Returns the tensor with its last two dimensions in the other order."""
-    return tensor.mT.contiguous()
+    """Returns the tensor with its last two dimensions in the other order; a vector, which a load refuses, as it is."""
+    return tensor.mT.contiguous() if tensor.ndim > 1 else tensor
 
 
 def untied(source: Source) -> OptionsAt:
@@ -61,7 +61,7 @@ def _pointwise(tensor: Tensor, site: Site) -> Tensor:
 
 
 def _flat_core(core: Tensor) -> Tensor:
-    return core.flatten(2)
+    return core.flatten(2) if core.ndim > 2 else core
 
 
 def _core_in_kernel(core: Tensor, site: Site) -> Tensor:

@@ -1,0 +1,308 @@
+"""Compares all methods on two real tasks: accuracy, parameters, time of a step as a ratio to LoRA's, and size of the file.
+
+    python benchmarks/accuracy.py [--methods lora adapter ...] [--seeds 3] [--examples 480] [--epochs 3] [--workers 2]
+                                  [--out benchmarks/results/accuracy.json] [--table benchmarks/accuracy.md]
+
+Each method gets the same budget: three learning rates with the first seed, of which the accuracy on a validation split chooses
+one, and then the other seeds with that rate. The classifier always has the same rate. The test split chooses nothing. Each run
+is written as soon as it ends, and a second start goes on where the first one stopped.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import harness
+import torch
+import transformers as tf
+from intent_tasks import TASKS
+
+import deltakit as dk
+from deltakit.delta import method_rows
+from deltakit.demo.data import Example, batches, encode
+from deltakit.demo.run import bundled_model
+from deltakit.demo.training import BATCH, accuracy, train
+
+HERE = Path(__file__).resolve().parent
+HEAD_ALONE = "head alone"
+HEAD_RATE = 1e-2
+
+RATES = (2e-3, 6e-3, 1.8e-2)
+# Prompts, prefixes and scales need larger steps; their papers use rates up to 0.3.
+HIGH_RATES = (1e-2, 3e-2, 9e-2)
+HIGH = {"trainable_tokens", "vera"}
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    # The thousand most frequent words in the vocabulary of the demo's encoder.
+    "trainable_tokens": {"ids": range(1996, 2996)},
+    # The defaults are for models with more than 384 features.
+    "parallel_adapter": {"size": 64},
+}
+"""Options of methods whose defaults do not fit the encoder or the tasks."""
+
+
+class Settings(NamedTuple):
+    """What all runs have in common. Runs with other settings are left alone."""
+
+    model: str
+    examples: int
+    epochs: int
+
+
+class Job(NamedTuple):
+    """One run: a method on a task with a learning rate and a seed."""
+
+    task: str
+    name: str
+    rate: float
+    seed: int
+
+
+def contestants() -> dict[str, tuple[dk.Method, ...]]:
+    """Returns the methods of each contestant: every registered one, and some in other forms."""
+    every = {name: (kind(**{**kind.example, **OPTIONS.get(name, {})}),) for name, kind in sorted(dk.METHODS.items())}
+    mam = (dk.Prefix(tokens=16), dk.ParallelAdapter(**OPTIONS["parallel_adapter"]))
+    return {HEAD_ALONE: (), **every, "lora, dora=True": (dk.LoRA(dora=True),), "prefix + parallel_adapter": mam}
+
+
+@cache
+def needs_high_rates(name: str) -> bool:
+    """Whether a registered method changes attention or embeddings, or scales what it changes."""
+    (row,) = method_rows([name])
+    return name in HIGH or row.design.changes in ("attention", "embeddings") or row.design.composition == "product"
+
+
+def rates(name: str) -> tuple[float, ...]:
+    """Returns the learning rates that a contestant may choose from. All have the same number of them."""
+    parts = [part for part in name.split(" + ") if part in dk.METHODS]
+    return HIGH_RATES if any(map(needs_high_rates, parts)) else RATES
+
+
+def folder(model: str) -> str:
+    """Returns the folder or Hub id of a backbone. The demo's has its name in results, wherever it is installed."""
+    return bundled_model() if model == "demo" else model
+
+
+@cache
+def tokenized(model: str, task: str) -> tuple[Callable[..., list[Example]], int]:
+    """Returns a function that encodes requests of a task, and the token id of padding."""
+    tokenizer = tf.AutoTokenizer.from_pretrained(folder(model))
+    classes = TASKS[task]().classes
+    return lambda requests: encode(requests, tokenizer, classes), tokenizer.pad_token_id
+
+
+def fresh(model: str, task: str, methods: Sequence[dk.Method], seed: int) -> tuple[Any, Any, list[dict[str, Any]]]:
+    """Returns the backbone with a new classifier, the delta (None without methods), and the groups of trained parameters."""
+    tf.logging.set_verbosity_error()
+    tf.logging.disable_progress_bar()
+    torch.manual_seed(seed)
+    classes = len(TASKS[task]().classes)
+    backbone = tf.AutoModelForSequenceClassification.from_pretrained(folder(model), num_labels=classes).eval()
+    if not methods:
+        backbone.requires_grad_(False)
+        head = [p.requires_grad_() for name, p in backbone.named_parameters() if name.startswith("classifier")]
+        return backbone, None, [{"params": head, "lr": HEAD_RATE}]
+    delta = dk.attach(backbone, *methods, train="@head")
+    full = set(delta.fully_trained)
+    named = [(name, p) for name, p in backbone.named_parameters() if p.requires_grad]
+    head = {"params": [p for name, p in named if name in full], "lr": HEAD_RATE}
+    return backbone, delta, [head, {"params": [p for name, p in named if name not in full]}]
+
+
+def run(job: Job, methods: tuple[dk.Method, ...], settings: Settings) -> dict[str, Any]:
+    """Trains one contestant and returns its row."""
+    task, (encoded, pad) = TASKS[job.task](), tokenized(settings.model, job.task)
+    backbone, delta, groups = fresh(settings.model, job.task, methods, job.seed)
+    start = time.perf_counter()
+    examples = encoded(task.train(settings.examples, job.seed))
+    train(backbone, groups, examples, pad, lr=job.rate, epochs=settings.epochs, seed=job.seed)
+    seconds = time.perf_counter() - start
+    found = {split: accuracy(backbone, encoded(getattr(task, split)), pad) for split in ("valid", "test")}
+    size = 0
+    if delta is not None:
+        with tempfile.TemporaryDirectory() as place:
+            size = sum(file.stat().st_size for file in delta.save(place).glob("delta_*"))
+    count = sum(p.numel() for group in groups[1:] for p in group["params"])
+    measured = {"parameters": count, "bytes": size, "seconds": seconds}
+    return {**job._asdict(), "methods": repr(methods), **settings._asdict(), **found, **measured}
+
+
+def step_ratio(name: str, methods: tuple[dk.Method, ...], model: str, rounds: int) -> tuple[float, float, float]:
+    """Returns the time of a training step as a ratio to LoRA's, which takes turns with it."""
+    task = next(iter(TASKS))
+    encoded, pad = tokenized(model, task)
+    batch = next(batches(encoded(TASKS[task]().train(BATCH, 0)), BATCH, pad))
+
+    def call(own: tuple[dk.Method, ...]) -> harness.Call:
+        backbone, _, groups = fresh(model, task, own, 0)
+        optimizer = torch.optim.AdamW(groups, lr=1e-3)
+        backbone.train()
+
+        def step() -> None:
+            backbone(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    times = harness.interleaved({"lora": call((dk.LoRA(),)), name: call(methods)}, rounds)
+    return harness.ratios(times, "lora")[name]
+
+
+class Results:
+    """The rows of all runs and the ratios of steps, in a file that is complete after every run."""
+
+    def __init__(self, path: Path, settings: Settings) -> None:
+        self.path, self.settings = path, settings
+        self.rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        harness.write(self.path, "accuracy", self.rows)
+
+    def of(self, name: str, methods: tuple[dk.Method, ...]) -> list[dict[str, Any]]:
+        """Returns the rows of a contestant as it is now: with these options and settings."""
+        wanted = {"name": name, "methods": repr(methods), **self.settings._asdict()}
+        return [row for row in self.rows if all(row.get(key) == value for key, value in wanted.items())]
+
+    def runs(self, name: str, methods: tuple[dk.Method, ...], task: str) -> dict[Job, dict[str, Any]]:
+        own = [row for row in self.of(name, methods) if row.get("task") == task]
+        return {Job(*(row[field] for field in Job._fields)): row for row in own}
+
+    def chosen(self, name: str, methods: tuple[dk.Method, ...], task: str) -> float | None:
+        """Returns the learning rate that is best on the validation split, with the first seed; None before all have run."""
+        runs = self.runs(name, methods, task)
+        grid = {rate: runs.get(Job(task, name, rate, 0)) for rate in rates(name)}
+        if None in grid.values():
+            return None
+        return max(grid, key=lambda rate: grid[rate]["valid"])
+
+
+def missing(
+    results: Results, wanted: dict[str, tuple[dk.Method, ...]], tasks: Sequence[str], seeds: int
+) -> Iterator[Job]:
+    """Yields the runs that can start now: first the learning rates, then the seeds with the chosen one."""
+    for task in tasks:
+        for name, methods in wanted.items():
+            done, rate = results.runs(name, methods, task), results.chosen(name, methods, task)
+            if rate is None:
+                jobs = [Job(task, name, rate, 0) for rate in rates(name)]
+            else:
+                jobs = [Job(task, name, rate, seed) for seed in range(seeds)]
+            yield from (job for job in jobs if job not in done)
+
+
+def table(results: Results, wanted: dict[str, tuple[dk.Method, ...]], tasks: Sequence[str], seeds: int) -> list[str]:
+    """Returns the table in Markdown, the best mean accuracy first."""
+    lines: list[tuple[float, str]] = []
+    for name, methods in wanted.items():
+        means, cells = [], []
+        ratio = next((row["ratio"] for row in results.of(name, methods) if "ratio" in row), None)
+        last: dict[str, Any] = {}
+        for task in tasks:
+            rate, runs = results.chosen(name, methods, task), results.runs(name, methods, task)
+            own = [runs[job] for seed in range(seeds) if (job := Job(task, name, rate or 0, seed)) in runs]
+            if rate is None or len(own) < seeds:
+                cells.append("not run |")
+                continue
+            last = own[0]
+            found = [100 * row["test"] for row in own]
+            means.append(statistics.mean(found))
+            cells.append(f"{means[-1]:.1f} ({min(found):.1f} to {max(found):.1f}) | {rate:g}{edge(name, rate)}")
+        size = f"{last['parameters']:,} | {last['bytes'] / 1000:,.0f}" if last else "|"
+        time = harness.spread(tuple(ratio)) if ratio else ""
+        mean = statistics.mean(means) if len(means) == len(tasks) else -1
+        lines.append((mean, f"| {name} | {' | '.join(cells)} | {size} | {time} |"))
+    heads = " | ".join(f"{task}, % right | rate" for task in tasks)
+    return [
+        f"| method | {heads} | parameters | file, kB | step, ratio to LoRA |",
+        "|---|" + "---|---|" * len(tasks) + "---|---|---|",
+        *(line for _, line in sorted(lines, key=lambda pair: -pair[0])),
+    ]
+
+
+def edge(name: str, rate: float) -> str:
+    """Returns a mark for a rate at the end of the grid, beyond which another may be better."""
+    grid = rates(name)
+    return " <" if rate == grid[0] else " >" if rate == grid[-1] else ""
+
+
+def document(lines: Sequence[str], settings: Settings, seeds: int) -> str:
+    """Returns the page with the table."""
+    said = (
+        f"The encoder of `deltakit demo` learns the seven intents of SNIPS and the ten topics of CLINC150 "
+        f"(`benchmarks/data/clinc150`) from {settings.examples} examples, in {settings.epochs} passes. Every method has its "
+        f"default options and chooses one of {len(RATES)} learning rates on a validation split. The classifier is trained at "
+        f"{HEAD_RATE:g} in all rows, and alone in the row `{HEAD_ALONE}`. Accuracy is on the test split: the mean of {seeds} "
+        f"seeds, which also draw the examples, with the lowest and the highest. `<` and `>` mark rates at an end of the grid. "
+        f"Parameters are without the classifier, files with it. Steps take turns with LoRA's: medians with quartiles."
+    )
+    return harness.page("accuracy.py", "Methods on two real tasks", said, lines)
+
+
+def work(results: Results, wanted: dict[str, tuple[dk.Method, ...]], options: argparse.Namespace) -> list[str]:
+    """Does all missing runs and returns the failures."""
+    failed: dict[Job, str] = {}
+    pool = ProcessPoolExecutor(options.workers, get_context("spawn"), torch.set_num_threads, (1,))
+    with pool:
+        while jobs := [j for j in missing(results, wanted, options.tasks, options.seeds) if j not in failed]:
+            print(f"{len(jobs)} runs", flush=True)
+            running = {pool.submit(run, job, wanted[job.name], results.settings): job for job in jobs}
+            for future in as_completed(running):
+                job = running[future]
+                try:
+                    row = future.result()
+                except Exception as error:
+                    failed[job] = f"{job.name} on {job.task}: {type(error).__name__}: {error}"
+                    print(failed[job], file=sys.stderr, flush=True)
+                    continue
+                results.add(row)
+                shown = f"valid {row['valid']:.3f}, test {row['test']:.3f}, {row['seconds']:.0f} s"
+                print(f"{job.task:<9} {job.name:<26} rate {job.rate:<7g} seed {job.seed}: {shown}", flush=True)
+    for name, methods in wanted.items():
+        if not any("ratio" in row for row in results.of(name, methods)) and not any(j.name == name for j in failed):
+            ratio = step_ratio(name, methods, results.settings.model, options.rounds)
+            results.add({"name": name, "methods": repr(methods), **results.settings._asdict(), "ratio": ratio})
+            print(f"step of {name:<26} {harness.spread(ratio)}", flush=True)
+    return list(failed.values())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--methods", nargs="*", help="only these; by default all that are registered")
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--examples", type=int, default=480)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--rounds", type=int, default=15, help="steps that are timed")
+    parser.add_argument("--model", help="a folder or Hub id; by default the demo's encoder")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "accuracy.json")
+    parser.add_argument("--table", type=Path, help="a Markdown file for the table")
+    options = parser.parse_args()
+    every = contestants()
+    unknown = [name for name in options.methods or () if name not in every]
+    if unknown:
+        parser.error(f"no method {unknown[0]!r}; there are {', '.join(every)}")
+    wanted = {name: every[name] for name in options.methods or every}
+    settings = Settings(options.model or "demo", options.examples, options.epochs)
+    results = Results(options.out, settings)
+    failed = work(results, wanted, options)
+    text = document(table(results, wanted, options.tasks, options.seeds), settings, options.seeds)
+    print(text)
+    if options.table:
+        options.table.write_text(text)
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""Measures every registered method beside LoRA of the same rank, and beside PEFT's where PEFT has it.
+
+    python benchmarks/methods.py [--methods lora vera ...] [--rounds 7] [--out benchmarks/results/methods.json]
+                                 [--table benchmarks/methods.md]
+
+Measured are the time of a training step, the floating-point operations of its products, the bytes kept for the backward pass,
+and the parameters. The backbones of one row take turns in one process. A row is written as soon as it is measured.
+"""
+
+import argparse
+import copy
+import dataclasses
+import gc
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import harness
+import peft
+import torch
+import transformers as tf
+from memory import kept
+from step import require_gradients, step
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import deltakit as dk
+
+LINEARS = harness.LINEARS["BERT base"]
+
+PEFT: dict[str, tuple[str, tuple[str, ...]]] = {
+    "adalora": ("AdaLoraConfig", ()),
+    "boft": ("BOFTConfig", ()),
+    "c3a": ("C3AConfig", ("block_size",)),
+    "delora": ("DeloraConfig", ("r",)),
+    "fourierft": ("FourierFTConfig", ()),
+    "gralora": ("GraloraConfig", ("r",)),
+    "hira": ("HiraConfig", ("r",)),
+    "hra": ("HRAConfig", ("r",)),
+    "ia3": ("IA3Config", ()),
+    "ln_tuning": ("LNTuningConfig", ()),
+    "loha": ("LoHaConfig", ("r",)),
+    "lokr": ("LoKrConfig", ("r",)),
+    "lora": ("LoraConfig", ("r",)),
+    "miss": ("MissConfig", ("r",)),
+    "oft": ("OFTConfig", ()),
+    "p_tuning": ("PromptEncoderConfig", ()),
+    "prefix": ("PrefixTuningConfig", ()),
+    "randlora": ("RandLoraConfig", ("r",)),
+    "road": ("RoadConfig", ()),
+    "shira": ("ShiraConfig", ("r",)),
+    "soft_prompt": ("PromptTuningConfig", ()),
+    "trainable_tokens": ("TrainableTokensConfig", ()),
+    "vblora": ("VBLoRAConfig", ("r",)),
+    "vera": ("VeraConfig", ("r",)),
+}
+"""PEFT's config of a method, and its options that have the name and the value of ours. The others are PEFT's defaults."""
+
+MORE: dict[str, dict[str, Any]] = {
+    "adalora": {"total_step": 1000},
+    # Without it PEFT keeps a copy of each weight's magnitude for a backend that does not exist on CPUs.
+    "gralora": {"alpha": 16},
+}
+"""Options that PEFT's configs cannot do without."""
+
+
+def backbone(device: str) -> Any:
+    """Returns a BERT of base's width with four layers; every call gives the same weights."""
+    torch.manual_seed(0)
+    config = tf.BertConfig(num_hidden_layers=4, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    return tf.BertModel(config).to(device).eval()
+
+
+def method(name: str, model: nn.Module) -> dk.Method:
+    """Returns a method with its default options: on all linear layers if LoRA's positions are its default, too."""
+    kind = dk.METHODS[name]
+    made = kind(**kind.example)
+    if made.positions() != dk.LoRA().positions():
+        return made
+    return kind(**kind.example, at=["^" + path for path in harness.targets(model, LINEARS)])
+
+
+def peft_config(name: str, ours: dk.Method, delta: dk.Delta) -> Any:
+    """Returns PEFT's config of the same method on the same modules; None if PEFT does not have it."""
+    if name not in PEFT:
+        return None
+    word, same = PEFT[name]
+    kind = getattr(peft, word)
+    known = {field.name for field in dataclasses.fields(kind)}
+    options = {option: value for option in same if (value := getattr(ours, option, None)) is not None}
+    options |= MORE.get(name, {})
+    if issubclass(kind, peft.PromptLearningConfig):
+        options |= {"num_virtual_tokens": ours.tokens, "task_type": "FEATURE_EXTRACTION"}
+    else:
+        options["target_modules"] = list(delta.modules)
+    if name == "ia3":
+        options["feedforward_modules"] = [path for path in delta.modules if path.endswith("output.dense")]
+    if "token_indices" in known:
+        options["token_indices"] = list(ours.ids)
+    return kind(**options)
+
+
+def contestants(name: str, device: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Returns the backbones of a row, copies of one, and why some are missing."""
+    floor, missing = backbone(device), dict[str, str]()
+    models = {"floor": floor, "LoRA": copy.deepcopy(floor), "deltakit": copy.deepcopy(floor)}
+    ours = method(name, floor)
+    delta = dk.attach(models["deltakit"], ours)
+    layers = [floor.get_submodule(path) for path in delta.modules]
+    at = ["^" + path for path in delta.modules] if all(type(layer) is nn.Linear for layer in layers) else None
+    rank = getattr(ours, "r", 8)
+    dk.attach(models["LoRA"], dk.LoRA(r=rank if isinstance(rank, int) else 8, at=at))
+    try:
+        config = peft_config(name, ours, delta)
+        if config is not None:
+            models["PEFT"] = peft.get_peft_model(copy.deepcopy(floor), config)
+            with torch.no_grad():
+                models["PEFT"](**harness.batch(floor, 1, 8))
+    except Exception as error:
+        # PEFT's prefixes and prompts do not run on every encoder.
+        models.pop("PEFT", None)
+        missing["PEFT"] = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+    floor.requires_grad_(False)
+    for model in models.values():
+        # PEFT starts some methods in training mode. Every backbone is without dropout.
+        model.eval()
+        require_gradients(model)
+    return models, missing
+
+
+def operations(call: Callable[[], Any]) -> int:
+    """Returns the floating-point operations of the matrix products in a call."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def measure(name: str, rounds: int, device: str) -> dict[str, Any]:
+    """Returns the row of a method."""
+    models, missing = contestants(name, device)
+    inputs = harness.batch(models["floor"])
+    cases = {who: lambda model=model: step(model, inputs, None) for who, model in models.items()}
+    times = harness.interleaved(cases, rounds)
+    # Beyond the floor: what a method itself costs.
+    return {
+        "method": name,
+        "missing": missing,
+        "options": repr(method(name, models["floor"])).partition("at=")[0],
+        "to floor": harness.ratios(times, "floor"),
+        "to LoRA": harness.ratios(times, "LoRA")["deltakit"],
+        "operations": {who: operations(call) for who, call in cases.items()},
+        "kept": {who: kept(model, inputs) for who, model in models.items()},
+        "parameters": {who: sum(p.numel() for p in m.parameters() if p.requires_grad) for who, m in models.items()},
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Returns the table in Markdown."""
+    lines = [
+        "| method | step: PEFT | step: deltakit | deltakit to LoRA | operations to LoRA | MB kept: PEFT | deltakit | "
+        "parameters: PEFT | deltakit |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: row["method"]):
+        steps = [shown(row["to floor"].get(who)) for who in ("PEFT", "deltakit")]
+        work = row["operations"]["deltakit"] / row["operations"]["LoRA"]
+        bytes_kept = [
+            f"{(row['kept'][who] - row['kept']['floor']) / 1e6:.1f}" if who in row["kept"] else ""
+            for who in ("PEFT", "deltakit")
+        ]
+        counts = [f"{row['parameters'][who]:,}" if who in row["parameters"] else "" for who in ("PEFT", "deltakit")]
+        cells = (row["method"], *steps, shown(row["to LoRA"]), f"{work:.2f}", *bytes_kept, *counts)
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def shown(ratio: Sequence[float] | None) -> str:
+    return "" if ratio is None else harness.spread(tuple(ratio))
+
+
+def document(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns the page with the table."""
+    missing = [f"- PEFT's {row['method']}: {row['missing']['PEFT']}" for row in rows if row["missing"]]
+    said = (
+        "A training step on a BERT of base's width with four layers. Steps are ratios to the frozen backbone's forward and "
+        "backward, and to a step with LoRA of the same rank, or of rank 8: medians with quartiles, taken turn by turn in one "
+        "process. Operations are those of the matrix products in the same steps. Bytes kept for the backward pass are beyond "
+        "the frozen backbone's. Methods whose default is LoRA's queries and values are on all linear layers, and so is the "
+        "LoRA beside them; others are at their defaults, and LoRA beside them is on the same layers or on queries and values."
+    )
+    failing = ["", "PEFT's that do not run on this model:", "", *missing] if missing else []
+    return harness.page("methods.py", "The cost of every method", said, [*table(rows), *failing])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--methods", nargs="*", default=sorted(dk.METHODS), choices=sorted(dk.METHODS))
+    parser.add_argument("--table", type=Path, help="a Markdown file for the table")
+    harness.add_options(parser, rounds=7)
+    options = parser.parse_args()
+    print(harness.machine())
+    results = []
+    for name in options.methods:
+        row = measure(name, options.rounds, options.device)
+        results.append(row)
+        text = "  ".join(f"{who} {harness.spread(ratio)}" for who, ratio in row["to floor"].items() if who != "floor")
+        print(f"{name:<18} {text}  to LoRA {harness.spread(row['to LoRA'])}", *row["missing"].values(), flush=True)
+        harness.write(options.out, "methods", results)
+        gc.collect()
+    if options.table:
+        options.table.write_text(document(results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

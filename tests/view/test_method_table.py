@@ -1,0 +1,125 @@
+"""`deltakit methods`: a complete row for every registered method, at any width."""
+
+import io
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+import deltakit as dk
+from deltakit.cli import main
+from deltakit.core import Design
+from deltakit.delta import method_rows
+from deltakit.view import MethodTable
+
+WORDS = {
+    "insertion": {"parallel", "sequential"},
+    "merged": {"yes", "no", "partly"},
+    **{ability: {"yes", "no"} for ability in ("summed", "mixed", "identity")},
+}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return {row.name: row for row in method_rows()}
+
+
+@pytest.fixture
+def strangers():
+    """Removes the methods that a test has defined."""
+    before = dict(dk.METHODS)
+    yield
+    for name in dk.METHODS.keys() - before:
+        del dk.METHODS[name]
+
+
+def printed(rows, width, *, terminal):
+    file = io.StringIO()
+    console = Console(file=file, width=width, force_terminal=terminal, color_system=None, highlight=False)
+    console.print(MethodTable(rows), soft_wrap=not terminal)
+    return file.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("name", sorted(dk.METHODS))
+def test_every_method_has_a_complete_row(rows, name):
+    row = rows[name]
+    assert "?" not in row.cells(), dict(zip(("name", *vars(row.design)), row.cells(), strict=False))
+    for field, words in WORDS.items():
+        assert getattr(row.design if field == "insertion" else row, field) in words
+    assert row.source.isascii()
+    assert "http" in row.source or row.source[-4:].isdigit()
+
+
+def test_abilities_are_those_that_the_methods_have(rows):
+    said = {name: (row.merged, row.summed, row.mixed, row.identity) for name, row in rows.items()}
+    assert said["lora"] == ("yes", "yes", "yes", "yes")
+    assert said["adapter"] == ("no", "no", "yes", "yes")
+    # One of its targets has no bias to merge into.
+    assert said["bitfit"] == ("partly", "yes", "yes", "yes")
+    assert said["prefix"] == ("no", "no", "yes", "no")
+    assert rows["bitfit"].positions == ["@attn.{q,k,v,o}", "@ff.{up,down}", "@norm"]
+    assert rows["soft_prompt"].positions == ["@embed"]
+    assert rows["low_rank_adapter"].source.startswith("Karimi Mahabadi et al. 2021, https://arxiv.org/abs/2106.04647")
+
+
+@pytest.mark.usefixtures("strangers")
+def test_a_stranger_s_method_needs_nothing_for_its_row():
+    class ShiftDelta(dk.OutputMap):
+        def __init__(self, target):
+            super().__init__(target)
+            self.shift = nn.Parameter(torch.zeros(self.size))
+
+        def forward(self, x, y):
+            return y + self.shift
+
+    @dataclass(frozen=True, kw_only=True)
+    class Shift(dk.Method, name="shift"):
+        """Nobody 2099, https://example.org/shift."""
+
+        kind: ClassVar = ShiftDelta
+
+        def positions(self):
+            return (("ff.up",),)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Needs(Shift, name="needs"):
+        design: ClassVar = Design(form="b[n]")
+
+        n: int
+
+    (shift,) = method_rows(["shift"])
+    assert shift.cells() == (
+        *("shift", "f(x, y)", "output", "sequential", "replacement", "@ff.up"),
+        *("no", "no", "yes", "yes", "Nobody 2099, https://example.org/shift"),
+    )
+    # An option without a default or an example: what it declares is all that is known.
+    assert method_rows(["needs"])[0].cells()[:7] == ("needs", "b[n]", "output", "sequential", "replacement", "?", "?")
+
+
+def test_a_pipe_gets_one_line_each_and_a_narrow_terminal_short_lines(rows):
+    table = list(rows.values())
+    for width, terminal in ((40, False), (1000, True)):
+        head, *lines = printed(table, width, terminal=terminal)
+        assert len(lines) == len(table)
+        assert head.split()[:2] == ["method", "form"]
+        assert all(
+            line.startswith(row.name) and line.endswith(row.source) for line, row in zip(lines, table, strict=True)
+        )
+        # Columns stand below their heads.
+        assert {line.index(row.source) for line, row in zip(lines, table, strict=True)} == {head.index("source")}
+    narrow = printed(table, 60, terminal=True)
+    assert max(map(len, narrow)) <= 60
+    assert [line for line in narrow if line and not line.startswith(" ")] == list(rows)
+
+
+def test_the_command(capsys):
+    numbers = torch.get_rng_state()
+    assert main(["methods", "lora", "bitfit"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in out] == ["method", "bitfit", "lora"]
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert main(["methods", "lorra"]) == 1
+    assert "unknown method 'lorra': expected one of adalora, adapter, bitfit" in capsys.readouterr().err
