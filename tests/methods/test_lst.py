@@ -170,3 +170,20 @@ def test_targets_that_cannot_be():
     dk.attach(model, dk.LST(at="mlp.up_proj"))
     with pytest.raises(dk.TargetError, match="LST reads modules whose inputs and outputs are alike"):
         model(ids())
+
+
+def test_deltas_below_get_no_gradient_through_the_ladder():
+    """With a loss that is linear in the last block's output, their gradients are those without the ladder."""
+    model = Transformer()
+    lora = randomize(dk.attach(model, dk.LoRA(r=2, at="layers.0.mlp.up_proj")))
+    found = []
+    for ladder in (None, dk.LST(size=5)):
+        if ladder is not None:
+            randomize(dk.attach(model, ladder, name="ladder"))
+        x = model.embed(ids())
+        for block in model.layers:
+            x = block(x)
+        model.zero_grad()
+        (x * torch.linspace(-1, 1, 20)).sum().backward()
+        found.append([parameter.grad.clone() for parameter in lora.parameters()])
+    torch.testing.assert_close(*found)
