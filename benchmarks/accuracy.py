@@ -42,6 +42,8 @@ HIGH_RATES = (1e-2, 3e-2, 9e-2)
 HIGH = {"trainable_tokens", "vera"}
 
 OPTIONS: dict[str, dict[str, Any]] = {
+    # Three passes over 480 examples in batches of 32 are 45 steps.
+    "adalora": {"total_steps": 45, "tinit": 5, "tfinal": 10},
     # The thousand most frequent words in the vocabulary of the demo's encoder.
     "trainable_tokens": {"ids": range(1996, 2996)},
     # The defaults are for models with more than 384 features.

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
+from deltakit.delta import deltas
 from deltakit.demo.data import Example, batches
 
 BATCH = 32
@@ -36,12 +37,18 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda n: min((n + 1) / warm, max(0.0, (steps - n) / max(1, steps - warm)))
     )
+    attached = deltas(model)
     model.train()
     for epoch in range(epochs):
         for batch in batches(examples, BATCH, pad, seed=1000 * seed + epoch):
-            model(**batch).loss.backward()
+            loss = model(**batch).loss
+            for delta in attached:
+                loss = loss + delta.penalty()
+            loss.backward()
             optimizer.step()
             schedule.step()
+            for delta in attached:
+                delta.step()
             optimizer.zero_grad()
             step()
 
