@@ -70,8 +70,9 @@ def cell(backbone: str, method: str) -> Result:
             try:
                 try:
                     works(model, call, delta, METHODS[method], plain, backbone_zoo.ZOO[backbone].cached)
-                except dk.DeltaError as error:
-                    # What a method cannot work with may show in the first forward only.
+                except dk.StateError as error:
+                    # What a method cannot work with may show in the first forward only. A target that does not fit is a fault
+                    # of the choice, and fails.
                     status, reason = "does not apply", f"{type(error).__name__}: {error}"
                 detaches(model, call, delta, before, bare)
             except Exception as error:
