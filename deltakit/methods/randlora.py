@@ -43,7 +43,7 @@ class RandLoRADelta(LowRank):
         nn.init.constant_(self.G, 1 / self.G.shape[1])
 
     def factors(self) -> tuple[Float[Tensor, "rank d_in"], Float[Tensor, "d_out rank"]]:
-        a, b = (self.shared.get_buffer(name).to(self.L) for name in ("A", "B"))
+        a, b = (self.shared._buffers[name].to(self.L) for name in "AB")
         count, smaller = self.G.shape
         thin = (self.L[..., None] * a[:, :, :smaller] * self.G).flatten(0, 1)
         frozen = b[: max(self.d_in, self.d_out), :count].flatten(1)

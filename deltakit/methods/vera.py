@@ -39,7 +39,7 @@ class VeRADelta(LowRank):
 
     def factors(self) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]:
         # The targets of a model on several devices share the factors of one of them.
-        a, b = (self.shared.get_buffer(name).to(self.b) for name in ("A", "B"))
+        a, b = (self.shared._buffers[name].to(self.b) for name in "AB")
         return a[:, : self.d_in], self.b[:, None] * b[: self.d_out] * self.d
 
     def summary(self) -> str:
