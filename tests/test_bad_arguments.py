@@ -127,17 +127,18 @@ ACCEPTED = {
     "PTuning.anchors": NOTHING | {"empty dict"},
     **{f"{kind}.{option}": NOTHING | COUNT for kind in BOTTLENECKS for option in ("size", "reduction")},
     # The scene has 10 steps, and ranks from 3 to 2.
-    **dict.fromkeys(["AdaLoRA.total_steps", "AdaLoRA.delta_t"], COUNT | {"2**70"}),
+    **dict.fromkeys(["AdaLoRA.total_steps", "AdaLoRA.delta_t"], COUNT),
     **dict.fromkeys(["AdaLoRA.tinit", "AdaLoRA.tfinal"], COUNT | {"0"}),
     "AdaLoRA.init_r": {"numpy int"}, "AdaLoRA.target_r": COUNT, "AdaLoRA.dropout": {"0"}, "AdaLoRA.untie": SWITCH,
     **dict.fromkeys(["AdaLoRA.alpha", "AdaLoRA.orthogonality"], NUMBER - {"-1"}),
     "InvertibleAdapter.reduction": COUNT,
     "attach_from_data.rho": NUMBER - {"0", "-1"},
     "search.train": NOTHING | NO_SELECTORS,
-    "search.budget": {"2**70"},
     "search.steps": COUNT,
     "search.seed": COUNT | {"0"},
-    **dict.fromkeys(["search.lr", "search.gate_lr", "search.beta", "search.max_norm"], NUMBER - {"0", "-1"}),
+    **dict.fromkeys(["search.gate_lr", "search.beta", "search.max_norm"], NUMBER - {"0", "-1"}),
+    # At the largest one the loss is no number.
+    "search.lr": NUMBER - {"0", "-1", "2**70"},
     # A size is a multiple of the division, which divides the features (20 here). A rank is at most the size (1 here).
     "Compacter.size": NOTHING,
     **{option: {"1"} for option in ("Compacter.division", "LowRankAdapter.r")},
