@@ -24,7 +24,9 @@ KINDS = ("lora", "adapter", "bitfit", "ia3", "prefix", "soft_prompt", "parallel_
 def small(name: str) -> dk.Method:
     """A method of a size that fits the zoo."""
     kind = dk.METHODS[name]
-    return kind(**{**{f.name: SMALL[f.name] for f in fields(kind) if f.name in SMALL}, **OTHER.get(name, {})})
+    return kind(
+        **{**kind.example, **{f.name: SMALL[f.name] for f in fields(kind) if f.name in SMALL}, **OTHER.get(name, {})}
+    )
 
 
 METHODS = {
