@@ -123,7 +123,7 @@ def test_what_only_the_values_or_the_backbone_show_is_said(tmp_path):
     found = dk.inspect(tmp_path / "padded")
     assert {method.options["r"] for method in found.methods} == {5}
     assert {method.r for method in dk.load(tmp_path / "padded", wide("llama")).methods} == {2, 5}
-    assert repr(found).endswith("(r is the rank in the file: loading leaves out ranks whose values are all zero)")
+    assert repr(found).endswith("\n(r is the rank in the file: loading leaves out ranks whose values are all zero)")
     assert dk.inspect(delta.save(tmp_path / "own")).notes == []
 
 
@@ -175,7 +175,7 @@ def test_ranks_of_experts_by_patterns(first, tmp_path):
     assert {name: tensor.shape for name, tensor in found.tensors.items()} == {
         name: tensor.shape for name, tensor in delta.state_dict().items()
     }
-    assert "loading may swap their names" in repr(found)
+    assert "does not say which parameter each LoRA is on: loading finds out" in repr(found)
 
 
 def test_biases_of_opendelta_beside_the_whole_backbone(tmp_path):
