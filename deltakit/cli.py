@@ -12,6 +12,9 @@ from deltakit.errors import DeltaError, HubError, OptionError
 from deltakit.files import Written
 from deltakit.version import __version__
 
+_UNBUILDABLE = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+"""What transformers raises for a config that it cannot read or build a model from: config.json may hold anything."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, or 1 after printing one line of error to the standard error.
@@ -128,6 +131,10 @@ def _convert(options: argparse.Namespace) -> None:
     from deltakit.files import Access, find_folder
 
     found = inspect(options.delta, revision=options.revision, subfolder=options.subfolder)
+    if options.kind is not None and _class_of(options.kind) is None:
+        raise OptionError(
+            f"--class {options.kind}: transformers has no model of that name; use one such as BertForSequenceClassification"
+        )
     model = options.model or found.base
     if model is None:
         raise OptionError(f"{options.delta} does not say which model it is for; add --model with a folder or Hub id")
@@ -143,6 +150,10 @@ def _empty(model: str, architecture: str | None = None) -> Any:
 
     Args:
         architecture: the name of its class, "*" for the one that its config names; None for the model without a head.
+
+    Raises:
+        HubError: if there is no config, or transformers cannot build a model from it.
+        OptionError: if the class is one of another kind of model.
     """
     import torch
     import transformers
@@ -151,14 +162,25 @@ def _empty(model: str, architecture: str | None = None) -> Any:
         config = transformers.AutoConfig.from_pretrained(model)
         if architecture == "*":
             architecture = next(iter(config.architectures or ()), None)
-        kind = getattr(transformers, architecture or "", None)
-        with torch.device("meta"):
-            # The name may come from a file.
-            if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
-                return kind(config)
-            return transformers.AutoModel.from_config(config)
-    except (OSError, ValueError, ImportError) as error:
+        named = _class_of(architecture or "")
+        if named is None or isinstance(config, named.config_class or object):
+            with torch.device("meta"):
+                return transformers.AutoModel.from_config(config) if named is None else named(config)
+    except _UNBUILDABLE as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__)
         raise HubError(
-            f"{model}: transformers cannot build a model from it: {str(error).splitlines()[0]}; pass a folder or Hub id with "
-            "a config.json whose model type the installed transformers knows"
+            f"{model}: transformers cannot build a model from it: {why}; pass a folder or Hub id with a config.json whose "
+            "model type the installed transformers knows"
         ) from error
+    raise OptionError(
+        f"{model}: its config is a {type(config).__name__}, and {architecture} needs a {named.config_class.__name__}; pass "
+        "the delta's own backbone as --model, and its class as --class"
+    )
+
+
+def _class_of(name: str) -> Any:
+    """Returns the class of transformers' models that has this name, or None. The name may come from a file."""
+    import transformers
+
+    kind = getattr(transformers, name, None)
+    return kind if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) else None

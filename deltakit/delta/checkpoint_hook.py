@@ -6,8 +6,9 @@ from weakref import ReferenceType, WeakSet, ref
 
 from torch import nn
 
-from deltakit.delta.training_state import deltas_in, load_checkpoint
+from deltakit.delta.training_state import load_checkpoint
 from deltakit.delta.whole_checkpoints import take_mark
+from deltakit.files import deltas_in
 
 
 class SavedBackbone:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from deltakit.core import checked, join, label_among
+from deltakit.errors import printable
 from deltakit.files import Access, Saved, called, expanded, find_folder, format_of, from_file, read_saved, room_for
 from deltakit.view import Line, report
 
@@ -18,7 +19,7 @@ _NOT_OPTIONS = ("method", "targets", "at", "of", "exclude")
 class SavedMethod:
     """One method of a saved delta: its name, its options, the paths of its targets, and its number of saved values.
 
-    Of prefixes and prompts of other libraries, `targets` is empty: only a backbone shows them.
+    If only a backbone shows the targets, as for most prefixes and prompts of other libraries, `targets` is empty.
     """
 
     name: str
@@ -77,10 +78,9 @@ class SavedDelta:
                 for m in self.methods
             ],
             {name: self.tensors[name] for name in self.fully_trained},
-            f"{self.num_values:,} values in {' and '.join(dtypes)}, {self.num_bytes:,} bytes"
-            + "".join(f"\n({note})" for note in self.notes),
+            f"{self.num_values:,} values in {' and '.join(dtypes)}, {self.num_bytes:,} bytes",
             None,
-        )
+        ) + "".join(f"\n({printable(note)})" for note in self.notes)
 
 
 @checked
@@ -141,12 +141,16 @@ def _notes(saved: Saved, full: Sequence[str]) -> list[str]:
     if any(entry["method"] == "lora" for entry in saved.methods):
         notes.append("r is the rank in the file: loading leaves out ranks whose values are all zero")
     if _are_stacks(saved):
-        notes.append(
-            "which parameter of its module a LoRA is on, only the backbone shows: loading may swap their names"
-        )
+        notes.append("the file does not say which parameter each LoRA is on: loading finds out from the model")
     if saved.in_order:
         names = " and ".join(dict.fromkeys(saved.methods[number]["method"] for number in saved.in_order))
         notes.append(f"the file does not name the targets of {names}: loading finds them in the backbone")
+    if saved.by_place:
+        names = " and ".join(sorted(saved.by_place))
+        notes.append(
+            f"the targets of {names} are the names in the file: loading finds the modules in the backbone, and may split a "
+            "method into several"
+        )
     if full:
         notes.append("fully trained tensors that are equal to the backbone's are left out on loading")
     return notes

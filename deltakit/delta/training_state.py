@@ -16,9 +16,8 @@ from deltakit.delta.full_training import fully_trained_tensors
 from deltakit.delta.running_statistics import fitting, held_of
 from deltakit.delta.tensors import load_state_dict, trained_values
 from deltakit.errors import CheckpointError, StateError
-from deltakit.files import check_tensors, plain_tensors
+from deltakit.files import TRAINED_DELTA, check_tensors, deltas_in, plain_tensors
 
-_MARK = "deltakit: attach this delta first: "
 # Fully trained tensors and running statistics have the backbone's names, so their keys name the delta that they belong to.
 _OF_BACKBONE = "deltakit: of the delta "
 
@@ -71,13 +70,7 @@ def checkpoint_tensors(backbone: nn.Module, given: Mapping[str, Tensor] | None =
         taken |= own.keys()
     guard = next((name for name, tensor in tensors_of(backbone) if name not in taken and tensor.ndim), None)
     found |= {guard: torch.zeros(0)} if guard is not None else {}
-    return plain_tensors(found | {_MARK + name: mark for name, mark in marks_of(attachments).items()})
-
-
-def deltas_in(keys: Iterable[str], prefix: str = "") -> list[str]:
-    """Returns the names of the deltas whose checkpoint has these keys; none of them if it is another checkpoint."""
-    mark = prefix + _MARK
-    return sorted(key.removeprefix(mark) for key in keys if key.startswith(mark))
+    return plain_tensors(found | {TRAINED_DELTA + name: mark for name, mark in marks_of(attachments).items()})
 
 
 def load_checkpoint(backbone: nn.Module, state: Mapping[str, Tensor], where: str = "the checkpoint") -> None:
@@ -91,7 +84,7 @@ def load_checkpoint(backbone: nn.Module, state: Mapping[str, Tensor], where: str
     """
     refuse_other_deltas(backbone, deltas_in(state), where)
     # The guard is the only one without values.
-    found = {key: value for key, value in state.items() if not key.startswith(_MARK) and value.shape != (0,)}
+    found = {key: value for key, value in state.items() if not key.startswith(TRAINED_DELTA) and value.shape != (0,)}
     expected: dict[str, Tensor] = {}
     loads = []
     for attachment in rooted_deltas(backbone):
@@ -111,7 +104,7 @@ def load_checkpoint(backbone: nn.Module, state: Mapping[str, Tensor], where: str
         where=where,
         advice="attach the deltas with the methods, options and train= that they had",
     )
-    marks = {key.removeprefix(_MARK): value for key, value in state.items() if key.startswith(_MARK)}
+    marks = {key.removeprefix(TRAINED_DELTA): value for key, value in state.items() if key.startswith(TRAINED_DELTA)}
     refuse_other_run(rooted_deltas(backbone), marks, where)
     for attachment, values, before in loads:
         load_state_dict(attachment, values, before, _put)

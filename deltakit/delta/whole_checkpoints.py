@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from deltakit.core import module_at
 from deltakit.delta.checkpoint_marks import common_mark, refuse_other_options
-from deltakit.delta.training_state import deltas_in, refuse_other_deltas, rooted_deltas
-from deltakit.files import read_tensors
+from deltakit.delta.training_state import refuse_other_deltas, rooted_deltas
+from deltakit.files import deltas_in, read_tensors
 
 # One key, because a checkpoint may be split into several files. transformers logs it if nothing is attached.
 _MARK, _BETWEEN = "deltakit: attach these deltas first: ", ", "

@@ -9,10 +9,12 @@ from deltakit.files.formats import WRITERS, Written, deltas_below, format_of, fo
 from deltakit.files.hub import Access, called, find_folder, upload
 from deltakit.files.saved import Saved
 from deltakit.files.schema import from_file, read_method
+from deltakit.files.training_marks import TRAINED_DELTA, deltas_in
 from deltakit.files.values import check_tensors, is_finite
 
 __all__ = [
     "DELTA_FILES",
+    "TRAINED_DELTA",
     "WEIGHTS_FILE",
     "WRITERS",
     "Access",
@@ -24,6 +26,7 @@ __all__ = [
     "check_tensors",
     "delta_config",
     "deltas_below",
+    "deltas_in",
     "differences",
     "expanded",
     "find_folder",

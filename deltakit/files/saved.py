@@ -1,6 +1,6 @@
 """What a folder holds, in deltakit's own words, whatever the format of its files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -29,6 +29,8 @@ class Saved:
     in_order: Mapping[int, Sequence[Mapping[str, Tensor]]] = field(default_factory=dict)
     """The tensors of methods, by their number, whose files do not name their targets: those of each of its delta modules that
     has some, in the order of the backbone. Their targets are those that the method takes on the backbone."""
+    by_place: Collection[str] = ()
+    """The names of the methods whose `targets` are names in the file, because only a backbone shows the modules there."""
     name: str | None = None
     base: str | None = None
     """The Hub id of the backbone, if the files say it."""

@@ -3,7 +3,7 @@
 They are drawn on the CPU in float32, so they are the same on every device and in every dtype. They are in no state dict.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
 from typing import Any
 
@@ -87,11 +87,16 @@ class Seeded(nn.Module):
     def _fill(self) -> None:
         if any(buffer is None or buffer.is_meta for buffer in self._buffers.values()):
             return
+        for name, values in self.drawn():
+            self.get_buffer(name).copy_(values)
+
+    def drawn(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields each tensor's name and its values in float32 on the CPU, also where the buffers have none."""
         generator = torch.Generator("cpu").manual_seed(self.seed)
         for index, (name, (shape, draw, *_)) in enumerate(self.recipes.items()):
             if not self.one_stream:
                 generator.manual_seed(self.seed + index)
-            self.get_buffer(name).copy_(_drawn(shape, generator, draw))
+            yield name, _drawn(shape, generator, draw)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Seeded":
         before = self._kinds()

@@ -257,3 +257,13 @@ def test_from_the_hub(hub):
     model = backbone("llama")
     dk.load("me/theirs", model)
     close(outputs(model), expected("llama", "lora"))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", CLASSES)
+def test_inspect_shows_the_targets_or_says_that_only_the_backbone_does(kind, case):
+    found, delta = dk.inspect(FOLDER / kind / case), dk.load(FOLDER / kind / case, backbone(kind, headed=True))
+    assert found.num_values == delta.num_parameters
+    shown = {path for method in found.methods for path in method.targets}
+    if shown != delta.modules.keys() or len(found.methods) != len(delta.methods):
+        assert f"the targets of {found.methods[0].name} are the names in the file" in found.notes[-1]

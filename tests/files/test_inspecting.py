@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import deltakit as dk
 from deltakit.cli import main
-from support.models import Transformer, randomize
+from deltakit.files.formats.peft import writer
+from support.models import Transformer, method_of, randomize
 from support.opendelta_files import backbone
 from support.peft_models import close, outputs, peft, read_by_peft, saved, wide
 
@@ -99,6 +101,17 @@ def test_what_cannot_be_converted(tmp_path, capsys):
     assert "this is not the backbone the delta was trained on" in error
     assert error.endswith("; name that one as the model (--model)\n")
     assert not (tmp_path / "peft").exists()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text('{"model_type": "llama", "num_attention_heads": 0}')
+    wide("bert").config.save_pretrained(tmp_path / "bert")
+    for folder, kind, what in (
+        ("bert", "LlamaModel", "its config is a BertConfig, and LlamaModel needs a LlamaConfig; pass the delta's own"),
+        ("bert", "Nonsense", "--class Nonsense: transformers has no model of that name"),
+        ("damaged", "LlamaModel", "transformers cannot build a model from it: "),
+    ):
+        options = ["--model", str(tmp_path / folder), "--class", kind, "--to", "peft"]
+        assert main(["convert", str(tmp_path / "own"), str(tmp_path / "peft"), *options]) == 1
+        assert what in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["convert", str(tmp_path / "own"), str(tmp_path / "peft"), "--to", "onnx"])
 
@@ -110,8 +123,23 @@ def test_what_only_the_values_or_the_backbone_show_is_said(tmp_path):
     found = dk.inspect(tmp_path / "padded")
     assert {method.options["r"] for method in found.methods} == {5}
     assert {method.r for method in dk.load(tmp_path / "padded", wide("llama")).methods} == {2, 5}
-    assert repr(found).endswith("(r is the rank in the file: loading leaves out ranks whose values are all zero)")
+    assert repr(found).endswith("\n(r is the rank in the file: loading leaves out ranks whose values are all zero)")
     assert dk.inspect(delta.save(tmp_path / "own")).notes == []
+
+
+def test_a_prompt_of_a_classifier_holds_the_head_and_so_needs_its_values(tmp_path, capsys):
+    model = wide("bert")
+    model.save_pretrained(tmp_path / "bert")
+    with pytest.warns(dk.DeltaWarning, match="classifier: new in this"):
+        delta = randomize(dk.attach(model, dk.SoftPrompt(tokens=3, where="start")))
+    delta.save(tmp_path / "own")
+    options = ["--model", str(tmp_path / "bert"), "--to", "peft"]
+    assert main(["convert", str(tmp_path / "own"), str(tmp_path / "peft"), *options]) == 1
+    assert "prompts of classifiers with the values of classifier.weight, which are unknown" in capsys.readouterr().err
+    delta.detach()
+    # A delta that trains the head has its values.
+    randomize(dk.attach(model, dk.SoftPrompt(tokens=3, where="start"), train="@head")).save(tmp_path / "both")
+    assert main(["convert", str(tmp_path / "both"), str(tmp_path / "peft"), *options]) == 0
 
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
@@ -147,7 +175,7 @@ def test_ranks_of_experts_by_patterns(first, tmp_path):
     assert {name: tensor.shape for name, tensor in found.tensors.items()} == {
         name: tensor.shape for name, tensor in delta.state_dict().items()
     }
-    assert "loading may swap their names" in repr(found)
+    assert "does not say which parameter each LoRA is on: loading finds out" in repr(found)
 
 
 def test_biases_of_opendelta_beside_the_whole_backbone(tmp_path):
@@ -167,3 +195,43 @@ def test_biases_of_opendelta_beside_the_whole_backbone(tmp_path):
     assert {path for path, (module,) in delta.modules.items() if module.bias.any()} == {
         name.removesuffix(".bias") for name in biases
     }
+
+
+_NEED_WEIGHTS = {"ln_tuning", "trainable_tokens"}
+"""The methods whose files in PEFT hold the backbone's values plus what was trained."""
+
+_WRITABLE = {
+    "delora": {"start": "zero"},
+    "fourierft": {"n": 11},
+    "p_tuning_v2": {"shift": True},
+    "prefix": {"shift": True},
+    "road": {"group_size": 8},
+    "shira": {"r": 2},
+}
+"""The options without which PEFT has no such adapter."""
+
+
+@pytest.mark.parametrize("name", sorted(writer.KINDS))
+def test_convert_does_for_each_method_what_saving_does_or_says_why_not(name, tmp_path, capsys):
+    """The oracle is the file that is saved with the weights in memory."""
+    model = wide("llama").float()
+    model.save_pretrained(tmp_path / "model")
+    delta = randomize(dk.attach(model, method_of(name, **_WRITABLE.get(name, {}))), 0.3)
+    delta.save(tmp_path / "own")
+    delta.save(tmp_path / "expected", format="peft")
+
+    def converted(source, to):
+        arguments = ["convert", str(tmp_path / source), str(tmp_path / to), "--model", str(tmp_path / "model")]
+        return main([*arguments, "--to", "peft" if to == "peft" else "deltakit"])
+
+    if name in _NEED_WEIGHTS:
+        for source, to in (("own", "peft"), ("expected", "again")):
+            assert converted(source, to) == 1
+            assert "weights are in memory" in capsys.readouterr().err
+        return
+    assert converted("own", "peft") == 0
+    expected, found = (load_file(tmp_path / f"{one}/adapter_model.safetensors") for one in ("expected", "peft"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert converted("expected", "again") == 0
+    again = dk.load(tmp_path / "again", wide("llama").float(), check="warn")
+    torch.testing.assert_close(outputs("llama", again.backbone), outputs("llama", model), rtol=1e-5, atol=1e-5)

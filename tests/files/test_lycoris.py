@@ -181,3 +181,11 @@ def test_a_convolution_that_pads_otherwise_is_refused(tmp_path):
         dk.CheckpointError, match="conv is a convolution that is padded by other than zeros, where LyCORIS"
     ):
         dk.load(file, build())
+
+
+def test_a_file_of_an_unknown_method_alone_has_one_error_with_and_without_a_backbone(tmp_path):
+    names = {f"lycoris_{LINEAR.replace('.', '_')}.{name}": normal(1) for name in ("on_input", "weight")}
+    save_file(names, tmp_path / "ia3.safetensors")
+    for read in (dk.inspect, lambda file: dk.load(file, unet())):
+        with pytest.raises(dk.CheckpointError, match="it has IA3 of LyCORIS .*on_input., which deltakit does not have"):
+            read(tmp_path / "ia3.safetensors")

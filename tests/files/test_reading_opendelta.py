@@ -194,3 +194,20 @@ def test_from_the_hub(hub):
     torch.testing.assert_close(logits(model, call), expected["adapter"], rtol=1e-5, atol=1e-5)
     with pytest.raises(dk.HubError, match="this is a whole model"):
         dk.load("me/model", model)
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_inspect_shows_the_targets_or_says_that_only_the_backbone_does(name, case):
+    found, delta = dk.inspect(FILES / name / case), dk.load(FILES / name / case, backbone(name))
+    # A file of a delta that froze nothing has the whole backbone, too.
+    assert sum(method.num_values for method in found.methods) == sum(
+        parameter.numel()
+        for modules in delta.modules.values()
+        for module in modules
+        for parameter in module.parameters()
+    )
+    assert {method.name for method in found.methods} == {method.name for method in delta.methods}
+    shown = {path for method in found.methods for path in method.targets}
+    if shown != delta.modules.keys() or len(found.methods) != len(delta.methods):
+        assert ("? targets" in repr(found)) == (not shown) == ("does not name the targets" in repr(found))
+        assert "loading finds" in found.notes[-1]

@@ -124,3 +124,23 @@ def test_a_lightning_checkpoint_is_small_and_loads_strictly():
     assert torch.equal(one.model(ids()), other.model(ids()))
     with pytest.raises(RuntimeError, match=r"Unexpected key.*model.deltakit: attach this delta first: topic"):
         without.load_state_dict(state)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_load_and_inspect_name_the_delta_of_a_state(safe, tmp_path):
+    accelerator, model, _ = prepared(bert(), name="topic")
+    accelerator.save_state(tmp_path, safe_serialization=safe)
+    file = next(file for file in tmp_path.iterdir() if file.name.startswith(("model", "pytorch_model")))
+    for place in (tmp_path, file):
+        for read in (dk.inspect, lambda place: dk.load(place, bert())):
+            with pytest.raises(
+                dk.CheckpointError, match="training checkpoint of the delta 'topic'; attach it .*load_state"
+            ):
+                read(place)
+    # The advice works.
+    values = dk.deltas(model)[0].state_dict()
+    again, other, _ = prepared(bert(), name="topic")
+    again.load_state(tmp_path)
+    folder = dk.deltas(other)[0].save(tmp_path / "delta")
+    loaded = dk.load(folder, bert()).state_dict()
+    torch.testing.assert_close(loaded, values, rtol=0, atol=0)

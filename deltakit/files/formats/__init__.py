@@ -11,6 +11,7 @@ from deltakit.files.checkpoint import TENSORS_FILE
 from deltakit.files.formats import adapterhub, images, opendelta, own, peft
 from deltakit.files.formats.format import Format
 from deltakit.files.saved import Saved
+from deltakit.files.training_marks import trained_deltas
 
 _ALL = (own.FORMAT, peft.FORMAT, adapterhub.FORMAT, opendelta.FORMAT, images.DIFFUSERS, images.KOHYA)
 FORMATS = {kind.name: kind for kind in _ALL}
@@ -108,6 +109,13 @@ def _why_none(place: Path) -> str:
         return (
             f"this is an adapter of PEFT without its {peft.CONFIG}, which says its scale; put that file beside it, and pass "
             "the folder"
+        )
+    trained = trained_deltas(place)
+    if trained:
+        return (
+            f"this is a training checkpoint of the delta {', '.join(map(repr, trained))}; attach it to the backbone as it "
+            "was, and load this with what saved it (load_state of accelerate, resume_from_checkpoint of Trainer); then "
+            "delta.save(folder) writes what dk.load reads"
         )
     below = [name for name, _ in deltas_below(place)]
     if below:

@@ -18,9 +18,11 @@ from deltakit.core import (
 )
 from deltakit.errors import CheckpointError, StateError, TargetError
 from deltakit.files.formats.lora import LORA_MAGNITUDES
-from deltakit.files.formats.merged import refuse_merged
+from deltakit.files.formats.merged import refuse_merged, unknown
 from deltakit.files.formats.source import Source
 from deltakit.files.formats.writing import Writing
+
+_STORES = "DoRA with the norms of"
 
 
 def read_magnitudes(source: Source, path: str, vector: Tensor) -> Tensor:
@@ -90,11 +92,8 @@ def norms_at(backbone: nn.Module, path: str, module: nn.Module, where: str) -> T
     """
     view = weight_view(Target(path, module))
     name = join(path, view.name)
-    refuse_merged(backbone, [name], where, "DoRA with the norms of")
+    refuse_merged(backbone, [name], where, _STORES)
     try:
         return torch.linalg.vector_norm(wide(bare_weight(module, view)), dim=-1)
     except (StateError, TargetError) as error:
-        raise CheckpointError(
-            f"{where}: its format stores DoRA with the norms of {name}, which are unknown here (meta device, offload or "
-            "an unknown quantizer); use a backbone whose weights are in memory"
-        ) from error
+        raise unknown(name, where, _STORES) from error

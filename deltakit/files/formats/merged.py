@@ -1,8 +1,8 @@
-"""Refuses to read or write values that depend on weights into which a delta is merged."""
+"""Refuses to read or write values that depend on weights that are not there, or into which a delta is merged."""
 
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
 from deltakit.core import records_of
 from deltakit.errors import CheckpointError
@@ -27,3 +27,27 @@ def refuse_merged(backbone: nn.Module, names: Iterable[str], where: str, stores:
                 f"{where}: its format stores {stores} {name}, and delta {merged.name!r} is merged into that; unmerge() it "
                 "first"
             )
+
+
+def refuse_unknown(name: str, tensor: Tensor | None, where: str, stores: str) -> None:
+    """Refuses a tensor of the backbone that has no values here.
+
+    Args:
+        name: its name.
+        tensor: the tensor; None if the module holds it in another way.
+        where: what the error message begins with.
+        stores: what the format has with its values, as for `refuse_merged`.
+
+    Raises:
+        CheckpointError: if it is on the meta device.
+    """
+    if tensor is not None and tensor.is_meta:
+        raise unknown(name, where, stores)
+
+
+def unknown(name: str, where: str, stores: str) -> CheckpointError:
+    """Returns the error for a tensor of the backbone whose values are needed and unknown; see `refuse_unknown`."""
+    return CheckpointError(
+        f"{where}: its format stores {stores} {name}, which are unknown here (meta device, offload or an unknown quantizer); "
+        "use a backbone whose weights are in memory"
+    )

@@ -75,7 +75,8 @@ def read(place: Path, backbone: nn.Module | None, values: bool) -> Saved:
     _warn_of_others(place, backbone)
     methods, renamed = parts.named()
     base = config.get("model_name")
-    return Saved(methods, renamed, Trained(), base=base if isinstance(base, str) and base else None)
+    by_place = {entry["method"] for entry in methods} if backbone is None and kind == "adapters" else ()
+    return Saved(methods, renamed, Trained(), by_place=by_place, base=base if isinstance(base, str) and base else None)
 
 
 def _tensors(folder: Path, values: bool) -> dict[str, Tensor]:

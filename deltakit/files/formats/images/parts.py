@@ -77,6 +77,9 @@ def part_for(parts: list[Part], names: Names, place: Path) -> tuple[Part, dict[s
     Raises:
         CheckpointError: if none fits, or several.
     """
+    if not any(layer.tensors.keys() - {"alpha"} for part in parts for layer in part.layers.values()):
+        # No backbone fits a file without any tensor that deltakit knows.
+        refuse_strange(parts, place)
     paths = [part.paths(names) for part in parts]
     problems = [_problem(part, found, names) for part, found in zip(parts, paths, strict=True)]
     fitting = [number for number, problem in enumerate(problems) if not problem]
@@ -106,7 +109,9 @@ def refuse_strange(parts: Iterable[Part], place: Path) -> None:
     Raises:
         CheckpointError: if there is one.
     """
-    for key in (key for part in parts for key in part.strange):
+    strange = [key for part in parts for key in part.strange]
+    # What says which method it is comes before what does not.
+    for key in sorted(strange, key=lambda key: not absent(key))[:1]:
         what = absent(key)
         if what:
             raise CheckpointError(

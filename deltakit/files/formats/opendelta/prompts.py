@@ -23,12 +23,19 @@ def read_prefix(found: Found) -> None:
     }
     for first, given in found.groups(rf"reparams(?:_\d+)?\.({'|'.join(map(re.escape, _REPARAM))})").items():
         pairs |= _computed(found, first, [found.tensor(given, name, first) for name in _REPARAM])
+    shown: dict[tuple[tuple[str, Any], ...], list[dict[str, Tensor]]] = {}
     for path, (key, value) in pairs.items():
         _check_tokens(found, "prefix_token_num", key)
         options = {"tokens": len(key)} | ({"relative_positions": "first_block"} if _of_t5(found, path) else {})
         target, heads = _attention(found, path, options)
         tensors = {name: _by_head(found, tensor, heads) for name, tensor in (("key", key), ("value", value))}
-        found.parts.add("prefix", options, target, tensors)
+        if found.index is None:
+            # Its names are those of what holds the attention, or of the first of all.
+            shown.setdefault(tuple(options.items()), []).append(tensors)
+        else:
+            found.parts.add("prefix", options, target, tensors)
+    for options_shown, states in shown.items():
+        found.parts.add_in_order("prefix", dict(options_shown), states)
 
 
 def _check_tokens(found: Found, field: str, vectors: Tensor) -> None:
@@ -117,12 +124,12 @@ def _by_head(found: Found, vectors: Tensor, heads: int) -> Tensor:
 
 def read_soft_prompt(found: Found) -> None:
     """Adds a soft prompt. OpenDelta puts it in front of all tokens, [CLS] included, and leaves it in the output."""
-    for path, given in found.groups(r"soft_prompt_layer\.(soft_embeds)").items():
+    for given in found.groups(r"soft_prompt_layer\.(soft_embeds)").values():
         vectors = given["soft_embeds"]
         _check_tokens(found, "soft_token_num", vectors)
         options = {"tokens": len(vectors), "where": "start", "trim": False}
         if found.index is None:
-            found.parts.add("soft_prompt", options, path, {"prompt": vectors})
+            found.parts.add_in_order("soft_prompt", options, [{"prompt": vectors}])
             continue
         method: Any = METHODS["soft_prompt"]
         first, *others = (target.path for target in method(**options).targets(found.index, None))

@@ -76,6 +76,8 @@ def read(place: Path, backbone: nn.Module | None, values: bool) -> Saved:
         plain,
         {key: tensor.contiguous() for key, tensor in (renamed | trained).items()},
         Trained(names=sorted(trained)),
+        in_order=found.parts.in_order,
+        by_place={"parallel_adapter"} if backbone is None and name == "parallel_adapter" else (),
         base=base if isinstance(base, str) and base else None,
         base_class=base_class if isinstance(base_class, str) else None,
     )

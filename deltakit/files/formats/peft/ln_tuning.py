@@ -8,7 +8,7 @@ from deltakit.core import is_sharded, join, name_of, parent_of, wide
 from deltakit.errors import CheckpointError
 from deltakit.files.formats.format import Parts
 from deltakit.files.formats.layers import target_options
-from deltakit.files.formats.merged import refuse_merged
+from deltakit.files.formats.merged import refuse_merged, refuse_unknown
 from deltakit.files.formats.shapes import refuse_integers
 from deltakit.files.formats.source import Source
 from deltakit.files.formats.writing import Writing
@@ -37,9 +37,10 @@ def read_ln_tuning(source: Source, parts: Parts) -> None:
                     f"{source.folder}: it has {target} of shape {tuple(value.shape)}, and this backbone has "
                     f"{'none' if own is None else tuple(own.shape)} there; load the backbone that the adapter was trained on"
                 )
-            if own.is_meta or is_sharded(own):
+            refuse_unknown(target, own, str(source.folder), _STORES)
+            if is_sharded(own):
                 raise CheckpointError(
-                    f"{source.folder}: {target} has no values here (meta device, offload or FSDP2); load the adapter before"
+                    f"{source.folder}: {target} is sharded here (FSDP2); load the adapter before that"
                 )
             refuse_merged(source.backbone, source.names_of(own), str(source.folder), _STORES)
             if not value.is_meta:
@@ -57,6 +58,9 @@ def norms_of(writing: Writing) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     where = f"delta {writing.attachment.record.name!r} cannot be saved as {writing.what}"
     targets: dict[str, nn.Module] = {site.owner: site.target for site in writing.attachment.sites}
+    for owner, module in targets.items():
+        for name, parameter in module.named_parameters(recurse=False):
+            refuse_unknown(join(owner, name), parameter, where, _STORES)
     found = {
         f"{owner}{WITHIN}{name}": parameter.detach()
         for owner, module in targets.items()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from deltakit.core import Attachment, own_modules, tensors_of
+from deltakit.files.formats.merged import refuse_unknown
 from deltakit.files.formats.peft.keys import PREFIX_OF_PROMPTS, PROMPT, TASKS
 from deltakit.files.formats.peft.prompt import embed_scale, first_is_read
 from deltakit.files.formats.writing import Writing
@@ -115,14 +116,19 @@ def prefix_options(writing: Writing) -> tuple[dict[str, Any], dict[str, Tensor]]
 
 
 def _head(attachment: Attachment, task: str) -> dict[str, Tensor]:
-    """Returns the tensors of the heads that PEFT expects beside a prompt, also where nobody trains them."""
+    """Returns the tensors of the heads that PEFT expects beside a prompt, also where nobody trains them.
+
+    Raises:
+        CheckpointError: if one has no values here.
+    """
     ends = _HEADS.get(task, ())
     heads = [f"{path}." for path, _ in own_modules(attachment.backbone) if ends and path.endswith(ends)]
-    return {
-        f"{PREFIX_OF_PROMPTS}{name}": tensor.detach()
-        for name, tensor in tensors_of(attachment.backbone)
-        if name.startswith(tuple(heads))
-    }
+    found = {name: tensor for name, tensor in tensors_of(attachment.backbone) if name.startswith(tuple(heads))}
+    where = f"delta {attachment.record.name!r} cannot be saved as an adapter of PEFT"
+    for name, tensor in found.items():
+        if name not in attachment.record.fully_trained:
+            refuse_unknown(name, tensor, where, "prompts of classifiers with the values of")
+    return {f"{PREFIX_OF_PROMPTS}{name}": tensor.detach() for name, tensor in found.items()}
 
 
 def _task(writing: Writing) -> str:

@@ -62,10 +62,10 @@ def _checked(name: str, r: int, end: str) -> Callable[[Source], Source]:
                 f"fit the rank {options['r']} of its config; save or download it again"
             )
         kind: Any = METHODS[name]
-        drawn = kind(**options).build_shared(index, [index.target(path)]).float()
-        for which in "AB":
+        drawn = kind(**options).build_shared(index, [index.target(path)]).drawn()
+        for which, values in drawn:
             held = source.tensors[f"{name}_{which}"]
-            if not torch.equal(drawn.get_buffer(which).to(held.dtype).cpu(), held.cpu()):
+            if not torch.equal(values.to(held.dtype), held.cpu()):
                 raise CheckpointError(
                     f"{source.folder}: its {name}_{which} is not what the seed {options['seed']} gives here: it was drawn by "
                     "another version or on another device; merge the adapter into the backbone by PEFT's merge_and_unload()"
@@ -86,7 +86,7 @@ def _frozen(name: str, r: int) -> Callable[[Source], OptionsAt]:
 def _drawn(writing: Writing, name: str) -> dict[str, Tensor]:
     shared = writing.attachment.sites[0].module.shared
     # As PEFT draws and keeps them, in float32: a narrower dtype would lose digits of them.
-    return {f"{name}_{which}": shared.get_buffer(which).detach().float() for which in "AB"}
+    return {f"{name}_{which}": values for which, values in shared.drawn()}
 
 
 def _one_seed(writing: Writing, sites: Sequence[Site]) -> Options:

@@ -22,7 +22,7 @@ from deltakit.core import (
 from deltakit.errors import CheckpointError
 from deltakit.files.formats.format import Parts
 from deltakit.files.formats.layers import differs
-from deltakit.files.formats.merged import refuse_merged
+from deltakit.files.formats.merged import refuse_merged, refuse_unknown
 from deltakit.files.formats.peft.keys import TOKENS
 from deltakit.files.formats.source import Source
 from deltakit.files.formats.writing import Writing
@@ -101,10 +101,7 @@ def _add(source: Source, parts: Parts, path: str, found: Mapping[str, Tensor], i
         _refuse(source, other)
     refuse_merged(source.backbone, [join(other, "weight") for other in owners], str(source.folder), _STORES)
     if not rows.is_meta:
-        if module.weight.is_meta:
-            raise CheckpointError(
-                f"{source.folder}: {path} has no values here (meta device); load it into memory first"
-            )
+        refuse_unknown(join(path, "weight"), module.weight, str(source.folder), _STORES)
         rows = (wide(rows) - wide(backbone_rows(module, options["ids"]).to(rows.device))).to(rows.dtype)
     index = BackboneIndex(source.backbone)
     targets = METHODS[METHOD](**options).targets(index, [index.target(path)])
@@ -174,6 +171,7 @@ def write_tokens(writing: Writing) -> dict[str, tuple[tuple[int, ...], Tensor]]:
         taken |= {path, *owners} if len(owners) > 1 else {path}
         where = f"delta {attachment.record.name!r} cannot be saved as {writing.what}"
         refuse_merged(backbone, [join(other, "weight") for other in owners], where, _STORES)
+        refuse_unknown(join(site.owner, "weight"), site.target._parameters.get("weight"), where, _STORES)
         ids: tuple[int, ...] = vars(site.module)["tokens"]
         change = writing.tensor(site, "rows")
         rows = wide(backbone_rows(site.target, ids).to(change.device)) + wide(change)
