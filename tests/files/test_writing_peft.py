@@ -154,16 +154,20 @@ def test_transformers_opens_it(tmp_path):
     """`from_pretrained` with the adapter's folder alone, and `load_adapter`."""
     model = MODELS["llama"]()
     model.save_pretrained(tmp_path / "base")
-    randomize(dk.attach(model, dk.LoRA(r=3)), 0.3).save(tmp_path / "adapter", format="peft")
+    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    delta = randomize(dk.attach(model, dk.LoRA(r=3)), 0.3)
+    delta.save(tmp_path / "adapter", format="peft")
     expected = outputs("llama", model)
     loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     loaded.load_adapter(str(tmp_path / "adapter"))
     torch.testing.assert_close(outputs("llama", loaded.eval()), expected, rtol=1e-5, atol=1e-6)
-    file = tmp_path / "adapter" / "adapter_config.json"
-    assert json.loads(file.read_text())["base_model_name_or_path"] is None
-    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": str(tmp_path / "base")}))
     loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
     torch.testing.assert_close(outputs("llama", loaded.eval()), expected, rtol=1e-5, atol=1e-6)
+    assert str(tmp_path) not in (tmp_path / "adapter" / "README.md").read_text()
+    with pytest.raises(dk.CheckpointError, match=r"base: a model is here, .* save to another folder$"):
+        delta.save(tmp_path / "base", format="peft")
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert not hasattr(loaded, "peft_config")
 
 
 def by_the_rules_of_vllm(folder, model):
@@ -275,9 +279,12 @@ def test_an_unknown_format(tmp_path):
 
 def test_it_can_be_pushed(hub, tmp_path):
     model = wide("llama")
+    model.config._name_or_path = str(tmp_path)
     delta = randomize(dk.attach(model, dk.LoRA(r=2)))
     delta.push("me/adapter", token=hub.TOKEN, format="peft")
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= hub.repos["me/adapter"].commits[-1][1].keys()
+    files = hub.repos["me/adapter"].commits[-1][1]
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= files.keys()
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] is None
     again = wide("llama")
     dk.load("me/adapter", again)
     close("llama", outputs("llama", again), outputs("llama", model))
