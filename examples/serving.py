@@ -68,6 +68,9 @@ class Server:
 
     def __init__(self, model, tokenizer, sources, *, most_deltas=8, most_examples=16, most_waiting=256, new_tokens=32):
         self.model, self.tokenizer, self.new_tokens = model.eval(), tokenizer, new_tokens
+        if tokenizer.pad_token is None:
+            # Those of GPT-2 and Llama have none. The attention mask hides what is padded.
+            tokenizer.pad_token = tokenizer.eos_token
         self.deltas = Deltas(model, sources, most_deltas)
         self.most_examples, self.most_waiting = most_examples, most_waiting
         self.waiting, self.changed, self.stopped = deque(), Condition(), False
@@ -192,6 +195,8 @@ def handler(server):
                 task = text = None
             if not isinstance(task, str) or not isinstance(text, str):
                 return 400, {"error": 'expected {"task": "...", "text": "..."}'}
+            if not text.strip():
+                return 400, {"error": "the text is empty"}
             if task not in server.deltas.sources:
                 return 404, {"error": f"no task {task!r}; there are {', '.join(sorted(server.deltas.sources))}"}
             try:
@@ -213,6 +218,14 @@ def positive(text):
     return int(text)
 
 
+def source(text):
+    """Returns a task and its folder or Hub id."""
+    task, _, place = text.partition("=")
+    if not task or not place:
+        raise argparse.ArgumentTypeError(f"expected TASK=FOLDER_OR_HUB_ID, found {text!r}")
+    return task, place
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder or Hub id of a model that generates text")
@@ -220,13 +233,13 @@ def main():
     parser.add_argument("--deltas", type=positive, default=8, help="how many deltas are attached at once (%(default)s)")
     parser.add_argument("--batch", type=positive, default=16, help="how many requests run together (%(default)s)")
     parser.add_argument("--waiting", type=positive, default=256, help="how many requests may wait (%(default)s)")
-    parser.add_argument("tasks", nargs="+", metavar="TASK=FOLDER_OR_HUB_ID")
+    parser.add_argument("tasks", nargs="+", type=source, metavar="TASK=FOLDER_OR_HUB_ID")
     options = parser.parse_args()
     seq2seq = AutoConfig.from_pretrained(options.model).is_encoder_decoder
     model = (AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM).from_pretrained(options.model)
     # A model with a decoder alone goes on writing at the end of each text.
     tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="right" if seq2seq else "left")
-    sources = dict(task.split("=", 1) for task in options.tasks)
+    sources = dict(options.tasks)
     server = Server(
         model.to("cuda" if torch.cuda.is_available() else "cpu"),
         tokenizer,

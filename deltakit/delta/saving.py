@@ -16,7 +16,7 @@ from deltakit.delta.claims import refuse_scaled
 from deltakit.delta.contents import DeltaContents
 from deltakit.delta.running_statistics import held_of
 from deltakit.delta.untrained import warn_unfinished, warn_untrained
-from deltakit.files import WRITERS, CardDetails, Written, delta_config, model_card, refuse_others, upload
+from deltakit.files import WRITERS, CardDetails, Written, delta_config, loaded_from, model_card, refuse_others, upload
 
 Results = Mapping[str, float | str]
 
@@ -99,8 +99,12 @@ def write(
         format, sizes, repository, type(delta.backbone).__module__.split(".")[0] == "transformers", results
     )
     config = delta_config(attachment, count)
+    card = model_card(config, details)
+    if format != "deltakit" and repository is None:
+        # Other libraries load the backbone by this name. On the Hub, that of a folder would say nothing.
+        config["backbone"]["id"] = loaded_from(delta.backbone)
     written = (attachment, state) if format == "deltakit" else as_loras(attachment, state)
-    WRITERS[format](folder, *written, config, model_card(config, details))
+    WRITERS[format](folder, *written, config, card)
 
 
 def _computed(attachment: Attachment, site: Site, state: Mapping[str, Tensor]) -> int:

@@ -98,8 +98,13 @@ def state_of(attachment: Attachment, given: Mapping[str, Tensor]) -> dict[str, T
         StateError: if a tensor is not there, or is computed from what is not in one module.
     """
     state: dict[str, Tensor] = {}
-    for site in attachment.sites:
-        prefix = join(site.owner, f"{site.key}.")
+    prefixes = [join(site.owner, f"{site.key}.") for site in attachment.sites]
+    if prefixes and not any(name.startswith(tuple(prefixes)) for name in given):
+        raise StateError(
+            f"the state_dict that was given has no tensors of delta {attachment.record.name!r}, such as {prefixes[0]}*; omit "
+            "state_dict=, which saves the model and the delta; or for a merged model call delta.merge_and_unload() first"
+        )
+    for site, prefix in zip(attachment.sites, prefixes, strict=True):
         own = {name: given[prefix + name] for name in site.module.state_dict() if prefix + name in given}
         state |= {attachment.named(site, name): value for name, value in _saved(site, own).items()}
     return state | {name: given.get(name, value.detach()) for name, value in trained_values(attachment).items()}

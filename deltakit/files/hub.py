@@ -4,19 +4,23 @@
 them before the user's code can set them.
 """
 
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from glob import escape
 from importlib import import_module
 from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 from deltakit.errors import CheckpointError, HubError, OptionError
 from deltakit.files.formats import FILES, TELLING, formats_in, no_delta
 from deltakit.files.repository import is_repository
 
+_FILE = re.compile(r"/resolve/[^/]+/([^?]+)")
+"""The name of a file in its address on the Hub."""
 _LOGIN = "log in with `hf auth login` or pass token="
 
 
@@ -207,6 +211,8 @@ def _explained(repo_id: str, access: Access, verb: str, *, missing_folder: str =
         raise HubError(f"{repo_id!r} is not a repository id: {error}; pass one such as 'user/name'") from error
     except errors.HfHubHTTPError as error:
         raise HubError(f"{repo_id}: {_refusal(error, verb)}") from error
+    except (httpx.RemoteProtocolError, httpx.ReadError, httpx.ReadTimeout) as error:
+        raise HubError(f"{repo_id}: {_cut_off(error, verb)}") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, *no_network) as error:
         if access.local_files_only:
             raise HubError(
@@ -216,6 +222,17 @@ def _explained(repo_id: str, access: Access, verb: str, *, missing_folder: str =
         raise HubError(
             f"{repo_id}: {missing_folder}the Hub cannot be reached{cached}: check the network, or unset HF_HUB_OFFLINE"
         ) from error
+
+
+def _cut_off(error: Any, verb: str) -> str:
+    """Returns what to say of a connection that was there and broke off."""
+    found = None
+    if verb != "read":
+        return "the connection to the Hub broke off: push again"
+    # Some errors have no request, and raise this where they are asked for it.
+    with suppress(RuntimeError):
+        found = _FILE.search(str(error.request.url))
+    return f"the download{f' of {unquote(found[1])}' if found else ''} was cut off: load again"
 
 
 def _httpx() -> Any:

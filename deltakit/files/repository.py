@@ -15,5 +15,11 @@ def is_repository(name: str) -> bool:
 
 def hub_id(backbone: nn.Module) -> str | None:
     """Returns the name of a backbone if it is one of the Hub: a folder says nothing to others, and may name its user."""
+    name = loaded_from(backbone)
+    return name if name and is_repository(name) and not Path(name).exists() else None
+
+
+def loaded_from(backbone: nn.Module) -> str | None:
+    """Returns the folder or repository that transformers has loaded a backbone from; None if it has not."""
     name = getattr(getattr(backbone, "config", None), "_name_or_path", None)
-    return name if isinstance(name, str) and is_repository(name) and not Path(name).exists() else None
+    return name if isinstance(name, str) and name else None

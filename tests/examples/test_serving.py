@@ -190,6 +190,28 @@ def test_a_source_that_fails_evicts_no_delta(start, folders):
     assert list(server.deltas.attached) == ["topic"]
 
 
+def test_a_tokenizer_without_padding_token(serving, start, folders, kind, monkeypatch):
+    tokenizer = tokenizer_for(kind)
+    tokenizer.pad_token, tokenizer.eos_token = None, "[UNK]"
+    monkeypatch.setitem(globals(), "tokenizer_for", lambda _: tokenizer)
+    server, ask = start(folders)
+    assert ask({"task": "topic", "text": "a poet"})[0] == 200
+    texts = together(server, [("topic", "a poet"), ("spelling", "in weimar a poet")])
+    assert texts == [
+        alone(kind, tokenizer, folders[task], text)
+        for task, text in [("topic", "a poet"), ("spelling", "in weimar a poet")]
+    ]
+    assert ask({"task": "topic", "text": " "}) == (400, {"error": "the text is empty"})
+
+
+@pytest.mark.parametrize("task", ["topic", "=folder", "topic="])
+def test_a_task_without_a_source(serving, monkeypatch, capsys, task):
+    monkeypatch.setattr("sys.argv", ["serving.py", "--model", "none", task])
+    with pytest.raises(SystemExit):
+        serving.main()
+    assert f"expected TASK=FOLDER_OR_HUB_ID, found {task!r}" in capsys.readouterr().err
+
+
 def test_one_bad_text_fails_alone(start, folders):
     server, _ = start(folders)
     generate = server.generate

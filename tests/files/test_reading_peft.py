@@ -10,18 +10,10 @@ from safetensors.torch import load_file, save_file
 
 import deltakit as dk
 from support.models import same, snapshot
-from support.peft_models import MODELS, adapted, close, opened, outputs, saved, wide
+from support.peft_models import MODELS, QUERIES, adapted, close, opened, outputs, read_by_peft, saved, wide
 
 peft = pytest.importorskip("peft")
 
-QUERIES = {
-    "bert": ["query", "value"],
-    "gpt2": ["c_attn"],
-    "llama": ["q_proj", "v_proj"],
-    "t5": ["q", "v"],
-    "mixtral": ["q_proj", "v_proj"],
-    "resnet": ["convolution"],
-}
 IA3 = {
     "bert": (["key", "value", "output.dense"], ["output.dense"]),
     "gpt2": (["c_attn", "mlp.c_proj"], ["mlp.c_proj"]),
@@ -319,7 +311,11 @@ PARAMETERS = {
 @pytest.mark.parametrize("case", PARAMETERS)
 def test_parameters_of_experts(case, tmp_path):
     config = peft.LoraConfig(r=3, lora_alpha=5, **PARAMETERS[case])
-    loads_as("mixtral", saved("mixtral", config, tmp_path), tmp_path)
+    expected = saved("mixtral", config, tmp_path)
+    loads_as("mixtral", expected, tmp_path)
+    # And back.
+    dk.load(tmp_path, wide("mixtral")).save(tmp_path / "ours", format="peft")
+    close("mixtral", read_by_peft("mixtral", tmp_path / "ours"), expected)
 
 
 def test_experts_that_are_stored_transposed(tmp_path):
@@ -332,8 +328,10 @@ def test_experts_that_are_stored_transposed(tmp_path):
     assert model().model.layers[0].mlp.experts.is_transposed
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=[], target_parameters=["experts.down_proj"])
     theirs, fresh = adapted(model(), config, tmp_path), model()
-    dk.load(tmp_path, fresh)
+    delta = dk.load(tmp_path, fresh)
     close("mixtral", outputs("gpt_oss", fresh), outputs("gpt_oss", theirs))
+    delta.save(tmp_path / "ours", format="peft")
+    close("mixtral", outputs("gpt_oss", opened(model(), tmp_path / "ours")), outputs("gpt_oss", theirs))
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "resnet"])

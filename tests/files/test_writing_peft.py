@@ -11,7 +11,7 @@ from torch import nn
 
 import deltakit as dk
 from support.models import attached, randomize
-from support.peft_models import MODELS, close, outputs, read_by_peft, saved, wide
+from support.peft_models import MODELS, QUERIES, close, outputs, read_by_peft, saved, wide
 
 peft = pytest.importorskip("peft")
 
@@ -127,6 +127,47 @@ def test_biases(bias, tmp_path):
     close("bert", read_by_peft("bert", tmp_path / "ours"), outputs("bert", model))
 
 
+PARAMETERS = {
+    "experts": (dk.LoRA(r=3, alpha=5, at=["experts.gate_up_proj", "experts.down_proj"]),),
+    "beside modules": (dk.LoRA(r=3, alpha=5, at=["q_proj", "experts.down_proj", "gate.weight"]),),
+    "ranks": (dk.LoRA(r=2, at="q_proj", dropout=0.1), dk.LoRA(r=5, alpha=3, at="experts.down_proj")),
+    "one layer": (dk.LoRA(r=2, at="layers.1.mlp.experts.gate_up_proj"),),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PARAMETERS)
+def test_parameters(case, tmp_path):
+    model = wide("mixtral")
+    bare = outputs("mixtral", model)
+    delta = randomize(dk.attach(model, *PARAMETERS[case], train=()), 0.3)
+    expected = outputs("mixtral", model)
+    assert (bare - expected).abs().max() > 1e-3
+    delta.save(tmp_path, format="peft")
+    close("mixtral", read_by_peft("mixtral", tmp_path), expected)
+    again = wide("mixtral")
+    dk.load(tmp_path, again)
+    close("mixtral", outputs("mixtral", again), expected)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "resnet"])
+def test_biases_of_the_second_factor(name, tmp_path):
+    """They are BitFit beside LoRA here."""
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=QUERIES[name], lora_bias=True)
+    expected, model = saved(name, config, tmp_path / "theirs"), wide(name)
+    delta = dk.load(tmp_path / "theirs", model)
+    delta.save(tmp_path / "ours", format="peft")
+    theirs, ours = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("theirs", "ours"))
+    assert theirs.keys() == ours.keys()
+    close(name, read_by_peft(name, tmp_path / "ours"), expected)
+
+
+def test_biases_on_some_targets(tmp_path):
+    model = wide("gpt2")
+    methods = dk.LoRA(r=2, at="c_attn"), dk.LoRA(r=3, at="c_fc"), dk.BitFit(at="c_attn[k]")
+    randomize(dk.attach(model, *methods), 0.3).save(tmp_path, format="peft")
+    close("gpt2", read_by_peft("gpt2", tmp_path), outputs("gpt2", model))
+
+
 def test_names_that_are_ends_of_others(tmp_path):
     """PEFT takes a name for the end of a path."""
 
@@ -154,16 +195,20 @@ def test_transformers_opens_it(tmp_path):
     """`from_pretrained` with the adapter's folder alone, and `load_adapter`."""
     model = MODELS["llama"]()
     model.save_pretrained(tmp_path / "base")
-    randomize(dk.attach(model, dk.LoRA(r=3)), 0.3).save(tmp_path / "adapter", format="peft")
+    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    delta = randomize(dk.attach(model, dk.LoRA(r=3)), 0.3)
+    delta.save(tmp_path / "adapter", format="peft")
     expected = outputs("llama", model)
     loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     loaded.load_adapter(str(tmp_path / "adapter"))
     torch.testing.assert_close(outputs("llama", loaded.eval()), expected, rtol=1e-5, atol=1e-6)
-    file = tmp_path / "adapter" / "adapter_config.json"
-    assert json.loads(file.read_text())["base_model_name_or_path"] is None
-    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": str(tmp_path / "base")}))
     loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
     torch.testing.assert_close(outputs("llama", loaded.eval()), expected, rtol=1e-5, atol=1e-6)
+    assert str(tmp_path) not in (tmp_path / "adapter" / "README.md").read_text()
+    with pytest.raises(dk.CheckpointError, match=r"base: a model is here, .* save to another folder$"):
+        delta.save(tmp_path / "base", format="peft")
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert not hasattr(loaded, "peft_config")
 
 
 def by_the_rules_of_vllm(folder, model):
@@ -215,8 +260,11 @@ REFUSED = {
     "a prompt after the first token": ("bert", (dk.SoftPrompt(tokens=2),), (), "its prompt stands after the first token"),
     "a first token that is read": ("distilbert", (dk.SoftPrompt(tokens=2),), (), r"the classifier reads the first token, .* as with SoftPrompt\(trim=False\)"),
     "two prompts' methods": ("llama", (dk.SoftPrompt(tokens=2), dk.Prefix(tokens=2)), (), "this delta is prefix and soft_prompt"),
-    "two methods": ("llama", (dk.LoRA(), dk.BitFit(at="norm")), (), "this delta is bitfit and lora"),
-    "experts": ("mixtral", (dk.LoRA(r=2, at="@ff.down"),), (), "experts.down_proj is a parameter, and deltakit writes LoRA of modules"),
+    "two methods": ("llama", (dk.LoRA(), dk.IA3(at="v_proj")), (), "this delta is ia3 and lora"),
+    "a bias without a LoRA": ("llama", (dk.LoRA(), dk.BitFit(at="norm")), (), "it has a bias on model.norm, and PEFT has biases only beside a LoRA"),
+    "a bias beside an embedding": ("llama", (dk.LoRA(at=["q_proj", "embed_tokens"]), dk.BitFit(at="q_proj")), (), "biases beside the LoRA of an embedding"),
+    "a bias beside experts": ("mixtral", (dk.LoRA(r=2, at="@ff.down"), dk.BitFit(at="q_proj")), (), "it has biases beside LoRA on parameters"),
+    "an alpha of 0": ("llama", (dk.LoRA(alpha=0), dk.BitFit(at="q_proj")), (), "PEFT multiplies the biases by the LoRA's alpha, which is 0"),
     "a tied weight": ("gpt2", (dk.LoRA(r=2, at="wte.weight"),), (), "transformer.wte.weight and lm_head.weight are one weight here"),
     "a layer that PEFT does not know": ("llama", (dk.IA3(at="embed_tokens", side="output"),), (), "embed_tokens is a Embedding, for which PEFT has no ia3"),
     "a target in full": ("bert", (dk.LoRA(r=2, at="classifier"),), "classifier", "it trains classifier in full beside its lora"),
@@ -275,9 +323,12 @@ def test_an_unknown_format(tmp_path):
 
 def test_it_can_be_pushed(hub, tmp_path):
     model = wide("llama")
+    model.config._name_or_path = str(tmp_path)
     delta = randomize(dk.attach(model, dk.LoRA(r=2)))
     delta.push("me/adapter", token=hub.TOKEN, format="peft")
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= hub.repos["me/adapter"].commits[-1][1].keys()
+    files = hub.repos["me/adapter"].commits[-1][1]
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= files.keys()
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] is None
     again = wide("llama")
     dk.load("me/adapter", again)
     close("llama", outputs("llama", again), outputs("llama", model))

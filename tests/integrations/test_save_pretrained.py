@@ -47,6 +47,21 @@ def test_the_folder_has_the_bare_backbone_and_the_delta(tmp_path):
     same(before, snapshot(model))
 
 
+@pytest.mark.parametrize("made", [dk.merged_state_dict, dk.base_state_dict])
+def test_a_state_dict_without_the_delta(made, tmp_path):
+    model = bert()
+    delta = attached(model)
+    with pytest.raises(
+        dk.StateError, match=r"has no tensors of delta 'delta', .*; omit state_dict=, .*merge_and_unload"
+    ):
+        model.save_pretrained(tmp_path / "given", state_dict=made(model))
+    assert not (tmp_path / "given").exists()
+    expected = model(BATCH).logits
+    delta.merge_and_unload().save_pretrained(tmp_path)
+    again = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(BATCH).logits, expected)
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "mixtral", "t5"])
 def test_tied_weights_and_converted_experts(kind, tmp_path):
     auto = tf.AutoModelForSeq2SeqLM if kind == "t5" else tf.AutoModelForCausalLM

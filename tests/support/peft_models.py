@@ -28,6 +28,16 @@ MODELS = {
     "resnet": resnet,
 }
 
+QUERIES = {
+    "bert": ["query", "value"],
+    "gpt2": ["c_attn"],
+    "llama": ["q_proj", "v_proj"],
+    "t5": ["q", "v"],
+    "mixtral": ["q_proj", "v_proj"],
+    "resnet": ["convolution"],
+}
+"""What the names of the targets end with."""
+
 # torch has no grouped product of experts in float64.
 _SINGLE = {"mixtral"}
 
@@ -84,6 +94,10 @@ def opened(backbone, folder):
 def read_by_peft(name, folder):
     """The outputs of a fresh backbone in which PEFT has loaded the adapter."""
     model = opened(wide(name), folder)
-    missing = [key for key, value in model.named_parameters() if "lora_B" in key and not value.any()]
+    missing = [
+        key
+        for key, value in model.named_parameters()
+        if "lora_B" in key and not key.endswith(".bias") and not value.any()
+    ]
     assert not missing
     return outputs(name, model)

@@ -24,13 +24,13 @@ FILES = tuple(name for kind in FORMATS.values() for name in kind.files)
 TELLING = frozenset(FILES) - {"README.md", "config.json"}
 """Files that only deltas have."""
 
+_MODEL = "config.json"
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # Each: a file, and what has it.
 _OTHERS = {
     "adapter_fusion_config.json": "an AdapterFusion of AdapterHub",
     "head_config.json": "a prediction head of AdapterHub",
-    "model.safetensors": "a whole model",
-    "model.safetensors.index.json": "a whole model",
-    "pytorch_model.bin": "a whole model",
+    **dict.fromkeys(_WEIGHTS, "a whole model"),
 }
 
 
@@ -89,10 +89,13 @@ def deltas_below(folder: Path) -> list[tuple[str, Format]]:
 def refuse_others(folder: Path, format: str) -> None:
     """Refuses to write into a folder that has a delta of another format: whoever reads it could get the old one.
 
+    Nor is an adapter of PEFT written into the folder of a model, which transformers would then load with the adapter.
+
     Raises:
         CheckpointError: if there is one, or the folder cannot be read.
     """
     try:
+        has_model = (folder / _MODEL).is_file() and any((folder / name).is_file() for name in _WEIGHTS)
         others = [kind.name for kind in formats_in(folder) if kind.name != format]
     except OSError as error:
         raise CheckpointError(f"{folder}: it cannot be saved there: {error}; save to another folder") from error
@@ -100,6 +103,11 @@ def refuse_others(folder: Path, format: str) -> None:
         raise CheckpointError(
             f"{folder}: a delta in the format {others[0]!r} is here already, and would stay beside the new one; save to "
             "another folder, or remove it first"
+        )
+    if format == peft.FORMAT.name and has_model:
+        raise CheckpointError(
+            f"{folder}: a model is here, and transformers' from_pretrained would load it with the adapter from then on; save "
+            "to another folder"
         )
 
 

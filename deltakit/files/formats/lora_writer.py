@@ -4,7 +4,7 @@ Some servers read nothing else. So LoRAs that differ are padded with zeros to th
 into B, which changes no output; of different dropouts the largest is written.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltakit.core import Site, names_by_id, split_slice, tensors_of
+from deltakit.core import Site, join, names_by_id, split_slice, tensors_of
 from deltakit.files.formats.dora import written_magnitudes
 from deltakit.files.formats.layers import LAYERS_OF_LORA, differs, refuse_layer, target_options
 from deltakit.files.formats.lora import LORA, LORA_OF_EMBEDDINGS
@@ -20,56 +20,73 @@ from deltakit.files.formats.writing import Writing
 
 
 class _Factors(NamedTuple):
-    """One LoRA on a module: A [r, d_in] and B [d_out, r] over all of its features, and the method that it is of."""
+    """One LoRA: A [*stack, r, d_in] and B [*stack, d_out, r] over all features of its target, and its method."""
 
     a: Tensor
     b: Tensor
     method: Any
 
 
-def lora_of(writing: Writing) -> tuple[dict[str, Any], dict[str, Tensor]]:
+Stacks = Mapping[str, tuple[Site, Tensor, Tensor]]
+"""LoRAs on parameters, by the parameters' paths: a delta module, and the factors A [*stack, r, d_in], B [*stack, d_out, r]."""
+
+
+def lora_of(
+    writing: Writing, on_parameters: Callable[[Writing, Stacks], tuple[dict[str, Any], dict[str, Tensor]]] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Returns the config of a delta's LoRAs, and their tensors by the names that PEFT has without its prefix.
+
+    Args:
+        on_parameters: what returns config and tensors of LoRAs on parameters that are no weight of a layer, such as stacks
+            of experts; None if the library has none.
 
     Raises:
         CheckpointError: if PEFT has no such LoRA.
     """
     by_path: dict[str, list[_Factors]] = {}
     targets: dict[str, nn.Module] = {}
+    stacked: dict[str, Site] = {}
     attachment = writing.attachment
     names = names_by_id(tensors_of(attachment.backbone))
     for site in attachment.sites:
         if writing.method(site) != "lora":
             continue
-        _refuse_parameters(writing, site, names)
-        refuse_layer(writing, site, LAYERS_OF_LORA)
-        if differs(site.target):
-            raise writing.impossible(
-                f"{site.path} {differs(site.target)}, where the LoRA of {writing.library} computes something else"
-            )
+        parameter = _parameter(writing, site, names)
+        if parameter and on_parameters is None:
+            raise writing.impossible(f"{site.path} is a parameter, and {writing.library} has LoRA of modules alone")
         a, b, method = _factors(writing, site)
         part = getattr(site.module, "feature_slice", None)
         b = part.spread(b.mT).mT if part is not None else b
-        by_path.setdefault(site.owner, []).append(_Factors(a, b, method))
-        targets[site.owner] = site.target
-    every = [one for factors in by_path.values() for one in factors]
-    method = every[0].method
-    options = {"r": method.r, "lora_alpha": method.alpha, "use_rslora": method.rslora}
-    alike = len({(one.method.r, one.method.alpha, one.method.rslora) for one in every}) == 1
-    if not alike or len(every) > len(by_path):
-        r = max(sum(len(one.a) for one in factors) for factors in by_path.values())
-        options = {"r": r, "lora_alpha": r, "use_rslora": False}
-        by_path = {path: [_Factors(*_sum(factors, r), method)] for path, factors in by_path.items()}
+        path = join(site.owner, parameter) if parameter else site.owner
+        by_path.setdefault(path, []).append(_Factors(a, b, method))
+        if parameter:
+            stacked[path] = site
+        else:
+            targets[site.owner] = site.target
+    options, alone = _alike(by_path)
     found = written_magnitudes(writing)
     if found:
         options["use_dora"] = True
-    for path, (one,) in by_path.items():
-        found |= _named(path, targets[path], one.a, one.b)
-    return {
-        **options,
-        "lora_dropout": max(one.method.dropout for one in every),
-        "bias": "none",
-        **target_options(attachment.backbone, targets),
-    }, found
+    for path, target in targets.items():
+        found |= _named(path, target, *alone[path])
+    options |= {"bias": "none", **target_options(attachment.backbone, targets)}
+    if on_parameters is not None and stacked:
+        more, named = on_parameters(writing, {path: (site, *alone[path]) for path, site in stacked.items()})
+        options, found = options | more, found | named
+    return options, found
+
+
+def _alike(by_path: Mapping[str, list[_Factors]]) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor]]]:
+    """Returns the rank, scale and dropout of all LoRAs, and the two factors at each path that have them."""
+    every = [one for factors in by_path.values() for one in factors]
+    method, dropout = every[0].method, max(one.method.dropout for one in every)
+    alike = len({(one.method.r, one.method.alpha, one.method.rslora) for one in every}) == 1
+    if alike and len(every) == len(by_path):
+        options = {"r": method.r, "lora_alpha": method.alpha, "use_rslora": method.rslora, "lora_dropout": dropout}
+        return options, {path: (one.a, one.b) for path, (one,) in by_path.items()}
+    r = max(sum(one.a.shape[-2] for one in factors) for factors in by_path.values())
+    options = {"r": r, "lora_alpha": r, "use_rslora": False, "lora_dropout": dropout}
+    return options, {path: _sum(factors, r) for path, factors in by_path.items()}
 
 
 def _factors(writing: Writing, site: Site) -> tuple[Tensor, Tensor, Any]:
@@ -78,16 +95,18 @@ def _factors(writing: Writing, site: Site) -> tuple[Tensor, Tensor, Any]:
     a, b = (writing.tensor(site, name) for name in "AB")
     if writing.attachment.named(site, "A0") not in writing.tensors:
         return a, b, method
-    a = torch.cat([a, writing.tensor(site, "A0")])
-    b = torch.cat([b, -writing.tensor(site, "B0")], 1)
-    return a, b, replace(method, r=len(a), alpha=method.scaling * len(a), rslora=False, start="kaiming")
+    a = torch.cat([a, writing.tensor(site, "A0")], -2)
+    b = torch.cat([b, -writing.tensor(site, "B0")], -1)
+    r = a.shape[-2]
+    return a, b, replace(method, r=r, alpha=method.scaling * r, rslora=False, start="kaiming")
 
 
 def _sum(factors: Sequence[_Factors], r: int) -> tuple[Tensor, Tensor]:
     """Returns the factors of the sum of several LoRAs, with the scales in B, padded with zeros to a rank."""
-    a = torch.cat([one.a for one in factors])
-    b = torch.cat([one.b * one.method.scaling for one in factors], 1)
-    return F.pad(a, (0, 0, 0, r - len(a))), F.pad(b, (0, r - len(a)))
+    a = torch.cat([one.a for one in factors], -2)
+    b = torch.cat([one.b * one.method.scaling for one in factors], -1)
+    missing = r - a.shape[-2]
+    return F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))
 
 
 def _named(path: str, target: nn.Module, a: Tensor, b: Tensor) -> dict[str, Tensor]:
@@ -98,11 +117,22 @@ def _named(path: str, target: nn.Module, a: Tensor, b: Tensor) -> dict[str, Tens
     return {f"{path}{suffix}": {"A": a, "B": b}[ours] for suffix, ours in names.items()}
 
 
-def _refuse_parameters(writing: Writing, site: Site, names: Mapping[int, Sequence[str]]) -> None:
+def _parameter(writing: Writing, site: Site, names: Mapping[int, Sequence[str]]) -> str:
+    """Returns the name of the parameter that a LoRA is on; "" if it is written as one of the module.
+
+    Raises:
+        CheckpointError: if PEFT's would compute something else.
+    """
     parameter = split_slice(site.module.part)[0] if not site.module.part.startswith("[") else ""
-    weight = site.target._parameters.get("weight")
-    if parameter not in ("", "weight") or weight is None:
-        raise writing.impossible(f"{site.path} is a parameter, and deltakit writes LoRA of modules alone")
-    tied = names[id(weight)]
-    if parameter and len(tied) > 1:
+    held = site.target._parameters.get(parameter)
+    tied = () if held is None else names[id(held)]
+    if len(tied) > 1:
         raise writing.impossible(f"{tied[0]} and {tied[1]} are one weight here, and two in {writing.library}")
+    if parameter and (parameter != "weight" or not LAYERS_OF_LORA.include(site.target)):
+        return parameter
+    refuse_layer(writing, site, LAYERS_OF_LORA)
+    if differs(site.target):
+        raise writing.impossible(
+            f"{site.path} {differs(site.target)}, where the LoRA of {writing.library} computes something else"
+        )
+    return ""

@@ -13,7 +13,7 @@ from deltakit.core import join
 from deltakit.errors import CheckpointError
 from deltakit.files.formats.source import Source
 
-_INNER = ".base_layer"
+INNER = ".base_layer"
 _MOST = 5
 """The most parameters of one module whose orders are compared."""
 
@@ -72,9 +72,9 @@ def _in_order(names: list[str], rows: Sequence[int], owner: str, rank: Callable[
 def _unwrapped(path: str) -> tuple[str, int]:
     """Returns a path without the wrappers at its end, and their number."""
     owner = path
-    while owner.endswith(_INNER):
-        owner = owner.removesuffix(_INNER)
-    return owner, (len(path) - len(owner)) // len(_INNER)
+    while owner.endswith(INNER):
+        owner = owner.removesuffix(INNER)
+    return owner, (len(path) - len(owner)) // len(INNER)
 
 
 def stacked(source: Source, parameter: str, pair: Mapping[str, Tensor], r: int) -> tuple[Tensor, Tensor]:

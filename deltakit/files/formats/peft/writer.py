@@ -15,11 +15,11 @@ from deltakit.core import Attachment, name_of, own_modules, parent_of, tensors_i
 from deltakit.files.checkpoint import plain_tensors, write_files, write_tensors
 from deltakit.files.formats.adapter_config import CONFIG
 from deltakit.files.formats.layers import target_options
-from deltakit.files.formats.lora_writer import lora_of
 from deltakit.files.formats.peft.by_table import write_row
 from deltakit.files.formats.peft.keys import PREFIX, PREFIX_OF_PROMPTS, TENSORS, TOKENS, TOKENS_OF_LORA
 from deltakit.files.formats.peft.ln_tuning import METHOD as NORMS
 from deltakit.files.formats.peft.ln_tuning import norms_of
+from deltakit.files.formats.peft.lora_writer import BIAS, peft_lora_of
 from deltakit.files.formats.peft.prompt_writer import (
     PREFIXES,
     PROMPTS,
@@ -95,7 +95,7 @@ def _write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor
 
 def _kind_of(writing: Writing) -> str:
     kinds = sorted({method.name for method in writing.attachment.record.methods})
-    if kinds == ["lora", METHOD]:
+    if "lora" in kinds and {*kinds} <= {"lora", BIAS, METHOD}:
         return "lora"
     if len(kinds) > 1 or kinds[0] not in KINDS:
         raise writing.impossible(
@@ -159,7 +159,7 @@ def by_row(row: Row) -> _Kind:
 
 
 KINDS = {
-    "lora": _Kind("LORA", lora_of),
+    "lora": _Kind("LORA", peft_lora_of),
     **{row.method: by_row(row) for row in TABLE},
     NORMS: _Kind("LN_TUNING", norms_of),
     METHOD: _Kind("TRAINABLE_TOKENS", _tokens),
