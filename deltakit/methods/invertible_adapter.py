@@ -86,8 +86,8 @@ class InvertibleAdapterInputDelta(InputMap):
 class InvertibleAdapter(Method, name="invertible_adapter"):
     """An invertible map behind the input embedding, and its inverse before the output embedding, with the same parameters.
 
-    By default the targets are the input embeddings and the heads that have one output for each of their tokens. A classifier
-    is none of them. Of selected targets, linear layers get the inverse.
+    By default the targets are the input embeddings, with all that share their weight, and the heads that have one output for
+    each of their tokens. A classifier is none of them. Of selected targets, linear layers get the inverse.
 
     Args:
         reduction: the features of a half are divided by it in the bottlenecks, at least 1.
