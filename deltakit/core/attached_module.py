@@ -43,17 +43,19 @@ class AttachedModule(nn.Module):
     tags: ClassVar[Mapping[str, str]] = {}
     """A tag for each parameter (see `DeltaModule.tags`)."""
 
-    # The kinds set the next five.
+    # The kinds set the next four.
     scalable: ClassVar[bool] = True
     """Whether `Delta.scale` applies."""
     mixable: ClassVar[bool] = True
     """Whether examples of one batch may have different deltas here (`rows`)."""
-    must_be_called: ClassVar[bool] = True
-    """Whether the first forward must call the target, and fails otherwise."""
     has_weight_form: ClassVar[bool] = False
     """Whether its method can patch a weight that is read directly."""
     reads_weight: ClassVar[bool] = False
     """Whether its update depends on the target's weight."""
+
+    # Kinds or methods set the next one.
+    must_be_called: bool = True
+    """Whether the first forward must call the target, and fails otherwise."""
 
     # Building and attaching set the next six.
     part: str = ""

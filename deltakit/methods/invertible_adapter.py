@@ -6,9 +6,10 @@ bottlenecks. The authors start all their weights randomly; here the second layer
 the identity.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from deltakit.core import (
     BackboneView,
+    DeltaModule,
     Design,
     Method,
     Target,
@@ -84,8 +86,8 @@ class InvertibleAdapterInputDelta(InputMap):
 class InvertibleAdapter(Method, name="invertible_adapter"):
     """An invertible map behind the input embedding, and its inverse before the output embedding, with the same parameters.
 
-    By default the targets are the input embeddings and the heads that have one output for each of their tokens. A classifier
-    is none of them. Of selected targets, linear layers get the inverse.
+    By default the targets are the input embeddings, with all that share their weight, and the heads that have one output for
+    each of their tokens. A classifier is none of them. Of selected targets, linear layers get the inverse.
 
     Args:
         reduction: the features of a half are divided by it in the bottlenecks, at least 1.
@@ -113,17 +115,30 @@ class InvertibleAdapter(Method, name="invertible_adapter"):
     def targets(self, index: BackboneView, selected: Sequence[Target] | None) -> Sequence[Target]:
         if self.at is not None or selected is None:
             return selected or ()
-        tokens = {len(target.module.weight) for target in selected if isinstance(target.module, nn.Embedding)}
-        return [
+        tokens = {len(target.module.weight) for target in selected if _is_embedding(target.module)}
+        chosen = [
             target
             for target in selected
-            if isinstance(target.module, nn.Embedding) or (linear_sizes(target.module) or (0, 0))[1] in tokens
+            if _is_embedding(target.module) or (linear_sizes(target.module) or (0, 0))[1] in tokens
         ]
+        # T5 calls the embeddings of its encoder and its decoder, which have the weight of the one that is found.
+        tied = [name.rpartition(".")[0] for target in chosen for name in target.tied if _is_embedding(target.module)]
+        chosen += [index.target(path) for path in tied if _is_embedding(index.by_path.get(path))]
+        return list({target.path: target for target in chosen}.values())
 
     def kind_at(self, target: Target) -> type[InvertibleAdapterDelta] | type[InvertibleAdapterInputDelta] | None:
         if target.never_called:
             return None
         return InvertibleAdapterDelta if linear_sizes(target.module) is None else InvertibleAdapterInputDelta
+
+    def build(self, index: BackboneView, targets: Sequence[Target]) -> dict[str, DeltaModule]:
+        built = super().build(index, targets)
+        uses = Counter(id(target.module.weight) for target in targets if _is_embedding(target.module))
+        for target in targets:
+            if _is_embedding(target.module):
+                # A forward need not call all embeddings of one weight.
+                built[target.path].must_be_called = uses[id(target.module.weight)] == 1
+        return built
 
     def build_shared(self, index: BackboneView, targets: Sequence[Target]) -> nn.Module:
         sizes = {target.path: _size(target) for target in targets}
@@ -139,6 +154,10 @@ class InvertibleAdapter(Method, name="invertible_adapter"):
                 f"{targets[0].named}: InvertibleAdapter needs two features or more; leave it out with exclude="
             )
         return Coupling(size, self, **like(targets[0]))
+
+
+def _is_embedding(module: nn.Module | None) -> TypeGuard[nn.Embedding]:
+    return isinstance(module, nn.Embedding)
 
 
 def _size(target: Target) -> int:

@@ -24,12 +24,13 @@ from deltakit.core import (
     Target,
     current_call,
     hidden_output,
+    linear_sizes,
     replace_hidden,
     wants_start_values,
     wide,
 )
 from deltakit.errors import OptionError, StateError, TargetError
-from deltakit.ops import OutputMap, like
+from deltakit.ops import OutputMap, attends, like
 
 
 class ReFTDelta(OutputMap):
@@ -123,6 +124,15 @@ class ReFTDelta(OutputMap):
         return f"{self.variant} r={self.rotate.shape[1]} first={self.first} last={self.last}"
 
 
+def _has_positions(index: BackboneView) -> bool:
+    """Returns whether a backbone has a layer or an attention that tells positions apart from features."""
+    modules = index.by_path.values()
+    if index.role("attn") or any(map(attends, modules)):
+        return True
+    others = [module for module in modules if linear_sizes(module) is None]
+    return any(weight is not None and weight.ndim > 1 for module in others for weight in module._parameters.values())
+
+
 def _orthonormal(matrix: Float[Tensor, "*stack r d"]) -> Float[Tensor, "*stack r d"]:
     """Returns the rows made orthonormal one after the other, each in its own direction."""
     q, r = torch.linalg.qr(matrix.mT)
@@ -190,6 +200,12 @@ class ReFT(Method, name="reft"):
             raise TargetError(
                 f"reft: {index.owner} has an encoder and a decoder, and ReFT counts positions in the one text of a backbone; "
                 "attach it to the encoder alone, or use another method"
+            )
+        if self.at is None and not _has_positions(index):
+            raise TargetError(
+                f"reft: {index.owner} has only linear layers and norms, which take features without positions too, and ReFT "
+                "edits positions of hidden states [batch, tokens, d]; use another method, or select layers that have such "
+                "states with at="
             )
         return selected or ()
 

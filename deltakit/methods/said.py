@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import BackboneView, DeltaModule, Design, Method, Target
+from deltakit.core import BackboneView, DeltaModule, Design, Method, Target, gathered_in_training
 from deltakit.errors import OptionError
 from deltakit.ops import Fastfood, WeightMap, key_of_name, like
 
@@ -37,7 +37,8 @@ class SAIDDelta(WeightMap):
         self.factor = nn.Parameter(torch.ones(1, **like(target))) if options.structured else None
 
     def weight_update(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        update: Tensor = self.shared.projection(self.shared.theta, self.projection_key, tuple(weight.shape))
+        theta = gathered_in_training(self.shared.theta)
+        update: Tensor = self.shared.projection(theta, self.projection_key, tuple(weight.shape))
         return update if self.factor is None else update * self.factor.to(update)
 
     def summary(self) -> str:

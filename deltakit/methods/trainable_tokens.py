@@ -130,7 +130,7 @@ class TrainableTokensDelta(OutputMap):
 class TiedTokensDelta(TrainableTokensDelta):
     """Trainable tokens at one of several modules that share a weight. A forward need not call all of them."""
 
-    must_be_called: ClassVar[bool] = False
+    must_be_called = False
 
 
 class TrainableTokensPatchDelta(TrainableTokensDelta):

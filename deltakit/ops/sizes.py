@@ -147,9 +147,10 @@ def output_size(target: Target, method: str) -> int:
     if isinstance(weight, torch.Tensor) and weight.ndim == 1:
         return weight.numel()
     # BERT's `intermediate` has more features than the block around it: what a single layer in a part gives counts.
-    layers = [size for size in (linear_sizes(inside) for _, inside in own_modules(module)) if size is not None]
-    if len(layers) == 1 and not any(isinstance(inside, nn.modules.conv._ConvNd) for _, inside in own_modules(module)):
-        return layers[0][1]
+    alone = _single_layer(module)
+    if alone is not None and (target.width is None or not _has_matrix_beside(module, alone)):
+        size: tuple[int, int] = linear_sizes(alone)  # type: ignore[assignment]
+        return size[1]
     if target.width is not None:
         return target.width
     measured = output_features(module) if any(own_children(module)) else None
@@ -158,6 +159,28 @@ def output_size(target: Target, method: str) -> int:
     raise TargetError(
         f"{target.named}: the structure does not show the output size of this {type(module).__name__}; "
         f"{method} works on linear layers, norms and parts of a block; select one of these"
+    )
+
+
+def _single_layer(module: nn.Module) -> nn.Module | None:
+    """Returns the only linear layer in a module without convolutions, else None."""
+    inside = [part for _, part in own_modules(module)]
+    layers = [part for part in inside if linear_sizes(part) is not None]
+    convolved = any(isinstance(part, nn.modules.conv._ConvNd) for part in inside)
+    return layers[0] if len(layers) == 1 and not convolved else None
+
+
+def _has_matrix_beside(module: nn.Module, layer: nn.Module) -> bool:
+    """Returns whether a module has matrices besides its only linear layer, which then need not compute its output.
+
+    PhiMoE's feed-forward part has one layer, the router, and parameters with the matrices of all experts.
+    """
+    own = {id(parameter) for parameter in layer.parameters()}
+    return any(
+        parameter is not None and parameter.ndim > 1 and id(parameter) not in own
+        for _, part in own_modules(module)
+        if not isinstance(part, nn.Embedding)
+        for parameter in part._parameters.values()
     )
 
 

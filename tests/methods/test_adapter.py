@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import deltakit as dk
+from support import backbone_zoo
 from support.backbone_inputs import inputs
 from support.models import Transformer, attached
 from support.tiny_transformers import build
@@ -129,3 +130,14 @@ def test_the_size_of_a_part_around_one_attention():
     delta = dk.attach(model, dk.Adapter(size=3, at="decoder.block.0.layer.1"))
     assert delta.modules["decoder.block.0.layer.1"][0].down.in_features == 24
     model(**inputs("t5", model))
+
+
+@pytest.mark.parametrize("kind", ["phimoe", "jetmoe"])
+def test_a_router_is_not_the_output_of_its_experts(kind):
+    """The router is the only linear layer in the feed-forward part, because the experts are parameters."""
+    model, call = backbone_zoo.build(kind)
+    before = call(model)
+    delta = dk.attach(model, dk.Adapter(size=3))
+    found = {len(module.up.bias) for (module,) in delta.modules.values()}
+    assert found == {model.config.hidden_size}
+    assert torch.equal(call(model), before)

@@ -62,13 +62,36 @@ def test_the_map_is_the_papers_and_its_inverse_undoes_it():
         ("llama", tf.AutoModelForCausalLM, ["model.embed_tokens", "lm_head"]),
         ("bert", tf.AutoModelForMaskedLM, ["bert.embeddings.word_embeddings", "cls.predictions.decoder"]),
         ("bert", tf.AutoModelForSequenceClassification, ["bert.embeddings.word_embeddings"]),
-        ("t5", tf.AutoModelForSeq2SeqLM, ["shared", "lm_head"]),
+        ("t5", tf.AutoModelForSeq2SeqLM, ["shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"]),
     ],
 )
 def test_positions(kind, auto, expected):
     model = build(kind, auto)
     found = dk.plan(model, dk.InvertibleAdapter()).paths["invertible_adapter"]
     assert sorted(found) == sorted(expected)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_an_encoder_and_its_decoder_share_one_map(kind, tmp_path):
+    """They look up ids in embeddings of their own, whose weight is that of a third one that nothing calls."""
+    model = build(kind, tf.AutoModelForSeq2SeqLM).requires_grad_(False)
+    base = model.base_model
+    embeddings = [base.encoder.embed_tokens, base.decoder.embed_tokens]
+    x, before = ids(), [embedding(ids()) for embedding in embeddings]
+    call = {"input_ids": x, "decoder_input_ids": x.flip(1)}
+    plain = model(**call).logits
+    delta = dk.attach(model, dk.InvertibleAdapter())
+    assert torch.equal(model(**call).logits, plain)
+    coupling = randomize(delta, 0.05).modules["lm_head"][0].shared
+    for embedding, vectors in zip(embeddings, before, strict=True):
+        torch.testing.assert_close(embedding(x), coupling(vectors, inverse=False))
+        assert not torch.equal(embedding(x), vectors)
+    changed = model(**call).logits
+    assert len(delta.state_dict()) == 8
+    delta.save(tmp_path)
+    delta.detach()
+    dk.load(tmp_path, model)
+    assert torch.equal(model(**call).logits, changed)
 
 
 def test_a_file_has_the_parameters_once(tmp_path):

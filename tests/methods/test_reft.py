@@ -223,3 +223,14 @@ def test_under_gradient_checkpointing():
     for one, other in zip(*found, strict=True):
         assert one.any()
         torch.testing.assert_close(one, other)
+
+
+def test_a_backbone_without_positions():
+    model = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3))
+    with pytest.raises(dk.TargetError, match="reft: Sequential has only linear layers and norms.*select layers .* at="):
+        dk.attach(model, dk.ReFT())
+    delta = randomize(dk.attach(model, dk.ReFT(at="0", r=2, prefix_positions=1)))
+    x = torch.randn(2, 4, 5)
+    with delta.detached():
+        before = model(x)
+    assert torch.equal((model(x) != before).any(-1), torch.tensor([[True, False, False, False]]).expand(2, 4))

@@ -16,7 +16,13 @@ from support.models import randomize, same, snapshot
 
 SMALL = {"r": 2, "size": 3, "tokens": 3}
 # What does not fit the zoo's layers, whose sizes are from 8 to 32.
-OTHER = {"compacter": {"size": 4}, "vblora": {"length": 4, "vectors": 7}, "trainable_tokens": {"ids": tuple(range(30))}}
+OTHER = {
+    "compacter": {"size": 4},
+    "vblora": {"length": 4, "vectors": 7},
+    "trainable_tokens": {"ids": tuple(range(30))},
+    # Each target has one of these numbers for itself.
+    "said": {"size": 300},
+}
 KINDS = ("lora", "adapter", "bitfit", "ia3", "prefix", "soft_prompt", "parallel_adapter")
 """One method of each way to hook a backbone. Of the adapters, also the one with other positions and pairs of layers."""
 

@@ -17,9 +17,10 @@ def to_train(start=None):
         return model, dk.load(start, model)
     pair = dk.ParallelAdapter(size=2, at="@ff.down", source="@ff.up")
     methods = (dk.LoRA(r=3), dk.Adapter(size=2), dk.BitFit(at="@ff.up"), dk.Prefix(tokens=2), pair, dk.Compacter())
-    # One with a trained bank for all targets, with frozen factors for all, with frozen parameters, and with a full update.
-    products = (dk.VBLoRA(length=4, vectors=7), dk.VeRA(r=3), dk.DeLoRA(r=2, strength=0.1), dk.LoHa(r=2), dk.LoKr(r=2))
-    return model, randomize(dk.attach(model, *methods, *products, train="norm"), scale=0.03)
+    # Trained parameters for all targets, frozen factors for all, frozen parameters, and a full update.
+    shared = (dk.VBLoRA(length=4, vectors=7), dk.SAID(size=60))
+    products = (dk.VeRA(r=3), dk.DeLoRA(r=2, strength=0.1), dk.LoHa(r=2), dk.LoKr(r=2))
+    return model, randomize(dk.attach(model, *methods, *shared, *products, train="norm"), scale=0.03)
 
 
 def batch(step):

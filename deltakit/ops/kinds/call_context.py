@@ -20,7 +20,7 @@ class CallContext(DeltaModule):
     scalable: ClassVar[bool] = False
     mixable: ClassVar[bool] = False
     """A context that supports mixed batches, in which its `peers` belong to different examples, sets this to True."""
-    must_be_called: ClassVar[bool] = False
+    must_be_called = False
 
     def enter(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Returns the (args, kwargs) to call the target with, or None to keep them."""

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from deltakit.core import Design
+from deltakit.core import Design, gathered
 from deltakit.errors import StateError
 from deltakit.ops.kinds.call_context import CallContext
 from deltakit.ops.prompt.direct_call import called_directly
@@ -38,7 +38,9 @@ class PromptVectors(nn.Module):
         """Returns the tensors that a file holds."""
         if self.in_files and self.encoder is not None:
             return dict(self.encoder.state_dict())
-        return {"prompt": self().detach()}
+        # FSDP2 keeps the parameters in parts. torch does not compute with parts and buffers together, and rounds otherwise.
+        full = {name: gathered(parameter.detach()) for name, parameter in self.named_parameters()}
+        return {"prompt": torch.func.functional_call(self, full, ()).detach()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Loads the tensors of a file."""
