@@ -230,7 +230,9 @@ def test_numbers_of_numpy_can_be_saved():
     method = dk.LoRA(r=np.int64(4), alpha=np.float32(0.5), rslora=np.bool_(True), at=[np.str_("q")])
     assert json.loads(json.dumps(method.to_dict()))["alpha"] == 0.5
     assert method == dk.LoRA(r=4, alpha=0.5, rslora=True, at="q") or method.at == ("q",)
-    assert repr(method).endswith("r=4, alpha=0.5, rslora=True, dora=False, dropout=0.0, keep='exact', untie=False)")
+    assert repr(method).endswith(
+        "r=4, alpha=0.5, rslora=True, dora=False, start='kaiming', dropout=0.0, keep='exact', untie=False)"
+    )
 
 
 def test_methods_of_others_are_checked_by_their_own_annotations():

@@ -101,7 +101,7 @@ BROKEN = {
     "no targets": (lambda f: forge(f, config=lambda c: c["methods"][0].pop("targets")), r"damaged at methods\[0\]: object missing required field `targets`"),
     "other method": (
         lambda f: forge(f, config=lambda c: c["methods"][0].update(method="magic")),
-        "unknown method 'magic': expected one of adapter, bitfit, ",
+        "unknown method 'magic': expected one of adalora, adapter, bitfit, ",
     ),
     "unknown option": (lambda f: forge(f, config=lambda c: c["methods"][0].update(zeta=1)), "has no option zeta"),
     "wrong method": (
@@ -321,7 +321,8 @@ def test_the_card_is_lines_of_markdown(saved):
     assert lines[:3] == ["---", "library_name: deltakit", 'tags: ["deltakit", "lora"]']
     assert {"# A delta for Transformer", "```python", "import deltakit as dk", "```"} <= {*lines}
     assert (
-        "| `lora` | r=3, alpha=16, dropout=0.0, keep=exact | `layers.{0-1}.self_attn.{q_proj,v_proj}` | 480 |" in lines
+        "| `lora` | r=3, alpha=16, start=kaiming, dropout=0.0, keep=exact | `layers.{0-1}.self_attn.{q_proj,v_proj}` | 480 |"
+        in lines
     )
 
 
