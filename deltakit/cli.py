@@ -9,7 +9,7 @@ from typing import Any, get_args
 from rich.console import Console
 
 from deltakit.errors import DeltaError, HubError, OptionError
-from deltakit.files import Written
+from deltakit.files import Written, is_repository
 from deltakit.version import __version__
 
 _UNBUILDABLE = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
@@ -158,6 +158,8 @@ def _empty(model: str, architecture: str | None = None) -> Any:
     import torch
     import transformers
 
+    if not is_repository(model) and not Path(model).exists():
+        raise HubError(f"{model}: no such folder, and this is not a Hub id such as 'user/model'; check the path")
     try:
         config = transformers.AutoConfig.from_pretrained(model)
         if architecture == "*":

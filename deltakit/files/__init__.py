@@ -7,7 +7,7 @@ from deltakit.files.config import backbone_identity, delta_config, expanded, met
 from deltakit.files.fingerprint import differences
 from deltakit.files.formats import WRITERS, Written, deltas_below, format_of, formats_in, read_saved, refuse_others
 from deltakit.files.hub import Access, called, find_folder, upload
-from deltakit.files.repository import loaded_from
+from deltakit.files.repository import is_repository, loaded_from
 from deltakit.files.saved import Saved
 from deltakit.files.schema import from_file, read_method
 from deltakit.files.training_marks import TRAINED_DELTA, deltas_in
@@ -35,6 +35,7 @@ __all__ = [
     "formats_in",
     "from_file",
     "is_finite",
+    "is_repository",
     "loaded_from",
     "methods_of",
     "model_card",

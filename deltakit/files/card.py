@@ -93,7 +93,8 @@ def _methods(config: Mapping[str, Any], sizes: Sequence[int]) -> list[str]:
         size = f"{sizes[number]:,}" if sizes else ""
         lines.append(_row(_span(entry["method"]), _options(entry), _code(entry["targets"]), size))
     if config["train"]["names"]:
-        lines.append(_row("fully trained", "", _code(config["train"]["names"]), ""))
+        size = f"{config['num_parameters'] - sum(sizes):,}" if sizes else ""
+        lines.append(_row("fully trained", "", _code(config["train"]["names"]), size))
     return [*lines, ""]
 
 

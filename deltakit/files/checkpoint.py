@@ -97,6 +97,8 @@ def write_files(folder: Path, fill: Callable[[Path], Sequence[str]], card: str |
     Raises:
         CheckpointError: if they cannot be written. What was there before is unchanged then.
     """
+    if folder.is_file():
+        raise CheckpointError(f"{folder}: this is a file, and a delta is saved to a folder; pass another path")
     try:
         with partial_folder(folder) as own:
             names = list(fill(own))

@@ -244,7 +244,10 @@ def _httpx() -> Any:
 
 
 def _refusal(error: Exception, verb: str) -> str:
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    response: Any = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    if status in (401, 403) and "authorization" not in response.request.headers:
+        return f"the Hub asks for a token to {verb} the repository, and none was sent: {_LOGIN}"
     if status == 401:
         return f"the token is not valid: {_LOGIN} with another one"
     if status == 403:

@@ -189,6 +189,8 @@ class TrainableTokens(Method, name="trainable_tokens"):
             if not paths:
                 raise TargetError(f"{index.owner}: it has no embedding of token ids; select a layer with at=")
             selected = [index.target(path) for path in paths]
+            if self.untie:
+                _refuse_several(index, selected)
         found = [one for target in selected for one in self._with_ties(index, target)]
         return list({target.path: target for target in found}.values())
 
@@ -243,6 +245,18 @@ def _adds_rows(target: Target) -> bool:
     module: Any = target.module
     plain = any(type(module).forward is kind.forward for kind in (nn.Embedding, nn.Linear))
     return plain and target.weight_read is None and not is_quantized(module.weight)
+
+
+def _refuse_several(index: BackboneView, targets: Sequence[Target]) -> None:
+    """Refuses embeddings that share their weight with others: which of them a forward calls is not known."""
+    for target in targets:
+        owners = (name.rpartition(".")[0] for name in target.tied)
+        others = [owner for owner in owners if isinstance(index.by_path.get(owner), nn.Embedding)]
+        if others:
+            raise TargetError(
+                f"{target.path}: {' and '.join(others)} share its weight, and which of them the model calls is not known; "
+                f"with untie=True select one, such as at={others[0]!r}, or omit untie"
+            )
 
 
 def _check(target: Target, ids: Sequence[int]) -> None:

@@ -14,7 +14,15 @@ def test_roles(toy, capsys):
     assert main(["roles", str(toy)]) == 0
     assert "@attn.q" in capsys.readouterr().out
     assert main(["roles", str(toy / "nothing")]) == 1
-    assert "pass a folder or Hub id with a config.json" in capsys.readouterr().err
+    assert "nothing: no such folder, and this is not a Hub id" in capsys.readouterr().err
+
+
+def test_a_model_that_is_nowhere(capsys):
+    assert main(["show", "/nothing"]) == 1
+    assert (
+        "/nothing: no such folder, and this is not a Hub id such as 'user/model'; check the path"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("arguments", [[], ["demo", "--examples", "0"], ["nothing"]])

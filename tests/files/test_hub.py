@@ -172,6 +172,10 @@ def test_no_network(hub, delta, monkeypatch):
 def test_no_right_to_write(hub, delta):
     with pytest.raises(dk.HubError, match="me/lora: this token has no permission to write to the repository"):
         delta.push("me/lora", token=LoopbackHub.READER)
+    with pytest.raises(
+        dk.HubError, match="me/lora: the Hub asks for a token to write to the repository, and none was sent: log in"
+    ):
+        delta.push("me/lora", token=False)
 
 
 @pytest.mark.parametrize(

@@ -273,8 +273,9 @@ def test_a_folder_in_the_place_of_a_file(folder, name):
 
 def test_a_file_in_the_place_of_the_folder(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with refused(tmp_path, "File exists") as delta:
-        delta.save(tmp_path / "file")
+    with pytest.raises(dk.CheckpointError, match="this is a file, and a delta is saved to a folder; pass another path"):
+        made(7).save(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
     with refused(tmp_path, "Not a directory") as delta:
         delta.save(tmp_path / "file" / "below")
 

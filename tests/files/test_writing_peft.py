@@ -313,6 +313,14 @@ def test_moved_statistics_have_no_place(tmp_path):
         delta.save(tmp_path / "adapter", format="peft")
 
 
+def test_the_card_counts_what_is_fully_trained(tmp_path):
+    model = MODELS["bert"]()
+    randomize(dk.attach(model, dk.LoRA(r=2), train="@head")).save(tmp_path)
+    size = sum(p.numel() for p in model.classifier.parameters())
+    (row,) = (line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("| fully trained"))
+    assert row.endswith(f" | {size:,} |")
+
+
 def test_an_unknown_format(tmp_path):
     delta = attached(MODELS["llama"](), dk.LoRA(r=2))
     with pytest.raises(

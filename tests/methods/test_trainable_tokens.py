@@ -124,6 +124,17 @@ def test_a_tied_weight_can_be_left_alone():
         part.merge()
 
 
+def test_untied_is_one_of_several_embeddings():
+    """Of T5 the first is never called."""
+    model = made("t5")
+    with pytest.raises(
+        dk.TargetError, match=r"shared: encoder\.embed_tokens and decoder\.embed_tokens share its weight"
+    ):
+        dk.attach(model, dk.TrainableTokens(ids=TOKENS, untie=True))
+    delta = dk.attach(model, dk.TrainableTokens(ids=TOKENS, untie=True, at="encoder.embed_tokens"))
+    assert list(delta.modules) == ["encoder.embed_tokens"]
+
+
 def test_one_of_several_modules_with_a_weight_may_stay_uncalled():
     model = made("t5").requires_grad_(False)
     delta = randomize(dk.attach(model, dk.TrainableTokens(ids=TOKENS)))
