@@ -8,7 +8,7 @@ from deltakit.delta.freezing import freeze_parameters, keep_frozen, narrow, wide
 from deltakit.delta.from_data import attach_from_data
 from deltakit.delta.handle import Delta
 from deltakit.delta.inspecting import SavedDelta, SavedMethod, inspect
-from deltakit.delta.loading import load
+from deltakit.delta.loading import OTHER_BACKBONE, load
 from deltakit.delta.method_rows import method_rows
 from deltakit.delta.mixed_rows import rows
 from deltakit.delta.new_heads import Spelling
@@ -20,6 +20,7 @@ from deltakit.delta.using import deltas, use
 from deltakit.delta.whole_checkpoints import deltas_in_file, whole_checkpoint_mark
 
 __all__ = [
+    "OTHER_BACKBONE",
     "Combination",
     "Delta",
     "Plan",

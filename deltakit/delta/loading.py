@@ -29,6 +29,9 @@ from deltakit.files import (
 )
 from deltakit.selection import BackboneIndex
 
+OTHER_BACKBONE = "this is not the backbone the delta was trained on"
+"""What the error or warning about another backbone says."""
+
 
 @checked
 def load(
@@ -151,7 +154,7 @@ def _check_backbone(fingerprint: Mapping[str, Any], backbone: nn.Module, where: 
         other = differences(fingerprint, found)
     if not other:
         return
-    message = f"{where}: this is not the backbone the delta was trained on: {other[0]}"
+    message = f"{where}: {OTHER_BACKBONE}: {other[0]}"
     if check == "error":
         raise BackboneMismatch(f"{message}; {advice}")
     warn(message)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from deltakit.errors import CheckpointError
 
-_VALUES = "has values that are infinite or not a number"
+_VALUES = "values that are infinite or not a number"
 # A delta may be loaded in another precision than it was saved in, but not from integers, booleans or single bytes.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -38,11 +38,18 @@ def check_tensors(
         for name, tensor in found.items()
         if name in expected and (problem := _problem(name, tensor, expected[name], name in own))
     ]
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        values = all(problem.endswith(_VALUES) for problem in problems)
-        advice = "save them again from a run that did not fail" if values else advice
-        raise CheckpointError(f"{where}: {len(problems)} of its tensors do not fit: {shown}; {advice}")
+    if not problems:
+        return
+    one, more = len(problems) == 1, f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+    if all(problem.endswith(_VALUES) for problem in problems):
+        names = ", ".join(problem.removesuffix(f" has {_VALUES}") for problem in problems[:5])
+        raise CheckpointError(
+            f"{where}: {len(problems)} {'tensor has' if one else 'tensors have'} {_VALUES}: {names}{more}; save them again "
+            "from a run that did not fail"
+        )
+    raise CheckpointError(
+        f"{where}: {len(problems)} of its tensors {'does' if one else 'do'} not fit: {'; '.join(problems[:5])}{more}; {advice}"
+    )
 
 
 def _problem(name: str, found: Tensor, expected: Tensor, own: bool) -> str:
@@ -59,7 +66,7 @@ def _problem(name: str, found: Tensor, expected: Tensor, own: bool) -> str:
     if is_finite(found) or (own and not is_finite(expected)):
         fits = is_finite(found.to(expected.dtype)) or not is_finite(found)
         return "" if fits else f"{name} has values that {expected.dtype} cannot hold, in which the backbone computes"
-    return f"{name} {_VALUES}"
+    return f"{name} has {_VALUES}"
 
 
 def is_finite(tensor: Tensor) -> bool:

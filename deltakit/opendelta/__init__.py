@@ -48,6 +48,9 @@ __all__ = [
     "set_axis_order",
 ]
 
+__version__ = "0.3.0"
+"""The version of OpenDelta whose API this is."""
+
 
 def set_axis_order(axis_order: Sequence[int] = (0, 1, 2)) -> None:
     """Accepts OpenDelta's default order of axes: batch, length, features.

@@ -1,5 +1,6 @@
 """SaveLoadMixin: how OpenDelta's model classes are made from configs and files, and written to files."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -9,8 +10,8 @@ import torch
 from torch import nn
 
 from deltakit.core import parent_of, tensors_of
-from deltakit.delta import Delta, attach_beside, load, spare_name
-from deltakit.errors import CheckpointError, OptionError, warn
+from deltakit.delta import OTHER_BACKBONE, Delta, attach_beside, load, spare_name
+from deltakit.errors import CheckpointError, DeltaWarning, OptionError, warn
 from deltakit.opendelta.delta_configs import BaseDeltaConfig
 from deltakit.opendelta.parameter_lists import ParameterLists
 
@@ -64,7 +65,7 @@ class SaveLoadMixin(ParameterLists):
         Options that have no effect here are named in a warning.
 
         Args:
-            check_hash: whether another backbone than the delta's own is an error, and not only a warning.
+            check_hash: whether to warn of another backbone than the delta's own. It is loaded all the same, as in OpenDelta.
             cache_dir: where downloads are kept; by default the Hub's own cache.
             local_files_only: whether to read a folder or the cache alone, without asking the Hub.
             token: an access token for the Hub.
@@ -74,7 +75,6 @@ class SaveLoadMixin(ParameterLists):
         Raises:
             OptionError: if the path or the backbone is missing.
             CheckpointError: if the folder is missing, is no delta of this type, is damaged, or does not fit the backbone.
-            BackboneMismatch: if the delta was trained on another backbone.
             HubError: if the repository cannot be read.
         """
         called = cls.public_name or cls.__name__
@@ -87,18 +87,21 @@ class SaveLoadMixin(ParameterLists):
         if without or kwargs or model_args:
             named = [*without, *kwargs, *map(repr, model_args)]
             warn(f"{called}.from_finetuned: no effect of {', '.join(named)}; the files tell all options")
-        delta = load(
-            source,
-            backbone_model,
-            name=spare_name(backbone_model),
-            freeze=False,
-            attach=False,
-            check="error" if check_hash else "warn",
-            token=token,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
+        with warnings.catch_warnings():
+            if not check_hash:
+                warnings.filterwarnings("ignore", f".*{OTHER_BACKBONE}", DeltaWarning)
+            delta = load(
+                source,
+                backbone_model,
+                name=spare_name(backbone_model),
+                freeze=False,
+                attach=False,
+                check="warn",
+                token=token,
+                revision=revision,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+            )
         return cls._of(delta, source)
 
     @classmethod

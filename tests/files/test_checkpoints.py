@@ -112,7 +112,7 @@ BROKEN = {
         lambda f: forge(f, config=lambda c: c["methods"][0].update(r=2)),
         r"q_proj\.lora\.A: the file has \(3, 20\), the backbone needs \(2, 20\)",
     ),
-    "a tensor missing": (lambda f: forge(f, tensors=lambda t: t.pop("classifier.bias")), r"1 of its tensors do not fit: classifier\.bias is missing"),
+    "a tensor missing": (lambda f: forge(f, tensors=lambda t: t.pop("classifier.bias")), r"1 of its tensors does not fit: classifier\.bias is missing"),
     "a tensor too many": (lambda f: forge(f, tensors=lambda t: t.update(x=torch.zeros(1))), "x is unknown in this delta"),
     "turned round": (
         lambda f: forge(f, tensors=lambda t: t.update({"classifier.weight": t["classifier.weight"].T.contiguous()})),

@@ -132,8 +132,8 @@ def with_tensors(folder, change):
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 REFUSED = {
-    "another kind": (lambda f: adapter(f, peft_type="XLORA"), "this is PEFT's XLORA, which deltakit does not read; of PEFT it reads LORA"),
-    "no kind": (lambda f: adapter(f, peft_type=None), r"this is no adapter of PEFT: its adapter_config.json has no peft_type, which"),
+    "another kind": (lambda f: adapter(f, peft_type="XLORA"), "this is PEFT's XLORA, which deltakit does not read; use it in PEFT"),
+    "no kind": (lambda f: adapter(f, peft_type=None), r"its adapter_config.json has no peft_type, so it is not an adapter of PEFT; pass"),
     "QALoRA": (lambda f: adapter(f, use_qalora=True), r"has QALoRA \(use_qalora\), which deltakit does not have; merge it"),
     "DoRA without magnitudes": (lambda f: adapter(f, use_dora=True), "use_dora=True does not fit its tensors: .* has none"),
     "PiSSA": (lambda f: adapter(f, init_lora_weights="pissa_niter_4"), r"changing the backbone's weights \(init_lora_weights='pissa_niter_4'\)"),

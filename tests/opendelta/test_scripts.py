@@ -10,6 +10,9 @@ import pytest
 import torch
 
 import deltakit as dk
+from deltakit.opendelta.delta_models.layers.init import glorot_normal, glorot_uniform
+from deltakit.opendelta.utils.utils import regex_match, substring_in
+from support.models import randomize
 from support.opendelta_models import MODELS
 
 # `m` is BERT with a new classifier if the script does not make another model.
@@ -146,6 +149,10 @@ def test_a_pattern_runs(number, opendelta, tmp_path, monkeypatch):
             "from opendelta import set_axis_order; set_axis_order(); set_axis_order([1, 0, 2])",
             "only [0, 1, 2] is served",
         ),
+        (
+            "SoftPromptModel(m, 101)",
+            "the first 101 tokens of the vocabulary, and this backbone has 100; pass soft_token_num=100 or less, or token_init",
+        ),
         ("LoraModel(m).insert_sequential_module(m)", "modules of one's own are not inserted by deltakit.opendelta"),
         ("CompacterModel(m, learn_phm=False)", "CompacterModel(learn_phm=False): only True is served; omit it"),
         ("CompacterModel(m, use_bias_up_sampler=False)", "use_bias_up_sampler and use_bias_down_sampler differ"),
@@ -159,6 +166,37 @@ def test_a_pattern_runs(number, opendelta, tmp_path, monkeypatch):
 def test_what_is_not_served_says_so(script, message, opendelta):
     with pytest.raises(dk.DeltaError, match=re.escape(message)):
         exec(PREAMBLE + script, {"m": MODELS["bert"]()})
+
+
+def test_a_prompt_as_long_as_the_vocabulary_or_longer_with_random_start_values():
+    assert dk.SoftPromptModel(MODELS["bert"](), 100).delta.num_parameters == 100 * 64
+    assert dk.SoftPromptModel(MODELS["bert"](), 101, token_init=False).delta.num_parameters == 101 * 64
+
+
+@pytest.mark.parametrize("kind", ["LoraModel", "AutoDeltaModel"])
+def test_another_backbone_is_a_warning_as_in_opendelta_and_nothing_with_check_hash_false(kind, tmp_path):
+    torch.manual_seed(1)
+    delta = dk.LoraModel(MODELS["bert"]())
+    randomize(delta.delta)
+    delta.save_finetuned(tmp_path)
+    other = MODELS["bert"]()
+    with pytest.warns(dk.DeltaWarning, match="not the backbone the delta was trained on"):
+        loaded = getattr(dk, kind).from_finetuned(tmp_path, backbone_model=other)
+    torch.testing.assert_close(loaded.delta.state_dict(), delta.delta.state_dict())
+    loaded.detach()
+    # A warning is an error here.
+    getattr(dk, kind).from_finetuned(tmp_path, backbone_model=other, check_hash=False)
+
+
+def test_glorot_start_values_have_the_variance_of_opendelta_and_names_are_tested():
+    for fill in (glorot_uniform, glorot_normal):
+        matrix = torch.empty(211, 307)
+        assert fill(matrix) is matrix
+        assert abs(matrix.var().item() / (4 / (211 + 307)) - 1) < 0.03
+    assert substring_in("layer.query", ["x", "query"])
+    assert not substring_in("query", ["layer.query"])
+    assert regex_match("layer.1", [r"x", r"layer\.\d"])
+    assert not regex_match("layer.12", [r"layer\.\d"])
 
 
 def test_another_type_than_the_class(tmp_path):
@@ -214,6 +252,10 @@ def test_every_module_has_its_name():
 import deltakit.opendelta
 deltakit.opendelta.install()
 import opendelta, opendelta.utils.inspect
+assert opendelta.__version__ == "0.3.0"
+from opendelta.delta_models.layers.init import glorot_normal, glorot_uniform
+from opendelta.utils.utils import *
+assert endswith_in and regex_match and substring_in and superstring_in
 from opendelta import logging, DeltaBase, BaseDeltaConfig, SaveLoadMixin, CommonStructureMap
 from opendelta.basemodel import DeltaBase
 from opendelta.delta_configs import BaseDeltaConfig

@@ -55,6 +55,22 @@ class SoftPromptConfig(BaseDeltaConfig):
         return {**super().options_of(method), "token_init": method.get("init") != "random"}
 
 
+def _check_vocabulary(backbone: nn.Module, tokens: int) -> None:
+    """Refuses a prompt that starts from the first tokens of a vocabulary with fewer tokens.
+
+    Raises:
+        OptionError: if the vocabulary is smaller.
+    """
+    ask = getattr(backbone, "get_input_embeddings", None)
+    embedding = ask() if ask is not None else None
+    if isinstance(embedding, nn.Embedding) and embedding.num_embeddings < tokens:
+        raise OptionError(
+            f"SoftPromptModel(soft_token_num={tokens}): it starts from the first {tokens} tokens of the vocabulary, and this "
+            f"backbone has {embedding.num_embeddings}; pass soft_token_num={embedding.num_embeddings} or less, or "
+            "token_init=False"
+        )
+
+
 @checked
 class SoftPromptModel(DeltaBase):
     """A soft prompt with OpenDelta's options, attached at once. Raises what `attach` raises.
@@ -86,6 +102,8 @@ class SoftPromptModel(DeltaBase):
                 f"SoftPromptModel(other_expand_ids={dict(other_expand_ids)}): only {dict(_EXPANDED)} is served: the mask and "
                 "the token types grow with the prompt, and nothing else does"
             )
+        if token_init:
+            _check_vocabulary(backbone_model, soft_token_num)
         self._attach_with(given)
 
     def _targets(self) -> None:

@@ -114,10 +114,11 @@ def read(place: Path, backbone: nn.Module | None, values: bool) -> Saved:
     name = config.get("peft_type") if isinstance(config, dict) else None
     kind = KINDS.get(name) if isinstance(name, str) else None
     if kind is None or not isinstance(name, str):
-        what = f"PEFT's {name}" if isinstance(name, str) else f"no adapter of PEFT: its {CONFIG} has no peft_type"
-        raise CheckpointError(
-            f"{place}: this is {what}, which deltakit does not read; of PEFT it reads {', '.join(KINDS)}"
-        )
+        if not isinstance(name, str):
+            raise CheckpointError(
+                f"{place}: its {CONFIG} has no peft_type, so it is not an adapter of PEFT; pass the folder of an adapter"
+            )
+        raise CheckpointError(f"{place}: this is PEFT's {name}, which deltakit does not read; use it in PEFT")
     # PEFT puts no wrapper of adapters around a model with a prompt.
     prefix = f"^{re.escape(PREFIX_OF_PROMPTS)}" if PROMPT in kind.ends else _PREFIX
     tensors = {re.sub(prefix, "", key): tensor for key, tensor in _tensors(place, values).items()}
