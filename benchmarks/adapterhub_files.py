@@ -51,6 +51,9 @@ CASES = {
     "loreft": adapters.LoReftConfig(r=2, prefix_positions=2, suffix_positions=1, dropout=0.0),
     "loreft_tied": adapters.LoReftConfig(r=3, suffix_positions=2, tied_weights=True, layers=[1], dropout=0.0),
     "noreft": adapters.NoReftConfig(r=2, suffix_positions=1, dropout=0.0),
+    "gated": adapters.DoubleSeqBnConfig(**SMALL, use_gating=True),
+    "par_bn_gated": adapters.ParBnConfig(**SMALL, use_gating=True),
+    "compacter_gated": adapters.CompacterConfig(**COMPACT, use_gating=True),
 }
 
 

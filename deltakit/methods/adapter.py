@@ -29,6 +29,8 @@ class AdapterDelta(Bottleneck):
         size = options.bottleneck(self.size)
         self.down = unfilled_linear(self.size, size, **like(target))
         self.up = unfilled_linear(size, self.size, **like(target))
+        if options.gate:
+            self.add_gate(self.size, target)
         if wants_start_values(self.down.weight):
             self.reset_parameters()
 
@@ -42,7 +44,7 @@ class AdapterDelta(Bottleneck):
         return y + self.change(y if self.add_to == "output" else x)
 
     def summary(self) -> str:
-        return f"size={self.down.out_features} {self.activation}"
+        return f"size={self.down.out_features} {self.words}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,8 @@ class Adapter(BottleneckMethod, name="adapter"):
         size: the size of the bottleneck in elements, at least 1; 64 by default.
         reduction: instead of `size`: the number of features is divided by it, at least 1.
         activation: gelu, gelu_tanh, relu, leaky_relu, silu or tanh.
+        gate: whether a trained gate multiplies the result: a number in (0, 1) for each example, the mean of those of all
+            positions (Mao et al. 2022, https://arxiv.org/abs/2110.07577). In decoders it sees later tokens.
         add_to: "output", or "input" for targets that are norms: what is computed from a norm's output is added to its input,
             so y = N(x + f(N(x) W_d + b_d) W_u + b_u). It is the adapter of Pfeiffer et al. on the last norm of BERT's layers.
 

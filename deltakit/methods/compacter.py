@@ -81,6 +81,8 @@ class CompacterDelta(Bottleneck):
             )
         self.down = PHMLinear(d, options.bottleneck(d), options, **like(target))
         self.up = PHMLinear(options.bottleneck(d), d, options, **like(target))
+        if options.gate:
+            self.add_gate(self.size, target)
         if wants_start_values(self.down.left):
             self.reset_parameters()
 
@@ -96,7 +98,7 @@ class CompacterDelta(Bottleneck):
 
     def summary(self) -> str:
         n, _, r = self.down.left.shape
-        return f"size={n * self.down.right.shape[-1]} n={n} r={r} {self.activation}"
+        return f"size={n * self.down.right.shape[-1]} n={n} r={r} {self.words}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +114,8 @@ class Compacter(BottleneckMethod, name="compacter"):
         shared_rule: whether all targets share the matrices A_i, as in the paper; else each layer has its own.
         bias: whether the two layers have biases.
         activation: gelu, gelu_tanh, relu, leaky_relu, silu or tanh.
+        gate: whether a trained gate multiplies the result: a number in (0, 1) for each example, the mean of those of all
+            positions (Mao et al. 2022, https://arxiv.org/abs/2110.07577). In decoders it sees later tokens.
         add_to: "output", or "input" for norms that are targets, as for `Adapter`.
 
     Raises:

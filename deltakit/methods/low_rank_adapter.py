@@ -54,6 +54,8 @@ class LowRankAdapterDelta(Bottleneck):
             )
         self.down = LowRankLinear(self.size, size, options.r, **like(target))
         self.up = LowRankLinear(size, self.size, options.r, **like(target))
+        if options.gate:
+            self.add_gate(self.size, target)
         if wants_start_values(self.down.A):
             self.reset_parameters()
 
@@ -67,7 +69,7 @@ class LowRankAdapterDelta(Bottleneck):
 
     def summary(self) -> str:
         r, size = len(self.down.A), len(self.down.bias)
-        return f"size={size} r={r} {self.activation}"
+        return f"size={size} r={r} {self.words}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,8 @@ class LowRankAdapter(BottleneckMethod, name="low_rank_adapter"):
         reduction: instead of `size`: the number of features is divided by it, at least 1; 32 by default.
         r: the rank of both weights, at least 1 and at most the size of the bottleneck.
         activation: gelu, gelu_tanh, relu, leaky_relu, silu or tanh.
+        gate: whether a trained gate multiplies the result: a number in (0, 1) for each example, the mean of those of all
+            positions (Mao et al. 2022, https://arxiv.org/abs/2110.07577). In decoders it sees later tokens.
 
     Raises:
         OptionError: if an option is out of its range, or both `size` and `reduction` are given.

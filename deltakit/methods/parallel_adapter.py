@@ -60,6 +60,8 @@ class ParallelAdapterDelta(Bottleneck):
             self.gain = nn.Parameter(torch.ones(gains, **like(target)))
         else:
             self.factor = float(options.scaling)
+        if options.gate:
+            self.add_gate(self.down.in_features, target)
         if wants_start_values(self.down.weight):
             self.reset_parameters()
 
@@ -81,7 +83,7 @@ class ParallelAdapterDelta(Bottleneck):
     def summary(self) -> str:
         factor = {None: f"scaling={self.factor:g}", 1: "scaling=learned"}
         words = factor.get(None if self.gain is None else len(self.gain), "scaling=channel")
-        return f"size={self.down.out_features} {words} {self.activation}"
+        return f"size={self.down.out_features} {words} {self.words}"
 
 
 class PairedAdapterDelta(ParallelAdapterDelta):
@@ -118,6 +120,8 @@ class ParallelAdapter(BottleneckMethod, name="parallel_adapter"):
         source: selectors of other modules whose inputs are read. Each target reads that of the nearest match. By default a
             target reads its own input, and the last layer of a feed-forward part (@ff.down) reads that of the part.
         activation: gelu, gelu_tanh, relu, leaky_relu, silu or tanh.
+        gate: whether a trained gate multiplies the result: a number in (0, 1) for each example, the mean of those of all
+            positions (Mao et al. 2022, https://arxiv.org/abs/2110.07577). In decoders it sees later tokens.
 
     Raises:
         OptionError: if an option is out of its range, or both `size` and `reduction` are given.

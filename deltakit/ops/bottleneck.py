@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import Design, Method, Target, hidden_input, hidden_output, replace_hidden
+from deltakit.core import Design, Method, Target, hidden_input, hidden_output, replace_hidden, wants_start_values
 from deltakit.errors import OptionError, TargetError
 from deltakit.ops.kinds.maps import in_own_dtype
 from deltakit.ops.kinds.output_map import OutputMap
+from deltakit.ops.sizes import like
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -36,6 +37,7 @@ class BottleneckMethod(Method):
     size: int | None = None
     reduction: int | None = None
     activation: str = "gelu"
+    gate: bool = False
 
     usual_size: ClassVar[int] = 64
     """The size of the bottleneck where neither option is given."""
@@ -103,7 +105,28 @@ class Bottleneck(OutputMap):
             given: what both layers get beside their input.
         """
         changed: Tensor = self.up(ACTIVATIONS[self.activation](self.down(x, *given)), *given)
-        return changed
+        gate = self._modules.get("gate")
+        return changed if gate is None else changed * _mean_of_positions(torch.sigmoid(gate(x)))
+
+    @property
+    def words(self) -> str:
+        """The activation, and whether there is a gate, for `summary`."""
+        return f"{self.activation} gate" if "gate" in self._modules else self.activation
+
+    def add_gate(self, d_in: int, target: Target) -> None:
+        """Adds the gate [1, d_in] that multiplies the result: the mean over the positions of sigmoid(x W_g + b_g)."""
+        gate = unfilled_linear(d_in, 1, **like(target))
+        if wants_start_values(gate.weight):
+            nn.init.normal_(gate.weight, std=0.02)
+            nn.init.zeros_(gate.bias)
+        self.gate = gate
+
+
+def _mean_of_positions(gates: Float[Tensor, "batch *positions one"]) -> Float[Tensor, "batch *ones one"]:
+    """Returns the mean over all dimensions between the first and the last, kept with the size 1."""
+    positions = tuple(range(1, gates.ndim - 1))
+    # Without positions, `mean(())` would be over all dimensions.
+    return gates.mean(positions, keepdim=True) if positions else gates
 
 
 class _Unfilled(nn.Linear):

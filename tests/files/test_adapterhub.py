@@ -22,7 +22,7 @@ CLASSES = {
     "bert": (tf.BertConfig, tf.BertModel, tf.BertForSequenceClassification),
     "llama": (tf.LlamaConfig, tf.LlamaModel, tf.LlamaForCausalLM),
 }
-CASES = ["seq_bn", "double_seq_bn", "layers", "par_bn", "par_bn_learned", "plus", "compacter", "compacterpp", "lora", "ia3", "prefix", "prefix_flat", "loreft", "loreft_tied"]  # fmt: skip
+CASES = ["seq_bn", "double_seq_bn", "layers", "par_bn", "par_bn_learned", "plus", "compacter", "compacterpp", "lora", "ia3", "prefix", "prefix_flat", "loreft", "loreft_tied", "gated", "par_bn_gated", "compacter_gated"]  # fmt: skip
 
 
 def backbone(kind, *, headed=False):
@@ -157,7 +157,7 @@ def copied(folder, case="seq_bn", kind="bert", top=None, **options):
 
 REFUSED = {
     "invertible": ({"inv_adapter": "nice"}, r"has invertible adapters \(inv_adapter\), which deltakit does not have"),
-    "gates": ({"use_gating": True}, r"has gates \(use_gating\)"),
+    "no gate": ({"use_gating": True}, "lacks its gate; save or download it again"),
     "a norm": ({"ln_after": True}, r"has a norm of its own after the bottleneck"),
     "another place": ({"residual_before_ln": "post_add"}, "residual_before_ln='post_add', which puts it where deltakit has no adapter"),
     "an activation": ({"non_linearity": "mish"}, "have the activation 'mish', which deltakit does not have; it has gelu, gelu_tanh, leaky_relu"),

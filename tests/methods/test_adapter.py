@@ -8,7 +8,7 @@ from torch import nn
 import deltakit as dk
 from support import backbone_zoo
 from support.backbone_inputs import inputs
-from support.models import Transformer, attached
+from support.models import Transformer, attached, randomize
 from support.tiny_transformers import build
 
 
@@ -141,3 +141,22 @@ def test_a_router_is_not_the_output_of_its_experts(kind):
     found = {len(module.up.bias) for (module,) in delta.modules.values()}
     assert found == {model.config.hidden_size}
     assert torch.equal(call(model), before)
+
+
+@pytest.mark.parametrize("shape", [(5, 11), (3, 5, 11), (3, 2, 5, 11)])
+def test_a_gate_is_one_number_for_each_example(shape):
+    layer = nn.Linear(11, 7).double()
+    model, x = nn.Sequential(layer), torch.randn(shape, dtype=torch.float64)
+    before = model(x)
+    delta = dk.attach(model, dk.Adapter(size=3, at="0", gate=True))
+    assert torch.equal(model(x), before)
+    assert str(delta).count("size=3 gelu gate") == 1
+    randomize(delta)
+    state = {name.rsplit(".adapter.")[1]: value for name, value in delta.state_dict().items()}
+    y = layer.weight @ x[..., None]
+    y = y[..., 0] + layer.bias
+    g = 1 / (1 + (-(y @ state["gate.weight"].mT + state["gate.bias"])).exp())
+    g = g if len(shape) == 2 else g.flatten(1).mean(1).reshape(-1, *[1] * (len(shape) - 1))
+    down = F.gelu(y @ state["down.weight"].mT + state["down.bias"])
+    expected = y + g * (down @ state["up.weight"].mT + state["up.bias"])
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)

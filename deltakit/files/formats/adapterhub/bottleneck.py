@@ -32,11 +32,11 @@ _NAMES = {
     "adapter_up.weight": "up.weight",
     "adapter_up.bias": "up.bias",
 }
+_GATE = ("gate.weight", "gate.bias")
 _ABSENT = {
     "inv_adapter": "invertible adapters",
     "ln_before": "a norm of its own before the bottleneck",
     "ln_after": "a norm of its own after the bottleneck",
-    "use_gating": "gates",
     "cross_adapter": "adapters after cross-attention",
     "shared_W_phm": "weights shared over all layers",
 }
@@ -50,6 +50,7 @@ class _Config(TypedDict, total=False):
     residual_before_ln: bool | str
     is_parallel: bool
     scaling: float | str
+    use_gating: bool
     phm_layer: bool
     dropout: float
     stochastic_depth: float | None
@@ -61,6 +62,7 @@ _DEFAULTS = _Config(
     residual_before_ln=True,
     is_parallel=False,
     scaling=1.0,
+    use_gating=False,
     phm_layer=False,
     dropout=0.0,
     stochastic_depth=0.0,
@@ -86,20 +88,31 @@ def read_bottlenecks(source: Source, name: object, config: Mapping[str, Any], pa
     for owner, tensors in by_place(source.tensors, "adapters", name).items():
         place = place_of(source.backbone, owner, source.folder) if source.backbone is not None else None
         target, to = _target(options, place, owner, source.folder)
+        gate = _gate(options, tensors, source.folder, owner)
+        tensors = {key: tensor for key, tensor in tensors.items() if key not in gate}
         if options["is_parallel"]:
-            _add_parallel(parts, source, options, activation, (owner, place), tensors)
+            _add_parallel(parts, source, options, activation, (owner, place), tensors, gate)
             continue
         if options["phm_layer"]:
             method, layers = compacter(config, tensors, name, source, owner)
         else:
             layers = _layers(tensors, source.folder, owner, _factor(options, tensors, source.folder, owner))
             method = {"size": len(layers["down.bias"])}
-        method |= {"activation": activation, "add_to": to}
+        method |= {"activation": activation, "add_to": to, **({"gate": True} if gate else {})}
         if "shared.rule" in layers and tuple(method.items()) in shared:
             # The first target holds what all of them share.
             del layers["shared.rule"]
         shared.add(tuple(method.items()))
-        parts.add("compacter" if options["phm_layer"] else "adapter", method, target, layers)
+        parts.add("compacter" if options["phm_layer"] else "adapter", method, target, layers | gate)
+
+
+def _gate(options: Mapping[str, Any], tensors: Mapping[str, Tensor], where: Path, owner: str) -> dict[str, Tensor]:
+    """Returns the two tensors of an adapter's gate; none if it has no gate."""
+    if not options["use_gating"]:
+        return {}
+    if any(name not in tensors for name in _GATE):
+        raise CheckpointError(f"{where}: its adapter at {owner} lacks its gate; save or download it again")
+    return {name: tensors[name] for name in _GATE}
 
 
 def _warn_of_dropout(options: Mapping[str, Any], source: Source) -> None:
@@ -156,6 +169,7 @@ def _add_parallel(
     activation: str,
     where: tuple[str, Place | None],
     tensors: Mapping[str, Tensor],
+    gate: dict[str, Tensor],
 ) -> None:
     owner, place = where
     if options["phm_layer"]:
@@ -171,8 +185,9 @@ def _add_parallel(
         "activation": activation,
         "scaling": scaling,
         "source": f"^{place.source}" if place is not None else None,
+        **({"gate": True} if gate else {}),
     }
-    parts.add("parallel_adapter", method, place.part if place is not None else owner, layers)
+    parts.add("parallel_adapter", method, place.part if place is not None else owner, layers | gate)
     if place is not None:
         # What hands the input of this module over has no tensors.
         parts.add("parallel_adapter", method, place.source, {})
