@@ -119,7 +119,8 @@ def _source(kind: type[Method]) -> str:
     It is only one of the two where nothing has both, and "" where there is neither.
     """
     module = inspect.getmodule(kind)
-    texts = [" ".join((text or "").split()) for text in (kind.__doc__, module and module.__doc__)]
+    # The options may have papers of their own.
+    texts = [" ".join((text or "").partition("Args:")[0].split()) for text in (kind.__doc__, module and module.__doc__)]
     for pattern in _SOURCES:
         for text in texts:
             found = re.search(pattern, text)
