@@ -1,6 +1,6 @@
 """Backbone guards: hooks that a backbone needs besides the deltas' own, while deltas are attached."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from deltakit.injection.loading_guards import ReportPart, refuse_loading
 from deltakit.injection.output_hooks import InputHook, OutputHook
 from deltakit.injection.replaced_targets import TargetGuard
 from deltakit.injection.rows_observer import forget_rows, observe_rows
-from deltakit.injection.tables import ours, unhook
+from deltakit.injection.tables import ours, stand, unhook
 from deltakit.injection.training_guard import TrainingGuard
 from deltakit.injection.weight_patch import PatchHook
 
@@ -67,19 +67,19 @@ def watch(backbone: nn.Module) -> None:
     # What was taken out of the backbone may be put back after the delta was detached.
     guarded = [m for m in removed if _watch_inside(m, "", known, _Found(m)) or m._load_state_dict_pre_hooks]
     holds = bool(found.records)
-    _stand(ReportPart, backbone, lambda guard: backbone.register_load_state_dict_pre_hook(guard), wanted=holds)
-    _stand(WarnOfInactive, backbone, lambda guard: backbone.register_state_dict_pre_hook(guard), wanted=holds)
-    _stand(CallObserver, backbone, partial(_around, backbone), wanted=found.reads_call)
-    _stand(TrainingGuard, backbone, partial(_ahead, backbone), wanted=holds)
+    stand(ReportPart, backbone, lambda guard: backbone.register_load_state_dict_pre_hook(guard), wanted=holds)
+    stand(WarnOfInactive, backbone, lambda guard: backbone.register_state_dict_pre_hook(guard), wanted=holds)
+    stand(CallObserver, backbone, partial(_around, backbone), wanted=found.reads_call)
+    stand(TrainingGuard, backbone, partial(_ahead, backbone), wanted=holds)
     for guard in ours(backbone, TrainingGuard):
         guard.follow(found.records)
     if holds:
-        _stand(TargetGuard, backbone, partial(_ahead, backbone), wanted=True)
+        stand(TargetGuard, backbone, partial(_ahead, backbone), wanted=True)
     refuse_loading(backbone, found.records, removed)
     # Also one that is not wanted any more: a forward of another thread may be about to call it.
     for guard in ours(backbone, TargetGuard):
         guard.expect(found.ways, _holdings(backbone, found, guard.holdings), there, guarded)
-    _stand(TargetGuard, backbone, partial(_ahead, backbone), wanted=holds)
+    stand(TargetGuard, backbone, partial(_ahead, backbone), wanted=holds)
     for first in ours(backbone, FirstForward):
         first.changing = False
 
@@ -92,7 +92,7 @@ def change_begins(backbone: nn.Module, change: RunningCall) -> None:
     Args:
         change: the function that attaches or detaches, and calls `watch`.
     """
-    _stand(TargetGuard, backbone, partial(_ahead, backbone), wanted=True)
+    stand(TargetGuard, backbone, partial(_ahead, backbone), wanted=True)
     for guard in ours(backbone, TargetGuard):
         guard.changing = change
     for first in ours(backbone, FirstForward):
@@ -167,7 +167,7 @@ def _watch_inside(module: nn.Module, path: str, known: dict[int, bool], all_foun
     if not found:
         forget_rows(module)
     if hasattr(type(module), "gradient_checkpointing"):
-        _stand(InputGradients, module, partial(_ahead, module), wanted=found)
+        stand(InputGradients, module, partial(_ahead, module), wanted=found)
     if isinstance(module, nn.TransformerEncoder):
         _keep_unnested(module, wanted=found)
     return found
@@ -214,15 +214,6 @@ def watch_rows(backbone: nn.Module, attached: Sequence[Attachment]) -> None:
         roots.append(backbone)
     for root in roots:
         observe_rows(root, records)
-
-
-def _stand(kind: type[Any], module: nn.Module, register: Callable[[Any], Any], *, wanted: bool) -> None:
-    """Registers one guard of a kind on a module if it is wanted, and removes it if not."""
-    there = ours(module, kind)
-    if wanted and not there:
-        register(kind())
-    elif not wanted:
-        unhook(module, there)
 
 
 def _ahead(module: nn.Module, guard: Any) -> None:

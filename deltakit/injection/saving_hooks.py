@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from deltakit.core import deltas_left_out, without_deltas
 from deltakit.injection.narrowed_state_dict import whole_state_dict
-from deltakit.injection.tables import ours, unhook
+from deltakit.injection.tables import stand
 
 
 class OwnValues:
@@ -45,8 +45,4 @@ def own_state_dicts(module: nn.Module, own: Mapping[str, Tensor]) -> Iterator[No
 
 def hook_state_dicts(module: nn.Module, kind: type[Any], *, wanted: bool) -> None:
     """Registers a hook of this class on the state dicts of a module, or removes it."""
-    there = ours(module, kind)
-    if not wanted:
-        unhook(module, there)
-    elif not there:
-        module.register_state_dict_post_hook(kind())
+    stand(kind, module, module.register_state_dict_post_hook, wanted=wanted)

@@ -4,7 +4,7 @@ Not by the handles that torch returns: they do not follow a deepcopy, and Ctrl-C
 its handle would leave a hook that nobody can remove.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -53,6 +53,15 @@ def unhook(module: nn.Module, hooks: Iterable[Any]) -> None:
             if own[about]:
                 for number in {*own[about]} - {*table}:
                     own[about].pop(number, None)
+
+
+def stand(kind: type[Any], module: nn.Module, register: Callable[[Any], Any], *, wanted: bool) -> None:
+    """Registers one hook of a class on a module if it is wanted, and removes it if not."""
+    there = ours(module, kind)
+    if wanted and not there:
+        register(kind())
+    elif not wanted:
+        unhook(module, there)
 
 
 def _object_of(hook: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from deltakit.core import BareLayer, DeltaModule, Design, Method, Target, linear_sizes, wide
 from deltakit.errors import OptionError, TargetError
-from deltakit.ops import OutputMap, block_size_for, like, take_weighted_sum
+from deltakit.ops import QUERIES_AND_VALUES, OutputMap, block_size_for, like, take_weighted_sum
 
 
 class C3ADelta(OutputMap):
@@ -75,7 +75,7 @@ class C3A(Method, name="c3a"):
             raise OptionError(f"C3A(block_size={self.block_size}): expected at least 1 feature; 256 is usual")
 
     def positions(self) -> tuple[tuple[str, ...], ...]:
-        return (("attn.q", "attn.qkv"), ("attn.v", "attn.kv"))
+        return QUERIES_AND_VALUES
 
     def build_at(self, target: Target) -> DeltaModule:
         return C3ADelta(target, self.block_size)

@@ -19,9 +19,8 @@ from deltakit.ops import (
     WeightMethod,
     check_rank,
     kaiming_uniform,
-    kernel_of,
     like,
-    matrix_sizes,
+    sizes,
     stack_of,
     sum_of_products,
 )
@@ -32,8 +31,7 @@ class HiRADelta(WeightMap):
 
     def __init__(self, target: Target, options: "HiRA") -> None:
         super().__init__(target)
-        d_in, d_out = matrix_sizes(target, "HiRA")
-        d_in *= kernel_of(target).numel()
+        d_in, d_out = sizes(target, "HiRA")
         self.embeds = isinstance(target.module, nn.Embedding)
         self.A = nn.Parameter(torch.empty(*stack_of(target), options.r, d_in, **like(target)))
         self.B = nn.Parameter(torch.empty(*stack_of(target), d_out, options.r, **like(target)))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from deltakit.core import BareLayer, DeltaModule, Design, Method, Target, wants_start_values, wide
 from deltakit.errors import OptionError
-from deltakit.ops import InputMap, kaiming_uniform, like
+from deltakit.ops import INPUTS_OF_QUERIES_AND_VALUES, InputMap, kaiming_uniform, like
 
 
 class HRADelta(InputMap):
@@ -79,8 +79,7 @@ class HRA(Method, name="hra"):
             )
 
     def positions(self) -> tuple[tuple[str, ...], ...]:
-        # An input map reflects the input of a fused projection as a whole.
-        return (("attn.qkv", "attn.q"), ("attn.qkv", "attn.kv", "attn.v"))
+        return INPUTS_OF_QUERIES_AND_VALUES
 
     def build_at(self, target: Target) -> DeltaModule:
         return HRADelta(target, self.r)

@@ -29,13 +29,13 @@ from deltakit.errors import DeltaError, OptionError, RoleError, TargetError
 from deltakit.ops import (
     AttentionBeside,
     BesideMode,
+    EntersMode,
     attention_targets,
     calls_fused_attention,
     enter_prefix_mode,
     enters_by_interface,
     heads_of,
     install_prefixes,
-    leave_prefix_mode,
     like,
 )
 
@@ -87,20 +87,11 @@ class LlamaAdapterDelta(AttentionBeside):
         return f"tokens={len(self.prompt)}"
 
 
-class LlamaAdapterModeDelta(LlamaAdapterDelta):
+class LlamaAdapterModeDelta(EntersMode, LlamaAdapterDelta):
     """The same for attention outside transformers' attention interface: it overrides torch's function in the forward."""
 
     def enter(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         enter_prefix_mode(BesideMode(target, self.peers(target)))
-
-    def leave(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        mode = leave_prefix_mode(target)
-        if mode is not None:
-            mode.check()
-        return output
-
-    def abandon(self, target: nn.Module) -> None:
-        leave_prefix_mode(target)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ from deltakit.core import (
 )
 from deltakit.errors import OptionError, TargetError
 from deltakit.ops import (
+    QUERIES_AND_VALUES,
     STARTS_WITH_A_PRODUCT,
     LowRank,
     NormedLowRank,
@@ -200,7 +201,7 @@ class LoRA(Method, name="lora"):
         return replace(self, r=r, alpha=self.scaling * (math.sqrt(r) if self.rslora else r))
 
     def positions(self) -> tuple[tuple[str, ...], ...]:
-        return (("attn.q", "attn.qkv"), ("attn.v", "attn.kv"))
+        return QUERIES_AND_VALUES
 
     def kind_at(self, target: Target) -> type[LoRADelta]:
         return DoRADelta if self.dora else LoRADelta

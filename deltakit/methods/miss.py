@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from deltakit.core import BackboneView, DeltaModule, Design, Method, Target
 from deltakit.errors import OptionError, TargetError
-from deltakit.ops import LowRank, LowRankMethod, Seeded, WeightMap, largest_sizes, like
+from deltakit.ops import LowRank, LowRankMethod, Seeded, WeightMap, largest_sizes, like, sizes, take_weighted_sum
 
 
 class MiSSDelta(LowRank):
@@ -35,9 +35,8 @@ class MiSSDelta(LowRank):
         tiles = self.shared.tiles.to(self.B)
         return tiles[:, : self.d_in], self.B.repeat(self.d_out // len(self.B), 1)
 
-    @torch.no_grad()
     def take_sum(self, parts: Sequence[tuple[float, DeltaModule]]) -> tuple[float, float]:
-        return _take_sum(self.B, [(weight, part.B) for weight, part in parts if isinstance(part, MiSSDelta)])
+        return take_weighted_sum(self, "B", parts)
 
     def summary(self) -> str:
         return f"r={self.B.shape[1]}" + (f" mini={len(self.B)}" if len(self.B) < self.d_out else "")
@@ -48,7 +47,7 @@ class MiSSBatDelta(WeightMap):
 
     def __init__(self, target: Target, options: "MiSS") -> None:
         super().__init__(target)
-        d_in, d_out = largest_sizes([target], "MiSS")
+        d_in, d_out = sizes(target, "MiSS")
         if d_in % options.r or d_out % options.r:
             raise OptionError(
                 f"{target.named}: {options!r} expects sizes that r divides, and the layer has {d_in} to {d_out} features; use "
@@ -62,9 +61,8 @@ class MiSSBatDelta(WeightMap):
         parts = weight.unflatten(1, (-1, r)).unflatten(0, (-1, r)).transpose(1, 2)
         return (parts @ blocks[:, None] + blocks[:, None]).transpose(1, 2).flatten(2).flatten(0, 1)
 
-    @torch.no_grad()
     def take_sum(self, parts: Sequence[tuple[float, DeltaModule]]) -> tuple[float, float]:
-        return _take_sum(self.B, [(weight, part.B) for weight, part in parts if isinstance(part, MiSSBatDelta)])
+        return take_weighted_sum(self, "B", parts)
 
     def summary(self) -> str:
         return f"r={self.B.shape[-1]} bat"
@@ -128,10 +126,3 @@ class MiSS(LowRankMethod, name="miss"):
 def _tiled(values: Float[Tensor, "r d_in"], _: torch.Generator) -> None:
     r, d_in = values.shape
     values.copy_(torch.eye(r, device=values.device).repeat(1, -(-d_in // r))[:, :d_in])
-
-
-def _take_sum(own: nn.Parameter, terms: Sequence[tuple[float, Tensor]]) -> tuple[float, float]:
-    total = sum(weight * tensor.double() for weight, tensor in terms)
-    assert isinstance(total, Tensor)
-    own.copy_(total)
-    return 0.0, float(total.square().sum())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from deltakit.core import BareLayer, DeltaModule, Design, Method, Target, wide
 from deltakit.errors import OptionError
-from deltakit.ops import InputMap, block_size_for, like
+from deltakit.ops import INPUTS_OF_QUERIES_AND_VALUES, InputMap, block_size_for, like
 
 
 class OFTDelta(InputMap):
@@ -100,8 +100,7 @@ class OFT(Method, name="oft"):
             raise OptionError(f"OFT(terms={self.terms}): expected at least 4; 5 is usual")
 
     def positions(self) -> tuple[tuple[str, ...], ...]:
-        # An input map turns the input of a fused projection as a whole.
-        return (("attn.qkv", "attn.q"), ("attn.qkv", "attn.kv", "attn.v"))
+        return INPUTS_OF_QUERIES_AND_VALUES
 
     def build_at(self, target: Target) -> DeltaModule:
         return OFTDelta(target, self)

@@ -21,6 +21,7 @@ from deltakit.errors import OptionError, TargetError
 from deltakit.ops import (
     FRONT,
     AttentionPrefix,
+    EntersMode,
     PositionsDelta,
     PrefixMode,
     attends,
@@ -34,7 +35,6 @@ from deltakit.ops import (
     install_prefixes,
     joined,
     joined_per_example,
-    leave_prefix_mode,
     like,
     nothing_handed_on,
     refuse_without_first_block,
@@ -106,7 +106,7 @@ class PrefixDelta(AttentionPrefix):
         return f"tokens={self.tokens}" + (" reparam" if self.out is not None else "")
 
 
-class PrefixModeDelta(PrefixDelta):
+class PrefixModeDelta(EntersMode, PrefixDelta):
     """A prefix for attention outside transformers' attention interface: it overrides torch's functions in the forward."""
 
     def enter(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -116,15 +116,6 @@ class PrefixModeDelta(PrefixDelta):
         else:
             times = batch.times(hidden_input(args, kwargs), target)
             enter_prefix_mode(PrefixMode(target, *joined_per_example(prefixes, batch, times)))
-
-    def leave(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        mode = leave_prefix_mode(target)
-        if mode is not None:
-            mode.check()
-        return output
-
-    def abandon(self, target: nn.Module) -> None:
-        leave_prefix_mode(target)
 
 
 class FirstBlockPrefixDelta(PrefixDelta):
@@ -137,27 +128,19 @@ class FirstBlockPrefixDelta(PrefixDelta):
         return args, {**kwargs, FRONT: front}
 
     def leave(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return nothing_handed_on(output)
+        return nothing_handed_on(super().leave(target, args, kwargs, output))
 
     def summary(self) -> str:
         return f"{super().summary()} relative_positions=first_block"
 
 
-class FirstBlockModeDelta(PrefixModeDelta):
+class FirstBlockModeDelta(FirstBlockPrefixDelta, PrefixModeDelta):
     """The same for T5 as it was before it used transformers' attention interface."""
-
-    mixable: ClassVar[bool] = False
 
     def enter(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kwargs, front = first_block_only(self, target, args, kwargs)
         enter_prefix_mode(PrefixMode(target, *self.key_value(), front=front))
         return args, kwargs
-
-    def leave(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return nothing_handed_on(super().leave(target, args, kwargs, output))
-
-    def summary(self) -> str:
-        return f"{super().summary()} relative_positions=first_block"
 
 
 class PrefixMLP(nn.Module):

@@ -82,7 +82,7 @@ class ReFTDelta(OutputMap):
         for unit, (places, there) in enumerate(self.places(y)):
             index = places[..., None].expand(-1, -1, y.shape[-1])
             h, unit = y.gather(1, index), min(unit, len(rows) - 1)
-            # Two products of one kind: where W is still R, they cancel to the last bit.
+            # Two products of one kind: where W is still R, they cancel bit-exactly.
             learned = F.linear(h, self.source[unit])
             learned = learned if self.variant == "direft" else learned - F.linear(h, rows[unit])
             change = (learned + self.bias[unit]) @ rows[unit]

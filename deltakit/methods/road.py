@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from deltakit.core import BareLayer, DeltaModule, Design, Method, Target, wide
 from deltakit.errors import OptionError, TargetError
-from deltakit.ops import OutputMap, block_size_for, like
+from deltakit.ops import QUERIES_AND_VALUES, OutputMap, block_size_for, like
 
 _SIZES = {"road_1": (1, 2), "road_2": (1, 1), "road_4": (2, 1)}
 """For each variant the number of values of an angle, and the number of features that share them."""
@@ -103,7 +103,7 @@ class RoAd(Method, name="road"):
             raise OptionError(f"RoAd(group_size={self.group_size}): expected an even number of features; 64 is usual")
 
     def positions(self) -> tuple[tuple[str, ...], ...]:
-        return (("attn.q", "attn.qkv"), ("attn.v", "attn.kv"))
+        return QUERIES_AND_VALUES
 
     def build_at(self, target: Target) -> DeltaModule:
         return RoAdDelta(target, self)

@@ -5,7 +5,7 @@ from deltakit.ops.attention.first_block import FRONT, first_block_only, nothing_
 from deltakit.ops.attention.function_mode import PrefixMode
 from deltakit.ops.attention.interface import install_prefixes
 from deltakit.ops.attention.kernel import AttentionPrefix, joined, joined_per_example
-from deltakit.ops.attention.mode_stack import enter_prefix_mode, leave_prefix_mode
+from deltakit.ops.attention.mode_stack import EntersMode, enter_prefix_mode
 from deltakit.ops.attention.sites import attends, calls_fused_attention, enters_by_interface, heads_of
 from deltakit.ops.attention.targets import attention_targets
 from deltakit.ops.blocks import block_size_for
@@ -30,7 +30,8 @@ from deltakit.ops.prompt.started import StartedPrompt
 from deltakit.ops.prompt.text_stack import input_embeddings, stack_at, text_stack
 from deltakit.ops.recompute import linear_with
 from deltakit.ops.seeded import Draw, Seeded, SeededPlaces, normal, seeded_places, uniform
-from deltakit.ops.sizes import input_size, kernel_of, largest_sizes, like, matrix_shape, matrix_sizes, stack_of
+from deltakit.ops.sizes import input_size, kernel_of, largest_sizes, like, matrix_shape, matrix_sizes, sizes, stack_of
+from deltakit.ops.usual_positions import INPUTS_OF_QUERIES_AND_VALUES, QUERIES_AND_VALUES
 from deltakit.ops.weight_method import (
     LowRankMethod,
     WeightMethod,
@@ -45,6 +46,8 @@ from deltakit.ops.weighted_sum import take_weighted_sum
 __all__ = [
     "ACTIVATIONS",
     "FRONT",
+    "INPUTS_OF_QUERIES_AND_VALUES",
+    "QUERIES_AND_VALUES",
     "STARTS_WITH_A_PRODUCT",
     "AttentionBeside",
     "AttentionPrefix",
@@ -53,6 +56,7 @@ __all__ = [
     "BottleneckMethod",
     "CallContext",
     "Draw",
+    "EntersMode",
     "Fastfood",
     "Handover",
     "InputMap",
@@ -97,7 +101,6 @@ __all__ = [
     "kernel_of",
     "key_of_name",
     "largest_sizes",
-    "leave_prefix_mode",
     "like",
     "linear_with",
     "matrix_shape",
@@ -108,6 +111,7 @@ __all__ = [
     "refuse_max_norm",
     "refuse_without_first_block",
     "seeded_places",
+    "sizes",
     "stack_at",
     "stack_of",
     "start_factors",

@@ -9,6 +9,7 @@ from deltakit.errors import OptionError, TargetError
 from deltakit.ops.forwards import refuse_max_norm
 from deltakit.ops.kinds.low_rank import LowRank, check_dropout
 from deltakit.ops.sizes import sizes, stack_of
+from deltakit.ops.usual_positions import QUERIES_AND_VALUES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class WeightMethod(Method):
     untie: bool = False
 
     def positions(self) -> tuple[tuple[str, ...], ...]:
-        return (("attn.q", "attn.qkv"), ("attn.v", "attn.kv"))
+        return QUERIES_AND_VALUES
 
     def build_at(self, target: Target) -> DeltaModule:
         name = type(self).__name__

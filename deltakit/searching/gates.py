@@ -40,7 +40,7 @@ class Gates(nn.Module):
         return p * (p.detach().sum() / p.sum())
 
     def _shift(self) -> Tensor:
-        # The number of parameters falls as the shift grows. At the ends all gates are open or closed to the last bit.
+        # The number of parameters falls as the shift grows. At the ends all gates are exactly open or closed.
         alpha = self.alpha.detach()
         low, high = alpha.min() - 50 * self.beta, alpha.max() + 50 * self.beta
         for _ in range(_HALVINGS):

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from deltakit.core import Site, is_conv1d, is_quantized, linear_sizes, own_modules
 from deltakit.files.formats.writing import Writing
@@ -66,6 +66,19 @@ def differs_with_new_weight(module: nn.Module | None) -> str:
     if base is not None and getattr(type(module), "forward", None) is not base.forward:
         return f"is a {type(module).__name__} with a forward of its own"
     return ""
+
+
+def in_kernel(factor: Tensor, module: nn.Module) -> Tensor:
+    """Returns a matrix [rows, channels * positions] as the kernel [rows, channels, *positions] of a convolution.
+
+    For another module it is returned as it is.
+    """
+    return factor.unflatten(1, (-1, *module.kernel_size)) if isinstance(module, _CONVOLUTIONS) else factor
+
+
+def pointwise(factor: Tensor, module: nn.Module) -> Tensor:
+    """Returns a matrix as the kernel of a convolution over one position; for another module, as it is."""
+    return factor[(..., *[None] * len(module.kernel_size))] if isinstance(module, _CONVOLUTIONS) else factor
 
 
 def refuse_layer(writing: Writing, site: Site, layers: Layers) -> None:

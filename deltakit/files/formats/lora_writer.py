@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from deltakit.core import Site, join, names_by_id, split_slice, tensors_of
 from deltakit.files.formats.dora import written_magnitudes
-from deltakit.files.formats.layers import LAYERS_OF_LORA, differs, refuse_layer, target_options
+from deltakit.files.formats.layers import LAYERS_OF_LORA, differs, in_kernel, pointwise, refuse_layer, target_options
 from deltakit.files.formats.lora import LORA, LORA_OF_EMBEDDINGS
 from deltakit.files.formats.writing import Writing
 
@@ -111,10 +111,8 @@ def _sum(factors: Sequence[_Factors], r: int) -> tuple[Tensor, Tensor]:
 
 def _named(path: str, target: nn.Module, a: Tensor, b: Tensor) -> dict[str, Tensor]:
     names = LORA_OF_EMBEDDINGS if isinstance(target, nn.Embedding) else LORA
-    kernel = getattr(target, "kernel_size", ())
-    if isinstance(target, nn.modules.conv._ConvNd):
-        a, b = a.unflatten(1, (-1, *kernel)), b[(..., *([None] * len(kernel)))]
-    return {f"{path}{suffix}": {"A": a, "B": b}[ours] for suffix, ours in names.items()}
+    factors = {"A": in_kernel(a, target), "B": pointwise(b, target)}
+    return {f"{path}{suffix}": factors[ours] for suffix, ours in names.items()}
 
 
 def _parameter(writing: Writing, site: Site, names: Mapping[int, Sequence[str]]) -> str:

@@ -81,16 +81,14 @@ def attend(
     if not found:
         return kernel(module, query, key, value, attention_mask, *args, **kwargs)
     others = [one for one in found if isinstance(one, AttentionBeside)]
-    if others:
-        prefixes = [one for one in found if one not in others]
-        output, *rest = _attend_with(
-            prefixes, front, kernel, implementation, module, query, key, value, attention_mask, *args, **kwargs
-        )
-        added = beside(others, module, query, kwargs.get("scaling"))
-        return (output + added.transpose(1, 2), *rest)
-    return _attend_with(
-        found, front, kernel, implementation, module, query, key, value, attention_mask, *args, **kwargs
+    prefixes = [one for one in found if one not in others] if others else found
+    attended = _attend_with(
+        prefixes, front, kernel, implementation, module, query, key, value, attention_mask, *args, **kwargs
     )
+    if not others:
+        return attended
+    output, *rest = attended
+    return (output + beside(others, module, query, kwargs.get("scaling")).transpose(1, 2), *rest)
 
 
 def _attend_with(

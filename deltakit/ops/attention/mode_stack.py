@@ -5,6 +5,7 @@ remove whatever is on top: that must be their own modes. Below all others is tor
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +19,23 @@ from torch.utils._device import DeviceContext
 
 from deltakit.core import running_call
 from deltakit.ops.attention.function_mode import PrefixMode
+from deltakit.ops.attention.kernel import AttentionPrefix
+
+
+class EntersMode(AttentionPrefix):
+    """Its `enter` puts a mode on the stack of this thread. The mode is checked and removed after the call.
+
+    A class that derives from it names it ahead of its other bases.
+    """
+
+    def leave(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        mode = leave_prefix_mode(target)
+        if mode is not None:
+            mode.check()
+        return output
+
+    def abandon(self, target: nn.Module) -> None:
+        leave_prefix_mode(target)
 
 
 def enter_prefix_mode(mode: PrefixMode) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from deltakit.core import Site
 from deltakit.errors import CheckpointError
-from deltakit.files.formats.layers import Layers, differs_with_new_weight
+from deltakit.files.formats.layers import Layers, differs_with_new_weight, in_kernel, pointwise
 from deltakit.files.formats.peft.row import Field, Options, OptionsAt, Row, Stored
 from deltakit.files.formats.source import Source
 from deltakit.files.formats.writing import Writing
@@ -51,13 +51,11 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _in_kernel(tensor: Tensor, site: Site) -> Tensor:
-    kernel = getattr(site.target, "kernel_size", ())
-    return tensor.unflatten(1, (-1, *kernel)) if isinstance(site.target, nn.modules.conv._ConvNd) else tensor
+    return in_kernel(tensor, site.target)
 
 
 def _pointwise(tensor: Tensor, site: Site) -> Tensor:
-    convolves = isinstance(site.target, nn.modules.conv._ConvNd)
-    return tensor[(..., *[None] * len(site.target.kernel_size))] if convolves else tensor  # type: ignore[arg-type]
+    return pointwise(tensor, site.target)
 
 
 def _flat_core(core: Tensor) -> Tensor:
