@@ -4,13 +4,15 @@
                                  [--table benchmarks/methods.md]
 
 Measured are the time of a training step, the floating-point operations of its products, the bytes kept for the backward pass,
-and the parameters. The backbones of one row take turns in one process. A row is written as soon as it is measured.
+and the parameters. The backbones of one row take turns in one process. A row is written as soon as it is measured; the rows
+of other methods in the file stay.
 """
 
 import argparse
 import copy
 import dataclasses
 import gc
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -93,7 +95,9 @@ def peft_config(name: str, ours: dk.Method, delta: dk.Delta) -> Any:
     if issubclass(kind, peft.PromptLearningConfig):
         options |= {"num_virtual_tokens": ours.tokens, "task_type": "FEATURE_EXTRACTION"}
     else:
-        options["target_modules"] = list(delta.modules)
+        # LN-tuning's targets are the parameters of norms, and PEFT wants the norms.
+        targets = (path.removesuffix(".weight").removesuffix(".bias") for path in delta.modules)
+        options["target_modules"] = list(dict.fromkeys(targets))
     if name == "ia3":
         options["feedforward_modules"] = [path for path in delta.modules if path.endswith("output.dense")]
     if "token_indices" in known:
@@ -107,8 +111,9 @@ def contestants(name: str, device: str) -> tuple[dict[str, Any], dict[str, str]]
     models = {"floor": floor, "LoRA": copy.deepcopy(floor), "deltakit": copy.deepcopy(floor)}
     ours = method(name, floor)
     delta = dk.attach(models["deltakit"], ours)
-    layers = [floor.get_submodule(path) for path in delta.modules]
-    at = ["^" + path for path in delta.modules] if all(type(layer) is nn.Linear for layer in layers) else None
+    modules = dict(floor.named_modules())
+    linear = all(type(modules.get(path)) is nn.Linear for path in delta.modules)
+    at = ["^" + path for path in delta.modules] if linear else None
     rank = getattr(ours, "r", 8)
     dk.attach(models["LoRA"], dk.LoRA(r=rank if isinstance(rank, int) else 8, at=at))
     try:
@@ -200,7 +205,8 @@ def main() -> None:
     harness.add_options(parser, rounds=7)
     options = parser.parse_args()
     print(harness.machine())
-    results = []
+    there = json.loads(options.out.read_text())["rows"] if options.out and options.out.exists() else []
+    results = [row for row in there if row["method"] not in options.methods]
     for name in options.methods:
         row = measure(name, options.rounds, options.device)
         results.append(row)
