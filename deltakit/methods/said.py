@@ -37,7 +37,8 @@ class SAIDDelta(WeightMap):
         self.factor = nn.Parameter(torch.ones(1, **like(target))) if options.structured else None
 
     def weight_update(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        theta = gathered_in_training(self.shared.theta)
+        # A copy, because torch's FLOP counter refuses a module that is called with a parameter in a backward pass.
+        theta = gathered_in_training(self.shared.theta).clone()
         update: Tensor = self.shared.projection(theta, self.projection_key, tuple(weight.shape))
         return update if self.factor is None else update * self.factor.to(update)
 

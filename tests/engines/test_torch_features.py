@@ -6,10 +6,11 @@ import weakref
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import deltakit as dk
 from support.backbone_inputs import inputs
-from support.models import Transformer, attached, ids
+from support.models import Transformer, attached, ids, method_of
 from support.tiny_transformers import build
 
 
@@ -74,3 +75,12 @@ def test_to_a_device_and_back():
     assert all(parameter.is_meta for parameter in delta.parameters())
     assert output.shape == model.to_empty(device="cpu")(ids()).shape
     assert before.keys() == delta.state_dict().keys()
+
+
+@pytest.mark.parametrize("method", ["lora", "said", "loha"])
+def test_the_flop_counter_counts_a_training_step(method):
+    model = Transformer()
+    attached(model, method_of(method))
+    with FlopCounterMode(display=False) as counter:
+        model(ids()).sum().backward()
+    assert counter.get_total_flops() > 0
