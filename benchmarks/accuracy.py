@@ -3,9 +3,9 @@
     python benchmarks/accuracy.py [--methods lora adapter ...] [--seeds 3] [--examples 480] [--epochs 3] [--workers 2]
                                   [--out benchmarks/results/accuracy.json] [--table benchmarks/accuracy.md]
 
-Each method gets the same budget: three learning rates with the first seed, of which the accuracy on a validation split chooses
-one, and then the other seeds with that rate. The classifier always has the same rate. The test split chooses nothing. Each run
-is written as soon as it ends, and a second start goes on where the first one stopped.
+Each method gets the same budget: three learning rates with the first seed on the first task, of which the accuracy on its
+validation split chooses one, and then the other seeds and tasks with that rate. The classifier always has the same rate. The
+test split chooses nothing. Each run is written as soon as it ends, and a second start goes on where the first one stopped.
 """
 
 import argparse
@@ -85,6 +85,8 @@ def needs_high_rates(name: str) -> bool:
 
 def rates(name: str) -> tuple[float, ...]:
     """Returns the learning rates that a contestant may choose from. All have the same number of them."""
+    if name == HEAD_ALONE:
+        return (HEAD_RATE,)
     parts = [part for part in name.split(" + ") if part in dk.METHODS]
     return HIGH_RATES if any(map(needs_high_rates, parts)) else RATES
 
@@ -181,7 +183,7 @@ class Results:
         return {Job(*(row[field] for field in Job._fields)): row for row in own}
 
     def chosen(self, name: str, methods: tuple[dk.Method, ...], task: str) -> float | None:
-        """Returns the learning rate that is best on the validation split, with the first seed; None before all have run."""
+        """Returns the rate that is best on a task's validation split, with the first seed; None before all have run."""
         runs = self.runs(name, methods, task)
         grid = {rate: runs.get(Job(task, name, rate, 0)) for rate in rates(name)}
         if None in grid.values():
@@ -193,14 +195,13 @@ def missing(
     results: Results, wanted: dict[str, tuple[dk.Method, ...]], tasks: Sequence[str], seeds: int
 ) -> Iterator[Job]:
     """Yields the runs that can start now: first the learning rates, then the seeds with the chosen one."""
-    for task in tasks:
-        for name, methods in wanted.items():
-            done, rate = results.runs(name, methods, task), results.chosen(name, methods, task)
-            if rate is None:
-                jobs = [Job(task, name, rate, 0) for rate in rates(name)]
-            else:
-                jobs = [Job(task, name, rate, seed) for seed in range(seeds)]
-            yield from (job for job in jobs if job not in done)
+    for name, methods in wanted.items():
+        rate = results.chosen(name, methods, tasks[0])
+        if rate is None:
+            jobs = [Job(tasks[0], name, rate, 0) for rate in rates(name)]
+        else:
+            jobs = [Job(task, name, rate, seed) for task in tasks for seed in range(seeds)]
+        yield from (job for job in jobs if job not in results.runs(name, methods, job.task))
 
 
 def table(results: Results, wanted: dict[str, tuple[dk.Method, ...]], tasks: Sequence[str], seeds: int) -> list[str]:
@@ -210,24 +211,26 @@ def table(results: Results, wanted: dict[str, tuple[dk.Method, ...]], tasks: Seq
         means, cells = [], []
         ratio = next((row["ratio"] for row in results.of(name, methods) if "ratio" in row), None)
         last: dict[str, Any] = {}
+        rate = results.chosen(name, methods, tasks[0])
         for task in tasks:
-            rate, runs = results.chosen(name, methods, task), results.runs(name, methods, task)
+            runs = results.runs(name, methods, task)
             own = [runs[job] for seed in range(seeds) if (job := Job(task, name, rate or 0, seed)) in runs]
             if rate is None or len(own) < seeds:
-                cells.append("not run |")
+                cells.append("not run")
                 continue
             last = own[0]
             found = [100 * row["test"] for row in own]
             means.append(statistics.mean(found))
-            cells.append(f"{means[-1]:.1f} ({min(found):.1f} to {max(found):.1f}) | {rate:g}{edge(name, rate)}")
+            cells.append(f"{means[-1]:.1f} ({min(found):.1f} to {max(found):.1f})")
+        cells.append("" if rate is None else f"{rate:g}{edge(name, rate)}")
         size = f"{last['parameters']:,} | {last['bytes'] / 1000:,.0f}" if last else "|"
         time = harness.spread(tuple(ratio)) if ratio else ""
         mean = statistics.mean(means) if len(means) == len(tasks) else -1
         lines.append((mean, f"| {name} | {' | '.join(cells)} | {size} | {time} |"))
-    heads = " | ".join(f"{task}, % right | rate" for task in tasks)
+    heads = " | ".join(f"{task}, % right" for task in tasks)
     return [
-        f"| method | {heads} | parameters | file, kB | step, ratio to LoRA |",
-        "|---|" + "---|---|" * len(tasks) + "---|---|---|",
+        f"| method | {heads} | rate | parameters | file, kB | step, ratio to LoRA |",
+        "|---|" + "---|" * len(tasks) + "---|---|---|---|",
         *(line for _, line in sorted(lines, key=lambda pair: -pair[0])),
     ]
 
@@ -235,6 +238,8 @@ def table(results: Results, wanted: dict[str, tuple[dk.Method, ...]], tasks: Seq
 def edge(name: str, rate: float) -> str:
     """Returns a mark for a rate at the end of the grid, beyond which another may be better."""
     grid = rates(name)
+    if len(grid) == 1:
+        return ""
     return " <" if rate == grid[0] else " >" if rate == grid[-1] else ""
 
 
@@ -243,8 +248,8 @@ def document(lines: Sequence[str], settings: Settings, seeds: int) -> str:
     said = (
         f"The encoder of `deltakit demo` learns the seven intents of SNIPS and the ten topics of CLINC150 "
         f"(`benchmarks/data/clinc150`) from {settings.examples} examples, in {settings.epochs} passes. Every method has its "
-        f"default options and chooses one of {len(RATES)} learning rates on a validation split. The classifier is trained at "
-        f"{HEAD_RATE:g} in all rows, and alone in the row `{HEAD_ALONE}`. Accuracy is on the test split: the mean of {seeds} "
+        f"default options and chooses one of {len(RATES)} learning rates on the validation split of SNIPS. The classifier is "
+        f"trained at {HEAD_RATE:g} in all rows, and alone in the row `{HEAD_ALONE}`. Accuracy is on the test split: the mean of {seeds} "
         f"seeds, which also draw the examples, with the lowest and the highest. `<` and `>` mark rates at an end of the grid. "
         f"Parameters are without the classifier, files with it. Steps take turns with LoRA's: medians with quartiles."
     )

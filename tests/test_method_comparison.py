@@ -29,10 +29,10 @@ def row(job, valid, test, results, methods=None, **changed):
     return {**job._asdict(), **results.settings._asdict(), **common, "valid": valid, "test": test, **changed}
 
 
-def fill(accuracy, results, seeds, value):
+def fill(accuracy, results, seeds, value, tasks=("SNIPS",)):
     """Does all runs, with accuracies that a function gives, and returns them in their order."""
     done = []
-    while jobs := list(accuracy.missing(results, WANTED, ["SNIPS"], seeds)):
+    while jobs := list(accuracy.missing(results, WANTED, tasks, seeds)):
         for job in jobs:
             results.add(row(job, *value(job), results))
         done += jobs
@@ -43,7 +43,9 @@ def test_every_registered_method_is_compared_with_a_grid_of_one_length(accuracy)
     found = accuracy.contestants()
     assert set(dk.METHODS) < set(found)
     assert found["head alone"] == ()
-    assert {len(accuracy.rates(name)) for name in found} == {3}
+    assert {len(accuracy.rates(name)) for name in found if found[name]} == {3}
+    # It has only the classifier's rate.
+    assert accuracy.rates("head alone") == (accuracy.HEAD_RATE,)
     # Prompts and scales get larger ones, by what they declare.
     assert accuracy.rates("ia3") == accuracy.rates("prefix + parallel_adapter") == accuracy.HIGH_RATES
     assert accuracy.rates("lora, dora=True") == accuracy.rates("bitfit") == accuracy.RATES
@@ -68,6 +70,17 @@ def test_the_rate_is_chosen_on_the_validation_split_alone(accuracy, results):
         "| bitfit | 40.0 (40.0 to 40.0) | 0.006 | 1,234 | 6 |  |",
         "| lora | 10.0 (10.0 to 10.0) | 0.002 < | 1,234 | 6 |  |",
     ]
+
+
+def test_the_first_task_chooses_the_rate_of_the_others(accuracy, results):
+    low, *_ = accuracy.RATES
+    best = {("SNIPS", low): 0.9, ("CLINC150", accuracy.RATES[1]): 0.99}
+    jobs = fill(accuracy, results, 2, lambda job: (best.get((job.task, job.rate), 0.5), 0.3), ["SNIPS", "CLINC150"])
+    assert {(job.rate, job.seed) for job in jobs if job.task == "CLINC150"} == {(low, 0), (low, 1)}
+    lines = accuracy.table(results, WANTED, ["SNIPS", "CLINC150"], 2)
+    assert lines[0].startswith("| method | SNIPS, % right | CLINC150, % right | rate | parameters |")
+    assert lines[2] == "| lora | 30.0 (30.0 to 30.0) | 30.0 (30.0 to 30.0) | 0.002 < | 1,234 | 6 |  |"
+    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
 
 
 def test_a_second_start_does_what_is_missing(accuracy, results):

@@ -15,12 +15,22 @@ from functools import partial
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from deltakit.core import BackboneView, DeltaModule, Design, Target, wants_start_values
 from deltakit.errors import OptionError
-from deltakit.ops import LowRank, LowRankMethod, Seeded, check_alpha, check_seed, drawn_sizes, largest_sizes, like
+from deltakit.ops import (
+    LowRank,
+    LowRankMethod,
+    Seeded,
+    check_alpha,
+    check_seed,
+    drawn_sizes,
+    largest_sizes,
+    like,
+    linear_with,
+)
 
 
 class RandLoRADelta(LowRank):
@@ -48,6 +58,27 @@ class RandLoRADelta(LowRank):
         thin = (self.L[..., None] * a[:, :, :smaller] * self.G).flatten(0, 1)
         frozen = b[: max(self.d_in, self.d_out), :count].flatten(1)
         return (thin, frozen) if self.d_in <= self.d_out else (frozen.T, thin.T)
+
+    def forward(
+        self,
+        x: Shaped[Tensor, "*input"],
+        y: Float[Tensor, "*output"],
+        layer: nn.Module | None = None,
+        alone: bool = False,
+    ) -> Float[Tensor, "*output"]:
+        # The rank is that of a full matrix. With many tokens the matrix costs less than the two products, and the backward
+        # pass needs only x, where it would need the product with A, which is as large.
+        tokens, rank = x.numel() // self.d_in, min(self.d_in, self.d_out)
+        matrix = self.d_in * self.d_out * (tokens + rank)
+        if not self.linear or self.feature_slice is not None or matrix > tokens * rank * (self.d_in + self.d_out):
+            added: Tensor = super().forward(x, y, layer, alone)
+            return added
+        change = linear_with(self._dropped(x), self._full, tuple(self.parameters()))
+        return y + (self.scaling * self.strength * change).to(y.dtype)
+
+    def _full(self) -> Float[Tensor, "d_out d_in"]:
+        a, b = self.factors()
+        return b @ a
 
     def summary(self) -> str:
         r, count = self.L.shape

@@ -97,6 +97,16 @@ def saved(run):
 
 
 class TestWeightMaps:
+    def test_the_graph_keeps_no_product_of_full_rank(self):
+        model = nn.Sequential(nn.Linear(D_IN, D_OUT)).double()
+        delta = randomize(dk.attach(model, dk.RandLoRA(r=2, at="0")))
+        x = torch.randn(67, D_IN, dtype=torch.float64)
+        output, kept = saved(lambda: model(x))
+        own = {p.data_ptr() for p in delta.parameters()}
+        assert {t.data_ptr() for t in kept} - own == {x.data_ptr()}
+        one_by_one = torch.cat([model(row[None]) for row in x])
+        torch.testing.assert_close(one_by_one, output)
+
     @pytest.mark.parametrize("kind", ["weight_update", "new_weight"])
     def test_the_graph_keeps_no_matrix(self, kind):
         model = nn.Sequential(nn.Linear(D_IN, D_OUT)).double()
