@@ -249,9 +249,10 @@ def document(lines: Sequence[str], settings: Settings, seeds: int) -> str:
         f"The encoder of `deltakit demo` learns the seven intents of SNIPS and the ten topics of CLINC150 "
         f"(`benchmarks/data/clinc150`) from {settings.examples} examples, in {settings.epochs} passes. Every method has its "
         f"default options and chooses one of {len(RATES)} learning rates on the validation split of SNIPS. The classifier is "
-        f"trained at {HEAD_RATE:g} in all rows, and alone in the row `{HEAD_ALONE}`. Accuracy is on the test split: the mean of "
-        f"{seeds} seeds, which also draw the examples, with the lowest and the highest. `<` and `>` mark rates at an end of the "
-        f"grid. Parameters are without the classifier, files with it. Steps take turns with LoRA's: medians with quartiles."
+        f"trained at {HEAD_RATE:g} in all rows, and alone in the row `{HEAD_ALONE}`. Accuracy is on the test split: the mean "
+        f"of {seeds} seeds, which also draw the examples, with the lowest and the highest. `<` and `>` mark rates at an end "
+        f"of the grid. Parameters are without the classifier, files with it. Steps take turns with LoRA's: medians with "
+        f"quartiles."
     )
     return harness.page("accuracy.py", "Methods on two real tasks", said, lines)
 
