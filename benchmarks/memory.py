@@ -21,7 +21,7 @@ from torch import nn
 
 import deltakit as dk
 
-CONTESTANTS = ("floor", "PEFT", "deltakit", "deltakit int8")
+CONTESTANTS = ("floor", "PEFT", "deltakit", "deltakit int8", "deltakit frozen A")
 
 
 def contestant(name: str, dtype: torch.dtype, who: str, device: str = "cpu") -> Any:
@@ -31,7 +31,8 @@ def contestant(name: str, dtype: torch.dtype, who: str, device: str = "cpu") -> 
     if who == "PEFT":
         model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=paths))
     elif who != "floor":
-        dk.attach(model, dk.LoRA(r=8, at=["^" + p for p in paths], keep="int8" if "int8" in who else "exact"))
+        keep, frozen = "int8" if "int8" in who else "exact", "frozen" in who
+        dk.attach(model, dk.LoRA(r=8, at=["^" + p for p in paths], keep=keep, frozen_a=frozen))
     else:
         model.requires_grad_(False)
     require_gradients(model)

@@ -19,6 +19,7 @@ from deltakit.core.bare_weight import (
     weight_view,
 )
 from deltakit.core.buffer_ledger import buffer_at, copy_buffers, is_below, relative
+from deltakit.core.cached_text import keep_text, whole_text
 from deltakit.core.callables import takes
 from deltakit.core.caller_rows import begin_forward, close_rows, current_batch, end_forward, open_rows, rows_now
 from deltakit.core.delta_module import DeltaModule
@@ -162,6 +163,7 @@ __all__ = [
     "is_sharded",
     "is_slice",
     "join",
+    "keep_text",
     "key_of",
     "label_among",
     "label_of",
@@ -212,6 +214,7 @@ __all__ = [
     "wants_start_values",
     "weight_entries",
     "weight_view",
+    "whole_text",
     "wide",
     "without_deltas",
     "without_start_values",

@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from deltakit.core.graph_notes import in_backward, mark_inputs, note, noted
+from deltakit.core.graph_notes import ROWS, in_backward, mark_inputs, note, noted
 from deltakit.core.mixed_batch import MixedBatch
 from deltakit.errors import OptionError, StateError, no_such_delta
 
@@ -74,7 +74,7 @@ def rows_now(record: RowsState, module: nn.Module) -> MixedBatch | None:
         torch._dynamo.graph_break()
     here = _ROWS.get().get(record)
     if in_backward():
-        rows = noted()
+        rows: Mapping[RowsState, MixedBatch] | None = noted(ROWS)
         return rows.get(record) if rows is not None else _unnoted(record, here)
     if here is None:
         if record.open_blocks and module.__dict__.get("_is_replica"):
@@ -199,7 +199,7 @@ def end_forward(backbone: nn.Module, output: Any, records: Sequence[RowsState]) 
         batch.running.remove(thread)
     if output is None or in_backward():
         return
-    done = note(output, backbone, _ROWS.get()) if torch.is_grad_enabled() else not _makes_graph()
+    done = note(output, backbone, ROWS, _ROWS.get()) if torch.is_grad_enabled() else not _makes_graph()
     if not done and batch is not None:
         _set_unrooted(batch)
 

@@ -1,9 +1,10 @@
-"""Notes on autograd graphs: which mixed batches a forward of the backbone was run with.
+"""Notes on autograd graphs: which mixed batches a forward of the backbone was run with, and which ids and mask it got.
 
 Gradient checkpointing runs parts of a forward again in the backward pass. That may be after the `rows` block, in another
-block, or in one of autograd's own threads, so the caller says nothing about the rows. But autograd knows which node it works
-on, and this node is of the forward's own graph: the `CheckpointFunction` of reentrant checkpointing, or else the node whose
-saved tensor is asked for. Its `metadata` is a dict that torch keeps on the node itself, also while Python has no reference.
+block, or in one of autograd's own threads, so the caller says nothing about the forward. But autograd knows which node it
+works on, and this node is of the forward's own graph: the `CheckpointFunction` of reentrant checkpointing, or else the node
+whose saved tensor is asked for. Its `metadata` is a dict that torch keeps on the node itself, also while Python has no
+reference.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_NOTE = "deltakit_rows"
+ROWS, CALL = "deltakit_rows", "deltakit_call"
+"""The notes: the rows of the caller, and the backbone's call."""
 _OUTSIDE = "deltakit_outside"
 
 # torch has no public function for these two.
@@ -24,11 +26,10 @@ def in_backward() -> bool:
     return bool(_graph_task() != -1)
 
 
-def noted() -> Mapping[Any, Any] | None:
-    """Returns the note on the node that the backward pass of this thread works on; None without one."""
+def noted(name: str) -> Any:
+    """Returns the note of this name on the node that the backward pass of this thread works on; None without one."""
     node: Any = _node_now()
-    found: Mapping[Any, Any] | None = node.metadata.get(_NOTE) if node is not None else None
-    return found
+    return node.metadata.get(name) if node is not None else None
 
 
 def mark_inputs(inputs: Any, backbone: nn.Module) -> None:
@@ -44,15 +45,19 @@ def mark_inputs(inputs: Any, backbone: nn.Module) -> None:
             node.metadata[_OUTSIDE, id(backbone)] = True
 
 
-def note(outputs: Any, backbone: nn.Module, value: Mapping[Any, Any]) -> bool:
-    """Writes a note on all nodes of a forward's graph that have none, and returns whether it returned any tensor.
+def note(outputs: Any, backbone: nn.Module, name: str, value: Any) -> bool:
+    """Writes a note on all nodes of a forward's graph that have none of this name.
 
     A node takes about 2 us (measured). Nodes of the parameters are left out: they outlive the graph.
 
     Args:
         outputs: what the forward returned, in any containers.
         backbone: the module that was called.
+        name: the name of the note.
         value: the note.
+
+    Returns:
+        whether the forward returned any tensor.
     """
     outside, seen = (_OUTSIDE, id(backbone)), set()
     nodes: list[Any] = [tensor.grad_fn for tensor in _tensors(outputs, set())]
@@ -65,7 +70,7 @@ def note(outputs: Any, backbone: nn.Module, value: Mapping[Any, Any]) -> bool:
         metadata = node.metadata
         # Behind the note of another forward nothing is of this one. Behind the same note there may be: a part of the backbone
         # that is observed itself has noted its own graph.
-        if outside in metadata or metadata.setdefault(_NOTE, value) is not value:
+        if outside in metadata or metadata.setdefault(name, value) is not value:
             continue
         nodes += [following for following, _ in node.next_functions]
     return found

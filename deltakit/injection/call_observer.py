@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deltakit.core import CurrentCall, begin_call, end_call, running_call
+from deltakit.core import CurrentCall, begin_call, end_call, keep_text, running_call
 
 _IDS, _MASK, _CACHE = ("input_ids", "decoder_input_ids"), ("attention_mask",), ("past_key_values", "cache_params")
 
@@ -23,11 +23,15 @@ class CallObserver:
         if ids is None and args and isinstance(args[0], Tensor) and not args[0].is_floating_point():
             # The user's own models may name their ids differently.
             ids = args[0]
-        begin_call(CurrentCall(ids, _first_tensor(call, _MASK), _seen(call), id(backbone), running_call()))
+        mask, cache = _first_tensor(call, _MASK), _cache(call)
+        current = CurrentCall(ids, mask, _seen(cache), id(backbone), running_call(), cache=cache)
+        begin_call(current, backbone, (args, kwargs))
 
     def end(self, backbone: nn.Module, args: Any, output: Any) -> None:
         """Ends the call. After an interruption that skips this, the call is known to be over."""
-        end_call()
+        call = end_call(backbone, output)
+        if call is not None:
+            keep_text(call, output)
 
 
 def mask_of(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -48,9 +52,12 @@ def _first_tensor(call: dict[str, Any], names: tuple[str, ...]) -> Tensor | None
     return next((call[name] for name in names if isinstance(call.get(name), Tensor)), None)
 
 
-def _seen(call: dict[str, Any]) -> int | None:
-    """Returns the number of tokens in the cache before this call; None if it holds some and does not say how many."""
-    cache = next((call[name] for name in _CACHE if call.get(name) is not None), None)
+def _cache(call: dict[str, Any]) -> Any:
+    return next((call[name] for name in _CACHE if call.get(name) is not None), None)
+
+
+def _seen(cache: Any) -> int | None:
+    """Returns the number of tokens in a cache before this call; None if it holds some and does not say how many."""
     try:
         return int(cache.get_seq_length()) if cache is not None else 0
     except (AttributeError, ValueError):

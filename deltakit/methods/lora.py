@@ -5,6 +5,11 @@ a = sqrt(5) as in the authors' code; the paper says Gaussian. The rank-stabilise
 Kalajdzievski 2023, https://arxiv.org/abs/2312.03732.
 
 DoRA: W' = m (W + s B A) / ||W + s B A||, with one norm per row.  Liu et al. 2024, https://arxiv.org/abs/2402.09353, section 4.
+
+aLoRA acts on the tokens from an invocation sequence on.  Greenewald et al. 2025, https://arxiv.org/abs/2504.12397, section 3.
+
+LoRA-FA never trains A, so x need not be kept for the backward pass.  Zhang et al. 2023, https://arxiv.org/abs/2308.03303,
+section 3.
 """
 
 import math
@@ -18,6 +23,7 @@ from torch import Tensor, nn
 
 from deltakit.core import (
     FROZEN,
+    BackboneView,
     DeltaModule,
     Method,
     PerTarget,
@@ -32,6 +38,7 @@ from deltakit.errors import OptionError, TargetError
 from deltakit.ops import (
     QUERIES_AND_VALUES,
     STARTS_WITH_A_PRODUCT,
+    ActivatedLowRank,
     LowRank,
     NormedLowRank,
     check_alpha,
@@ -42,6 +49,7 @@ from deltakit.ops import (
     difference,
     kaiming_uniform,
     like,
+    refuse_two_texts,
     stack_of,
     start_factors,
     sum_of_products,
@@ -62,7 +70,7 @@ class LoRADelta(LowRank):
         stack, r = stack_of(target), one_value(options.r)
         self.A = nn.Parameter(torch.empty(*stack, r, self.d_in, **like(target)))
         self.B = nn.Parameter(torch.empty(*stack, self.d_out, r, **like(target)))
-        self.start = options.start
+        self.start, self.frozen_a = options.start, options.frozen_a
         self.differs = self.start in STARTS_WITH_A_PRODUCT
         if self.differs:
             self.A0, self.B0 = (nn.Parameter(torch.empty_like(factor)) for factor in (self.A, self.B))
@@ -76,9 +84,10 @@ class LoRADelta(LowRank):
 
     def reset_parameters(self) -> None:
         if self.embeds:
-            # As in the authors' code, where A is the zero factor of embeddings.
-            nn.init.zeros_(self.A)
-            nn.init.normal_(self.B)
+            # As in the authors' code, where A is the zero factor of embeddings. A frozen A of zeros would never learn.
+            drawn, zero = (self.A, self.B) if self.frozen_a else (self.B, self.A)
+            nn.init.zeros_(zero)
+            nn.init.normal_(drawn)
             return
         kaiming_uniform(self.A)
         nn.init.zeros_(self.B)
@@ -89,7 +98,8 @@ class LoRADelta(LowRank):
         return difference(a, b, parameters["A0"], parameters["B0"]) if self.differs else (a, b)
 
     def tag_of(self, name: str) -> str:
-        return FROZEN if name == "B" and self.start == "mica" else super().tag_of(name)
+        frozen = name == "A" if self.frozen_a else name == "B" and self.start == "mica"
+        return FROZEN if frozen else super().tag_of(name)
 
     def start_at(self, directions: Tensor) -> None:
         self.A.copy_(directions)
@@ -110,6 +120,7 @@ class LoRADelta(LowRank):
         alpha = self.scaling * r
         scaling = f"alpha={alpha:g}" if float(alpha).is_integer() else f"scale={self.scaling:g}"
         start = f" {self.start}" if self.start != "kaiming" else ""
+        start += " frozen A" if self.frozen_a else ""
         return f"r={r} {scaling}{start}" + (f" dropout={self.dropout:g}" if self.dropout else "")
 
 
@@ -144,9 +155,30 @@ class DoRADelta(NormedLowRank, LoRADelta):
         return f"{super().summary()} dora"
 
 
+class ALoRADelta(ActivatedLowRank, LoRADelta):
+    """Acts on the tokens from the last occurrence of `invocation` on."""
+
+    def __init__(self, target: Target, options: "LoRA") -> None:
+        super().__init__(target, options)
+        if not self.linear:
+            raise TargetError(
+                f"{target.named}: LoRA(invocation=...) acts on the tokens of linear layers, found a "
+                f"{type(target.module).__name__}; use LoRA without invocation= here, or leave it out with exclude="
+            )
+        self.invocation = tuple(options.invocation)
+
+    def summary(self) -> str:
+        return f"{super().summary()} after {len(self.invocation)} ids"
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Method, name="lora"):
     """Low-rank updates of linear layers, embeddings, convolutions and parameters.
+
+    >>> import deltakit as dk
+    >>> model = nn.Sequential(nn.Linear(7, 5))
+    >>> dk.attach(model, dk.LoRA(r=2, at="0", frozen_a=True)).num_parameters  # LoRA-FA trains B [5, 2]
+    10
 
     Args:
         r: the rank, at least 1 and at most the smaller side of the weight.
@@ -155,6 +187,10 @@ class LoRA(Method, name="lora"):
             the target, or a module around it, counts.
         rslora: multiply by alpha / sqrt(r) instead.
         dora: also train the norms of the new weight's rows (DoRA).
+        invocation: token ids; LoRA then acts on the tokens from their last occurrence in a text on, and not at all in texts
+            without them (aLoRA). Keys and values of earlier tokens stay those of the backbone. Needs `input_ids`, and linear
+            layers as targets.
+        frozen_a: never train A (LoRA-FA). For the backward pass r values per token are kept instead of the layer's input.
         start: "kaiming" (A is random and B zero), "gaussian" (the same with a normal A), "pissa", "olora", "orthogonal" (with
             an even rank) or "mica" (B is never trained). The outputs stay those of the backbone until A or B is trained.
         dropout: the probability in [0, 1) with which inputs of the update are dropped in training.
@@ -172,6 +208,8 @@ class LoRA(Method, name="lora"):
     alpha: PerTarget[float] = 16
     rslora: bool = False
     dora: bool = False
+    invocation: Sequence[int] = ()
+    frozen_a: bool = False
     start: Literal["kaiming", "gaussian", "pissa", "olora", "orthogonal", "mica"] = "kaiming"
     dropout: float = 0.0
     keep: Literal["exact", "int8"] = "exact"
@@ -188,6 +226,21 @@ class LoRA(Method, name="lora"):
                 "LoRA(alpha=0, start='pissa'): expected an alpha above 0, because the start is divided by it"
             )
         check_dropout("LoRA", self.dropout)
+        if self.frozen_a and self.start == "mica":
+            raise OptionError(
+                "LoRA(frozen_a=True, start='mica'): then nothing is trained, because 'mica' never trains B; omit one of them"
+            )
+        self._check_invocation()
+
+    def _check_invocation(self) -> None:
+        if any(one < 0 for one in self.invocation):
+            raise OptionError(f"LoRA(invocation={list(self.invocation)}): expected token ids of at least 0")
+        if self.invocation and self.dora:
+            raise OptionError(
+                "LoRA(dora=True, invocation=...): a DoRA changes the norms of a weight, which is one for all tokens; omit "
+                "one of them"
+            )
+        object.__setattr__(self, "invocation", tuple(self.invocation))
 
     @property
     def scaling(self) -> float:
@@ -203,11 +256,19 @@ class LoRA(Method, name="lora"):
     def positions(self) -> tuple[tuple[str, ...], ...]:
         return QUERIES_AND_VALUES
 
-    def kind_at(self, target: Target) -> type[LoRADelta]:
+    def targets(self, index: BackboneView, selected: Sequence[Target] | None) -> Sequence[Target]:
+        if self.invocation:
+            refuse_two_texts(index, "lora", "LoRA(invocation=...) looks for its tokens")
+        return selected or ()
+
+    def kind_at(self, target: Target) -> type[LoRADelta] | None:
+        if self.invocation:
+            # A weight patch is for all tokens.
+            return None if target.never_called else ALoRADelta
         return DoRADelta if self.dora else LoRADelta
 
     def build_at(self, target: Target) -> DeltaModule:
-        kind = self.kind_at(target)
+        kind = self.kind_at(target) or ALoRADelta
         check_weight(target, "LoRA", untie=self.untie)
         check_patch_dropout(target, "LoRA", kind, self.dropout)
         check_rank(target, "LoRA", one_value(self.r))
@@ -219,9 +280,15 @@ class LoRA(Method, name="lora"):
             raise TargetError(
                 "DoRA is not linear in its parameters, so it has no weighted sums; run the deltas one by one"
             )
+        invocations = {part.invocation if isinstance(part, ALoRADelta) else () for part in parts}
+        if len(invocations) > 1:
+            raise TargetError(
+                f"LoRAs that act on different tokens have no sum: found the invocations {sorted(map(list, invocations))}; run "
+                "the deltas one by one"
+            )
         r = (
             rank
             if rank is not None
             else sum(part.factors()[0].shape[-2] for part in parts if isinstance(part, LoRADelta))
         )
-        return cls(r=r, alpha=r)
+        return cls(r=r, alpha=r, invocation=invocations.pop())

@@ -5,7 +5,6 @@ any R; DiReFT gives h + R^T (W h + b). The paper starts with random values, whic
 zero in DiReFT, so an untrained delta is exactly a no-op.
 """
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -30,7 +29,7 @@ from deltakit.core import (
     wide,
 )
 from deltakit.errors import OptionError, StateError, TargetError
-from deltakit.ops import OutputMap, attends, like
+from deltakit.ops import OutputMap, attends, like, refuse_two_texts
 
 
 class ReFTDelta(OutputMap):
@@ -196,11 +195,7 @@ class ReFT(Method, name="reft"):
         return (("block",),)
 
     def targets(self, index: BackboneView, selected: Sequence[Target] | None) -> Sequence[Target]:
-        if "decoder_input_ids" in inspect.signature(type(index.backbone).forward).parameters:
-            raise TargetError(
-                f"reft: {index.owner} has an encoder and a decoder, and ReFT counts positions in the one text of a backbone; "
-                "attach it to the encoder alone, or use another method"
-            )
+        refuse_two_texts(index, "reft", "ReFT counts positions")
         if self.at is None and not _has_positions(index):
             raise TargetError(
                 f"reft: {index.owner} has only linear layers and norms, which take features without positions too, and ReFT "

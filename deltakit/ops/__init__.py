@@ -13,6 +13,7 @@ from deltakit.ops.bottleneck import ACTIVATIONS, Bottleneck, BottleneckMethod, u
 from deltakit.ops.fastfood import Fastfood, key_of_name
 from deltakit.ops.forwards import has_own_forward, refuse_max_norm
 from deltakit.ops.handover import Handover, InputTap
+from deltakit.ops.kinds.activated_low_rank import ActivatedLowRank
 from deltakit.ops.kinds.call_context import CallContext
 from deltakit.ops.kinds.input_map import InputMap
 from deltakit.ops.kinds.low_rank import LowRank, check_alpha, check_dropout, kaiming_uniform
@@ -22,6 +23,7 @@ from deltakit.ops.kinds.output_map import OutputMap
 from deltakit.ops.kinds.weight_map import WeightMap
 from deltakit.ops.low_rank_starts import STARTS_WITH_A_PRODUCT, difference, start_factors
 from deltakit.ops.low_rank_sum import sum_of_products
+from deltakit.ops.one_text import refuse_two_texts
 from deltakit.ops.prompt.delta_modules import PromptVectorsDelta
 from deltakit.ops.prompt.method import PromptMethod
 from deltakit.ops.prompt.positions import PositionsDelta
@@ -49,6 +51,7 @@ __all__ = [
     "INPUTS_OF_QUERIES_AND_VALUES",
     "QUERIES_AND_VALUES",
     "STARTS_WITH_A_PRODUCT",
+    "ActivatedLowRank",
     "AttentionBeside",
     "AttentionPrefix",
     "BesideMode",
@@ -109,6 +112,7 @@ __all__ = [
     "nothing_handed_on",
     "on_own_examples",
     "refuse_max_norm",
+    "refuse_two_texts",
     "refuse_without_first_block",
     "seeded_places",
     "sizes",

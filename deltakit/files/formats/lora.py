@@ -1,7 +1,7 @@
 """LoRA as other libraries save it: the names of its tensors, its scale, and how a reader adds it to what it found."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,14 @@ class Scale(NamedTuple):
 
 
 def add_lora(
-    source: Source, parts: Parts, path: str, a: Tensor, b: Tensor, scale: Scale, m: Tensor | None = None
+    source: Source,
+    parts: Parts,
+    path: str,
+    a: Tensor,
+    b: Tensor,
+    scale: Scale,
+    m: Tensor | None = None,
+    invocation: tuple[int, ...] = (),
 ) -> None:
     """Adds one LoRA with the factors A [r, d_in] and B [d_out, r] to the parts; with magnitudes [d_out], a DoRA."""
     if not a.numel() or not b.numel():
@@ -38,7 +45,7 @@ def add_lora(
     full = len(a)
     a, b = needed(a, b)
     share = len(a) / full
-    options = {
+    options: dict[str, Any] = {
         "r": len(a),
         "alpha": scale.alpha if share == 1 else scale.alpha * (math.sqrt(share) if scale.rslora else share),
         "rslora": scale.rslora,
@@ -47,6 +54,9 @@ def add_lora(
         # PEFT adapts the module alone, also if its weight is tied.
         "untie": module is not None and source.is_tied(module._parameters.get("weight")),
     }
+    if invocation and not isinstance(module, nn.Embedding):
+        # In releases of PEFT that have both, the LoRA of embeddings acts on all tokens.
+        options["invocation"] = invocation
     if m is None:
         parts.add("lora", options, path, {"A": a, "B": b})
     else:

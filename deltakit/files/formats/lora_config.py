@@ -21,7 +21,7 @@ _ABSENT = {
     "monteclora_config": "MonteCLoRA",
     "kasa_config": "KaSA",
 }
-"""Options of PEFT's LoRA that change its formula or its targets, and that deltakit does not have."""
+"""Options of PEFT's LoRA that change its formula or its targets, and that not all readers have."""
 
 _CHANGES_BACKBONE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Values of `init_lora_weights` with which PEFT changes the backbone's weights at the start."""
@@ -44,6 +44,7 @@ class _Config(TypedDict, total=False):
     alpha_pattern: dict[str, float] | None
     rank_pattern: dict[str, Annotated[int, msgspec.Meta(ge=1)]] | None
     target_parameters: list[str] | None
+    alora_invocation_tokens: list[int] | None
     trainable_token_indices: list[int] | dict[str, list[int]] | None
 
 
@@ -55,6 +56,7 @@ _DEFAULTS = _Config(
     alpha_pattern=None,
     rank_pattern=None,
     target_parameters=None,
+    alora_invocation_tokens=None,
     trainable_token_indices=None,
 )
 
@@ -66,12 +68,12 @@ class LoRAOptions:
         CheckpointError: if the config is damaged, or has options that deltakit does not have.
     """
 
-    def __init__(self, source: Source, *, dora: bool = False) -> None:
+    def __init__(self, source: Source, *, has: Collection[str] = ()) -> None:
         """
         Args:
-            dora: whether the reader has DoRA.
+            has: those options of PEFT's LoRA beyond its formula that the reader has.
         """
-        _refuse_absent(source, ("use_dora",) if dora else ())
+        _refuse_absent(source, has)
         self.config: Any = source.options(_Config, _DEFAULTS)
         self._alphas, self._ranks = (
             Patterns(self.config[field] or {}, source.config_file / field)
@@ -82,6 +84,11 @@ class LoRAOptions:
         """Returns what the LoRA at a path has beside its rank."""
         alpha = self._alphas.value_at(path, self.config["lora_alpha"])
         return Scale(alpha, self.config["use_rslora"], self.config["lora_dropout"])
+
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        """The ids from which on the LoRAs act on a text; none if they act on all of it."""
+        return tuple(self.config["alora_invocation_tokens"] or ())
 
     def rank(self, path: str) -> int:
         """Returns the rank of the LoRA at a path, which its factors show, too, unless they are those of a stack."""

@@ -64,6 +64,9 @@ def lora_of(
         else:
             targets[site.owner] = site.target
     options, alone = _alike(by_path)
+    invocation = _invocation(writing)
+    if invocation:
+        options["alora_invocation_tokens"] = invocation
     found = written_magnitudes(writing)
     if found:
         options["use_dora"] = True
@@ -99,6 +102,24 @@ def _factors(writing: Writing, site: Site) -> tuple[Tensor, Tensor, Any]:
     b = torch.cat([b, -writing.tensor(site, "B0")], -1)
     r = a.shape[-2]
     return a, b, replace(method, r=r, alpha=method.scaling * r, rslora=False, start="kaiming")
+
+
+def _invocation(writing: Writing) -> list[int]:
+    """Returns the ids from which on the LoRAs act on a text; none if they act on all of it.
+
+    Raises:
+        CheckpointError: if they do not act on the same tokens.
+    """
+    methods: Sequence[Any] = writing.attachment.record.methods
+    sites = [site for site in writing.attachment.sites if writing.method(site) == "lora"]
+    found = {methods[site.method].invocation: site.path for site in sites}
+    if len(found) > 1:
+        (one, path), (other, other_path), *_ = found.items()
+        raise writing.impossible(
+            f"{writing.library} has one invocation for all LoRAs, and that of {path} is {list(one)}, that of {other_path} "
+            f"{list(other)}"
+        )
+    return list(*found)
 
 
 def _sum(factors: Sequence[_Factors], r: int) -> tuple[Tensor, Tensor]:

@@ -64,9 +64,10 @@ def _refuse(writing: Writing) -> None:
     embedding = next((site for site in attachment.sites if isinstance(site.target, nn.Embedding)), None)
     why = ""
     methods: Sequence[Any] = attachment.record.methods
-    dora = kinds == ["lora"] and any(method.dora for method in methods)
-    if kinds != ["lora"] or dora:
-        why = f"diffusers has LoRA, and this delta is {'DoRA' if dora else ' and '.join(kinds)}"
+    others = {"DoRA": "dora", "activated LoRA": "invocation"} if kinds == ["lora"] else {}
+    other = next((what for what, option in others.items() if any(getattr(one, option) for one in methods)), "")
+    if kinds != ["lora"] or other:
+        why = f"diffusers has LoRA, and this delta is {other or ' and '.join(kinds)}"
     elif full:
         why = f"it trains {full[0]} in full, for which diffusers has no place"
     elif embedding is not None:

@@ -24,14 +24,15 @@ def read_lora(source: Source, parts: Parts) -> None:
         CheckpointError: if it has options that deltakit does not have, or a tensor does not fit.
     """
     dora = bool(source.config.get("use_dora"))
-    options = LoRAOptions(source, dora=True)
+    options = LoRAOptions(source, has=("use_dora", "alora_invocation_tokens"))
     found, targets = source.by_path(LORA | LORA_OF_EMBEDDINGS), options.config["target_parameters"] or ()
     biases, magnitudes = source.by_path(LORA_BIAS), source.by_path(LORA_MAGNITUDES)
     _check_magnitudes(source, found if dora else (), magnitudes)
-    if dora and (biases or targets):
+    kind = "DoRA" if dora else "activated LoRA" if options.invocation else ""
+    if kind and (biases or targets or (dora and options.invocation)):
         raise CheckpointError(
-            f"{source.folder}: it has DoRA together with lora_bias or target_parameters, which PEFT does not have; save it "
-            "again"
+            f"{source.folder}: it has {kind} together with lora_bias, target_parameters or alora_invocation_tokens, which "
+            "deltakit does not have; use it in PEFT"
         )
     for path, pair in found.items():
         parameter = parameter_at(source, targets, path, found, options.rank) if targets else ""
@@ -44,7 +45,7 @@ def read_lora(source: Source, parts: Parts) -> None:
             parts.add("lora", own, parameter, {"A": a, "B": b})
         else:
             m = read_magnitudes(source, path, magnitudes[path]["m"]) if dora else None
-            add_lora(source, parts, path, a.flatten(1), b.flatten(1), scale, m)
+            add_lora(source, parts, path, a.flatten(1), b.flatten(1), scale, m, options.invocation)
         for bias in biases.get(path, {}).values():
             # It is behind B, so the scale is on it, too.
             parts.add("bitfit", {}, name, {"bias": bias * scale.factor(a.shape[-2] if parameter else len(a))})

@@ -25,7 +25,12 @@ def peft_lora_of(writing: Writing) -> tuple[dict[str, Any], dict[str, Tensor]]:
     biases = _biases(writing)
     if not biases:
         return options, named
-    for option, what in {"use_dora": "DoRA", "target_parameters": "LoRA on parameters"}.items():
+    beside = {
+        "use_dora": "DoRA",
+        "alora_invocation_tokens": "activated LoRA",
+        "target_parameters": "LoRA on parameters",
+    }
+    for option, what in beside.items():
         if options.get(option):
             raise writing.impossible(f"it has biases beside {what}, which PEFT does not have together")
     scale = Scale(options["lora_alpha"], options["use_rslora"]).factor(options["r"])
