@@ -5,6 +5,8 @@ a = sqrt(5) as in the authors' code; the paper says Gaussian. The rank-stabilise
 Kalajdzievski 2023, https://arxiv.org/abs/2312.03732.
 
 DoRA: W' = m (W + s B A) / ||W + s B A||, with one norm per row.  Liu et al. 2024, https://arxiv.org/abs/2402.09353, section 4.
+
+UniPELT: y = W x + g(x) s B A x, with one gate g for each example.  Mao et al. 2022, https://arxiv.org/abs/2110.07577.
 """
 
 import math
@@ -32,6 +34,7 @@ from deltakit.errors import OptionError, TargetError
 from deltakit.ops import (
     QUERIES_AND_VALUES,
     STARTS_WITH_A_PRODUCT,
+    GatedLowRank,
     LowRank,
     NormedLowRank,
     check_alpha,
@@ -144,6 +147,17 @@ class DoRADelta(NormedLowRank, LoRADelta):
         return f"{super().summary()} dora"
 
 
+class GatedLoRADelta(GatedLowRank, LoRADelta):
+    """Also trains `gate` [1, d_in] and its bias, which start near zero."""
+
+    def __init__(self, target: Target, options: "LoRA") -> None:
+        super().__init__(target, options)
+        self.add_gate(target)
+
+    def summary(self) -> str:
+        return f"{super().summary()} gate"
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Method, name="lora"):
     """Low-rank updates of linear layers, embeddings, convolutions and parameters.
@@ -155,6 +169,8 @@ class LoRA(Method, name="lora"):
             the target, or a module around it, counts.
         rslora: multiply by alpha / sqrt(r) instead.
         dora: also train the norms of the new weight's rows (DoRA).
+        gate: whether a trained gate multiplies the update, beside alpha / r: a number in (0, 1) for each example, the mean of
+            those of all positions (UniPELT, where it is the only factor: alpha = r). In decoders it sees later tokens.
         start: "kaiming" (A is random and B zero), "gaussian" (the same with a normal A), "pissa", "olora", "orthogonal" (with
             an even rank) or "mica" (B is never trained). The outputs stay those of the backbone until A or B is trained.
         dropout: the probability in [0, 1) with which inputs of the update are dropped in training.
@@ -172,6 +188,7 @@ class LoRA(Method, name="lora"):
     alpha: PerTarget[float] = 16
     rslora: bool = False
     dora: bool = False
+    gate: bool = False
     start: Literal["kaiming", "gaussian", "pissa", "olora", "orthogonal", "mica"] = "kaiming"
     dropout: float = 0.0
     keep: Literal["exact", "int8"] = "exact"
@@ -188,6 +205,13 @@ class LoRA(Method, name="lora"):
                 "LoRA(alpha=0, start='pissa'): expected an alpha above 0, because the start is divided by it"
             )
         check_dropout("LoRA", self.dropout)
+        self._check_gate()
+
+    def _check_gate(self) -> None:
+        if self.gate and self.dora:
+            raise OptionError("LoRA(gate=True, dora=True): omit one of the two; there is no DoRA with a gate")
+        if self.gate and self.keep != "exact":
+            raise OptionError(f"LoRA(gate=True, keep={self.keep!r}): the gate needs the exact inputs; use keep='exact'")
 
     @property
     def scaling(self) -> float:
@@ -203,11 +227,13 @@ class LoRA(Method, name="lora"):
     def positions(self) -> tuple[tuple[str, ...], ...]:
         return QUERIES_AND_VALUES
 
-    def kind_at(self, target: Target) -> type[LoRADelta]:
+    def kind_at(self, target: Target) -> type[LoRADelta] | None:
+        if self.gate:
+            return None if target.never_called else GatedLoRADelta
         return DoRADelta if self.dora else LoRADelta
 
     def build_at(self, target: Target) -> DeltaModule:
-        kind = self.kind_at(target)
+        kind = self.kind_at(target) or LoRADelta
         check_weight(target, "LoRA", untie=self.untie)
         check_patch_dropout(target, "LoRA", kind, self.dropout)
         check_rank(target, "LoRA", one_value(self.r))
@@ -215,9 +241,10 @@ class LoRA(Method, name="lora"):
 
     @classmethod
     def combination(cls, parts: Sequence[DeltaModule], rank: int | None) -> "LoRA":
-        if any(isinstance(part, DoRADelta) for part in parts):
+        other = next((part for part in parts if isinstance(part, DoRADelta | GatedLoRADelta)), None)
+        if other is not None:
             raise TargetError(
-                "DoRA is not linear in its parameters, so it has no weighted sums; run the deltas one by one"
+                f"{other.word()} is not linear in its parameters, so it has no weighted sums; run the deltas one by one"
             )
         r = (
             rank

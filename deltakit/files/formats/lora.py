@@ -1,7 +1,8 @@
 """LoRA as other libraries save it: the names of its tensors, its scale, and how a reader adds it to what it found."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,16 +30,27 @@ class Scale(NamedTuple):
 
 
 def add_lora(
-    source: Source, parts: Parts, path: str, a: Tensor, b: Tensor, scale: Scale, m: Tensor | None = None
+    source: Source,
+    parts: Parts,
+    path: str,
+    a: Tensor,
+    b: Tensor,
+    scale: Scale,
+    m: Tensor | None = None,
+    gate: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Adds one LoRA with the factors A [r, d_in] and B [d_out, r] to the parts; with magnitudes [d_out], a DoRA."""
+    """Adds one LoRA with the factors A [r, d_in] and B [d_out, r] to the parts; with magnitudes [d_out], a DoRA.
+
+    Args:
+        gate: the tensors of its gate, if it has one.
+    """
     if not a.numel() or not b.numel():
         raise CheckpointError(f"{source.folder}: the LoRA of {path} has no values; save or download it again")
     module = source.module(path)
     full = len(a)
     a, b = needed(a, b)
     share = len(a) / full
-    options = {
+    options: dict[str, Any] = {
         "r": len(a),
         "alpha": scale.alpha if share == 1 else scale.alpha * (math.sqrt(share) if scale.rslora else share),
         "rslora": scale.rslora,
@@ -47,10 +59,12 @@ def add_lora(
         # PEFT adapts the module alone, also if its weight is tied.
         "untie": module is not None and source.is_tied(module._parameters.get("weight")),
     }
-    if m is None:
-        parts.add("lora", options, path, {"A": a, "B": b})
-    else:
-        parts.add("lora", {**options, "dora": True}, path, {"A": a, "B": b, "m": m})
+    tensors = {"A": a, "B": b, **(gate or {})}
+    if gate:
+        options["gate"] = True
+    if m is not None:
+        options["dora"], tensors["m"] = True, m
+    parts.add("lora", options, path, tensors)
 
 
 def needed(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
