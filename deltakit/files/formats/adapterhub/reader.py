@@ -105,7 +105,7 @@ def _members(place: Path, config: Mapping[str, Any]) -> dict[str, Mapping[str, A
             what = _OTHERS.get(architecture, f"an adapter of the architecture {architecture!r}")
             raise CheckpointError(
                 f"{place}: this is {f'a union with {what}' if union else what} of AdapterHub, which deltakit does not read; "
-                "of AdapterHub it reads bottleneck adapters, compacters, LoRA, IA3, ReFT and prefixes"
+                "of AdapterHub it reads bottleneck and invertible adapters, compacters, LoRA, IA3, ReFT and prefixes"
             )
         if architecture in found:
             raise CheckpointError(
