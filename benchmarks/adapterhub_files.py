@@ -54,10 +54,27 @@ CASES = {
     "gated": adapters.DoubleSeqBnConfig(**SMALL, use_gating=True),
     "par_bn_gated": adapters.ParBnConfig(**SMALL, use_gating=True),
     "compacter_gated": adapters.CompacterConfig(**COMPACT, use_gating=True),
+    "lora_gated": adapters.LoRAConfig(r=2, alpha=5, intermediate_lora=True, use_gating=True),
+    "prefix_gated": adapters.PrefixTuningConfig(prefix_length=3, flat=True, leave_out=[0], use_gating=True),
+    "unipelt": adapters.UniPELTConfig(
+        adapters.PrefixTuningConfig(prefix_length=3, bottleneck_size=5),
+        adapters.SeqBnConfig(**SMALL),
+        adapters.LoRAConfig(r=2, alpha=2),
+    ),
+    "mam": adapters.MAMConfig(
+        adapters.PrefixTuningConfig(prefix_length=3, bottleneck_size=5), adapters.ParBnConfig(**SMALL)
+    ),
+    # The LoRAs are on the layers whose output the bottlenecks read, and come last.
+    "union": adapters.ConfigUnion(
+        adapters.LoReftConfig(r=2, prefix_positions=2, suffix_positions=1, dropout=0.0),
+        adapters.DoubleSeqBnConfig(**SMALL),
+        adapters.LoRAConfig(r=2, alpha=5, output_lora=True),
+    ),
+    "inv": adapters.SeqBnInvConfig(**SMALL, inv_adapter_reduction_factor=3),
 }
 
 
-PICKLED = ("seq_bn", "prefix", "prefix_flat")
+PICKLED = ("seq_bn", "prefix", "prefix_flat", "prefix_gated", "unipelt", "mam")
 """Prefixes cannot be saved as safetensors: two of their tensors are one."""
 
 
@@ -65,8 +82,35 @@ def ids():
     return torch.randint(3, 37, (2, 7), generator=torch.Generator().manual_seed(4))
 
 
-def outputs(model):
-    return model.base_model(ids()).last_hidden_state
+def mask():
+    return torch.tensor([[1, 1, 1, 1, 0, 0, 0], [1] * 7])
+
+
+def outputs(model, **given):
+    return model.base_model(ids(), **given).last_hidden_state
+
+
+def logits(kind, config, own, folder, generator):
+    """The tensors of the library's own language-model head, which applies the inverse, and its logits.
+
+    In release 1.2.0 transformers' own heads leave the inverse out.
+    """
+    torch.manual_seed(2)
+    model = adapters.AutoAdapterModel.from_config(config).eval()
+    model.load_state_dict(own, strict=False)
+    if kind == "bert":
+        model.add_masked_lm_head("lm")
+    else:
+        model.add_causal_lm_head("lm", layers=1)
+    for parameter in model.heads.parameters():
+        # BERT's is also the embedding.
+        if parameter is not model.get_input_embeddings().weight:
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+    model.load_adapter(str(folder), use_safetensors=True)
+    model.set_active_adapters("task")
+    model.active_head = "lm"
+    head = {f"head.{key}": value.clone() for key, value in model.heads["lm"].state_dict().items()}
+    return {**head, "logits": model.double()(ids()).logits}
 
 
 def patch_llama():
@@ -109,8 +153,12 @@ def main():
             model.save_adapter(str(folder / case), "task", with_head=False, use_safetensors=case not in PICKLED)
             expected[case] = outputs(model.double().eval())
             difference = (expected[case] - expected["plain"]).abs().max()
+            if case == "unipelt":
+                # Its gates count padding, too.
+                expected["unipelt_padded"] = outputs(model, attention_mask=mask())
             print(kind, case, float(difference), file=sys.stderr)
             assert difference > 1e-4
+        expected |= logits(kind, plain.config, own, folder / "inv", generator)
         save_file({key: value.contiguous() for key, value in expected.items()}, folder / "expected.safetensors")
 
 

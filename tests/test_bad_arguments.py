@@ -150,7 +150,7 @@ ACCEPTED = {
     **dict.fromkeys(["OFT.block_size", "BOFT.block_size", "RoAd.group_size"], NOTHING),
     "OFT.blocks": NOTHING | COUNT,
     "OFT.block_share": SWITCH,
-    **{f"{kind}.gate": SWITCH for kind in BOTTLENECKS},
+    **{f"{kind}.gate": SWITCH for kind in (*BOTTLENECKS, *PREFIXES, "LoRA")},
     **dict.fromkeys(["FourierFT.n", "C3A.block_size", "SHiRA.r"], NOTHING | COUNT),
     "FourierFT.scaling": NUMBER - {"0", "-1"},
     **dict.fromkeys(["FourierFT.seed", "SHiRA.seed"], COUNT | {"0"}),

@@ -87,7 +87,8 @@ class InvertibleAdapter(Method, name="invertible_adapter"):
     """An invertible map behind the input embedding, and its inverse before the output embedding, with the same parameters.
 
     By default the targets are the input embeddings, with all that share their weight, and the heads that have one output for
-    each of their tokens. A classifier is none of them. Of selected targets, linear layers get the inverse.
+    each of their tokens. A classifier is none of them. Of selected targets, linear layers get the inverse, and the input
+    embedding comes with all that share its weight.
 
     Args:
         reduction: the features of a half are divided by it in the bottlenecks, at least 1.
@@ -113,16 +114,18 @@ class InvertibleAdapter(Method, name="invertible_adapter"):
         return (("embed",), ("head",))
 
     def targets(self, index: BackboneView, selected: Sequence[Target] | None) -> Sequence[Target]:
-        if self.at is not None or selected is None:
-            return selected or ()
-        tokens = {len(target.module.weight) for target in selected if _is_embedding(target.module)}
-        chosen = [
-            target
-            for target in selected
-            if _is_embedding(target.module) or (linear_sizes(target.module) or (0, 0))[1] in tokens
-        ]
-        # T5 calls the embeddings of its encoder and its decoder, which have the weight of the one that is found.
-        tied = [name.rpartition(".")[0] for target in chosen for name in target.tied if _is_embedding(target.module)]
+        chosen = list(selected or ())
+        if self.at is None:
+            tokens = {len(target.module.weight) for target in chosen if _is_embedding(target.module)}
+            chosen = [
+                target
+                for target in chosen
+                if _is_embedding(target.module) or (linear_sizes(target.module) or (0, 0))[1] in tokens
+            ]
+        # T5 calls the embeddings of its encoder and its decoder, which have the weight of the one that is found. Selected by
+        # its own path, each of the two is meant alone.
+        found = [target for target in chosen if _is_embedding(target.module) and target.path in index.role("embed")]
+        tied = [name.rpartition(".")[0] for target in found for name in target.tied]
         chosen += [index.target(path) for path in tied if _is_embedding(index.by_path.get(path))]
         return list({target.path: target for target in chosen}.values())
 

@@ -10,6 +10,8 @@ aLoRA acts on the tokens from an invocation sequence on.  Greenewald et al. 2025
 
 LoRA-FA never trains A, so x need not be kept for the backward pass.  Zhang et al. 2023, https://arxiv.org/abs/2308.03303,
 section 3.
+
+UniPELT: y = W x + g(x) s B A x, with one gate g for each example.  Mao et al. 2022, https://arxiv.org/abs/2110.07577.
 """
 
 import math
@@ -29,7 +31,6 @@ from deltakit.core import (
     PerTarget,
     Target,
     bare_weight,
-    is_quantized,
     one_value,
     values_of,
     wants_start_values,
@@ -39,6 +40,7 @@ from deltakit.ops import (
     QUERIES_AND_VALUES,
     STARTS_WITH_A_PRODUCT,
     ActivatedLowRank,
+    GatedLowRank,
     LowRank,
     NormedLowRank,
     check_alpha,
@@ -135,12 +137,7 @@ class DoRADelta(NormedLowRank, LoRADelta):
 
     def __init__(self, target: Target, options: "LoRA") -> None:
         super().__init__(target, options)
-        weight = target.module._parameters.get("weight")
-        if self.embeds and weight is not None and is_quantized(weight):
-            raise TargetError(
-                f"{target.named}: DoRA needs the norms of the weight, which deltakit cannot read from a quantized embedding; "
-                "use LoRA without dora=True here, or leave it out with exclude="
-            )
+        self.refuse_without_norms(target)
         self.m = nn.Parameter(torch.zeros(self.B.shape[:-1], **like(target)))
 
     def reset_parameters(self) -> None:
@@ -160,15 +157,21 @@ class ALoRADelta(ActivatedLowRank, LoRADelta):
 
     def __init__(self, target: Target, options: "LoRA") -> None:
         super().__init__(target, options)
-        if not self.linear:
-            raise TargetError(
-                f"{target.named}: LoRA(invocation=...) acts on the tokens of linear layers, found a "
-                f"{type(target.module).__name__}; use LoRA without invocation= here, or leave it out with exclude="
-            )
-        self.invocation = tuple(options.invocation)
+        self.act_after(options.invocation, target)
 
     def summary(self) -> str:
         return f"{super().summary()} after {len(self.invocation)} ids"
+
+
+class GatedLoRADelta(GatedLowRank, LoRADelta):
+    """Also trains `gate` [1, d_in] and its bias, which start near zero."""
+
+    def __init__(self, target: Target, options: "LoRA") -> None:
+        super().__init__(target, options)
+        self.add_gate(target)
+
+    def summary(self) -> str:
+        return f"{super().summary()} gate"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +194,8 @@ class LoRA(Method, name="lora"):
             without them (aLoRA). Keys and values of earlier tokens stay those of the backbone. Needs `input_ids`, and linear
             layers as targets.
         frozen_a: never train A (LoRA-FA). For the backward pass r values per token are kept instead of the layer's input.
+        gate: whether a trained gate multiplies the update, beside alpha / r: a number in (0, 1) for each example, the mean of
+            those of all positions (UniPELT, where it is the only factor: alpha = r). In decoders it sees later tokens.
         start: "kaiming" (A is random and B zero), "gaussian" (the same with a normal A), "pissa", "olora", "orthogonal" (with
             an even rank) or "mica" (B is never trained). The outputs stay those of the backbone until A or B is trained.
         dropout: the probability in [0, 1) with which inputs of the update are dropped in training.
@@ -210,6 +215,7 @@ class LoRA(Method, name="lora"):
     dora: bool = False
     invocation: Sequence[int] = ()
     frozen_a: bool = False
+    gate: bool = False
     start: Literal["kaiming", "gaussian", "pissa", "olora", "orthogonal", "mica"] = "kaiming"
     dropout: float = 0.0
     keep: Literal["exact", "int8"] = "exact"
@@ -230,17 +236,17 @@ class LoRA(Method, name="lora"):
             raise OptionError(
                 "LoRA(frozen_a=True, start='mica'): then nothing is trained, because 'mica' never trains B; omit one of them"
             )
-        self._check_invocation()
-
-    def _check_invocation(self) -> None:
         if any(one < 0 for one in self.invocation):
             raise OptionError(f"LoRA(invocation={list(self.invocation)}): expected token ids of at least 0")
-        if self.invocation and self.dora:
-            raise OptionError(
-                "LoRA(dora=True, invocation=...): a DoRA changes the norms of a weight, which is one for all tokens; omit "
-                "one of them"
-            )
         object.__setattr__(self, "invocation", tuple(self.invocation))
+        if self.gate and self.keep != "exact":
+            raise OptionError(f"LoRA(gate=True, keep={self.keep!r}): the gate needs the exact inputs; use keep='exact'")
+        forms = [name for name in ("dora", "gate", "invocation") if getattr(self, name)]
+        if len(forms) > 1:
+            raise OptionError(
+                f"LoRA({forms[0]}=..., {forms[1]}=...): omit one of the two; dora= changes the weight for all tokens, gate= is "
+                "one number for all tokens of an example, and invocation= chooses tokens"
+            )
 
     @property
     def scaling(self) -> float:
@@ -262,13 +268,14 @@ class LoRA(Method, name="lora"):
         return selected or ()
 
     def kind_at(self, target: Target) -> type[LoRADelta] | None:
-        if self.invocation:
+        some_positions = ALoRADelta if self.invocation else GatedLoRADelta if self.gate else None
+        if some_positions is not None:
             # A weight patch is for all tokens.
-            return None if target.never_called else ALoRADelta
+            return None if target.never_called else some_positions
         return DoRADelta if self.dora else LoRADelta
 
     def build_at(self, target: Target) -> DeltaModule:
-        kind = self.kind_at(target) or ALoRADelta
+        kind = self.kind_at(target) or LoRADelta
         check_weight(target, "LoRA", untie=self.untie)
         check_patch_dropout(target, "LoRA", kind, self.dropout)
         check_rank(target, "LoRA", one_value(self.r))
@@ -276,9 +283,10 @@ class LoRA(Method, name="lora"):
 
     @classmethod
     def combination(cls, parts: Sequence[DeltaModule], rank: int | None) -> "LoRA":
-        if any(isinstance(part, DoRADelta) for part in parts):
+        other = next((part for part in parts if isinstance(part, DoRADelta | GatedLoRADelta)), None)
+        if other is not None:
             raise TargetError(
-                "DoRA is not linear in its parameters, so it has no weighted sums; run the deltas one by one"
+                f"{other.word()} is not linear in its parameters, so it has no weighted sums; run the deltas one by one"
             )
         invocations = {part.invocation if isinstance(part, ALoRADelta) else () for part in parts}
         if len(invocations) > 1:

@@ -22,6 +22,7 @@ from deltakit.ops import (
     FRONT,
     AttentionPrefix,
     EntersMode,
+    GatedPrefix,
     PositionsDelta,
     PrefixMode,
     attends,
@@ -106,10 +107,24 @@ class PrefixDelta(AttentionPrefix):
         return f"tokens={self.tokens}" + (" reparam" if self.out is not None else "")
 
 
-class PrefixModeDelta(EntersMode, PrefixDelta):
+class GatedPrefixDelta(GatedPrefix, PrefixDelta):
+    """A prefix whose keys and values are multiplied by `gate` [1, d], which starts near zero."""
+
+    def __init__(self, target: Target, options: "Prefix") -> None:
+        super().__init__(target, options)
+        self.add_gate(target)
+
+
+class PrefixModeDelta(GatedPrefix, EntersMode, PrefixDelta):
     """A prefix for attention outside transformers' attention interface: it overrides torch's functions in the forward."""
 
+    def __init__(self, target: Target, options: "Prefix") -> None:
+        super().__init__(target, options)
+        if options.gate:
+            self.add_gate(target)
+
     def enter(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().enter(target, args, kwargs)
         prefixes, batch = self.peers(target), self.batch
         if batch is None:
             enter_prefix_mode(PrefixMode(target, *joined(prefixes)))
@@ -169,6 +184,9 @@ class Prefix(Method, name="prefix"):
             It needs a model that takes `position_ids`.
         embed: the size of the vectors that the MLP reads, at least 1; by default the model's width, as in the paper.
         dropout: the probability in [0, 1) with which training drops values of the prefix.
+        gate: whether a trained gate multiplies keys and values: a number in (0, 1) for each example, the mean of those of all
+            positions of the attention's input (Mao et al. 2022, https://arxiv.org/abs/2110.07577). In decoders it sees later
+            tokens.
         relative_positions: "first_block" is for T5 and reads OpenDelta's prefixes: the blocks after the first lose their
             relative positions, and in the first block the prefix stands before the text. It costs quality in new training:
             the model was trained with relative positions in all its blocks.
@@ -183,6 +201,7 @@ class Prefix(Method, name="prefix"):
     shift: bool = False
     embed: int | None = None
     dropout: float = 0.0
+    gate: bool = False
     relative_positions: str = "all_blocks"
 
     identity: ClassVar[bool] = False
@@ -198,6 +217,11 @@ class Prefix(Method, name="prefix"):
                 f"{type(self).__name__}(relative_positions={self.relative_positions!r}): expected 'all_blocks' or "
                 "'first_block'"
             )
+        if self.gate and self.relative_positions == "first_block":
+            raise OptionError(
+                f"{type(self).__name__}(gate=True, relative_positions='first_block'): omit one of the two; OpenDelta has no "
+                "gates"
+            )
 
     def targets(self, index: BackboneView, selected: Sequence[Target] | None) -> Sequence[Target]:
         return attention_targets(index, selected, self.name)
@@ -206,7 +230,9 @@ class Prefix(Method, name="prefix"):
         by_interface = enters_by_interface(target.module)
         if self.relative_positions == "first_block":
             return FirstBlockPrefixDelta if by_interface else FirstBlockModeDelta
-        return PrefixDelta if by_interface else PrefixModeDelta
+        if not by_interface:
+            return PrefixModeDelta
+        return GatedPrefixDelta if self.gate else PrefixDelta
 
     def build_at(self, target: Target) -> DeltaModule:
         if self.relative_positions == "first_block":
@@ -261,6 +287,7 @@ class PTuningV2(Prefix, name="p_tuning_v2"):
         embed: the size of the vectors that the MLP reads.
         dropout: the probability in [0, 1) with which training drops values of the prefix. In the authors' code it is the
             model's own for hidden states, 0.1 in BERT.
+        gate: as for `Prefix`.
 
     Raises:
         OptionError: if an option is out of its range.

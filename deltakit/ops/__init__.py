@@ -3,18 +3,20 @@
 from deltakit.ops.attention.beside import AttentionBeside, BesideMode
 from deltakit.ops.attention.first_block import FRONT, first_block_only, nothing_handed_on, refuse_without_first_block
 from deltakit.ops.attention.function_mode import PrefixMode
+from deltakit.ops.attention.gated_prefix import GatedPrefix
 from deltakit.ops.attention.interface import install_prefixes
 from deltakit.ops.attention.kernel import AttentionPrefix, joined, joined_per_example
 from deltakit.ops.attention.mode_stack import EntersMode, enter_prefix_mode
 from deltakit.ops.attention.sites import attends, calls_fused_attention, enters_by_interface, heads_of
 from deltakit.ops.attention.targets import attention_targets
 from deltakit.ops.blocks import block_size_for
-from deltakit.ops.bottleneck import ACTIVATIONS, Bottleneck, BottleneckMethod, unfilled_linear
+from deltakit.ops.bottleneck import ACTIVATIONS, Bottleneck, BottleneckMethod
 from deltakit.ops.fastfood import Fastfood, key_of_name
 from deltakit.ops.forwards import has_own_forward, refuse_max_norm
 from deltakit.ops.handover import Handover, InputTap
 from deltakit.ops.kinds.activated_low_rank import ActivatedLowRank
 from deltakit.ops.kinds.call_context import CallContext
+from deltakit.ops.kinds.gated_low_rank import GatedLowRank
 from deltakit.ops.kinds.input_map import InputMap
 from deltakit.ops.kinds.low_rank import LowRank, check_alpha, check_dropout, kaiming_uniform
 from deltakit.ops.kinds.maps import in_own_dtype, on_own_examples
@@ -33,6 +35,7 @@ from deltakit.ops.prompt.text_stack import input_embeddings, stack_at, text_stac
 from deltakit.ops.recompute import linear_with
 from deltakit.ops.seeded import Draw, Seeded, SeededPlaces, normal, seeded_places, uniform
 from deltakit.ops.sizes import input_size, kernel_of, largest_sizes, like, matrix_shape, matrix_sizes, sizes, stack_of
+from deltakit.ops.unfilled import unfilled_linear
 from deltakit.ops.usual_positions import INPUTS_OF_QUERIES_AND_VALUES, QUERIES_AND_VALUES
 from deltakit.ops.weight_method import (
     LowRankMethod,
@@ -61,6 +64,8 @@ __all__ = [
     "Draw",
     "EntersMode",
     "Fastfood",
+    "GatedLowRank",
+    "GatedPrefix",
     "Handover",
     "InputMap",
     "InputTap",

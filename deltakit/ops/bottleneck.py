@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import Design, Method, Target, hidden_input, hidden_output, replace_hidden, wants_start_values
+from deltakit.core import Design, Method, Target, hidden_input, hidden_output, replace_hidden
 from deltakit.errors import OptionError, TargetError
+from deltakit.ops.example_gates import gate_of, new_gate
 from deltakit.ops.kinds.maps import in_own_dtype
 from deltakit.ops.kinds.output_map import OutputMap
-from deltakit.ops.sizes import like
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -106,7 +106,7 @@ class Bottleneck(OutputMap):
         """
         changed: Tensor = self.up(ACTIVATIONS[self.activation](self.down(x, *given)), *given)
         gate = self._modules.get("gate")
-        return changed if gate is None else changed * _mean_of_positions(torch.sigmoid(gate(x)))
+        return changed if gate is None else changed * gate_of(gate, x)
 
     @property
     def words(self) -> str:
@@ -115,28 +115,4 @@ class Bottleneck(OutputMap):
 
     def add_gate(self, d_in: int, target: Target) -> None:
         """Adds the gate [1, d_in] that multiplies the result: the mean over the positions of sigmoid(x W_g + b_g)."""
-        gate = unfilled_linear(d_in, 1, **like(target))
-        if wants_start_values(gate.weight):
-            nn.init.normal_(gate.weight, std=0.02)
-            nn.init.zeros_(gate.bias)
-        self.gate = gate
-
-
-def _mean_of_positions(gates: Float[Tensor, "batch *positions one"]) -> Float[Tensor, "batch *ones one"]:
-    """Returns the mean over all dimensions between the first and the last, kept with the size 1."""
-    positions = tuple(range(1, gates.ndim - 1))
-    # Without positions, `mean(())` would be over all dimensions.
-    return gates.mean(positions, keepdim=True) if positions else gates
-
-
-class _Unfilled(nn.Linear):
-    def reset_parameters(self) -> None:
-        # The method sets or loads all values. nn.Linear's own take 0.6 ms at size 64 on 768 features (measured).
-        pass
-
-
-def unfilled_linear(d_in: int, d_out: int, **like: Any) -> nn.Linear:
-    """Returns a plain linear layer whose values are not set."""
-    layer = _Unfilled(d_in, d_out, **like)
-    layer.__class__ = nn.Linear  # type: ignore[assignment]
-    return layer
+        self.gate = new_gate(d_in, target)

@@ -1,4 +1,4 @@
-"""Hands the input of one module over to the delta module at another one, which is called later in the same forward."""
+"""Keeps a tensor between two hooks of one forward, such as the input of one module for the delta module at another one."""
 
 from threading import get_ident
 from typing import Any
@@ -10,22 +10,41 @@ from deltakit.core import DeltaModule, hidden_input
 from deltakit.errors import TargetError
 
 
-class Handover:
-    """The input of the module at `source`, until the delta module at `target` takes it. Each thread has its own.
+class Kept:
+    """A tensor that one hook of a forward keeps for a later one. Each thread has its own.
 
-    A copy or a pickle is empty. A copy of a backbone holds one copy of it, which its two ends share.
+    A copy or a pickle is empty. A copy of a backbone holds one copy of it, which all that had the first share.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[int, Tensor] = {}
+
+    def put(self, x: Tensor) -> None:
+        """Keeps a tensor. One that nobody dropped, because a forward was interrupted, is replaced."""
+        self._held[_caller()] = x
+
+    def look(self) -> Tensor | None:
+        """Returns the tensor that was kept last; None if there is none."""
+        return self._held.get(_caller())
+
+    def drop(self) -> None:
+        """Drops the tensor, if there is one."""
+        self._held.pop(_caller(), None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+
+class Handover(Kept):
+    """The input of the module at `source`, until the delta module at `target` takes it.
 
     Args:
         advice: what the error says to do if the source was not called.
     """
 
     def __init__(self, source: str, target: str, advice: str = "name another module with source=") -> None:
+        super().__init__()
         self.source, self.target, self.advice = source, target, advice
-        self._held: dict[int, Tensor] = {}
-
-    def put(self, x: Tensor) -> None:
-        """Keeps an input. One that nobody took, because a forward was interrupted, is dropped."""
-        self._held[_caller()] = x
 
     def take(self) -> Tensor:
         """Returns the input that was kept last, and drops it.
@@ -33,16 +52,17 @@ class Handover:
         Raises:
             TargetError: if there is none.
         """
-        x = self._held.pop(_caller(), None)
+        x = self.look()
         if x is None:
             raise TargetError(
                 f"{self.target} was called, and {self.source}, whose input its delta reads, was not called before it; "
                 f"{self.advice}"
             )
+        self.drop()
         return x
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Handover, (self.source, self.target, self.advice)
+        return type(self), (self.source, self.target, self.advice)
 
 
 class InputTap(DeltaModule):

@@ -21,7 +21,7 @@ def compiler():
 FAST = {"adapter-toy", "bitfit-toy", "ia3-toy", "loha-toy", "lora-toy", "oft-toy", "vera-toy"}
 FAST |= {"lora-bert", "lora-llama", "parallel_adapter-bert", "prefix-llama", "soft_prompt-bert"}
 FAST |= {"trainable_tokens-bert", "trainable_tokens-llama"}
-SLOW = {case for case in CASES if case.endswith(("-toy", "-bert", "-llama"))} - FAST
+SLOW = {case for case in CASES if case.endswith(("-toy", "-bert", "-llama")) or "gated" in case} - FAST
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] if c in SLOW else []) for c in CASES])

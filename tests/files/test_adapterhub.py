@@ -22,7 +22,7 @@ CLASSES = {
     "bert": (tf.BertConfig, tf.BertModel, tf.BertForSequenceClassification),
     "llama": (tf.LlamaConfig, tf.LlamaModel, tf.LlamaForCausalLM),
 }
-CASES = ["seq_bn", "double_seq_bn", "layers", "par_bn", "par_bn_learned", "plus", "compacter", "compacterpp", "lora", "ia3", "prefix", "prefix_flat", "loreft", "loreft_tied", "gated", "par_bn_gated", "compacter_gated"]  # fmt: skip
+CASES = ["seq_bn", "double_seq_bn", "layers", "par_bn", "par_bn_learned", "plus", "compacter", "compacterpp", "lora", "ia3", "prefix", "prefix_flat", "loreft", "loreft_tied", "gated", "par_bn_gated", "compacter_gated", "lora_gated", "prefix_gated", "unipelt", "mam", "union", "inv"]  # fmt: skip
 
 
 def backbone(kind, *, headed=False):
@@ -38,13 +38,17 @@ def backbone(kind, *, headed=False):
     return model
 
 
-def outputs(model):
+def outputs(model, **given):
     ids = torch.randint(3, 37, (2, 7), generator=torch.Generator().manual_seed(4))
-    return model.base_model(ids).last_hidden_state
+    return model.base_model(ids, **given).last_hidden_state
+
+
+def expected_all(kind):
+    return load_file(FOLDER / kind / "expected.safetensors")
 
 
 def expected(kind, case):
-    return load_file(FOLDER / kind / "expected.safetensors")[case]
+    return expected_all(kind)[case]
 
 
 def close(found, wanted):
@@ -156,18 +160,28 @@ def copied(folder, case="seq_bn", kind="bert", top=None, **options):
 
 
 REFUSED = {
-    "invertible": ({"inv_adapter": "nice"}, r"has invertible adapters \(inv_adapter\), which deltakit does not have"),
+    "another invertible adapter": ({"case": "inv", "inv_adapter": "glow"}, r"has an invertible adapter with inv_adapter='glow' and inv_adapter_reduction_factor=3, and deltakit has those of the kind 'nice'"),
+    "a broken factor": ({"case": "inv", "inv_adapter_reduction_factor": 1.5}, "whole factors of at least 1"),
+    "no invertible adapter": ({"inv_adapter": "nice", "inv_adapter_reduction_factor": 2}, "the tensors of its invertible adapter are not those of two bottlenecks"),
+    "an invertible adapter too many": ({"case": "inv", "inv_adapter": False}, "F.0.bias is an invertible adapter, which deltakit does not read"),
     "no gate": ({"use_gating": True}, "lacks its gate; save or download it again"),
     "a norm": ({"ln_after": True}, r"has a norm of its own after the bottleneck"),
     "another place": ({"residual_before_ln": "post_add"}, "residual_before_ln='post_add', which puts it where deltakit has no adapter"),
     "an activation": ({"non_linearity": "mish"}, "have the activation 'mish', which deltakit does not have; it has gelu, gelu_tanh, leaky_relu"),
     "prompts": ({"architecture": "prompt_tuning"}, "this is prompt tuning of AdapterHub, which deltakit does not read"),
     "a LoRA of several tasks": ({"architecture": "mtl_lora"}, "this is a LoRA of several tasks of AdapterHub"),
-    "a union": ({"architecture": "union"}, "this is a union of several methods of AdapterHub"),
+    "a union of nothing": ({"architecture": "union"}, "its config is a union of nothing"),
+    "a union of odd things": ({"architecture": "union", "configs": [{}, 3]}, "its config is a union of nothing"),
+    "a union of two": ({"architecture": "union", "configs": [{}, {}]}, "this is a union of two bottleneck configs of AdapterHub"),
+    "a union with prompts": ({"architecture": "union", "configs": [{}, {"architecture": "prompt_tuning"}]}, "this is a union with prompt tuning of AdapterHub"),
     "another name": ({"top": {"name": "other"}}, "adapter_down.0.* is no part of the adapter 'other'"),
-    "gates of LoRA": ({"case": "lora", "use_gating": True}, "this LoRA of AdapterHub has gates"),
+    "no gate of LoRA": ({"case": "lora", "use_gating": True}, "its LoRA at .* lacks its gate; save or download it again"),
+    "gates of scales": ({"case": "ia3", "use_gating": True}, r"has gates on scales \(use_gating\), which deltakit does not have"),
+    "a gate too many": ({"case": "lora_gated", "use_gating": False}, "it has gate.bias, gate.weight, lora_A, lora_B at"),
     "another rank": ({"case": "lora", "r": 3}, r"are \(2, 12\) and \(\d+, 2\), and its config has r=3"),
-    "gates of prefixes": ({"case": "prefix", "use_gating": True}, "this prefix of AdapterHub has gates"),
+    "no gate of prefixes": ({"case": "prefix", "use_gating": True}, "its prefix at .* lacks its gate; save or download it again"),
+    "two gates of prefixes": ({"case": "prefix_gated", "shared_gating": False}, r"a gate for keys and another one for values \(shared_gating\)"),
+    "a gate of a prefix too many": ({"case": "prefix_gated", "use_gating": False}, "prefix_gates.task.* is no part of the adapter 'task'"),
     "the residual of Llama's attention": ({"kind": "llama", "case": "double_seq_bn", "original_ln_before": True}, "attention_adapters reads the residual after attention"),
 }  # fmt: skip
 
@@ -266,4 +280,38 @@ def test_inspect_shows_the_targets_or_says_that_only_the_backbone_does(kind, cas
     assert found.num_values == delta.num_parameters
     shown = {path for method in found.methods for path in method.targets}
     if shown != delta.modules.keys() or len(found.methods) != len(delta.methods):
-        assert f"the targets of {found.methods[0].name} are the names in the file" in found.notes[-1]
+        note = found.notes[-1]
+        assert note.startswith("the targets of ")
+        assert "are the names in the file" in note
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_the_inverse_precedes_the_output_embedding(kind):
+    """As in AdapterHub's own heads, whose logits these are."""
+    head = {key.removeprefix("head."): value.double() for key, value in expected_all(kind).items() if "head." in key}
+    torch.manual_seed(0)
+    config = CLASSES[kind][0].from_pretrained(FOLDER / kind)
+    model = (tf.BertForMaskedLM if kind == "bert" else tf.LlamaForCausalLM)(config).double().eval()
+    if kind == "bert":
+        transform = model.cls.predictions.transform
+        parts = {"0": transform.dense, "2": transform.LayerNorm, "3": model.cls.predictions.decoder}
+    else:
+        parts = {"0": model.lm_head}
+    model.load_state_dict(load_file(FOLDER / kind / "backbone.safetensors"), strict=False)
+    for number, part in parts.items():
+        part.weight.data = head[f"{number}.weight"]
+        part.bias = torch.nn.Parameter(head[f"{number}.bias"])
+    ids = torch.randint(3, 37, (2, 7), generator=torch.Generator().manual_seed(4))
+    bare = model(ids).logits
+    delta = dk.load(FOLDER / kind / "inv", model)
+    close(model(ids).logits, expected(kind, "logits"))
+    assert not torch.allclose(bare, expected(kind, "logits"))
+    assert len(delta.modules_of("invertible_adapter")) == 2
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_gates_count_padding(kind):
+    model, mask = backbone(kind), torch.tensor([[1, 1, 1, 1, 0, 0, 0], [1] * 7])
+    dk.load(FOLDER / kind / "unipelt", model)
+    found, wanted = outputs(model, attention_mask=mask), expected(kind, "unipelt_padded")
+    close(found[mask.bool()], wanted[mask.bool()])

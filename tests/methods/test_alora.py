@@ -392,8 +392,9 @@ class TestRefusals:
             ({"invocation": [3, -1]}, r"LoRA\(invocation=\[3, -1\]\): expected token ids of at least 0"),
             (
                 {"invocation": [3], "dora": True},
-                r"LoRA\(dora=True, invocation=...\): a DoRA changes the norms of a weight",
+                r"LoRA\(dora=..., invocation=...\): omit one of the two; dora= changes the weight for all tokens",
             ),
+            ({"invocation": [3], "gate": True}, r"LoRA\(gate=..., invocation=...\): omit one of the two"),
             ({"invocation": ["a"]}, r"LoRA\(invocation=...\): expected a list of whole numbers, found a list with"),
         ],
     )

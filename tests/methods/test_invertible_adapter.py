@@ -94,6 +94,21 @@ def test_an_encoder_and_its_decoder_share_one_map(kind, tmp_path):
     assert torch.equal(model(**call).logits, changed)
 
 
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_a_selected_input_embedding_comes_with_those_that_share_its_weight(kind):
+    """The model calls those of its encoder and its decoder, and not the selected one."""
+    model = build(kind, tf.AutoModelForSeq2SeqLM)
+    call = {"input_ids": ids(), "decoder_input_ids": ids().flip(1)}
+    plain = model(**call).logits
+    both = randomize(dk.attach(model, dk.InvertibleAdapter(at="shared")))
+    assert [path.rpartition(".")[2] for path in both.modules] == ["shared", "embed_tokens", "embed_tokens"]
+    assert not torch.allclose(model(**call).logits, plain)
+    both.detach()
+    one = randomize(dk.attach(model, dk.InvertibleAdapter(at="encoder.embed_tokens")))
+    assert len(one.modules) == 1
+    assert not torch.allclose(model(**call).logits, plain)
+
+
 def test_a_file_has_the_parameters_once(tmp_path):
     model, fresh = Round().eval(), Round().eval()
     fresh.load_state_dict(model.state_dict())

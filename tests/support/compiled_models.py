@@ -40,6 +40,8 @@ CASES = {
     **{f"{name}-toy": partial(in_a_toy, name) for name in dk.METHODS},
     **{f"{name}-{kind}": partial(in_transformers, kind, method_of(name)) for name in dk.METHODS for kind in ("bert", "llama")},
     "prefix-bloom": partial(in_transformers, "bloom", dk.Prefix()),
+    "gated_lora-llama": partial(in_transformers, "llama", dk.LoRA(r=2, gate=True)),
+    **{f"gated_prefix-{kind}": partial(in_transformers, kind, dk.Prefix(gate=True)) for kind in ("bert", "bloom")},
     # Targets that are parameters, rows of fused projections, and stacks of experts.
     "lora-torch": in_torch_s_encoder,
     "lora-gpt2": partial(in_transformers, "gpt2", dk.LoRA(r=2, at="@attn.{q,v}")),

@@ -1,6 +1,7 @@
 """LoRA as other libraries save it: the names of its tensors, its scale, and how a reader adds it to what it found."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -37,8 +38,13 @@ def add_lora(
     scale: Scale,
     m: Tensor | None = None,
     invocation: tuple[int, ...] = (),
+    gate: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Adds one LoRA with the factors A [r, d_in] and B [d_out, r] to the parts; with magnitudes [d_out], a DoRA."""
+    """Adds one LoRA with the factors A [r, d_in] and B [d_out, r] to the parts; with magnitudes [d_out], a DoRA.
+
+    Args:
+        gate: the tensors of its gate, if it has one.
+    """
     if not a.numel() or not b.numel():
         raise CheckpointError(f"{source.folder}: the LoRA of {path} has no values; save or download it again")
     module = source.module(path)
@@ -57,10 +63,12 @@ def add_lora(
     if invocation and not isinstance(module, nn.Embedding):
         # In releases of PEFT that have both, the LoRA of embeddings acts on all tokens.
         options["invocation"] = invocation
-    if m is None:
-        parts.add("lora", options, path, {"A": a, "B": b})
-    else:
-        parts.add("lora", {**options, "dora": True}, path, {"A": a, "B": b, "m": m})
+    tensors = {"A": a, "B": b, **(gate or {})}
+    if gate:
+        options["gate"] = True
+    if m is not None:
+        options["dora"], tensors["m"] = True, m
+    parts.add("lora", options, path, tensors)
 
 
 def needed(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -95,6 +95,8 @@ def _alike(by_path: Mapping[str, list[_Factors]]) -> tuple[dict[str, Any], dict[
 def _factors(writing: Writing, site: Site) -> tuple[Tensor, Tensor, Any]:
     """Returns A and B of a LoRA, and its method. With a start whose product is subtracted, both have twice its rank."""
     method: Any = writing.attachment.record.methods[site.method]
+    if method.gate:
+        raise writing.impossible(f"{site.path} has a gate, and {writing.library} has no LoRA with one")
     a, b = (writing.tensor(site, name) for name in "AB")
     if writing.attachment.named(site, "A0") not in writing.tensors:
         return a, b, method

@@ -9,9 +9,16 @@ from torch import Tensor
 from deltakit.errors import CheckpointError
 from deltakit.files.values import FLOATS
 
-_BOTTLENECK = {"down.weight": "size d_in", "down.bias": "size", "up.weight": "d_out size", "up.bias": "d_out"}
+_GATE = {"gate.weight": "1 d_in", "gate.bias": "1"}
+_BOTTLENECK = {
+    "down.weight": "size d_in",
+    "down.bias": "size",
+    "up.weight": "d_out size",
+    "up.bias": "d_out",
+    **_GATE,
+}
 _SHAPES: Mapping[str, Mapping[str, str]] = {
-    "lora": {"A": "... r d_in", "B": "... d_out r", "m": "d_out"},
+    "lora": {"A": "... r d_in", "B": "... d_out r", "m": "d_out", **_GATE},
     "ia3": {"scale": "d"},
     "bitfit": {"bias": "d"},
     "adapter": {name: shape.replace("d_in", "d").replace("d_out", "d") for name, shape in _BOTTLENECK.items()},
@@ -23,6 +30,8 @@ _SHAPES: Mapping[str, Mapping[str, str]] = {
         "up.A": "r size",
         "up.B": "d r",
         "up.bias": "d",
+        "gate.weight": "1 d",
+        "gate.bias": "1",
     },
     "compacter": {
         "down.left": "division d_part r",
@@ -34,6 +43,8 @@ _SHAPES: Mapping[str, Mapping[str, str]] = {
         "up.bias": "division*d_part",
         "up.own.rule": "division division division",
         "shared.rule": "division division division",
+        "gate.weight": "1 division*d_part",
+        "gate.bias": "1",
     },
     "hira": {"A": "... r d_in", "B": "... d_out r"},
     "delora": {"A": "r d_in", "B": "d_out r", "norms": "d_in", "lam": "1"},
@@ -53,7 +64,7 @@ _SHAPES: Mapping[str, Mapping[str, str]] = {
     "fourierft": {"spectrum": "n"},
     "c3a": {"kernel": "blocks_out blocks_in block_size"},
     "shira": {"values": "n", "places": "2 n"},
-    "prefix": {"key": "heads tokens d", "value": "heads tokens d"},
+    "prefix": {"key": "heads tokens d", "value": "heads tokens d", **_GATE},
     "soft_prompt": {"prompt": "tokens d"},
     "trainable_tokens": {"rows": "k d"},
 }

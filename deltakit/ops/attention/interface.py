@@ -111,7 +111,7 @@ def _attend_with(
     batch = prefixes[0].batch
     if batch is None:
         prefix_key, prefix_value = joined(prefixes)
-        length = prefix_key.shape[1]
+        length = prefix_key.shape[-2]
         mask = _mask(module, implementation, query, key, attention_mask, length, kwargs)
     else:
         prefix_key, prefix_value, seen = joined_per_example(prefixes, batch, batch.times(query, module))

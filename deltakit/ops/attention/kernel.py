@@ -28,8 +28,10 @@ class AttentionPrefix(CallContext):
     tokens: int
     """The length of the prefix."""
 
-    def key_value(self) -> tuple[Float[Tensor, "heads prefix d_k"], Float[Tensor, "heads prefix d_v"]]:
-        """Returns the keys and values that every query sees ahead of the module's own."""
+    def key_value(
+        self,
+    ) -> tuple[Float[Tensor, "*examples heads prefix d_k"], Float[Tensor, "*examples heads prefix d_v"]]:
+        """Returns the keys and values that every query sees ahead of the module's own: one set, or one for each example."""
         raise NotImplementedError(f"{type(self).__name__} does not override key_value")
 
 
@@ -41,10 +43,20 @@ def live_prefixes(module: nn.Module) -> list[AttentionPrefix]:
 
 def joined(
     prefixes: Sequence[AttentionPrefix],
-) -> tuple[Float[Tensor, "heads prefix d_k"], Float[Tensor, "heads prefix d_v"]]:
-    """Returns the keys and values of several prefixes, concatenated in the order in which they were attached."""
+) -> tuple[Float[Tensor, "*examples heads prefix d_k"], Float[Tensor, "*examples heads prefix d_v"]]:
+    """Returns the keys and values of several prefixes, concatenated in the order in which they were attached.
+
+    They are one set for all examples, or if one of the prefixes has a gate, one for each example.
+    """
     pairs = [prefix.key_value() for prefix in prefixes]
-    return torch.cat([key for key, _ in pairs], dim=1), torch.cat([value for _, value in pairs], dim=1)
+    return _concatenated([key for key, _ in pairs]), _concatenated([value for _, value in pairs])
+
+
+def _concatenated(parts: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, "..."]:
+    examples = next((part.shape[:1] for part in parts if part.ndim == 4), None)
+    if examples is not None:
+        parts = [part if part.ndim == 4 else part.expand(*examples, *part.shape) for part in parts]
+    return torch.cat(list(parts), dim=-2)
 
 
 def joined_per_example(
@@ -65,20 +77,22 @@ def joined_per_example(
         if name
     }
     pairs = {name: joined(mine) for name, mine in own.items() if mine}
-    longest = max(key.shape[1] for key, _ in pairs.values())
     some_key, some_value = next(iter(pairs.values()))
-    empty = some_key[:, :0], some_value[:, :0]
-    lengths = [pairs.get(name or "", empty)[0].shape[1] for name in batch.names]
-    parts = [
-        torch.stack([_padded(pairs.get(name or "", empty)[place], longest) for name in batch.names]) for place in (0, 1)
-    ]
+    empty = some_key[..., :0, :], some_value[..., :0, :]
+    found = [pairs.get(name or "", empty) for name in batch.names for _ in range(times)]
+    lengths = [key.shape[-2] for key, _ in found]
+    longest = max(lengths)
+    key, value = (
+        torch.stack([_padded(pair[place], row, longest) for row, pair in enumerate(found)]) for place in (0, 1)
+    )
     seen = torch.arange(longest, device=some_key.device) < torch.tensor(lengths, device=some_key.device)[:, None]
-    key, value, seen = (part.repeat_interleave(times, 0) if times > 1 else part for part in (*parts, seen))
     return key, value, seen
 
 
-def _padded(part: Float[Tensor, "heads own d"], length: int) -> Float[Tensor, "heads prefix d"]:
-    return F.pad(part, (0, 0, 0, length - part.shape[1]))
+def _padded(part: Float[Tensor, "*examples heads own d"], row: int, length: int) -> Float[Tensor, "heads prefix d"]:
+    """Returns the keys or values of one example, with zeros behind them."""
+    own = part if part.ndim == 3 else part[row]
+    return F.pad(own, (0, 0, 0, length - own.shape[1]))
 
 
 def widen_per_example(

@@ -118,6 +118,25 @@ def heads_of(target: Target) -> Heads:
     )
 
 
+def input_width(target: Target) -> int:
+    """Returns the number of features that enter an attention module.
+
+    Raises:
+        TargetError: if its projection to queries and the block around it do not show the number.
+    """
+    module = target.module
+    if isinstance(module, nn.MultiheadAttention):
+        return module.embed_dim
+    ins = {name.lower(): s[0] for name, child in own_children(module) if (s := linear_sizes(child)) is not None}
+    width = next((ins[name] for name in ins if name in PROJECTIONS["q"] | FUSED), None) or target.width
+    if width is None:
+        raise TargetError(
+            f"{target.named}: the number of features that enter this {type(module).__name__} cannot be determined: expected "
+            "a layer such as q_proj or qkv; use gate=False, or omit it with exclude="
+        )
+    return width
+
+
 def _at_the_interface(module: nn.Module, heads: int | None, projected: int) -> int:
     """The number of key heads when they meet the queries. JetMoE repeats its keys before that call, with groups of 1."""
     groups = getattr(module, "num_key_value_groups", None)

@@ -8,7 +8,7 @@ act on too few tokens, those of a user's own loop with a cache on none, and beam
 for in the whole text, of which the cache knows the earlier ids.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -31,7 +31,8 @@ from deltakit.ops.low_rank import fresh
 
 
 class ActivatedLowRank(LowRank):
-    """Adds the product to the tokens from the last occurrence of `invocation` on. The author writes `factors()`, and sets it.
+    """Adds the product to the tokens from the last occurrence of `invocation` on. The author writes `factors()`, and
+    calls `act_after`.
 
     Tokens of examples without the sequence do not change. Only linear layers that are called can be its targets.
     """
@@ -41,6 +42,19 @@ class ActivatedLowRank(LowRank):
     has_weight_form: ClassVar[bool] = False
 
     invocation: tuple[int, ...]
+
+    def act_after(self, invocation: Sequence[int], target: Target) -> None:
+        """Sets the sequence of token ids.
+
+        Raises:
+            TargetError: if the target is no linear layer.
+        """
+        if not self.linear:
+            raise TargetError(
+                f"{target.named}: LoRA(invocation=...) acts on the tokens of linear layers, found a "
+                f"{type(target.module).__name__}; use LoRA without invocation= here, or leave it out with exclude="
+            )
+        self.invocation = tuple(invocation)
 
     @classmethod
     def patches_weight(cls, target: Target) -> bool:

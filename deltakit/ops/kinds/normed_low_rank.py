@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from deltakit.core import (
     DeltaModule,
     MixedBatch,
+    Target,
     bare_weight,
     gathered,
     hidden_input,
     hidden_output,
+    is_quantized,
     replace_hidden,
     wide,
 )
-from deltakit.errors import StateError
+from deltakit.errors import StateError, TargetError
 from deltakit.ops.kinds.low_rank import LowRank
 from deltakit.ops.kinds.maps import on_own_examples
 from deltakit.ops.low_rank import own_output
@@ -34,6 +36,19 @@ class NormedLowRank(LowRank):
     """
 
     reads_weight: ClassVar[bool] = True
+
+    def refuse_without_norms(self, target: Target) -> None:
+        """Refuses a target of whose weight the norms cannot be read.
+
+        Raises:
+            TargetError: if it is a quantized embedding.
+        """
+        weight = target.module._parameters.get("weight")
+        if self.embeds and weight is not None and is_quantized(weight):
+            raise TargetError(
+                f"{target.named}: DoRA needs the norms of the weight, which deltakit cannot read from a quantized embedding; "
+                "use LoRA without dora=True here, or leave it out with exclude="
+            )
 
     def magnitudes(self) -> Float[Tensor, "*stack d_out"]:
         """Returns m minus the norms of the rows of W: zeros for an untrained delta, which is then exactly a no-op."""

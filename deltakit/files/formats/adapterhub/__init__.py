@@ -1,4 +1,4 @@
-"""AdapterHub's adapters: bottlenecks, compacters, LoRA, IA3, ReFT and prefixes.
+"""AdapterHub's adapters: bottlenecks, compacters, invertible adapters, LoRA, IA3, ReFT, prefixes, and unions of them.
 
 The forms of keys and the formulas are those of adapters 1.2.0, found by saving and running adapters of each kind.
 """
@@ -9,7 +9,7 @@ from deltakit.files.formats.format import Format
 
 FORMAT = Format(
     "adapterhub",
-    "bottleneck adapters, LoRA, IA3, ReFT and prefixes of AdapterHub",
+    "bottleneck and invertible adapters, LoRA, IA3, ReFT and prefixes of AdapterHub",
     FILES,
     recognises=recognises,
     read=read,

@@ -19,12 +19,15 @@ from torch import Tensor
 
 from deltakit.errors import CheckpointError, warn
 from deltakit.files.formats.activations import activation_of
+from deltakit.files.formats.adapterhub.invertible import read_invertible
 from deltakit.files.formats.adapterhub.keys import IN_ADAPTERHUB, by_place
 from deltakit.files.formats.adapterhub.phm import compacter
 from deltakit.files.formats.adapterhub.places import Place, place_of
 from deltakit.files.formats.format import Parts
 from deltakit.files.formats.source import Source
 
+BY_PLACE = frozenset(("adapter", "compacter", "parallel_adapter", "invertible_adapter"))
+"""The methods whose modules only a backbone shows."""
 _OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 _NAMES = {
     "adapter_down.0.weight": "down.weight",
@@ -34,7 +37,6 @@ _NAMES = {
 }
 _GATE = ("gate.weight", "gate.bias")
 _ABSENT = {
-    "inv_adapter": "invertible adapters",
     "ln_before": "a norm of its own before the bottleneck",
     "ln_after": "a norm of its own after the bottleneck",
     "cross_adapter": "adapters after cross-attention",
@@ -84,6 +86,7 @@ def read_bottlenecks(source: Source, name: object, config: Mapping[str, Any], pa
     options: Any = source.options(_Config, _DEFAULTS, "config")
     activation = _activation(options, source)
     _warn_of_dropout(options, source)
+    read_invertible(source, name, activation, parts)
     shared: set[tuple[Any, ...]] = set()
     for owner, tensors in by_place(source.tensors, "adapters", name).items():
         place = place_of(source.backbone, owner, source.folder) if source.backbone is not None else None

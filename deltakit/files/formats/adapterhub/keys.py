@@ -15,7 +15,9 @@ FILES = (CONFIG, TENSORS, PICKLE, HEAD, FUSION)
 
 _OLD = re.compile(r"\.(attention|layer)_text_(task|lang)_adapters\.")
 _PLACES = re.compile(
-    r"(?:(?P<owner>.+)\.)?(?P<kind>adapters|loras|shared_parameters|prefix_tunings|refts)\.(?P<name>[^.]+)\.(?P<rest>.+)"
+    r"(?:(?P<owner>.+)\.)?"
+    r"(?P<kind>adapters|invertible_adapters|loras|shared_parameters|prefix_tunings|prefix_gates|refts)"
+    r"\.(?P<name>[^.]+)\.(?P<rest>.+)"
 )
 
 

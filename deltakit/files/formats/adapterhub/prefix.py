@@ -17,7 +17,8 @@ from deltakit.files.formats.format import Parts
 from deltakit.files.formats.products import product
 from deltakit.files.formats.source import Source
 
-_POOL = ".prefix_tuning.pool"
+_END = ".pool"
+_POOL = f".prefix_tuning{_END}"
 _SELF = "self_prefix."
 
 
@@ -27,10 +28,19 @@ class _Config(TypedDict, total=False):
     flat: bool
     non_linearity: str
     use_gating: bool
+    shared_gating: bool
     dropout: float
 
 
-_DEFAULTS = _Config(prefix_length=30, leave_out=[], flat=False, non_linearity="tanh", use_gating=False, dropout=0.0)
+_DEFAULTS = _Config(
+    prefix_length=30,
+    leave_out=[],
+    flat=False,
+    non_linearity="tanh",
+    use_gating=False,
+    shared_gating=True,
+    dropout=0.0,
+)
 
 
 def read_prefixes(source: Source, name: object, _config: Mapping[str, Any], parts: Parts) -> None:
@@ -40,17 +50,9 @@ def read_prefixes(source: Source, name: object, _config: Mapping[str, Any], part
         CheckpointError: if it has options that deltakit does not have, or does not fit.
     """
     options: Any = source.options(_Config, _DEFAULTS, "config")
-    if options["use_gating"] or options["non_linearity"].lower() != "tanh":
-        what = "gates (use_gating)" if options["use_gating"] else f"the activation {options['non_linearity']!r}"
-        raise CheckpointError(
-            f"{source.folder}: this prefix of AdapterHub has {what}, which deltakit does not have{IN_ADAPTERHUB}"
-        )
-    if options["dropout"] and source.backbone is not None:
-        warn(
-            f"{source.folder}: it was trained with a dropout of {options['dropout']:g} on the prefix, which deltakit does "
-            "not have: outputs are the same, and training goes on without it"
-        )
+    _refuse(source, options)
     places = by_place(source.tensors, "prefix_tunings", name)
+    gates = by_place(source.tensors, "prefix_gates", name)
     # Each layer of the model has the same tensors under its own name.
     layers = [owner for owner in places if owner.endswith(_POOL)]
     layers = [owner for number, owner in enumerate(layers) if number not in options["leave_out"]]
@@ -65,14 +67,42 @@ def read_prefixes(source: Source, name: object, _config: Mapping[str, Any], part
     for owner, key, value in zip(layers, pairs[0::2], pairs[1::2], strict=True):
         path = path_in(source.backbone, owner.removesuffix(_POOL))
         heads = _heads(source, path, key)
+        gate = _gate(gates, owner, source) if options["use_gating"] else {}
         parts.add(
             "prefix",
-            {"tokens": options["prefix_length"]},
+            {"tokens": options["prefix_length"], **({"gate": True} if gate else {})},
             path,
             {
                 "key": key.unflatten(1, (heads, -1)).transpose(0, 1),
                 "value": value.unflatten(1, (heads, -1)).transpose(0, 1),
+                **gate,
             },
+        )
+
+
+def _gate(gates: Mapping[str, Mapping[str, Tensor]], owner: str, source: Source) -> dict[str, Tensor]:
+    """Returns the two tensors of the gate of one prefix, by their names in deltakit."""
+    gate = gates.get(owner.removesuffix(_END), {})
+    if gate.keys() != {"weight", "bias"}:
+        raise CheckpointError(f"{source.folder}: its prefix at {owner} lacks its gate; save or download it again")
+    return {f"gate.{part}": tensor for part, tensor in gate.items()}
+
+
+def _refuse(source: Source, options: Mapping[str, Any]) -> None:
+    """Refuses prefixes that deltakit does not have, and warns of their dropout."""
+    what = ""
+    if options["use_gating"] and not options["shared_gating"]:
+        what = "a gate for keys and another one for values (shared_gating)"
+    elif options["non_linearity"].lower() != "tanh":
+        what = f"the activation {options['non_linearity']!r}"
+    if what:
+        raise CheckpointError(
+            f"{source.folder}: this prefix of AdapterHub has {what}, which deltakit does not have{IN_ADAPTERHUB}"
+        )
+    if options["dropout"] and source.backbone is not None:
+        warn(
+            f"{source.folder}: it was trained with a dropout of {options['dropout']:g} on the prefix, which deltakit does "
+            "not have: outputs are the same, and training goes on without it"
         )
 
 

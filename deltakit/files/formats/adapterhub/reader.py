@@ -1,14 +1,14 @@
 """Reads AdapterHub's adapters."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from deltakit.errors import CheckpointError, warn
 from deltakit.files.formats.adapter_config import CONFIG, is_adapterhub
-from deltakit.files.formats.adapterhub.bottleneck import read_bottlenecks
+from deltakit.files.formats.adapterhub.bottleneck import BY_PLACE, read_bottlenecks
 from deltakit.files.formats.adapterhub.keys import FUSION, HEAD, IN_ADAPTERHUB, PICKLE, TENSORS, Key
 from deltakit.files.formats.adapterhub.lora import read_loras
 from deltakit.files.formats.adapterhub.prefix import read_prefixes
@@ -21,16 +21,26 @@ from deltakit.files.saved import Saved, Trained
 from deltakit.files.schema import read_json
 
 _Read = Callable[[Source, object, Mapping[str, Any], Parts], None]
-_KINDS: dict[str, tuple[str, _Read]] = {
-    "": ("adapters", read_bottlenecks),
-    "lora": ("loras", read_loras),
-    "prefix_tuning": ("prefix_tunings", read_prefixes),
-    "reft": ("refts", read_refts),
+
+
+class _Kind(NamedTuple):
+    """What holds the adapters of one architecture, also with an option of its config, and what reads them."""
+
+    holders: Mapping[str, str | None]
+    read: _Read
+
+
+# Of a union, LoRAs come first: AdapterHub's act inside of the layers whose output a bottleneck reads. ReFT comes last, behind
+# the blocks.
+_KINDS = {
+    "lora": _Kind({"loras": None}, read_loras),
+    "prefix_tuning": _Kind({"prefix_tunings": None, "prefix_gates": "use_gating"}, read_prefixes),
+    # A bottleneck has no name. Compacters share their rule.
+    "": _Kind({"adapters": None, "shared_parameters": None, "invertible_adapters": "inv_adapter"}, read_bottlenecks),
+    "reft": _Kind({"refts": None}, read_refts),
 }
-"""What holds the adapters of each architecture, and what reads them. A bottleneck has no name."""
 
 _OTHERS = {
-    "union": "a union of several methods",
     "prompt_tuning": "prompt tuning",
     "mtl_lora": "a LoRA of several tasks",
 }
@@ -54,29 +64,56 @@ def read(place: Path, backbone: nn.Module | None, values: bool) -> Saved:
     if not file.is_file():
         raise CheckpointError(f"{place}: an adapter of AdapterHub has {CONFIG}, and it is missing; download it again")
     config = read_json(file.read_bytes(), file)
-    own = config["config"]
-    architecture = own.get("architecture") or ""
-    if architecture not in _KINDS:
-        what = _OTHERS.get(architecture, f"an adapter of the architecture {architecture!r}")
-        raise CheckpointError(
-            f"{place}: this is {what} of AdapterHub, which deltakit does not read; of AdapterHub it reads bottleneck "
-            "adapters, compacters, LoRA, IA3, ReFT and prefixes"
-        )
-    kind, reads = _KINDS[architecture]
-    tensors = _tensors(place, values)
-    _refuse_strange(place, tensors, kind, config.get("name"))
+    members = _members(place, config["config"])
+    tensors, name, parts = _tensors(place, values), config.get("name"), Parts(place)
+    holders = [
+        holder
+        for architecture, own in members.items()
+        for holder, option in _KINDS[architecture].holders.items()
+        if option is None or own.get(option)
+    ]
+    _refuse_strange(place, tensors, holders, name)
     refuse_integers(tensors, place)
-    source, parts = Source("AdapterHub", place, file, config, tensors, backbone), Parts(place)
-    reads(source, config.get("name"), own, parts)
+    for architecture, kind in _KINDS.items():
+        if architecture in members:
+            own = members[architecture]
+            source = Source("AdapterHub", place, file, {**config, "config": own}, tensors, backbone)
+            kind.read(source, name, own, parts)
     if not parts:
-        raise CheckpointError(
-            f"{place}: it has no tensor of the adapter {config.get('name')!r}; save or download it again"
-        )
+        raise CheckpointError(f"{place}: it has no tensor of the adapter {name!r}; save or download it again")
     _warn_of_others(place, backbone)
     methods, renamed = parts.named()
     base = config.get("model_name")
-    by_place = {entry["method"] for entry in methods} if backbone is None and kind == "adapters" else ()
+    by_place = {entry["method"] for entry in methods} & BY_PLACE if backbone is None else ()
     return Saved(methods, renamed, Trained(), by_place=by_place, base=base if isinstance(base, str) and base else None)
+
+
+def _members(place: Path, config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Returns the config of each architecture: of one, or of those in a union (MAM, UniPELT).
+
+    Raises:
+        CheckpointError: if deltakit does not read one, or a union has two of one architecture.
+    """
+    union = config.get("architecture") == "union"
+    members = config.get("configs") if union else [config]
+    if not isinstance(members, list) or not members or not all(isinstance(one, dict) for one in members):
+        raise CheckpointError(f"{place}: its config is a union of nothing; save or download it again")
+    found: dict[str, Mapping[str, Any]] = {}
+    for one in members:
+        architecture = str(one.get("architecture") or "")
+        if architecture not in _KINDS:
+            what = _OTHERS.get(architecture, f"an adapter of the architecture {architecture!r}")
+            raise CheckpointError(
+                f"{place}: this is {f'a union with {what}' if union else what} of AdapterHub, which deltakit does not read; "
+                "of AdapterHub it reads bottleneck and invertible adapters, compacters, LoRA, IA3, ReFT and prefixes"
+            )
+        if architecture in found:
+            raise CheckpointError(
+                f"{place}: this is a union of two {architecture or 'bottleneck'} configs of AdapterHub, whose tensors "
+                f"deltakit cannot tell apart{IN_ADAPTERHUB}"
+            )
+        found[architecture] = one
+    return found
 
 
 def _tensors(folder: Path, values: bool) -> dict[str, Tensor]:
@@ -88,9 +125,7 @@ def _tensors(folder: Path, values: bool) -> dict[str, Tensor]:
     return found
 
 
-def _refuse_strange(folder: Path, tensors: Mapping[str, Tensor], kind: str, name: object) -> None:
-    # Compacters share their rule.
-    kinds = (kind, "shared_parameters") if kind == "adapters" else (kind,)
+def _refuse_strange(folder: Path, tensors: Mapping[str, Tensor], kinds: Collection[str], name: object) -> None:
     for full in tensors:
         key = Key(full)
         if key.kind not in kinds or key.name != name:

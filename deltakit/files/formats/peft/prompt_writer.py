@@ -93,6 +93,8 @@ def prefix_options(writing: Writing) -> tuple[dict[str, Any], dict[str, Tensor]]
     (method,) = attachment.record.methods
     if not method.shift:  # type: ignore[attr-defined]
         raise writing.impossible("in PEFT the positions of the text start after a prefix, as with Prefix(shift=True)")
+    if method.gate:  # type: ignore[attr-defined]
+        raise writing.impossible("its prefix has a gate, and PEFT has none with one")
     order = {path: number for number, (path, _) in enumerate(own_modules(attachment.backbone))}
     sites = [site for site in attachment.sites if attachment.named(site, "key") in tensors]
     sites.sort(key=lambda site: order[site.path])
