@@ -92,6 +92,7 @@ from deltakit.core.sharding import (
 )
 from deltakit.core.start_values import same_random_numbers, wants_start_values, without_start_values
 from deltakit.core.target import Inferred, Target, WeightRead
+from deltakit.core.trial_call import Inputs, trial_call
 from deltakit.core.without_deltas import deltas_left_out, without_deltas
 
 __all__ = [
@@ -107,6 +108,7 @@ __all__ = [
     "FeatureSlice",
     "GradLedger",
     "Inferred",
+    "Inputs",
     "LogicalParameter",
     "Method",
     "MixedBatch",
@@ -204,6 +206,7 @@ __all__ = [
     "takes",
     "tensors_in",
     "tensors_of",
+    "trial_call",
     "type_names",
     "unwrapped",
     "values_of",
