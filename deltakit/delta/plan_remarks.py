@@ -93,9 +93,10 @@ def holes(index: BackboneIndex, paths: Iterable[str]) -> Iterator[str]:
                 row = ".".join(components[:place])
                 leaf = components[-1] if place < len(components) - 1 else ""
                 hit.setdefault((row, leaf), {})[component] = None
+    blocks = set(index.roles.blocks) if hit else set()
     texts: dict[tuple[int, int, str], dict[str, dict[str, None]]] = {}
     for (row, leaf), members in hit.items():
-        alike = _alike(index, row, members)
+        alike = _alike(index, row, members, blocks)
         missing = [name for name in alike if name not in members]
         if missing:
             left_out = f"{{{span(missing)}}}" if len(missing) > 1 else missing[0]
@@ -116,10 +117,9 @@ def _by_rows(by_leaf: Mapping[str, Mapping[str, None]]) -> dict[tuple[str, ...],
     return found
 
 
-def _alike(index: BackboneIndex, row: str, members: Collection[str]) -> list[str]:
+def _alike(index: BackboneIndex, row: str, members: Collection[str], blocks: Collection[str]) -> list[str]:
     """The modules in a row that are like those that are hit: all blocks, or else all of the same classes."""
     children = [(name, child) for name, child in own_children(index.by_path[row]) if name.isdecimal()]
-    blocks = set(index.roles.blocks)
     if any(join(row, name) in blocks for name in members):
         return [name for name, _ in children if join(row, name) in blocks]
     kinds = {class_name(child) for name, child in children if name in members}
@@ -128,14 +128,19 @@ def _alike(index: BackboneIndex, row: str, members: Collection[str]) -> list[str
 
 def _overlaps(own: Hits, earlier: Iterable[Hits]) -> Iterator[str]:
     for other in earlier:
-        both = [path for path, module in own.built.items() if _is_hit(path, module, other.built)]
+        there: dict[str, list[str]] = {}
+        for path, module in other.built.items():
+            there.setdefault(_owner(path, module), []).append(module.part)
+        # Two slices of one projection, or two parameters of one module, have nothing in common.
+        both = [
+            path
+            for path, module in own.built.items()
+            if any(
+                part == module.part or not are_apart(part, module.part) for part in there.get(_owner(path, module), ())
+            )
+        ]
         if both:
             yield f"{_number(both, own)} also hit by {other.method.name}: {', '.join(fold(both))}"
-
-
-def _is_hit(path: str, module: DeltaModule, others: Mapping[str, DeltaModule]) -> bool:
-    owner = _owner(path, module)
-    return any(_owner(p, m) == owner and not (p != path and are_apart(module.part, m.part)) for p, m in others.items())
 
 
 def _owner(path: str, module: DeltaModule) -> str:

@@ -13,14 +13,17 @@ from deltakit.core import (
     checked,
     class_name,
     delta_children,
+    fold,
+    global_bytes,
     join,
+    local_bytes,
     logical_parameters,
     own_modules,
     records_in,
 )
 from deltakit.measuring.kept_activations import kept_activations
 from deltakit.measuring.optimizer_state import Optimizers, optimizer_state
-from deltakit.measuring.stored import Part, global_bytes, local_bytes
+from deltakit.measuring.part import Part
 from deltakit.view import Printed, Table, binary_size, share
 
 _TITLES = {
@@ -139,10 +142,13 @@ class _Walk:
     tied: Part = field(default_factory=Part)
     quantized: Part = field(default_factory=Part)
     seen: dict[int, str] = field(default_factory=dict)
+    ties: dict[str, list[str]] = field(default_factory=dict)
+    """The other names of each tied parameter, by its first name."""
 
     def __post_init__(self) -> None:
         for path, module in own_modules(self.backbone):
             self._backbone(path, module)
+        self.tied.note = "; ".join(f"{', '.join(fold(names))} = {first}" for first, names in self.ties.items())
         for path, module in own_modules(self.backbone):
             for child in delta_children(module).values():
                 self._delta(path, child)
@@ -158,7 +164,7 @@ class _Walk:
             own, count = join(path, name), shape.numel() if shape is not None else 0
             if id(stored) in self.seen:
                 self.tied.add(stored, count)
-                self.tied.note += (", " if self.tied.note else "") + f"{own} = {self.seen[id(stored)]}"
+                self.ties.setdefault(self.seen[id(stored)], []).append(own)
                 continue
             self.seen[id(stored)] = own
             self._part("backbone", stored).add(stored, count)

@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltakit.core import Inputs, trial_call
-from deltakit.measuring.stored import inner_tensors
+from deltakit.core import Inputs, inner_tensors, trial_call
 
 
 def kept_activations(backbone: nn.Module, inputs: Inputs) -> int:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from deltakit.core import is_sharded
+from deltakit.core import global_bytes, is_sharded, local_bytes
 from deltakit.errors import OptionError
-from deltakit.measuring.stored import Part, global_bytes, local_bytes
+from deltakit.measuring.part import Part
 
 Optimizers = type[Optimizer] | Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer]
 """A class, an optimiser, or a function such as `functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)`."""

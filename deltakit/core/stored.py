@@ -1,33 +1,11 @@
 """How many bytes tensors take, wherever they are kept: in this process, and in all of them together."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltakit.core import is_sharded
-
-
-@dataclass
-class Part:
-    """One line of an account.
-
-    `count`: the number of values as the architecture has them, however a quantizer packs them; None if it is not known.
-    `bytes` are those of all processes together, and `local` those of this process; None if they are not known. `note` says
-    what a reader must know besides.
-    """
-
-    count: int | None = 0
-    bytes: int | None = 0
-    local: int | None = 0
-    note: str = ""
-
-    def add(self, tensor: Tensor, count: int) -> None:
-        """Adds a tensor."""
-        self.count = (self.count or 0) + count
-        self.bytes = (self.bytes or 0) + global_bytes(tensor)
-        self.local = (self.local or 0) + local_bytes(tensor)
+from deltakit.core.sharding import is_sharded
 
 
 def local_bytes(tensor: Tensor) -> int:
@@ -59,8 +37,10 @@ def global_bytes(tensor: Tensor) -> int:
 
 
 def inner_tensors(tensor: Tensor) -> list[Tensor]:
-    """Returns the plain tensors that a tensor consists of: of torchao's a packed weight and its scales, of a DTensor the part
-    of this process, and of a plain tensor itself."""
+    """Returns the plain tensors that a tensor consists of; a plain one is its own.
+
+    torchao's tensors consist of a packed weight and its scales, and a DTensor of the part of this process.
+    """
     held: Any = tensor
     if not hasattr(held, "__tensor_flatten__"):
         return [tensor]
