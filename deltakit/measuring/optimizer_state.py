@@ -31,9 +31,8 @@ def optimizer_state(optimizer: Optimizers, trainable: Sequence[nn.Parameter]) ->
         OptionError: if a class or function needs other arguments than parameters, or does not return an optimiser.
     """
     if not isinstance(optimizer, Optimizer):
-        name = getattr(optimizer, "__name__", None) or getattr(
-            getattr(optimizer, "func", None), "__name__", "optimizer"
-        )
+        # A `functools.partial` has no name, and its function has one.
+        name = str(getattr(getattr(optimizer, "func", optimizer), "__name__", "optimizer"))
         return _tried(lambda copied: _made(optimizer, [copied(p) for p in trainable]), trainable, name)
     name = type(optimizer).__name__
     if not optimizer.state:
