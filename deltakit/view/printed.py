@@ -5,7 +5,7 @@ The HTML has no colour for text, so it has the page's own, light or dark. Bars h
 
 import sys
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
@@ -45,18 +45,23 @@ class Printed:
     def to_dict(self) -> dict[str, Any]:
         """Returns its contents as data that `json.dumps` takes."""
 
+    def _shown(self) -> Iterator[str | Table]:
+        """Its lines, escaped, and its tables without the columns that no row has anything in."""
+        for part in self._parts():
+            yield printable(part) if isinstance(part, str) else _without_empty(part)
+
     def __str__(self) -> str:
         plain = "utf" not in (getattr(sys.stdout, "encoding", None) or "utf-8").lower()
         lines: list[str] = []
-        for part in self._parts():
-            lines += [printable(part)] if isinstance(part, str) else _text(part, plain=plain)
+        for part in self._shown():
+            lines += [part] if isinstance(part, str) else _text(part, plain=plain)
         return "\n".join(lines)
 
     __repr__ = __str__
 
     def html(self) -> str:
         """Returns it as one HTML element without scripts."""
-        parts = [f"<div>{escape(printable(p))}</div>" if isinstance(p, str) else _html(p) for p in self._parts()]
+        parts = [f"<div>{escape(part)}</div>" if isinstance(part, str) else _html(part) for part in self._shown()]
         return f'<div style="font-family:ui-monospace,monospace;font-size:13px;line-height:1.5">{"".join(parts)}</div>'
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
@@ -85,6 +90,16 @@ def _bar(value: float | None, *, plain: bool) -> str:
     return (_EIGHTHS[-1] * (eighths // 8) + _EIGHTHS[eighths % 8]).strip()
 
 
+def _without_empty(table: Table) -> Table:
+    kept = [place for place in range(len(table.heads)) if not table.rows or any(row[place] for row in table.rows)]
+    return table._replace(
+        heads=[table.heads[place] for place in kept],
+        rows=[[row[place] for place in kept] for row in table.rows],
+        right=[new for new, place in enumerate(kept) if place in table.right],
+        selectors=kept.index(table.selectors) if table.selectors in kept else None,
+    )
+
+
 def _text(table: Table, *, plain: bool) -> list[str]:
     found: list[list[str]] = []
     bars = list(table.bars) if table.bars is not None else []
@@ -96,8 +111,8 @@ def _text(table: Table, *, plain: bool) -> list[str]:
             found.append([printable(cell[line]) if line < len(cell) else "" for cell in cells])
     right = {place + bool(bars) for place in table.right}
     widths = [max(cell_len(row[place]) for row in found) for place in range(len(found[0]))]
-    kept = [place for place, width in enumerate(widths) if width]
-    return ["  " + "  ".join(_padded(row[p], widths[p], left=p not in right) for p in kept).rstrip() for row in found]
+    padded = [[_padded(cell, widths[p], left=p not in right) for p, cell in enumerate(row)] for row in found]
+    return ["  " + "  ".join(row).rstrip() for row in padded]
 
 
 def _padded(cell: str, width: int, *, left: bool) -> str:
@@ -116,12 +131,13 @@ def _html(table: Table) -> str:
             cells.append(_cell("td", shown, right=place in table.right, bar=None if place else bar))
         rows.append("".join(cells))
     body = "".join(f"<tr>{row}</tr>" for row in rows)
-    return f'<table style="border-collapse:collapse;margin:.3em 0">{body}</table>'
+    return f'<table style="border-collapse:collapse;margin:.3em 0;font:inherit;color:inherit">{body}</table>'
 
 
 def _selectors(cell: str) -> str:
     """Each selector as an element that one click selects as a whole, to be copied."""
-    return "<br>".join(f'<code style="user-select:all">{escape(printable(line))}</code>' for line in cell.split("\n"))
+    style = "user-select:all;font:inherit;color:inherit;background:none;padding:0"
+    return "<br>".join(f'<code style="{style}">{escape(printable(line))}</code>' for line in cell.split("\n"))
 
 
 def _cell(tag: str, shown: str, *, right: bool, bar: float | None = None) -> str:
