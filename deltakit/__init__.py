@@ -43,6 +43,7 @@ from deltakit.errors import (
     StateError,
     TargetError,
 )
+from deltakit.measuring import account, diff, targets
 from deltakit.methods.adalora import AdaLoRA
 from deltakit.methods.adapter import Adapter
 from deltakit.methods.bitfit import BitFit
@@ -176,11 +177,13 @@ __all__ = [
     "Visualization",
     "WeightMap",
     "__version__",
+    "account",
     "attach",
     "attach_from_data",
     "base_state_dict",
     "combine",
     "deltas",
+    "diff",
     "inspect",
     "load",
     "merged_state_dict",
@@ -190,5 +193,6 @@ __all__ = [
     "search",
     "select",
     "show",
+    "targets",
     "use",
 ]

@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "methods": {"core", "ops", "selection"},
     "files": {"core", "selection", "version"},
     "view": {"core"},
+    "measuring": {"core", "view"},
     "delta": {"core", "selection", "injection", "files", "view"},
     "integrations": {"core", "delta", "files"},
     "searching": {"core", "delta"},

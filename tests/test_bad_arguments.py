@@ -53,7 +53,11 @@ ACCEPTED = {
     # Scripts pass their token for folders, too, where it is not needed.
     **dict.fromkeys(["load.token", "inspect.token"], NOTHING | TEXT | SWITCH),
     # A single layer is a model.
-    **dict.fromkeys(["show.backbone", "roles.backbone", "deltas.backbone", "base_state_dict.backbone", "merged_state_dict.backbone"], MODEL),
+    **dict.fromkeys(["show.backbone", "roles.backbone", "deltas.backbone", "base_state_dict.backbone", "merged_state_dict.backbone", "targets.backbone", "account.backbone"], MODEL),
+    # A state dict may be empty.
+    **dict.fromkeys(["diff.a", "diff.b"], MODEL | {"empty dict"}),
+    **dict.fromkeys(["plan.inputs", "account.optimizer", "account.inputs"], NOTHING),
+    "Delta.show.top": NOTHING | COUNT,
     "Visualization.plm": MODEL,
     **dict.fromkeys(["show.depth", "show.width", "View.width", "combine.rank"], NOTHING | COUNT),
     **dict.fromkeys(["show.fold", "show.all_modules"], SWITCH),

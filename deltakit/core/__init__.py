@@ -92,7 +92,9 @@ from deltakit.core.sharding import (
     wait_for_all,
 )
 from deltakit.core.start_values import same_random_numbers, wants_start_values, without_start_values
+from deltakit.core.stored import global_bytes, inner_tensors, local_bytes
 from deltakit.core.target import Inferred, Target, WeightRead
+from deltakit.core.trial_call import Inputs, trial_call
 from deltakit.core.without_deltas import deltas_left_out, without_deltas
 
 __all__ = [
@@ -108,6 +110,7 @@ __all__ = [
     "FeatureSlice",
     "GradLedger",
     "Inferred",
+    "Inputs",
     "LogicalParameter",
     "Method",
     "MixedBatch",
@@ -148,10 +151,12 @@ __all__ = [
     "fold",
     "gathered",
     "gathered_in_training",
+    "global_bytes",
     "held_at",
     "held_in",
     "hidden_input",
     "hidden_output",
+    "inner_tensors",
     "is_below",
     "is_callable",
     "is_compute_dtype",
@@ -168,6 +173,7 @@ __all__ = [
     "label_among",
     "label_of",
     "linear_sizes",
+    "local_bytes",
     "logical_parameters",
     "module_at",
     "moved_in",
@@ -206,6 +212,7 @@ __all__ = [
     "takes",
     "tensors_in",
     "tensors_of",
+    "trial_call",
     "type_names",
     "unwrapped",
     "values_of",

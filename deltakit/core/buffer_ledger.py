@@ -39,7 +39,7 @@ class BufferLedger:
         return [
             name
             for name, value in self.own.items()
-            if is_below(name, path) and _differs(buffer_at(module, relative(name, path)), value)
+            if is_below(name, path) and differs(buffer_at(module, relative(name, path)), value)
         ]
 
     def empty_again(self, backbone: nn.Module) -> None:
@@ -111,7 +111,8 @@ def _is_float8(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and not is_compute_dtype(tensor.dtype)
 
 
-def _differs(here: Tensor | None, own: Tensor) -> bool:
+def differs(here: Tensor | None, own: Tensor) -> bool:
+    """Returns whether a buffer has other values than a copy of it; not if it is gone or has no values here."""
     if here is None or here.is_meta:
         return False
     if here.shape != own.shape:

@@ -10,6 +10,7 @@ from deltakit.delta import tensors
 from deltakit.delta.changed_backbone import gone_modules
 from deltakit.delta.full_training import fully_trained_tensors, tensors_at
 from deltakit.delta.running_statistics import held_of
+from deltakit.delta.update_sizes import UpdateSizes, update_sizes
 from deltakit.errors import OptionError
 from deltakit.selection import BackboneIndex
 from deltakit.view import described
@@ -132,6 +133,23 @@ class DeltaContents:
         """
         held_of(self._attachment)
         return tensors.state_dict(self._attachment)
+
+    def show(self, *, top: int | None = None) -> UpdateSizes:
+        """Returns how much the delta has changed each weight, as a table with bars: ||update|| / ||weight|| (Frobenius norms).
+
+        The update has the current `scale`, and the weight is the backbone's own. Methods that do not change weights, such as
+        adapters and prefixes, have no such figure. Each update is computed in full size, one after the other.
+
+        Args:
+            top: how many targets to list, those with the largest ratios first; by default all, in the order of the model.
+
+        Raises:
+            OptionError: if `top` is below 1.
+        """
+        if top is not None and top < 1:
+            raise OptionError(f"show(top={top}): expected at least 1; omit it for all targets")
+        held_of(self._attachment)
+        return update_sizes(self._attachment, top)
 
     def __repr__(self) -> str:
         held_of(self._attachment)

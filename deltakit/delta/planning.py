@@ -1,18 +1,21 @@
 """Plan: the targets and delta modules that `attach` would add, built but not attached."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
 from deltakit.core import (
     FROZEN,
     DeltaModule,
+    Inputs,
     Method,
     Selector,
     Target,
     WeightRead,
     checked,
+    fold,
     is_sharded,
     normal_tensors,
     num_parameters,
@@ -21,9 +24,10 @@ from deltakit.core import (
     without_start_values,
 )
 from deltakit.delta.full_training import full_training_names
+from deltakit.delta.plan_remarks import Hits, called_modules, remarks
 from deltakit.errors import OptionError, StateError, TargetError
 from deltakit.selection import BackboneIndex, Found, OptionSelectors, find_targets
-from deltakit.view import Line, report, share
+from deltakit.view import Line, binary_size, report, share
 
 
 @checked
@@ -32,6 +36,7 @@ class Plan:
     """What `attach` would do: the delta modules of each method by target, and the names of fully trained parameters.
 
     `found`: for each method the paths of its targets, what it leaves out and why, and what is unusual about the choice.
+    `remarks`: for each method what may be a mistake, such as layers that it leaves out.
     """
 
     backbone: nn.Module
@@ -41,6 +46,7 @@ class Plan:
     train: tuple[str, ...]
     fully_trained: tuple[str, ...]
     index: BackboneIndex
+    remarks: tuple[tuple[str, ...], ...] = ()
 
     @property
     def paths(self) -> dict[str, list[str]]:
@@ -55,8 +61,37 @@ class Plan:
         """The number of trained parameters of the delta modules, without fully trained modules."""
         return sum(parameter.numel() for built in self.built for parameter in _parameters(built))
 
-    def __repr__(self) -> str:
-        lines = [
+    @property
+    def num_bytes(self) -> int:
+        """The size of these parameters."""
+        return sum(parameter.nbytes for built in self.built for parameter in _parameters(built))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns its contents as data that `json.dumps` takes."""
+        return {
+            "model": self.index.owner,
+            "methods": [
+                {
+                    "name": line.method,
+                    "summary": line.summary,
+                    "paths": list(line.paths),
+                    "where": list(fold(line.paths)),
+                    "parameters": line.parameters,
+                    "left_out": dict(line.left_out),
+                    "note": line.note,
+                    "remarks": list(line.remarks),
+                }
+                for line in self._lines()
+            ],
+            "fully_trained": list(self.fully_trained),
+            "parameters": self.num_parameters,
+            "bytes": self.num_bytes,
+            "of": num_parameters(self.backbone),
+        }
+
+    def _lines(self) -> list[Line]:
+        told = self.remarks or ((),) * len(self.methods)
+        return [
             Line(
                 method.name,
                 next(iter(built.values())).summary(),
@@ -66,41 +101,56 @@ class Plan:
                 found.left_out,
                 [alias for path in built for alias in self.index.target(path).aliases],
                 found.note,
+                remarks=told_here,
             )
-            for method, built, found in zip(self.methods, self.built, self.found, strict=True)
+            for method, built, found, told_here in zip(self.methods, self.built, self.found, told, strict=True)
         ]
+
+    def __repr__(self) -> str:
         own = dict(own_parameters(self.backbone))
         total = num_parameters(self.backbone)
         count = self.num_parameters
         return report(
             f"plan for {self.index.owner}",
-            lines,
+            self._lines(),
             {name: own[name] for name in self.fully_trained if name in own},
-            f"nothing is changed; +{count:,} parameters, {share(count, total)} of {total:,}",
+            f"nothing is changed; +{count:,} parameters ({binary_size(self.num_bytes)}), {share(count, total)} of {total:,}",
             total,
         )
 
 
 @checked
-def plan(backbone: nn.Module, *methods: Method, train: Selector | None = None) -> Plan:
+def plan(backbone: nn.Module, *methods: Method, train: Selector | None = None, inputs: Inputs | None = None) -> Plan:
     """Returns what `attach` with the same arguments would do. Print it to see the targets. Nothing is changed.
 
     No random number generator changes, either: the delta modules of a plan have no start values.
 
+    Lines with `!` say what may be a mistake: layers without a target (`25 of 30 in layers: not {5-29:6}`), a target that two
+    methods or another delta hit, a tied weight, and with `inputs=` what a forward does not call.
+
     Args:
         methods: what to attach, such as `LoRA(r=8)`; at least one.
         train: selectors of backbone modules that would be trained fully.
+        inputs: what the model is called with, for one forward in its current mode without gradients: a tensor, a list of
+            arguments, or a dictionary of named ones. Buffers stay as they are.
 
     Raises:
         SelectorError: if a selector is malformed or matches nothing. The message lists similar paths.
         RoleError: if a default position is not found on this backbone, or a role does not exist.
         TargetError: if a method cannot be used on a target.
-        OptionError: if no method is given, or an option does not fit a target.
+        OptionError: if no method is given, an option does not fit a target, or the forward fails with these inputs.
         StateError: if the backbone is wrapped for distribution, or a weight in `train` is tied to one outside, quantized or
             offloaded.
     """
     with without_start_values():
-        return planned(backbone, methods, train)
+        found = planned(backbone, methods, train)
+    hits = [
+        # What was found is with the first part of a method alone.
+        Hits(method, built, goes_on=not how.paths)
+        for method, built, how in zip(found.methods, found.built, found.found, strict=True)
+    ]
+    called = called_modules(found.index, inputs) if inputs is not None else None
+    return replace(found, remarks=remarks(found.index, hits, found.fully_trained, called))
 
 
 def planned(backbone: nn.Module, methods: tuple[Method, ...], train: Selector | None) -> Plan:

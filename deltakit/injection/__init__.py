@@ -6,6 +6,7 @@ that stand on a backbone while it holds deltas.
 
 from deltakit.injection.backbone_guards import change_begins, watch, watch_rows
 from deltakit.injection.first_forward import forget_first_forward, watch_first_forward
+from deltakit.injection.forward_recorder import recorded_calls
 from deltakit.injection.hooks import put, scopes_of, sort_patches, take, take_patches
 from deltakit.injection.input_observer import observed_inputs
 from deltakit.injection.loading_guards import hook_loading, records_around
@@ -36,6 +37,7 @@ __all__ = [
     "observed_inputs",
     "own_state_dicts",
     "put",
+    "recorded_calls",
     "records_around",
     "saving_call",
     "scopes_of",

@@ -1,5 +1,6 @@
 """The building blocks of methods: low-rank products, attention with a prefix, prompt insertion, sizes and dtypes."""
 
+from deltakit.ops.attention.attention_targets import attention_targets
 from deltakit.ops.attention.beside import AttentionBeside, BesideMode
 from deltakit.ops.attention.first_block import FRONT, first_block_only, nothing_handed_on, refuse_without_first_block
 from deltakit.ops.attention.function_mode import PrefixMode
@@ -8,7 +9,6 @@ from deltakit.ops.attention.interface import install_prefixes
 from deltakit.ops.attention.kernel import AttentionPrefix, joined, joined_per_example
 from deltakit.ops.attention.mode_stack import EntersMode, enter_prefix_mode
 from deltakit.ops.attention.sites import attends, calls_fused_attention, enters_by_interface, heads_of
-from deltakit.ops.attention.targets import attention_targets
 from deltakit.ops.blocks import block_size_for
 from deltakit.ops.bottleneck import ACTIVATIONS, Bottleneck, BottleneckMethod
 from deltakit.ops.fastfood import Fastfood, key_of_name

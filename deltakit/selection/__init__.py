@@ -11,7 +11,7 @@ from deltakit.selection.option_selectors import OptionSelectors
 from deltakit.selection.role_inference.ends import heads_of, outermost_models, told_by
 from deltakit.selection.role_inference.names import FUSED, FUSED_KV, PROJECTIONS, says_attention
 from deltakit.selection.role_table import RoleTable, roles
-from deltakit.selection.targets import find_targets, select
+from deltakit.selection.target_search import find_targets, select
 
 __all__ = [
     "FUSED",

@@ -246,7 +246,8 @@ def _miss(selector: str, paths: Collection[str], owner: str) -> str:
         message += "; write a name with special characters with its full path, or as 're:' and a regular expression"
     if not names:
         return f"{message}; print(dk.show(model)) lists its paths"
-    return f"{message}; last components of its paths: {', '.join(names[:24])}{more}"
+    shown = f"{', '.join(names[:24])}{more}"
+    return f"{message}; last components of its paths: {shown} (dk.targets(model) says what they are)"
 
 
 def _nearest(selector: str, leaves: Iterable[str], paths: Collection[str]) -> list[str]:

@@ -31,6 +31,8 @@ class Line(NamedTuple):
     """The paths whose module the user has replaced or removed."""
     known: bool = True
     """Whether the paths are known. Only a backbone shows those of some files."""
+    remarks: Sequence[str] = ()
+    """What may be a mistake, one sentence each."""
 
 
 def report(
@@ -66,6 +68,7 @@ def report(
             left_out = [path for path, reason in line.left_out.items() if reason == why]
             text += [f"      {selector}  left out: {why}" for selector in fold(left_out)]
         text += [f"      ({line.note})"] if line.note else []
+        text += [f"      ! {remark}" for remark in line.remarks]
     for title, held in (("fully trained", fully_trained), ("running statistics", statistics)):
         if held:
             values = sum(tensor.numel() for tensor in held.values())

@@ -1,0 +1,62 @@
+"""Records the calls of modules in one forward: how often, what they return, and their floating-point operations."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass
+class Recorded:
+    """The calls of one module: how often, the shapes of the tensors that its last call returned, and the sum of its FLOPs.
+
+    The FLOPs are those of torch's own counter: matrix products, convolutions and attention, two for each multiplication with
+    an addition; those of the modules inside and of deltas are in it.
+    """
+
+    times: int = 0
+    shapes: tuple[tuple[int, ...], ...] = ()
+    flops: int = 0
+
+
+class _Recorder:
+    """The two hooks of one module."""
+
+    def __init__(self, record: Recorded, counter: FlopCounterMode) -> None:
+        self.record, self.counter = record, counter
+        self.started: list[int] = []
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        self.started.append(self.counter.get_total_flops())
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.record.times += 1
+        self.record.shapes = tuple(tuple(leaf.shape) for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+        self.record.flops += self.counter.get_total_flops() - self.started.pop()
+
+
+@contextmanager
+def recorded_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Recorded]]:
+    """Records the calls of modules inside a `with` block, without gradients.
+
+    Args:
+        modules: what is observed, by path.
+    """
+    found = {path: Recorded() for path in modules}
+    handles: list[Any] = []
+    counter = FlopCounterMode(display=False)
+    try:
+        with counter, torch.no_grad():
+            for path, module in modules.items():
+                recorder = _Recorder(found[path], counter)
+                handles.append(module.register_forward_pre_hook(recorder.before))
+                handles.append(module.register_forward_hook(recorder.after))
+            yield found
+    finally:
+        for handle in handles:
+            handle.remove()
