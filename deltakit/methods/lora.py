@@ -244,8 +244,8 @@ class LoRA(Method, name="lora"):
         forms = [name for name in ("dora", "gate", "invocation") if getattr(self, name)]
         if len(forms) > 1:
             raise OptionError(
-                f"LoRA({forms[0]}=..., {forms[1]}=...): omit one of the two; dora= changes the weight for all tokens, gate= is "
-                "one number for all tokens of an example, and invocation= chooses tokens"
+                f"LoRA({forms[0]}=..., {forms[1]}=...): omit one of the two; dora= changes the weight for all tokens, "
+                "gate= is one number for an example, and invocation= chooses tokens"
             )
 
     @property
@@ -294,9 +294,6 @@ class LoRA(Method, name="lora"):
                 f"LoRAs that act on different tokens have no sum: found the invocations {sorted(map(list, invocations))}; run "
                 "the deltas one by one"
             )
-        r = (
-            rank
-            if rank is not None
-            else sum(part.factors()[0].shape[-2] for part in parts if isinstance(part, LoRADelta))
-        )
+        own = sum(part.factors()[0].shape[-2] for part in parts if isinstance(part, LoRADelta))
+        r = own if rank is None else rank
         return cls(r=r, alpha=r, invocation=invocations.pop())

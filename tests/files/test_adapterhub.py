@@ -160,7 +160,7 @@ def copied(folder, case="seq_bn", kind="bert", top=None, **options):
 
 
 REFUSED = {
-    "another invertible adapter": ({"case": "inv", "inv_adapter": "glow"}, r"has an invertible adapter with inv_adapter='glow' and inv_adapter_reduction_factor=3, and deltakit has those of the kind 'nice'"),
+    "another invertible adapter": ({"case": "inv", "inv_adapter": "glow"}, r"has an invertible adapter with inv_adapter='glow' and inv_adapter_reduction_factor=3, and deltakit has the kind 'nice'"),
     "a broken factor": ({"case": "inv", "inv_adapter_reduction_factor": 1.5}, "whole factors of at least 1"),
     "no invertible adapter": ({"inv_adapter": "nice", "inv_adapter_reduction_factor": 2}, "the tensors of its invertible adapter are not those of two bottlenecks"),
     "an invertible adapter too many": ({"case": "inv", "inv_adapter": False}, "F.0.bias is an invertible adapter, which deltakit does not read"),

@@ -50,8 +50,8 @@ def read_invertible(source: Source, name: object, activation: str, parts: Parts)
     if options["inv_adapter"] != "nice" or reduction < 1 or int(reduction) != reduction:
         raise CheckpointError(
             f"{source.folder}: this adapter of AdapterHub has an invertible adapter with "
-            f"inv_adapter={options['inv_adapter']!r} and inv_adapter_reduction_factor={reduction:g}, and deltakit has those of "
-            f"the kind 'nice' with whole factors of at least 1{IN_ADAPTERHUB}"
+            f"inv_adapter={options['inv_adapter']!r} and inv_adapter_reduction_factor={reduction:g}, and deltakit has the "
+            f"kind 'nice' with whole factors of at least 1{IN_ADAPTERHUB}"
         )
     places = by_place(source.tensors, "invertible_adapters", name)
     owner, tensors = next(iter(places.items()), ("", {}))
