@@ -51,6 +51,7 @@ from deltakit.methods.c3a import C3A
 from deltakit.methods.compacter import Compacter
 from deltakit.methods.delora import DeLoRA
 from deltakit.methods.fourierft import FourierFT
+from deltakit.methods.glora import GLoRA
 from deltakit.methods.gralora import GraLoRA
 from deltakit.methods.hira import HiRA
 from deltakit.methods.hra import HRA
@@ -126,6 +127,7 @@ __all__ = [
     "DeltaModule",
     "DeltaWarning",
     "FourierFT",
+    "GLoRA",
     "GraLoRA",
     "HiRA",
     "HubError",
