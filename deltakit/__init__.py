@@ -80,6 +80,7 @@ from deltakit.methods.soft_prompt import SoftPrompt
 from deltakit.methods.trainable_tokens import TrainableTokens
 from deltakit.methods.vblora import VBLoRA
 from deltakit.methods.vera import VeRA
+from deltakit.methods.waveft import WaveFT
 from deltakit.opendelta import (
     AdapterModel,
     AutoDeltaConfig,
@@ -176,6 +177,7 @@ __all__ = [
     "VeRA",
     "View",
     "Visualization",
+    "WaveFT",
     "WeightMap",
     "__version__",
     "attach",

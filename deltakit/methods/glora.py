@@ -119,4 +119,4 @@ def _shapes(name: str, form: str, product: tuple[int, ...], vector: tuple[int, .
     """
     if form == "lora":
         return {f"{name}_up": product[:2], f"{name}_down": product[1:]}
-    return {name: vector if form == "vector" else (1,)} if form != "none" else {}
+    return {name: vector if form == "vector" else (1,) * len(vector)} if form != "none" else {}
