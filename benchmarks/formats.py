@@ -83,6 +83,8 @@ WEIGHTS = {
     "RandLoRA": (peft.RandLoraConfig(r=3), dk.RandLoRA(r=3)),
     "VB-LoRA": (peft.VBLoRAConfig(r=3, num_vectors=7, vector_length=2), dk.VBLoRA(r=3, vectors=7, length=2)),
     "GraLoRA": (peft.GraloraConfig(r=4), dk.GraLoRA(r=4)),
+    "GLoRA": (peft.GloraConfig(r=3), dk.GLoRA(r=3)),
+    "WaveFT": (peft.WaveFTConfig(n_frequency=40), dk.WaveFT(n=40)),
     "HiRA": (peft.HiraConfig(r=3), dk.HiRA(r=3)),
     "LoHa": (peft.LoHaConfig(r=2, use_effective_conv2d=True), dk.LoHa(r=2, tucker=True)),
     "LoKr": (peft.LoKrConfig(r=2, use_effective_conv2d=True), dk.LoKr(r=2, tucker=True)),
@@ -91,7 +93,7 @@ WEIGHTS = {
 }
 """The methods that change weights: PEFT's config and the same in deltakit."""
 
-NO_CONV1D = ("LoHa", "LoKr", "MiSS", "DeLoRA")
+NO_CONV1D = ("GLoRA", "LoHa", "LoKr", "MiSS", "DeLoRA")
 OF_IMAGES = ("LoHa", "LoKr", "HiRA")
 
 

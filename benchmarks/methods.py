@@ -37,6 +37,7 @@ PEFT: dict[str, tuple[str, tuple[str, ...]]] = {
     "c3a": ("C3AConfig", ("block_size",)),
     "delora": ("DeloraConfig", ("r",)),
     "fourierft": ("FourierFTConfig", ()),
+    "glora": ("GloraConfig", ("r",)),
     "gralora": ("GraloraConfig", ("r",)),
     "hira": ("HiraConfig", ("r",)),
     "hra": ("HRAConfig", ("r",)),
@@ -56,6 +57,7 @@ PEFT: dict[str, tuple[str, tuple[str, ...]]] = {
     "trainable_tokens": ("TrainableTokensConfig", ()),
     "vblora": ("VBLoRAConfig", ("r",)),
     "vera": ("VeraConfig", ("r",)),
+    "waveft": ("WaveFTConfig", ()),
 }
 """PEFT's config of a method, and its options that have the name and the value of ours. The others are PEFT's defaults."""
 

@@ -52,6 +52,7 @@ from deltakit.methods.c3a import C3A
 from deltakit.methods.compacter import Compacter
 from deltakit.methods.delora import DeLoRA
 from deltakit.methods.fourierft import FourierFT
+from deltakit.methods.glora import GLoRA
 from deltakit.methods.gralora import GraLoRA
 from deltakit.methods.hira import HiRA
 from deltakit.methods.hra import HRA
@@ -80,6 +81,7 @@ from deltakit.methods.soft_prompt import SoftPrompt
 from deltakit.methods.trainable_tokens import TrainableTokens
 from deltakit.methods.vblora import VBLoRA
 from deltakit.methods.vera import VeRA
+from deltakit.methods.waveft import WaveFT
 from deltakit.opendelta import (
     AdapterModel,
     AutoDeltaConfig,
@@ -127,6 +129,7 @@ __all__ = [
     "DeltaModule",
     "DeltaWarning",
     "FourierFT",
+    "GLoRA",
     "GraLoRA",
     "HiRA",
     "HubError",
@@ -175,6 +178,7 @@ __all__ = [
     "VeRA",
     "View",
     "Visualization",
+    "WaveFT",
     "WeightMap",
     "__version__",
     "account",

@@ -217,13 +217,7 @@ def test_every_way_of_calling_and_returning(name, style):
     x = torch.randn(2, 3, 7)
     before = model(x)
     # Sizes and divisors that fit a layer of 7 to 5 features.
-    options = {
-        "lora": {"r": 3},
-        "compacter": {"division": 5},
-        "delora": {"r": 3},
-        "gralora": {"k": 1},
-        "vblora": {"length": 1},
-    }
+    options = {"compacter": {"division": 5}, "gralora": {"k": 1}, "vblora": {"length": 1}}
     delta = dk.attach(model, method_of(name, at="target", **options.get(name, {})))
     assert not dk.METHODS[name].identity or torch.equal(model(x), before)
     reads_call = any(module.reads_call for (module,) in delta.modules.values())

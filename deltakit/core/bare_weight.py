@@ -161,6 +161,12 @@ def weight_entries(layer: nn.Module, places: Sequence[tuple[int, int]]) -> list[
     return [rows[number][row] for number, (row, _) in enumerate(places)]
 
 
+def bias_of(module: nn.Module) -> Tensor | None:
+    """Returns the tensor that holds a module's bias; None if it has none."""
+    # Layers with packed weights keep their bias as a buffer.
+    return module._parameters.get("bias", module._buffers.get("bias"))
+
+
 @dataclass(frozen=True)
 class BareLayer:
     """The bare weight and bias of a target's module, computed on access; only the feature slice, if there is one."""
@@ -188,8 +194,7 @@ class BareLayer:
     @property
     def bias(self) -> Float[Tensor, " d_out"] | None:
         """The bare bias in float32 or wider; None if there is none."""
-        # Layers with packed weights keep their bias as a buffer.
-        bias = self.module._parameters.get("bias", self.module._buffers.get("bias"))
+        bias = bias_of(self.module)
         if bias is None:
             return None
         held = gathered(bias).detach()

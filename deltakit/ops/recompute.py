@@ -52,9 +52,9 @@ class _Recomputed(torch.autograd.Function):
             weight = ctx.build()
         gx = g @ weight.detach().to(g.dtype) if needs_x else None
         found: list[Tensor | None] = []
-        if asked:
+        if asked and weight.requires_grad:
             # Under autocast the product has another dtype than x.
             rows = g.reshape(-1, g.shape[-1]).mT @ x.reshape(-1, x.shape[-1]).to(g.dtype)
             found = list(torch.autograd.grad(weight, asked, rows.to(weight.dtype), allow_unused=True))
-        gradients = iter(found)
+        gradients = iter(found or [None] * len(asked))
         return gx, None, *(next(gradients) if need else None for need in needed)

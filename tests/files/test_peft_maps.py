@@ -27,6 +27,16 @@ CASES = {
     "road_4": ("bert", peft.RoadConfig(target_modules=BERT, group_size=8, variant="road_4")),
     "fourierft": ("llama", peft.FourierFTConfig(target_modules=LLAMA, n_frequency=40, random_loc_seed=5)),
     "fourierft, conv1d": ("gpt2", peft.FourierFTConfig(target_modules=GPT2, n_frequency=40, scaling=20.0)),
+    "waveft": ("llama", peft.WaveFTConfig(target_modules=LLAMA, n_frequency=40, random_loc_seed=5, scaling=3.0)),
+    "waveft, conv1d": ("gpt2", peft.WaveFTConfig(target_modules=GPT2, n_frequency=40, fan_in_fan_out=True)),
+    "waveft, by size": (
+        "llama",
+        peft.WaveFTConfig(target_modules=["q_proj"], n_frequency=40, proportional_parameters=True),
+    ),
+    "glora": ("bert", peft.GloraConfig(target_modules=BERT, r=3)),
+    "glora, without biases": ("llama", peft.GloraConfig(target_modules=LLAMA, r=3, config_A_B="vector")),
+    "glora, numbers": ("bert", peft.GloraConfig(target_modules=BERT, config_A_B="constant", config_C="vector")),
+    "glora, biases": ("bert", peft.GloraConfig(target_modules=BERT, config_A_B="none", config_D_E="vector")),
     "c3a": ("llama", peft.C3AConfig(target_modules=LLAMA, block_size=4)),
     "shira": ("llama", peft.ShiraConfig(target_modules=LLAMA, r=3)),
     "ln_tuning": ("llama", peft.LNTuningConfig()),
@@ -213,3 +223,42 @@ def test_training_alone_is_said(tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["module_dropout"] == 0.1
     with pytest.warns(dk.DeltaWarning, match="it was trained with module_dropout"):
         dk.load(tmp_path, wide("llama"))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            peft.WaveFTConfig(wavelet_family="db2"),
+            "this WAVEFT of PEFT has the wavelet 'db2', which deltakit does not have",
+        ),
+        (
+            peft.WaveFTConfig(use_idwt=False),
+            r"this WAVEFT of PEFT has no wavelet \(use_idwt\), which deltakit does not have",
+        ),
+    ],
+)
+def test_other_wavelets(config, message, tmp_path):
+    config.target_modules, config.n_frequency = ["q_proj"], 40
+    adapted(wide("llama"), config, tmp_path)
+    with pytest.raises(dk.CheckpointError, match=message):
+        dk.load(tmp_path, wide("llama"))
+
+
+def test_parts_that_are_left_out_hold_zeros(tmp_path):
+    """PEFT adds what stands there."""
+    adapted(wide("llama"), peft.GloraConfig(target_modules=["q_proj"], r=3), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("glora_D.zeros"))
+    save_file({**tensors, name: tensors[name] + 1}, file)
+    with pytest.raises(
+        dk.CheckpointError, match=r"glora_D\.zeros should be zeros, where a part is left out, and has other"
+    ):
+        dk.load(tmp_path, wide("llama"))
+
+
+def test_the_same_forms_for_all_of_gloras_targets(tmp_path):
+    delta = attached(wide("llama"), dk.GLoRA(at=["q_proj", "v_proj"], r=2, ab={"q_proj": "vector", "*": "lora"}))
+    with pytest.raises(dk.CheckpointError, match="its targets differ in ab, and PEFT has one config_A_B for all"):
+        delta.save(tmp_path, format="peft")

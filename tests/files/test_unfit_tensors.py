@@ -63,6 +63,14 @@ CONFIGS = {
     "ia3": lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "tokens": lambda: peft.TrainableTokensConfig(token_indices=[3, 5], target_modules=["embed_tokens"]),
     "vera": lambda: peft.VeraConfig(r=3, target_modules=["q_proj"]),
+    "loha": lambda: peft.LoHaConfig(r=3, target_modules=["q_proj"]),
+    "lokr": lambda: peft.LoKrConfig(r=2, target_modules=["q_proj"]),
+    "lokr, both": lambda: peft.LoKrConfig(r=1, target_modules=["q_proj"], decompose_both=True),
+    "gralora": lambda: peft.GraloraConfig(r=4, gralora_k=2, hybrid_r=2, target_modules=["q_proj"]),
+    "glora": lambda: peft.GloraConfig(r=3, target_modules=["q_proj"]),
+    "glora, vectors": lambda: peft.GloraConfig(config_A_B="vector", target_modules=["q_proj"]),
+    "waveft": lambda: peft.WaveFTConfig(n_frequency=9, target_modules=["q_proj"]),
+    "adaption": lambda: peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1, task_type="CAUSAL_LM"),
     "hira": lambda: peft.HiraConfig(r=3, target_modules=["q_proj"]),
     "delora": lambda: peft.DeloraConfig(r=3, target_modules=["q_proj"]),
     "hra": lambda: peft.HRAConfig(r=4, target_modules=["q_proj"]),
@@ -122,7 +130,7 @@ UNSEEN = {
     # A vector stays one, a bias is added to all rows, and frozen matrices are drawn again.
     "deeper": r"ia3_l$|loras\.task\.lora_B$|control_trans\.0\.bias$|vera_[AB]$|boft_s$",
     # The backbone alone knows how many outputs a layer has.
-    "longer": r"lora_(embedding_)?B(\.weight)?$|lora_up\.weight$|ia3_l$|\.bias$|hira_B$|hra_u$|vblora_logits_B$|vera_(lambda_b|[AB])$|oft_R\.weight$|boft_(R|s)$|fourierft_spectrum$|c3a_kernel$|ln_tuning_layers\.weight$",
+    "longer": r"glora_[A-E]\.zeros$|lokr_w1(_a)?$|lokr_w2_a$|gralora_B_general\.weight$|lora_(embedding_)?B(\.weight)?$|lora_up\.weight$|ia3_l$|\.bias$|hira_B$|hra_u$|vblora_logits_B$|vera_(lambda_b|[AB])$|oft_R\.weight$|boft_(R|s)$|fourierft_spectrum$|c3a_kernel$|ln_tuning_layers\.weight$",
 }
 """What fits without a backbone, by the change."""
 

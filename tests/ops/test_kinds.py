@@ -241,10 +241,10 @@ class TestChannelsFirst:
     }
 
     @staticmethod
-    def plain(layer, weight, x):
+    def plain(layer, weight, x, bias=None):
         if isinstance(layer, nn.BatchNorm2d):
             return layer(x)
-        return layer._conv_forward(x, weight.view_as(layer.weight), layer.bias)
+        return layer._conv_forward(x, weight.view_as(layer.weight), layer.bias if bias is None else bias)
 
     @pytest.mark.parametrize("scale", [1, -0.5])
     @pytest.mark.parametrize("layer", LAYERS)
@@ -269,10 +269,11 @@ class TestChannelsFirst:
             with delta.detached():
                 new = self.plain(target, matrix, (x.movedim(1, -1) @ p["turn"].T).movedim(-1, 1))
         else:
-            # A matrix times unit vectors is the matrix.
+            # A matrix times unit vectors is the matrix, and times zero it is the bias alone.
             eye = torch.eye(matrix.shape[1], dtype=torch.float64)
-            changed = type(module).formula(matrix, torch.zeros(len(matrix), dtype=torch.float64), p, eye).T
-            new = self.plain(target, changed, x)
+            bias = type(module).formula(matrix, target.bias.detach(), p, torch.zeros_like(eye[0]))
+            changed = type(module).formula(matrix, target.bias.detach(), p, eye) - bias
+            new = self.plain(target, changed.T, x, bias)
         delta.scale = scale
         # A scaled input map in front of a linear layer is a scaled change of the output.
         linear = bare + scale * (new - bare)

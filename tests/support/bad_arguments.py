@@ -9,14 +9,14 @@ import json
 import math
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 from torch import nn
 
 import deltakit as dk
-from support.models import NEEDED, Transformer, randomize, same, snapshot
+from support.models import Transformer, needed, randomize, same, snapshot
 
 WEIGHT_METHODS = ("VeRA", "LoHa", "LoKr", "HiRA", "MiSS", "DeLoRA", "GraLoRA", "RandLoRA", "VBLoRA")
 
@@ -151,7 +151,7 @@ def _prompted(scene):
 
 
 def _option(kind):
-    return Call(lambda s: kind, lambda s: NEEDED.get(kind.name, {}), _used)
+    return Call(lambda s: kind, lambda s: needed(kind), _used)
 
 
 def _opendelta(kind):
@@ -312,6 +312,37 @@ CALLS = {
     "LoraModel.freeze_module": _opendelta_method("freeze_module"),
 }
 """Every public function by name."""
+
+NEW = [kind.__name__ for kind in dk.METHODS.values() if hasattr(dk, kind.__name__) and kind.__name__ not in CALLS]
+"""The methods without a line above: what their options accept is seen by their types alone (`may_fit`)."""
+
+CALLS |= {name: _option(getattr(dk, name)) for name in NEW}
+
+_OF_TYPE = {
+    bool: {"True", "False", "numpy bool"},
+    int: {"0", "-1", "1", "2**70", "numpy int"},
+    float: {"0", "-1", "1", "1.5", "2**70", "numpy int"},
+    str: {"empty text", "no", "false", "16", "zero byte", "control", "long text", "own text"},
+    tuple: {"empty list", "empty tuple", "range"},
+    dict: {"empty dict"},
+    type(None): {"None"},
+}
+_OF_ALL = {"at": {"None"}, "of": {"None", "module class"}, "exclude": {"None", "empty list", "empty tuple"}}
+
+
+def may_fit(name, argument):
+    """The values of an option's types, which its range may or may not include, for methods without a line of their own."""
+    if name not in NEW or argument in _OF_ALL:
+        return _OF_ALL.get(argument, ()) if name in NEW else ()
+    hint = get_type_hints(getattr(dk, name)).get(argument)
+    return {value for kind in _types(hint) for value in _OF_TYPE.get(kind, ())}
+
+
+def _types(hint):
+    """The types in an annotation; a `Literal` has texts of its own, of which none is bad."""
+    inside = () if get_origin(hint) is Literal else get_args(hint)
+    return {get_origin(hint) or hint}.union(*(_types(part) for part in inside))
+
 
 TOO_MANY, UNKNOWN = "one more", "unknown option"
 

@@ -132,6 +132,28 @@ class TurnedRowsDelta(WeightMap):
         return x @ torch.einsum("oi,o,o->oi", turned, length, p["m"]).T + bias
 
 
+class BiasedDelta(WeightMap):
+    """W' = W + u v^T * W and, where there is a bias, b' = b + s * b + W c."""
+
+    def __init__(self, target: Target) -> None:
+        super().__init__(target)
+        rows, columns = outer_sizes(self, target)
+        self.u, self.v = vector(rows, target), vector(columns, target, 0.7)
+        if self.has_bias:
+            self.s, self.c = vector(rows, target), vector(columns, target)
+
+    def weight_update(self, weight):
+        return self.u[:, None] * self.v * weight
+
+    def bias_update(self, weight, bias):
+        return self.s * bias + weight @ self.c.to(weight.dtype)
+
+    @staticmethod
+    def formula(weight, bias, p, x):
+        changed = bias + p["s"] * bias + torch.einsum("oi,i->o", weight, p["c"]) if "c" in p else bias
+        return x @ (weight + torch.outer(p["u"], p["v"]) * weight).T + changed
+
+
 def outer_sizes(delta, target):
     d_in, d_out = sizes(target, delta.word())
     return d_out, d_in
@@ -211,6 +233,12 @@ class TurnedRows(dk.Method):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Biased(dk.Method):
+    name: ClassVar[str] = "test_weight_and_bias"
+    kind: ClassVar[type[DeltaModule]] = BiasedDelta
+
+
+@dataclass(frozen=True, kw_only=True)
 class Around(dk.Method):
     name: ClassVar[str] = "test_call_context"
     kind: ClassVar[type[DeltaModule]] = AroundDelta
@@ -222,9 +250,10 @@ KINDS = {
     "low_rank": FrozenFactors,
     "weight_update": Rescaled,
     "new_weight": TurnedRows,
+    "weight_and_bias": Biased,
 }
 EVERY_KIND = {**KINDS, "call_context": Around}
-ON_WEIGHTS = ("low_rank", "weight_update", "new_weight")
+ON_WEIGHTS = ("low_rank", "weight_update", "new_weight", "weight_and_bias")
 
 
 def values(delta_module):

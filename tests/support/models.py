@@ -1,5 +1,6 @@
 """Backbones for the tests: unequal prime sizes, so that a transpose shows, and every way of calling and returning."""
 
+from dataclasses import fields
 from typing import NamedTuple
 
 import torch
@@ -140,17 +141,22 @@ def a_layer_of_each_kind():
 
 NEEDED = {
     "adalora": {"total_steps": 10, "init_r": 3, "target_r": 2},
-    "trainable_tokens": {"ids": (3, 5, 11)},
-    "hira": {"r": 3},
     "miss": {"r": 5},
     "vblora": {"length": 4, "vectors": 7},
 }
-"""The options of methods that have none of their own, or whose defaults are for larger layers than those here."""
+"""The options of methods whose defaults are for larger layers than those here, besides ranks."""
+
+
+def needed(kind):
+    """The options without which a method has no delta on the small layers here: those without a default, and a low rank."""
+    default = next((field.default for field in fields(kind) if field.name == "r"), None)
+    rank = {"r": 4} if isinstance(default, int) and default > 4 else {}
+    return {**kind.example, **rank, **NEEDED.get(kind.name, {})}
 
 
 def method_of(name, **options):
     """A method by its name, with the options that it cannot do without."""
-    return dk.METHODS[name](**{**NEEDED.get(name, {}), **options})
+    return dk.METHODS[name](**{**needed(dk.METHODS[name]), **options})
 
 
 def ids(rows=3, length=11):

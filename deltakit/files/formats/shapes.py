@@ -46,6 +46,31 @@ _SHAPES: Mapping[str, Mapping[str, str]] = {
         "gate.weight": "1 division*d_part",
         "gate.bias": "1",
     },
+    "loha": {"A1": "... r d_in", "B1": "... d_out r", "A2": "... r d_in", "B2": "... d_out r"},
+    "lokr": {
+        "left": "p m",
+        "left_B": "p r",
+        "left_A": "r m",
+        "right": "q n",
+        "right_B": "q r",
+        "right_A": "r n",
+    },
+    "gralora": {
+        "A": "k r d_in_part",
+        "B": "k d_out_part r",
+        "A_whole": "hybrid k*d_in_part",
+        "B_whole": "k*d_out_part hybrid",
+    },
+    "glora": {
+        **{f"{part}_{side}": shape for part in "AB" for side, shape in (("up", "d_out r"), ("down", "r d_in"))},
+        "A": "rows 1",
+        "B": "rows 1",
+        "C_up": "d_in r",
+        "C_down": "r 1",
+        "C": "d_in 1",
+        "D": "d",
+        "E": "d",
+    },
     "hira": {"A": "... r d_in", "B": "... d_out r"},
     "delora": {"A": "r d_in", "B": "d_out r", "norms": "d_in", "lam": "1"},
     "vera": {"b": "d_out", "d": "r"},
@@ -62,14 +87,25 @@ _SHAPES: Mapping[str, Mapping[str, str]] = {
     "ln_tuning": {"change": "d"},
     "reft": {"rotate": "units r d", "source": "units r d", "bias": "units r"},
     "fourierft": {"spectrum": "n"},
+    "waveft": {"spectrum": "n"},
     "c3a": {"kernel": "blocks_out blocks_in block_size"},
     "shira": {"values": "n", "places": "2 n"},
     "prefix": {"key": "heads tokens d", "value": "heads tokens d", **_GATE},
+    "llama_adapter": {"prompt": "tokens d", "gate": "1"},
     "soft_prompt": {"prompt": "tokens d"},
     "trainable_tokens": {"rows": "k d"},
 }
 """The dimensions of each tensor by its name in the delta module. One name is one size, and that of an option is its value; ...
 are any that come first, and a product is one of sizes that stand before it."""
+
+_SIDES_IN_TUCKER_FORM = {
+    f"{side}{which}": f"r {size}" for side, size in (("A", "d_in"), ("B", "d_out")) for which in "12"
+}
+_IN_TUCKER_FORM: Mapping[str, Mapping[str, str]] = {
+    "loha": {**_SIDES_IN_TUCKER_FORM, "core1": "r r positions", "core2": "r r positions"},
+    "lokr": {**_SHAPES["lokr"], "right_B": "r q", "core": "r r positions"},
+}
+"""The same for targets with a core for each position in the kernel of a convolution."""
 
 
 def check_shapes(
@@ -80,7 +116,8 @@ def check_shapes(
     Raises:
         CheckpointError: if they do not fit each other, or the options.
     """
-    shapes = {name: shape.split() for name, shape in _SHAPES.get(method, {}).items() if name in tensors}
+    table = _IN_TUCKER_FORM if any(name.startswith("core") for name in tensors) else _SHAPES
+    shapes = {name: shape.split() for name, shape in table.get(method, {}).items() if name in tensors}
     sizes: dict[str, object] = {}
     fits = True
     for name, dimensions in shapes.items():
@@ -93,7 +130,11 @@ def check_shapes(
             fits = fits and size == _expected(dimension, size, options, sizes)
     if not fits:
         given = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in shapes)
-        given += "".join(f", {name}={options[name]}" for name in ("r", "size", "tokens", "division") if name in options)
+        given += "".join(
+            f", {name}={options[name]}"
+            for name in ("r", "k", "hybrid", "size", "tokens", "division")
+            if name in options
+        )
         raise CheckpointError(
             f"{where}: the tensors of {method} at {path or 'the backbone'} do not fit each other: {given}; save or download "
             "it again"

@@ -1,4 +1,4 @@
-"""Weight maps: they change a weight, W' = W + dW(W) or W' = f(W)."""
+"""Weight maps: they change a weight, W' = W + dW(W) or W' = f(W), and with it the bias."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -8,12 +8,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from deltakit.core import (
+    BareLayer,
     DeltaModule,
     Design,
     MixedBatch,
     Target,
     WeightView,
     bare_weight,
+    bias_of,
     checked,
     hidden_input,
     hidden_output,
@@ -34,6 +36,9 @@ class WeightMap(DeltaModule):
 
     A kind whose update does not depend on the weight sets `reads_weight = False`, and gets an empty tensor instead.
 
+    A method that also changes the bias writes `bias_update(W, b) -> db`. It is called where the target has a bias, which
+    `has_bias` says after `__init__`. With `changes_weight = False` only the bias is changed.
+
     On a linear layer that is called, the product with dW is added to the output, and dW is recomputed in the backward pass
     instead of saved. Elsewhere a weight patch replaces W by W + dW during the forward that reads it.
     """
@@ -41,11 +46,14 @@ class WeightMap(DeltaModule):
     design: ClassVar[Design] = Design(form="dW(W) x", changes="weight", insertion="parallel", composition="addition")
     has_weight_form: ClassVar[bool] = True
     reads_weight: ClassVar[bool] = True
+    changes_weight: bool = True
 
     @checked
     def __init__(self, target: Target, view: WeightView | None = None) -> None:
         super().__init__()
         self.view = weight_view(target) if view is None else view
+        # A parameter is one weight alone: which bias is added to its product, only the code of its module knows.
+        self.has_bias = not target.parameter and bias_of(target.module) is not None
 
     def weight_update(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Returns the update of the weight, in the weight's shape."""
@@ -55,10 +63,21 @@ class WeightMap(DeltaModule):
         """Returns the new weight, in the weight's shape."""
         raise NotImplementedError(f"{type(self).__name__} overrides neither weight_update nor new_weight")
 
-    def forward(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def bias_update(self, weight: Float[Tensor, "..."], bias: Float[Tensor, " d_out"]) -> Float[Tensor, " d_out"]:
+        """Returns the update of the bias, which is in float32 or wider."""
+        raise NotImplementedError(f"{type(self).__name__} does not override bias_update")
+
+    def forward(
+        self, weight: Float[Tensor, "..."], bias: Float[Tensor, " d_out"] | None = None
+    ) -> Float[Tensor, "..."]:
         # `__call__` comes here. Calling `weight_update` directly would skip the module's hooks, by which FSDP2 and
         # accelerate load its parameters.
-        return self.weight_update(weight)
+        return self.weight_update(weight) if bias is None else self.bias_update(weight, bias)
+
+    @property
+    def changes_bias(self) -> bool:
+        """Whether it changes the bias of its target."""
+        return self.has_bias and type(self).bias_update is not WeightMap.bias_update
 
     @classmethod
     def patches_weight(cls, target: Target) -> bool:
@@ -66,7 +85,7 @@ class WeightMap(DeltaModule):
 
     def after_call(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         x, y = hidden_input(args, kwargs), hidden_output(output)
-        update = self.product(target, x)
+        update = self._change(target, x)
         if self.view.feature_slice is not None:
             update = self.view.feature_slice.spread(update)
         return replace_hidden(output, y + (update * self.strength).to(y.dtype))
@@ -75,6 +94,19 @@ class WeightMap(DeltaModule):
         """Returns the product of the update with the input x of a linear layer."""
         # The bare weight is computed inside, too: a dequantized, gathered or widened one is as large as the update.
         return linear_with(x, lambda: self(self._bare(target)), tuple(self.parameters_read()))
+
+    def _change(self, target: nn.Module, x: Tensor) -> Tensor:
+        """Returns what is added to the target's output: [*batch, d_out], or [d_out] if only the bias is changed."""
+        if not self.changes_bias:
+            return self.product(target, x)
+        # As a product with 1, it is recomputed in the backward pass like the weight, and saves nothing of the weight's size.
+        parameters = tuple(self.parameters_read())
+        shift = linear_with(x.new_ones(1), lambda: self._bias_update(target, self._bare(target))[:, None], parameters)
+        return self.product(target, x) + shift if self.changes_weight else shift
+
+    def _bias_update(self, target: nn.Module, weight: Tensor) -> Tensor:
+        update: Tensor = self(weight, BareLayer(target, self.view).bias)
+        return update
 
     def _bare(self, target: nn.Module) -> Tensor:
         """The bare weight, in the dtype of the delta's parameters if that is wider."""
@@ -91,5 +123,10 @@ class WeightMap(DeltaModule):
 
     def weight_updates(self, target: nn.Module) -> Mapping[str, Tensor]:
         weight = self._bare(target)
-        update: Tensor = self(wide(weight) if not torch.is_grad_enabled() else weight)
-        return {self.view.name: self.view.stored(update)}
+        weight = weight if torch.is_grad_enabled() else wide(weight)
+        found = {self.view.name: self.view.stored(self(weight))} if self.changes_weight else {}
+        if not self.changes_bias:
+            return found
+        # A bias is stored as it is, except of a slice: there are zeros in the place of the other features.
+        shift, part = self._bias_update(target, weight), self.view.feature_slice
+        return {**found, "bias": shift if part is None else part.spread(shift)}

@@ -1,6 +1,6 @@
-"""The rows of PEFT's methods whose updates are sparse or circulant."""
+"""The rows of PEFT's methods whose updates are sparse, also after a transform, or circulant."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -19,20 +19,29 @@ _LINEAR = Layers(conv1d=False)
 class _Frequencies(TypedDict):
     n_frequency: int
     n_frequency_pattern: dict[str, int] | None
+    proportional_parameters: bool
 
 
-def _of_fourierft(source: Source) -> OptionsAt:
-    given = source.options(_Frequencies, {"n_frequency": 1000, "n_frequency_pattern": None})
-    numbers = {given["n_frequency"], *(given["n_frequency_pattern"] or {}).values()}
+def _frequencies(usual: int) -> Callable[[Source], OptionsAt]:
+    """Returns what gives the number of trained entries of a target."""
 
-    def at(path: str, tensors: Mapping[str, Tensor]) -> Options:
-        n = tensors["spectrum"].shape[-1]
-        if n not in numbers:
-            raise unlike(source, path, f"{n} frequencies")
-        return {"n": n}
+    def computed(source: Source) -> OptionsAt:
+        others = {"n_frequency_pattern": None, "proportional_parameters": False}
+        given = source.options(_Frequencies, {"n_frequency": usual, **others})
+        numbers = {given["n_frequency"], *(given["n_frequency_pattern"] or {}).values()}
 
-    return at
+        def at(path: str, tensors: Mapping[str, Tensor]) -> Options:
+            n = tensors["spectrum"].shape[-1]
+            if n not in numbers and not given["proportional_parameters"]:
+                raise unlike(source, path, f"{n} frequencies")
+            return {"n": n}
 
+        return at
+
+    return computed
+
+
+_N_FREQUENCY = one_for_all("n_frequency", lambda module: module.spectrum.shape[-1])
 
 FOURIERFT = Row(
     peft_type="FOURIERFT",
@@ -40,9 +49,29 @@ FOURIERFT = Row(
     tensors={".fourierft_spectrum": Stored("spectrum")},
     fields={"scaling": Field("scaling", float, 150.0), "random_loc_seed": Field("seed", int, 777)},
     layers=Layers(),
-    computed=with_own(_of_fourierft),
-    written=one_for_all("n_frequency", lambda module: module.spectrum.shape[-1]),
+    computed=with_own(_frequencies(1000)),
+    written=_N_FREQUENCY,
     known=("n_frequency", "n_frequency_pattern"),
+)
+
+
+def _other_wavelets(config: Mapping[str, Any]) -> str:
+    family = config.get("wavelet_family", "db1")
+    if family != "db1":
+        return f"has the wavelet {family!r}"
+    return "" if config.get("use_idwt", True) is True else "has no wavelet (use_idwt)"
+
+
+WAVEFT = Row(
+    peft_type="WAVEFT",
+    method="waveft",
+    tensors={".waveft_spectrum": Stored("spectrum")},
+    fields={"scaling": Field("scaling", float, 25.0), "random_loc_seed": Field("seed", int, 777)},
+    layers=Layers(),
+    computed=with_own(_frequencies(2592)),
+    refuses=_other_wavelets,
+    written=_N_FREQUENCY,
+    known=("n_frequency", "n_frequency_pattern", "proportional_parameters", "use_idwt", "wavelet_family"),
 )
 
 
@@ -100,4 +129,4 @@ SHIRA = Row(
     known=("mask_type", "random_seed"),
 )
 
-ROWS = (FOURIERFT, C3A, SHIRA)
+ROWS = (FOURIERFT, WAVEFT, C3A, SHIRA)

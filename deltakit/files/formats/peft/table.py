@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from deltakit.core import Site
 from deltakit.files.formats.layers import Layers, pattern_of
 from deltakit.files.formats.patterns import Pattern
-from deltakit.files.formats.peft import map_rows, shared_rows, sparse_rows, weight_rows
+from deltakit.files.formats.peft import bias_rows, map_rows, shared_rows, sparse_rows, weight_rows
 from deltakit.files.formats.peft.row import Options, OptionsAt, Row, Stored
 from deltakit.files.formats.source import Source
 from deltakit.files.formats.writing import Writing
@@ -77,4 +77,5 @@ TABLE = (
     *shared_rows.ROWS,
     *map_rows.ROWS,
     *sparse_rows.ROWS,
+    *bias_rows.ROWS,
 )

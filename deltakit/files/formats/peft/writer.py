@@ -15,6 +15,8 @@ from deltakit.core import Attachment, name_of, own_modules, parent_of, tensors_i
 from deltakit.files.checkpoint import plain_tensors, write_files, write_tensors
 from deltakit.files.formats.adapter_config import CONFIG
 from deltakit.files.formats.layers import target_options
+from deltakit.files.formats.peft.adaption import METHOD as ADAPTION
+from deltakit.files.formats.peft.adaption import adaption_options
 from deltakit.files.formats.peft.by_table import write_row
 from deltakit.files.formats.peft.keys import PREFIX, PREFIX_OF_PROMPTS, TENSORS, TOKENS, TOKENS_OF_LORA
 from deltakit.files.formats.peft.ln_tuning import METHOD as NORMS
@@ -163,6 +165,7 @@ KINDS = {
     **{row.method: by_row(row) for row in TABLE},
     NORMS: _Kind("LN_TUNING", norms_of),
     METHOD: _Kind("TRAINABLE_TOKENS", _tokens),
+    ADAPTION: _Kind("ADAPTION_PROMPT", adaption_options),
     **dict.fromkeys(PROMPTS, _Kind("PROMPT_TUNING", prompt_options, "")),
     "multitask_prompt": _Kind("MULTITASK_PROMPT_TUNING", multitask_options, ""),
     **dict.fromkeys(PREFIXES, _Kind("PREFIX_TUNING", prefix_options, "")),
