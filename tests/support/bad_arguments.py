@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import deltakit as dk
-from support.models import NEEDED, Transformer, randomize, same, snapshot
+from support.models import NEEDED, Transformer, beside, randomize, same, snapshot
 
 WEIGHT_METHODS = ("VeRA", "LoHa", "LoKr", "HiRA", "MiSS", "DeLoRA", "GraLoRA", "RandLoRA", "VBLoRA")
 
@@ -130,7 +130,7 @@ class Call(NamedTuple):
 def _used(scene, method):
     """A method is attached, its options are written as JSON, and its delta saved: only then an option has done anything."""
     dk.Method.from_dict(json.loads(json.dumps(method.to_dict(), allow_nan=False)))
-    randomize(dk.attach(scene.bare, method)).save("used").stat()
+    randomize(dk.attach(beside(scene.bare, method), method)).save("used").stat()
 
 
 def _entered(scene, context):
@@ -252,6 +252,8 @@ CALLS = {
     "LoRA": _option(dk.LoRA),
     "AdaLoRA": Call(lambda s: dk.AdaLoRA, lambda s: {"total_steps": 10, "init_r": 3, "target_r": 2}, _used),
     "Adapter": _option(dk.Adapter),
+    "AdapterFusion": _option(dk.AdapterFusion),
+    "Average": _option(dk.Average),
     "LowRankAdapter": _option(dk.LowRankAdapter),
     "Compacter": _option(dk.Compacter),
     "ParallelAdapter": _option(dk.ParallelAdapter),
@@ -295,6 +297,7 @@ CALLS = {
     "InputMap": Call(lambda s: dk.InputMap, lambda s: {"target": s.target}),
     "WeightMap": Call(lambda s: dk.WeightMap, lambda s: {"target": s.target}),
     "LowRank": Call(lambda s: dk.LowRank, lambda s: {"target": s.target}),
+    "Weighing": Call(lambda s: dk.Weighing, lambda s: {"target": s.target, "deltas": ("a", "b")}),
     "LoraModel": _opendelta(dk.LoraModel),
     "AdapterModel": _opendelta(dk.AdapterModel),
     "BitFitModel": _opendelta(dk.BitFitModel),

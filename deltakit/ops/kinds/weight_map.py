@@ -41,6 +41,7 @@ class WeightMap(DeltaModule):
     design: ClassVar[Design] = Design(form="dW(W) x", changes="weight", insertion="parallel", composition="addition")
     has_weight_form: ClassVar[bool] = True
     reads_weight: ClassVar[bool] = True
+    weighable: ClassVar[bool] = True
 
     @checked
     def __init__(self, target: Target, view: WeightView | None = None) -> None:
