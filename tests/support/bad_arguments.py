@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import deltakit as dk
-from support.models import NEEDED, Transformer, beside, randomize, same, snapshot
+from support.models import NEEDED, Transformer, beside, method_of, randomize, same, snapshot
 
 WEIGHT_METHODS = ("VeRA", "LoHa", "LoKr", "HiRA", "MiSS", "DeLoRA", "GraLoRA", "RandLoRA", "VBLoRA")
 
@@ -130,7 +130,7 @@ class Call(NamedTuple):
 def _used(scene, method):
     """A method is attached, its options are written as JSON, and its delta saved: only then an option has done anything."""
     dk.Method.from_dict(json.loads(json.dumps(method.to_dict(), allow_nan=False)))
-    randomize(dk.attach(beside(scene.bare, method), method)).save("used").stat()
+    randomize(dk.attach(scene.bare, method)).save("used").stat()
 
 
 def _entered(scene, context):
@@ -151,7 +151,12 @@ def _prompted(scene):
 
 
 def _option(kind):
-    return Call(lambda s: kind, lambda s: NEEDED.get(kind.name, {}), _used)
+    def ready(scene):
+        # What it weighs is there before anything is compared.
+        beside(scene.bare, method_of(kind.name))
+        return kind
+
+    return Call(ready, lambda s: NEEDED.get(kind.name, {}), _used)
 
 
 def _opendelta(kind):
