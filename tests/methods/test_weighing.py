@@ -429,6 +429,19 @@ def test_norms_with_adapters_on_both_sides():
     frozen(model, dk.Adapter(size=3, at="1", add_to="input"), dk.Adapter(size=3, at="1"))
     with pytest.raises(dk.TargetError, match="add to the input and to the output of this norm"):
         attached(model)
+    one, other = dk.deltas(model)
+    other.detach()
+    (again,) = frozen(model, dk.Adapter(size=3, at="1", add_to="input"), names="b")
+    attached(model)
+    x = torch.randn(3, 7, dtype=torch.float64)
+    model(x)
+    for delta in (one, again):
+        delta.detach()
+    frozen(model, *(dk.Adapter(size=3, at="1") for _ in NAMES))
+    with pytest.raises(
+        dk.StateError, match="was attached to weigh deltas that add to the input of this norm, and others"
+    ):
+        model(x)
 
 
 @pytest.mark.parametrize(

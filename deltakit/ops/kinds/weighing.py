@@ -1,7 +1,7 @@
 """Weighings: they compute from one target what several other deltas add there, and add a weighed sum of it."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Shaped
@@ -52,7 +52,7 @@ class Weighing(OutputMap):
         super().__init__(target)
         self.deltas = tuple(deltas)
         self.where = f"{target.named}: {self.word()}"
-        self.add_to = weighed[0].add_to if isinstance(weighed[0], OutputMap) else "output"
+        self.add_to = _add_to(weighed, self.where)
         self.told: set[str] = set()
         """The weighed deltas of which a warning was given. All delta modules of the method have the same set."""
 
@@ -77,7 +77,8 @@ class Weighing(OutputMap):
         """Returns the delta modules of the weighed deltas at its target, in the order of their names.
 
         Raises:
-            StateError: if a weighed delta has none there, or is active or merged, outside of a `rows` block.
+            StateError: if a weighed delta has none there, or is active or merged, outside of a `rows` block; or if others have
+                their names that add to something else.
             TargetError: if its delta module there cannot be weighed.
         """
         weighed = _weighed_at(target, self.part, self.deltas, self.where)
@@ -88,6 +89,11 @@ class Weighing(OutputMap):
             raise StateError(
                 f"{self.where} weighs the delta {active[0]!r}, which is active and so would count twice; unmerge() it if it "
                 f"is merged, and call use(model, {own!r}), or set its active = False"
+            )
+        if _add_to(weighed, self.where) != self.add_to:
+            raise StateError(
+                f"{self.where} was attached to weigh deltas that add to the {self.add_to} of this norm, and others have their "
+                "names now; attach those again, or attach a new one for these"
             )
         return weighed
 
@@ -130,7 +136,7 @@ def _weighed_at(target: nn.Module, part: str, deltas: Sequence[str], where: str)
 
     Raises:
         StateError: if a delta has none.
-        TargetError: if it has several, or one that cannot be weighed, or not all add to the same.
+        TargetError: if it has several, or one that cannot be weighed.
     """
     there: dict[str, list[DeltaModule]] = {name: [] for name in deltas}
     for child in delta_children(target).values():
@@ -143,8 +149,8 @@ def _weighed_at(target: nn.Module, part: str, deltas: Sequence[str], where: str)
                 f"{where} weighs the delta {name!r}, which has no delta module here; attach() it if it is detached, or leave "
                 "this target out with exclude="
             )
-        words = " and ".join(module.word() for module in modules)
         if len(modules) > 1:
+            words = " and ".join(module.word() for module in modules)
             raise TargetError(
                 f"{where} weighs one delta module of each delta, and delta {name!r} has {words} here; attach its methods as "
                 "deltas of their own, or leave this target out with exclude="
@@ -157,14 +163,23 @@ def _weighed_at(target: nn.Module, part: str, deltas: Sequence[str], where: str)
                 else "changes or reads more than this module's output"
             )
             raise TargetError(
-                f"{where} cannot weigh the {words} of delta {name!r}, which {why}; leave this target out with exclude=, or "
-                "weigh other deltas"
+                f"{where} cannot weigh the {module.word()} of delta {name!r}, which {why}; leave this target out with exclude=, "
+                "or weigh other deltas"
             )
         found.append(module)
-    adds = {module.add_to if isinstance(module, OutputMap) else "output": module for module in found}
-    if len(adds) > 1:
+    return found
+
+
+def _add_to(weighed: Sequence[DeltaModule], where: str) -> Literal["output", "input"]:
+    """Returns what the delta modules of a module add to.
+
+    Raises:
+        TargetError: if it is not the same for all of them.
+    """
+    found = {module.add_to if isinstance(module, OutputMap) else "output" for module in weighed}
+    if len(found) > 1:
         raise TargetError(
             f"{where} cannot weigh deltas together that add to the input and to the output of this norm (add_to=); weigh "
             "deltas of one kind"
         )
-    return found
+    return found.pop()
