@@ -157,14 +157,11 @@ def _weighed_at(target: nn.Module, part: str, deltas: Sequence[str], where: str)
             )
         (module,) = modules
         if not module.weighable or module.reads_call or module.weight_read is not None:
-            why = (
-                "patches the weight"
-                if module.weight_read is not None
-                else "changes or reads more than this module's output"
-            )
+            patched = module.weight_read is not None
+            why = "patches the weight" if patched else "changes or reads more than this module's output"
             raise TargetError(
-                f"{where} cannot weigh the {module.word()} of delta {name!r}, which {why}; leave this target out with exclude=, "
-                "or weigh other deltas"
+                f"{where} cannot weigh the {module.word()} of delta {name!r}, which {why}; leave this target out with "
+                "exclude=, or weigh other deltas"
             )
         found.append(module)
     return found
