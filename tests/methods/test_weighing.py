@@ -127,7 +127,7 @@ KINDS = {
 @pytest.mark.parametrize("tokens", [1, 40])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_output_map_can_be_weighed(kind, tokens):
-    """With all the weight on one delta the output is that of this delta alone, beside another one that is active."""
+    """A quarter of one delta adds a quarter of what this delta adds alone, beside another one that is active."""
     model, x = layer(), torch.randn(tokens, 7, dtype=torch.float64)
     # Where the first one does not look at the output, the order says nothing: it stands first, as its own hook would expect.
     first = kind in ("lora", "dora", "vera", "loha", "hira", "bitfit")
@@ -135,13 +135,14 @@ def test_every_kind_of_output_map_can_be_weighed(kind, tokens):
     one, _ = frozen(model, KINDS[kind], dk.Adapter(size=2, at="0"))
     other = other or randomize(dk.attach(model, dk.LoRA(r=2, at="0"), name="other"))
     one.scale = 0.7
-    wanted = alone(model, x, "other", "a")
-    dk.attach(model, dk.Average(deltas=NAMES, weights=(1, 0)), name="mean")
+    whole, without = alone(model, x, "other", "a"), alone(model, x, "other")
+    assert not torch.allclose(whole, without)
+    # Not 1: an output that was changed in place would have all of it.
+    dk.attach(model, dk.Average(deltas=NAMES, weights=(0.25, 0), normalize=False), name="mean")
     dk.use(model, "other", "mean")
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
-            torch.testing.assert_close(model(x), wanted, **CLOSE)
-    assert not torch.allclose(wanted, alone(model, x, "other"))
+            torch.testing.assert_close(model(x), without + 0.25 * (whole - without), **CLOSE)
 
 
 def test_average_is_the_weighted_mean_of_the_outputs():
@@ -343,6 +344,19 @@ def test_a_saved_fusion_wants_its_deltas(tmp_path):
     dk.load(tmp_path / "fusion", fresh)
     dk.use(fresh, "fusion")
     assert torch.equal(fresh(ids()), model(ids()))
+
+
+def test_save_pretrained_writes_a_mean_beside_what_it_weighs(tmp_path):
+    """With a state dict that the caller gathered, in which a mean has no tensors."""
+    model = build("bert")
+    frozen(model, dk.Adapter(size=3), dk.Adapter(size=2))
+    dk.attach(model, dk.Average(deltas=NAMES), name="mean")
+    model.save_pretrained(tmp_path, state_dict=model.state_dict())
+    fresh = type(model).from_pretrained(tmp_path).eval()
+    for name in (*NAMES, "mean"):
+        dk.load(tmp_path / name, fresh)
+    dk.use(fresh, "mean")
+    assert torch.equal(fresh(ids()).last_hidden_state, model(ids()).last_hidden_state)
 
 
 def test_what_is_trained():
