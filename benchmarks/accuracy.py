@@ -70,8 +70,12 @@ class Job(NamedTuple):
 
 
 def contestants() -> dict[str, tuple[dk.Method, ...]]:
-    """Returns the methods of each contestant: every registered one, and some in other forms."""
-    every = {name: (kind(**{**kind.example, **OPTIONS.get(name, {})}),) for name, kind in sorted(dk.METHODS.items())}
+    """Returns the methods of each contestant: every registered one that stands alone, and some in other forms.
+
+    A method that weighs other deltas is as good as the deltas that were trained for it, on whatever tasks.
+    """
+    made = {name: kind(**{**kind.example, **OPTIONS.get(name, {})}) for name, kind in sorted(dk.METHODS.items())}
+    every = {name: (method,) for name, method in made.items() if not method.weighed}
     mam = (dk.Prefix(tokens=16), dk.ParallelAdapter(**OPTIONS["parallel_adapter"]))
     return {HEAD_ALONE: (), **every, "lora, dora=True": (dk.LoRA(dora=True),), "prefix + parallel_adapter": mam}
 

@@ -76,6 +76,11 @@ def backbone(device: str) -> Any:
     return tf.BertModel(config).to(device).eval()
 
 
+def standing_alone() -> list[str]:
+    """Returns the methods that weigh no other deltas: the cost of the others is mostly that of the deltas they weigh."""
+    return sorted(name for name, kind in dk.METHODS.items() if not kind(**kind.example).weighed)
+
+
 def method(name: str, model: nn.Module) -> dk.Method:
     """Returns a method with its default options: on all linear layers if LoRA's positions are its default, too."""
     kind = dk.METHODS[name]
@@ -202,7 +207,7 @@ def document(rows: Sequence[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--methods", nargs="*", default=sorted(dk.METHODS), choices=sorted(dk.METHODS))
+    parser.add_argument("--methods", nargs="*", default=standing_alone(), choices=standing_alone())
     parser.add_argument("--table", type=Path, help="a Markdown file for the table")
     harness.add_options(parser, rounds=7)
     options = parser.parse_args()

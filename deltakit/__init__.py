@@ -46,6 +46,8 @@ from deltakit.errors import (
 from deltakit.measuring import account, diff, targets
 from deltakit.methods.adalora import AdaLoRA
 from deltakit.methods.adapter import Adapter
+from deltakit.methods.adapter_fusion import AdapterFusion
+from deltakit.methods.average import Average
 from deltakit.methods.bitfit import BitFit
 from deltakit.methods.boft import BOFT
 from deltakit.methods.c3a import C3A
@@ -95,7 +97,7 @@ from deltakit.opendelta import (
     SoftPromptModel,
     Visualization,
 )
-from deltakit.ops import CallContext, InputMap, LowRank, OutputMap, WeightMap
+from deltakit.ops import CallContext, InputMap, LowRank, OutputMap, Weighing, WeightMap
 from deltakit.searching import Structure, search
 from deltakit.selection import RoleTable, roles, select
 from deltakit.version import __version__
@@ -112,9 +114,11 @@ __all__ = [
     "SAID",
     "AdaLoRA",
     "Adapter",
+    "AdapterFusion",
     "AdapterModel",
     "AutoDeltaConfig",
     "AutoDeltaModel",
+    "Average",
     "BackboneMismatch",
     "BitFit",
     "BitFitModel",
@@ -179,6 +183,7 @@ __all__ = [
     "View",
     "Visualization",
     "WaveFT",
+    "Weighing",
     "WeightMap",
     "__version__",
     "account",

@@ -22,7 +22,8 @@ TEXT = WORD | {"empty text", "zero byte", "control"}
 MODEL = {"module"}
 BOTTLENECKS = ("Adapter", "LowRankAdapter", "Compacter", "ParallelAdapter")
 MAPS = ("OFT", "BOFT", "HRA", "RoAd", "ReFT", "FourierFT", "C3A", "SHiRA")
-ON_MODULES = ("LoRA", "AdaLoRA", "BitFit", "IA3", "SAID", *BOTTLENECKS, *WEIGHT_METHODS, *MAPS)
+WEIGHING = ("AdapterFusion", "Average")
+ON_MODULES = ("LoRA", "AdaLoRA", "BitFit", "IA3", "SAID", *BOTTLENECKS, *WEIGHT_METHODS, *MAPS, *WEIGHING)
 PREFIXES, STARTED = ("Prefix", "PTuningV2"), ("SoftPrompt", "MultitaskPrompt")
 PROMPTS = (*STARTED, "PTuning", "IntrinsicPrompt")
 ON_PARTS = (*PREFIXES, *PROMPTS, "LNTuning", "TrainableTokens", "LST", "LlamaAdapter", "InvertibleAdapter")
@@ -136,6 +137,10 @@ ACCEPTED = {
     "AdaLoRA.init_r": {"numpy int"}, "AdaLoRA.target_r": COUNT, "AdaLoRA.dropout": {"0"}, "AdaLoRA.untie": SWITCH,
     **dict.fromkeys(["AdaLoRA.alpha", "AdaLoRA.orthogonality"], NUMBER - {"-1"}),
     "InvertibleAdapter.reduction": COUNT,
+    **dict.fromkeys(["AdapterFusion.value", "Average.normalize"], SWITCH),
+    "AdapterFusion.regularization": NUMBER - {"-1"},
+    "AdapterFusion.dropout": {"0"},
+    "Average.weights": NOTHING,
     "attach_from_data.rho": NUMBER - {"0", "-1"},
     "search.train": NOTHING | NO_SELECTORS,
     "search.steps": COUNT,

@@ -8,21 +8,26 @@ import torch
 from torch import nn
 
 import deltakit as dk
-from support.models import Transformer, ids, method_of, randomize, same, snapshot
+from support.models import Transformer, beside, ids, method_of, randomize, same, snapshot
 
 ALL = sorted(dk.METHODS)
 every_method = pytest.mark.parametrize("name", ALL)
 
 
 @pytest.fixture
-def model():
+def model(name):
     torch.manual_seed(5)
-    return Transformer().double().eval()
+    return beside(Transformer().double().eval(), method_of(name))
 
 
 def named(model, name, *labels):
     """Deltas of one method with different values."""
-    return [randomize(dk.attach(model, method_of(name), name=label)) for label in labels]
+    # Without parameters, the options are what differs.
+    weights = [{"weights": (1, 2 + number)} if name == "average" else {} for number in range(len(labels))]
+    return [
+        randomize(dk.attach(model, method_of(name, **own), name=label))
+        for label, own in zip(labels, weights, strict=True)
+    ]
 
 
 def modules_of(delta):
@@ -104,7 +109,8 @@ def test_several_deltas_at_one_place_act_in_the_order_of_attachment(model, name)
     # Several methods in one delta do the same, in their order.
     twin = Transformer().double().eval()
     twin.load_state_dict(dk.base_state_dict(model))
-    both = dk.attach(twin, first, second)
+    beside(twin, first)
+    both = dk.attach(twin, first, second, name="both")
     for own, other in zip(modules_of(both), (*modules_of(one), *modules_of(two)), strict=True):
         own.load_state_dict(other.state_dict())
     assert torch.equal(twin(ids()), output)

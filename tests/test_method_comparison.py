@@ -41,7 +41,9 @@ def fill(accuracy, results, seeds, value, tasks=("SNIPS",)):
 
 def test_every_registered_method_is_compared_with_a_grid_of_one_length(accuracy):
     found = accuracy.contestants()
-    assert set(dk.METHODS) < set(found)
+    # What weighs other deltas is as good as these are.
+    assert set(dk.METHODS) - {"adapter_fusion", "average"} < set(found)
+    assert not {"adapter_fusion", "average"} & set(found)
     assert found["head alone"] == ()
     assert {len(accuracy.rates(name)) for name in found if found[name]} == {3}
     # It has only the classifier's rate.

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NoReturn, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from deltakit.core.activations import hidden_output
 from deltakit.core.caller_rows import RowsState, rows_now
 from deltakit.core.mixed_batch import MixedBatch
 from deltakit.core.target import Target, WeightRead
@@ -43,11 +44,13 @@ class AttachedModule(nn.Module):
     tags: ClassVar[Mapping[str, str]] = {}
     """A tag for each parameter (see `DeltaModule.tags`)."""
 
-    # The kinds set the next four.
+    # The kinds set the next five.
     scalable: ClassVar[bool] = True
     """Whether `Delta.scale` applies."""
     mixable: ClassVar[bool] = True
     """Whether examples of one batch may have different deltas here (`rows`)."""
+    weighable: ClassVar[bool] = False
+    """Whether a `Weighing` may ask for its `contribution`: what it computes from one call of its target, and nothing else."""
     has_weight_form: ClassVar[bool] = False
     """Whether its method can patch a weight that is read directly."""
     reads_weight: ClassVar[bool] = False
@@ -155,6 +158,13 @@ class AttachedModule(nn.Module):
     ) -> Any:
         """Does the same as `after_call`, inside a `rows` block."""
         return self.after_call(target, args, kwargs, output)
+
+    def contribution(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+        """Returns what it adds to an output y of its target, in y's shape. y stays as it is, and the delta need not be active.
+
+        Kinds that change outputs in place, or that ask which of the deltas come before them, override it.
+        """
+        return hidden_output(self.after_call(target, args, kwargs, y)) - y
 
     def abandon(self, target: nn.Module) -> None:
         """Cleans up. It is called instead of `after_call` when the target's forward raised."""

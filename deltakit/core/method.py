@@ -142,6 +142,11 @@ class Method(metaclass=MethodType):
             OptionError: if an option is out of its range.
         """
 
+    @property
+    def weighed(self) -> tuple[str, ...]:
+        """The names of the attached deltas that it weighs (`ops.WeighingMethod`); none for other methods."""
+        return ()
+
     def positions(self) -> tuple[tuple[str, ...], ...]:
         """Returns the default positions as roles.
 

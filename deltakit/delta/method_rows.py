@@ -43,7 +43,8 @@ def method_rows(names: Sequence[str] = ()) -> list[MethodRow]:
 def _row(kind: type[Method]) -> MethodRow:
     identity, source = "yes" if kind.identity else "no", _source(kind)
     try:
-        delta = attach(SampleBackbone(), kind(**kind.example))
+        method = kind(**kind.example)
+        delta = attach(_sample(method), method)
     except (DeltaError, TypeError):
         # A stranger's method may have required options without an example, or need another backbone.
         design, positions, merged, summed, mixed = kind.design.over(kind.kind.design), [], "", "", ""
@@ -66,6 +67,14 @@ def _row(kind: type[Method]) -> MethodRow:
     )
 
 
+def _sample(method: Method) -> SampleBackbone:
+    """Returns a backbone with deltas of the names that a method weighs: some of their targets can be merged."""
+    backbone = SampleBackbone()
+    for name in method.weighed:
+        attach(backbone, METHODS["adapter"](), METHODS["lora"](), name=name).active = False
+    return backbone
+
+
 def _design(kind: type[Method], attachment: Attachment) -> Design:
     # Modules without parameters only help others, such as by handing over an input.
     modules = [site.module for site in attachment.sites]
@@ -75,7 +84,8 @@ def _design(kind: type[Method], attachment: Attachment) -> Design:
 def _positions(attachment: Attachment) -> list[str]:
     """Returns selectors of the roles of the targets, such as "@attn.{q,v}"."""
     # Modules that only help others, such as by inserting ids, have no parameters, and shared ones stand at one target.
-    paths = {site.owner for site in attachment.sites if site.module.parameters_read()}
+    sites = [site for site in attachment.sites if site.module.parameters_read()] or attachment.sites
+    paths = {site.owner for site in sites}
     parts: dict[str, list[str]] = {}
     seen: set[str] = set()
     for role, there in roles(attachment.backbone).items():

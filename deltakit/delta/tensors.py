@@ -99,7 +99,8 @@ def state_of(attachment: Attachment, given: Mapping[str, Tensor]) -> dict[str, T
     """
     state: dict[str, Tensor] = {}
     prefixes = [join(site.owner, f"{site.key}.") for site in attachment.sites]
-    if prefixes and not any(name.startswith(tuple(prefixes)) for name in given):
+    has_tensors = any(site.module.state_dict() for site in attachment.sites)
+    if has_tensors and not any(name.startswith(tuple(prefixes)) for name in given):
         raise StateError(
             f"the state_dict that was given has no tensors of delta {attachment.record.name!r}, such as {prefixes[0]}*; omit "
             "state_dict=, which saves the model and the delta; or for a merged model call delta.merge_and_unload() first"

@@ -61,6 +61,8 @@ class Rung(nn.Module):
 class LSTDelta(OutputMap):
     """The ladder beside a row of blocks, at the last of them. It reads the inputs of all blocks and the last one's output."""
 
+    weighable: ClassVar[bool] = False
+
     def __init__(self, target: Target, blocks: Sequence[Target], options: "LST") -> None:
         super().__init__(target)
         if self.axis != -1:

@@ -89,6 +89,8 @@ class ParallelAdapterDelta(Bottleneck):
 class PairedAdapterDelta(ParallelAdapterDelta):
     """A parallel adapter that reads the input of another module, its source, which is called before its target."""
 
+    weighable: ClassVar[bool] = False
+
     def __init__(self, target: Target, options: "ParallelAdapter", source: Target) -> None:
         super().__init__(target, options, source)
         self.handover = Handover(source.named, target.named)

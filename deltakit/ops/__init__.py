@@ -22,6 +22,7 @@ from deltakit.ops.kinds.low_rank import LowRank, check_alpha, check_dropout, kai
 from deltakit.ops.kinds.maps import in_own_dtype, on_own_examples
 from deltakit.ops.kinds.normed_low_rank import NormedLowRank
 from deltakit.ops.kinds.output_map import OutputMap
+from deltakit.ops.kinds.weighing import Weighing
 from deltakit.ops.kinds.weight_map import WeightMap
 from deltakit.ops.low_rank_starts import STARTS_WITH_A_PRODUCT, difference, start_factors
 from deltakit.ops.low_rank_sum import sum_of_products
@@ -37,6 +38,7 @@ from deltakit.ops.seeded import Draw, Seeded, SeededPlaces, normal, seeded_place
 from deltakit.ops.sizes import input_size, kernel_of, largest_sizes, like, matrix_shape, matrix_sizes, sizes, stack_of
 from deltakit.ops.unfilled import unfilled_linear
 from deltakit.ops.usual_positions import INPUTS_OF_QUERIES_AND_VALUES, QUERIES_AND_VALUES
+from deltakit.ops.weighing_method import WeighingMethod
 from deltakit.ops.weight_method import (
     LowRankMethod,
     WeightMethod,
@@ -80,6 +82,8 @@ __all__ = [
     "Seeded",
     "SeededPlaces",
     "StartedPrompt",
+    "Weighing",
+    "WeighingMethod",
     "WeightMap",
     "WeightMethod",
     "attends",

@@ -98,6 +98,12 @@ class Bottleneck(OutputMap):
         new = y + (target.forward(in_own_dtype(self, y, x)) - target.forward(x))
         return replace_hidden(output, new if self.strength == 1 else torch.lerp(y, new, self.strength))
 
+    def contribution(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+        if self.add_to == "output":
+            return super().contribution(target, args, kwargs, y)
+        x = hidden_input(args, kwargs)
+        return (in_own_dtype(self, y, x) - x) * self.strength
+
     def change(self, x: Float[Tensor, "*batch d_in"], *given: Any) -> Float[Tensor, "*batch d"]:
         """Returns up(f(down(x))).
 

@@ -5,7 +5,7 @@ import torch
 import deltakit as dk
 from deltakit.cli import main
 from deltakit.demo.data import batches, encode, intents, read
-from support.models import method_of, randomize
+from support.models import beside, method_of, randomize
 from support.tiny_transformers import build
 
 
@@ -48,10 +48,11 @@ def test_the_pretrained_backbone_takes_every_method():
     task = prepare(bundled_model(), 8)
     backbone = task.fresh()
     for name in dk.METHODS:
-        delta = dk.attach(backbone, method_of(name), train=())
+        delta = dk.attach(beside(backbone, method_of(name)), method_of(name), train=())
         randomize(delta)
         assert name in repr(delta)
-        delta.detach()
+        for there in dk.deltas(backbone):
+            there.detach()
     fresh = task.fresh()
     assert all(torch.equal(a, b) for a, b in zip(backbone.parameters(), fresh.parameters(), strict=True))
     assert build("bert")

@@ -8,19 +8,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import deltakit as dk
 from support.backbone_inputs import hidden, inputs
-from support.models import method_of, randomize, same, snapshot
+from support.models import WITHOUT_PARAMETERS, beside, method_of, randomize, same, snapshot
 from support.tiny_transformers import build
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 BACKBONES = ["bert", "gpt2", "llama", "t5", "bloom"]
-CASES = [(kind, name) for kind in BACKBONES for name in sorted(dk.METHODS)]
+NAMES = sorted({*dk.METHODS} - WITHOUT_PARAMETERS)
+CASES = [(kind, name) for kind in BACKBONES for name in NAMES]
 
 every_case = pytest.mark.parametrize(("kind", "name"), CASES)
 
 
-def on_gpu(kind, dtype=torch.float32):
-    model = build(kind).to("cuda", dtype).eval()
+def on_gpu(kind, dtype=torch.float32, name="lora"):
+    """A backbone on the GPU, with what a method weighs, and its inputs."""
+    model = beside(build(kind), method_of(name)).to("cuda", dtype).eval()
     return model, {name: value.to("cuda") for name, value in inputs(kind, model).items()}
 
 
@@ -37,7 +39,7 @@ def exact():
 
 @every_case
 def test_detach_is_exact_after_training(kind, name):
-    model, call = on_gpu(kind)
+    model, call = on_gpu(kind, name=name)
     before, output = snapshot(model), computed(model, call)
     delta = dk.attach(model, method_of(name))
     if dk.METHODS[name].identity:
@@ -57,30 +59,30 @@ def test_detach_is_exact_after_training(kind, name):
 
 @every_case
 def test_a_delta_moves_between_devices(kind, name, tmp_path):
-    model, call = on_gpu(kind)
+    model, call = on_gpu(kind, name=name)
     delta = dk.attach(model, method_of(name))
     randomize(delta)
     wanted = computed(model, call)
     delta.save(tmp_path)
-    other = build(kind).eval()
+    other = beside(build(kind), method_of(name)).eval()
     dk.load(tmp_path, other)
     found = computed(other, inputs(kind, other))
     assert torch.allclose(found, wanted.cpu(), atol=1e-4, rtol=1e-4)
-    again = dk.load(tmp_path, build(kind).to("cuda").eval())
+    again = dk.load(tmp_path, on_gpu(kind, name=name)[0])
     assert torch.allclose(computed(again.backbone, call), wanted, atol=1e-5)
     model.cpu()
     assert torch.allclose(computed(model, inputs(kind, model)), wanted.cpu(), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", sorted(dk.METHODS))
+@pytest.mark.parametrize("name", NAMES)
 def test_half_precision_and_autocast(name, dtype):
-    model, call = on_gpu("llama", dtype)
+    model, call = on_gpu("llama", dtype, name)
     delta = dk.attach(model, method_of(name))
     randomize(delta)
     wide = copy.deepcopy(model).double()
     assert torch.allclose(computed(model, call).double(), computed(wide, call), atol=0.1, rtol=0.1)
-    plain, call = on_gpu("llama")
+    plain, call = on_gpu("llama", name=name)
     delta = dk.attach(plain, method_of(name))
     randomize(delta)
     with torch.autocast("cuda", dtype):
@@ -143,10 +145,10 @@ def test_a_captured_cuda_graph_follows_the_values(name):
         assert torch.allclose(output, model(**call).last_hidden_state, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", sorted(dk.METHODS))
+@pytest.mark.parametrize("name", NAMES)
 def test_compiled(name):
     torch.compiler.reset()
-    model, call = on_gpu("llama")
+    model, call = on_gpu("llama", name=name)
     delta = dk.attach(model, method_of(name))
     randomize(delta)
     wanted = computed(model, call)

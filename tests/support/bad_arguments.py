@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import deltakit as dk
-from support.models import Transformer, needed, randomize, same, snapshot
+from support.models import Transformer, beside, method_of, needed, randomize, same, snapshot
 
 WEIGHT_METHODS = ("VeRA", "LoHa", "LoKr", "HiRA", "MiSS", "DeLoRA", "GraLoRA", "RandLoRA", "VBLoRA")
 
@@ -151,7 +151,12 @@ def _prompted(scene):
 
 
 def _option(kind):
-    return Call(lambda s: kind, lambda s: needed(kind), _used)
+    def ready(scene):
+        # What it weighs is there before anything is compared.
+        beside(scene.bare, method_of(kind.name))
+        return kind
+
+    return Call(ready, lambda s: needed(kind), _used)
 
 
 def _opendelta(kind):
@@ -257,6 +262,8 @@ CALLS = {
     "LoRA": _option(dk.LoRA),
     "AdaLoRA": Call(lambda s: dk.AdaLoRA, lambda s: {"total_steps": 10, "init_r": 3, "target_r": 2}, _used),
     "Adapter": _option(dk.Adapter),
+    "AdapterFusion": _option(dk.AdapterFusion),
+    "Average": _option(dk.Average),
     "LowRankAdapter": _option(dk.LowRankAdapter),
     "Compacter": _option(dk.Compacter),
     "ParallelAdapter": _option(dk.ParallelAdapter),
@@ -300,6 +307,7 @@ CALLS = {
     "InputMap": Call(lambda s: dk.InputMap, lambda s: {"target": s.target}),
     "WeightMap": Call(lambda s: dk.WeightMap, lambda s: {"target": s.target}),
     "LowRank": Call(lambda s: dk.LowRank, lambda s: {"target": s.target}),
+    "Weighing": Call(lambda s: dk.Weighing, lambda s: {"target": s.target, "deltas": ("a", "b")}),
     "LoraModel": _opendelta(dk.LoraModel),
     "AdapterModel": _opendelta(dk.AdapterModel),
     "BitFitModel": _opendelta(dk.BitFitModel),

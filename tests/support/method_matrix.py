@@ -12,7 +12,7 @@ from torch import nn
 
 import deltakit as dk
 from support import backbone_zoo
-from support.models import randomize, same, snapshot
+from support.models import beside, randomize, same, snapshot
 
 SMALL = {"r": 2, "size": 3, "tokens": 3}
 # What does not fit the zoo's layers, whose sizes are from 8 to 32.
@@ -64,6 +64,16 @@ def cell(backbone: str, method: str) -> Result:
         try:
             model, call = backbone_zoo.build(backbone)
             draw_biases(model)
+            try:
+                beside(model, METHODS[method], 0.05)
+            except dk.DeltaError as error:
+                return Result(
+                    backbone,
+                    backbone_zoo.ZOO[backbone].kind,
+                    method,
+                    "does not apply",
+                    f"{type(error).__name__}: {error}",
+                )
             bare, plain = call(model), frozen_output(model, call)
         except Exception as error:
             return Result(
@@ -118,6 +128,14 @@ def works(model: nn.Module, call: Any, delta: dk.Delta, method: dk.Method, plain
     if method.identity:
         assert torch.equal(first, plain), f"no identity: {(first - plain).abs().max():.2g} apart"
     randomize(delta, 0.05)
+    if next(delta.parameters(), None) is not None:
+        learns(model, call, delta)
+    if cached:
+        generates_alike(model)
+
+
+def learns(model: nn.Module, call: Any, delta: dk.Delta) -> None:
+    """Gradients in every parameter, and an effect after a step."""
     ran = Ran(model)
     output = call(model)
     (output * torch.randn_like(output)).sum().backward()
@@ -131,8 +149,6 @@ def works(model: nn.Module, call: Any, delta: dk.Delta, method: dk.Method, plain
     stepped = call(model)
     assert not torch.equal(stepped, output), "a step changed nothing"
     model.zero_grad()
-    if cached:
-        generates_alike(model)
 
 
 class Ran:
@@ -188,5 +204,5 @@ def detaches(model: nn.Module, call: Any, delta: dk.Delta, before: Any, bare: to
     delta.detach()
     assert torch.equal(call(model), bare), "detaching is not exact"
     same(before, snapshot(model))
-    dk.deltas(twin)[0].detach()
+    dk.deltas(twin)[-1].detach()
     assert torch.equal(call(twin), bare), "detaching a copy is not exact"

@@ -143,6 +143,8 @@ NEEDED = {
     "adalora": {"total_steps": 10, "init_r": 3, "target_r": 2},
     "miss": {"r": 5},
     "vblora": {"length": 4, "vectors": 7},
+    "adapter_fusion": {"deltas": ("a", "b")},
+    "average": {"deltas": ("a", "b")},
 }
 """The options of methods whose defaults are for larger layers than those here, besides ranks."""
 
@@ -157,6 +159,20 @@ def needed(kind):
 def method_of(name, **options):
     """A method by its name, with the options that it cannot do without."""
     return dk.METHODS[name](**{**needed(dk.METHODS[name]), **options})
+
+
+WITHOUT_PARAMETERS = {"average"}
+"""Methods in which nothing can be trained."""
+
+
+def beside(model, method, scale=0.3):
+    """The model with the deltas that a method weighs: always the same values, neither active nor trained."""
+    for number, name in enumerate(method.weighed):
+        with torch.random.fork_rng():
+            torch.manual_seed(number)
+            delta = randomize(dk.attach(model, dk.Adapter(size=3), name=name, train=()), scale)
+        delta.active = delta.trainable = False
+    return model
 
 
 def ids(rows=3, length=11):

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 import deltakit as dk
-from support.models import Transformer, method_of, randomize
+from support.models import WITHOUT_PARAMETERS, Transformer, beside, method_of, randomize
 
 
 def to_train(start=None):
@@ -107,9 +107,9 @@ def stepping(rank, size, port, engine, results):
 
 def every_method():
     """Yields each registered method by name, with a toy that it is attached to; equal in all processes."""
-    for name in sorted(dk.METHODS):
+    for name in sorted({*dk.METHODS} - WITHOUT_PARAMETERS):
         torch.manual_seed(7)
-        model = Transformer()
+        model = beside(Transformer(), method_of(name))
         yield name, model, randomize(dk.attach(model, method_of(name)), scale=0.03)
 
 

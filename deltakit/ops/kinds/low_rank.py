@@ -144,6 +144,12 @@ class LowRank(OutputMap):
         # FSDP2 and accelerate load the parameters by hooks on this module, which only `__call__` runs.
         return self(x, output, layer, alone)
 
+    def contribution(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+        # Onto zeros: `after_call` may change y in place, and y plus the product minus y would round it.
+        layer = None if self.linear else target
+        product: Tensor = self(hidden_input(args, kwargs), torch.zeros_like(y), layer)
+        return product
+
     def after_call_mixed(
         self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, batch: MixedBatch
     ) -> Any:

@@ -61,6 +61,12 @@ class NormedLowRank(LowRank):
         new = self(hidden_input(args, kwargs), y, target, own_output(target, self), weight)
         return new if y is output else replace_hidden(output, new)
 
+    def contribution(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+        # What the target computes from its bare weight is computed again: y may have the changes of other deltas.
+        weight = bare_weight(target, self.view)
+        change: Tensor = self(hidden_input(args, kwargs), torch.zeros_like(y), target, False, weight)
+        return change
+
     def after_call_mixed(
         self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, batch: MixedBatch
     ) -> Any:

@@ -1,7 +1,7 @@
 """Output maps: y' = f(x, y)."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Shaped
@@ -37,6 +37,10 @@ class OutputMap(LayerMap):
     design: ClassVar[Design] = Design(
         form="f(x, y)", changes="output", insertion="sequential", composition="replacement"
     )
+    weighable: ClassVar[bool] = True
+
+    add_to: Literal["output", "input"] = "output"
+    """What its change is added to: the target's output, or the input of a norm (`Bottleneck`)."""
 
     @checked
     def __init__(self, target: Target) -> None:
@@ -57,15 +61,16 @@ class OutputMap(LayerMap):
         new = new if strength == 1 else torch.lerp(y, new, strength)
         return new if y is output else replace_hidden(output, new)
 
-    def _applied(self, x: Tensor, y: Tensor) -> Tensor:
+    def _applied(self, x: Tensor, y: Tensor, *alike: Tensor) -> Tensor:
+        """Returns the map of x, y, and between the two what is laid out as y is."""
         if self.axis == -1 and self.feature_slice is None and y.shape[-1] == self.width:
             # As on nearly every target, in each call: there is nothing to move or to cut.
-            return in_own_dtype(self, x, y)
-        last = features_last(y, self.axis, self.width)
-        part = last if self.feature_slice is None else self.feature_slice.take(last)
-        new = in_own_dtype(self, x, part)
+            return in_own_dtype(self, x, *alike, y)
+        lasts = [features_last(one, self.axis, self.width) for one in (*alike, y)]
+        parts = lasts if self.feature_slice is None else [self.feature_slice.take(last) for last in lasts]
+        new = in_own_dtype(self, x, *parts)
         if self.feature_slice is not None:
-            new = self.feature_slice.replaced(last, new)
+            new = self.feature_slice.replaced(lasts[-1], new)
         return features_last(new, self.axis, y.shape[-1])
 
     def after_call_mixed(

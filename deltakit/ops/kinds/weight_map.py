@@ -47,6 +47,7 @@ class WeightMap(DeltaModule):
     has_weight_form: ClassVar[bool] = True
     reads_weight: ClassVar[bool] = True
     changes_weight: bool = True
+    weighable: ClassVar[bool] = True
 
     @checked
     def __init__(self, target: Target, view: WeightView | None = None) -> None:
