@@ -2,6 +2,7 @@
 
 from deltakit.view.display import View, Visualization, show
 from deltakit.view.method_table import MethodRow, MethodTable
+from deltakit.view.page import bar, heading, page, paragraph, preformatted, table
 from deltakit.view.report import Line, described, report, share, states
 
 __all__ = [
@@ -10,9 +11,15 @@ __all__ = [
     "MethodTable",
     "View",
     "Visualization",
+    "bar",
     "described",
+    "heading",
+    "page",
+    "paragraph",
+    "preformatted",
     "report",
     "share",
     "show",
     "states",
+    "table",
 ]
