@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from deltakit.errors import OptionError
-from deltakit.view import page, preformatted
+from deltakit.view import preformatted, web_page
 
 
 def console() -> Console:
@@ -41,7 +41,7 @@ def present(found: Any, data: object, *, title: str, json: bool, html: Path | No
     else:
         print(found)
     if html is not None:
-        write_page(html, page(title, [_as_html(found)]))
+        write_page(html, web_page(title, [_as_html(found)]))
 
 
 def as_json(data: object) -> str:

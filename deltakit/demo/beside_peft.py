@@ -32,6 +32,10 @@ def beside_peft(task: Task, methods: Sequence[Method]) -> list[str]:
     batch = next(batches(task.train, BATCH, task.pad, seed=0))
     ours = task.fresh()
     delta = attach(ours, *methods, train=())
+    if any(path.endswith("]") for path in delta.modules):
+        return [
+            "PEFT has no LoRA on the queries or values of a fused projection alone, so there are no figures beside it."
+        ]
     theirs = _of_peft(task.fresh(), list(delta.modules), methods[0])
     seconds: dict[str, list[float]] = {"deltakit": [], "PEFT": []}
     kept = {}

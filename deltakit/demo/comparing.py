@@ -46,8 +46,7 @@ def compare(
         (recipe for recipe in recipes if recipe.methods),
         key=lambda recipe: next(r.accuracy for r in found.results if r.title == recipe.title),
     )
-    notes = learned(task, untrained, found.predictions[best.title])
-    notes = [f"Texts that {best.title} has learned:", *notes] if notes else []
+    notes = learned("Texts", task, untrained, found.predictions[best.title], by=best.title)
     sentence = verdict(found.results, examples=len(task.valid))
     name = best.methods[0].name
     following = [

@@ -10,7 +10,7 @@ from torch import Tensor
 from deltakit.demo.results import HEADS, Result, by_size
 from deltakit.demo.task import Task
 from deltakit.demo.training import labels
-from deltakit.view import View, bar, heading, page, paragraph, preformatted, share, table
+from deltakit.view import View, bar, heading, paragraph, preformatted, share, table, web_page
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Report:
             heading("What to do next"),
             preformatted("\n".join(self.following)),
         ]
-        return page(self.title, parts)
+        return web_page(self.title, parts)
 
     def data(self) -> dict[str, Any]:
         """Returns the comparison as plain data."""
@@ -79,8 +79,15 @@ def accuracy_of(predictions: Tensor, task: Task) -> float:
     return float((predictions == labels(task.valid, task.pad)).float().mean())
 
 
-def learned(task: Task, before: Tensor, after: Tensor, *, count: int = 3) -> list[str]:
-    """Returns some texts whose label is wrong before training and right after it, a line each."""
+def learned(what: str, task: Task, before: Tensor, after: Tensor, *, by: str, count: int = 3) -> list[str]:
+    """Returns some texts whose label is wrong before training and right after it, a line each, below a heading.
+
+    Args:
+        what: what the texts are, in the plural.
+        before, after: the predictions, in the order of `predict`.
+        by: the title of what has learned them.
+        count: the most texts.
+    """
     # As `batches` orders them.
     order = sorted(range(len(task.valid)), key=lambda place: len(task.valid[place].ids))
     lines: list[str] = []
@@ -89,4 +96,4 @@ def learned(task: Task, before: Tensor, after: Tensor, *, count: int = 3) -> lis
         if old != task.valid[place].label == new and len(lines) < count:
             short = text if len(text) <= 60 else f"{text[:59]}…"
             lines.append(f"  {short!r}: before {task.classes[old]}, now {label}")
-    return lines
+    return [f"{what} that {by} has learned:", *lines] if lines else []

@@ -81,11 +81,10 @@ def verdict(results: Sequence[Result], *, examples: int) -> str:
     best = max(deltas, key=lambda result: (result.accuracy, -result.trained))
     others = {result.title: result for result in results if result.file_bytes is None}
     parts = [f"{best.title} does best: {best.accuracy:.1%} with {share(best.trained, best.total)} of the parameters"]
-    for title in ("full fine-tuning", "linear probe"):
+    for title, words in (("full fine-tuning", "full fine-tuning"), ("linear probe", "the linear probe")):
         if title in others:
-            parts.append(
-                f"{_beside(best.accuracy, others[title].accuracy, examples)} {title} ({others[title].accuracy:.1%})"
-            )
+            other = others[title].accuracy
+            parts.append(f"{_beside(best.accuracy, other, examples)} {words} ({other:.1%})")
     return f"{parts[0]}, {' and '.join(parts[1:])}." if parts[1:] else f"{parts[0]}."
 
 
@@ -93,5 +92,5 @@ def _beside(ours: float, other: float, examples: int) -> str:
     """Returns how two accuracies compare. Twice the standard error of their difference is chance."""
     noise = 2 * math.sqrt((ours * (1 - ours) + other * (1 - other)) / examples)
     if abs(ours - other) <= noise:
-        return "no different, within chance, from"
+        return "within chance of"
     return f"{100 * abs(ours - other):.1f} points {'above' if ours > other else 'below'}"

@@ -42,7 +42,7 @@ def run(task: Task, *, model: str, epochs: int, out: Path, full: bool, console: 
     say(console, f"Training {len(recipes)} ways on {about}")
     found = run_all(recipes, task, epochs=epochs, seeds=1, out=out, console=console)
     tell(found.results, accuracy_of(untrained, task), console)
-    notes = ["Requests that LoRA has learned:", *learned(task, untrained, found.predictions[lora.title])]
+    notes = learned("Requests", task, untrained, found.predictions[lora.title], by=lora.title)
     notes += beside_peft(task, lora.methods)
     say(console, *notes)
     proof = _proof(found.predictions[lora.title], out / "lora", task)

@@ -2,8 +2,8 @@
 
 from deltakit.view.display import View, Visualization, show
 from deltakit.view.method_table import MethodRow, MethodTable
-from deltakit.view.page import bar, heading, page, paragraph, preformatted, table
 from deltakit.view.report import Line, described, report, share, states
+from deltakit.view.report_page import bar, heading, paragraph, preformatted, table, web_page
 
 __all__ = [
     "Line",
@@ -14,7 +14,6 @@ __all__ = [
     "bar",
     "described",
     "heading",
-    "page",
     "paragraph",
     "preformatted",
     "report",
@@ -22,4 +21,5 @@ __all__ = [
     "show",
     "states",
     "table",
+    "web_page",
 ]

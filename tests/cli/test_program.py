@@ -61,8 +61,8 @@ def test_every_method_has_an_option(capsys):
         (["shwo"], "No such command 'shwo'. Did you mean 'show'? See deltakit --help"),
         (["show"], "Missing argument 'MODEL'. See deltakit show --help"),
         (
-            ["show", "x", "--lroa", "y"],
-            "No such option: --lroa; did you mean --lora? See deltakit show --help",
+            ["show", "x", "--adaptr", "y"],
+            "No such option: --adaptr; did you mean --adapter? See deltakit show --help",
         ),
         (["show", "x", "--depth", "0"], "See deltakit show --help"),
         (["demo", "--examples", "0"], "See deltakit demo --help"),

@@ -34,7 +34,7 @@ def test_compare(toy, table, tmp_path, capsys):
         assert row in out
     assert "1 of 4  linear probe: " in out
     assert "does best: " in out
-    assert "of requests.csv with 3 labels, 1 epoch, 2 seeds; accuracy on 8 others" in out
+    assert "31 rows of requests.csv with 3 labels, 1 epoch, 2 seeds; accuracy on 9 others" in out
     assert sorted(folder.name for folder in (tmp_path / "out").iterdir()) == ["ia3", "lora"]
     text = page.read_text(encoding="utf-8")
     assert "<script" not in text
@@ -123,8 +123,8 @@ def test_the_verdict_knows_chance():
     probe, full = Result("linear probe", 10, 1000, (0.5,), 1.0), Result("full fine-tuning", 1000, 1000, (0.95,), 9.0)
     large, small = Result("Adapter", 90, 1000, (0.94,), 2.0, 400), Result("LoRA", 80, 1000, (0.94,), 2.0, 300)
     assert verdict([probe, large, small, full], examples=700) == (
-        "LoRA does best: 94.0% with 8 % of the parameters, no different, within chance, from full fine-tuning (95.0%) and "
-        "44.0 points above linear probe (50.0%)."
+        "LoRA does best: 94.0% with 8 % of the parameters, within chance of full fine-tuning (95.0%) and "
+        "44.0 points above the linear probe (50.0%)."
     )
     # With enough examples, a point is more than chance.
     assert 2 * math.sqrt((0.94 * 0.06 + 0.95 * 0.05) / 10_000) < 0.01

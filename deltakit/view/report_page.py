@@ -17,7 +17,7 @@ th:first-child, td:first-child, td.text, th.text { text-align: left; }
 """
 
 
-def page(title: str, parts: Iterable[str]) -> str:
+def web_page(title: str, parts: Iterable[str]) -> str:
     """Returns a whole HTML page.
 
     Args:
