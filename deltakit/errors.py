@@ -16,6 +16,7 @@ Warnings are `DeltaWarning`; `warnings.simplefilter("error", deltakit.DeltaWarni
 import sys
 import warnings
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 _LONGEST = 4_000
 
@@ -99,6 +100,16 @@ def warn(message: str) -> None:
 
 
 _NOT_THE_USERS = ("deltakit", "torch", "contextlib", "jaxtyping", "beartype")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns "; did you mean ...?" with the known name that is spelled most like one, or "".
+
+    >>> did_you_mean("lorra", ["lora", "adapter"]), did_you_mean("x", ["lora"])
+    ('; did you mean lora?', '')
+    """
+    found = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def no_such_delta(where: str, name: object, attached: Iterable[str]) -> OptionError:

@@ -12,7 +12,7 @@ from deltakit.delta.attaching import attach
 from deltakit.delta.combining import combine
 from deltakit.delta.handle import Delta
 from deltakit.delta.sample_backbone import SampleBackbone
-from deltakit.errors import DeltaError, OptionError, TargetError
+from deltakit.errors import DeltaError, OptionError, TargetError, did_you_mean
 from deltakit.selection import roles
 from deltakit.view import MethodRow
 
@@ -34,7 +34,10 @@ def method_rows(names: Sequence[str] = ()) -> list[MethodRow]:
     """
     unknown = [name for name in names if name not in METHODS]
     if unknown:
-        raise OptionError(f"unknown method {unknown[0]!r}: expected one of {', '.join(sorted(METHODS))}")
+        raise OptionError(
+            f"unknown method {unknown[0]!r}: expected one of {', '.join(sorted(METHODS))}"
+            + did_you_mean(unknown[0], METHODS)
+        )
     with same_random_numbers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return [_row(METHODS[name]) for name in sorted(names or METHODS)]

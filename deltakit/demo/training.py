@@ -22,14 +22,14 @@ def train(
     lr: float,
     epochs: int,
     seed: int = 0,
-    step: Callable[[], None] = lambda: None,
+    step: Callable[[float], None] | None = None,
 ) -> None:
     """Trains the parameters with AdamW, a warm-up over the first tenth of the steps and a linear decay.
 
     Args:
         parameters: the parameters, or groups of them for the optimizer.
         seed: the seed of the order of the examples.
-        step: what to call after each batch.
+        step: what to call with the loss of each batch.
     """
     steps = epochs * -(-len(examples) // BATCH)
     optimizer = torch.optim.AdamW([*parameters], lr=lr, weight_decay=0.01)
@@ -50,7 +50,8 @@ def train(
             for delta in attached:
                 delta.step()
             optimizer.zero_grad()
-            step()
+            if step is not None:
+                step(float(loss))
 
 
 @torch.no_grad()
@@ -62,5 +63,9 @@ def predict(model: nn.Module, examples: Sequence[Example], pad: int) -> Int64[Te
 
 def accuracy(model: nn.Module, examples: Sequence[Example], pad: int) -> float:
     """Returns the share of examples whose intent is predicted correctly, in [0, 1]."""
-    wanted = torch.cat([batch["labels"] for batch in batches(examples, 100, pad)])
-    return float((predict(model, examples, pad) == wanted).float().mean())
+    return float((predict(model, examples, pad) == labels(examples, pad)).float().mean())
+
+
+def labels(examples: Sequence[Example], pad: int) -> Int64[Tensor, " examples"]:
+    """Returns the index of the intent of each example, in the order of `predict`."""
+    return torch.cat([batch["labels"] for batch in batches(examples, 100, pad)])

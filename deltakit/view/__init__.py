@@ -4,6 +4,7 @@ from deltakit.view.display import View, Visualization, show
 from deltakit.view.method_table import MethodRow, MethodTable
 from deltakit.view.printed import Printed, Table, binary_size
 from deltakit.view.report import Line, described, report, share, states
+from deltakit.view.report_page import bar, heading, paragraph, preformatted, table, web_page
 
 __all__ = [
     "Line",
@@ -13,10 +14,16 @@ __all__ = [
     "Table",
     "View",
     "Visualization",
+    "bar",
     "binary_size",
     "described",
+    "heading",
+    "paragraph",
+    "preformatted",
     "report",
     "share",
     "show",
     "states",
+    "table",
+    "web_page",
 ]

@@ -10,11 +10,19 @@ from support.tiny_transformers import build
 
 
 def test_the_demo_at_toy_size(toy, tmp_path, capsys):
-    assert main(["demo", "--model", str(toy), "--examples", "40", "--epochs", "1", "--out", str(tmp_path / "out")]) == 0
+    command = ["demo", "--model", str(toy), "--examples", "40", "--epochs", "1", "--out", str(tmp_path / "out")]
+    assert main([*command, "--html", str(tmp_path / "demo.html")]) == 0
     out = capsys.readouterr().out
     for row in ("linear probe", "LoRA", "Adapter", "BitFit", "Prefix", "full fine-tuning"):
         assert row in out
+        assert f"  {row}: " in out
     assert "all 700 predictions are the same: True" in out
+    assert out.count("0-1(BertLayer)") == 1
+    assert "+lora r=8" in out
+    assert "does best: " in out
+    assert "A training step of LoRA takes " in out
+    assert "Next:" in out
+    assert "<strong>" in (tmp_path / "demo.html").read_text(encoding="utf-8")
     assert "every weight is bit-exact as before: True; the predictions are the bare backbone's: True" in " ".join(
         out.split()
     )

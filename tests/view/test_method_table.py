@@ -122,4 +122,6 @@ def test_the_command(capsys):
     assert [line.split()[0] for line in out] == ["method", "bitfit", "lora"]
     assert torch.equal(torch.get_rng_state(), numbers)
     assert main(["methods", "lorra"]) == 1
-    assert "unknown method 'lorra': expected one of adalora, adapter, adapter_fusion" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "unknown method 'lorra': expected one of adalora, adapter, adapter_fusion" in error
+    assert error.endswith("; did you mean lora?\n")

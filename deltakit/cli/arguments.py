@@ -1,0 +1,48 @@
+"""The arguments and options that several commands share, and what the shell completes in them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def _paths(incomplete: str) -> Iterator[str]:
+    """Yields the folders and files that start like the text."""
+    above, _, start = incomplete.rpartition("/")
+    folder = Path(f"{above}/" if above or incomplete.startswith("/") else ".").expanduser()
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if entry.name.startswith(start) and (start or not entry.name.startswith(".")):
+            yield f"{incomplete.removesuffix(start)}{entry.name}{'/' if entry.is_dir() else ''}"
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder, a Hub id or a config.json. Only the config is read, no weights.",
+        autocompletion=_paths,
+    ),
+]
+Delta = Annotated[str, typer.Argument(metavar="DELTA", help="A folder, a file or a Hub id.", autocompletion=_paths)]
+Kind = Annotated[
+    str | None,
+    typer.Option(
+        "--class",
+        metavar="CLASS",
+        help="The class of transformers to build; by default the first of the config's architectures.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a web page, too.")]
+Train = Annotated[
+    list[str] | None,
+    typer.Option("--train", metavar="SELECTOR", help="Modules of the model that would be trained in full, like @head."),
+]
+Revision = Annotated[
+    str | None, typer.Option("--revision", metavar="NAME", help="A branch, tag or commit of the delta's repository.")
+]
+Subfolder = Annotated[
+    str | None,
+    typer.Option("--subfolder", metavar="PATH", help="The folder or file in it that is the delta, if not at its top."),
+]

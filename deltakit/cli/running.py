@@ -1,0 +1,75 @@
+"""How the function of a command runs: its errors are one line each, and other libraries print nothing."""
+
+import errno
+import inspect
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Annotated, Any
+
+import typer
+
+from deltakit.errors import DeltaError, DeltaWarning, printable
+
+_Debug = Annotated[bool, typer.Option("--debug", help="Print the whole traceback of an error.")]
+
+
+def guarded(function: Callable[..., None]) -> Callable[..., None]:
+    """Returns the function of a command with the option `--debug`. An error ends it with exit code 1 and one line."""
+
+    @wraps(function)
+    def run(*, debug: bool, **arguments: Any) -> None:
+        with _only_own_words():
+            try:
+                function(**arguments)
+            except (typer.Exit, typer.Abort, typer.BadParameter):
+                raise
+            except Exception as error:
+                if isinstance(error, OSError) and error.errno == errno.EPIPE:
+                    raise
+                if debug:
+                    traceback.print_exc()
+                print(f"deltakit: {_line(error)}", file=sys.stderr)
+                raise typer.Exit(1) from error
+
+    own = inspect.signature(function, eval_str=True)
+    option = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_Debug)
+    return with_signature(run, own.replace(parameters=[*own.parameters.values(), option]))
+
+
+def with_signature(function: Callable[..., None], signature: inspect.Signature) -> Callable[..., None]:
+    """Returns the function after giving it the signature from which typer reads arguments and options."""
+    function.__signature__ = signature  # type: ignore[attr-defined]
+    function.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+    return function
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, DeltaError):
+        return " ".join(str(error).split("\\n"))
+    what = printable(next(iter(str(error).splitlines()), ""))
+    return f"{type(error).__name__}: {what}; deltakit did not expect this: report it with what --debug prints"
+
+
+@contextmanager
+def _only_own_words() -> Iterator[None]:
+    """Prints deltakit's own warnings as one line each, and nothing of other libraries."""
+    # Libraries read these when they are imported.
+    for name, value in {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}.items():
+        os.environ.setdefault(name, value)
+    # Such as torchao's, on compiled parts that do not fit this torch.
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", DeltaWarning)
+        warnings.showwarning = lambda message, *_, **__: print(f"deltakit: warning: {message}", file=sys.stderr)
+        try:
+            yield
+        finally:
+            logging.disable(before)

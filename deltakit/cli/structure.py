@@ -1,0 +1,91 @@
+"""Commands on the structure of a model: its tree, plans and roles. None loads its weights."""
+
+from typing import Annotated, Any
+
+import typer
+
+from deltakit.cli.arguments import Html, Json, Kind, Model, Train
+from deltakit.cli.models import empty
+from deltakit.cli.printing import present
+from deltakit.core import Method, num_parameters
+from deltakit.errors import OptionError
+
+_Depth = Annotated[int | None, typer.Option("--depth", min=1, help="The number of levels to show below the root.")]
+
+
+def show(
+    model: Model,
+    *,
+    methods: tuple[Method, ...],
+    depth: _Depth = None,
+    train: Train = None,
+    kind: Kind = None,
+    json: Json = False,
+    html: Html = None,
+) -> None:
+    """Print the structure of a model as a tree, with equal parts folded.
+
+    With a method, such as --lora "@attn.q", the tree has the delta that it would add.
+    """
+    from deltakit.delta import attach
+    from deltakit.view import show as tree
+
+    backbone = empty(model, kind)
+    if methods:
+        attach(backbone, *methods, train=train or ())
+    elif train:
+        raise OptionError("--train: the tree shows what a delta would train; add a method, such as --lora default")
+    view = tree(backbone, depth=depth)
+    present(view, view.node, title=f"{type(backbone).__name__} of {model}", json=json, html=html)
+
+
+def plan(
+    model: Model,
+    *,
+    methods: tuple[Method, ...],
+    train: Train = None,
+    kind: Kind = None,
+    json: Json = False,
+    html: Html = None,
+) -> None:
+    """Print what methods would attach to a model: targets and numbers of parameters. It changes nothing.
+
+    A selector that matches nothing is an error that lists similar names.
+    """
+    from deltakit.delta import plan as planned
+
+    if not methods:
+        raise typer.BadParameter("no method is given; add one or several, such as --lora default or --lora '@attn.q'.")
+    found = planned(empty(model, kind), *methods, train=train)
+    present(found, _plan_data(found), title=f"A plan for {model}", json=json, html=html)
+
+
+def _plan_data(found: Any) -> dict[str, Any]:
+    return {
+        "backbone": type(found.backbone).__name__,
+        "backbone_parameters": num_parameters(found.backbone),
+        "parameters": found.num_parameters,
+        "methods": [
+            {
+                **method.to_dict(),
+                "targets": list(built),
+                "parameters": sum(p.numel() for module in built.values() for _, p, _ in module.trained_parameters()),
+                "left_out": dict(of.left_out),
+            }
+            for method, built, of in zip(found.methods, found.built, found.found, strict=True)
+        ],
+        "fully_trained": list(found.fully_trained),
+    }
+
+
+def roles(model: Model, *, kind: Kind = None, json: Json = False, html: Html = None) -> None:
+    """Print the modules of each role, such as @attn.q, on a model."""
+    from deltakit.selection import roles as found
+
+    table = found(empty(model, kind))
+    data = {
+        "backbone": table.owner,
+        "roles": {role: list(paths) for role, paths in table.items()},
+        "untold": table.untold,
+    }
+    present(table, data, title=f"Roles on {model}", json=json, html=html)

@@ -1,0 +1,147 @@
+"""The program around the commands: help, exit codes, errors of one line, completion, and what it imports."""
+
+import runpy
+import subprocess
+import sys
+
+import pytest
+
+import deltakit as dk
+from deltakit.cli import main
+from deltakit.cli.app import program
+from support.tiny_transformers import build
+
+COMMANDS = ("show", "plan", "roles", "methods", "inspect", "convert", "merge", "push", "demo", "compare")
+
+
+def test_help_lists_the_commands(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for command in COMMANDS:
+        assert f" {command} " in out
+    # Without a command it is a usage error, and the help says more than a line could.
+    assert main([]) == 2
+    assert capsys.readouterr().out.strip() == out.strip()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_has_examples_and_says_how_to_debug(command, capsys):
+    assert main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert f"deltakit {command} " in out[out.index("Examples:") :]
+    assert "--debug" in out
+
+
+def test_examples_are_command_lines():
+    """Each example parses: what it names is an argument or option that there is."""
+    import typer
+
+    group = typer.main.get_command(program())
+    for name, command in group.commands.items():
+        examples = [line.strip() for line in command.epilog.splitlines() if line.strip().startswith("deltakit ")]
+        assert examples, name
+        for example in examples:
+            import shlex
+
+            words = shlex.split(example.replace("\\[", "["))[2:]
+            command.make_context(name, words, resilient_parsing=False)
+
+
+def test_every_method_has_an_option(capsys):
+    for command in ("show", "plan"):
+        assert main([command, "--help"]) == 0
+        out = capsys.readouterr().out
+        for name in dk.METHODS:
+            assert f"--{name.replace('_', '-')} " in out, name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["shwo"], "No such command 'shwo'. Did you mean 'show'? See deltakit --help"),
+        (["show"], "Missing argument 'MODEL'. See deltakit show --help"),
+        (
+            ["show", "x", "--adaptr", "y"],
+            "No such option: --adaptr; did you mean --adapter? See deltakit show --help",
+        ),
+        (["show", "x", "--depth", "0"], "See deltakit show --help"),
+        (["demo", "--examples", "0"], "See deltakit demo --help"),
+        (["convert", "a", "b", "--to", "onnx"], "See deltakit convert --help"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read(arguments, what, capsys):
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("deltakit: ")
+    assert what in err
+    assert err.count("\n") == 1
+
+
+def test_debug_prints_the_traceback_too(capsys):
+    assert main(["show", "/nothing", "--debug"]) == 1
+    *trace, last = capsys.readouterr().err.splitlines()
+    assert trace[0].startswith("Traceback")
+    assert last.startswith("deltakit: /nothing: no such folder")
+
+
+def test_an_error_that_nobody_expected_is_one_line(monkeypatch, capsys):
+    def broken(*_):
+        raise ZeroDivisionError("a\nb")
+
+    monkeypatch.setattr("deltakit.cli.catalogue.method_rows", broken)
+    assert main(["methods"]) == 1
+    assert capsys.readouterr().err == (
+        "deltakit: ZeroDivisionError: a; deltakit did not expect this: report it with what --debug prints\n"
+    )
+
+
+def test_completion(monkeypatch, capsys, tmp_path):
+    """The shell gets commands, options, methods and paths."""
+    (tmp_path / "my-model").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def completed(line):
+        monkeypatch.setenv("_DELTAKIT_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", line)
+        monkeypatch.setenv("COMP_CWORD", str(len(line.split(" ")) - 1))
+        with pytest.raises(SystemExit):
+            main([])
+        return capsys.readouterr().out.split()
+
+    assert completed("deltakit sh") == ["show"]
+    assert completed("deltakit methods lo") == ["loha", "lokr", "lora", "low_rank_adapter"]
+    assert completed("deltakit show m") == ["my-model/"]
+    assert "--lora" in completed("deltakit plan my-model --lo")
+    assert completed("deltakit convert a b --to p") == ["peft"]
+
+
+@pytest.mark.parametrize(("arguments", "code"), [("--version", 0), ("demo --model nothere", 1), ("show", 2)])
+def test_the_program_exits_with_the_code(arguments, code, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["deltakit", *arguments.split()])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("deltakit", run_name="__main__")
+    assert caught.value.code == code
+    assert len(capsys.readouterr().err.splitlines()) == bool(code)
+
+
+def test_the_standard_error_is_quiet(tmp_path):
+    """In a process of its own, where the other libraries are imported anew."""
+    build("gpt2").config.save_pretrained(tmp_path)
+    command = [sys.executable, "-m", "deltakit", "show", str(tmp_path), "--class", "GPT2Model"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "0-1(GPT2Block)" in ran.stdout
+
+
+def test_commands_without_a_model_import_no_transformers(tmp_path):
+    delta = dk.attach(__import__("torch").nn.Linear(5, 7), dk.LoRA(r=2, at="^"))
+    with pytest.warns(dk.DeltaWarning):
+        delta.save(tmp_path)
+    code = (
+        "import sys; from deltakit.cli import main; "
+        f"codes = [main(line.split()) for line in ('--help', 'show --help', 'methods', 'inspect {tmp_path}')]; "
+        "print([m for m in ('transformers', 'accelerate', 'peft') if m in sys.modules], codes)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "[] [0, 0, 0, 0]"
