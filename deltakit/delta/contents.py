@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from deltakit.core import Attachment, DeltaModule, Method, checked, records_of
+from deltakit.core import Attachment, DeltaModule, Method, checked, notebook_bundle, records_of
 from deltakit.delta import tensors
 from deltakit.delta.changed_backbone import gone_modules
 from deltakit.delta.full_training import fully_trained_tensors, tensors_at
@@ -132,6 +132,9 @@ class DeltaContents:
         """
         held_of(self._attachment)
         return tensors.state_dict(self._attachment)
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        return notebook_bundle(repr(self))
 
     def __repr__(self) -> str:
         held_of(self._attachment)

@@ -15,6 +15,7 @@ from deltakit.core import (
     checked,
     is_sharded,
     normal_tensors,
+    notebook_bundle,
     num_parameters,
     own_modules,
     own_parameters,
@@ -79,6 +80,9 @@ class Plan:
             f"nothing is changed; +{count:,} parameters, {share(count, total)} of {total:,}",
             total,
         )
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        return notebook_bundle(repr(self))
 
 
 @checked
