@@ -120,7 +120,7 @@ class View:
             )
         try:
             path.write_text(write(), encoding="utf-8")
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise OptionError(
                 f"View.save({str(path)!r}): could not be written: {error}; choose a file in a folder that exists"
             ) from error

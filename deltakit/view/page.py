@@ -87,6 +87,8 @@ SCRIPT = """
     if (document.execCommand("copy")) copied(text);
     field.remove();
   };
+  tree.querySelectorAll(".dk-label").forEach((label) => { label.title = label.textContent; });
+  tree.querySelectorAll("[data-selector]").forEach((name) => { name.title = "copy " + name.dataset.selector; });
   tree.addEventListener("click", (event) => {
     const name = event.target.closest("[data-selector]");
     const row = event.target.closest(".dk-row");

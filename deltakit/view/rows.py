@@ -4,13 +4,13 @@ Counts are those of all modules that a row stands for in the whole model. So the
 equal parts are folded, and `×N` is the number of modules.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from deltakit.core import fold, is_plain, span
 from deltakit.errors import printable
-from deltakit.view.tree import DeltaLine, Node, Relative, Weight
+from deltakit.view.tree import DeltaLine, Node, Relative
 
 COLUMNS = ("members", "state", "count")
 """The columns that a tree has by default."""
@@ -101,8 +101,6 @@ def state_of(node: Node) -> str:
 @dataclass
 class _Writer:
     structure_only: bool
-    below: dict[int, tuple[set[str], set[str]]] = field(default_factory=dict)
-    """The dtypes and devices in each node, by its id."""
 
     def rows(self, node: Node, ends: tuple[bool, ...], around: _Place) -> Iterator[Row]:
         place = _inside(around, node) if ends else around
@@ -135,29 +133,18 @@ class _Writer:
             pieces += _ties(node, tied)
         state = state_of(node)
         total, one = (node.count + node.delta) * place.times, node.count + node.delta
-        dtypes, devices = self._below(node)
         cells = {
             "members": f"×{place.modules}" if place.modules > 1 else "",
             "state": GLYPHS[state],
             "count": "tied" if not total and any(weight.tied is not None for weight in node.weights) else short(total),
             "each": short(one),
-            "dtype": _common(dtypes),
+            "dtype": _common(node.dtypes),
             "bytes": memory(node.sizes.bytes * place.times),
-            "device": _common(devices),
+            "device": _common(node.devices),
         }
         selector = ".".join(place.path) or "^"
         exact = place.exact and printable(selector) == selector
         return Row(ends, _printable(pieces), cells, state, selector if exact else "", tied)
-
-    def _below(self, node: Node) -> tuple[set[str], set[str]]:
-        if id(node) not in self.below:
-            weights = _weights(node)
-            inside = [self._below(child) for child in node.children]
-            self.below[id(node)] = (
-                {weight.dtype for weight in weights}.union(*(dtypes for dtypes, _ in inside)),
-                {weight.device for weight in weights}.union(*(devices for _, devices in inside)),
-            )
-        return self.below[id(node)]
 
 
 def _inside(around: _Place, node: Node) -> _Place:
@@ -219,13 +206,9 @@ def _delta(line: DeltaLine, ends: tuple[bool, ...], place: _Place) -> Row:
     return Row(ends, _printable(pieces), cells, "delta")
 
 
-def _common(values: set[str]) -> str:
+def _common(values: Collection[str]) -> str:
     return next(iter(values)) if len(values) == 1 else "mixed" if values else ""
 
 
 def _printable(pieces: list[Piece]) -> tuple[Piece, ...]:
     return tuple(piece._replace(text=printable(piece.text)) for piece in pieces)
-
-
-def _weights(node: Node) -> list[Weight]:
-    return [*node.weights, *(weight for line in node.deltas for weight in line.weights)]

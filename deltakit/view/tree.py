@@ -59,9 +59,9 @@ class DeltaLine:
 class Sizes(NamedTuple):
     """Numbers of parameters in one module with all modules in it, each parameter counted once.
 
-    `parameters` and `trained` are those of the backbone, `delta` and `delta_trained` those of its deltas. `off` and `merged` are
-    those of deltas that are not active, or are merged into the weights. `bytes` is the memory of all tensors, buffers too; 0
-    unless it was asked for.
+    `parameters` and `trained` are those of the backbone, `delta` and `delta_trained` those of its deltas. `off` and `merged`
+    are those of deltas that are not active, or are merged into the weights. `bytes` is the memory of all tensors, buffers too;
+    0 unless it was asked for.
     """
 
     parameters: int = 0
@@ -93,6 +93,9 @@ class Node:
     """The positions of the modules among their siblings."""
     twins: tuple["Node", ...] = ()
     """The modules after the first one as they are alone, if they are tied to it: together they have its parameters once."""
+    dtypes: frozenset[str] = frozenset()
+    """Those of all parameters in it, its deltas' too."""
+    devices: frozenset[str] = frozenset()
     ordered: bool = False
     """Whether the order of the children is that of execution (`nn.Sequential`)."""
     omitted: tuple[str, ...] = ()
@@ -190,6 +193,7 @@ class _Builder:
             if child is not None and not isinstance(child, DeltaModule)
         ]
         children = tuple(child for child in found if self.all_modules or _is_shown(child))
+        own = [w for w in (*weights, *(w for line in lines for w in line.weights)) if not w.is_buffer]
         return Node(
             (name,),
             (kind,),
@@ -199,6 +203,8 @@ class _Builder:
             _sum(weights, lines, found, own_bytes),
             _kernel(module),
             order=(order,),
+            dtypes=frozenset(weight.dtype for weight in own).union(*(child.dtypes for child in found)),
+            devices=frozenset(weight.device for weight in own).union(*(child.devices for child in found)),
             ordered=isinstance(module, nn.Sequential),
             omitted=_omitted(found, children),
         )
