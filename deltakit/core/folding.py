@@ -37,7 +37,7 @@ def span(names: Sequence[str]) -> str:
     runs = ",".join(_runs(numbers))
     if left_out is not None and len(missing) < len(numbers):
         # `0,2` reads better than `0-2!1`, and `0-4!2` than `0-1,3-4`.
-        return min(runs, f"{numbers[0]}-{numbers[-1]}!{left_out}", key=len)
+        return min(f"{numbers[0]}-{numbers[-1]}!{left_out}", runs, key=len)
     return runs
 
 

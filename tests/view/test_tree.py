@@ -1,7 +1,6 @@
 """The tree: OpenDelta's own, byte for byte; golden renders; sums; and models that are hard to draw."""
 
 import io
-import os
 import re
 from html.parser import HTMLParser
 
@@ -16,16 +15,10 @@ import deltakit as dk
 from deltakit.view.folding import folded
 from deltakit.view.tree import build as tree
 from deltakit.view.tree import walk
+from support.golden import golden
 from support.models import Transformer
 from support.paths import GOLDEN
 from support.tiny_transformers import build
-
-
-def golden(name, text):
-    path = GOLDEN / f"{name}.txt"
-    if os.environ.get("DELTAKIT_UPDATE_GOLDEN"):
-        path.write_text(text + "\n", encoding="utf-8")
-    assert text + "\n" == path.read_text(encoding="utf-8")
 
 
 def t5_large():
