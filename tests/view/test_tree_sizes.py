@@ -34,8 +34,13 @@ LLAMA = {
 }
 T5 = {"d_model": 1024, "d_ff": 4096, "num_layers": 24, "num_heads": 16, "d_kv": 64, "vocab_size": 32100}
 WHISPER = {
-    **{"d_model": 1280, "encoder_layers": 32, "decoder_layers": 32, "encoder_attention_heads": 20},
-    **{"decoder_attention_heads": 20, "encoder_ffn_dim": 5120, "decoder_ffn_dim": 5120},
+    "d_model": 1280,
+    "encoder_layers": 32,
+    "decoder_layers": 32,
+    "encoder_attention_heads": 20,
+    "decoder_attention_heads": 20,
+    "encoder_ffn_dim": 5120,
+    "decoder_ffn_dim": 5120,
 }
 
 MODELS = {
