@@ -7,7 +7,7 @@ from deltakit.cli import main
 
 def test_show(toy, capsys):
     assert main(["show", str(toy), "--depth", "3"]) == 0
-    assert "0-1(BertLayer)" in capsys.readouterr().out
+    assert "0-1 (BertLayer)" in capsys.readouterr().out
 
 
 def test_roles(toy, capsys):
