@@ -61,7 +61,7 @@ ACCEPTED = {
     "Delta.show.top": NOTHING | COUNT,
     "Visualization.plm": MODEL,
     **dict.fromkeys(["show.depth", "show.width", "View.width", "combine.rank"], NOTHING | COUNT),
-    **dict.fromkeys(["show.fold", "show.all_modules"], SWITCH),
+    **dict.fromkeys(["show.fold", "show.all_modules", "show.buffers"], SWITCH),
     **dict.fromkeys(["show.ascii", "View.ascii"], NOTHING | SWITCH),
     # No columns: only the structure is printed.
     **dict.fromkeys(["show.columns", "View.columns", "Visualization.structure_graph.columns"], NO_SELECTORS),

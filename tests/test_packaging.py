@@ -81,4 +81,4 @@ def test_the_wheel_works_where_it_is_installed(installed, tmp_path):
         "vocab_size": 11,
     }
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    assert "0-2(BertLayer)" in run(installed / "deltakit", "show", ".", cwd=tmp_path)
+    assert "0-2 (BertLayer)" in run(installed / "deltakit", "show", ".", cwd=tmp_path)

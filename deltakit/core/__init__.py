@@ -39,6 +39,7 @@ from deltakit.core.logical import (
 from deltakit.core.method import METHODS, BackboneView, Method, Selector, label_among
 from deltakit.core.mixed_batch import MixedBatch
 from deltakit.core.normal_tensors import normal_tensors, version_of
+from deltakit.core.outline import notebook_bundle
 from deltakit.core.paths import (
     above,
     delta_children,
@@ -183,6 +184,7 @@ __all__ = [
     "named_logical_parameters",
     "names_by_id",
     "normal_tensors",
+    "notebook_bundle",
     "notice_moved_buffers",
     "num_parameters",
     "one_value",

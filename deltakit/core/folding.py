@@ -34,9 +34,11 @@ def span(names: Sequence[str]) -> str:
         return progression
     missing = sorted(set(range(numbers[0], numbers[-1] + 1)).difference(numbers))
     left_out = _progression(missing)
+    runs = ",".join(_runs(numbers))
     if left_out is not None and len(missing) < len(numbers):
-        return f"{numbers[0]}-{numbers[-1]}!{left_out}"
-    return ",".join(_runs(numbers))
+        # `0,2` reads better than `0-2!1`, and `0-4!2` than `0-1,3-4`.
+        return min(f"{numbers[0]}-{numbers[-1]}!{left_out}", runs, key=len)
+    return runs
 
 
 def is_plain(name: str) -> bool:

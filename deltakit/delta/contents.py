@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from deltakit.core import Attachment, DeltaModule, Method, checked, records_of
+from deltakit.core import Attachment, DeltaModule, Method, checked, notebook_bundle, records_of
 from deltakit.delta import tensors
 from deltakit.delta.changed_backbone import gone_modules
 from deltakit.delta.full_training import fully_trained_tensors, tensors_at
@@ -150,6 +150,9 @@ class DeltaContents:
             raise OptionError(f"show(top={top}): expected at least 1; omit it for all targets")
         held_of(self._attachment)
         return update_sizes(self._attachment, top)
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        return notebook_bundle(repr(self))
 
     def __repr__(self) -> str:
         held_of(self._attachment)

@@ -18,6 +18,7 @@ from deltakit.core import (
     fold,
     is_sharded,
     normal_tensors,
+    notebook_bundle,
     num_parameters,
     own_modules,
     own_parameters,
@@ -117,6 +118,9 @@ class Plan:
             f"nothing is changed; +{count:,} parameters ({binary_size(self.num_bytes)}), {share(count, total)} of {total:,}",
             total,
         )
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        return notebook_bundle(repr(self))
 
 
 @checked

@@ -1,10 +1,11 @@
 """Reports, trees, text and HTML: everything that is printed."""
 
-from deltakit.view.display import View, Visualization, show
+from deltakit.view.display import View, show
 from deltakit.view.method_table import MethodRow, MethodTable
 from deltakit.view.printed import Printed, Table, binary_size
 from deltakit.view.report import Line, described, report, share, states
 from deltakit.view.report_page import bar, heading, paragraph, preformatted, table, web_page
+from deltakit.view.structure_graph import Visualization
 
 __all__ = [
     "Line",

@@ -1,8 +1,12 @@
 """`show(model)`: the structure of a backbone with its deltas, in a terminal, a notebook or a file."""
 
+import json
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 
 from rich.console import Console, ConsoleOptions
 from rich.text import Text
@@ -10,8 +14,13 @@ from torch import nn
 
 from deltakit.core import checked
 from deltakit.errors import OptionError
+from deltakit.view.data import data
+from deltakit.view.folding import folded
 from deltakit.view.html import html
-from deltakit.view.text import COLUMNS, text
+from deltakit.view.page import page
+from deltakit.view.rows import COLUMNS, ON_REQUEST
+from deltakit.view.svg import svg
+from deltakit.view.text import ALIGNED, text
 from deltakit.view.tree import Node, build, cut
 
 
@@ -30,23 +39,36 @@ class View:
     ascii: bool | None = None
 
     def __post_init__(self) -> None:
-        unknown = [column for column in self.columns if column not in COLUMNS]
+        known = (*COLUMNS, *ON_REQUEST)
+        unknown = [column for column in self.columns if column not in known]
         if unknown:
             raise OptionError(
-                f"columns={list(self.columns)!r}: unknown column {unknown[0]!r}; choose from {', '.join(COLUMNS)}"
+                f"columns={list(self.columns)!r}: unknown column {unknown[0]!r}; choose from {', '.join(known)}"
             )
         if self.width is not None and self.width < 1:
-            raise OptionError(f"width={self.width}: expected at least 1; omit it for no limit")
+            raise OptionError(f"width={self.width}: expected at least 1; omit it for that of the terminal")
 
-    def _lines(self, width: int | None, encoding: str) -> list[Text]:
+    def _lines(self, width: int | None, encoding: str = "utf-8") -> list[Text]:
+        """Returns the lines as text of rich.
+
+        Args:
+            width: the most cells of a line; None for as many as each needs.
+            encoding: that of the output. If it is none of Unicode, the lines are ASCII unless `ascii` says otherwise.
+        """
         plain = "utf" not in encoding.lower() if self.ascii is None else self.ascii
         return text(self.node, columns=self.columns, width=width, ascii=plain)
 
     def __str__(self) -> str:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        return "\n".join(line.plain for line in self._lines(self.width, encoding))
+        return "\n".join(line.plain for line in self._lines(self.width or self._usual_width(), encoding))
 
     __repr__ = __str__
+
+    def _usual_width(self) -> int | None:
+        """That of the terminal, if there is one. OpenDelta's tree is never cut."""
+        if not self.columns:
+            return None
+        return shutil.get_terminal_size((ALIGNED, 24)).columns if sys.stdout.isatty() else ALIGNED
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
         for line in self._lines(self.width or options.max_width, options.encoding):
@@ -54,8 +76,55 @@ class View:
             yield line
 
     def html(self) -> str:
-        """Returns the tree as one HTML element without scripts."""
-        return html(self.node)
+        """Returns the tree as one HTML element, open down to the deltas.
+
+        Its colours are those of the page around it. A script expands all rows, searches, and copies a row's selector on a
+        click; without it, as in notebooks that are not trusted, rows still open and close.
+        """
+        return html(self.node, columns=self.columns)
+
+    def svg(self) -> str:
+        """Returns the text of the tree as an SVG picture, in light or dark colours as the reader's system has them."""
+        return svg(self._lines(self.width or ALIGNED), "structure of the model")
+
+    def json(self) -> str:
+        """Returns the tree as JSON: totals, and a "root" row with its "children".
+
+        A row has "names" and "types" of its modules, a "selector" for them (null if there is none), the number of "modules",
+        their "parameters" together and "parameters_in_each", a "state", and "weights" with shapes and dtypes. Rows with
+        deltas have "deltas". Names are those of the model, also where they have control characters.
+        """
+        return json.dumps(data(self.node), indent=1)
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Writes the tree to a file, and returns its path. The ending says what is written.
+
+        `.html` is a page that needs no other file, `.svg` a picture, `.txt` the text with its lines in full unless the view
+        has a width, and `.json` data.
+
+        Raises:
+            OptionError: if the ending is another one, or the file cannot be written.
+        """
+        path = Path(path)
+        writers = {
+            ".html": lambda: page("structure of the model", self.html()),
+            ".svg": self.svg,
+            ".txt": lambda: "\n".join(line.plain for line in self._lines(self.width)) + "\n",
+            ".json": lambda: self.json() + "\n",
+        }
+        write = writers.get(path.suffix.lower())
+        if write is None:
+            raise OptionError(
+                f"View.save({str(path)!r}): expected a name that ends in {', '.join(writers)}, found {path.suffix!r}; "
+                "write 'tree.html', for example"
+            )
+        try:
+            path.write_text(write(), encoding="utf-8")
+        except OSError as error:
+            raise OptionError(
+                f"View.save({str(path)!r}): could not be written: {error}; choose a file in a folder that exists"
+            ) from error
+        return path
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         return {"text/plain": str(self), "text/html": self.html()}
@@ -69,22 +138,29 @@ def show(
     fold: bool = True,
     columns: Sequence[str] = COLUMNS,
     all_modules: bool = False,
+    buffers: bool = False,
     width: int | None = None,
     ascii: bool | None = None,
 ) -> View:
     """Returns the structure of a backbone with its deltas, as a tree that folds equal parts.
 
+    Counts are sums over all modules that a row stands for.
+
     >>> show(nn.Sequential(nn.Linear(2, 3), nn.Linear(2, 3)))
-    root                                       ● 18
-    └── 0-1(Linear) weight:[3, 2] bias:[3]  ×2 ● 18
+    root                                        ● 18
+    └── 0-1 (Linear) weight:[3, 2] bias:[3]  ×2 ● 18
+    ×N: N modules, counted together · ● trainable
     18 parameters · trainable 18 (100 %) · frozen 0
 
     Args:
         depth: the number of levels to show below the root; by default all.
         fold: whether equal siblings share one line.
-        columns: some of "members", "state" and "count"; an empty list shows the structure only.
+        columns: "members", "state" and "count" by default. Further ones are "each" (the count in one of the modules), "dtype"
+            (as it is stored), "bytes" and "device". An empty list shows the structure only, as OpenDelta does.
         all_modules: whether modules without parameters get a line.
-        width: the line width in cells; longer lines are cut. By default as wide as needed, or as the terminal.
+        buffers: whether buffers are listed, too.
+        width: the line width in cells. Where a line is too long, shapes give way first, and columns never. By default that of
+            the terminal, and 120 elsewhere.
         ascii: whether to use ASCII only; by default if the output's encoding is not a Unicode one.
 
     Raises:
@@ -93,36 +169,7 @@ def show(
     """
     if depth is not None and depth < 1:
         raise OptionError(f"show(depth={depth}): expected at least 1; omit it for no limit")
-    return View(cut(build(backbone, fold=fold, all_modules=all_modules), depth), tuple(columns), width, ascii)
-
-
-@checked
-class Visualization:
-    """OpenDelta's name for the tree: `Visualization(model).structure_graph()` prints it."""
-
-    def __init__(self, backbone: nn.Module) -> None:
-        self.backbone = backbone
-
-    def structure_graph(
-        self,
-        *,
-        rootname: str = "root",
-        columns: Sequence[str] = (),
-        print_tree: bool = True,
-        all_modules: bool = False,
-    ) -> View:
-        """Returns the tree and prints it.
-
-        Args:
-            rootname: the name on the first line.
-            columns: as for `show`; by default none, as in OpenDelta.
-            print_tree: whether to print the tree.
-            all_modules: whether modules without parameters get a line.
-
-        Raises:
-            OptionError: if a column is unknown.
-        """
-        view = View(build(self.backbone, root=rootname, all_modules=all_modules), tuple(columns))
-        if print_tree:
-            Console(highlight=False).print(view, soft_wrap=True)
-        return view
+    node = build(
+        backbone, all_modules=all_modules, buffers=buffers, devices="device" in columns, memory="bytes" in columns
+    )
+    return View(cut(folded(node) if fold else node, depth), tuple(columns), width, ascii)

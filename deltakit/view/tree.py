@@ -1,32 +1,34 @@
-"""Builds a backbone's structure as plain data, with equal parts folded. Other files print it.
+"""Builds a backbone's structure as plain data, one node for each module. `folding` folds equal parts; other files print it."""
 
-Two parts are equal if everything that their lines show is equal: types, parameters' names, shapes, dtypes, whether they
-are trainable, what they are tied to, and the deltas. Each subtree gets a number by a key of exactly these facts and of its
-children's numbers. So one pass is enough, and no two different subtrees can share a number.
-"""
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-from deltakit.core import DeltaModule, LogicalParameter, is_plain, is_slice, join, logical_parameters, span, word_of
+from deltakit.core import DeltaModule, LogicalParameter, is_slice, join, logical_parameters, word_of
+
+Relative = tuple[int, tuple[str, ...]]
+"""A path relative to another: levels up, then names down. It is equal for equal positions in two blocks."""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter.
+    """One parameter or buffer.
 
     The shape is that of the model, also if the weight is packed, and None for a lazy parameter. The dtype is the stored one.
-    `tied` is the path of the parameter it is tied to.
+    `tied` is where the parameter is that it is tied to. The device is "" unless it was asked for.
     """
 
     name: str
     shape: tuple[int, ...] | None
     dtype: str
     trainable: bool
-    tied: str = ""
+    tied: Relative | None = None
+    is_buffer: bool = False
+    device: str = ""
 
     def __str__(self) -> str:
         return f"{self.name}:{list(self.shape) if self.shape is not None else '?'}"
@@ -34,64 +36,118 @@ class Weight:
 
 @dataclass(frozen=True)
 class DeltaLine:
-    """One delta module at its target: its label, its configuration and its parameters."""
+    """One delta module at its target: its label, its configuration, its parameters, and what keeps it from acting."""
 
     label: str
     summary: str
     weights: tuple[Weight, ...]
-    active: bool
+    idle: str = ""
+    """ "off" if its delta is not active, "merged" if it is merged into the weights, else ""."""
+    bytes: int = 0
 
     @property
     def count(self) -> int:
-        return sum(_size(weight) for weight in self.weights)
+        """The number of its parameters."""
+        return sum(map(_size, self.weights))
+
+    @property
+    def trained(self) -> int:
+        """The number of its parameters that require gradients."""
+        return sum(_size(weight) for weight in self.weights if weight.trainable)
+
+
+class Sizes(NamedTuple):
+    """Numbers of parameters in one module with all modules in it, each parameter counted once.
+
+    `parameters` and `trained` are those of the backbone, `delta` and `delta_trained` those of its deltas. `off` and `merged`
+    are those of deltas that are not active, or are merged into the weights. `bytes` is the memory of all tensors, buffers too;
+    0 unless it was asked for.
+    """
+
+    parameters: int = 0
+    trained: int = 0
+    delta: int = 0
+    delta_trained: int = 0
+    off: int = 0
+    merged: int = 0
+    bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Node:
     """One line of the tree: the equal modules it stands for, and the contents of each.
 
-    `count` and `trained` are numbers of parameters in one of the modules, each parameter counted once. `delta` and
-    `delta_trained` are those of its deltas, which `count` does not include. `alias` is set if this is another name of a
-    module shown before; it is that module's path.
+    `sizes` are those of one of the modules. `alias` is set if this is another name of a module shown before: where that is.
     """
 
     names: tuple[str, ...]
     types: tuple[str, ...]
-    weights: tuple[Weight, ...]
-    deltas: tuple[DeltaLine, ...]
-    children: tuple["Node", ...]
-    count: int
-    trained: int
-    delta: int
-    delta_trained: int
-    alias: str = ""
+    weights: tuple[Weight, ...] = ()
+    deltas: tuple[DeltaLine, ...] = ()
+    children: tuple["Node", ...] = ()
+    sizes: Sizes = field(default_factory=Sizes)
+    detail: str = ""
+    """The kernel and the stride of a convolution."""
+    alias: Relative | None = None
+    order: tuple[int, ...] = (0,)
+    """The positions of the modules among their siblings."""
+    twins: tuple["Node", ...] = ()
+    """The modules after the first one as they are alone, if they are tied to it: together they have its parameters once."""
+    dtypes: frozenset[str] = frozenset()
+    """Those of all parameters in it, its deltas' too."""
+    devices: frozenset[str] = frozenset()
+    ordered: bool = False
+    """Whether the order of the children is that of execution (`nn.Sequential`)."""
+    omitted: tuple[str, ...] = ()
+    """The numbers of children that are not shown because they have no parameters, if others follow."""
     hidden: int = 0
     """The number of lines that a depth limit omitted."""
 
     @property
     def members(self) -> int:
+        """The number of modules on the line."""
         return len(self.names)
 
     @property
-    def title(self) -> str:
-        """The names with their types, such as `encoder (T5Stack)`, `q,k,v(Linear)` or `1-23(T5Block)`."""
-        if len(set(self.types)) > 1:
-            return ",".join(f"{name}({kind})" for name, kind in zip(self.names, self.types, strict=True))
-        if self.members > 1:
-            return f"{span(self.names)}({self.types[0]})"
-        return f"{self.names[0]} ({self.types[0]})"
+    def count(self) -> int:
+        """The number of the backbone's parameters in one of the modules."""
+        return self.sizes.parameters
+
+    @property
+    def trained(self) -> int:
+        """The number of those that require gradients."""
+        return self.sizes.trained
+
+    @property
+    def delta(self) -> int:
+        """The number of parameters in the deltas of one of the modules."""
+        return self.sizes.delta
+
+    @property
+    def delta_trained(self) -> int:
+        """The number of those that require gradients."""
+        return self.sizes.delta_trained
 
 
-def build(backbone: nn.Module, *, fold: bool = True, root: str = "root", all_modules: bool = False) -> Node:
-    """Returns the tree of a backbone.
+def build(
+    backbone: nn.Module,
+    *,
+    root: str = "root",
+    all_modules: bool = False,
+    buffers: bool = False,
+    devices: bool = False,
+    memory: bool = False,
+) -> Node:
+    """Returns the tree of a backbone, with one node for each module.
 
     Args:
-        fold: whether equal siblings share one line.
         root: the name on the first line.
         all_modules: whether modules without any parameter get a line.
+        buffers: whether buffers are listed.
+        devices: whether weights say on which device they are.
+        memory: whether `Sizes.bytes` is filled.
     """
-    node, _ = _Builder(fold, all_modules).node(backbone, root, "")
-    return node
+    return _Builder(all_modules, buffers, devices, memory).node(backbone, root, "", 0)
 
 
 def cut(node: Node, depth: int | None) -> Node:
@@ -112,70 +168,99 @@ def walk(node: Node) -> Iterator[Node]:
 
 @dataclass
 class _Builder:
-    fold: bool
     all_modules: bool
-    classes: dict[object, int] = field(default_factory=dict)
+    buffers: bool
+    devices: bool
+    memory: bool
     weights: dict[int, str] = field(default_factory=dict)
     modules: dict[int, str] = field(default_factory=dict)
+    stored: set[int] = field(default_factory=set)
 
-    def node(self, module: nn.Module, name: str, path: str) -> tuple[Node, int]:
-        """Returns the node of a module, and the number that all equal subtrees share."""
+    def node(self, module: nn.Module, name: str, path: str, order: int) -> Node:
+        """Returns the node of a module."""
         kind = type(module).__name__
-        if id(module) in self.modules:
-            first = self.modules[id(module)]
-            node = Node((name,), (kind,), (), (), (), 0, 0, 0, 0, alias=first or "root")
-            return node, self._class(("alias", kind, _relative(first, path)))
-        self.modules[id(module)] = path
-        weights = [self._weight(parameter, path) for parameter in logical_parameters(module)]
-        lines = [_delta_line(key, child) for key, child in module._modules.items() if isinstance(child, DeltaModule)]
+        first = self.modules.setdefault(id(module), path)
+        if first != path:
+            return Node((name,), (kind,), alias=relative(first, path), order=(order,))
+        # Before the children: a parameter belongs to the first module that has it.
+        weights = self._weights(module, path)
+        deltas = {key: child for key, child in module._modules.items() if isinstance(child, DeltaModule)}
+        lines = tuple(self._delta_line(key, delta) for key, delta in deltas.items())
+        own_bytes = self._bytes(module, deltas.values()) if self.memory else 0
         found = [
-            self.node(child, child_name, join(path, child_name))
-            for child_name, child in module._modules.items()
+            self.node(child, child_name, join(path, child_name), place)
+            for place, (child_name, child) in enumerate(module._modules.items())
             if child is not None and not isinstance(child, DeltaModule)
         ]
-        shown = [(node, number) for node, number in found if self.all_modules or _is_shown(node)]
-        children = (
-            self._folded(shown, contiguous=isinstance(module, nn.Sequential)) if self.fold else [n for n, _ in shown]
+        children = tuple(child for child in found if self.all_modules or _is_shown(child))
+        own = [w for w in (*weights, *(w for line in lines for w in line.weights)) if not w.is_buffer]
+        return Node(
+            (name,),
+            (kind,),
+            tuple(weights),
+            lines,
+            children,
+            _sum(weights, lines, found, own_bytes),
+            _kernel(module),
+            order=(order,),
+            dtypes=frozenset(weight.dtype for weight in own).union(*(child.dtypes for child in found)),
+            devices=frozenset(weight.device for weight in own).union(*(child.devices for child in found)),
+            ordered=isinstance(module, nn.Sequential),
+            omitted=_omitted(found, children),
         )
-        key = (kind, tuple(key for _, key in weights), tuple(lines), tuple((n.names, number) for n, number in shown))
-        return _sum(name, kind, [w for w, _ in weights], lines, children), self._class(key)
 
-    def _class(self, key: object) -> int:
-        return self.classes.setdefault(key, len(self.classes))
+    def _weights(self, module: nn.Module, path: str) -> list[Weight]:
+        parameters = logical_parameters(module)
+        weights = [self._weight(parameter, path) for parameter in parameters]
+        if self.buffers:
+            packed = {id(parameter.stored) for parameter in parameters}
+            held = [(name, buffer) for name, buffer in module._buffers.items() if buffer is not None]
+            weights += [self._buffer(name, buffer) for name, buffer in held if id(buffer) not in packed]
+        return weights
 
-    def _weight(self, parameter: LogicalParameter, path: str) -> tuple[Weight, object]:
+    def _weight(self, parameter: LogicalParameter, path: str) -> Weight:
         name, shape, stored = parameter
         own = join(path, name)
         owner = self.weights.setdefault(id(stored), own)
-        dtype = str(stored.dtype).removeprefix("torch.")
-        weight = Weight(name, shape, dtype, stored.requires_grad, tied="" if owner == own else owner)
-        return weight, (replace(weight, tied=""), _relative(owner, own) if weight.tied else None)
+        tied = None if owner == own else relative(owner, own)
+        return Weight(name, shape, _dtype(stored), stored.requires_grad, tied, device=self._device(stored))
 
-    def _folded(self, found: Sequence[tuple[Node, int]], *, contiguous: bool) -> list[Node]:
-        """Equal siblings as one node at the position of the first; in a Sequential only neighbours, because order matters."""
-        groups: list[list[Node]] = []
-        by_number: dict[int, list[Node]] = {}
-        by_name: dict[str, list[Node]] = {}
-        for node, number in found:
-            if not is_plain(node.names[0]):
-                # A comma or a range in a name would make the line ambiguous.
-                by_number, by_name = ({}, {}) if contiguous else (by_number, by_name)
-                groups.append([node])
-                continue
-            members = by_number.get(number) or by_name.get(_owner_of_weights(node) or "")
-            if members is None:
-                if contiguous:
-                    # Only the last group takes more members.
-                    by_number, by_name = {}, {}
-                groups.append([node])
-                by_number[number] = by_name[node.names[0]] = groups[-1]
-            else:
-                members.append(node)
-        return [_together(members) for members in groups]
+    def _buffer(self, name: str, buffer: Tensor) -> Weight:
+        shape = None if torch.nn.parameter.is_lazy(buffer) else buffer.shape
+        return Weight(name, shape, _dtype(buffer), False, is_buffer=True, device=self._device(buffer))
+
+    def _delta_line(self, key: str, module: DeltaModule) -> DeltaLine:
+        record = module.record
+        label = key.removeprefix(f"{record.name}_") if record is not None else key
+        if record is not None and record.named:
+            label = f"{record.name}:{label}"
+        if module.part:
+            label = label.removesuffix(f"_{word_of(module.part)}")
+            label += module.part if is_slice(module.part) else f" {module.part}"
+        weights = tuple(
+            Weight(name, tuple(p.shape), _dtype(p), p.requires_grad, device=self._device(p))
+            for name, p in module.named_parameters()
+        )
+        words = [module.summary(), *([f"scale={module.strength:g}"] if module.strength != 1 else [])]
+        words += ["weight patch"] if module.weight_read is not None else []
+        merged = record is not None and bool(record.weights_before_merge)
+        idle = "" if module.live else "merged" if merged else "off"
+        held = sum(map(stored_bytes, (*module.parameters(), *module.buffers()))) if self.memory else 0
+        return DeltaLine(label, " ".join(words).strip(), weights, idle, held)
+
+    def _device(self, tensor: Tensor) -> str:
+        return str(tensor.device) if self.devices else ""
+
+    def _bytes(self, module: nn.Module, deltas: Iterable[DeltaModule]) -> int:
+        own = [module, *(inner for delta in deltas for inner in delta.modules())]
+        tensors = [t for one in own for t in (*one._parameters.values(), *one._buffers.values())]
+        new = {id(t): t for t in tensors if t is not None and id(t) not in self.stored}
+        self.stored |= new.keys()
+        return sum(map(stored_bytes, new.values()))
 
 
-def _relative(owner: str, path: str) -> tuple[int, tuple[str, ...]]:
-    """The owner's path relative to `path`: levels up, then names down. It is equal for equal positions in two blocks."""
+def relative(owner: str, path: str) -> Relative:
+    """Returns the owner's path relative to another path."""
     there, here = owner.split("."), path.split(".")
     common = 0
     while common < min(len(there), len(here)) and there[common] == here[common]:
@@ -183,52 +268,49 @@ def _relative(owner: str, path: str) -> tuple[int, tuple[str, ...]]:
     return len(here) - common, tuple(there[common:])
 
 
-def _owner_of_weights(node: Node) -> str | None:
-    """The module that owns all weights of a leaf, if they are tied to a single one: T5's `shared` for `lm_head`."""
-    owners = {weight.tied.rpartition(".")[0] for weight in node.weights}
-    return owners.pop() if len(owners) == 1 and not node.children and not node.deltas else None
+def stored_bytes(tensor: Tensor) -> int:
+    """Returns the memory of a tensor's values, with what a quantizer stores beside them; 0 for a lazy parameter."""
+    if torch.nn.parameter.is_lazy(tensor):
+        return 0
+    if hasattr(tensor, "__tensor_flatten__"):
+        # torchao's tensors have the dtype and the shape of the weight that they stand for.
+        names, _ = tensor.__tensor_flatten__()
+        return sum(stored_bytes(getattr(tensor, name)) for name in names)
+    # bitsandbytes' scales, which for 4 bits may be quantized again.
+    state = getattr(tensor, "quant_state", None)
+    beside = []
+    while state is not None:
+        beside += [value for value in vars(state).values() if isinstance(value, Tensor)]
+        state = getattr(state, "state2", None)
+    return tensor.nbytes + sum(value.nbytes for value in beside)
 
 
-def _together(members: Sequence[Node]) -> Node:
-    first = members[0]
-    if len(members) == 1:
-        return first
-    types = tuple(kind for node in members for kind in node.types)
-    return replace(first, names=tuple(name for node in members for name in node.names), types=types)
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
-def _delta_line(key: str, module: DeltaModule) -> DeltaLine:
-    record = module.record
-    label = key.removeprefix(f"{record.name}_") if record is not None else key
-    if record is not None and record.named:
-        label = f"{record.name}:{label}"
-    if module.part:
-        label = label.removesuffix(f"_{word_of(module.part)}")
-        label += module.part if is_slice(module.part) else f" {module.part}"
-    weights = tuple(
-        Weight(name, tuple(p.shape), str(p.dtype).removeprefix("torch."), p.requires_grad)
-        for name, p in module.named_parameters()
+def _kernel(module: nn.Module) -> str:
+    if not isinstance(module, _ConvNd):
+        return ""
+    words = [f"kernel {'×'.join(map(str, module.kernel_size))}"]
+    for name, sizes in (("stride", module.stride), ("dilation", module.dilation)):
+        if set(sizes) != {1}:
+            words.append(f"{name} {'×'.join(map(str, sizes)) if len(set(sizes)) > 1 else sizes[0]}")
+    return " ".join(words + ([f"groups {module.groups}"] if module.groups != 1 else []))
+
+
+def _sum(weights: Sequence[Weight], lines: Sequence[DeltaLine], children: Sequence[Node], own_bytes: int) -> Sizes:
+    own = [weight for weight in weights if weight.tied is None and not weight.is_buffer]
+    mine = Sizes(
+        sum(map(_size, own)),
+        sum(_size(weight) for weight in own if weight.trainable),
+        sum(line.count for line in lines),
+        sum(line.trained for line in lines),
+        sum(line.count for line in lines if line.idle == "off"),
+        sum(line.count for line in lines if line.idle == "merged"),
+        own_bytes,
     )
-    patch = " weight patch" if module.weight_read is not None else ""
-    return DeltaLine(label, f"{module.summary()}{patch}".strip(), weights, module.live)
-
-
-def _sum(name: str, kind: str, weights: list[Weight], lines: list[DeltaLine], children: list[Node]) -> Node:
-    own = [weight for weight in weights if not weight.tied]
-    # Members of different types are tied to each other, so they hold their parameters once.
-    times = {id(child): 1 if len(set(child.types)) > 1 else child.members for child in children}
-    return Node(
-        names=(name,),
-        types=(kind,),
-        weights=tuple(weights),
-        deltas=tuple(lines),
-        children=tuple(children),
-        count=sum(map(_size, own)) + sum(times[id(c)] * c.count for c in children),
-        trained=sum(_size(w) for w in own if w.trainable) + sum(times[id(c)] * c.trained for c in children),
-        delta=sum(line.count for line in lines) + sum(times[id(c)] * c.delta for c in children),
-        delta_trained=sum(_size(w) for line in lines for w in line.weights if w.trainable)
-        + sum(times[id(c)] * c.delta_trained for c in children),
-    )
+    return Sizes(*map(sum, zip(mine, *(child.sizes for child in children), strict=True))) if children else mine
 
 
 def _size(weight: Weight) -> int:
@@ -236,4 +318,13 @@ def _size(weight: Weight) -> int:
 
 
 def _is_shown(node: Node) -> bool:
-    return bool(node.weights or node.deltas or node.children or node.alias)
+    return bool(node.weights or node.deltas or node.children or node.alias is not None)
+
+
+def _omitted(found: Sequence[Node], shown: Sequence[Node]) -> tuple[str, ...]:
+    """The numbers that a reader of the children's names would miss."""
+    if len(found) == len(shown):
+        return ()
+    last = max((node.order[0] for node in shown if node.names[0].isdigit()), default=-1)
+    there = {node.order for node in shown}
+    return tuple(n.names[0] for n in found if n.names[0].isdigit() and n.order not in there and n.order[0] < last)

@@ -29,7 +29,7 @@ def llama(tmp_path):
 
 
 def test_show(toy, capsys):
-    assert "0-1(BertLayer)" in run(capsys, "show", toy, "--depth", "3")
+    assert "0-1 (BertLayer)" in run(capsys, "show", toy, "--depth", "3")
 
 
 def test_the_model_is_the_one_that_the_config_names(llama, capsys):
