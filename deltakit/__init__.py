@@ -192,3 +192,8 @@ __all__ = [
     "show",
     "use",
 ]
+
+
+def __dir__() -> list[str]:
+    """What `dk.<Tab>` lists: the public names, and none of the rooms of the package but these two."""
+    return sorted([*__all__, "integrations", "opendelta"])
