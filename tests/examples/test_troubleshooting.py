@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,12 +44,8 @@ def trained(**options):
     return model, randomize(dk.attach(model, LORA, **options))
 
 
-def attached_to(model, *methods, **options):
-    return dk.attach(model, *methods, **options)
-
-
 def no_match():
-    attached_to(Transformer(), dk.LoRA(at="query"))
+    dk.attach(Transformer(), dk.LoRA(at="query"))
 
 
 def no_role():
@@ -135,18 +132,13 @@ def no_folder():
 
 
 def no_delta():
-    Transformer()
-    import pathlib
-
-    pathlib.Path("empty").mkdir()
+    Path("empty").mkdir()
     dk.load("empty", Transformer())
 
 
 def edited():
-    import pathlib
-
     trained()[1].save("d")
-    file = pathlib.Path("d/delta_config.json")
+    file = Path("d/delta_config.json")
     file.write_text(file.read_text().replace('"alpha": 16', '"alpha": 32'))
     dk.load("d", Transformer())
 
@@ -227,3 +219,11 @@ def test_a_message_is_in_the_guide(case, tmp_path, monkeypatch):
 
 def test_every_message_in_the_guide_has_a_case():
     assert len(HEADINGS) == len(set(HEADINGS)) == len(CASES)
+
+
+@pytest.mark.parametrize("option", ["layers_to_transform", "layers_pattern"])
+def test_the_advice_for_layers_works(option):
+    with pytest.raises(dk.OptionError) as caught:
+        dk.LoRA(**{option: [0]})
+    (selector,) = re.findall(r"at='([^']+)'", str(caught.value))
+    assert list(dk.select(Transformer(), selector)) == ["layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj"]
