@@ -205,3 +205,8 @@ __all__ = [
     "targets",
     "use",
 ]
+
+
+def __dir__() -> list[str]:
+    """What `dk.<Tab>` lists: the public names, and none of the rooms of the package but these two."""
+    return sorted([*__all__, "integrations", "opendelta"])

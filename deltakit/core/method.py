@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from deltakit.core.arguments import Door, checked
 from deltakit.core.delta_module import DeltaModule
 from deltakit.core.design import Design
+from deltakit.core.method_help import with_shared_options
 from deltakit.core.paths import type_names
 from deltakit.core.target import Target
 from deltakit.errors import CheckpointError, OptionError
@@ -75,9 +76,10 @@ class Method(metaclass=MethodType):
     """The options of a method: what to attach, and where.
 
     Args:
-        at: selectors of the targets. By default the positions of the method's paper.
-        of: types of modules (classes or their names). Only targets of these types are used.
-        exclude: selectors of modules that are left out.
+        at: selectors of the targets: one or a list, such as "q_proj", "encoder/@attn.q" or "layers.{0-5}". By default the
+            positions of the method's paper.
+        of: types of modules, as classes or their names, such as nn.Linear. Only targets of these types are used.
+        exclude: selectors of what is left out of these targets, such as "@head".
 
     Raises:
         OptionError: if an option is out of its range or of the wrong type.
@@ -112,6 +114,9 @@ class Method(metaclass=MethodType):
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if cls.__doc__ and Method.__doc__:
+            # Both are None under `python -OO`.
+            cls.__doc__ = with_shared_options(cls.__doc__, Method.__doc__)
         if name is not None:
             if cls.kind is DeltaModule and cls.kind_at is Method.kind_at:
                 raise TypeError(

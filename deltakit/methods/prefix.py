@@ -287,7 +287,7 @@ class PTuningV2(Prefix, name="p_tuning_v2"):
         embed: the size of the vectors that the MLP reads.
         dropout: the probability in [0, 1) with which training drops values of the prefix. In the authors' code it is the
             model's own for hidden states, 0.1 in BERT.
-        gate: as for `Prefix`.
+        gate, relative_positions: as for `Prefix`.
 
     Raises:
         OptionError: if an option is out of its range.

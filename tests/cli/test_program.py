@@ -131,7 +131,7 @@ def test_the_standard_error_is_quiet(tmp_path):
     command = [sys.executable, "-m", "deltakit", "show", str(tmp_path), "--class", "GPT2Model"]
     ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (ran.returncode, ran.stderr) == (0, "")
-    assert "0-1(GPT2Block)" in ran.stdout
+    assert "0-1 (GPT2Block)" in ran.stdout
 
 
 def test_commands_without_a_model_import_no_transformers(tmp_path):

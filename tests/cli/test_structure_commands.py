@@ -36,7 +36,7 @@ def test_the_model_is_the_one_that_the_config_names(llama, capsys):
     for model in (llama, llama / "config.json"):
         out = run(capsys, "show", model)
         assert "lm_head (Linear)" in out
-        assert "└── 0-1(LlamaDecoderLayer)" in out
+        assert "└── 0-1 (LlamaDecoderLayer)" in out
     # A path that `roles` prints is one of the model that the user has.
     roles = json.loads(run(capsys, "roles", llama, "--json"))["roles"]
     model = build("llama", auto=__import__("transformers").AutoModelForCausalLM)
