@@ -233,7 +233,7 @@ class LoRA(Method, name="lora"):
         self._check_invocation()
 
     def _check_invocation(self) -> None:
-        if any(one < 0 for one in self.invocation):
+        if not all(0 <= one < 2**63 for one in self.invocation):
             raise OptionError(f"LoRA(invocation={list(self.invocation)}): expected token ids of at least 0")
         if self.invocation and self.dora:
             raise OptionError(
