@@ -114,7 +114,8 @@ ACCEPTED = {
     # At alpha 0 the update is zero: sweeps begin there.
     "LoRA.alpha": NUMBER - {"-1"},
     "LoRA.dropout": {"0"},
-    **dict.fromkeys(["LoRA.rslora", "LoRA.dora", "LoRA.untie", "BOFT.untie", "FourierFT.untie", "SHiRA.untie"], SWITCH),
+    "LoRA.invocation": NO_SELECTORS | {"range"},
+    **dict.fromkeys(["LoRA.rslora", "LoRA.dora", "LoRA.frozen_a", "LoRA.untie", "BOFT.untie", "FourierFT.untie", "SHiRA.untie"], SWITCH),
     **{f"{kind}.{option}": SWITCH for kind in PREFIXES for option in ("reparam", "shift")},
     **{f"{kind}.{option}": COUNT for kind in PREFIXES for option in ("tokens", "hidden")},
     **{f"{kind}.{option}": {"0"} if option == "dropout" else NOTHING | COUNT for kind in PREFIXES for option in ("embed", "dropout")},

@@ -12,6 +12,7 @@ _HERE = {
     "exclude": ("exclude_modules",),
     "dropout": ("lora_dropout",),
     "rslora": ("use_rslora", "use_rs_lora"),
+    "invocation": ("alora_invocation_tokens",),
     "total_steps": ("total_step",),
     "delta_t": ("deltaT",),
     "orthogonality": ("orth_reg_weight",),

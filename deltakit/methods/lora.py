@@ -236,7 +236,7 @@ class LoRA(Method, name="lora"):
             raise OptionError(
                 "LoRA(frozen_a=True, start='mica'): then nothing is trained, because 'mica' never trains B; omit one of them"
             )
-        if any(one < 0 for one in self.invocation):
+        if not all(0 <= one < 2**63 for one in self.invocation):
             raise OptionError(f"LoRA(invocation={list(self.invocation)}): expected token ids of at least 0")
         object.__setattr__(self, "invocation", tuple(self.invocation))
         if self.gate and self.keep != "exact":
