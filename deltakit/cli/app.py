@@ -131,4 +131,5 @@ def _unreadable(error: Exception) -> str:
     # typer's own words list all similar options.
     message = getattr(error, "message", "") if options else error.format_message()  # type: ignore[attr-defined]
     hint = did_you_mean(getattr(error, "option_name", ""), options or ())
-    return f"{' '.join(f'{message}{hint}'.split())} See {command} --help"
+    line = " ".join(f"{message.rstrip('.') if hint else message}{hint}".split())
+    return f"{line} See {command} --help"
