@@ -114,14 +114,10 @@ class Method(metaclass=MethodType):
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.__doc__ and Method.__doc__:
-            # Both are None under `python -OO`.
-            cls.__doc__ = with_shared_options(cls.__doc__, Method.__doc__)
+        cls.__doc__ = with_shared_options(cls.__doc__, Method.__doc__)
         if name is not None:
             if cls.kind is DeltaModule and cls.kind_at is Method.kind_at:
-                raise TypeError(
-                    f"{cls.__name__}: set `kind` to the class of its delta modules, or override kind_at() if there are several"
-                )
+                raise TypeError(f"{cls.__name__}: set `kind` to the class of its delta modules, or override kind_at()")
             cls.name = name
             METHODS[name] = cls
 

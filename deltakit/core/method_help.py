@@ -3,8 +3,10 @@
 import inspect
 
 
-def with_shared_options(doc: str, shared: str) -> str:
+def with_shared_options(doc: str | None, shared: str | None) -> str | None:
     """Returns the docstring of a method with the options in the docstring of its base class behind its own.
+
+    Under `python -OO` there are none, and it returns None.
 
     A field that a dataclass inherits has no text in the docstring of the class.
 
@@ -18,6 +20,8 @@ def with_shared_options(doc: str, shared: str) -> str:
     Raises:
         OptionError: if r is bad.
     """
+    if doc is None or shared is None:
+        return doc
     _, _, options = inspect.cleandoc(shared).partition("\nArgs:\n")
     options = options.partition("\n\n")[0]
     own, raises, tail = inspect.cleandoc(doc).partition("\n\nRaises:\n")

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from deltakit.view.rows import Row, rows, state_of
 from deltakit.view.tree import DeltaLine, Node, Weight
+from deltakit.view.tree_rows import Row, rows, state_of
 
 
 def data(node: Node) -> dict[str, Any]:

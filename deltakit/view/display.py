@@ -18,10 +18,10 @@ from deltakit.view.data import data
 from deltakit.view.folding import folded
 from deltakit.view.html import html
 from deltakit.view.page import page
-from deltakit.view.rows import COLUMNS, ON_REQUEST
 from deltakit.view.svg import svg
 from deltakit.view.text import ALIGNED, text
 from deltakit.view.tree import Node, build, cut
+from deltakit.view.tree_rows import COLUMNS, ON_REQUEST
 
 
 @checked

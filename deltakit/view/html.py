@@ -11,8 +11,8 @@ from rich.cells import cell_len
 
 from deltakit.view.legend import legend, totals
 from deltakit.view.page import SCRIPT, STYLE
-from deltakit.view.rows import GLYPHS, Row, rows
 from deltakit.view.tree import Node
+from deltakit.view.tree_rows import GLYPHS, Row, rows
 
 _MOST_ROWS = 40
 """Without deltas, the tree opens as far as this many rows."""

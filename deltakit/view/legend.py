@@ -3,8 +3,8 @@
 from collections.abc import Collection, Sequence
 
 from deltakit.view.report import share
-from deltakit.view.rows import GLYPHS, Row, memory
 from deltakit.view.tree import Node, walk
+from deltakit.view.tree_rows import GLYPHS, Row, memory
 
 _STATES = {
     GLYPHS["trainable"]: "trainable",

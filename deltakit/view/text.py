@@ -10,8 +10,8 @@ from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
 from deltakit.view.legend import legend, totals
-from deltakit.view.rows import Row, rows
 from deltakit.view.tree import Node
+from deltakit.view.tree_rows import Row, rows
 
 # Only the sixteen named terminal colours: the user's own terminal theme gives them enough contrast. Red is for errors.
 THEME = {
