@@ -115,6 +115,7 @@ KINDS = {
     "adapter": dk.Adapter(size=3, at="0"),
     "lora": dk.LoRA(r=2, at="0"),
     "dora": dk.LoRA(r=2, dora=True, at="0"),
+    "gated": dk.LoRA(r=2, gate=True, at="0"),
     "vera": dk.VeRA(r=3, at="0"),
     "loha": dk.LoHa(r=2, at="0"),
     "hira": dk.HiRA(r=2, at="0"),
@@ -130,7 +131,7 @@ def test_every_kind_of_output_map_can_be_weighed(kind, tokens):
     """A quarter of one delta adds a quarter of what this delta adds alone, beside another one that is active."""
     model, x = layer(), torch.randn(tokens, 7, dtype=torch.float64)
     # Where the first one does not look at the output, the order says nothing: it stands first, as its own hook would expect.
-    first = kind in ("lora", "dora", "vera", "loha", "hira", "bitfit")
+    first = kind in ("lora", "dora", "gated", "vera", "loha", "hira", "bitfit")
     other = None if first else randomize(dk.attach(model, dk.LoRA(r=2, at="0"), name="other"))
     one, _ = frozen(model, KINDS[kind], dk.Adapter(size=2, at="0"))
     other = other or randomize(dk.attach(model, dk.LoRA(r=2, at="0"), name="other"))
