@@ -27,7 +27,7 @@ class GLoRADelta(WeightMap):
         d_in, d_out = sizes(target, self.word())
         self.r, self.ab = one_value(options.r), one_value(options.ab)
         self.c, self.de = (one_value(options.c), one_value(options.de)) if self.has_bias else ("none", "none")
-        self.changes_weight = self.ab != "none"
+        self.changes_weight, self.changes_bias = self.ab != "none", {self.c, self.de} != {"none"}
         if self.ab == "lora":
             check_rank(target, "GLoRA", self.r)
         shapes = {

@@ -155,7 +155,7 @@ REFUSED = {
     "another size": (lambda own: {**own, "hada_w1_b": normal(2, 13)}, "has a LoRA of 13 to 18 features, and the backbone needs 14 to 18"),
     "no values": (lambda own: {**own, "hada_w2_b": normal(2, 0)}, "its tensors do not fit each other"),
     "a vector of the second": (lambda own: {**own, "hada_w2_a": normal(2)}, "its tensors do not fit each other"),
-    "another rank": (lambda own: {**own, "hada_w2_b": normal(3, 14)}, "load the backbone that"),
+    "another rank": (lambda own: {**own, "hada_w2_b": normal(3, 14)}, "the tensors of loha at .* do not fit each other"),
 }  # fmt: skip
 
 

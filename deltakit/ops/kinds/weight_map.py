@@ -55,6 +55,7 @@ class WeightMap(DeltaModule):
         self.view = weight_view(target) if view is None else view
         # A parameter is one weight alone: which bias is added to its product, only the code of its module knows.
         self.has_bias = not target.parameter and bias_of(target.module) is not None
+        self.changes_bias = self.has_bias and type(self).bias_update is not WeightMap.bias_update
 
     def weight_update(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Returns the update of the weight, in the weight's shape."""
@@ -74,11 +75,6 @@ class WeightMap(DeltaModule):
         # `__call__` comes here. Calling `weight_update` directly would skip the module's hooks, by which FSDP2 and
         # accelerate load its parameters.
         return self.weight_update(weight) if bias is None else self.bias_update(weight, bias)
-
-    @property
-    def changes_bias(self) -> bool:
-        """Whether it changes the bias of its target."""
-        return self.has_bias and type(self).bias_update is not WeightMap.bias_update
 
     @classmethod
     def patches_weight(cls, target: Target) -> bool:
