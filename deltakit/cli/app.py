@@ -37,6 +37,7 @@ _LOOKING = (
             'plan my-model --lora "layers.{0-11}/@attn.q" --train "@head" --json',
         ),
     ),
+    _Command("targets", structure.targets, ("targets my-model", "targets my-model --json")),
     _Command("roles", structure.roles, ("roles my-model", "roles bert-base-uncased --json")),
     _Command("methods", catalogue.methods, ("methods", "methods lora adapter --json")),
 )

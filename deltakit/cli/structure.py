@@ -1,13 +1,13 @@
-"""Commands on the structure of a model: its tree, plans and roles. None loads its weights."""
+"""Commands on the structure of a model: its tree, plans, names and roles. None loads its weights."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from deltakit.cli.arguments import Html, Json, Kind, Model, Train
 from deltakit.cli.models import empty
 from deltakit.cli.printing import present
-from deltakit.core import Method, num_parameters
+from deltakit.core import Method
 from deltakit.errors import OptionError
 
 _Depth = Annotated[int | None, typer.Option("--depth", min=1, help="The number of levels to show below the root.")]
@@ -57,25 +57,15 @@ def plan(
     if not methods:
         raise typer.BadParameter("no method is given; add one or several, such as --lora default or --lora '@attn.q'.")
     found = planned(empty(model, kind), *methods, train=train)
-    present(found, _plan_data(found), title=f"A plan for {model}", json=json, html=html)
+    present(found, found.to_dict(), title=f"A plan for {model}", json=json, html=html)
 
 
-def _plan_data(found: Any) -> dict[str, Any]:
-    return {
-        "backbone": type(found.backbone).__name__,
-        "backbone_parameters": num_parameters(found.backbone),
-        "parameters": found.num_parameters,
-        "methods": [
-            {
-                **method.to_dict(),
-                "targets": list(built),
-                "parameters": sum(p.numel() for module in built.values() for _, p, _ in module.trained_parameters()),
-                "left_out": dict(of.left_out),
-            }
-            for method, built, of in zip(found.methods, found.built, found.found, strict=True)
-        ],
-        "fully_trained": list(found.fully_trained),
-    }
+def targets(model: Model, *, kind: Kind = None, json: Json = False, html: Html = None) -> None:
+    """Print the names that modules with weights have, which are what selectors name: type, count, shape and where."""
+    from deltakit.measuring import targets as census
+
+    found = census(empty(model, kind))
+    present(found, found.to_dict(), title=f"Targets in {model}", json=json, html=html)
 
 
 def roles(model: Model, *, kind: Kind = None, json: Json = False, html: Html = None) -> None:

@@ -11,7 +11,7 @@ from deltakit.cli import main
 from deltakit.cli.app import program
 from support.tiny_transformers import build
 
-COMMANDS = ("show", "plan", "roles", "methods", "inspect", "convert", "merge", "push", "demo", "compare")
+COMMANDS = ("show", "plan", "targets", "roles", "methods", "inspect", "convert", "merge", "push", "demo", "compare")
 
 
 def test_help_lists_the_commands(capsys):

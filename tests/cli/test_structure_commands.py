@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import transformers
 
 import deltakit as dk
 from deltakit.cli import main
@@ -19,8 +20,6 @@ def run(capsys, *arguments, code=0):
 @pytest.fixture
 def llama(tmp_path):
     """A folder with the config of a decoder that has a head, and no weights."""
-    import transformers
-
     config = build("llama").config
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(tmp_path / "llama")
@@ -39,7 +38,7 @@ def test_the_model_is_the_one_that_the_config_names(llama, capsys):
         assert "└── 0-1 (LlamaDecoderLayer)" in out
     # A path that `roles` prints is one of the model that the user has.
     roles = json.loads(run(capsys, "roles", llama, "--json"))["roles"]
-    model = build("llama", auto=__import__("transformers").AutoModelForCausalLM)
+    model = build("llama", auto=transformers.AutoModelForCausalLM)
     assert roles == {role: list(paths) for role, paths in dk.roles(model).items()}
     assert "lm_head" not in run(capsys, "show", llama, "--class", "LlamaModel")
 
@@ -61,10 +60,10 @@ def test_a_preview_of_deltas(llama, capsys):
     assert "+lora r=3 alpha=16  A:[3, 24] B:[32, 3]" in out
     assert "+ia3" in out
     plan = json.loads(run(capsys, "plan", llama, "--lora", "@attn.{q,v}", "--set", "lora.r=3", "--json"))
-    config = build("llama", auto=__import__("transformers").AutoModelForCausalLM)
+    config = build("llama", auto=transformers.AutoModelForCausalLM)
     expected = dk.plan(config, dk.LoRA(r=3, at="@attn.{q,v}"))
     (method,) = plan["methods"]
-    assert (method["method"], method["r"], method["targets"]) == ("lora", 3, list(expected.built[0]))
+    assert (method["name"], method["summary"], method["paths"]) == ("lora", "r=3 alpha=16", list(expected.built[0]))
     assert plan["parameters"] == method["parameters"] == expected.num_parameters
     text = run(capsys, "plan", llama, "--lora", "@attn.q", "--train", "@head", "--class", "LlamaForCausalLM")
     assert "plan for LlamaForCausalLM" in text
@@ -104,6 +103,13 @@ def test_a_plan_needs_a_method(llama, capsys):
     )
 
 
+def test_targets(llama, capsys):
+    found = json.loads(run(capsys, "targets", llama, "--json"))["targets"]
+    assert {leaf["name"]: leaf["count"] for leaf in found}["down_proj"] == 2
+    assert found == dk.targets(build("llama", auto=transformers.AutoModelForCausalLM)).to_dict()["targets"]
+    assert "lm_head" in run(capsys, "targets", llama)
+
+
 def test_roles(toy, capsys):
     assert "@attn.q" in run(capsys, "roles", toy)
     assert "nothing: no such folder, and this is not a Hub id" in run(capsys, "roles", toy / "nothing", code=1)
@@ -118,7 +124,9 @@ def test_a_model_that_is_nowhere(capsys):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [["show"], ["roles"], ["plan", "--lora", "default"], ["methods", "lora"]])
+@pytest.mark.parametrize(
+    "command", [["show"], ["roles"], ["targets"], ["plan", "--lora", "default"], ["methods", "lora"]]
+)
 def test_json_and_pages(command, llama, tmp_path, capsys):
     model = [] if command[0] == "methods" else [llama]
     page = tmp_path / "page.html"
