@@ -10,11 +10,11 @@ from rich.cells import cell_len
 from torch import nn
 
 import deltakit as dk
+from deltakit.view.facts import stored_bytes
 from deltakit.view.folding import folded, unfolded
 from deltakit.view.rows import rows
 from deltakit.view.text import text
 from deltakit.view.tree import build as tree
-from deltakit.view.tree import stored_bytes
 from support.models import Transformer
 from support.steps import bend, steps
 from support.tiny_transformers import build
