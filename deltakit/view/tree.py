@@ -6,15 +6,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from deltakit.core import DeltaModule, LogicalParameter, is_slice, join, logical_parameters, word_of
+from deltakit.view.facts import dtype_of, kernel_of, stored_bytes
 
 Relative = tuple[int, tuple[str, ...]]
 """A path relative to another: levels up, then names down. It is equal for equal positions in two blocks."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Weight:
     """One parameter or buffer.
 
@@ -34,7 +34,7 @@ class Weight:
         return f"{self.name}:{list(self.shape) if self.shape is not None else '?'}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class DeltaLine:
     """One delta module at its target: its label, its configuration, its parameters, and what keeps it from acting."""
 
@@ -73,7 +73,7 @@ class Sizes(NamedTuple):
     bytes: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Node:
     """One line of the tree: the equal modules it stands for, and the contents of each.
 
@@ -201,7 +201,7 @@ class _Builder:
             lines,
             children,
             _sum(weights, lines, found, own_bytes),
-            _kernel(module),
+            kernel_of(module),
             order=(order,),
             dtypes=frozenset(weight.dtype for weight in own).union(*(child.dtypes for child in found)),
             devices=frozenset(weight.device for weight in own).union(*(child.devices for child in found)),
@@ -223,11 +223,11 @@ class _Builder:
         own = join(path, name)
         owner = self.weights.setdefault(id(stored), own)
         tied = None if owner == own else relative(owner, own)
-        return Weight(name, shape, _dtype(stored), stored.requires_grad, tied, device=self._device(stored))
+        return Weight(name, shape, dtype_of(stored), stored.requires_grad, tied, device=self._device(stored))
 
     def _buffer(self, name: str, buffer: Tensor) -> Weight:
         shape = None if torch.nn.parameter.is_lazy(buffer) else buffer.shape
-        return Weight(name, shape, _dtype(buffer), False, is_buffer=True, device=self._device(buffer))
+        return Weight(name, shape, dtype_of(buffer), False, is_buffer=True, device=self._device(buffer))
 
     def _delta_line(self, key: str, module: DeltaModule) -> DeltaLine:
         record = module.record
@@ -238,7 +238,7 @@ class _Builder:
             label = label.removesuffix(f"_{word_of(module.part)}")
             label += module.part if is_slice(module.part) else f" {module.part}"
         weights = tuple(
-            Weight(name, tuple(p.shape), _dtype(p), p.requires_grad, device=self._device(p))
+            Weight(name, tuple(p.shape), dtype_of(p), p.requires_grad, device=self._device(p))
             for name, p in module.named_parameters()
         )
         words = [module.summary(), *([f"scale={module.strength:g}"] if module.strength != 1 else [])]
@@ -266,37 +266,6 @@ def relative(owner: str, path: str) -> Relative:
     while common < min(len(there), len(here)) and there[common] == here[common]:
         common += 1
     return len(here) - common, tuple(there[common:])
-
-
-def stored_bytes(tensor: Tensor) -> int:
-    """Returns the memory of a tensor's values, with what a quantizer stores beside them; 0 for a lazy parameter."""
-    if torch.nn.parameter.is_lazy(tensor):
-        return 0
-    if hasattr(tensor, "__tensor_flatten__"):
-        # torchao's tensors have the dtype and the shape of the weight that they stand for.
-        names, _ = tensor.__tensor_flatten__()
-        return sum(stored_bytes(getattr(tensor, name)) for name in names)
-    # bitsandbytes' scales, which for 4 bits may be quantized again.
-    state = getattr(tensor, "quant_state", None)
-    beside = []
-    while state is not None:
-        beside += [value for value in vars(state).values() if isinstance(value, Tensor)]
-        state = getattr(state, "state2", None)
-    return tensor.nbytes + sum(value.nbytes for value in beside)
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _kernel(module: nn.Module) -> str:
-    if not isinstance(module, _ConvNd):
-        return ""
-    words = [f"kernel {'×'.join(map(str, module.kernel_size))}"]
-    for name, sizes in (("stride", module.stride), ("dilation", module.dilation)):
-        if set(sizes) != {1}:
-            words.append(f"{name} {'×'.join(map(str, sizes)) if len(set(sizes)) > 1 else sizes[0]}")
-    return " ".join(words + ([f"groups {module.groups}"] if module.groups != 1 else []))
 
 
 def _sum(weights: Sequence[Weight], lines: Sequence[DeltaLine], children: Sequence[Node], own_bytes: int) -> Sizes:

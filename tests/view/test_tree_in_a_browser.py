@@ -13,7 +13,8 @@ from support.models import Transformer
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+# Slow: starting a browser takes seconds, and on a machine with much to do a minute.
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")]
 
 PAGES = (("#ffffff", "#1f1f1f"), ("#111111", "#e8e8e8"))
 """The background and the text of a light and of a dark page, which says nothing else about itself."""
@@ -42,7 +43,7 @@ function contrasts(box) {
   return found;
 }
 const [first, second] = document.querySelectorAll(".page");
-const rows = () => [...first.querySelectorAll(".dk-row")].filter((row) => row.offsetParent);
+const rows = () => [...first.querySelectorAll(".dk-row")].filter((row) => row.checkVisibility());
 const edges = new Set(rows().map((row) => Math.round(row.getBoundingClientRect().right)));
 const seen = { contrasts: [contrasts(first), contrasts(second)], edges: [...edges], rows: rows().length };
 seen.scheme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";

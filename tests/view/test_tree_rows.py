@@ -10,10 +10,10 @@ from rich.cells import cell_len
 from torch import nn
 
 import deltakit as dk
+from deltakit.view.facts import stored_bytes
 from deltakit.view.folding import folded, unfolded
 from deltakit.view.text import text
 from deltakit.view.tree import build as tree
-from deltakit.view.tree import stored_bytes
 from deltakit.view.tree_rows import rows
 from support.models import Transformer
 from support.steps import bend, steps
