@@ -1,4 +1,4 @@
-"""Several methods in one delta: the MAM adapter, and LoRA with a prefix and adapters behind gates.
+"""Several methods in one delta: the MAM adapter and UniPELT.
 
 python examples/mixed_methods.py
 """
@@ -24,8 +24,13 @@ MIXES = {
     # He et al. 2022, https://arxiv.org/abs/2110.04366, section 4.6: a prefix at attention, and scaled parallel adapters
     # beside the feed-forward parts.
     "MAM adapter": (dk.Prefix(tokens=4), dk.ParallelAdapter(size=16, scaling=4)),
-    # The three parts of UniPELT (Mao et al. 2022, https://arxiv.org/abs/2110.07577). Only the adapters have a gate here.
-    "LoRA, prefix, gated adapters": (dk.LoRA(r=4), dk.Prefix(tokens=4), dk.Adapter(size=8, at="@ff.down", gate=True)),
+    # Mao et al. 2022, https://arxiv.org/abs/2110.07577: each part behind a gate of its own, a number for each example. With
+    # alpha = r the gate is LoRA's only factor.
+    "UniPELT": (
+        dk.LoRA(r=4, alpha=4, gate=True),
+        dk.Prefix(tokens=4, gate=True),
+        dk.Adapter(size=8, at="@ff.down", gate=True),
+    ),
 }
 texts = torch.randint(3, 100, (8, 9), generator=torch.Generator().manual_seed(0))
 

@@ -21,7 +21,7 @@ SHOWN = {
     "first_delta": ["lora r=8 alpha=16", "Δ"],
     "merge_and_export": ["unmerged, exact: True", "the delta did change the outputs: True"],
     "mixed_batch": ["spelling", "None", "as alone: True"],
-    "mixed_methods": ["MAM adapter", "parallel_adapter", "gated"],
+    "mixed_methods": ["MAM adapter", "parallel_adapter", "UniPELT"],
     "norms_only": ["ln_tuning", "norms alone: 448"],
     "own_module": ["mixers.{1-2}.{widen,narrow}", "after detach, the outputs of the untouched model: True"],
     "plain_loop": ["fully trained", "accuracy: 9", FRESH],
