@@ -6,7 +6,7 @@ that stand on a backbone while it holds deltas.
 
 from deltakit.injection.backbone_guards import change_begins, watch, watch_rows
 from deltakit.injection.first_forward import forget_first_forward, watch_first_forward
-from deltakit.injection.forward_recorder import recorded_calls
+from deltakit.injection.forward_recorder import Recorded, recorded_calls
 from deltakit.injection.hooks import put, scopes_of, sort_patches, take, take_patches
 from deltakit.injection.input_observer import observed_inputs
 from deltakit.injection.loading_guards import hook_loading, records_around
@@ -22,6 +22,7 @@ from deltakit.injection.saving_call import SavingCall, in_method_of, is_checkpoi
 from deltakit.injection.saving_hooks import hook_state_dicts, own_state_dicts
 
 __all__ = [
+    "Recorded",
     "SavingCall",
     "change_begins",
     "forget_first_forward",

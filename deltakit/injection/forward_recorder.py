@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+
+def _attention_on_cpus(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+# torch's counter knows the attention kernels of GPUs, and counts nothing for that of CPUs (2.13).
+_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpus}
 
 
 @dataclass
@@ -49,7 +57,7 @@ def recorded_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Recor
     """
     found = {path: Recorded() for path in modules}
     handles: list[Any] = []
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     try:
         with counter, torch.no_grad():
             for path, module in modules.items():

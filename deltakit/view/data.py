@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from deltakit.view.tree import DeltaLine, Node, Weight
+from deltakit.view.node import DeltaLine, Node, Weight
 from deltakit.view.tree_rows import Row, rows, state_of
 
 
@@ -38,6 +38,7 @@ def _row(node: Node, found: Iterator[Row], modules: int, times: int) -> dict[str
         **({"tied_together": True} if node.twins else {}),
         **({"same_module_as": alias} if alias is not None else {}),
         **({"bytes": node.sizes.bytes * times} if node.sizes.bytes else {}),
+        **_calls(node, modules),
         "weights": [
             {**_weight(weight), **({"tied_to": row.tied[weight.name]} if weight.name in row.tied else {})}
             for weight in node.weights
@@ -48,6 +49,13 @@ def _row(node: Node, found: Iterator[Row], modules: int, times: int) -> dict[str
         **_some("children", children),
         **({"rows_left_out": node.hidden} if node.hidden else {}),
     }
+
+
+def _calls(node: Node, modules: int) -> dict[str, Any]:
+    if node.calls is None:
+        return {}
+    shapes = [list(shape) for shape in node.calls.shapes]
+    return {"calls_of_each": node.calls.times, "outputs": shapes, "flops": node.calls.flops * modules}
 
 
 def _delta(line: DeltaLine, modules: int, times: int) -> dict[str, Any]:

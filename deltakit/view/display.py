@@ -12,15 +12,18 @@ from rich.console import Console, ConsoleOptions
 from rich.text import Text
 from torch import nn
 
-from deltakit.core import checked
+from deltakit.core import Inputs, checked
 from deltakit.errors import OptionError
+from deltakit.view.calls import OF_A_FORWARD
 from deltakit.view.data import data
 from deltakit.view.folding import folded
+from deltakit.view.forward import with_calls
 from deltakit.view.html import html
+from deltakit.view.node import Node, cut
 from deltakit.view.page import page
 from deltakit.view.svg import svg
 from deltakit.view.text import ALIGNED, text
-from deltakit.view.tree import Node, build, cut
+from deltakit.view.tree import build
 from deltakit.view.tree_rows import COLUMNS, ON_REQUEST
 
 
@@ -139,6 +142,7 @@ def show(
     columns: Sequence[str] = COLUMNS,
     all_modules: bool = False,
     buffers: bool = False,
+    inputs: Inputs | None = None,
     width: int | None = None,
     ascii: bool | None = None,
 ) -> View:
@@ -159,17 +163,30 @@ def show(
             (as it is stored), "bytes" and "device". An empty list shows the structure only, as OpenDelta does.
         all_modules: whether modules without parameters get a line.
         buffers: whether buffers are listed, too.
+        inputs: what the model is called with, for one forward in its current mode without gradients: a tensor, a list of
+            arguments, or a dictionary of named ones. It adds the columns "output" (the shape of what each module returned
+            last), "calls" (of each module) and "flops" (of all together, with those of deltas; two for a multiplication with
+            an addition). Buffers and random numbers stay as they are; a model on the meta device computes nothing.
         width: the line width in cells. Where a line is too long, shapes give way first, and columns never. By default that of
             the terminal, and 120 elsewhere.
         ascii: whether to use ASCII only; by default if the output's encoding is not a Unicode one.
 
     Raises:
         TargetError: if the backbone is not a `torch.nn.Module`.
-        OptionError: if a column is unknown, or `depth` or `width` is below 1.
+        OptionError: if a column is unknown or needs inputs, `depth` or `width` is below 1, or the forward fails with these
+            inputs.
     """
     if depth is not None and depth < 1:
         raise OptionError(f"show(depth={depth}): expected at least 1; omit it for no limit")
+    measured = [column for column in columns if column in OF_A_FORWARD]
+    if measured and inputs is None:
+        raise OptionError(
+            f"show(columns=...): the column {measured[0]!r} needs a forward; pass inputs= or omit the column"
+        )
+    if columns and inputs is not None and not measured:
+        columns = (*columns, *OF_A_FORWARD)
     node = build(
         backbone, all_modules=all_modules, buffers=buffers, devices="device" in columns, memory="bytes" in columns
     )
+    node = node if inputs is None else with_calls(node, backbone, inputs)
     return View(cut(folded(node) if fold else node, depth), tuple(columns), width, ascii)

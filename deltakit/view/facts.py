@@ -1,25 +1,7 @@
-"""What a tree says about a tensor or a module beside its shape: its dtype, its memory, and the kernel of a convolution."""
+"""What a tree says about a tensor or a module beside its shape: its dtype, and the kernel of a convolution."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-
-
-def stored_bytes(tensor: Tensor) -> int:
-    """Returns the memory of a tensor's values, with what a quantizer stores beside them; 0 for a lazy parameter."""
-    if torch.nn.parameter.is_lazy(tensor):
-        return 0
-    if hasattr(tensor, "__tensor_flatten__"):
-        # torchao's tensors have the dtype and the shape of the weight that they stand for.
-        names, _ = tensor.__tensor_flatten__()
-        return sum(stored_bytes(getattr(tensor, name)) for name in names)
-    # bitsandbytes' scales, which for 4 bits may be quantized again.
-    state = getattr(tensor, "quant_state", None)
-    beside = []
-    while state is not None:
-        beside += [value for value in vars(state).values() if isinstance(value, Tensor)]
-        state = getattr(state, "state2", None)
-    return tensor.nbytes + sum(value.nbytes for value in beside)
 
 
 def dtype_of(tensor: Tensor) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from deltakit.core import is_plain
-from deltakit.view.tree import Node
+from deltakit.view.node import Node
 
 
 def folded(node: Node) -> Node:
@@ -41,7 +41,17 @@ class _Folder:
         """Returns the folded node, and the number that all equal subtrees share."""
         found = [self.fold(child) for child in node.children]
         inside = tuple((child.names, number) for child, number in found)
-        key = (node.types, node.weights, node.deltas, node.detail, node.alias, node.sizes, node.omitted, inside)
+        key = (
+            node.types,
+            node.weights,
+            node.deltas,
+            node.detail,
+            node.alias,
+            node.sizes,
+            node.omitted,
+            node.calls,
+            inside,
+        )
         number = self.numbers.setdefault(key, len(self.numbers))
         return (replace(node, children=_together(found, ordered=node.ordered)) if found else node), number
 

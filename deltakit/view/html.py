@@ -10,8 +10,8 @@ from html import escape
 from rich.cells import cell_len
 
 from deltakit.view.legend import legend, totals
+from deltakit.view.node import Node
 from deltakit.view.page import SCRIPT, STYLE
-from deltakit.view.tree import Node
 from deltakit.view.tree_rows import GLYPHS, Row, rows
 
 _MOST_ROWS = 40

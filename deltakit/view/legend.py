@@ -2,8 +2,8 @@
 
 from collections.abc import Collection, Sequence
 
+from deltakit.view.node import Node, walk
 from deltakit.view.report import share
-from deltakit.view.tree import Node, walk
 from deltakit.view.tree_rows import GLYPHS, Row, memory
 
 _STATES = {

@@ -10,7 +10,7 @@ from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
 from deltakit.view.legend import legend, totals
-from deltakit.view.tree import Node
+from deltakit.view.node import Node
 from deltakit.view.tree_rows import Row, rows
 
 # Only the sixteen named terminal colours: the user's own terminal theme gives them enough contrast. Red is for errors.

@@ -1,132 +1,14 @@
 """Builds a backbone's structure as plain data, one node for each module. `folding` folds equal parts; other files print it."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from deltakit.core import DeltaModule, LogicalParameter, is_slice, join, logical_parameters, word_of
-from deltakit.view.facts import dtype_of, kernel_of, stored_bytes
-
-Relative = tuple[int, tuple[str, ...]]
-"""A path relative to another: levels up, then names down. It is equal for equal positions in two blocks."""
-
-
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """One parameter or buffer.
-
-    The shape is that of the model, also if the weight is packed, and None for a lazy parameter. The dtype is the stored one.
-    `tied` is where the parameter is that it is tied to. The device is "" unless it was asked for.
-    """
-
-    name: str
-    shape: tuple[int, ...] | None
-    dtype: str
-    trainable: bool
-    tied: Relative | None = None
-    is_buffer: bool = False
-    device: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.name}:{list(self.shape) if self.shape is not None else '?'}"
-
-
-@dataclass(frozen=True, slots=True)
-class DeltaLine:
-    """One delta module at its target: its label, its configuration, its parameters, and what keeps it from acting."""
-
-    label: str
-    summary: str
-    weights: tuple[Weight, ...]
-    idle: str = ""
-    """ "off" if its delta is not active, "merged" if it is merged into the weights, else ""."""
-    bytes: int = 0
-
-    @property
-    def count(self) -> int:
-        """The number of its parameters."""
-        return sum(map(_size, self.weights))
-
-    @property
-    def trained(self) -> int:
-        """The number of its parameters that require gradients."""
-        return sum(_size(weight) for weight in self.weights if weight.trainable)
-
-
-class Sizes(NamedTuple):
-    """Numbers of parameters in one module with all modules in it, each parameter counted once.
-
-    `parameters` and `trained` are those of the backbone, `delta` and `delta_trained` those of its deltas. `off` and `merged`
-    are those of deltas that are not active, or are merged into the weights. `bytes` is the memory of all tensors, buffers too;
-    0 unless it was asked for.
-    """
-
-    parameters: int = 0
-    trained: int = 0
-    delta: int = 0
-    delta_trained: int = 0
-    off: int = 0
-    merged: int = 0
-    bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """One line of the tree: the equal modules it stands for, and the contents of each.
-
-    `sizes` are those of one of the modules. `alias` is set if this is another name of a module shown before: where that is.
-    """
-
-    names: tuple[str, ...]
-    types: tuple[str, ...]
-    weights: tuple[Weight, ...] = ()
-    deltas: tuple[DeltaLine, ...] = ()
-    children: tuple["Node", ...] = ()
-    sizes: Sizes = field(default_factory=Sizes)
-    detail: str = ""
-    """The kernel and the stride of a convolution."""
-    alias: Relative | None = None
-    order: tuple[int, ...] = (0,)
-    """The positions of the modules among their siblings."""
-    twins: tuple["Node", ...] = ()
-    """The modules after the first one as they are alone, if they are tied to it: together they have its parameters once."""
-    dtypes: frozenset[str] = frozenset()
-    """Those of all parameters in it, its deltas' too."""
-    devices: frozenset[str] = frozenset()
-    ordered: bool = False
-    """Whether the order of the children is that of execution (`nn.Sequential`)."""
-    omitted: tuple[str, ...] = ()
-    """The numbers of children that are not shown because they have no parameters, if others follow."""
-    hidden: int = 0
-    """The number of lines that a depth limit omitted."""
-
-    @property
-    def members(self) -> int:
-        """The number of modules on the line."""
-        return len(self.names)
-
-    @property
-    def count(self) -> int:
-        """The number of the backbone's parameters in one of the modules."""
-        return self.sizes.parameters
-
-    @property
-    def trained(self) -> int:
-        """The number of those that require gradients."""
-        return self.sizes.trained
-
-    @property
-    def delta(self) -> int:
-        """The number of parameters in the deltas of one of the modules."""
-        return self.sizes.delta
-
-    @property
-    def delta_trained(self) -> int:
-        """The number of those that require gradients."""
-        return self.sizes.delta_trained
+from deltakit.core import DeltaModule, LogicalParameter, is_slice, join, local_bytes, logical_parameters, word_of
+from deltakit.view.facts import dtype_of, kernel_of
+from deltakit.view.node import DeltaLine, Node, Relative, Sizes, Weight, size_of
 
 
 def build(
@@ -148,22 +30,6 @@ def build(
         memory: whether `Sizes.bytes` is filled.
     """
     return _Builder(all_modules, buffers, devices, memory).node(backbone, root, "", 0)
-
-
-def cut(node: Node, depth: int | None) -> Node:
-    """Returns the tree down to a depth, with the numbers of lines omitted below it. None keeps all levels."""
-    if depth is None:
-        return node
-    if depth <= 0:
-        return replace(node, children=(), hidden=sum(1 for child in node.children for _ in walk(child)))
-    return replace(node, children=tuple(cut(child, depth - 1) for child in node.children))
-
-
-def walk(node: Node) -> Iterator[Node]:
-    """Yields the node and all nodes below it."""
-    yield node
-    for child in node.children:
-        yield from walk(child)
 
 
 @dataclass
@@ -245,7 +111,7 @@ class _Builder:
         words += ["weight patch"] if module.weight_read is not None else []
         merged = record is not None and bool(record.weights_before_merge)
         idle = "" if module.live else "merged" if merged else "off"
-        held = sum(map(stored_bytes, (*module.parameters(), *module.buffers()))) if self.memory else 0
+        held = sum(map(local_bytes, (*module.parameters(), *module.buffers()))) if self.memory else 0
         return DeltaLine(label, " ".join(words).strip(), weights, idle, held)
 
     def _device(self, tensor: Tensor) -> str:
@@ -256,7 +122,7 @@ class _Builder:
         tensors = [t for one in own for t in (*one._parameters.values(), *one._buffers.values())]
         new = {id(t): t for t in tensors if t is not None and id(t) not in self.stored}
         self.stored |= new.keys()
-        return sum(map(stored_bytes, new.values()))
+        return sum(map(local_bytes, new.values()))
 
 
 def relative(owner: str, path: str) -> Relative:
@@ -271,8 +137,8 @@ def relative(owner: str, path: str) -> Relative:
 def _sum(weights: Sequence[Weight], lines: Sequence[DeltaLine], children: Sequence[Node], own_bytes: int) -> Sizes:
     own = [weight for weight in weights if weight.tied is None and not weight.is_buffer]
     mine = Sizes(
-        sum(map(_size, own)),
-        sum(_size(weight) for weight in own if weight.trainable),
+        sum(map(size_of, own)),
+        sum(size_of(weight) for weight in own if weight.trainable),
         sum(line.count for line in lines),
         sum(line.trained for line in lines),
         sum(line.count for line in lines if line.idle == "off"),
@@ -280,10 +146,6 @@ def _sum(weights: Sequence[Weight], lines: Sequence[DeltaLine], children: Sequen
         own_bytes,
     )
     return Sizes(*map(sum, zip(mine, *(child.sizes for child in children), strict=True))) if children else mine
-
-
-def _size(weight: Weight) -> int:
-    return torch.Size(weight.shape).numel() if weight.shape is not None else 0
 
 
 def _is_shown(node: Node) -> bool:

@@ -10,11 +10,13 @@ from typing import NamedTuple
 
 from deltakit.core import fold, is_plain, span
 from deltakit.errors import printable
-from deltakit.view.tree import DeltaLine, Node, Relative
+from deltakit.view.calls import OF_A_FORWARD, cells_of
+from deltakit.view.node import DeltaLine, Node, Relative
+from deltakit.view.printed import binary_size
 
 COLUMNS = ("members", "state", "count")
 """The columns that a tree has by default."""
-ON_REQUEST = ("each", "dtype", "bytes", "device")
+ON_REQUEST = ("each", "dtype", "bytes", "device", *OF_A_FORWARD)
 """Further columns: the count in one of the modules, the stored dtype, the memory, and the device."""
 
 GLYPHS = {"trainable": "●", "frozen": "○", "mixed": "◐", "delta": "Δ", "none": ""}
@@ -84,10 +86,7 @@ def memory(number: int) -> str:
     >>> memory(0), memory(700), memory(2048), memory(3 * 2**30)
     ('', '700 B', '2 KiB', '3 GiB')
     """
-    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if number >= 0.9995 * 2**power:
-            return f"{number / 2**power:.3g} {unit}" if number < 999.5 * 2**power else f"{number / 2**power:.0f} {unit}"
-    return f"{number} B" if number else ""
+    return binary_size(number) if number else ""
 
 
 def state_of(node: Node) -> str:
@@ -141,6 +140,7 @@ class _Writer:
             "dtype": _common(node.dtypes),
             "bytes": memory(node.sizes.bytes * place.times),
             "device": _common(node.devices),
+            **cells_of(node.calls, place.modules),
         }
         selector = ".".join(place.path) or "^"
         exact = place.exact and printable(selector) == selector

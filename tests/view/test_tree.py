@@ -13,8 +13,8 @@ from torch import nn
 
 import deltakit as dk
 from deltakit.view.folding import folded
+from deltakit.view.node import walk
 from deltakit.view.tree import build as tree
-from deltakit.view.tree import walk
 from support.golden import golden
 from support.models import Transformer
 from support.paths import GOLDEN

@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from torch import nn
 
 import deltakit as dk
-from deltakit.view.facts import stored_bytes
+from deltakit.core import local_bytes
 from deltakit.view.folding import folded, unfolded
 from deltakit.view.text import text
 from deltakit.view.tree import build as tree
@@ -204,8 +204,8 @@ def test_memory_of_quantized_and_lazy_tensors():
     packed = torch.zeros(6, dtype=torch.uint8)
     scales = torch.zeros(3)
     packed.quant_state = SimpleNamespace(absmax=torch.zeros(2), state2=SimpleNamespace(absmax=scales))
-    assert stored_bytes(packed) == 6 + 8 + 12
-    assert stored_bytes(nn.LazyLinear(3).weight) == 0
+    assert local_bytes(packed) == 6 + 8 + 12
+    assert local_bytes(nn.LazyLinear(3).weight) == 0
 
 
 def narrow(kind, width, **options):

@@ -1,0 +1,42 @@
+"""What a module did in a forward, and how the columns of a tree say it."""
+
+from typing import NamedTuple
+
+OF_A_FORWARD = ("output", "calls", "flops")
+"""The columns that a tree has if it is shown with inputs."""
+
+
+class Calls(NamedTuple):
+    """How often a module was called in a forward, the shapes of what it returned last, and the FLOPs of all its calls."""
+
+    times: int
+    shapes: tuple[tuple[int, ...], ...]
+    flops: int
+
+
+def cells_of(calls: Calls | None, modules: int) -> dict[str, str]:
+    """Returns the cells of the columns: shapes and calls of each module, and the FLOPs of all of them.
+
+    Args:
+        modules: the number of modules on the row.
+    """
+    if calls is None:
+        return {}
+    shapes = [str(list(shape)) for shape in calls.shapes]
+    return {
+        "output": f"{shapes[0]} +{len(shapes) - 1}" if len(shapes) > 1 else "".join(shapes),
+        "calls": f"{calls.times} call{'' if calls.times == 1 else 's'}",
+        "flops": flops_in_words(calls.flops * modules),
+    }
+
+
+def flops_in_words(number: int) -> str:
+    """Returns a number of floating-point operations as text; "" for none.
+
+    >>> flops_in_words(96), flops_in_words(1_234_567), flops_in_words(70_553_706_496_000)
+    ('96 FLOP', '1.23 MFLOP', '70.6 TFLOP')
+    """
+    for power, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= 0.9995 * power:
+            return f"{number / power:.3g} {unit}FLOP" if number < 999.5 * power else f"{number / power:.0f} {unit}FLOP"
+    return f"{number} FLOP" if number else ""
