@@ -80,6 +80,7 @@ ACCEPTED = {
     "use.names": NOTHING,
     # Folders may be called so. A path with a zero byte or of 100,000 characters cannot be.
     **dict.fromkeys(["Delta.save.folder"], (WORD | {"control", "path"}) - {"long text"}),
+    "Delta.save.results": NOTHING,
     # A text for error messages.
     "Delta.load_state_dict.where": TEXT,
     "Delta.modules_of.method": NOTHING,

@@ -5,7 +5,7 @@ A state dict has only tensors, so each mark is one: the bytes of a JSON text.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 import torch
@@ -62,7 +62,10 @@ def _compare(attachments: Sequence[Attachment], said: Mapping[str, dict[str, Any
         name, methods = attachment.record.name, attachment.record.methods
         for method, entry, here in zip(methods, said[name]["methods"], _options(attachment), strict=False):
             # An option that is newer than the checkpoint had its default.
-            saved = {field.name: field.default for field in fields(method)} | entry
+            saved = (
+                _in_json({field.name: field.default for field in fields(method) if field.default is not MISSING})
+                | entry
+            )
             other = [option for option in here if saved.get(option) != here[option]]
             if other:
                 raise CheckpointError(
@@ -89,11 +92,15 @@ def _compare(attachments: Sequence[Attachment], said: Mapping[str, dict[str, Any
 
 def _options(attachment: Attachment) -> list[dict[str, Any]]:
     """Returns what is compared of the options of each method, as JSON gives it back."""
-    kept = [
-        {option: value for option, value in method.to_dict().items() if option not in _NOT_COMPARED}
+    return [
+        _in_json({option: value for option, value in method.to_dict().items() if option not in _NOT_COMPARED})
         for method in attachment.record.methods
     ]
-    found: list[dict[str, Any]] = json.loads(json.dumps(kept))
+
+
+def _in_json(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns options as JSON gives them back: a tuple is a list there."""
+    found: dict[str, Any] = json.loads(json.dumps(options))
     return found
 
 

@@ -123,7 +123,7 @@ def _options(entry: Mapping[str, Any]) -> str:
     options = {
         key: value
         for key, value in entry.items()
-        if key not in _NOT_OPTIONS and value is not None and value is not False
+        if key not in _NOT_OPTIONS and value is not None and value is not False and value not in ([], ())
     }
     return ", ".join(_plain(f"{key}={value}") for key, value in options.items()) or "defaults"
 

@@ -71,7 +71,9 @@ class View:
         """That of the terminal, if there is one. OpenDelta's tree is never cut."""
         if not self.columns:
             return None
-        return shutil.get_terminal_size((ALIGNED, 24)).columns if sys.stdout.isatty() else ALIGNED
+        # A program without a console has no stdout at all.
+        in_terminal = sys.stdout is not None and sys.stdout.isatty()
+        return shutil.get_terminal_size((ALIGNED, 24)).columns if in_terminal else ALIGNED
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
         for line in self._lines(self.width or options.max_width, options.encoding):

@@ -231,7 +231,7 @@ def test_numbers_of_numpy_can_be_saved():
     assert json.loads(json.dumps(method.to_dict()))["alpha"] == 0.5
     assert method == dk.LoRA(r=4, alpha=0.5, rslora=True, at="q") or method.at == ("q",)
     assert repr(method).endswith(
-        "r=4, alpha=0.5, rslora=True, dora=False, start='kaiming', dropout=0.0, keep='exact', untie=False)"
+        "r=4, alpha=0.5, rslora=True, dora=False, invocation=(), frozen_a=False, gate=False, start='kaiming', dropout=0.0, keep='exact', untie=False)"
     )
 
 

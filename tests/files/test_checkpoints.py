@@ -101,7 +101,7 @@ BROKEN = {
     "no targets": (lambda f: forge(f, config=lambda c: c["methods"][0].pop("targets")), r"damaged at methods\[0\]: object missing required field `targets`"),
     "other method": (
         lambda f: forge(f, config=lambda c: c["methods"][0].update(method="magic")),
-        "unknown method 'magic': expected one of adalora, adapter, bitfit, ",
+        "unknown method 'magic': expected one of adalora, adapter, adapter_fusion, ",
     ),
     "unknown option": (lambda f: forge(f, config=lambda c: c["methods"][0].update(zeta=1)), "has no option zeta"),
     "wrong method": (

@@ -21,7 +21,8 @@ def test_an_own_delta(tmp_path):
     found = dk.inspect(delta.save(tmp_path / "saved"))
     assert [method.name for method in found.methods] == ["lora", "bitfit"]
     assert found.methods[0].options == {"r": 3, "alpha": 16, "keep": "exact"} | {
-        key: found.methods[0].options[key] for key in ("dropout", "rslora", "dora", "untie", "start")
+        key: found.methods[0].options[key]
+        for key in ("dropout", "rslora", "dora", "invocation", "frozen_a", "gate", "untie", "start")
     }
     for method in found.methods:
         assert sorted(method.targets) == sorted(delta.modules_of(method.name))

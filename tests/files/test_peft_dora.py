@@ -129,7 +129,10 @@ DAMAGED = {
         "use_dora=False does not fit its tensors: .* has magnitudes",
     ),
     "another size": (_longer, r"has magnitudes of shape \(\d+,\), and the backbone's weight has \d+ rows"),
-    "parameters": (lambda _, said: said.update(target_parameters=["q_proj.weight"]), "DoRA together with lora_bias or"),
+    "parameters": (
+        lambda _, said: said.update(target_parameters=["q_proj.weight"]),
+        "DoRA together with lora_bias, target_parameters or",
+    ),
 }
 
 
