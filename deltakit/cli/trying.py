@@ -29,7 +29,7 @@ def demo(
     json: Json = False,
     html: Html = None,
 ) -> None:
-    """Fine-tune a real encoder with every kind of delta, and compare them (about two minutes)."""
+    """Fine-tune a real encoder with every kind of delta, and compare them (about three minutes)."""
     from deltakit.demo.run import bundled_model, prepare, run
 
     place = model or bundled_model()
