@@ -17,7 +17,7 @@ def test_the_demo_at_toy_size(toy, tmp_path, capsys):
         assert row in out
         assert f"  {row}: " in out
     assert "all 700 predictions are the same: True" in out
-    assert out.count("0-1(BertLayer)") == 1
+    assert out.count("0-1 (BertLayer)") == 1
     assert "+lora r=8" in out
     assert "does best: " in out
     assert "A training step of LoRA takes " in out
