@@ -39,7 +39,8 @@ HEAD_RATE = 1e-2
 RATES = (2e-3, 6e-3, 1.8e-2)
 # Prompts, prefixes and scales need larger steps; their papers use rates up to 0.3.
 HIGH_RATES = (1e-2, 3e-2, 9e-2)
-HIGH = {"trainable_tokens", "vera"}
+# So do C3A and FourierFT, which stayed close to the classifier alone at the lower rates.
+HIGH = {"c3a", "fourierft", "trainable_tokens", "vera"}
 
 OPTIONS: dict[str, dict[str, Any]] = {
     # Three passes over 480 examples in batches of 32 are 45 steps.

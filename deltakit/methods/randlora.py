@@ -15,7 +15,7 @@ from functools import partial
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from deltakit.core import BackboneView, DeltaModule, Design, Target, wants_start_values
@@ -65,14 +65,13 @@ class RandLoRADelta(LowRank):
         y: Float[Tensor, "*output"],
         layer: nn.Module | None = None,
         alone: bool = False,
-        tokens: Bool[Tensor, "*batch"] | None = None,
     ) -> Float[Tensor, "*output"]:
         # The rank is that of a full matrix. With many tokens the matrix costs less than the two products, and the backward
         # pass needs only x, where it would need the product with A, which is as large.
         count, rank = x.numel() // self.d_in, min(self.d_in, self.d_out)
         costs_less = self.d_in * self.d_out * (count + rank) <= count * rank * (self.d_in + self.d_out)
-        if not self.linear or self.feature_slice is not None or tokens is not None or not costs_less:
-            added: Tensor = super().forward(x, y, layer, alone, tokens)
+        if not self.linear or self.feature_slice is not None or not costs_less:
+            added: Tensor = super().forward(x, y, layer, alone)
             return added
         change = linear_with(self._dropped(x), self._full, tuple(self.parameters()))
         return y + (self.scaling * self.strength * change).to(y.dtype)

@@ -27,7 +27,7 @@ from deltakit.core import (
 )
 from deltakit.errors import StateError, TargetError, warn
 from deltakit.ops.kinds.low_rank import LowRank
-from deltakit.ops.low_rank import fresh
+from deltakit.ops.low_rank import Product, fresh
 
 
 class ActivatedLowRank(LowRank):
@@ -82,6 +82,17 @@ class ActivatedLowRank(LowRank):
         rows = batch.of(self.record.name, y, target)
         own = torch.zeros_like(tokens).index_copy(0, rows, tokens.index_select(0, rows))
         return replace_hidden(output, self(hidden_input(args, kwargs), y, None, False, own))
+
+    def forward(
+        self,
+        x: Float[Tensor, "*batch d_in"],
+        y: Float[Tensor, "*batch d_out"],
+        layer: nn.Module | None = None,
+        alone: bool = False,
+        tokens: Bool[Tensor, "*batch"] | None = None,
+    ) -> Float[Tensor, "*batch d_out"]:
+        """Returns y with the product added to some tokens; None for all."""
+        return self.added(x, y, layer, alone, Product(self.scaling * self.strength, keep=self.keep, tokens=tokens))
 
     def tokens_in(self, y: Float[Tensor, "*batch d_out"]) -> Bool[Tensor, "batch seq"] | None:
         """Returns which tokens of an output it acts on; None if there is none, and no gradient is wanted.

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from deltakit.core import DeltaModule, MixedBatch, Target, hidden_input, hidden_output, replace_hidden
@@ -59,14 +59,12 @@ class GatedLowRank(LowRank):
         y: Float[Tensor, "*output"],
         layer: nn.Module | None = None,
         alone: bool = False,
-        tokens: Bool[Tensor, "*batch"] | None = None,
     ) -> Float[Tensor, "*output"]:
         """Returns y with the gated product added."""
         a, b = self.whole_factors()
         # The gate multiplies r features instead of d_out.
         low = F.linear(self._dropped(x), a.to(x.dtype))
         low = low * gate_of(self.gate, x.to(self.gate.weight.dtype)).to(low.dtype)
-        low = low if tokens is None else low.masked_fill(~tokens[..., None], 0)
         return y + F.linear(low, b.to(low.dtype)).to(y.dtype)
 
     @torch.no_grad()

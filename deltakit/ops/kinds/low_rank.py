@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from deltakit.core import (
@@ -169,17 +169,25 @@ class LowRank(OutputMap):
         y: Float[Tensor, "*output"],
         layer: nn.Module | None = None,
         alone: bool = False,
-        tokens: Bool[Tensor, "*batch"] | None = None,
     ) -> Float[Tensor, "*output"]:
         """Returns y with the product added.
 
         Args:
             layer: the linear layer that computed y from x, if y may be changed in place; a convolution or embedding always.
             alone: whether y is exactly the layer's output, without other deltas.
-            tokens: the tokens to which it is added, of linear layers; None for all.
         """
+        return self.added(x, y, layer, alone, Product(self.scaling * self.strength, keep=self.keep))
+
+    def added(
+        self,
+        x: Shaped[Tensor, "*input"],
+        y: Float[Tensor, "*output"],
+        layer: nn.Module | None,
+        alone: bool,
+        product: Product,
+    ) -> Float[Tensor, "*output"]:
+        """Returns what `forward` returns, for a product with other options."""
         a, b = self.factors()
-        product = Product(self.scaling * self.strength, keep=self.keep, tokens=tokens)
         if self.groups and layer is not None:
             return convolved(y, self._dropped(x), a.unflatten(-1, self.view.kernel), b, product, layer)
         if self.embeds:
