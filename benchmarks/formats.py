@@ -25,7 +25,7 @@ from torch import nn
 
 import deltakit as dk
 from support.models import randomize
-from support.peft_models import adapted, opened, outputs, wide
+from support.peft_models import QUERIES, adapted, opened, outputs, wide
 
 
 class Case(NamedTuple):
@@ -37,14 +37,6 @@ class Case(NamedTuple):
     logits: Callable[[Path], tuple[torch.Tensor, torch.Tensor]]
 
 
-QUERIES = {
-    "bert": ["query", "value"],
-    "gpt2": ["c_attn"],
-    "llama": ["q_proj", "v_proj"],
-    "t5": ["q", "v"],
-    "mixtral": ["q_proj", "v_proj"],
-    "resnet": ["convolution"],
-}
 IA3 = {
     "bert": (["key", "value", "output.dense"], ["output.dense"]),
     "gpt2": (["c_attn", "mlp.c_proj"], ["mlp.c_proj"]),

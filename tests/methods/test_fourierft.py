@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 import deltakit as dk
 from support.models import attached
-from support.peft_layers import CLOSE, conv1d, linear, with_delta, with_peft
+from support.peft_layers import CLOSE, conv1d, linear, summed, with_delta, with_peft
 
 
 def update(module, d_out, d_in):
@@ -82,15 +82,7 @@ def test_places_are_the_same_after_a_stay_on_the_meta_device():
 
 
 def test_sums():
-    layer, x = linear(11, 7), torch.randn(2, 5, 11, dtype=torch.float64)
-    model = nn.Sequential(layer).eval()
-    bare, changes, parts = model(x), [], []
-    for number, (n, scaling) in enumerate(((20, 30.0), (33, 70.0))):
-        delta = attached(model, dk.FourierFT(at="0", n=n, scaling=scaling), name=f"n{number}")
-        changes.append(model(x) - bare)
-        parts.append(delta.detach())
-    dk.combine(model, {parts[0]: 0.5, parts[1]: -2.0}).delta.attach()
-    torch.testing.assert_close(model(x), bare + 0.5 * changes[0] - 2 * changes[1], **CLOSE)
+    model, parts = summed(*(dk.FourierFT(at="0", n=n, scaling=scaling) for n, scaling in ((20, 30.0), (33, 70.0))))
     other = attached(nn.Sequential(linear(11, 7)), dk.FourierFT(at="0", n=20, seed=3))
     with pytest.raises(dk.OptionError, match="another Sequential"):
         dk.combine(model, {other: 1.0})

@@ -6,7 +6,7 @@ from torch import nn
 
 import deltakit as dk
 from support.models import attached
-from support.peft_layers import CLOSE, alike, conv1d, linear, with_peft
+from support.peft_layers import CLOSE, alike, conv1d, linear, summed, with_peft
 
 
 @pytest.mark.parametrize("make", [linear, conv1d])
@@ -73,14 +73,7 @@ def test_a_small_weight_is_trained_in_all_entries():
 
 
 def test_sums():
-    model, x = nn.Sequential(linear(11, 7)).eval(), torch.randn(2, 5, 11, dtype=torch.float64)
-    bare, changes, parts = model(x), [], []
-    for name in ("one", "two"):
-        delta = attached(model, dk.SHiRA(at="0", r=2), name=name)
-        changes.append(model(x) - bare)
-        parts.append(delta.detach())
-    dk.combine(model, {parts[0]: 0.5, parts[1]: -2.0}, name="sum").delta.attach()
-    torch.testing.assert_close(model(x), bare + 0.5 * changes[0] - 2 * changes[1], **CLOSE)
+    model, parts = summed(*[dk.SHiRA(at="0", r=2)] * 2)
     other = attached(model, dk.SHiRA(at="0", r=2, seed=1), name="other")
     with pytest.raises(dk.TargetError, match="SHiRA has sums of one set of places only"):
         dk.combine(model, {other: 1.0, parts[0]: 1.0})

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import deltakit as dk
+from support.models import attached
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -68,3 +69,17 @@ def alike(layer, method, values, theirs, x, close=CLOSE):
     torch.testing.assert_close(delta.merge().backbone(x), expected, **close)
     delta.unmerge()
     return delta
+
+
+def summed(*methods):
+    """The model and the parts of a `combine` that was compared with the sum of what the parts do alone. Both are detached."""
+    model, x = nn.Sequential(linear(11, 7)).eval(), torch.randn(2, 5, 11, dtype=torch.float64)
+    bare, changes, parts = model(x), [], []
+    for number, method in enumerate(methods):
+        delta = attached(model, method, name=f"part{number}")
+        changes.append(model(x) - bare)
+        parts.append(delta.detach())
+    delta = dk.combine(model, {parts[0]: 0.5, parts[1]: -2.0}, name="sum").delta.attach()
+    torch.testing.assert_close(model(x), bare + 0.5 * changes[0] - 2 * changes[1], **CLOSE)
+    delta.detach()
+    return model, parts
