@@ -15,6 +15,7 @@ from functools import partial
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
@@ -53,11 +54,18 @@ class RandLoRADelta(LowRank):
         nn.init.constant_(self.G, 1 / self.G.shape[1])
 
     def factors(self) -> tuple[Float[Tensor, "rank d_in"], Float[Tensor, "d_out rank"]]:
-        a, b = (self.shared._buffers[name].to(self.L) for name in "AB")
-        count, smaller = self.G.shape
-        thin = (self.L[..., None] * a[:, :, :smaller] * self.G).flatten(0, 1)
-        frozen = b[: max(self.d_in, self.d_out), :count].flatten(1)
+        thin, frozen = self._thin(), self._frozen()
         return (thin, frozen) if self.d_in <= self.d_out else (frozen.T, thin.T)
+
+    def _thin(self) -> Float[Tensor, "rank smaller"]:
+        """Returns all L_j A G_j, one above the other."""
+        a = self.shared._buffers["A"].to(self.L)
+        return (self.L[..., None] * a[:, :, : self.G.shape[1]] * self.G).flatten(0, 1)
+
+    def _frozen(self) -> Float[Tensor, "larger rank"]:
+        """Returns all B_j, side by side."""
+        b = self.shared._buffers["B"].to(self.L)
+        return b[: max(self.d_in, self.d_out), : self.L.shape[1]].flatten(1)
 
     def forward(
         self,
@@ -66,14 +74,20 @@ class RandLoRADelta(LowRank):
         layer: nn.Module | None = None,
         alone: bool = False,
     ) -> Float[Tensor, "*output"]:
-        # The rank is that of a full matrix. With many tokens the matrix costs less than the two products, and the backward
-        # pass needs only x, where it would need the product with A, which is as large.
-        count, rank = x.numel() // self.d_in, min(self.d_in, self.d_out)
-        costs_less = self.d_in * self.d_out * (count + rank) <= count * rank * (self.d_in + self.d_out)
-        if not self.linear or self.feature_slice is not None or not costs_less:
+        if not self.linear or self.feature_slice is not None:
             added: Tensor = super().forward(x, y, layer, alone)
             return added
-        change = linear_with(self._dropped(x), self._full, tuple(self.parameters()))
+        # The rank is that of a full matrix, so one factor is as large as the weight, and the product with A as x. Both are
+        # computed again in the backward pass, which needs only x, or the product with the frozen factor.
+        x, parameters = self._dropped(x), tuple(self.parameters())
+        count, rank = x.numel() // self.d_in, min(self.d_in, self.d_out)
+        if self.d_in * self.d_out * (count + rank) <= count * rank * (self.d_in + self.d_out):
+            # With many tokens the matrix costs less than the two products.
+            change = linear_with(x, self._full, parameters)
+        elif self.d_in <= self.d_out:
+            change = F.linear(linear_with(x, self._thin, parameters), self._frozen().to(x.dtype))
+        else:
+            change = linear_with(F.linear(x, self._frozen().T.to(x.dtype)), lambda: self._thin().T, parameters)
         return y + (self.scaling * self.strength * change).to(y.dtype)
 
     def _full(self) -> Float[Tensor, "d_out d_in"]:

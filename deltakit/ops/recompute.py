@@ -43,18 +43,19 @@ class _Recomputed(torch.autograd.Function):
         return F.linear(x, build().to(x.dtype))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
         x, *parameters = ctx.saved_tensors
         needs_x, _, *needed = ctx.needs_input_grad
         asked = [parameter for parameter, need in zip(parameters, needed, strict=True) if need]
+        again = torch.is_grad_enabled()
         with torch.enable_grad():
             weight = ctx.build()
-        gx = g @ weight.detach().to(g.dtype) if needs_x else None
+        # Second derivatives go through the matrix, too.
+        gx = g @ (weight if again else weight.detach()).to(g.dtype) if needs_x else None
         found: list[Tensor | None] = []
         if asked and weight.requires_grad:
             # Under autocast the product has another dtype than x.
             rows = g.reshape(-1, g.shape[-1]).mT @ x.reshape(-1, x.shape[-1]).to(g.dtype)
-            found = list(torch.autograd.grad(weight, asked, rows.to(weight.dtype), allow_unused=True))
+            found = list(torch.autograd.grad(weight, asked, rows.to(weight.dtype), create_graph=again, allow_unused=True))
         gradients = iter(found or [None] * len(asked))
         return gx, None, *(next(gradients) if need else None for need in needed)

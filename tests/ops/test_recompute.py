@@ -41,6 +41,11 @@ def test_gradients_are_those_of_autograd(shape):
     )
 
 
+def test_second_derivatives():
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x, *given: linear_with(x, lambda: build(*given), given), (x, *factors()))
+
+
 @pytest.mark.parametrize("asks", ["x", "a", "c", "none"])
 def test_only_what_is_asked_for(asks):
     a, b, c = factors()
