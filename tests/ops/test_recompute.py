@@ -112,6 +112,18 @@ class TestWeightMaps:
         one_by_one = torch.cat([model(row[None]) for row in x])
         torch.testing.assert_close(one_by_one, output)
 
+    @pytest.mark.parametrize(("d_in", "d_out"), [(D_IN, D_OUT), (D_OUT, D_IN)])
+    def test_nor_with_few_tokens_the_large_factor(self, d_in, d_out):
+        model = nn.Sequential(nn.Linear(d_in, d_out)).double()
+        delta = randomize(dk.attach(model, dk.RandLoRA(r=2, at="0")))
+        (module,) = delta.modules["0"]
+        x = torch.randn(3, d_in, dtype=torch.float64, requires_grad=True)
+        output, kept = saved(lambda: model(x))
+        own = {p.data_ptr() for p in (*delta.parameters(), model[0].weight)}
+        assert sum(t.numel() for t in kept if t.data_ptr() not in own) <= 3 * max(d_in, 6) + 6 * max(d_in, d_out)
+        wanted = torch.autograd.grad(F.linear(x, model[0].weight + module.update()).sum(), [x, *delta.parameters()])
+        torch.testing.assert_close(torch.autograd.grad(output.sum(), [x, *delta.parameters()]), wanted)
+
     @pytest.mark.parametrize("kind", ["weight_update", "new_weight"])
     def test_the_graph_keeps_no_matrix(self, kind):
         model = nn.Sequential(nn.Linear(D_IN, D_OUT)).double()
