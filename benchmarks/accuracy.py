@@ -288,7 +288,8 @@ def work(results: Results, wanted: dict[str, tuple[dk.Method, ...]], options: ar
                 shown = f"valid {row['valid']:.3f}, test {row['test']:.3f}, {row['seconds']:.0f} s"
                 print(f"{job.task:<9} {job.name:<26} rate {job.rate:<7g} seed {job.seed}: {shown}", flush=True)
     for name, methods in wanted.items():
-        if not any("ratio" in row for row in results.of(name, methods)) and not any(j.name == name for j in failed):
+        there = any("ratio" in row for row in results.of(name, methods)) or any(j.name == name for j in failed)
+        if options.rounds and not there:
             ratio = step_ratio(name, methods, results.settings.model, options.rounds)
             results.add({"name": name, "methods": repr(methods), **results.settings._asdict(), "ratio": ratio})
             print(f"step of {name:<26} {harness.spread(ratio)}", flush=True)
@@ -303,7 +304,7 @@ def main() -> int:
     parser.add_argument("--examples", type=int, default=480)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
-    parser.add_argument("--rounds", type=int, default=15, help="steps that are timed")
+    parser.add_argument("--rounds", type=int, default=15, help="steps that are timed; 0 for none")
     parser.add_argument("--model", help="a folder or Hub id; by default the demo's encoder")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "accuracy.json")
     parser.add_argument("--table", type=Path, help="a Markdown file for the table")
