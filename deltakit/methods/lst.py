@@ -53,7 +53,9 @@ class Rung(nn.Module):
         self.up, self.out = nn.Linear(size, _INNER * size, **like), nn.Linear(_INNER * size, size, **like)
 
     def forward(self, s: Float[Tensor, "*batch k"], h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch k"]:
-        s = torch.lerp(self.down(h), s, torch.sigmoid(self.alpha / _TEMPERATURE))
+        below = self.down(h)
+        # In autocast the layers return another dtype than that of the gate.
+        s = torch.lerp(below, s, torch.sigmoid(self.alpha / _TEMPERATURE).to(below.dtype))
         change: Tensor = self.out(F.gelu(self.up(self.norm(s))))
         return s + change
 

@@ -38,6 +38,17 @@ def test_equals_the_formula_in_float64():
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
+def test_autocast():
+    model = Transformer(blocks=3)
+    delta = randomize(dk.attach(model, dk.LST(size=7)))
+    wanted = model(ids())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(ids())
+    found.float().sum().backward()
+    torch.testing.assert_close(found.float(), wanted, rtol=0.1, atol=0.1)
+    assert all(parameter.grad is not None for parameter in delta.parameters())
+
+
 def test_the_backbone_s_blocks_keep_no_graph():
     model = build("llama", tf.AutoModelForCausalLM)
     randomize(dk.attach(model, dk.LST()))
