@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "measuring": {"core", "view"},
     "delta": {"core", "selection", "injection", "files", "view"},
     "integrations": {"core", "delta", "files"},
-    "searching": {"core", "delta"},
+    "searching": {"core", "delta", "ops"},
     "opendelta": {"core", "delta", "files", "methods", "ops", "view"},
 }
 FOR_AUTHORS = {

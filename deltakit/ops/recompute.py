@@ -56,6 +56,8 @@ class _Recomputed(torch.autograd.Function):
         if asked and weight.requires_grad:
             # Under autocast the product has another dtype than x.
             rows = g.reshape(-1, g.shape[-1]).mT @ x.reshape(-1, x.shape[-1]).to(g.dtype)
-            found = list(torch.autograd.grad(weight, asked, rows.to(weight.dtype), create_graph=again, allow_unused=True))
+            found = list(
+                torch.autograd.grad(weight, asked, rows.to(weight.dtype), create_graph=again, allow_unused=True)
+            )
         gradients = iter(found or [None] * len(asked))
         return gx, None, *(next(gradients) if need else None for need in needed)

@@ -17,6 +17,7 @@ from deltakit.core import (
     replace_input,
 )
 from deltakit.errors import OptionError, TargetError
+from deltakit.ops import CallContext
 from deltakit.searching.gates import Gates
 
 
@@ -29,6 +30,11 @@ class GatedDelta(DeltaModule):
         # Not a child: its parameters are not those of the delta.
         self.__dict__["gates"] = gates
         self.number = number
+
+    @property
+    def reads_call(self) -> bool:  # type: ignore[override]
+        """Whether the other delta module reads the backbone's call."""
+        return self.inner.reads_call
 
     def tag_of(self, name: str) -> str:
         return self.inner.tag_of(name.removeprefix("inner."))
@@ -44,6 +50,8 @@ class GatedOutputDelta(GatedDelta):
 
     def after_call(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         new = self.inner.after_call(target, args, kwargs, output)
+        if new is None:
+            return None
         return replace_hidden(output, self.passed(hidden_output(output), hidden_output(new)))
 
 
@@ -82,7 +90,11 @@ class Gated(Method):
 
     def build(self, index: BackboneView, targets: Sequence[Target]) -> dict[str, DeltaModule]:
         built = self.inner.build(index, targets)
-        return {path: _kind_of(type(module))(module, self.gates, self.numbers[path]) for path, module in built.items()}
+        # What has no number is a tap, which changes nothing.
+        return {
+            path: _kind_of(type(module))(module, self.gates, self.numbers[path]) if path in self.numbers else module
+            for path, module in built.items()
+        }
 
 
 def _kind_of(inner: type[DeltaModule]) -> type[GatedDelta]:
@@ -94,19 +106,19 @@ def check_candidate(method: Method, path: str, module: DeltaModule) -> None:
 
     Raises:
         TargetError: if it patches a weight.
-        OptionError: if it has no scale, or shares parameters with others.
+        OptionError: if it has no scale, acts on a whole call, or shares tensors with others.
     """
     if module.weight_read is not None:
         raise TargetError(
             f"search: at {path or 'the backbone'} {method.name} patches a weight that is read directly, and a gate needs a "
             "module that is called; leave it out with exclude="
         )
-    if not module.scalable:
+    if not module.scalable or isinstance(module, CallContext):
         raise OptionError(
             f"search: the effect of {method.name} cannot be multiplied by a gate; leave it out of the candidates"
         )
-    if module.shared is not None:
+    if module.shared is not None or not any(True for _ in module.trained_parameters()):
         raise OptionError(
-            f"search: the targets of {method.name} share parameters, so they have no number of parameters each; leave it "
-            "out of the candidates, or switch the sharing off if it has an option for that"
+            f"search: the targets of {method.name} share tensors, so none of them stands alone; leave it out of the "
+            "candidates, or switch the sharing off if it has an option for that"
         )

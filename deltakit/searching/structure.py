@@ -9,6 +9,7 @@ from torch import nn
 from deltakit.core import Method, Selector
 from deltakit.delta import plan
 from deltakit.errors import OptionError
+from deltakit.ops import InputTap
 from deltakit.searching.gated import check_candidate
 
 
@@ -47,13 +48,27 @@ def candidates_of(backbone: nn.Module, methods: Sequence[Method], train: Selecto
         DeltaError: as `plan` does.
         TargetError, OptionError: if a method cannot be a candidate.
     """
+    candidates = _candidates(backbone, methods, train)
+    for own in by_method(candidates):
+        alone = _candidates(backbone, [_method_at(own)], train)
+        if sorted(candidate[1:] for candidate in alone) != sorted(candidate[1:] for candidate in own):
+            raise OptionError(
+                f"search: the targets of {own[0].method.name} work together, so a gate cannot close one alone; leave it "
+                "out of the candidates"
+            )
+    return candidates
+
+
+def _candidates(backbone: nn.Module, methods: Sequence[Method], train: Selector | None) -> list[Candidate]:
     found = plan(backbone, *methods, train=train)
     candidates = []
     for method, built in zip(found.methods, found.built, strict=True):
         for path, module in built.items():
-            check_candidate(method, path, module)
-            size = sum(parameter.numel() for _, parameter, _ in module.trained_parameters())
-            candidates.append(Candidate(method, path, size))
+            # A tap changes nothing, and is attached with the delta modules that it serves.
+            if not isinstance(module, InputTap):
+                check_candidate(method, path, module)
+                size = sum(parameter.numel() for _, parameter, _ in module.trained_parameters())
+                candidates.append(Candidate(method, path, size))
     return candidates
 
 
@@ -83,11 +98,17 @@ def fitting(candidates: Sequence[Candidate], order: Iterable[int], budget: int) 
 
 def methods_at(chosen: Sequence[Candidate], order: Sequence[Candidate]) -> tuple[Method, ...]:
     """Returns the methods of the chosen candidates, each with the paths of its targets, in the order of all candidates."""
-    methods = list(dict.fromkeys(map(id, (candidate.method for candidate in order))))
-    found = []
-    for identity in methods:
-        own = [candidate for candidate in order if id(candidate.method) == identity and candidate in chosen]
-        if own:
-            paths = tuple(candidate.path or "^" for candidate in own)
-            found.append(replace(own[0].method, at=paths, of=None, exclude=None))
-    return tuple(found)
+    kept = [[candidate for candidate in own if candidate in chosen] for own in by_method(order)]
+    return tuple(_method_at(own) for own in kept if own)
+
+
+def by_method(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
+    """Returns the candidates of each method, in the order in which the methods come first."""
+    found: dict[int, list[Candidate]] = {}
+    for candidate in candidates:
+        found.setdefault(id(candidate.method), []).append(candidate)
+    return list(found.values())
+
+
+def _method_at(own: Sequence[Candidate]) -> Method:
+    return replace(own[0].method, at=tuple(candidate.path or "^" for candidate in own), of=None, exclude=None)

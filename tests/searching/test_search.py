@@ -5,13 +5,32 @@ import random
 
 import pytest
 import torch
+import transformers as tf
 from torch import nn
 
 import deltakit as dk
 from deltakit.searching.gated import Gated
 from deltakit.searching.gates import Gates
+from deltakit.searching.loop import _gated
 from deltakit.searching.structure import candidates_of, fitting, methods_at
-from support.models import Transformer, ids, randomize, same, snapshot
+from support.models import Transformer, ids, method_of, randomize, same, snapshot
+from support.tiny_transformers import build
+
+REFUSED = {
+    *(
+        "intrinsic_prompt",
+        "llama_adapter",
+        "lst",
+        "multitask_prompt",
+        "p_tuning",
+        "p_tuning_v2",
+        "prefix",
+        "soft_prompt",
+    ),
+    *("compacter", "invertible_adapter", "miss", "randlora", "said", "vblora", "vera"),
+    *("gpt2: trainable_tokens", "ln_tuning"),
+}
+"""Methods that act on whole calls or patch weights, or whose targets share tensors or work together. GPT-2 ties its head."""
 
 MIX = (dk.LoRA(r=1, at=["@attn.{q,k,v,o}", "@ff.up"]), dk.BitFit(), dk.IA3(), dk.LowRankAdapter(reduction=5))
 
@@ -88,6 +107,46 @@ def test_a_gate_is_a_scale_and_its_gradient_that_of_the_scale(method):
     (gradient,) = torch.autograd.grad(loss, gates.values)
     assert gradient.all()
     torch.testing.assert_close(gradient.sum(), slope, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(set(dk.METHODS) - {"adapter_fusion", "average"}))
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_what_a_search_accepts_has_its_effect_times_the_gate(kind, name):
+    model, method = build(kind, tf.AutoModelForCausalLM).eval(), method_of(name)
+    try:
+        candidates = candidates_of(model, [method], ())
+    except (dk.OptionError, dk.TargetError, dk.RoleError) as refused:
+        assert {name, f"{kind}: {name}"} & REFUSED, refused
+        return
+    assert not {name, f"{kind}: {name}"} & REFUSED
+    before = model(ids()).logits
+    torch.manual_seed(3)
+    plain = randomize(dk.attach(model, method))
+    state, output = {key: value.clone() for key, value in plain.state_dict().items()}, model(ids()).logits
+    assert not torch.allclose(output, before)
+    plain.detach()
+    gates = Gates([candidate.size for candidate in candidates], 1, beta=1.0, seed=0)
+    # Some start values are frozen.
+    torch.manual_seed(3)
+    gated = dk.attach(model, *_gated(candidates, gates))
+    for key, parameter in gated.named_parameters():
+        parameter.data.copy_(state[key.replace(".inner.", ".")])
+    torch.testing.assert_close(model(ids()).logits, output)
+    gates.values = torch.zeros(len(candidates), dtype=torch.float64)
+    torch.testing.assert_close(model(ids()).logits, before)
+
+
+def test_modules_that_hand_inputs_over_are_no_candidates():
+    model = build("bert", tf.AutoModelForMaskedLM).eval()
+    structure = dk.search(
+        model,
+        [dk.ParallelAdapter(size=2)],
+        budget=200,
+        train_step=lambda part: model(ids()).logits.square().mean(),
+        steps=2,
+    )
+    assert all(candidate.size for candidate in candidates_of(model, [dk.ParallelAdapter(size=2)], ()))
+    assert dk.attach(model, *structure.methods).num_parameters == structure.num_parameters <= 200
 
 
 class TestBudget:
@@ -207,12 +266,19 @@ class TestErrors:
                 dk.OptionError,
                 "expected a function that takes 'weights' or 'gates'",
             ),
+            ((dk.LST(),), {}, dk.OptionError, "the targets of lst work together, so a gate cannot close one alone"),
+            (
+                (dk.LlamaAdapter(),),
+                {},
+                dk.OptionError,
+                "the effect of llama_adapter cannot be multiplied by a gate; leave it out",
+            ),
             ((dk.Prefix(),), {}, dk.OptionError, "the effect of prefix cannot be multiplied by a gate; leave it out"),
             (
                 (dk.Compacter(reduction=5, shared_rule=True),),
                 {},
                 dk.OptionError,
-                "the targets of compacter share parameters",
+                "the targets of compacter share tensors, so none",
             ),
             ((dk.LoRA(r=1, at="q_proj.weight"),), {}, dk.TargetError, "lora patches a weight that is read directly"),
             ((dk.LoRA(r=1), dk.LoRA(r=2)), {}, dk.OptionError, "two of the given methods are lora"),
