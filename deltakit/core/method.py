@@ -221,8 +221,8 @@ class Method(metaclass=MethodType):
             StateError: if the gradients that it needs are not there.
         """
 
-    def unfinished(self, modules: Sequence[DeltaModule]) -> str:
-        """Returns what was left out of a training run, for a warning when the delta is saved; "" by default."""
+    def unfinished(self, modules: Sequence[DeltaModule], *, loaded: bool) -> str:
+        """Returns what a training run left out, for a warning at saving; "" by default. `loaded`: whether its values were."""
         return ""
 
     def with_rank(self, r: int) -> "Method":

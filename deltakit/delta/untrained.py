@@ -47,14 +47,14 @@ def warn_untrained(attachment: Attachment, state: Mapping[str, Tensor]) -> None:
 
 
 def warn_unfinished(attachment: Attachment) -> None:
-    """Warns of what was left out while a new delta was trained, such as the steps of AdaLoRA."""
+    """Warns of what was left out while a delta was trained, such as the steps of AdaLoRA."""
     start = attachment.record.start
     each = sum(len(parameters_of(site.module)) for site in attachment.sites)
     # Values that were set once, by hand, are no training run.
-    if start is None or attachment.version() - start.version <= each:
+    if start is not None and attachment.version() - start.version <= each:
         return
     for method, modules in by_method(attachment):
-        what = method.unfinished(modules)
+        what = method.unfinished(modules, loaded=start is None)
         if what:
             warn(f"delta {attachment.record.name!r}: {what}")
 

@@ -97,6 +97,17 @@ class AdaLoRADelta(LowRank):
         values = self.get_parameter("E")
         scatter(values, gathered(values.detach()).masked_fill(~self.get_buffer("kept"), 0))
 
+    def load_saved(self, state: Mapping[str, Tensor]) -> None:
+        super().load_saved(state)
+        # A file has no `kept`. Without it, training that goes on would bring the dropped values back.
+        self.get_buffer("kept").copy_(self.get_parameter("E") != 0)
+
+    @property
+    def revived(self) -> bool:
+        """Whether values of E that were dropped have been trained again."""
+        kept = self.get_buffer("kept")
+        return bool((gathered(self.get_parameter("E").detach()) != 0)[~kept].any())
+
     def summary(self) -> str:
         return f"r={self.get_parameter('E').shape[-2]} scale={self.scaling:g}"
 
@@ -178,6 +189,10 @@ class AdaLoRA(LowRankMethod, name="adalora"):
     def step(self, modules: Sequence[DeltaModule]) -> None:
         own = [module for module in modules if isinstance(module, AdaLoRADelta)]
         now, last = int(own[0].get_buffer("steps")) + 1, self.total_steps - self.tfinal
+        if now == 1 and _ranks_of_a_file(own):
+            for module in own:
+                module.drop()
+            return
         if now < last:
             _refuse_without_gradients(own)
             for module in own:
@@ -214,14 +229,33 @@ class AdaLoRA(LowRankMethod, name="adalora"):
         ranks = [part.rank if isinstance(part, AdaLoRADelta) else 0 for part in parts]
         return super().combination(parts, rank if rank is not None else max(1, sum(ranks)))
 
-    def unfinished(self, modules: Sequence[DeltaModule]) -> str:
+    def unfinished(self, modules: Sequence[DeltaModule], *, loaded: bool) -> str:
+        own = [module for module in modules if isinstance(module, AdaLoRADelta)]
+        if _ranks_of_a_file(own) and any(module.revived for module in own):
+            return (
+                "values that AdaLoRA had dropped have been trained again, so its ranks are above those that it chose; call "
+                "delta.step() between optimizer.step() and optimizer.zero_grad()"
+            )
         steps = modules[0].get_buffer("steps")
-        if steps.is_meta or int(steps):
+        if loaded or steps.is_meta or int(steps):
             return ""
         return (
             "it was trained without delta.step(), so AdaLoRA chose no ranks; call delta.step() between optimizer.step() and "
             "optimizer.zero_grad()"
         )
+
+
+def _ranks_of_a_file(modules: Sequence[AdaLoRADelta]) -> bool:
+    """Returns whether the ranks are those that an earlier run chose, and no step was taken since. Such ranks stay."""
+    kept = [module.get_buffer("kept") for module in modules]
+    if kept[0].is_meta or int(modules[0].get_buffer("steps")) or all(bool(one.all()) for one in kept):
+        return False
+    if any(bool(one.any()) for one in kept):
+        return True
+    # It was saved before it was trained.
+    for one in kept:
+        one.fill_(True)
+    return False
 
 
 def _refuse_without_gradients(modules: Sequence[AdaLoRADelta]) -> None:

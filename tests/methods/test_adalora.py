@@ -220,6 +220,48 @@ class TestStepsAndPenalties:
         delta.step()
         delta.save(tmp_path / "b")
 
+    def test_ranks_of_a_file_stay(self, tmp_path):
+        model = Transformer()
+        delta = randomize(dk.attach(model, dk.AdaLoRA(**PLAN)))
+        (first,), *_, (last,) = delta.modules.values()
+        with torch.no_grad():
+            first.E[1:3] = 0
+            last.E.zero_()
+        with pytest.warns(dk.DeltaWarning, match="it was trained without"):
+            delta.save(tmp_path / "a")
+        delta.detach()
+        delta = dk.load(tmp_path / "a", model)
+        ranks = [module.rank for (module,) in delta.modules.values()]
+        assert (ranks[0], ranks[-1], max(ranks)) == (2, 0, 4)
+        optimizer = torch.optim.AdamW(delta.parameters(), lr=0.1)
+
+        def train(step):
+            (model(ids()).square().mean() + delta.penalty()).backward()
+            optimizer.step()
+            if step:
+                delta.step()
+            optimizer.zero_grad()
+
+        train(step=False)
+        assert min(module.rank for (module,) in delta.modules.values()) == 4
+        with pytest.warns(dk.DeltaWarning, match="values that AdaLoRA had dropped have been trained again, so its ranks"):
+            delta.save(tmp_path / "b")
+        for _ in range(3):
+            train(step=True)
+            assert [module.rank for (module,) in delta.modules.values()] == ranks
+        delta.save(tmp_path / "c")
+
+    def test_a_file_of_an_untrained_one_is_untrained(self, tmp_path):
+        model = Transformer()
+        with pytest.warns(dk.DeltaWarning, match="is saved as it was attached"):
+            dk.attach(model, dk.AdaLoRA(**PLAN)).save(tmp_path)
+        dk.deltas(model)[0].detach()
+        delta = dk.load(tmp_path, model)
+        delta.save(tmp_path / "again")
+        model(ids()).square().mean().backward()
+        delta.step()
+        assert all(module.kept.all() and int(module.steps) == 1 for (module,) in delta.modules.values())
+
     def test_targets_without_gradients_lose_their_ranks(self):
         torch.manual_seed(1)
         model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 11))
