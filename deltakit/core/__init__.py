@@ -7,7 +7,15 @@ and what a linear layer is. Imports nothing but `errors`.
 from deltakit.core.activations import hidden_input, hidden_output, replace_hidden, replace_input
 from deltakit.core.arguments import checked
 from deltakit.core.attached_module import FROZEN, TRAINING
-from deltakit.core.backbone_call import CurrentCall, begin_call, current_call, drop_interrupted_calls, end_call
+from deltakit.core.backbone_call import (
+    INSERTED,
+    CurrentCall,
+    begin_call,
+    current_call,
+    drop_interrupted_calls,
+    end_call,
+    note_inserted,
+)
 from deltakit.core.bare_weight import (
     BareLayer,
     WeightView,
@@ -101,6 +109,7 @@ from deltakit.core.without_deltas import deltas_left_out, without_deltas
 
 __all__ = [
     "FROZEN",
+    "INSERTED",
     "METHODS",
     "TRAINING",
     "Attachment",
@@ -184,6 +193,7 @@ __all__ = [
     "named_logical_parameters",
     "names_by_id",
     "normal_tensors",
+    "note_inserted",
     "notebook_bundle",
     "notice_moved_buffers",
     "num_parameters",

@@ -18,6 +18,8 @@ from deltakit.core.running_call import RunningCall
 from deltakit.errors import StateError
 
 _RECOMPUTED = "recomputed"
+INSERTED = "inserted"
+"""A key of `CurrentCall.kept`."""
 # torch has no public function that tells whether saved tensors go through hooks, as under checkpointing. Where it is missing,
 # they always may.
 _saved_tensors_hooks: Callable[[bool], Any] = getattr(
@@ -68,6 +70,13 @@ def current_call() -> CurrentCall:
             "backbone itself"
         )
     return found
+
+
+def note_inserted(layout: Any) -> None:
+    """Notes in the current call, if one is known, where a soft prompt was inserted into its texts."""
+    call = _running(_CALL.get())
+    if call is not None:
+        call.kept[INSERTED] = layout
 
 
 def begin_call(call: CurrentCall, backbone: nn.Module | None = None, inputs: Any = ()) -> None:

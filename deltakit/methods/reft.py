@@ -29,7 +29,7 @@ from deltakit.core import (
     wide,
 )
 from deltakit.errors import OptionError, StateError, TargetError
-from deltakit.ops import OutputMap, attends, like, refuse_two_texts
+from deltakit.ops import OutputMap, attends, inserted_layout, like, refuse_two_texts
 
 
 class ReFTDelta(OutputMap):
@@ -99,6 +99,8 @@ class ReFTDelta(OutputMap):
         if call.start is None:
             # The prompt is in the state of recurrent layers.
             return []
+        layout = inserted_layout(call, length)
+        length -= 0 if layout is None else layout.width
         start, end = _text(call.mask, call.start + length, batch, y.device)
         found = []
         first = start[:, None] + torch.arange(self.first, device=y.device)
@@ -107,7 +109,12 @@ class ReFTDelta(OutputMap):
             last = end[:, None] - self.last + torch.arange(self.last, device=y.device)
             found.append((last, (last >= start[:, None] + self.first) & (call.start == 0)))
         here = [(places - call.start, there) for places, there in found if places.shape[1]]
-        return [(p.clamp(0, length - 1), there & (p >= 0) & (p < length)) for p, there in here]
+        inside = [(p.clamp(0, length - 1), there & (p >= 0) & (p < length)) for p, there in here]
+        if layout is None:
+            return inside
+        # The positions are those of the text, without a soft prompt.
+        places = layout.places(length, y.device).expand(batch, -1)
+        return [(places.gather(1, p), there) for p, there in inside]
 
     def after_call_mixed(
         self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, batch: MixedBatch

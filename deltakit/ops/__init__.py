@@ -28,6 +28,7 @@ from deltakit.ops.low_rank_starts import STARTS_WITH_A_PRODUCT, difference, star
 from deltakit.ops.low_rank_sum import sum_of_products
 from deltakit.ops.one_text import refuse_two_texts
 from deltakit.ops.prompt.delta_modules import PromptVectorsDelta
+from deltakit.ops.prompt.layout import inserted_layout
 from deltakit.ops.prompt.method import PromptMethod
 from deltakit.ops.prompt.positions import PositionsDelta
 from deltakit.ops.prompt.start_vectors import start_vectors
@@ -106,6 +107,7 @@ __all__ = [
     "in_own_dtype",
     "input_embeddings",
     "input_size",
+    "inserted_layout",
     "install_prefixes",
     "joined",
     "joined_per_example",

@@ -244,7 +244,9 @@ class TestStepsAndPenalties:
 
         train(step=False)
         assert min(module.rank for (module,) in delta.modules.values()) == 4
-        with pytest.warns(dk.DeltaWarning, match="values that AdaLoRA had dropped have been trained again, so its ranks"):
+        with pytest.warns(
+            dk.DeltaWarning, match="values that AdaLoRA had dropped have been trained again, so its ranks"
+        ):
             delta.save(tmp_path / "b")
         for _ in range(3):
             train(step=True)

@@ -28,6 +28,7 @@ from deltakit.core import (
 from deltakit.errors import StateError, TargetError, warn
 from deltakit.ops.kinds.low_rank import LowRank
 from deltakit.ops.low_rank import Product, fresh
+from deltakit.ops.prompt.layout import inserted_layout
 
 
 class ActivatedLowRank(LowRank):
@@ -105,6 +106,10 @@ class ActivatedLowRank(LowRank):
         if key not in call.kept:
             call.kept[key] = _activated(call, self.invocation)
         tokens, anywhere = call.kept[key]
+        layout = inserted_layout(call, y.shape[1]) if y.ndim == 3 else None
+        if layout is not None:
+            # The tokens of a soft prompt are not in the text.
+            tokens = layout.spread(tokens, tokens.new_zeros(layout.width), False)
         if y.shape[:-1] != tokens.shape:
             raise StateError(
                 f"aLoRA acts on the tokens of hidden states [batch, tokens, d]: expected {tuple(tokens.shape)} and the "

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from deltakit.core import MixedBatch
+from deltakit.core import MixedBatch, note_inserted
 from deltakit.errors import StateError
 from deltakit.ops.prompt.cache import close_cache, continues, open_cache, stored_length
 from deltakit.ops.prompt.layout import Layout
@@ -135,6 +135,7 @@ def _insert_ids(module: nn.Module, call: dict[str, Any], first: int, layout: Lay
     # `finish` reads the layout from the ids at the end of this forward: a field on the module would be shared by threads,
     # and would survive an exception.
     call["input_ids"].with_prompt = layout
+    note_inserted(layout)
     if isinstance(call.get("token_type_ids"), Tensor):
         call["token_type_ids"] = layout.spread(call["token_type_ids"], torch.zeros_like(prompt), 0)
 

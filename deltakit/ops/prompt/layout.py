@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Int64, Shaped
 from torch import Tensor
 
+from deltakit.core import INSERTED, CurrentCall
+
 
 class Layout(NamedTuple):
     """The positions of the inserted ids: `width` of them in each example, after the first `at` tokens of the text.
@@ -43,6 +45,12 @@ class Layout(NamedTuple):
         columns = [text.expand(rows, -1), prompt.to(text.dtype).expand(rows, -1), text.new_full((rows, 1), padding)]
         return torch.cat(columns, 1).gather(1, take.expand(rows, -1))
 
+    def places(self, length: int, device: torch.device) -> Int64[Tensor, "examples length"]:
+        """Returns where each of the `length` tokens of the text is among those with the prompt."""
+        rows = 1 if self.lengths is None else len(self.lengths)
+        every = torch.arange(length + self.width, device=device).expand(rows, -1)
+        return self.without(every[..., None], length).squeeze(-1)
+
     def without(self, x: Shaped[Tensor, "..."], length: int) -> Shaped[Tensor, "..."]:
         """Returns hidden states or attention weights of the text's tokens only.
 
@@ -64,3 +72,11 @@ class Layout(NamedTuple):
                 parts = x.narrow(dim, 0, self.at), x.narrow(dim, self.at + self.width, length - self.at)
                 x = torch.cat(parts, dim)
         return x
+
+
+def inserted_layout(call: CurrentCall, length: int) -> Layout | None:
+    """Returns the layout of a call's hidden states of `length` tokens, or None if they have no soft prompt among them."""
+    layout: Layout | None = call.kept.get(INSERTED)
+    if layout is None or call.ids is None or length != call.ids.shape[-1] + layout.width:
+        return None
+    return layout
