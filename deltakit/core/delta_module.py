@@ -46,7 +46,7 @@ class DeltaModule(AttachedModule):
             TargetError: if the method is not linear in its parameters, so that no such sum exists.
         """
         raise TargetError(
-            f"{type(self).__name__} is not linear in its parameters, so it has no weighted sums; run the deltas one by one"
+            f"{self.word()} is not linear in its parameters, so it has no weighted sums; run the deltas one by one"
         )
 
     def start_at(self, directions: Tensor) -> None:

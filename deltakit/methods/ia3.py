@@ -4,6 +4,7 @@ Liu et al. 2022, https://arxiv.org/abs/2205.05638, section 3.3: softmax(q (l_k *
 The third scale multiplies the input of the feed-forward output projection, after the activation and the gate.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,8 +12,8 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from deltakit.core import BareLayer, DeltaModule, Design, Method, Target
-from deltakit.errors import OptionError
+from deltakit.core import BareLayer, DeltaModule, Design, Method, Target, wide
+from deltakit.errors import OptionError, TargetError
 from deltakit.ops import InputMap, OutputMap, like
 
 
@@ -30,6 +31,10 @@ class IA3Delta(OutputMap):
         change = self.scale - 1
         return change[:, None] * layer.weight, None if layer.bias is None else change * layer.bias
 
+    @torch.no_grad()
+    def take_sum(self, parts: Sequence[tuple[float, DeltaModule]]) -> tuple[float, float]:
+        return _take_sum(self.scale, parts)
+
 
 class IA3InputDelta(InputMap):
     """Multiplies the target's input by `scale` [d], which starts at one."""
@@ -46,6 +51,16 @@ class IA3InputDelta(InputMap):
         # A convolution has one weight for each position in its kernel.
         positions = weight.shape[-1] // self.size
         return weight * (self.scale - 1).repeat_interleave(positions), None
+
+    @torch.no_grad()
+    def take_sum(self, parts: Sequence[tuple[float, DeltaModule]]) -> tuple[float, float]:
+        return _take_sum(self.scale, parts)
+
+
+def _take_sum(scale: Float[Tensor, " d"], parts: Sequence[tuple[float, DeltaModule]]) -> tuple[float, float]:
+    change = torch.stack([weight * (wide(part.get_parameter("scale")) - 1) for weight, part in parts]).sum(0)
+    scale.copy_(1 + change)
+    return 0.0, float(change.square().sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,3 +91,12 @@ class IA3(Method, name="ia3"):
             return None
         into = "ff.down" in target.roles if self.side == "auto" else self.side == "input"
         return IA3InputDelta if into else IA3Delta
+
+    @classmethod
+    def combination(cls, parts: Sequence[DeltaModule], rank: int | None) -> Method:
+        sides = {"input" if isinstance(part, IA3InputDelta) else "output" for part in parts}
+        if len(sides) > 1:
+            raise TargetError(
+                "IA3 has no sum of a scale on the input of a layer and one on its output; run them one by one"
+            )
+        return cls(side=sides.pop())

@@ -26,8 +26,9 @@ class MiSSDelta(LowRank):
         rows = self.d_out if options.mini is None else options.mini
         if options.r > self.d_in or self.d_out % rows:
             raise OptionError(
-                f"{target.named}: {options!r} does not fit a layer of {self.d_in} to {self.d_out} features; use an r of at "
-                f"most {self.d_in} and a mini that divides {self.d_out}, or leave it out with exclude="
+                f"{target.named}: MiSS(r={options.r}, mini={options.mini}) does not fit a layer of {self.d_in} to "
+                f"{self.d_out} features; use an r of at most {self.d_in} and a mini that divides {self.d_out}, or leave it out "
+                "with exclude="
             )
         self.B = nn.Parameter(torch.zeros(rows, options.r, **like(target)))
 
@@ -50,8 +51,8 @@ class MiSSBatDelta(WeightMap):
         d_in, d_out = sizes(target, "MiSS")
         if d_in % options.r or d_out % options.r:
             raise OptionError(
-                f"{target.named}: {options!r} expects sizes that r divides, and the layer has {d_in} to {d_out} features; use "
-                "another r, or leave it out with exclude="
+                f"{target.named}: MiSS(r={options.r}, bat=True) expects sizes that r divides, and the layer has {d_in} to "
+                f"{d_out} features; use another r, or leave it out with exclude="
             )
         self.B = nn.Parameter(torch.zeros(d_out // options.r, options.r, options.r, **like(target)))
 

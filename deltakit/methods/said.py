@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from deltakit.core import BackboneView, DeltaModule, Design, Method, Target, gathered_in_training
-from deltakit.errors import OptionError
+from deltakit.errors import OptionError, TargetError
 from deltakit.ops import Fastfood, WeightMap, key_of_name, like
 
 
@@ -41,6 +41,11 @@ class SAIDDelta(WeightMap):
         theta = gathered_in_training(self.shared.theta).clone()
         update: Tensor = self.shared.projection(theta, self.projection_key, tuple(weight.shape))
         return update if self.factor is None else update * self.factor.to(update)
+
+    def take_sum(self, parts: Sequence[tuple[float, DeltaModule]]) -> tuple[float, float]:
+        raise TargetError(
+            "SAID has no weighted sums, because all its targets share one theta; run the deltas one by one"
+        )
 
     def summary(self) -> str:
         return f"size={len(self.shared.theta)}"

@@ -22,7 +22,8 @@ class SoftPrompt(StartedPrompt, name="soft_prompt"):
 
     Args:
         tokens: the length of the prompt, at least 1.
-        init: "vocab" (embeddings of frequent tokens) or "random".
+        init: "vocab" (embeddings of frequent tokens), "random", or a delta whose soft prompt it starts as, repeated or cut to
+            the length of the prompt.
         init_range: random vectors are uniform within this distance of 0; above 0.
         init_ids: the token ids of a text to start from, repeated or cut to the length of the prompt.
         init_vectors: vectors [n, d] to start from, repeated or cut to the length of the prompt. Not in files.

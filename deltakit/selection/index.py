@@ -212,9 +212,12 @@ class BackboneIndex:
         if of is not None:
             hits = [path for path in hits if not self.module_at(path)[1] and is_of(self.module_at(path)[0], of)]
         if not hits:
+            given = [f"{name}={value!r}" for name, value in (("of", of), ("exclude", exclude)) if value is not None]
+            if not given:
+                raise SelectorError(f"{wanted} selects nothing in {self.owner}; name targets with at=")
             raise SelectorError(
-                f"{wanted} selects {len(paths)} targets in {self.owner}, but of={of!r} and exclude={exclude!r} remove all "
-                "of them; omit one of the two, or select other targets"
+                f"{wanted} selects {len(paths)} targets in {self.owner}, and {' and '.join(given)} leaves none of them; omit "
+                "that, or select other targets"
             )
         return list(dict.fromkeys(map(self.first_name, hits)))
 

@@ -89,8 +89,8 @@ def test_a_delta_by_half_is_half_of_it():
 @pytest.mark.parametrize(
     ("method", "weights", "error", "message"),
     [
-        (dk.Adapter(size=2), {"a": 1.0}, dk.TargetError, "AdapterDelta is not linear in its parameters"),
-        (dk.Prefix(tokens=2), {"a": 1.0}, dk.TargetError, "Prefix.*Delta is not linear in its parameters"),
+        (dk.Adapter(size=2), {"a": 1.0}, dk.TargetError, "Adapter is not linear in its parameters"),
+        (dk.Prefix(tokens=2), {"a": 1.0}, dk.TargetError, "Prefix.* is not linear in its parameters"),
         (dk.LoRA(r=2), {"c": 1.0}, dk.OptionError, "no delta named 'c' is attached; the attached deltas are 'a'"),
         (dk.LoRA(r=2), {}, dk.OptionError, "expected at least one delta"),
         (

@@ -86,6 +86,15 @@ def test_one_invocation_for_all(tmp_path):
         delta.save(tmp_path, format="diffusers")
 
 
+def test_not_of_other_models(tmp_path):
+    """PEFT opens it there, and applies it to no token."""
+    delta = attached(wide("bert"), dk.LoRA(r=2, invocation=CALL), train=())
+    with pytest.raises(
+        dk.CheckpointError, match="PEFT has activated LoRA in causal language models alone, and this is a "
+    ):
+        delta.save(tmp_path, format="peft")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

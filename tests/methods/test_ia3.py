@@ -261,3 +261,32 @@ def test_a_file_keeps_side_and_values(tmp_path):
     (loaded,) = dk.load(tmp_path, fresh).methods
     assert loaded.side == "input"
     assert torch.equal(fresh(ids()), model(ids()))
+
+
+class TestSums:
+    def test_a_sum_of_changes(self):
+        model = Transformer(blocks=1).double().eval()
+        parts = [attached(model, IA3(), name=name).detach() for name in "ab"]
+        delta = dk.combine(model, {parts[0]: 0.5, parts[1]: -2.0}).delta
+        for path, (module,) in delta.modules.items():
+            one, two = (part.modules[path][0].scale for part in parts)
+            torch.testing.assert_close(module.scale, 1 + 0.5 * (one - 1) - 2 * (two - 1), **CLOSE)
+            assert type(module) is type(parts[0].modules[path][0])
+
+    def test_where_only_one_of_them_is(self):
+        model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)).double()
+        x = torch.randn(2, 5, dtype=torch.float64)
+        parts = [attached(model, IA3(at=at, side="input"), name=f"d{at}") for at in "01"]
+        wanted = model(x)
+        for part in parts:
+            part.detach()
+        dk.combine(model, dict.fromkeys(parts, 1.0)).delta.attach()
+        torch.testing.assert_close(model(x), wanted, **CLOSE)
+
+    def test_two_sides_have_none(self):
+        model = nn.Sequential(nn.Linear(5, 7))
+        parts = [attached(model, IA3(at="0", side=side), name=side).detach() for side in ("input", "output")]
+        with pytest.raises(
+            dk.TargetError, match="IA3 has no sum of a scale on the input of a layer and one on its output"
+        ):
+            dk.combine(model, dict.fromkeys(parts, 1.0))

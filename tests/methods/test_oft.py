@@ -144,5 +144,5 @@ def test_part_of_a_fused_projection_is_refused():
 def test_it_has_no_sum():
     model = nn.Sequential(nn.Linear(12, 7))
     delta = attached(model, dk.OFT(at="0"))
-    with pytest.raises(dk.TargetError, match="OFTDelta is not linear in its parameters"):
+    with pytest.raises(dk.TargetError, match="OFT is not linear in its parameters"):
         dk.combine(model, {delta: 1.0})

@@ -278,6 +278,10 @@ def test_a_start_from_another_delta(tmp_path):
         next(started.parameters()).zero_()
     assert torch.equal(trained.state_dict()["embed.soft_prompt.prompt"], vectors)
     started.detach()
+    same_length = dk.attach(model, dk.SoftPrompt(tokens=3, init=trained), name="same", train=())
+    assert torch.equal(model(ids()), wanted)
+    assert same_length.methods[0].to_dict()["init"] == "vocab"
+    same_length.detach()
     waiting = dk.load(tmp_path, model, name="file", attach=False)
     longer = dk.attach(model, dk.SoftPrompt.from_delta(waiting, tokens=7, where="start"), train=())
     assert torch.equal(next(longer.parameters()), vectors[[0, 1, 2, 0, 1, 2, 0]])
@@ -292,6 +296,20 @@ def test_starts_that_cannot_be():
     lora = dk.attach(model, dk.LoRA(r=2))
     with pytest.raises(dk.OptionError, match="SoftPrompt.from_delta: expected a delta with one soft prompt, found 0"):
         dk.SoftPrompt.from_delta(lora)
+    with pytest.raises(dk.OptionError, match=r"SoftPrompt\(init=...\): expected a delta with one soft prompt, found 0"):
+        dk.SoftPrompt(init=lora)
+    with pytest.raises(
+        dk.OptionError, match=r"SoftPrompt\(init=3\): expected a text or a delta with a soft prompt, found"
+    ):
+        dk.SoftPrompt(init=3)
+    with pytest.raises(dk.OptionError, match=r"init=..., init_vectors=...\): omit one of the two"):
+        dk.SoftPrompt(init=lora, init_vectors=torch.zeros(3, 20))
+    with pytest.raises(dk.OptionError, match="vectors to start from have values that are infinite or not a number"):
+        dk.SoftPrompt(init_vectors=torch.full((3, 20), torch.nan))
+    with pytest.raises(
+        dk.OptionError, match=r"init_ids=\[-1\]\): expected a list of at least one token id, none below 0"
+    ):
+        dk.SoftPrompt(init_ids=[-1])
     with pytest.raises(dk.OptionError, match="expected a delta, found a str; pass what attach"):
         dk.SoftPrompt.from_delta("pretrained")
     with pytest.raises(

@@ -1,8 +1,8 @@
 """StartedPrompt: what methods share whose prompt starts as given vectors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -15,12 +15,22 @@ from deltakit.ops.prompt.start_vectors import repeated, start_vectors
 T = TypeVar("T", bound="StartedPrompt")
 
 
+@runtime_checkable
+class HasPrompt(Protocol):
+    """What a handle is here."""
+
+    _in_words: ClassVar[str] = "a delta with a soft prompt"
+
+    def state_dict(self) -> Mapping[str, Tensor]: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class StartedPrompt(PromptMethod):
     """A prompt that starts as embeddings of tokens, as random numbers, or as the vectors of another prompt.
 
     Args:
-        init: "vocab" (embeddings of frequent tokens) or "random".
+        init: "vocab" (embeddings of frequent tokens), "random", or a delta whose soft prompt it starts as, repeated or cut to
+            the length of the prompt.
         init_range: random vectors are uniform within this distance of 0; above 0.
         init_ids: the token ids of a text to start from, repeated or cut to the length of the prompt.
         init_vectors: vectors [n, d] to start from, repeated or cut to the length of the prompt. Not in files.
@@ -29,7 +39,7 @@ class StartedPrompt(PromptMethod):
         OptionError: if an option is out of its range.
     """
 
-    init: str = "vocab"
+    init: str | HasPrompt = "vocab"
     init_range: float = 0.5
     init_ids: Sequence[int] | None = None
     init_vectors: Tensor | None = field(default=None, compare=False, repr=False)
@@ -65,23 +75,17 @@ class StartedPrompt(PromptMethod):
         Raises:
             OptionError: if the delta has no prompt or several, or an option is out of its range.
         """
-        try:
-            found = [value for name, value in delta.state_dict().items() if name.endswith(".prompt")]
-        except AttributeError:
-            raise OptionError(
-                f"{cls.__name__}.from_delta: expected a delta, found a {type(delta).__name__}; pass what attach() or load() "
-                "returned"
-            ) from None
-        if len(found) != 1:
-            raise OptionError(
-                f"{cls.__name__}.from_delta: expected a delta with one soft prompt, found {len(found)} of them; pass the "
-                "vectors with init_vectors="
-            )
-        return cls(**{"tokens": len(found[0]), "init_vectors": found[0].clone(), **options})
+        found = _prompt_of(delta, f"{cls.__name__}.from_delta")
+        return cls(**{"tokens": len(found), "init_vectors": found, **options})
 
     def validate(self) -> None:
         super().validate()
         kind = type(self).__name__
+        if not isinstance(self.init, str):
+            if self.init_vectors is not None:
+                raise OptionError(f"{kind}(init=..., init_vectors=...): omit one of the two")
+            object.__setattr__(self, "init_vectors", _prompt_of(self.init, f"{kind}(init=...)"))
+            object.__setattr__(self, "init", "vocab")
         if self.init not in ("vocab", "random"):
             what = f"expected 'vocab' or 'random'; for a text use {kind}.from_text"
             raise OptionError(f"{kind}(init={self.init!r}): {what}")
@@ -89,7 +93,9 @@ class StartedPrompt(PromptMethod):
             raise OptionError(f"{kind}(init_range={self.init_range}): expected a number above 0; 0.5 is usual")
         if self.init_ids is not None:
             if not self.init_ids or min(self.init_ids) < 0:
-                raise OptionError(f"{kind}(init_ids={self.init_ids!r}): expected a list of at least one token id")
+                raise OptionError(
+                    f"{kind}(init_ids={list(self.init_ids)}): expected a list of at least one token id, none below 0"
+                )
             object.__setattr__(self, "init_ids", tuple(self.init_ids))
         given = self.init_vectors
         if given is not None and (given.ndim != 2 or not given.shape[0] or not given.is_floating_point()):
@@ -97,6 +103,8 @@ class StartedPrompt(PromptMethod):
                 f"{kind}(init_vectors=...): expected a matrix [n, d] with at least one row, found shape {tuple(given.shape)} "
                 f"of {given.dtype}"
             )
+        if given is not None and not given.isfinite().all():
+            raise OptionError(f"{kind}: the vectors to start from have values that are infinite or not a number")
         if given is not None and self.init_ids is not None:
             raise OptionError(f"{kind}(init_ids=..., init_vectors=...): omit one of the two")
 
@@ -117,3 +125,22 @@ class StartedPrompt(PromptMethod):
         data = super(StartedPrompt, replace(self, init_vectors=None)).to_dict()
         del data["init_vectors"]
         return data
+
+
+def _prompt_of(delta: Any, where: str) -> Float[Tensor, "tokens d"]:
+    """Returns a copy of the prompt of a delta.
+
+    Raises:
+        OptionError: if it is no delta, or has no prompt or several.
+    """
+    try:
+        found = [value for name, value in delta.state_dict().items() if name.endswith(".prompt")]
+    except AttributeError:
+        raise OptionError(
+            f"{where}: expected a delta, found a {type(delta).__name__}; pass what attach() or load() returned"
+        ) from None
+    if len(found) != 1:
+        raise OptionError(
+            f"{where}: expected a delta with one soft prompt, found {len(found)} of them; pass the vectors with init_vectors="
+        )
+    return found[0].clone()

@@ -74,16 +74,24 @@ def write(
         held = f"{owner}.base_layer.{name_of(name)}" if owner in targets else name
         # PEFT puts no wrapper of adapters around a model with a prompt.
         named[f"{of_kind.prefix or PREFIX_OF_PROMPTS}{held}"] = tensors[name]
-    model = type(attachment.backbone).__name__
     found = {
         "peft_type": of_kind.peft_type,
-        "task_type": next((task for end, task in _TASKS.items() if model.endswith(end)), None),
+        "task_type": _task(writing, options),
         **options,
         "modules_to_save": modules or None,
         "base_model_name_or_path": config["backbone"]["id"],
         "inference_mode": True,
     }
     _write(folder, found, plain_tensors(named), card)
+
+
+def _task(writing: Writing, options: Mapping[str, Any]) -> str | None:
+    """Returns PEFT's word for what the backbone does, by the name of its class; None if that does not show it."""
+    model = type(writing.attachment.backbone).__name__
+    task = next((task for end, task in _TASKS.items() if model.endswith(end)), None)
+    if options.get("alora_invocation_tokens") and task != "CAUSAL_LM":
+        raise writing.impossible(f"PEFT has activated LoRA in causal language models alone, and this is a {model}")
+    return task
 
 
 def _write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> None:
