@@ -26,10 +26,11 @@ MAY_IMPORT = {
     "files": {"core", "selection", "version"},
     "view": {"core", "injection"},
     "measuring": {"core", "view"},
+    "picking": {"core", "selection", "view"},
     "delta": {"core", "selection", "injection", "files", "view"},
     "integrations": {"core", "delta", "files"},
     "searching": {"core", "delta"},
-    "opendelta": {"core", "delta", "files", "methods", "ops", "view"},
+    "opendelta": {"core", "delta", "files", "methods", "ops", "picking", "view"},
 }
 FOR_AUTHORS = {
     "opendelta": {

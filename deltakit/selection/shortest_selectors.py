@@ -109,7 +109,9 @@ class _Search:
 
     def _written(self, by_scope: Mapping[str, Sequence[str]], left: Sequence[str]) -> tuple[str, ...]:
         """Writes classes by their scopes, and what is left by the ends of its paths."""
-        found = [f"{scope}/{text}" if scope else text for scope, texts in by_scope.items() for text in self._merged(texts)]
+        found = [
+            f"{scope}/{text}" if scope else text for scope, texts in by_scope.items() for text in self._merged(texts)
+        ]
         return (*found, *self._folded_ends(left))
 
     def _folded_ends(self, paths: Sequence[str]) -> list[str]:
