@@ -50,6 +50,7 @@ class DeltaBase(Reporting, SaveLoadMixin, CustomDeltas):
     default_exclude_modules: ClassVar[Sequence[str]] = ("lm_head",)
     default_unfrozen_modules: ClassVar[Sequence[str]] = ("deltas",)
     config_class: ClassVar[type[BaseDeltaConfig]] = BaseDeltaConfig
+    times_named: ClassVar[int] = 1  # How often `modified_modules` has a module that is picked by hand.
 
     _narrowed: tuple[nn.Module, list[str]] | None
     _froze: set[str]
@@ -72,7 +73,8 @@ class DeltaBase(Reporting, SaveLoadMixin, CustomDeltas):
         if interactive_modify:
             # As in OpenDelta, what is picked comes before modified_modules=, and its names are the model's own.
             common_structure = False
-            modified_modules = picked_names(backbone_model, interactive_modify, type(self).__name__)
+            found = picked_names(backbone_model, interactive_modify, type(self).__name__)
+            modified_modules = [name for name in found for _ in range(self.times_named)]
         self._begin(backbone_model)
         self.modified_modules = as_list(modified_modules) or list(self.default_modified_modules)
         self.exclude_modules = as_list(exclude_modules)

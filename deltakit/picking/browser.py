@@ -33,6 +33,7 @@ body { margin: 0 auto; max-width: 70rem; padding: 0 1rem 5rem; font: 14px/1.5 sy
 footer { position: fixed; inset: auto 0 0 0; padding: .6em 1rem; background: Canvas; border-top: 1px solid #888; }
 footer button { font: inherit; padding: .2em 1em; }
 h1 { font-size: 1.2rem; }
+.dk-head { position: sticky; top: 0; background: Canvas; border-bottom: 1px solid #888; margin-bottom: .5em; }
 """
 
 

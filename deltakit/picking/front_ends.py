@@ -10,7 +10,6 @@ from torch import nn
 
 from deltakit.core import checked
 from deltakit.errors import OptionError
-from deltakit.picking.browser import in_browser
 from deltakit.picking.picked_modules import Selection
 from deltakit.picking.picker import Picker
 
@@ -37,7 +36,8 @@ def pick(backbone: nn.Module, *, how: How = "auto", port: int = 0) -> Selection 
 
     Raises:
         TargetError: if the backbone is not a `torch.nn.Module`, or has no module with parameters in it.
-        OptionError: if the extra is not installed, if there is nothing to show the picker in, or if the port is taken.
+        OptionError: if the extra is not installed, if there is nothing to show the picker in, or if the port is taken or is
+            none.
     """
     found = picked(backbone, how=how, port=port)
     if found is None:
@@ -53,6 +53,10 @@ def picked(backbone: nn.Module, *, how: str = "auto", port: int = 0, waits: bool
     Args:
         waits: whether to wait for the user in notebooks, too: there "auto" then is the browser.
     """
+    if not 0 <= port < 2**16:
+        raise OptionError(
+            f"pick(port={port}): expected a number from 0 to {2**16 - 1}; omit it for a port that is free"
+        )
     picker = Picker(backbone)
     place = how if how != "auto" else "browser" if port else _usual()
     if waits and place == "notebook":
@@ -70,7 +74,10 @@ def picked(backbone: nn.Module, *, how: str = "auto", port: int = 0, waits: bool
 
 
 def _submitted(place: str, picker: Picker, port: int) -> bool:
+    # Imported only here: none of them is needed to import deltakit.
     if place == "browser":
+        from deltakit.picking.browser import in_browser
+
         return in_browser(picker, port)
     from deltakit.picking.terminal import in_terminal
 

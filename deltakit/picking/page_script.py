@@ -19,6 +19,9 @@ STYLE = """
 .dk-pick .dk-fold { border: 0; padding: 0; width: 1.2em; flex: none; }
 .dk-pick .dk-every { font-size: 12px; font-weight: normal; line-height: 1.3; opacity: 0; }
 .dk-pick .dk-line:hover .dk-every, .dk-pick .dk-line:focus-within .dk-every { opacity: 1; }
+@media (hover: none) { .dk-pick .dk-every { opacity: 1; } }
+.dk-pick ::placeholder { color: inherit; opacity: .75; }
+.dk-pick .dk-code { min-height: 1.6em; padding-bottom: .4em; }
 .dk-pick .dk-bar { display: flex; flex-wrap: wrap; gap: .6em; align-items: center; padding: .5em 0; }
 .dk-pick code { font-family: ui-monospace, Menlo, Consolas, monospace; user-select: all; overflow-wrap: anywhere; }
 .dk-pick [hidden] { display: none; }
@@ -42,15 +45,18 @@ function deltakitPicker(box, tree, send) {
     return made;
   };
   box.classList.add("dk-pick");
-  const bar = make(box, "div", "dk-bar");
+  const head = make(box, "div", "dk-head"), bar = make(head, "div", "dk-bar");
   const search = make(bar, "input");
   search.type = "search";
-  search.size = 30;
+  search.size = 36;
   search.placeholder = "filter: a part of a name, or @attn.q";
   search.setAttribute("aria-label", "filter the modules, by a part of a name or by a selector");
   search.addEventListener("input", () => send({ do: "filter", text: search.value }));
   const matches = button(bar, "", "", () => send({ do: "matches", on: true }));
   button(bar, "", "clear ticks", () => send({ do: "clear" }));
+  const result = make(head, "div");
+  result.setAttribute("role", "status");
+  const summary = make(result, "div"), code = make(make(result, "div", "dk-code"), "code", "dk-result");
   const items = [], boxes = [], lines = [], everywhere = [];
   const top = make(box, "ul");
   top.setAttribute("aria-label", "modules of " + tree.title);
@@ -95,9 +101,6 @@ function deltakitPicker(box, tree, send) {
     everywhere[number].title = "all modules named " + row.name;
     everywhere[number].setAttribute("aria-label", "tick or untick all modules named " + row.name);
   });
-  const result = make(make(box, "div", "dk-bar"), "div");
-  result.setAttribute("role", "status");
-  const summary = make(result, "div"), code = make(make(result, "div"), "code", "dk-result");
   return (state) => {
     const ticked = new Set(state.ticked), shown = new Set(state.shown);
     items.forEach((item, number) => {
@@ -107,7 +110,8 @@ function deltakitPicker(box, tree, send) {
       lines[number].classList.toggle("dk-ticked", ticked.has(number));
     });
     if (document.activeElement !== search) search.value = state.filter;
-    matches.textContent = state.matches ? "tick all " + state.matches + " that match" : "nothing matches";
+    const rows = state.matches + (state.matches === 1 ? " matching row" : " matching rows");
+    matches.textContent = state.matches ? "tick " + rows : "nothing matches";
     matches.disabled = !state.matches;
     matches.hidden = !state.filter.trim();
     summary.textContent = state.summary;

@@ -50,6 +50,7 @@ def _add(
     depth = found[parent].depth + 1 if parent >= 0 else 0
     name = " ".join(same) if len(same) > 1 else same[0]
     own = () if node.alias is not None else paths
-    found.append(PickerRow(number, parent, depth, next(labels), ", ".join(fold(paths)), own, same, name))
+    label = next(labels) + (f"  ×{len(own)}" if len(own) > 1 else "")
+    found.append(PickerRow(number, parent, depth, label, ", ".join(fold(paths)), own, same, name))
     for child in node.children:
         _add(found, child, labels, number, paths, "*" if node.names[0].isdecimal() else node.names[0])

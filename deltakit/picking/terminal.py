@@ -23,9 +23,9 @@ class _Modules(Tree[int]):
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("space", "app.tick", "tick"),
-        Binding("e", "app.everywhere", "same name everywhere"),
-        Binding("a", "app.matches", "tick all matches"),
-        Binding("c", "app.clear", "clear ticks"),
+        Binding("e", "app.everywhere", "everywhere"),
+        Binding("a", "app.matches", "all matches"),
+        Binding("c", "app.clear", "clear"),
         Binding("slash", "app.filter", "filter"),
         Binding("left", "close_branch", "close", show=False),
         Binding("right", "open_branch", "open", show=False),
@@ -52,7 +52,7 @@ class PickerApp(App[bool]):
     """
     ENABLE_COMMAND_PALETTE = False
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("ctrl+s", "submit", "use these modules", priority=True),
+        Binding("ctrl+s", "submit", "done", priority=True),
         Binding("escape", "leave", "cancel", priority=True),
         Binding("ctrl+c", "cancel", "cancel", show=False, priority=True),
         Binding("ctrl+q", "cancel", "cancel", show=False, priority=True),

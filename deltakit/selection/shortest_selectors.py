@@ -23,10 +23,10 @@ def shortest_selectors(index: BackboneIndex, paths: Iterable[str]) -> tuple[str,
 
     >>> from torch import nn
     >>> index = BackboneIndex(nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 10), 3, enable_nested_tensor=False))
-    >>> shortest_selectors(index, ["layers.0.linear1", "layers.1.linear1", "layers.2.linear1"])
-    ('linear1',)
+    >>> shortest_selectors(index, ["layers.0.norm1", "layers.1.norm1", "layers.2.norm1"])
+    ('norm1',)
     >>> shortest_selectors(index, ["layers.0.linear1", "layers.1.linear1"])
-    ('layers.{0-1}/linear1',)
+    ('layers.{0-1}/@ff.up',)
 
     Args:
         paths: paths of modules of the backbone.
