@@ -57,7 +57,7 @@ function deltakitPicker(box, tree, send) {
   const result = make(head, "div");
   result.setAttribute("role", "status");
   const summary = make(result, "div"), code = make(make(result, "div", "dk-code"), "code", "dk-result");
-  const items = [], boxes = [], lines = [], everywhere = [];
+  const items = [], boxes = [], lines = [], some = [];
   const top = make(box, "ul");
   top.setAttribute("aria-label", "modules of " + tree.title);
   tree.rows.forEach((row, number) => {
@@ -84,7 +84,7 @@ function deltakitPicker(box, tree, send) {
     const fold = make(line, "button", "dk-fold");
     fold.type = "button";
     fold.disabled = true;
-    if (row.can) {
+    if (row.modules) {
       const tick = boxes[number] = make(line, "input");
       tick.type = "checkbox";
       tick.id = own + "-" + number;
@@ -92,26 +92,30 @@ function deltakitPicker(box, tree, send) {
       tick.addEventListener("change", () => send({ do: "tick", row: number, on: tick.checked }));
     }
     const label = make(line, "label", "", row.label);
-    if (!row.can) return;
+    if (!row.modules) return;
     label.htmlFor = own + "-" + number;
     label.title = row.path;
-    everywhere[number] = button(line, "dk-every", "everywhere", () => {
+    some[number] = make(line, "span");
+    const everywhere = button(line, "dk-every", "everywhere", () => {
       send({ do: "everywhere", row: number, on: !boxes[number].checked });
     });
-    everywhere[number].title = "all modules named " + row.name;
-    everywhere[number].setAttribute("aria-label", "tick or untick all modules named " + row.name);
+    everywhere.title = "all modules named " + row.name;
+    everywhere.setAttribute("aria-label", "tick or untick all modules named " + row.name);
   });
   return (state) => {
-    const ticked = new Set(state.ticked), shown = new Set(state.shown);
+    const shown = new Set(state.shown);
     items.forEach((item, number) => {
       item.hidden = !shown.has(number);
       if (!boxes[number]) return;
-      boxes[number].checked = ticked.has(number);
-      lines[number].classList.toggle("dk-ticked", ticked.has(number));
+      const count = state.ticked[number] || 0, all = tree.rows[number].modules;
+      boxes[number].checked = count === all;
+      boxes[number].indeterminate = count > 0 && count < all;
+      some[number].textContent = count > 0 && count < all ? count + " of " + all : "";
+      lines[number].classList.toggle("dk-ticked", count > 0);
     });
     if (document.activeElement !== search) search.value = state.filter;
-    const rows = state.matches + (state.matches === 1 ? " matching row" : " matching rows");
-    matches.textContent = state.matches ? "tick " + rows : "nothing matches";
+    const found = state.matches + (state.matches === 1 ? " matching module" : " matching modules");
+    matches.textContent = state.matches ? "tick " + found : "nothing matches";
     matches.disabled = !state.matches;
     matches.hidden = !state.filter.trim();
     summary.textContent = state.summary;
@@ -124,9 +128,13 @@ PAGE_SCRIPT = """
 const start = JSON.parse(document.getElementById("start").textContent);
 const token = new URLSearchParams(location.search).get("token");
 const said = document.getElementById("said"), buttons = [...document.querySelectorAll("footer button")];
-let sent = 0, over = false;
-async function send(message) {
+let sent = 0, over = false, before = Promise.resolve();
+function send(message) {
   const mine = ++sent;
+  // One after the other: two requests at once may arrive in another order.
+  return before = before.then(() => post(message, mine));
+}
+async function post(message, mine) {
   try {
     const answer = await fetch("/act", {
       method: "POST", body: JSON.stringify(message),

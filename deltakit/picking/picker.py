@@ -1,6 +1,6 @@
 """The state of a picker: what is ticked, what a filter shows, and which selectors that makes. The front ends only show it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -29,11 +29,11 @@ class Picker:
 
     backbone: nn.Module
     rows: tuple[PickerRow, ...] = field(init=False)
-    ticked: set[int] = field(init=False, default_factory=set)
-    """The numbers of the rows that are ticked."""
+    ticked: frozenset[str] = field(init=False, default=frozenset())
+    """The paths of the modules that are ticked."""
     filter: str = field(init=False, default="")
     _index: BackboneIndex = field(init=False)
-    _known: tuple[frozenset[int], Selection] = field(init=False, default=(frozenset(), Selection()))
+    _known: tuple[frozenset[str], Selection] = field(init=False, default=(frozenset(), Selection()))
 
     def __post_init__(self) -> None:
         self._index = BackboneIndex(self.backbone)
@@ -50,44 +50,54 @@ class Picker:
 
     def tick(self, row: int, *, on: bool = True) -> None:
         """Ticks a row, or removes its tick. It stands for its own modules, not for those in them."""
-        self._set([self._row(row)], on)
+        self._set(self._row(row).paths, on)
 
     def everywhere(self, row: int, *, on: bool = True) -> None:
         """Ticks all rows with the name of this one, or removes their ticks."""
         name = self._row(row).same_name
-        self._set([other for other in self.rows if other.same_name == name], on)
+        self._set([path for other in self.rows if other.same_name == name for path in other.paths], on)
 
     def tick_matches(self, *, on: bool = True) -> None:
-        """Ticks what the filter matches, or removes the ticks there; without a filter it does nothing."""
-        self._set([self.rows[number] for number in self.matches()], on)
+        """Ticks what the filter matches, or removes the ticks there; without a filter it does nothing.
+
+        It may be a part of a row: of the layers `0-23` those that `layers.{0-5}` selects.
+        """
+        self._set(self.matches(), on)
 
     def clear(self) -> None:
         """Removes all ticks."""
-        self.ticked = set()
+        self.ticked = frozenset()
 
-    def matches(self) -> list[int]:
-        """Returns the numbers of the rows that the filter matches: as a part of their text, or as a selector."""
+    def ticked_in(self, row: int) -> int:
+        """Returns how many modules of a row are ticked."""
+        return len(self.ticked.intersection(self._row(row).paths))
+
+    def matches(self) -> frozenset[str]:
+        """Returns the paths that the filter matches: of rows that have it in their text, and what it is a selector of."""
+        found = {path for row in self.rows if self._has(row) for path in row.paths}
+        return frozenset(found | self._selected())
+
+    def _has(self, row: PickerRow) -> bool:
+        text = self.filter.strip().lower()
+        return bool(text) and (text in row.label.lower() or text in row.path.lower())
+
+    def _selected(self) -> set[str]:
         text = self.filter.strip()
-        if not text:
-            return []
         try:
-            hits = {self._index.first_name(path) for path in match(text, self._index.by_path, self._index.role)}
+            found = match(text, self._index.by_path, self._index.role) if text else ()
         except DeltaError:
             # Half of a selector that is being typed.
-            hits = set()
-        small = text.lower()
-        return [
-            row.number
-            for row in self.rows
-            if small in row.label.lower() or small in row.path.lower() or not hits.isdisjoint(row.paths)
-        ]
+            return set()
+        there = {path for row in self.rows for path in row.paths}
+        return there.intersection(map(self._index.first_name, found))
 
     def shown(self) -> list[int]:
         """Returns the numbers of the rows to show: all, or those that the filter matches with the rows around them."""
         if not self.filter.strip():
             return [row.number for row in self.rows]
         found: set[int] = set()
-        for number in self.matches():
+        selected = self._selected()
+        for number in [row.number for row in self.rows if self._has(row) or not selected.isdisjoint(row.paths)]:
             while number >= 0 and number not in found:
                 found.add(number)
                 number = self.rows[number].parent
@@ -95,11 +105,9 @@ class Picker:
 
     def selection(self) -> Selection:
         """Returns the ticked modules, with selectors that the grammar reads as exactly these."""
-        ticked = frozenset(self.ticked)
-        if self._known[0] != ticked:
-            wanted = {path for number in ticked for path in self.rows[number].paths}
-            names = tuple(path for path in self._index.by_path if path in wanted)
-            self._known = ticked, Selection(names, shortest_selectors(self._index, names))
+        if self._known[0] != self.ticked:
+            names = tuple(path for path in self._index.by_path if path in self.ticked)
+            self._known = self.ticked, Selection(names, shortest_selectors(self._index, names))
         return self._known[1]
 
     def preview(self) -> Preview:
@@ -112,9 +120,8 @@ class Picker:
             raise OptionError(f"row {number!r}: expected a number from 0 to {len(self.rows) - 1}; load the page again")
         return self.rows[number]
 
-    def _set(self, rows: list[PickerRow], on: bool) -> None:
-        numbers = {row.number for row in rows if row.paths}
-        self.ticked = self.ticked | numbers if on else self.ticked - numbers
+    def _set(self, paths: Iterable[str], on: bool) -> None:
+        self.ticked = self.ticked.union(paths) if on else self.ticked.difference(paths)
 
 
 def act(picker: Picker, message: object) -> None:
@@ -148,7 +155,7 @@ def tree_of(picker: Picker) -> dict[str, Any]:
             "label": row.label,
             "path": row.path,
             "name": row.name,
-            "can": bool(row.paths),
+            "modules": len(row.paths),
         }
         for row in picker.rows
     ]
@@ -159,7 +166,8 @@ def state_of(picker: Picker) -> dict[str, Any]:
     """Returns what of a picker changes, as data for JSON."""
     preview = picker.preview()
     return {
-        "ticked": sorted(picker.ticked),
+        # The rows with a tick, and how many of their modules have it.
+        "ticked": {row.number: n for row in picker.rows if (n := picker.ticked_in(row.number))},
         "shown": picker.shown(),
         "matches": len(picker.matches()),
         "filter": picker.filter,

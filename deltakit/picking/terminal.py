@@ -10,7 +10,7 @@ from textual.widgets import Footer, Input, Static, Tree
 from deltakit.errors import printable
 from deltakit.picking.picker import Picker
 
-_TICKED, _UNTICKED, _ALIAS = "[x] ", "[ ] ", "    "
+_TICKED, _PARTLY, _UNTICKED, _ALIAS = "[x] ", "[-] ", "[ ] ", "    "
 
 
 def in_terminal(picker: Picker) -> bool:
@@ -94,9 +94,15 @@ class PickerApp(App[bool]):
 
     def _label(self, number: int) -> Text:
         row = self.picker.rows[number]
-        box = _ALIAS if not row.paths else _TICKED if number in self.picker.ticked else _UNTICKED
+        count = self.picker.ticked_in(number)
+        partly = 0 < count < len(row.paths)
+        box = _ALIAS if not row.paths else _PARTLY if partly else _TICKED if count else _UNTICKED
+        some = f"  {count} of {len(row.paths)}" if partly else ""
         # Never markup: `[bold]` may be the name of a module.
-        return Text(box + row.label, style="bold" if number in self.picker.ticked else "")
+        return Text(box + row.label + some, style="bold" if count else "")
+
+    def _is_ticked(self, number: int) -> bool:
+        return self.picker.ticked_in(number) == len(self.picker.rows[number].paths)
 
     def _show(self) -> None:
         """Shows the ticks and what they make."""
@@ -130,14 +136,14 @@ class PickerApp(App[bool]):
         """Ticks the row of the cursor, or removes its tick."""
         at = self._at()
         if at >= 0:
-            self.picker.tick(at, on=at not in self.picker.ticked)
+            self.picker.tick(at, on=not self._is_ticked(at))
             self._show()
 
     def action_everywhere(self) -> None:
         """Ticks all rows of the same name, or removes their ticks."""
         at = self._at()
         if at >= 0:
-            self.picker.everywhere(at, on=at not in self.picker.ticked)
+            self.picker.everywhere(at, on=not self._is_ticked(at))
             self._show()
 
     def action_matches(self) -> None:

@@ -65,7 +65,7 @@ def test_other_names_of_a_module_cannot_be_ticked():
     assert [row.paths for row in picker.rows] == [("a",), (), ("c",)]
     assert picker.rows[1].label == "b (Linear) → a"
     picker.tick(1)
-    assert picker.ticked == set()
+    assert not picker.ticked
     picker.tick(0)
     assert picker.selection().selectors == ("a",)
 
@@ -101,11 +101,11 @@ def test_selectors_select_exactly_what_is_ticked(data):
         getattr(picker, what)(number, on=on)
         name = picker.rows[number].same_name
         meant = {number} if what == "tick" else {row.number for row in picker.rows if row.same_name == name}
-        meant = {one for one in meant if picker.rows[one].paths}
+        meant = {path for one in meant for path in picker.rows[one].paths}
         ticked = ticked | meant if on else ticked - meant
         assert picker.ticked == ticked
     found = picker.selection()
-    assert set(found.names) == {path for number in ticked for path in picker.rows[number].paths}
+    assert set(found.names) == ticked
     if ticked:
         assert list(dk.select(model(kind), found.selectors)) == list(found.names)
         assert found.line.startswith("dk.LoRA(at=")
@@ -117,14 +117,12 @@ def test_selectors_select_exactly_what_is_ticked(data):
 def test_a_filter_is_a_part_of_a_name_or_a_selector():
     picker = Picker(model("t5"))
     assert picker.shown() == list(range(len(picker.rows)))
-    assert picker.matches() == []
+    assert picker.matches() == set()
     picker.filter = "ENCDEC"
-    names = {picker.rows[number].label.split()[0] for number in picker.matches()}
+    names = {path.rpartition(".")[2] for path in picker.matches()}
     assert names == {"EncDecAttention", "q", "k", "v", "o"}
     picker.filter = "encoder/@attn.q"
-    assert [picker.rows[number].path for number in picker.matches()] == [
-        f"encoder.block.{n}.layer.0.SelfAttention.q" for n in (0, 1)
-    ]
+    assert picker.matches() == {f"encoder.block.{n}.layer.0.SelfAttention.q" for n in (0, 1)}
     # With the rows around them.
     assert len(picker.shown()) == 2 + 2 + 4 * 2
     picker.tick_matches()
@@ -133,10 +131,27 @@ def test_a_filter_is_a_part_of_a_name_or_a_selector():
     assert not picker.ticked
     for unfinished in ("{q,", "@nothing", "re:(", "[r]", "a..b", "\0"):
         picker.filter = unfinished
-        assert picker.matches() == []
+        assert picker.matches() == set()
         assert picker.shown() == []
     picker.filter = "  "
     assert len(picker.shown()) == len(picker.rows)
+
+
+def test_a_part_of_a_list():
+    picker = Picker(build("llama", num_hidden_layers=7))
+    picker.filter = "layers.{0-3}/@attn.q"
+    picker.tick_matches()
+    picker.filter = ""
+    number = row_of(picker, "layers.{0-6}.self_attn.q_proj")
+    assert picker.ticked_in(number) == 4
+    assert state_of(picker)["ticked"] == {number: 4}
+    found = picker.selection()
+    assert (found.selectors, len(found.names)) == (("layers.{0-3}/q_proj",), 4)
+    picker.filter = "layers.{2-6}/@attn.q"
+    picker.tick_matches(on=False)
+    assert picker.selection().names == ("layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj")
+    picker.tick(number)
+    assert picker.selection().selectors == ("q_proj",)
 
 
 def test_messages():
@@ -154,14 +169,14 @@ def test_messages():
     act(picker, {"do": "filter", "text": "q_proj"})
     act(picker, {"do": "look"})
     state = state_of(picker)
-    assert (state["ticked"], state["matches"]) == ([number], 1)
+    assert (state["ticked"], state["matches"]) == ({number: 2}, 2)
     assert (state["summary"], state["line"]) == ("2 modules (2 v_proj)", 'dk.LoRA(at="v_proj")')
     act(picker, {"do": "matches", "on": True})
     assert state_of(picker)["summary"] == "4 modules (2 q_proj, 2 v_proj)"
     act(picker, {"do": "clear"})
     assert state_of(picker)["summary"] == "nothing is ticked yet"
     rows = tree_of(picker)["rows"]
-    assert [row["can"] for row in rows] == [True] * len(rows)
+    assert [row["modules"] for row in rows] == [len(row.paths) for row in picker.rows]
 
 
 def test_summaries():

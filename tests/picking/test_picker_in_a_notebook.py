@@ -60,7 +60,7 @@ def test_what_the_widget_sends_to_its_page(displayed):
     widget = notebook.PickerWidget(Picker(Transformer()))
     state = widget.get_state()
     assert state["tree"]["title"] == "Transformer"
-    assert state["state"]["ticked"] == []
+    assert state["state"]["ticked"] == {}
     assert "export default { render }" in state["_esm"]
     assert ".dk-pick" in state["_css"]
 

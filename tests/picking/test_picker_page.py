@@ -121,9 +121,9 @@ def test_ticks_are_previewed_by_the_matcher_and_submitted(server):
     queries = number_of(server, "layers.{0-1}.self_attn.q_proj")
     status, text = ask(server, "/act", body={"do": "tick", "row": queries, "on": True})
     state = json.loads(text)
-    assert (status, state["line"], state["ticked"]) == (200, 'dk.LoRA(at="q_proj")', [queries])
+    assert (status, state["line"], state["ticked"]) == (200, 'dk.LoRA(at="q_proj")', {str(queries): 2})
     text = ask(server, "/act", body={"do": "filter", "text": "up_proj"})[1]
-    assert json.loads(text)["matches"] == 1
+    assert json.loads(text)["matches"] == 2
     text = ask(server, "/act", body={"do": "everywhere", "row": queries, "on": False})[1]
     assert json.loads(text)["line"] == ""
     ask(server, "/act", body={"do": "tick", "row": queries, "on": True})
