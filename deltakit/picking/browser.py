@@ -6,12 +6,12 @@ somebody else that the user visits knows no token, and one that rebinds its name
 
 import hmac
 import json
+import os
 import secrets
 import select
 import sys
 import threading
 import time
-import webbrowser
 from collections.abc import Callable
 from html import escape
 from http import HTTPStatus
@@ -37,19 +37,20 @@ h1 { font-size: 1.2rem; }
 """
 
 
-def in_browser(picker: Picker, port: int = 0, *, show: Callable[[str], object] = webbrowser.open) -> bool:
+def in_browser(picker: Picker, port: int = 0, *, show: Callable[[str], object] | None = None) -> bool:
     """Shows a picker on a page, and returns whether the user has submitted it; False if it was cancelled or closed.
 
     Args:
         port: the port of this machine to listen at; by default any that is free.
-        show: opens an address in the user's browser.
+        show: opens an address in the user's browser; by default it is only printed.
 
     Raises:
         OptionError: if the port is taken or not allowed.
     """
     with PickerServer(picker, port) as server:
         print(f"deltakit: pick modules at {server.url} (Ctrl-C ends it)", file=sys.stderr, flush=True)
-        show(server.url)
+        if show is not None:
+            show(server.url)
         return server.wait()
 
 
@@ -61,7 +62,9 @@ class PickerServer(ThreadingHTTPServer):
     """
 
     daemon_threads = True
-    allow_reuse_address = False
+    # Elsewhere than on Windows this allows a port that was used a minute ago, and none that is in use.
+    allow_reuse_address = os.name != "nt"
+    allow_reuse_port = False
 
     def __init__(self, picker: Picker, port: int = 0, *, grace: float = _GRACE) -> None:
         try:

@@ -78,7 +78,8 @@ def _submitted(place: str, picker: Picker, port: int) -> bool:
     if place == "browser":
         from deltakit.picking.browser import in_browser
 
-        return in_browser(picker, port)
+        # One in the terminal could run no script, and would take the terminal.
+        return in_browser(picker, port, show=webbrowser.open if _has_browser() else None)
     from deltakit.picking.terminal import in_terminal
 
     return in_terminal(picker)

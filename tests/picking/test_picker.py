@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import deltakit as dk
 from deltakit.picking.picked_modules import summary
 from deltakit.picking.picker import Picker, act, state_of, tree_of
-from support.models import Transformer, randomize
+from support.models import Transformer, method_of, randomize
 from support.tiny_transformers import build
 
 KINDS = ("bert", "llama", "t5", "gpt2", "albert", "clip")
@@ -210,6 +210,13 @@ def test_a_selection_stands_where_selectors_do(tmp_path):
     assert found != dk.Selection()
     assert repr(dk.Selection()) == "Selection of no module"
     assert not dk.Selection()
+
+
+@pytest.mark.parametrize("name", dk.METHODS)
+def test_all_methods_take_a_selection(name):
+    found = dk.Selection(["layers.0.mlp", "layers.1.mlp"], ["mlp", "@attn.q"])
+    assert method_of(name, at=found, exclude=found).to_dict()["at"] == ["mlp", "@attn.q"]
+    assert method_of(name, exclude=found).exclude == ("mlp", "@attn.q")
 
 
 def test_what_cannot_be_picked_from():

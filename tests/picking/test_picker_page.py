@@ -199,10 +199,18 @@ def test_ctrl_c_ends_it(monkeypatch, capsys):
     monkeypatch.setattr(PickerServer, "wait", interrupted)
     before = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
-        in_browser(Picker(Transformer()), show=lambda url: None)
+        in_browser(Picker(Transformer()))
     (server,) = servers
     assert server.socket.fileno() == -1
     assert threading.active_count() == before
+
+
+def test_a_port_can_be_used_again():
+    port = 0
+    for _ in range(2):
+        with PickerServer(Picker(Transformer()), port) as server:
+            assert ask(server, "/act", body={"do": "cancel"})[0] == 200
+            port = server.server_port
 
 
 def test_a_port_that_is_taken(server):

@@ -1,7 +1,6 @@
 """`dk.pick`: where it shows the modules, and what it returns and prints."""
 
 import re
-import subprocess
 import sys
 
 import pytest
@@ -90,6 +89,15 @@ def test_what_is_not_there(monkeypatch, shown, there, how, message):
     assert shown == []
 
 
+@pytest.mark.parametrize("browser", [False, True])
+def test_a_browser_is_opened_only_if_it_has_a_window(monkeypatch, browser):
+    shown = []
+    here(monkeypatch, browser=browser)
+    monkeypatch.setattr("deltakit.picking.browser.in_browser", lambda picker, port, *, show: shown.append(show))
+    assert dk.pick(Transformer(), how="browser") is None
+    assert shown == [front_ends.webbrowser.open if browser else None]
+
+
 @pytest.mark.parametrize(("ticks", "submitted"), [((), True), ((1,), False), ((), False)])
 def test_nothing_picked_is_none(monkeypatch, capsys, ticks, submitted):
     def show(place, picker, port):
@@ -114,12 +122,6 @@ def test_what_is_there(monkeypatch):
     monkeypatch.setattr(front_ends.webbrowser, "get", lambda: object())
     monkeypatch.setenv("DISPLAY", ":0")
     assert front_ends._has_browser()
-
-
-def test_importing_deltakit_imports_no_front_end():
-    code = "import sys, deltakit; print([m for m in ('textual', 'anywidget', 'IPython', 'http.server') if m in sys.modules])"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout == "[]\n"
 
 
 def test_the_extras_are_those_that_the_errors_name():
