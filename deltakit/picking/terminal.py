@@ -90,7 +90,7 @@ class PickerApp(App[bool]):
         self.modules.root.expand()
         if at in nodes and at >= 0:
             self.call_after_refresh(self.modules.move_cursor, nodes[at])
-        self._show()
+        self._preview()
 
     def _label(self, number: int) -> Text:
         row = self.picker.rows[number]
@@ -112,6 +112,9 @@ class PickerApp(App[bool]):
             ahead += node.children
             if node.data is not None:
                 node.set_label(self._label(node.data))
+        self._preview()
+
+    def _preview(self) -> None:
         preview = self.picker.preview()
         self.query_one("#preview", Static).update(Text(f"{preview.summary}\n{preview.line}".rstrip()))
 

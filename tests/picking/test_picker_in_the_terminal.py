@@ -53,14 +53,14 @@ def test_ticking_and_submitting(llama):
 
 def test_same_name_everywhere_matches_and_clearing(llama):
     picker = Picker(build("t5"))
-    result, screen = run(picker, "slash", *"SelfAttention.q", "enter", *["down"] * 6, "e", "ctrl+s")
+    result, screen = run(picker, "slash", *"ion.q", "enter", *["down"] * 6, "e", "ctrl+s")
     assert result is True
     assert picker.selection().selectors == ("q",)
     picker = Picker(llama)
     run(picker, "slash", *"@attn.k", "enter", "a", "ctrl+s")
     assert picker.selection().selectors == ("k_proj",)
     picker.clear()
-    screen = run(picker, "slash", *"layers.{0}/@attn.q", "enter", "a", "ctrl+s")[1]
+    screen = run(picker, "slash", *"{0}/q_proj", "enter", "a", "ctrl+s")[1]
     assert "[-] q_proj (Linear) weight:[32, 24]  ×2  1 of 2" in screen
     assert picker.selection().names == ("model.layers.0.self_attn.q_proj",)
     result, screen = run(picker, "c", "ctrl+s")
