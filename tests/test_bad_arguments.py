@@ -118,7 +118,9 @@ ACCEPTED = {
     "LoRA.dropout": {"0"},
     "LoRA.invocation": NO_SELECTORS | {"range"},
     **dict.fromkeys(["LoRA.rslora", "LoRA.dora", "LoRA.frozen_a", "LoRA.untie", "BOFT.untie", "FourierFT.untie", "SHiRA.untie"], SWITCH),
-    **{f"{kind}.{option}": SWITCH for kind in PREFIXES for option in ("reparam", "shift")},
+    **{f"{kind}.reparam": SWITCH for kind in PREFIXES},
+    # The scene's backbone takes no positions, which it would shift.
+    **{f"{kind}.shift": {"False"} for kind in PREFIXES},
     **{f"{kind}.{option}": COUNT for kind in PREFIXES for option in ("tokens", "hidden")},
     **{f"{kind}.{option}": {"0"} if option == "dropout" else NOTHING | COUNT for kind in PREFIXES for option in ("embed", "dropout")},
     **{f"{kind}.{option}": SWITCH for kind in PROMPTS for option in ("prepend", "trim")},
