@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from deltakit.core import fold, join
-from deltakit.view import Node, build, folded, rows
+from deltakit.view import Node, Row, build, folded, rows
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,16 @@ def picker_rows(backbone: nn.Module) -> tuple[PickerRow, ...]:
     """Returns the rows of a backbone, without the backbone itself and without modules that have no parameters."""
     node = folded(build(backbone), indices_only=True)
     # In the order of the nodes, with rows for deltas between them.
-    labels = iter([row.label for row in rows(node) if row.state != "delta"])
-    next(labels)
+    own_rows = iter([row for row in rows(node) if row.state != "delta"])
+    next(own_rows)
     found: list[PickerRow] = []
     for child in node.children:
-        _add(found, child, labels, -1, ("",), "")
+        _add(found, child, own_rows, -1, ("",), "")
     return tuple(found)
 
 
 def _add(
-    found: list[PickerRow], node: Node, labels: Iterator[str], parent: int, around: tuple[str, ...], list_name: str
+    found: list[PickerRow], node: Node, own_rows: Iterator[Row], parent: int, around: tuple[str, ...], list_name: str
 ) -> None:
     number = len(found)
     paths = tuple(join(path, name) for path in around for name in node.names)
@@ -50,7 +50,8 @@ def _add(
     depth = found[parent].depth + 1 if parent >= 0 else 0
     name = " ".join(same) if len(same) > 1 else same[0]
     own = () if node.alias is not None else paths
-    label = next(labels) + (f"  ×{len(own)}" if len(own) > 1 else "")
-    found.append(PickerRow(number, parent, depth, label, ", ".join(fold(paths)), own, same, name))
+    row = next(own_rows)
+    label = row.label + (f"  ×{len(own)}" if len(own) > 1 else "")
+    found.append(PickerRow(number, parent, depth, label, row.selector or ", ".join(fold(paths)), own, same, name))
     for child in node.children:
-        _add(found, child, labels, number, paths, "*" if node.names[0].isdecimal() else node.names[0])
+        _add(found, child, own_rows, number, paths, "*" if node.names[0].isdecimal() else node.names[0])

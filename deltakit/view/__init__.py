@@ -9,7 +9,7 @@ from deltakit.view.report import Line, described, report, share, states
 from deltakit.view.report_page import bar, heading, paragraph, preformatted, table, web_page
 from deltakit.view.structure_graph import Visualization
 from deltakit.view.tree import build
-from deltakit.view.tree_rows import rows
+from deltakit.view.tree_rows import Row, rows
 
 __all__ = [
     "Line",
@@ -17,6 +17,7 @@ __all__ = [
     "MethodTable",
     "Node",
     "Printed",
+    "Row",
     "Table",
     "View",
     "Visualization",
