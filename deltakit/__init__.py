@@ -98,6 +98,7 @@ from deltakit.opendelta import (
     Visualization,
 )
 from deltakit.ops import CallContext, InputMap, LowRank, OutputMap, Weighing, WeightMap
+from deltakit.picking import Selection, pick
 from deltakit.searching import Structure, search
 from deltakit.selection import RoleTable, roles, select
 from deltakit.version import __version__
@@ -170,6 +171,7 @@ __all__ = [
     "SHiRA",
     "SavedDelta",
     "SavedMethod",
+    "Selection",
     "SelectorError",
     "SoftPrompt",
     "SoftPromptModel",
@@ -196,6 +198,7 @@ __all__ = [
     "inspect",
     "load",
     "merged_state_dict",
+    "pick",
     "plan",
     "roles",
     "rows",

@@ -8,6 +8,7 @@ import torch
 
 import deltakit as dk
 from deltakit.core.arguments import Door
+from deltakit.picking import front_ends
 from support.bad_arguments import BAD, CALLS, WEIGHT_METHODS, Scene, arguments_of, may_fit, outcome
 from support.models import Transformer, randomize
 
@@ -117,7 +118,9 @@ ACCEPTED = {
     "LoRA.dropout": {"0"},
     "LoRA.invocation": NO_SELECTORS | {"range"},
     **dict.fromkeys(["LoRA.rslora", "LoRA.dora", "LoRA.frozen_a", "LoRA.untie", "BOFT.untie", "FourierFT.untie", "SHiRA.untie"], SWITCH),
-    **{f"{kind}.{option}": SWITCH for kind in PREFIXES for option in ("reparam", "shift")},
+    **{f"{kind}.reparam": SWITCH for kind in PREFIXES},
+    # The scene's backbone takes no positions, which it would shift.
+    **{f"{kind}.shift": {"False"} for kind in PREFIXES},
     **{f"{kind}.{option}": COUNT for kind in PREFIXES for option in ("tokens", "hidden")},
     **{f"{kind}.{option}": {"0"} if option == "dropout" else NOTHING | COUNT for kind in PREFIXES for option in ("embed", "dropout")},
     **{f"{kind}.{option}": SWITCH for kind in PROMPTS for option in ("prepend", "trim")},
@@ -202,7 +205,9 @@ ACCEPTED = {
     "LoraModel.freeze_module.set_state_dict": SWITCH,
     "LoraModel.freeze_module.prefix": TEXT,
     **{f"{kind}.common_structure": NOTHING | SWITCH for kind in OPENDELTA},
-    **{f"{kind}.interactive_modify": {"False"} for kind in OPENDELTA},
+    # With a port or True, a picker is shown in which the fixture cancels, which is an error.
+    **{f"{kind}.interactive_modify": {"False", "0"} for kind in OPENDELTA},
+    "pick.port": COUNT | {"0"},
     # Without effect, which is a warning.
     **dict.fromkeys(["CompacterModel.phm_c_init", "CompacterModel.hypercomplex_nonlinearity", "LowRankAdapterModel.low_rank_w_init"], TEXT),
     "CompacterModel.phm_init_range": NUMBER,
@@ -224,6 +229,7 @@ UNCHECKED = {
     "Plan": "the result of plan",
     "Structure": "the result of search",
     "RoleTable": "the result of roles",
+    "Selection": "the result of pick",
     **dict.fromkeys(["AutoDeltaConfig", "AutoDeltaModel"], "as loose as OpenDelta; they have no instances"),
 }  # fmt: skip
 OF_AUTHORS = (dk.Method, dk.DeltaModule)
@@ -235,6 +241,8 @@ AS_LOOSE = (dk.opendelta.DeltaBase, dk.AutoDeltaConfig, dk.AutoDeltaModel)
 def saved(tmp_path, monkeypatch, unchecked):
     """A saved delta of the scene's bare backbone, and an empty working directory."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(front_ends, "_usual", lambda: "browser")
+    monkeypatch.setattr(front_ends, "_submitted", lambda place, picker, port: False)
     torch.manual_seed(0)
     return randomize(dk.attach(Transformer(blocks=1), dk.LoRA(r=2))).save(tmp_path / "saved")
 

@@ -61,7 +61,7 @@ def test_what_the_wheel_holds(wheel):
     assert names == sources | data | about
     assert (metadata["Name"], metadata["Version"]) == ("deltakit-tuning", dk.__version__)
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert metadata.get_all("Provides-Extra") == ["demo", "docs", "mutation", "test"]
+    assert metadata.get_all("Provides-Extra") == ["demo", "docs", "mutation", "notebook", "test", "tui"]
     assert scripts.split() == ["[console_scripts]", "deltakit", "=", "deltakit.cli:main"]
 
 

@@ -39,6 +39,7 @@ _LOOKING = (
     ),
     _Command("targets", structure.targets, ("targets my-model", "targets my-model --json")),
     _Command("roles", structure.roles, ("roles my-model", "roles bert-base-uncased --json")),
+    _Command("pick", structure.pick, ("pick my-model", "pick meta-llama/Llama-3.2-1B --how browser --port 8123")),
     _Command("methods", catalogue.methods, ("methods", "methods lora adapter --json")),
 )
 _SAVED = (

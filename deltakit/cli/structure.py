@@ -1,15 +1,24 @@
 """Commands on the structure of a model: its tree, plans, names and roles. None loads its weights."""
 
-from typing import Annotated
+import sys
+from typing import Annotated, Literal
 
 import typer
 
 from deltakit.cli.arguments import Html, Json, Kind, Model, Train
 from deltakit.cli.models import empty
-from deltakit.cli.printing import present
+from deltakit.cli.printing import as_json, present
 from deltakit.core import Method
 from deltakit.errors import OptionError
 
+_How = Annotated[
+    Literal["auto", "terminal", "browser"],
+    typer.Option("--how", help="Where to show the modules; by default in the terminal if it can, else in the browser."),
+]
+_Port = Annotated[
+    int,
+    typer.Option("--port", min=0, max=65535, help="The port of this machine for the browser; 0 for one that is free."),
+]
 _Depth = Annotated[int | None, typer.Option("--depth", min=1, help="The number of levels to show below the root.")]
 
 
@@ -79,3 +88,17 @@ def roles(model: Model, *, kind: Kind = None, json: Json = False, html: Html = N
         "untold": table.untold,
     }
     present(table, data, title=f"Roles on {model}", json=json, html=html)
+
+
+def pick(model: Model, *, how: _How = "auto", port: _Port = 0, kind: Kind = None, json: Json = False) -> None:
+    """Choose modules of a model by ticking them, and print a line of Python that selects exactly these.
+
+    Nothing else is printed on the standard output. If nothing was picked, the exit code is 1.
+    """
+    from deltakit.picking import picked
+
+    found = picked(empty(model, kind), how=how, port=port)
+    if found is None:
+        print("deltakit: nothing was picked", file=sys.stderr)
+        raise typer.Exit(1)
+    print(as_json({"names": found.names, "selectors": found.selectors, "line": found.line}) if json else found.line)

@@ -27,8 +27,8 @@ class MiSSDelta(LowRank):
         if options.r > self.d_in or self.d_out % rows:
             raise OptionError(
                 f"{target.named}: MiSS(r={options.r}, mini={options.mini}) does not fit a layer of {self.d_in} to "
-                f"{self.d_out} features; use an r of at most {self.d_in} and a mini that divides {self.d_out}, or leave it out "
-                "with exclude="
+                f"{self.d_out} features; use an r of at most {self.d_in} and a mini that divides {self.d_out}, or leave it "
+                "out with exclude="
             )
         self.B = nn.Parameter(torch.zeros(rows, options.r, **like(target)))
 

@@ -22,6 +22,7 @@ from deltakit.errors import OptionError, SelectorError, StateError, warn
 from deltakit.opendelta.custom_deltas import CustomDeltas
 from deltakit.opendelta.delta_configs import BaseDeltaConfig
 from deltakit.opendelta.freezing import Frozen, is_leaf_module, unfreeze, walk, warn_without_effect
+from deltakit.opendelta.interactive import picked_names
 from deltakit.opendelta.loading import SaveLoadMixin
 from deltakit.opendelta.matching import Addresses, Selectors, as_list
 from deltakit.opendelta.reporting import Reporting
@@ -49,6 +50,7 @@ class DeltaBase(Reporting, SaveLoadMixin, CustomDeltas):
     default_exclude_modules: ClassVar[Sequence[str]] = ("lm_head",)
     default_unfrozen_modules: ClassVar[Sequence[str]] = ("deltas",)
     config_class: ClassVar[type[BaseDeltaConfig]] = BaseDeltaConfig
+    times_named: ClassVar[int] = 1  # How often `modified_modules` has a module that is picked by hand.
 
     _narrowed: tuple[nn.Module, list[str]] | None
     _froze: set[str]
@@ -64,15 +66,15 @@ class DeltaBase(Reporting, SaveLoadMixin, CustomDeltas):
         common_structure: bool | None = None,
         backend: str = "hf",
     ) -> None:
-        if interactive_modify is not False:
-            raise OptionError(
-                f"{type(self).__name__}(interactive_modify={interactive_modify}): there is no picker of modules yet; name "
-                "them in modified_modules=, and see their names with Visualization(model).structure_graph()"
-            )
         if backend != "hf":
             raise OptionError(
                 f"{type(self).__name__}(backend={backend!r}): only backend='hf' is served; models of BMTrain are not"
             )
+        if interactive_modify:
+            # As in OpenDelta, what is picked comes before modified_modules=, and its names are the model's own.
+            common_structure = False
+            found = picked_names(backbone_model, interactive_modify, type(self).__name__)
+            modified_modules = [name for name in found for _ in range(self.times_named)]
         self._begin(backbone_model)
         self.modified_modules = as_list(modified_modules) or list(self.default_modified_modules)
         self.exclude_modules = as_list(exclude_modules)

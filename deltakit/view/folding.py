@@ -12,9 +12,13 @@ from deltakit.core import is_plain
 from deltakit.view.node import Node
 
 
-def folded(node: Node) -> Node:
-    """Returns a tree, as `build` returns it, with equal siblings on one line."""
-    return _Folder().fold(node)[0]
+def folded(node: Node, *, indices_only: bool = False) -> Node:
+    """Returns a tree, as `build` returns it, with equal siblings on one line.
+
+    Args:
+        indices_only: whether only the members of lists are folded, which have numbers for names.
+    """
+    return _Folder(indices_only).fold(node)[0]
 
 
 def unfolded(node: Node) -> Node:
@@ -35,6 +39,7 @@ def _alone(node: Node) -> Iterator[Node]:
 
 @dataclass
 class _Folder:
+    indices_only: bool
     numbers: dict[object, int] = field(default_factory=dict)
 
     def fold(self, node: Node) -> tuple[Node, int]:
@@ -53,10 +58,11 @@ class _Folder:
             inside,
         )
         number = self.numbers.setdefault(key, len(self.numbers))
-        return (replace(node, children=_together(found, ordered=node.ordered)) if found else node), number
+        together = _together(found, ordered=node.ordered, indices_only=self.indices_only)
+        return (replace(node, children=together) if found else node), number
 
 
-def _together(found: Sequence[tuple[Node, int]], *, ordered: bool) -> tuple[Node, ...]:
+def _together(found: Sequence[tuple[Node, int]], *, ordered: bool, indices_only: bool) -> tuple[Node, ...]:
     """Equal siblings as one node at the position of the first; where order matters, only neighbours."""
     groups: list[list[Node]] = []
     by_number: dict[int, list[Node]] = {}
@@ -65,7 +71,7 @@ def _together(found: Sequence[tuple[Node, int]], *, ordered: bool) -> tuple[Node
     for node, number in found:
         name = node.names[0]
         # A comma or a range in a name would make the line ambiguous.
-        plain = is_plain(name)
+        plain = is_plain(name) and (name.isdecimal() or not indices_only)
         own = owners.get(_owner(node) or "") if plain else None
         if own is not None:
             own[0].append(node)

@@ -130,7 +130,7 @@ def test_a_pattern_runs(number, opendelta, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        ("LoraModel(m, interactive_modify=True)", "there is no picker of modules yet; name them in modified_modules="),
+        ("SoftPromptModel(m, interactive_modify=True)", "so there are no modules to pick; omit interactive_modify="),
         ('LoraModel(m, backend="bmt")', "backend='bmt'): only backend='hf' is served; models of BMTrain are not"),
         ('AdapterModel(m, non_linearity="sigmoid")', "activation='sigmoid'): expected one of gelu"),
         ("AutoDeltaModel()", "AutoDeltaModel has no instances: call AutoDeltaModel.from_config or from_finetuned"),

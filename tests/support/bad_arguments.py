@@ -206,6 +206,8 @@ CALLS = {
     "inspect": Call(lambda s: dk.inspect, lambda s: {"source": s.saved}),
     "show": Call(lambda s: dk.show, lambda s: {"backbone": s.model}, lambda s, view: str(view)),
     "roles": Call(lambda s: dk.roles, lambda s: {"backbone": s.model}),
+    # A port would be asked for, and a page would wait for a user.
+    "pick": Call(lambda s: dk.pick, lambda s: {"backbone": s.bare}),
     "select": Call(lambda s: dk.select, lambda s: {"backbone": s.model, "at": "q_proj"}),
     "search": Call(
         lambda s: dk.search,

@@ -37,6 +37,7 @@ class ParallelAdapterModel(DeltaBase):
     delta_type = "parallel_adapter"
     config_class = ParallelAdapterConfig
     default_modified_modules = ("attn@", "attn@", "ff@.w1@", "ff@.w2@")
+    times_named = 2
 
     def __init__(
         self,

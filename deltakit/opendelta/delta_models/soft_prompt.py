@@ -97,6 +97,11 @@ class SoftPromptModel(DeltaBase):
         interactive_modify: bool | int = False,
     ) -> None:
         given = locals() | {"modified_modules": None, "common_structure": False, "other_expand_ids": _EXPANDED}
+        if interactive_modify:
+            raise OptionError(
+                f"SoftPromptModel(interactive_modify={interactive_modify}): a soft prompt stands in front of the tokens, so "
+                "there are no modules to pick; omit interactive_modify="
+            )
         if dict(other_expand_ids) != _EXPANDED:
             raise OptionError(
                 f"SoftPromptModel(other_expand_ids={dict(other_expand_ids)}): only {dict(_EXPANDED)} is served: the mask and "
