@@ -4,7 +4,8 @@ from collections.abc import Collection, Sequence
 
 from deltakit.view.node import Node, walk
 from deltakit.view.report import share
-from deltakit.view.tree_rows import GLYPHS, Row, memory
+from deltakit.view.tree_rows import GLYPHS, Row
+from deltakit.view.units import memory
 
 _STATES = {
     GLYPHS["trainable"]: "trainable",

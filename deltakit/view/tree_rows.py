@@ -12,7 +12,7 @@ from deltakit.core import fold, is_plain, span
 from deltakit.errors import printable
 from deltakit.view.calls import OF_A_FORWARD, cells_of
 from deltakit.view.node import DeltaLine, Node, Relative
-from deltakit.view.printed import binary_size
+from deltakit.view.units import memory, short
 
 COLUMNS = ("members", "state", "count")
 """The columns that a tree has by default."""
@@ -66,27 +66,6 @@ def rows(node: Node, *, structure_only: bool = False) -> list[Row]:
     """Returns the rows of a tree, the root first. `structure_only` leaves out what OpenDelta's tree does not have."""
     place = _Place((), 1, 1, True)
     return list(_Writer(structure_only).rows(node, (), place))
-
-
-def short(number: int) -> str:
-    """Returns a count as text of at most six characters.
-
-    >>> short(512), short(16_384), short(4_200_000), short(70_553_706_496)
-    ('512', '16.4K', '4.2M', '70.6B')
-    """
-    for power, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if number >= 0.9995 * power:
-            return f"{number / power:.3g}{unit}" if number < 999.5 * power else f"{number / power:.0f}{unit}"
-    return str(number) if number else ""
-
-
-def memory(number: int) -> str:
-    """Returns a number of bytes as text.
-
-    >>> memory(0), memory(700), memory(2048), memory(3 * 2**30)
-    ('', '700 B', '2 KiB', '3 GiB')
-    """
-    return binary_size(number) if number else ""
 
 
 def state_of(node: Node) -> str:
