@@ -20,7 +20,7 @@ from deltakit.view.folding import folded
 from deltakit.view.forward import with_calls
 from deltakit.view.html import html
 from deltakit.view.node import Node, cut
-from deltakit.view.page import page
+from deltakit.view.report_page import page
 from deltakit.view.svg import svg
 from deltakit.view.text import ALIGNED, text
 from deltakit.view.tree import build

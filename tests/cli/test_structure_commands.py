@@ -135,7 +135,7 @@ def test_json_and_pages(command, llama, tmp_path, capsys):
     assert json.loads(out)
     assert err == f"deltakit: the page is in {page}\n"
     text = page.read_text(encoding="utf-8")
-    assert text.startswith("<!doctype html>")
+    assert text.startswith("<!DOCTYPE html>")
     # The tree has a script of its own, and no page loads anything.
     assert ("<script" in text) == (command[0] == "show")
     assert " src=" not in text

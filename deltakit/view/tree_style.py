@@ -1,4 +1,4 @@
-"""The style and the script of trees in HTML, and the page around a saved one.
+"""The style and the script of trees in HTML.
 
 Notebooks that are not trusted remove both. Then rows still open and close, columns and guide lines stand in `style`
 attributes, and deltas are bold on a tint.
@@ -7,8 +7,6 @@ Colours follow the page, whatever theme the system has: they are mixed from the 
 contrast is that of the page's text, or nearly. `color-scheme` and `prefers-color-scheme` would follow the system, and a dark
 page of nbconvert declares nothing.
 """
-
-from html import escape
 
 STYLE = """
 .deltakit-tree .dk-row:hover{background-color:rgba(128,128,128,.16)}
@@ -99,12 +97,3 @@ SCRIPT = """
   });
 })();
 """
-
-
-def page(title: str, body: str) -> str:
-    """Returns a whole HTML document. It follows the reader's light or dark setting, since there is no other page."""
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">'
-        f"<title>{escape(title)}</title></head>\n<body>{body}</body></html>\n"
-    )
