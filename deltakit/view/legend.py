@@ -37,7 +37,7 @@ def legend(node: Node, rows: Sequence[Row], columns: Collection[str]) -> list[st
 def totals(node: Node) -> list[str]:
     """Returns the totals, in parts. Each parameter is counted once, and shares are those of the backbone's own parameters."""
     sizes = node.sizes
-    trained = sizes.trained + sizes.delta_trained
+    trained = sizes.total_trained
     parts = [f"{sizes.parameters:,} parameters"]
     if sizes.delta:
         idle = ((sizes.off, "inactive"), (sizes.merged, "merged"), (sizes.delta - sizes.delta_trained, "frozen"))

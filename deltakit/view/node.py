@@ -70,6 +70,16 @@ class Sizes(NamedTuple):
     merged: int = 0
     bytes: int = 0
 
+    @property
+    def total(self) -> int:
+        """The parameters of the backbone and of its deltas."""
+        return self.parameters + self.delta
+
+    @property
+    def total_trained(self) -> int:
+        """The number of those that require gradients."""
+        return self.trained + self.delta_trained
+
 
 @dataclass(frozen=True, slots=True)
 class Node:
@@ -107,26 +117,6 @@ class Node:
     def members(self) -> int:
         """The number of modules on the line."""
         return len(self.names)
-
-    @property
-    def count(self) -> int:
-        """The number of the backbone's parameters in one of the modules."""
-        return self.sizes.parameters
-
-    @property
-    def trained(self) -> int:
-        """The number of those that require gradients."""
-        return self.sizes.trained
-
-    @property
-    def delta(self) -> int:
-        """The number of parameters in the deltas of one of the modules."""
-        return self.sizes.delta
-
-    @property
-    def delta_trained(self) -> int:
-        """The number of those that require gradients."""
-        return self.sizes.delta_trained
 
 
 def cut(node: Node, depth: int | None) -> Node:

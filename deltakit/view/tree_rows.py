@@ -70,10 +70,10 @@ def rows(node: Node, *, structure_only: bool = False) -> list[Row]:
 
 def state_of(node: Node) -> str:
     """Returns whether a node is "trainable", "frozen" or "mixed"; "none" if it has no parameters."""
-    total, trained = node.count + node.delta, node.trained + node.delta_trained
-    if not total:
+    sizes = node.sizes
+    if not sizes.total:
         return "none"
-    return "trainable" if trained == total else "mixed" if trained else "frozen"
+    return "trainable" if sizes.total_trained == sizes.total else "mixed" if sizes.total_trained else "frozen"
 
 
 @dataclass
@@ -110,12 +110,12 @@ class _Writer:
         if not self.structure_only:
             pieces += _ties(node, tied)
         state = state_of(node)
-        total, one = (node.count + node.delta) * place.times, node.count + node.delta
+        total = node.sizes.total * place.times
         cells = {
             "members": f"×{place.modules}" if place.modules > 1 else "",
             "state": GLYPHS[state],
             "count": "tied" if not total and any(weight.tied is not None for weight in node.weights) else short(total),
-            "each": short(one),
+            "each": short(node.sizes.total),
             "dtype": _common(node.dtypes),
             "bytes": memory(node.sizes.bytes * place.times),
             "device": _common(node.devices),

@@ -117,7 +117,7 @@ def test_json_has_the_counts_and_the_selectors():
     model = build("t5")
     delta = dk.attach(model, dk.LoRA(r=3))
     found = json.loads(dk.show(model, columns=("bytes",), buffers=True).json())
-    assert (found["parameters"], found["in_deltas"]) == (tree(model).count, delta.num_parameters)
+    assert (found["parameters"], found["in_deltas"]) == (tree(model).sizes.parameters, delta.num_parameters)
     lines = [line for row in every(found["root"]) for line in row.get("deltas", [])]
     assert sum(line["parameters"] for line in lines) == delta.num_parameters
     assert {line["state"] for line in lines} == {"active"}

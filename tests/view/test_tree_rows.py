@@ -78,7 +78,7 @@ def test_counts_are_sums_of_the_rows_below(name):
     def check(node, times):
         below = sum(check(child, times * (1 if child.twins else child.members)) for child in node.children)
         own = sum(torch.Size(w.shape).numel() for w in node.weights if w.tied is None) * times
-        assert node.count * times == own + below
+        assert node.sizes.parameters * times == own + below
         return own + below
 
     total = sum(p.numel() for _, p in dk_free(model))
