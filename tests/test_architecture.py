@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "ops": {"core", "selection"},
     "methods": {"core", "ops", "selection"},
     "files": {"core", "selection", "version"},
-    "view": {"core", "injection"},
+    "view": {"core", "injection", "selection"},
     "measuring": {"core", "view"},
     "delta": {"core", "selection", "injection", "files", "view"},
     "integrations": {"core", "delta", "files"},

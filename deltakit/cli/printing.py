@@ -4,7 +4,7 @@ import io
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +66,10 @@ def write_page(file: Path, text: str) -> None:
 
 def _plain(value: Any) -> object:
     if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value) if _is_flat(value) else {f.name: getattr(value, f.name) for f in fields(value)}
+        return asdict(value)
     if isinstance(value, Mapping):
         return dict(value)
     return list(value) if isinstance(value, (set, frozenset)) else str(value)
-
-
-def _is_flat(value: Any) -> bool:
-    return all(isinstance(getattr(value, f.name), (str, int, float, bool, type(None))) for f in fields(value))
 
 
 def _as_html(found: Any) -> str:

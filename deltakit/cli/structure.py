@@ -12,12 +12,18 @@ from deltakit.errors import OptionError
 
 _Depth = Annotated[int | None, typer.Option("--depth", min=1, help="The number of levels to show below the root.")]
 
+_Filter = Annotated[
+    list[str] | None,
+    typer.Option("--filter", metavar="SELECTOR", help="Show only what this selects, and the modules around it."),
+]
+
 
 def show(
     model: Model,
     *,
     methods: tuple[Method, ...],
     depth: _Depth = None,
+    filter: _Filter = None,
     train: Train = None,
     kind: Kind = None,
     json: Json = False,
@@ -35,8 +41,8 @@ def show(
         attach(backbone, *methods, train=train or ())
     elif train:
         raise OptionError("--train: the tree shows what a delta would train; add a method, such as --lora default")
-    view = tree(backbone, depth=depth)
-    present(view, view.node, title=f"{type(backbone).__name__} of {model}", json=json, html=html)
+    view = tree(backbone, depth=depth, filter=filter or None)
+    present(view, view.to_dict(), title=f"{type(backbone).__name__} of {model}", json=json, html=html)
 
 
 def plan(

@@ -48,6 +48,7 @@ def _row(node: Node, found: Iterator[Row], modules: int, times: int) -> dict[str
         **_some("deltas", deltas),
         **_some("children", children),
         **({"rows_left_out": node.hidden} if node.hidden else {}),
+        **({"modules_filtered_out": node.left_out * modules} if node.left_out else {}),
     }
 
 

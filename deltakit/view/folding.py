@@ -49,6 +49,7 @@ class _Folder:
             node.alias,
             node.sizes,
             node.omitted,
+            node.left_out,
             node.calls,
             inside,
         )

@@ -46,4 +46,8 @@ def totals(node: Node) -> list[str]:
     of = f" of {sizes.parameters:,}" if sizes.delta else ""
     parts.append(f"trainable {trained:,} ({share(trained, sizes.parameters)}{of})")
     parts.append(f"frozen {sizes.parameters - sizes.trained:,}")
-    return parts + ([memory(sizes.bytes)] if sizes.bytes else [])
+    parts += [memory(sizes.bytes)] if sizes.bytes else []
+    if node.left_out:
+        modules = f"{node.left_out:,} module{'' if node.left_out == 1 else 's'}"
+        parts.append(f"left out by the filter: {modules}, which the counts include")
+    return parts

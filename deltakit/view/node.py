@@ -110,6 +110,8 @@ class Node:
     """The numbers of children that are not shown because they have no parameters, if others follow."""
     hidden: int = 0
     """The number of lines that a depth limit omitted."""
+    left_out: int = 0
+    """The number of modules below it that a filter left out."""
     calls: Calls | None = None
     """What each of the modules did in a forward, if there was one."""
 
