@@ -11,7 +11,6 @@ from typing import Any
 from rich.console import Console
 
 from deltakit.errors import OptionError
-from deltakit.view import preformatted, web_page
 
 
 def console() -> Console:
@@ -41,6 +40,8 @@ def present(found: Any, data: object, *, title: str, json: bool, html: Path | No
     else:
         print(found)
     if html is not None:
+        from deltakit.view import web_page
+
         write_page(html, web_page(title, [_as_html(found)]))
 
 
@@ -77,6 +78,8 @@ def _as_html(found: Any) -> str:
         bundle: Mapping[str, str] = found._repr_mimebundle_()
         if "text/html" in bundle:
             return bundle["text/html"]
+    from deltakit.view import preformatted
+
     if not hasattr(found, "__rich_console__"):
         return preformatted(str(found))
     file = io.StringIO()

@@ -1,14 +1,16 @@
 """Commands on the structure of a model: its tree, plans, names and roles. None loads its weights."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from deltakit.cli.arguments import Html, Json, Kind, Model, Train
 from deltakit.cli.models import empty
 from deltakit.cli.printing import present
-from deltakit.core import Method
 from deltakit.errors import OptionError
+
+if TYPE_CHECKING:
+    from deltakit.core import Method
 
 _Depth = Annotated[int | None, typer.Option("--depth", min=1, help="The number of levels to show below the root.")]
 
@@ -21,7 +23,7 @@ _Filter = Annotated[
 def show(
     model: Model,
     *,
-    methods: tuple[Method, ...],
+    methods: "tuple[Method, ...]",
     depth: _Depth = None,
     filter: _Filter = None,
     train: Train = None,
@@ -48,7 +50,7 @@ def show(
 def plan(
     model: Model,
     *,
-    methods: tuple[Method, ...],
+    methods: "tuple[Method, ...]",
     train: Train = None,
     kind: Kind = None,
     json: Json = False,
