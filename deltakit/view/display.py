@@ -24,7 +24,7 @@ from deltakit.view.html import html
 from deltakit.view.node import Node, cut
 from deltakit.view.report_page import page
 from deltakit.view.svg import svg
-from deltakit.view.text import ALIGNED, text
+from deltakit.view.text import ALIGNED, Line, text
 from deltakit.view.tree import build
 from deltakit.view.tree_rows import COLUMNS, ON_REQUEST
 
@@ -53,8 +53,8 @@ class View:
         if self.width is not None and self.width < 1:
             raise OptionError(f"width={self.width}: expected at least 1; omit it for that of the terminal")
 
-    def _lines(self, width: int | None, encoding: str = "utf-8") -> list[Text]:
-        """Returns the lines as text of rich.
+    def _lines(self, width: int | None, encoding: str = "utf-8") -> list[Line]:
+        """Returns the lines.
 
         Args:
             width: the most cells of a line; None for as many as each needs.
@@ -79,8 +79,9 @@ class View:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
         for line in self._lines(self.width or options.max_width, options.encoding):
-            line.no_wrap = True
-            yield line
+            styled = line.styled()
+            styled.no_wrap = True
+            yield styled
 
     def html(self) -> str:
         """Returns the tree as one HTML element, open down to the deltas.

@@ -9,9 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from deltakit.core import is_plain
+from deltakit.view.collector import collector_paused
 from deltakit.view.node import Node
 
 
+@collector_paused()
 def folded(node: Node) -> Node:
     """Returns a tree, as `build` returns it, with equal siblings on one line."""
     return _Folder().fold(node)[0]
@@ -36,9 +38,16 @@ def _alone(node: Node) -> Iterator[Node]:
 @dataclass
 class _Folder:
     numbers: dict[object, int] = field(default_factory=dict)
+    done: dict[int, tuple[Node, int]] = field(default_factory=dict)
+    """What became of each node, by its id: equal parts of a tree may be one object."""
 
     def fold(self, node: Node) -> tuple[Node, int]:
         """Returns the folded node, and the number that all equal subtrees share."""
+        if id(node) not in self.done:
+            self.done[id(node)] = self._folded(node)
+        return self.done[id(node)]
+
+    def _folded(self, node: Node) -> tuple[Node, int]:
         found = [self.fold(child) for child in node.children]
         inside = tuple((child.names, number) for child, number in found)
         key = (

@@ -12,8 +12,7 @@ Relative = tuple[int, tuple[str, ...]]
 """A path relative to another: levels up, then names down. It is equal for equal positions in two blocks."""
 
 
-@dataclass(frozen=True, slots=True)
-class Weight:
+class Weight(NamedTuple):
     """One parameter or buffer.
 
     The shape is that of the model, also if the weight is packed, and None for a lazy parameter. The dtype is the stored one.

@@ -127,15 +127,16 @@ class _Writer:
 
 
 def _inside(around: _Place, node: Node) -> _Place:
-    component = fold(node.names)
-    plain = all(map(is_plain, node.names)) and not any("[" in name for name in node.names)
+    # One name is its own component.
+    component = fold(node.names) if node.members > 1 else node.names
+    # A full path selects its module whatever characters it has; folded ones are read.
     folded = node.members > 1 or any(part.startswith("{") for part in around.path)
+    plain = not folded or all(is_plain(name) and "[" not in name for name in node.names)
     return _Place(
         (*around.path, component[0] if len(component) == 1 else ",".join(node.names)),
         around.modules * node.members,
         around.times * (1 if node.twins else node.members),
-        # A full path selects its module whatever characters it has; folded ones are read.
-        around.exact and (plain or not folded) and node.alias is None,
+        around.exact and plain and node.alias is None,
     )
 
 
@@ -190,4 +191,4 @@ def _common(values: Collection[str]) -> str:
 
 
 def _printable(pieces: list[Piece]) -> tuple[Piece, ...]:
-    return tuple(piece._replace(text=printable(piece.text)) for piece in pieces)
+    return tuple(piece if piece.text.isprintable() else piece._replace(text=printable(piece.text)) for piece in pieces)
