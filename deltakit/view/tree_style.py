@@ -20,6 +20,7 @@ STYLE = """
 .deltakit-tree .dk-bar>*{font:inherit;color:inherit;background:transparent;border:1px solid #888;border-radius:.3em}
 .deltakit-tree .dk-bar>*{padding:0 .5em}
 .deltakit-tree .dk-bar>output{border:0}
+.deltakit-tree .dk-bar ::placeholder{color:inherit;opacity:.75}
 .deltakit-tree.dk-live [data-selector]{cursor:copy}
 .deltakit-tree.dk-live .dk-selectors{display:none}
 .deltakit-tree .dk-away{display:none}
