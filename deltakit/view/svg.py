@@ -58,13 +58,16 @@ def _rules(colours: dict[str, str]) -> str:
 
 def _pieces(line: Line, y: float) -> Iterator[str]:
     """One `<text>` for each part of a line that has a style of its own."""
-    x = float(_MARGIN)
+    cells = 0
     for style, parts in groupby(line.parts, key=lambda part: part[1]):
         text = "".join(part for part, _ in parts)
-        kind, length = _CLASSES.get(style, ""), _WIDTH * cell_len(text)
-        if text.strip():
+        letters = text.strip()
+        if letters:
+            kind = _CLASSES.get(style, "")
+            x = _MARGIN + _WIDTH * (cells + len(text) - len(text.lstrip()))
             yield (
-                f'<text x="{x:.1f}" y="{y:.1f}" textLength="{length:.1f}" lengthAdjust="spacingAndGlyphs"'
-                f'{f" class={kind!r}" if kind else ""} xml:space="preserve">{escape(text)}</text>'
+                f'<text x="{x:.1f}" y="{y:.1f}" textLength="{_WIDTH * cell_len(letters):.1f}" '
+                f'lengthAdjust="spacingAndGlyphs"{f" class={kind!r}" if kind else ""} xml:space="preserve">'
+                f"{escape(letters)}</text>"
             )
-        x += length
+        cells += cell_len(text)

@@ -10,6 +10,7 @@ import pytest
 
 import deltakit as dk
 from support.models import Transformer
+from support.paths import ROOT
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -140,6 +141,21 @@ def test_deltas_are_in_sight_and_columns_end_at_one_edge(width, scripts, shown):
     # Nothing is scrolled sideways: on a narrow page labels are cut.
     assert opened.locator("body").bounding_box()["width"] <= width
     assert max(row["x"] + row["width"] for row in rows) <= width
+
+
+@pytest.mark.parametrize("system", PAGES)
+def test_the_picture_in_the_readme_can_be_read(system, browser):
+    with browser.new_context(color_scheme=system, device_scale_factor=3) as context:
+        page = context.new_page()
+        page.goto((ROOT / "examples" / "tree.svg").as_uri())
+        found = {}
+        for part in ("type", "frozen", "delta", "folded"):
+            picture = page.locator(f"text.{part}").first.screenshot(timeout=120_000)
+            found[part] = page.evaluate(CONTRAST, base64.b64encode(picture).decode())
+        assert min(found.values()) > 4.5, found
+        # It has a ground of its own, so the page of a code host may be of the other kind.
+        ground = page.locator("rect").evaluate("(rect) => getComputedStyle(rect).fill")
+        assert ground == {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}[system]
 
 
 def test_opening_searching_and_copying(shown):
