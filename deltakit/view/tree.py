@@ -65,20 +65,13 @@ class _Builder:
             for place, (child_name, child) in enumerate(module._modules.items())
             if child is not None and not isinstance(child, DeltaModule)
         ]
+        kernel, ordered = kernel_of(module), isinstance(module, nn.Sequential)
         # Parts are the same objects where they are equal, so their ids tell them apart.
-        kernel = kernel_of(module)
-        key = (
-            name,
-            kind,
-            order,
-            kernel,
-            own_bytes,
-            *(tuple(map(id, part)) for part in (weights, lines, found)),
-        )
-        ordered = isinstance(module, nn.Sequential)
-        if (key, ordered) not in self.known:
+        ids = [tuple(map(id, part)) for part in (weights, lines, found)]
+        key = (name, kind, order, kernel, ordered, own_bytes, *ids)
+        if key not in self.known:
             shown = tuple(child for child in found if self.all_modules or _is_shown(child))
-            self.known[key, ordered] = Node(
+            self.known[key] = Node(
                 (name,),
                 (kind,),
                 tuple(weights),
@@ -92,7 +85,7 @@ class _Builder:
                 ordered=ordered,
                 omitted=_omitted(found, shown),
             )
-        return self.known[key, ordered]
+        return self.known[key]
 
     def _once(self, part: _Part) -> _Part:
         """Returns the part that is equal to this one and was made first."""
