@@ -4,7 +4,7 @@ Two parts are equal if everything that their lines show is equal: types, paramet
 are trainable, what they are tied to, the deltas, and all sizes. Each subtree gets a number by a key of exactly these facts and
 of its children's numbers. So one pass is enough, and no two different subtrees can share a number.
 
-Parts that are nearly equal are not folded, such as T5's first block, which has a relative bias that the others lack. Written as
+Parts that are nearly equal are not folded, such as T5's first block, which alone has a relative bias. Written as
 `0: as 1-23, with layer.0.SelfAttention.relative_attention_bias`, it would be 24 rows less for T5-large. But then no row would
 have the modules of block 0: their selectors could not be copied, the rows below it would not add up to it, and deltas in it
 would be seen only in rows whose selectors and counts are those of the other blocks. `depth=` and `filter=` shorten a tree
