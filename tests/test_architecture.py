@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "ops": {"core", "selection"},
     "methods": {"core", "ops", "selection"},
     "files": {"core", "selection", "version"},
-    "view": {"core", "injection"},
+    "view": {"core", "injection", "selection"},
     "measuring": {"core", "view"},
     "picking": {"core", "selection", "view"},
     "delta": {"core", "selection", "injection", "files", "view"},
@@ -158,9 +158,15 @@ def test_one_place_each():
 
 def test_public_names_are_listed_and_there():
     assert len(set(dk.__all__)) == len(dk.__all__)
-    there = {name for name in vars(dk) if not name.startswith("_") and name != "jaxtyping"} | {"__version__"}
+    for name in dk.__all__:
+        assert getattr(dk, name) is vars(dk)[name]
+    assert dir(dk) == sorted([*dk.__all__, "integrations", "opendelta"])
+    # What was imported on the way is none of them.
+    there = {name for name in vars(dk) if not name.startswith("_")} - {"jaxtyping", "sys", "import_module", "find_spec"}
     modules = {room_of(name) for name, *_ in sources()}
-    assert set(dk.__all__) == there - modules
+    assert there - modules - {"TYPE_CHECKING", "Any"} == set(dk.__all__) - {"__version__"}
+    with pytest.raises(AttributeError, match="module 'deltakit' has no attribute 'Lorra'"):
+        dk.Lorra  # noqa: B018
 
 
 def test_no_module_has_the_name_of_a_public_function():
@@ -192,11 +198,40 @@ def test_every_shape_in_a_signature_is_checked(pytestconfig):
         packed(torch.zeros(2))
 
 
-def test_importing_is_light():
-    code = "import sys, deltakit; print([m for m in ('transformers', 'huggingface_hub.constants', 'accelerate', 'textual', 'anywidget', 'IPython', 'http.server') if m in sys.modules])"
+def in_a_process(code):
+    """What the last line says that code prints in a process of its own."""
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
-    heavy = subprocess.run(
-        [sys.executable, "-c", "import transformers; " + code], capture_output=True, text=True, check=True
+    return run.stdout.splitlines()[-1]
+
+
+def test_torch_is_imported_with_the_first_name():
+    assert in_a_process("import sys, deltakit as dk; dir(dk), dk.__version__; print('torch' in sys.modules)") == "False"
+    assert in_a_process("import sys, deltakit as dk; dk.LoRA; print('torch' in sys.modules)") == "True"
+    assert in_a_process("from deltakit import *; print(LoRA, attach.__name__)").endswith("LoRA'> attach")
+
+
+@pytest.mark.parametrize("first", ["core", "delta", "files", "integrations", "methods.lora", "opendelta"])
+def test_all_methods_are_known_whatever_is_imported_first(first):
+    code = f"import deltakit.{first}; from deltakit.core import METHODS; print(sorted(METHODS))"
+    assert in_a_process(code) == repr(sorted(name for name, kind in dk.METHODS.items() if is_own(kind)))
+
+
+def is_own(kind):
+    """Whether a method is none of the small ones of other tests."""
+    return kind.__module__.startswith("deltakit.methods.")
+
+
+def test_importing_is_light():
+    parts = (
+        "transformers",
+        "huggingface_hub.constants",
+        "accelerate",
+        "textual",
+        "anywidget",
+        "IPython",
+        "http.server",
     )
-    assert "transformers" in heavy.stdout
+    heavy = f"[m for m in {parts} if m in sys.modules]"
+    code = f"import sys; from deltakit import *; print({heavy})"
+    assert in_a_process(code) == "[]"
+    assert "transformers" in in_a_process(f"import transformers; {code}")

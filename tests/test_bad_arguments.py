@@ -58,7 +58,7 @@ ACCEPTED = {
     **dict.fromkeys(["show.backbone", "roles.backbone", "deltas.backbone", "base_state_dict.backbone", "merged_state_dict.backbone", "targets.backbone", "account.backbone"], MODEL),
     # A state dict may be empty.
     **dict.fromkeys(["diff.a", "diff.b"], MODEL | {"empty dict"}),
-    **dict.fromkeys(["plan.inputs", "show.inputs", "account.optimizer", "account.inputs"], NOTHING),
+    **dict.fromkeys(["plan.inputs", "show.inputs", "account.optimizer", "account.inputs", "show.filter"], NOTHING),
     "Delta.show.top": NOTHING | COUNT,
     "Visualization.plm": MODEL,
     **dict.fromkeys(["show.depth", "show.width", "View.width", "combine.rank"], NOTHING | COUNT),

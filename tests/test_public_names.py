@@ -1,6 +1,7 @@
 """Every method has its public name: `DELTAKIT_UPDATE_GOLDEN=1 pytest tests/test_public_names.py` writes those that are missing."""
 
 import os
+import pickle
 import re
 
 import deltakit as dk
@@ -8,10 +9,9 @@ from support.paths import ROOT
 
 UPDATES = bool(os.environ.get("DELTAKIT_UPDATE_GOLDEN"))
 PUBLIC = ROOT / "deltakit" / "__init__.py"
-FROM, NAMES = (
-    re.compile(r"(?:^from deltakit\.methods\.\w+ import .+\n)+", re.M),
-    re.compile(r"(?<=__all__ = \[\n)[^]]+"),
-)
+IMPORT = re.compile(r"^    from deltakit\.(\S+) import (\w+) as \2$", re.M)
+METHODS = re.compile(r"(?:^    from deltakit\.methods\.\w+ import .+\n)+", re.M)
+TABLE = re.compile(r"(?<=_MODULE_OF = \{\n)[^}]+")
 
 
 def own_methods():
@@ -20,25 +20,25 @@ def own_methods():
 
 
 def with_public_names(text, methods):
-    """The code of a package that exports these methods, too: an import, and an entry in `__all__`."""
+    """The code of a package that exports these methods, too: an import for type checkers, and an entry in the table."""
 
     def imports(found):
-        known = dict(re.findall(r"^from (\S+) import (.+)$", found[0], re.M))
-        for kind in methods:
-            names = known.get(kind.__module__, "").split(", ")
-            known[kind.__module__] = ", ".join(sorted({*names, kind.__name__} - {""}, key=str.lower))
-        return "".join(f"from {module} import {names}\n" for module, names in sorted(known.items()))
+        names = {*IMPORT.findall(found[0])} | {
+            (kind.__module__.removeprefix("deltakit."), kind.__name__) for kind in methods
+        }
+        return "".join(
+            f"    from deltakit.{module} import {name} as {name}\n" for module, name in sorted(names, key=place)
+        )
 
-    def entries(found):
-        names = {*re.findall(r'"(\w+)"', found[0]), *(kind.__name__ for kind in methods)}
-        return "".join(f'    "{name}",\n' for name in sorted(names, key=place))
-
-    return NAMES.sub(entries, FROM.sub(imports, text))
+    text = METHODS.sub(imports, text)
+    table = sorted((name, module) for module, name in IMPORT.findall(text))
+    return TABLE.sub("".join(f'    "{name}": "{module}",\n' for name, module in table), text)
 
 
-def place(name):
-    """Where ruff sorts a name: constants, classes, functions."""
-    return (0 if name.isupper() else 1 if name[0].isupper() else 2), name
+def place(found):
+    """Where ruff sorts an import."""
+    module, name = found
+    return module, name.lower()
 
 
 def test_every_method_has_a_public_name():
@@ -52,6 +52,21 @@ def test_every_method_has_a_public_name():
 
 def test_a_missing_name_is_written_where_it_belongs():
     text = PUBLIC.read_text(encoding="utf-8")
-    without = text.replace("from deltakit.methods.hira import HiRA\n", "").replace('    "HiRA",\n', "")
+    without = text.replace("    from deltakit.methods.hira import HiRA as HiRA\n", "").replace(
+        '    "HiRA": "methods.hira",\n', ""
+    )
     assert len(without) < len(text)
     assert with_public_names(without, own_methods()) == with_public_names(text, own_methods())
+
+
+def test_the_table_has_what_type_checkers_see():
+    text = PUBLIC.read_text(encoding="utf-8")
+    assert with_public_names(text, ()) == text
+    assert {*dk.__all__} == {name for module, name in IMPORT.findall(text)} | {"__version__"}
+
+
+def test_public_names_are_pickled_by_where_they_are():
+    for name in dk.__all__:
+        value = getattr(dk, name)
+        if callable(value):
+            assert pickle.loads(pickle.dumps(value)) is value

@@ -26,7 +26,12 @@ _LOOKING = (
     _Command(
         "show",
         with_methods(structure.show),
-        ("show meta-llama/Llama-3.2-1B", "show my-model --depth 3 --html tree.html", 'show my-model --lora "@attn.q"'),
+        (
+            "show meta-llama/Llama-3.2-1B",
+            "show my-model --depth 3 --html tree.html",
+            'show my-model --filter "@attn.q"',
+            'show my-model --lora "@attn.q"',
+        ),
     ),
     _Command(
         "plan",

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -35,6 +35,8 @@ Kind = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a web page, too.")]
+# `deltakit.files.Written`, which cannot be imported without torch.
+Format = Annotated[Literal["deltakit", "peft", "diffusers"], typer.Option("--to", help="The format to write.")]
 Train = Annotated[
     list[str] | None,
     typer.Option("--train", metavar="SELECTOR", help="Modules of the model that would be trained in full, like @head."),

@@ -5,14 +5,12 @@ from typing import Annotated
 import typer
 
 from deltakit.cli.arguments import Html, Json
+from deltakit.cli.method_lines import method_lines
 from deltakit.cli.printing import present
-from deltakit.core import METHODS
-from deltakit.delta import method_rows
-from deltakit.view import MethodTable
 
 
 def _names(incomplete: str) -> list[str]:
-    return [name for name in sorted(METHODS) if name.startswith(incomplete)]
+    return [name for name in method_lines() if name.startswith(incomplete)]
 
 
 def methods(
@@ -25,5 +23,8 @@ def methods(
     html: Html = None,
 ) -> None:
     """Print the methods: what each changes, where, what it can do, and its paper."""
+    from deltakit.delta import method_rows
+    from deltakit.view import MethodTable
+
     rows = method_rows(names or ())
     present(MethodTable(rows), rows, title="Methods", json=json, html=html, wrap=True)

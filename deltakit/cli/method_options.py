@@ -5,14 +5,17 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import wraps
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
+from deltakit.cli.method_lines import method_lines
 from deltakit.cli.running import with_signature
-from deltakit.core import METHODS, Method
 from deltakit.errors import OptionError, did_you_mean, warn
+
+if TYPE_CHECKING:
+    from deltakit.core import Method
 
 _DEFAULT = "default"
 """What stands for the default positions of a method."""
@@ -29,8 +32,8 @@ _Settings = Annotated[
 
 def with_methods(function: Callable[..., None]) -> Callable[..., None]:
     """Returns the function of a command with an option for each method. Its argument `methods` gets what they ask for."""
-    own = [one for one in inspect.signature(function, eval_str=True).parameters.values() if one.name != "methods"]
-    names = {name.replace("-", "_"): name for name in sorted(METHODS)}
+    own = [one for one in inspect.signature(function).parameters.values() if one.name != "methods"]
+    names = {name.replace("-", "_"): name for name in method_lines()}
 
     @wraps(function)
     def run(**arguments: Any) -> None:
@@ -47,17 +50,16 @@ def _parameter(name: str, annotation: Any) -> inspect.Parameter:
 
 
 def _option(name: str) -> Any:
-    words = " ".join((inspect.getdoc(METHODS[name]) or "").partition("\n\n")[0].split())
     option = typer.Option(
         f"--{name.replace('_', '-')}",
         metavar="SELECTOR",
-        help=escape(words.partition(". ")[0].rstrip(".")),
+        help=escape(method_lines()[name]),
         rich_help_panel="Methods: the value is a selector, or `default` for the default positions",
     )
     return Annotated[list[str] | None, option]
 
 
-def chosen(selectors: Mapping[str, Sequence[str]], settings: Sequence[str]) -> tuple[Method, ...]:
+def chosen(selectors: Mapping[str, Sequence[str]], settings: Sequence[str]) -> "tuple[Method, ...]":
     """Returns the methods that a command line asks for.
 
     Args:
@@ -68,6 +70,8 @@ def chosen(selectors: Mapping[str, Sequence[str]], settings: Sequence[str]) -> t
         OptionError: if "default" stands beside a selector, a setting is malformed or is for no method here, or an option is
             unknown or out of its range.
     """
+    from deltakit.core import METHODS
+
     options: dict[str, dict[str, Any]] = {name: _positions(name, list(at)) for name, at in selectors.items()}
     for setting in settings:
         name, option, value = _setting(setting)
@@ -102,12 +106,14 @@ def _setting(setting: str) -> tuple[str, str, Any]:
 
 
 def _no_such_method(name: str, given: Mapping[str, object]) -> str:
-    if name not in METHODS:
-        return f"there is no method {name!r}{did_you_mean(name, METHODS)}"
+    if name not in method_lines():
+        return f"there is no method {name!r}{did_you_mean(name, method_lines())}"
     return f"add --{name.replace('_', '-')} with a selector or `default`; the methods here are {', '.join(given) or 'none'}"
 
 
-def _made(name: str, given: Mapping[str, Any]) -> Method:
+def _made(name: str, given: Mapping[str, Any]) -> "Method":
+    from deltakit.core import METHODS
+
     kind = METHODS[name]
     # Some options have no default.
     added = {option: value for option, value in kind.example.items() if option not in given}

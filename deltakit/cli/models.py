@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from deltakit.errors import DeltaError, HubError, OptionError, warn
-from deltakit.files import is_repository
 
 _UNBUILDABLE = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 """What transformers raises for a config that it cannot read or build a model from: config.json may hold anything."""
@@ -22,6 +21,8 @@ def readable(model: str) -> Iterator[Any]:
     Raises:
         HubError: if there is no such folder, or transformers cannot read the model.
     """
+    from deltakit.files import is_repository
+
     if not is_repository(model) and not Path(model).exists():
         raise HubError(f"{model}: no such folder, and this is not a Hub id such as 'user/model'; check the path")
     import transformers

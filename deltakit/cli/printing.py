@@ -4,14 +4,13 @@ import io
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from deltakit.errors import OptionError
-from deltakit.view import preformatted, web_page
 
 
 def console() -> Console:
@@ -41,6 +40,8 @@ def present(found: Any, data: object, *, title: str, json: bool, html: Path | No
     else:
         print(found)
     if html is not None:
+        from deltakit.view import web_page
+
         write_page(html, web_page(title, [_as_html(found)]))
 
 
@@ -66,14 +67,10 @@ def write_page(file: Path, text: str) -> None:
 
 def _plain(value: Any) -> object:
     if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value) if _is_flat(value) else {f.name: getattr(value, f.name) for f in fields(value)}
+        return asdict(value)
     if isinstance(value, Mapping):
         return dict(value)
     return list(value) if isinstance(value, (set, frozenset)) else str(value)
-
-
-def _is_flat(value: Any) -> bool:
-    return all(isinstance(getattr(value, f.name), (str, int, float, bool, type(None))) for f in fields(value))
 
 
 def _as_html(found: Any) -> str:
@@ -81,6 +78,8 @@ def _as_html(found: Any) -> str:
         bundle: Mapping[str, str] = found._repr_mimebundle_()
         if "text/html" in bundle:
             return bundle["text/html"]
+    from deltakit.view import preformatted
+
     if not hasattr(found, "__rich_console__"):
         return preformatted(str(found))
     file = io.StringIO()

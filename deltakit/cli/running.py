@@ -37,7 +37,7 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
                 print(f"deltakit: {_line(error)}", file=sys.stderr)
                 raise typer.Exit(1) from error
 
-    own = inspect.signature(function, eval_str=True)
+    own = inspect.signature(function)
     option = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_Debug)
     return with_signature(run, own.replace(parameters=[*own.parameters.values(), option]))
 

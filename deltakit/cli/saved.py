@@ -7,12 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from deltakit.cli.arguments import Delta, Html, Json, Kind, Revision, Subfolder
+from deltakit.cli.arguments import Delta, Format, Html, Json, Kind, Revision, Subfolder
 from deltakit.cli.models import class_of, empty, loaded, readable
 from deltakit.cli.printing import present
-from deltakit.delta import inspect as inspected
 from deltakit.errors import CheckpointError, OptionError
-from deltakit.files import Access, Written, find_folder, format_of, is_repository, upload
 
 _COMPANIONS = (
     *(
@@ -33,6 +31,8 @@ def inspect(
     delta: Delta, *, revision: Revision = None, subfolder: Subfolder = None, json: Json = False, html: Html = None
 ) -> None:
     """Print what a saved delta is, of any format that deltakit reads: methods, options, targets and size."""
+    from deltakit.delta import inspect as inspected
+
     found = inspected(delta, revision=revision, subfolder=subfolder)
     tensors = {
         name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
@@ -57,7 +57,7 @@ def convert(
     delta: Delta,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     *,
-    to: Annotated[Written, typer.Option("--to", help="The format to write.")],
+    to: Format,
     model: Annotated[
         str | None,
         typer.Option("--model", help="A folder or Hub id of the backbone; by default the one that the delta names."),
@@ -68,6 +68,8 @@ def convert(
 ) -> None:
     """Write a saved delta in the format of another library. Of its model it reads only the config."""
     from deltakit.delta import convert as converted
+    from deltakit.delta import inspect as inspected
+    from deltakit.files import Access, find_folder
 
     found = inspected(delta, revision=revision, subfolder=subfolder)
     model = model or found.base
@@ -88,6 +90,7 @@ def merge(
     subfolder: Subfolder = None,
 ) -> None:
     """Write a plain model with a saved delta in its weights, and its tokenizer, for any program that reads models."""
+    from deltakit.delta import inspect as inspected
     from deltakit.delta import load
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -125,6 +128,9 @@ def push(
 
     Log in with `hf auth login` before. Of a folder only the files of the delta are uploaded.
     """
+    from deltakit.delta import inspect as inspected
+    from deltakit.files import find_folder, upload
+
     # Nothing that `load` would refuse is uploaded.
     inspected(Path(delta))
     place = find_folder(Path(delta))
@@ -141,6 +147,8 @@ def push(
 
 def _files_of(place: Path) -> list[Path]:
     """Returns the files of a delta in a folder, with its model card; or the file that it is."""
+    from deltakit.files import format_of
+
     if not place.is_dir():
         return [place]
     kind = format_of(place)
@@ -155,6 +163,8 @@ def _known(base_class: str | None) -> str | None:
 
 def _copy_companions(model: str, out: Path) -> list[str]:
     """Copies the tokenizer and alike, and returns the names of the files."""
+    from deltakit.files import Access, is_repository
+
     with readable(model):
         on_hub = not Path(model).exists() and is_repository(model)
         folder: Any = Access().copy(model, _COMPANIONS, None) if on_hub else Path(model)

@@ -1,15 +1,17 @@
 """Commands on the structure of a model: its tree, plans, names and roles. None loads its weights."""
 
 import sys
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from deltakit.cli.arguments import Html, Json, Kind, Model, Train
 from deltakit.cli.models import empty
 from deltakit.cli.printing import as_json, present
-from deltakit.core import Method
 from deltakit.errors import OptionError
+
+if TYPE_CHECKING:
+    from deltakit.core import Method
 
 _How = Annotated[
     Literal["auto", "terminal", "browser"],
@@ -21,12 +23,18 @@ _Port = Annotated[
 ]
 _Depth = Annotated[int | None, typer.Option("--depth", min=1, help="The number of levels to show below the root.")]
 
+_Filter = Annotated[
+    list[str] | None,
+    typer.Option("--filter", metavar="SELECTOR", help="Show only what this selects, and the modules around it."),
+]
+
 
 def show(
     model: Model,
     *,
-    methods: tuple[Method, ...],
+    methods: "tuple[Method, ...]",
     depth: _Depth = None,
+    filter: _Filter = None,
     train: Train = None,
     kind: Kind = None,
     json: Json = False,
@@ -44,14 +52,14 @@ def show(
         attach(backbone, *methods, train=train or ())
     elif train:
         raise OptionError("--train: the tree shows what a delta would train; add a method, such as --lora default")
-    view = tree(backbone, depth=depth)
-    present(view, view.node, title=f"{type(backbone).__name__} of {model}", json=json, html=html)
+    view = tree(backbone, depth=depth, filter=filter or None)
+    present(view, view.to_dict(), title=f"{type(backbone).__name__} of {model}", json=json, html=html)
 
 
 def plan(
     model: Model,
     *,
-    methods: tuple[Method, ...],
+    methods: "tuple[Method, ...]",
     train: Train = None,
     kind: Kind = None,
     json: Json = False,

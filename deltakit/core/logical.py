@@ -30,6 +30,8 @@ class LogicalParameter(NamedTuple):
 
 def logical_parameters(module: nn.Module) -> list[LogicalParameter]:
     """Returns the parameters of a module itself, without those of the modules in it."""
+    if not module._parameters and not module._buffers:
+        return []
     packed = _packed_weight(module)
     if packed is not None:
         # What else the layer has are scales, zero points and other parts of the packed weight.

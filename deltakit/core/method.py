@@ -15,11 +15,12 @@ from deltakit.core.arguments import Door, checked
 from deltakit.core.delta_module import DeltaModule
 from deltakit.core.design import Design
 from deltakit.core.method_help import with_shared_options
+from deltakit.core.method_registry import Registry
 from deltakit.core.paths import type_names
 from deltakit.core.target import Target
 from deltakit.errors import CheckpointError, OptionError
 
-METHODS: dict[str, type["Method"]] = {}
+METHODS: Registry[type["Method"]] = Registry()
 """All method classes by name. Defining a `Method` subclass with a name adds it."""
 
 Selector = str | Sequence[str]

@@ -7,10 +7,11 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 
 from deltakit.demo.recipes import Recipe
-from deltakit.demo.report import Report, accuracy_of, counted, learned, say
+from deltakit.demo.report import Report, counted, learned, say
 from deltakit.demo.results import verdict
 from deltakit.demo.run import picture, tell
 from deltakit.demo.task import Task
+from deltakit.demo.training import accuracy_of
 from deltakit.demo.trials import run_all
 
 
@@ -41,7 +42,7 @@ def compare(
     say(console, f"Training {len(recipes)} ways on {about}")
     with TemporaryDirectory() as spare:
         found = run_all(recipes, task, epochs=epochs, seeds=seeds, out=out or Path(spare), console=console)
-    tell(found.results, accuracy_of(untrained, task), console)
+    tell(found.results, accuracy_of(untrained, task.valid, task.pad), console)
     best = max(
         (recipe for recipe in recipes if recipe.methods),
         key=lambda recipe: next(r.accuracy for r in found.results if r.title == recipe.title),

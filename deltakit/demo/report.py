@@ -9,7 +9,6 @@ from torch import Tensor
 
 from deltakit.demo.results import HEADS, Result, by_size
 from deltakit.demo.task import Task
-from deltakit.demo.training import labels
 from deltakit.view import View, bar, heading, paragraph, preformatted, share, table, web_page
 
 
@@ -72,11 +71,6 @@ def say(console: Console, *lines: str) -> None:
 def is_ascii(console: Console) -> bool:
     """Returns whether a console's output cannot show blocks."""
     return not console.encoding.lower().startswith("utf")
-
-
-def accuracy_of(predictions: Tensor, task: Task) -> float:
-    """Returns the share of predictions that are correct, in [0, 1]."""
-    return float((predictions == labels(task.valid, task.pad)).float().mean())
 
 
 def learned(what: str, task: Task, before: Tensor, after: Tensor, *, by: str, count: int = 3) -> list[str]:

@@ -11,12 +11,12 @@ from torch import Tensor
 from deltakit.delta import attach, load
 from deltakit.demo.beside_peft import beside_peft
 from deltakit.demo.recipes import RECIPES, Recipe
-from deltakit.demo.report import Report, accuracy_of, counted, is_ascii, learned, say
+from deltakit.demo.report import Report, counted, is_ascii, learned, say
 from deltakit.demo.results import Result, bars_of, table_of, verdict
 from deltakit.demo.task import Task
 from deltakit.demo.task import bundled_model as bundled_model
 from deltakit.demo.task import prepare as prepare
-from deltakit.demo.training import predict
+from deltakit.demo.training import accuracy_of, predict
 from deltakit.demo.trials import run_all
 from deltakit.errors import OptionError
 from deltakit.view import View, show
@@ -41,7 +41,7 @@ def run(task: Task, *, model: str, epochs: int, out: Path, full: bool, console: 
     about = f"{len(task.train):,} of 4,000 requests of SNIPS, {counted(epochs, 'epoch')}; accuracy on {len(task.valid)} others"
     say(console, f"Training {len(recipes)} ways on {about}")
     found = run_all(recipes, task, epochs=epochs, seeds=1, out=out, console=console)
-    tell(found.results, accuracy_of(untrained, task), console)
+    tell(found.results, accuracy_of(untrained, task.valid, task.pad), console)
     notes = learned("Requests", task, untrained, found.predictions[lora.title], by=lora.title)
     notes += beside_peft(task, lora.methods)
     say(console, *notes)

@@ -63,7 +63,12 @@ def predict(model: nn.Module, examples: Sequence[Example], pad: int) -> Int64[Te
 
 def accuracy(model: nn.Module, examples: Sequence[Example], pad: int) -> float:
     """Returns the share of examples whose intent is predicted correctly, in [0, 1]."""
-    return float((predict(model, examples, pad) == labels(examples, pad)).float().mean())
+    return accuracy_of(predict(model, examples, pad), examples, pad)
+
+
+def accuracy_of(predictions: Int64[Tensor, " examples"], examples: Sequence[Example], pad: int) -> float:
+    """Returns the share of predictions, in the order of `predict`, that are correct, in [0, 1]."""
+    return float((predictions == labels(examples, pad)).float().mean())
 
 
 def labels(examples: Sequence[Example], pad: int) -> Int64[Tensor, " examples"]:

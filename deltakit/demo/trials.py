@@ -16,7 +16,7 @@ from deltakit.delta import attach
 from deltakit.demo.recipes import Recipe
 from deltakit.demo.results import Result
 from deltakit.demo.task import Task
-from deltakit.demo.training import BATCH, labels, predict, train
+from deltakit.demo.training import BATCH, accuracy_of, predict, train
 from deltakit.selection import select
 
 Step = Callable[[float], None]
@@ -84,7 +84,7 @@ def _trial(recipe: Recipe, task: Task, epochs: int, seed: int, out: Path, step: 
     size = _size(delta.save(out / recipe.title.lower())) if delta is not None and seed == 0 else None
     count = sum(parameter.numel() for parameter in trained)
     predictions = predict(backbone, task.valid, task.pad)
-    right = float((predictions == labels(task.valid, task.pad)).float().mean())
+    right = accuracy_of(predictions, task.valid, task.pad)
     return Result(recipe.title, count, total, (right,), seconds, size), predictions
 
 

@@ -4,12 +4,13 @@ from deltakit.view.display import View, show
 from deltakit.view.folding import folded
 from deltakit.view.method_table import MethodRow, MethodTable
 from deltakit.view.node import Node
-from deltakit.view.printed import Printed, Table, binary_size
+from deltakit.view.printed import Printed, Table
 from deltakit.view.report import Line, described, report, share, states
 from deltakit.view.report_page import bar, heading, paragraph, preformatted, table, web_page
 from deltakit.view.structure_graph import Visualization
 from deltakit.view.tree import build
 from deltakit.view.tree_rows import Row, rows
+from deltakit.view.units import binary_size
 
 __all__ = [
     "Line",

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from deltakit.view.units import flops_in_words
+
 OF_A_FORWARD = ("output", "calls", "flops")
 """The columns that a tree has if it is shown with inputs."""
 
@@ -28,15 +30,3 @@ def cells_of(calls: Calls | None, modules: int) -> dict[str, str]:
         "calls": f"{calls.times} call{'' if calls.times == 1 else 's'}",
         "flops": flops_in_words(calls.flops * modules),
     }
-
-
-def flops_in_words(number: int) -> str:
-    """Returns a number of floating-point operations as text; "" for none.
-
-    >>> flops_in_words(96), flops_in_words(1_234_567), flops_in_words(70_553_706_496_000)
-    ('96 FLOP', '1.23 MFLOP', '70.6 TFLOP')
-    """
-    for power, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= 0.9995 * power:
-            return f"{number / power:.3g} {unit}FLOP" if number < 999.5 * power else f"{number / power:.0f} {unit}FLOP"
-    return f"{number} FLOP" if number else ""

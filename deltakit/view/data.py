@@ -13,7 +13,7 @@ def data(node: Node) -> dict[str, Any]:
     return {
         "parameters": sizes.parameters,
         "in_deltas": sizes.delta,
-        "trainable": sizes.trained + sizes.delta_trained,
+        "trainable": sizes.total_trained,
         "root": _row(node, iter(rows(node)), 1, 1),
     }
 
@@ -31,8 +31,8 @@ def _row(node: Node, found: Iterator[Row], modules: int, times: int) -> dict[str
         "types": list(node.types),
         "selector": row.selector or None,
         "modules": modules,
-        "parameters": node.count * times,
-        "parameters_in_each": node.count,
+        "parameters": node.sizes.parameters * times,
+        "parameters_in_each": node.sizes.parameters,
         "state": state_of(node),
         **({"kernel": node.detail} if node.detail else {}),
         **({"tied_together": True} if node.twins else {}),
@@ -48,6 +48,7 @@ def _row(node: Node, found: Iterator[Row], modules: int, times: int) -> dict[str
         **_some("deltas", deltas),
         **_some("children", children),
         **({"rows_left_out": node.hidden} if node.hidden else {}),
+        **({"modules_filtered_out": node.left_out * modules} if node.left_out else {}),
     }
 
 

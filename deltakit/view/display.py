@@ -7,22 +7,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, ConsoleOptions
 from rich.text import Text
 from torch import nn
 
-from deltakit.core import Inputs, checked
+from deltakit.core import Inputs, Selector, checked
 from deltakit.errors import OptionError
 from deltakit.view.calls import OF_A_FORWARD
 from deltakit.view.data import data
+from deltakit.view.filtering import filtered
 from deltakit.view.folding import folded
 from deltakit.view.forward import with_calls
 from deltakit.view.html import html
 from deltakit.view.node import Node, cut
-from deltakit.view.page import page
+from deltakit.view.report_page import page
 from deltakit.view.svg import svg
-from deltakit.view.text import ALIGNED, text
+from deltakit.view.text import ALIGNED, Line, text
 from deltakit.view.tree import build
 from deltakit.view.tree_rows import COLUMNS, ON_REQUEST
 
@@ -51,8 +53,8 @@ class View:
         if self.width is not None and self.width < 1:
             raise OptionError(f"width={self.width}: expected at least 1; omit it for that of the terminal")
 
-    def _lines(self, width: int | None, encoding: str = "utf-8") -> list[Text]:
-        """Returns the lines as text of rich.
+    def _lines(self, width: int | None, encoding: str = "utf-8") -> list[Line]:
+        """Returns the lines.
 
         Args:
             width: the most cells of a line; None for as many as each needs.
@@ -77,8 +79,9 @@ class View:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
         for line in self._lines(self.width or options.max_width, options.encoding):
-            line.no_wrap = True
-            yield line
+            styled = line.styled()
+            styled.no_wrap = True
+            yield styled
 
     def html(self) -> str:
         """Returns the tree as one HTML element, open down to the deltas.
@@ -92,14 +95,18 @@ class View:
         """Returns the text of the tree as an SVG picture, in light or dark colours as the reader's system has them."""
         return svg(self._lines(self.width or ALIGNED), "structure of the model")
 
-    def json(self) -> str:
-        """Returns the tree as JSON: totals, and a "root" row with its "children".
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the tree as data that `json.dumps` takes: totals, and a "root" row with its "children".
 
         A row has "names" and "types" of its modules, a "selector" for them (null if there is none), the number of "modules",
         their "parameters" together and "parameters_in_each", a "state", and "weights" with shapes and dtypes. Rows with
         deltas have "deltas". Names are those of the model, also where they have control characters.
         """
-        return json.dumps(data(self.node), indent=1)
+        return data(self.node)
+
+    def json(self) -> str:
+        """Returns what `to_dict` returns as JSON."""
+        return json.dumps(self.to_dict(), indent=1)
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Writes the tree to a file, and returns its path. The ending says what is written.
@@ -140,6 +147,7 @@ def show(
     backbone: nn.Module,
     *,
     depth: int | None = None,
+    filter: Selector | None = None,
     fold: bool = True,
     columns: Sequence[str] = COLUMNS,
     all_modules: bool = False,
@@ -160,6 +168,8 @@ def show(
 
     Args:
         depth: the number of levels to show below the root; by default all.
+        filter: selectors. Only what they match is shown, with the modules around it; `["@attn", "@attn/**"]` also shows what
+            is in a match. Counts stay those of the whole model.
         fold: whether equal siblings share one line.
         columns: "members", "state" and "count" by default. Further ones are "each" (the count in one of the modules), "dtype"
             (as it is stored), "bytes" and "device". An empty list shows the structure only, as OpenDelta does.
@@ -177,6 +187,8 @@ def show(
         TargetError: if the backbone is not a `torch.nn.Module`.
         OptionError: if a column is unknown or needs inputs, `depth` or `width` is below 1, or the forward fails with these
             inputs.
+        SelectorError: if a selector of the filter is malformed or matches nothing, or no match has parameters.
+        RoleError: if a role of the filter does not exist, or this backbone has no sure answer for it.
     """
     if depth is not None and depth < 1:
         raise OptionError(f"show(depth={depth}): expected at least 1; omit it for no limit")
@@ -191,4 +203,5 @@ def show(
         backbone, all_modules=all_modules, buffers=buffers, devices="device" in columns, memory="bytes" in columns
     )
     node = node if inputs is None else with_calls(node, backbone, inputs)
+    node = node if filter is None else filtered(node, backbone, filter)
     return View(cut(folded(node) if fold else node, depth), tuple(columns), width, ascii)

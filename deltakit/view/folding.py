@@ -3,15 +3,23 @@
 Two parts are equal if everything that their lines show is equal: types, parameters' names, shapes, dtypes, whether they
 are trainable, what they are tied to, the deltas, and all sizes. Each subtree gets a number by a key of exactly these facts and
 of its children's numbers. So one pass is enough, and no two different subtrees can share a number.
+
+Parts that are nearly equal are not folded, such as T5's first block, which alone has a relative bias. Written as
+`0: as 1-23, with layer.0.SelfAttention.relative_attention_bias`, it would be 24 rows less for T5-large. But then no row would
+have the modules of block 0: their selectors could not be copied, the rows below it would not add up to it, and deltas in it
+would be seen only in rows whose selectors and counts are those of the other blocks. `depth=` and `filter=` shorten a tree
+without that.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from deltakit.core import is_plain
+from deltakit.view.collector import collector_paused
 from deltakit.view.node import Node
 
 
+@collector_paused()
 def folded(node: Node, *, indices_only: bool = False) -> Node:
     """Returns a tree, as `build` returns it, with equal siblings on one line.
 
@@ -41,9 +49,16 @@ def _alone(node: Node) -> Iterator[Node]:
 class _Folder:
     indices_only: bool
     numbers: dict[object, int] = field(default_factory=dict)
+    done: dict[int, tuple[Node, int]] = field(default_factory=dict)
+    """What became of each node, by its id: equal parts of a tree may be one object."""
 
     def fold(self, node: Node) -> tuple[Node, int]:
         """Returns the folded node, and the number that all equal subtrees share."""
+        if id(node) not in self.done:
+            self.done[id(node)] = self._folded(node)
+        return self.done[id(node)]
+
+    def _folded(self, node: Node) -> tuple[Node, int]:
         found = [self.fold(child) for child in node.children]
         inside = tuple((child.names, number) for child, number in found)
         key = (
@@ -54,6 +69,7 @@ class _Folder:
             node.alias,
             node.sizes,
             node.omitted,
+            node.left_out,
             node.calls,
             inside,
         )

@@ -1,7 +1,7 @@
 """Prints a tree as HTML for notebooks and pages: nested parts that open and close without a script.
 
 What a reader needs is in `style` attributes that JupyterLab's sanitizer keeps (its `sanitizer.ts` lists them). Colours, and
-what needs a script, are in `page`.
+what needs a script, are in `tree_style`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,8 +11,8 @@ from rich.cells import cell_len
 
 from deltakit.view.legend import legend, totals
 from deltakit.view.node import Node
-from deltakit.view.page import SCRIPT, STYLE
 from deltakit.view.tree_rows import GLYPHS, Row, rows
+from deltakit.view.tree_style import SCRIPT, STYLE
 
 _MOST_ROWS = 40
 """Without deltas, the tree opens as far as this many rows."""

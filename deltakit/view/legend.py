@@ -4,7 +4,8 @@ from collections.abc import Collection, Sequence
 
 from deltakit.view.node import Node, walk
 from deltakit.view.report import share
-from deltakit.view.tree_rows import GLYPHS, Row, memory
+from deltakit.view.tree_rows import GLYPHS, Row
+from deltakit.view.units import memory
 
 _STATES = {
     GLYPHS["trainable"]: "trainable",
@@ -36,7 +37,7 @@ def legend(node: Node, rows: Sequence[Row], columns: Collection[str]) -> list[st
 def totals(node: Node) -> list[str]:
     """Returns the totals, in parts. Each parameter is counted once, and shares are those of the backbone's own parameters."""
     sizes = node.sizes
-    trained = sizes.trained + sizes.delta_trained
+    trained = sizes.total_trained
     parts = [f"{sizes.parameters:,} parameters"]
     if sizes.delta:
         idle = ((sizes.off, "inactive"), (sizes.merged, "merged"), (sizes.delta - sizes.delta_trained, "frozen"))
@@ -45,4 +46,8 @@ def totals(node: Node) -> list[str]:
     of = f" of {sizes.parameters:,}" if sizes.delta else ""
     parts.append(f"trainable {trained:,} ({share(trained, sizes.parameters)}{of})")
     parts.append(f"frozen {sizes.parameters - sizes.trained:,}")
-    return parts + ([memory(sizes.bytes)] if sizes.bytes else [])
+    parts += [memory(sizes.bytes)] if sizes.bytes else []
+    if node.left_out:
+        modules = f"{node.left_out:,} module{'' if node.left_out == 1 else 's'}"
+        parts.append(f"left out by the filter: {modules}, which the counts include")
+    return parts

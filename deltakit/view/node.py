@@ -12,8 +12,7 @@ Relative = tuple[int, tuple[str, ...]]
 """A path relative to another: levels up, then names down. It is equal for equal positions in two blocks."""
 
 
-@dataclass(frozen=True, slots=True)
-class Weight:
+class Weight(NamedTuple):
     """One parameter or buffer.
 
     The shape is that of the model, also if the weight is packed, and None for a lazy parameter. The dtype is the stored one.
@@ -70,6 +69,16 @@ class Sizes(NamedTuple):
     merged: int = 0
     bytes: int = 0
 
+    @property
+    def total(self) -> int:
+        """The parameters of the backbone and of its deltas."""
+        return self.parameters + self.delta
+
+    @property
+    def total_trained(self) -> int:
+        """The number of those that require gradients."""
+        return self.trained + self.delta_trained
+
 
 @dataclass(frozen=True, slots=True)
 class Node:
@@ -100,6 +109,8 @@ class Node:
     """The numbers of children that are not shown because they have no parameters, if others follow."""
     hidden: int = 0
     """The number of lines that a depth limit omitted."""
+    left_out: int = 0
+    """The number of modules below it that a filter left out."""
     calls: Calls | None = None
     """What each of the modules did in a forward, if there was one."""
 
@@ -107,26 +118,6 @@ class Node:
     def members(self) -> int:
         """The number of modules on the line."""
         return len(self.names)
-
-    @property
-    def count(self) -> int:
-        """The number of the backbone's parameters in one of the modules."""
-        return self.sizes.parameters
-
-    @property
-    def trained(self) -> int:
-        """The number of those that require gradients."""
-        return self.sizes.trained
-
-    @property
-    def delta(self) -> int:
-        """The number of parameters in the deltas of one of the modules."""
-        return self.sizes.delta
-
-    @property
-    def delta_trained(self) -> int:
-        """The number of those that require gradients."""
-        return self.sizes.delta_trained
 
 
 def cut(node: Node, depth: int | None) -> Node:

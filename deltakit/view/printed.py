@@ -68,19 +68,6 @@ class Printed:
         return {"text/plain": str(self), "text/html": self.html()}
 
 
-def binary_size(number: int) -> str:
-    """Returns a number of bytes as text with three significant digits.
-
-    >>> binary_size(512), binary_size(32_768), binary_size(2_986_344_448)
-    ('512 B', '32 KiB', '2.78 GiB')
-    """
-    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
-        value = number / 2**power
-        if value >= 0.9995:
-            return f"{value:.3g} {unit}" if value < 999.5 else f"{value:.0f} {unit}"
-    return f"{number} B"
-
-
 def _bar(value: float | None, *, plain: bool) -> str:
     if value is None:
         return ""

@@ -1,4 +1,4 @@
-"""Web pages that stand alone: no script, no other file, and the colours of the reader's theme."""
+"""Web pages that stand alone: no other file, and the colours of the reader's theme."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -6,7 +6,6 @@ from html import escape
 from deltakit.errors import printable
 
 _STYLE = """
-:root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; overflow-x: auto; }
 pre { font: 13px/1.5 ui-monospace, monospace; }
 table { border-collapse: collapse; margin: 1rem 0; }
@@ -17,18 +16,30 @@ th:first-child, td:first-child, td.text, th.text { text-align: left; }
 """
 
 
+def page(title: str, body: str, style: str = "") -> str:
+    """Returns a whole HTML document, light or dark as the reader's system.
+
+    Args:
+        title: its title, as text.
+        body: its body, as HTML.
+        style: rules for it in CSS.
+    """
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">'
+        f"<title>{_text(title)}</title>{f'<style>{style}</style>' if style else ''}</head>\n<body>{body}</body></html>\n"
+    )
+
+
 def web_page(title: str, parts: Iterable[str]) -> str:
-    """Returns a whole HTML page.
+    """Returns a whole HTML page with a heading.
 
     Args:
         title: its title, as text.
         parts: what stands below the title, as HTML.
     """
-    head = f"<meta charset='utf-8'><title>{_text(title)}</title><style>{_STYLE}</style>"
     body = "\n".join(parts)
-    return (
-        f"<!doctype html>\n<html lang='en'><head>{head}</head>\n<body><h1>{_text(title)}</h1>\n{body}\n</body></html>\n"
-    )
+    return page(title, f"<h1>{_text(title)}</h1>\n{body}\n", _STYLE)
 
 
 def preformatted(text: str) -> str:

@@ -70,7 +70,7 @@ class Visualization:
             _display(view._repr_mimebundle_())
         else:
             for line in view._lines(console.width if console.is_terminal else None, console.encoding):
-                console.print(line, soft_wrap=True)
+                console.print(line.styled(), soft_wrap=True)
         return PrintedView(view.node, view.columns, cell=_cell())
 
 

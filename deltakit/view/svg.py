@@ -3,12 +3,11 @@ reader's system."""
 
 from collections.abc import Iterator, Sequence
 from html import escape
-from itertools import pairwise
+from itertools import groupby
 
 from rich.cells import cell_len
-from rich.text import Text
 
-from deltakit.view.text import THEME
+from deltakit.view.text import THEME, Line
 
 _WIDTH, _HEIGHT, _MARGIN = 7.8, 18, 14
 """The sizes of a cell and of the margin in pixels, for letters of 13 pixels."""
@@ -34,7 +33,7 @@ _CLASSES = {style: part for part, style in THEME.items()} | {THEME["frozen"]: "f
 _BOLD = "font-weight:bold"
 
 
-def svg(lines: Sequence[Text], title: str) -> str:
+def svg(lines: Sequence[Line], title: str) -> str:
     """Returns the picture of the lines of a tree.
 
     Each part of a line has its place and length in cells, so columns stand below each other in any font.
@@ -57,19 +56,18 @@ def _rules(colours: dict[str, str]) -> str:
     return "".join(f"{f'.{name}' if name else 'text'}{{fill:{colour}}}\n" for name, colour in colours.items())
 
 
-def _pieces(line: Text, y: float) -> Iterator[str]:
+def _pieces(line: Line, y: float) -> Iterator[str]:
     """One `<text>` for each part of a line that has a style of its own."""
-    edges = sorted({0, len(line.plain), *(edge for span in line.spans for edge in (span.start, span.end))})
-    for start, end in pairwise(edges):
-        part = line.plain[start:end]
-        if not part.strip():
-            continue
-        style = next(
-            (str(span.style) for span in line.spans if span.start <= start and end <= span.end), str(line.style)
-        )
-        kind = _CLASSES.get(style, "")
-        x = _MARGIN + _WIDTH * cell_len(line.plain[:start])
-        yield (
-            f'<text x="{x:.1f}" y="{y:.1f}" textLength="{_WIDTH * cell_len(part):.1f}" lengthAdjust="spacingAndGlyphs"'
-            f'{f" class={kind!r}" if kind else ""} xml:space="preserve">{escape(part)}</text>'
-        )
+    cells = 0
+    for style, parts in groupby(line.parts, key=lambda part: part[1]):
+        text = "".join(part for part, _ in parts)
+        letters = text.strip()
+        if letters:
+            kind = _CLASSES.get(style, "")
+            x = _MARGIN + _WIDTH * (cells + len(text) - len(text.lstrip()))
+            yield (
+                f'<text x="{x:.1f}" y="{y:.1f}" textLength="{_WIDTH * cell_len(letters):.1f}" '
+                f'lengthAdjust="spacingAndGlyphs"{f" class={kind!r}" if kind else ""} xml:space="preserve">'
+                f"{escape(letters)}</text>"
+            )
+        cells += cell_len(text)

@@ -4,11 +4,13 @@ Lines are never wrapped. Where one is too long for the width, buffers and shapes
 and names last. The columns stay, so that every line says its state, its count and its number of modules.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
+from deltakit.view.collector import collector_paused
 from deltakit.view.legend import legend, totals
 from deltakit.view.node import Node
 from deltakit.view.tree_rows import Row, rows
@@ -45,28 +47,47 @@ _LEAST = 12
 """The fewest cells that a label gets before columns are left out."""
 
 
-def text(node: Node, *, columns: Sequence[str], width: int | None, ascii: bool) -> list[Text]:
-    """Returns the lines of a tree as styled text, at most `width` cells wide.
+class Line(NamedTuple):
+    """A line in parts, each with the style of `rich` that it has.
+
+    It becomes a text of `rich` only where colours are printed: that takes longer than all the rest.
+    """
+
+    parts: Sequence[tuple[str, str]]
+
+    @property
+    def plain(self) -> str:
+        """The text without styles."""
+        return "".join(part for part, _ in self.parts)
+
+    def styled(self) -> Text:
+        """Returns it as a text of `rich`."""
+        return Text.assemble(*self.parts)
+
+
+@collector_paused()
+def text(node: Node, *, columns: Sequence[str], width: int | None, ascii: bool) -> list[Line]:
+    """Returns the lines of a tree, at most `width` cells wide.
 
     Without columns, only the structure is printed, as OpenDelta does.
     """
     found = rows(node, structure_only=not columns)
-    sizes = {column: max(cell_len(row.cells.get(column, "")) for row in found) for column in columns}
+    sizes = {column: max(_cells(row.cells.get(column, "")) for row in found) for column in columns}
     sizes = {column: size for column, size in sizes.items() if size}
     while width is not None and sizes and _right(sizes) + _LEAST > width:
         sizes.popitem()
     most = None if width is None else max(width - _right(sizes), 1)
-    step = 4 if most is None or max(4 * len(row.ends) for row in found) <= most // 2 else 2
+    step = 4 if most is None or 4 * max(len(row.ends) for row in found) <= most // 2 else 2
     labels = [_label(row, step, most) for row in found]
-    room = min(max(map(_cells, labels)), max(ALIGNED - _right(sizes), 1))
-    shown = [_with_cells(label, row, room, sizes) for label, row in zip(labels, found, strict=True)]
+    room = min(max(cells for _, cells in labels), max(ALIGNED - _right(sizes), 1))
+    shown = [
+        _line([*label, *_columns(row, max(room - cells, 0) + 1, sizes)])
+        for (label, cells), row in zip(labels, found, strict=True)
+    ]
     if columns:
-        shown += [Text(line, style="dim") for line in _wrapped(legend(node, found, sizes), width)]
-        shown += [Text(line) for line in _wrapped(totals(node), width)]
-    if ascii:
-        for line in shown:
-            line.plain = line.plain.translate(_ASCII)
-    return shown
+        shown += [Line([(line, "dim")]) for line in _wrapped(legend(node, found, sizes), width)]
+        shown += [Line([(line, "")]) for line in _wrapped(totals(node), width)]
+    return [Line([(part.translate(_ASCII), style) for part, style in line.parts]) for line in shown] if ascii else shown
 
 
 def _right(sizes: Mapping[str, int]) -> int:
@@ -81,39 +102,54 @@ def _guide(ends: Sequence[bool], step: int) -> str:
     return above + (("└" if ends[-1] else "├") + "─" * (step - 2)).ljust(step)
 
 
-def _label(row: Row, step: int, room: int | None) -> Text:
-    """The guide and the label of a row, at most `room` cells wide."""
-    label = Text(_guide(row.ends, step), style="")
-    pieces = list(row.pieces)
-    if room is not None:
-        free = room - cell_len(label.plain)
-        while sum(cell_len(p.text) for p in pieces) + 2 * (len(pieces) < len(row.pieces)) > free:
-            first = max((piece.gives_way for piece in pieces), default=0)
-            if not first:
-                break
-            del pieces[max(place for place, piece in enumerate(pieces) if piece.gives_way == first)]
-    for piece in pieces:
-        label.append(piece.text, style=THEME.get(piece.part, ""))
+def _label(row: Row, step: int, room: int | None) -> tuple[list[tuple[str, str]], int]:
+    """The guide and the label of a row, at most `room` cells wide, and how many cells they have."""
+    guide = _guide(row.ends, step)
+    pieces = [(_cells(piece.text), piece) for piece in row.pieces]
+    cells = len(guide) + sum(size for size, _ in pieces)
+    while room is not None and cells > room:
+        first = max((piece.gives_way for _, piece in pieces), default=0)
+        if not first:
+            break
+        # What is left out first makes place for the mark that something is.
+        cells += 2 * (len(pieces) == len(row.pieces))
+        cells -= pieces.pop(max(place for place, (_, piece) in enumerate(pieces) if piece.gives_way == first))[0]
+    parts = [(guide, ""), *((piece.text, THEME.get(piece.part, "")) for _, piece in pieces)]
     if len(pieces) < len(row.pieces):
-        label.append(" …", style="dim")
-    if room is not None and _cells(label) > room:
-        label.truncate(room, overflow="ellipsis")
-    return label
+        parts.append((" …", "dim"))
+    if room is not None and cells > room:
+        return _cut(parts, room), room
+    return parts, cells
 
 
-def _with_cells(label: Text, row: Row, room: int, sizes: Mapping[str, int]) -> Text:
+def _cut(parts: Sequence[tuple[str, str]], room: int) -> list[tuple[str, str]]:
+    left = set_cell_size("".join(part for part, _ in parts), room - 1) + "…"
+    found = []
+    for part, style in parts:
+        found.append((left[: len(part)], style))
+        left = left[len(part) :]
+    return [(part, style) for part, style in found if part]
+
+
+def _columns(row: Row, gap: int, sizes: Mapping[str, int]) -> Iterable[tuple[str, str]]:
     if sizes:
-        label.append(" " * (max(room - _cells(label), 0) + 1))
+        yield " " * gap, ""
     for column, size in sizes.items():
         cell = row.cells.get(column, "")
         style = THEME["folded"] if column == "members" else THEME.get(row.state, "")
-        label.append(f" {' ' * (size - cell_len(cell))}{cell}", style=style)
-    label.rstrip()
-    return label
+        yield f" {' ' * (size - _cells(cell))}{cell}", style
 
 
-def _cells(label: Text) -> int:
-    return cell_len(label.plain)
+def _line(parts: list[tuple[str, str]]) -> Line:
+    """A line of these parts, without spaces at its end."""
+    while parts and not parts[-1][0].rstrip():
+        parts.pop()
+    parts[-1:] = [(part.rstrip(), style) for part, style in parts[-1:]]
+    return Line(parts)
+
+
+def _cells(text: str) -> int:
+    return len(text) if text.isascii() else cell_len(text)
 
 
 def _wrapped(parts: Sequence[str], width: int | None) -> list[str]:

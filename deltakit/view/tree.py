@@ -2,15 +2,20 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from deltakit.core import DeltaModule, LogicalParameter, is_slice, join, local_bytes, logical_parameters, word_of
+from deltakit.view.collector import collector_paused
 from deltakit.view.facts import dtype_of, kernel_of
 from deltakit.view.node import DeltaLine, Node, Relative, Sizes, Weight, size_of
 
+_Part = TypeVar("_Part", Weight, DeltaLine, Node)
 
+
+@collector_paused()
 def build(
     backbone: nn.Module,
     *,
@@ -41,39 +46,50 @@ class _Builder:
     weights: dict[int, str] = field(default_factory=dict)
     modules: dict[int, str] = field(default_factory=dict)
     stored: set[int] = field(default_factory=set)
+    known: dict[object, Any] = field(default_factory=dict)
+    """Each different part of the tree once. So a model of 58,000 modules has a few hundred nodes if its blocks are alike."""
 
     def node(self, module: nn.Module, name: str, path: str, order: int) -> Node:
         """Returns the node of a module."""
         kind = type(module).__name__
         first = self.modules.setdefault(id(module), path)
         if first != path:
-            return Node((name,), (kind,), alias=relative(first, path), order=(order,))
+            return self._once(Node((name,), (kind,), alias=relative(first, path), order=(order,)))
         # Before the children: a parameter belongs to the first module that has it.
         weights = self._weights(module, path)
         deltas = {key: child for key, child in module._modules.items() if isinstance(child, DeltaModule)}
-        lines = tuple(self._delta_line(key, delta) for key, delta in deltas.items())
+        lines = [self._delta_line(key, delta) for key, delta in deltas.items()]
         own_bytes = self._bytes(module, deltas.values()) if self.memory else 0
         found = [
             self.node(child, child_name, join(path, child_name), place)
             for place, (child_name, child) in enumerate(module._modules.items())
             if child is not None and not isinstance(child, DeltaModule)
         ]
-        children = tuple(child for child in found if self.all_modules or _is_shown(child))
-        own = [w for w in (*weights, *(w for line in lines for w in line.weights)) if not w.is_buffer]
-        return Node(
-            (name,),
-            (kind,),
-            tuple(weights),
-            lines,
-            children,
-            _sum(weights, lines, found, own_bytes),
-            kernel_of(module),
-            order=(order,),
-            dtypes=frozenset(weight.dtype for weight in own).union(*(child.dtypes for child in found)),
-            devices=frozenset(weight.device for weight in own).union(*(child.devices for child in found)),
-            ordered=isinstance(module, nn.Sequential),
-            omitted=_omitted(found, children),
-        )
+        kernel, ordered = kernel_of(module), isinstance(module, nn.Sequential)
+        # Parts are the same objects where they are equal, so their ids tell them apart.
+        ids = [tuple(map(id, part)) for part in (weights, lines, found)]
+        key = (name, kind, order, kernel, ordered, own_bytes, *ids)
+        if key not in self.known:
+            shown = tuple(child for child in found if self.all_modules or _is_shown(child))
+            self.known[key] = Node(
+                (name,),
+                (kind,),
+                tuple(weights),
+                tuple(lines),
+                shown,
+                _sum(weights, lines, found, own_bytes),
+                kernel,
+                order=(order,),
+                dtypes=_all("dtype", weights, lines, found),
+                devices=_all("device", weights, lines, found),
+                ordered=ordered,
+                omitted=_omitted(found, shown),
+            )
+        return self.known[key]
+
+    def _once(self, part: _Part) -> _Part:
+        """Returns the part that is equal to this one and was made first."""
+        return self.known.setdefault(part, part)
 
     def _weights(self, module: nn.Module, path: str) -> list[Weight]:
         parameters = logical_parameters(module)
@@ -89,11 +105,13 @@ class _Builder:
         own = join(path, name)
         owner = self.weights.setdefault(id(stored), own)
         tied = None if owner == own else relative(owner, own)
-        return Weight(name, shape, dtype_of(stored), stored.requires_grad, tied, device=self._device(stored))
+        return self._once(
+            Weight(name, shape, dtype_of(stored), stored.requires_grad, tied, device=self._device(stored))
+        )
 
     def _buffer(self, name: str, buffer: Tensor) -> Weight:
         shape = None if torch.nn.parameter.is_lazy(buffer) else buffer.shape
-        return Weight(name, shape, dtype_of(buffer), False, is_buffer=True, device=self._device(buffer))
+        return self._once(Weight(name, shape, dtype_of(buffer), False, is_buffer=True, device=self._device(buffer)))
 
     def _delta_line(self, key: str, module: DeltaModule) -> DeltaLine:
         record = module.record
@@ -112,7 +130,7 @@ class _Builder:
         merged = record is not None and bool(record.weights_before_merge)
         idle = "" if module.live else "merged" if merged else "off"
         held = sum(map(local_bytes, (*module.parameters(), *module.buffers()))) if self.memory else 0
-        return DeltaLine(label, " ".join(words).strip(), weights, idle, held)
+        return self._once(DeltaLine(label, " ".join(words).strip(), weights, idle, held))
 
     def _device(self, tensor: Tensor) -> str:
         return str(tensor.device) if self.devices else ""
@@ -134,18 +152,24 @@ def relative(owner: str, path: str) -> Relative:
     return len(here) - common, tuple(there[common:])
 
 
+def _all(what: str, weights: Sequence[Weight], lines: Sequence[DeltaLine], children: Sequence[Node]) -> frozenset[str]:
+    """Returns every "dtype" or "device" of the parameters in a module."""
+    own = {getattr(weight, what) for weight in weights if not weight.is_buffer}
+    own.update(getattr(weight, what) for line in lines for weight in line.weights)
+    return frozenset(own.union(*(getattr(child, f"{what}s") for child in children)))
+
+
 def _sum(weights: Sequence[Weight], lines: Sequence[DeltaLine], children: Sequence[Node], own_bytes: int) -> Sizes:
-    own = [weight for weight in weights if weight.tied is None and not weight.is_buffer]
-    mine = Sizes(
-        sum(map(size_of, own)),
-        sum(size_of(weight) for weight in own if weight.trainable),
-        sum(line.count for line in lines),
-        sum(line.trained for line in lines),
-        sum(line.count for line in lines if line.idle == "off"),
-        sum(line.count for line in lines if line.idle == "merged"),
-        own_bytes,
-    )
-    return Sizes(*map(sum, zip(mine, *(child.sizes for child in children), strict=True))) if children else mine
+    own = [(size_of(weight), weight.trainable) for weight in weights if weight.tied is None and not weight.is_buffer]
+    found = [sum(size for size, _ in own), sum(size for size, trainable in own if trainable), 0, 0, 0, 0, own_bytes]
+    if lines:
+        found[2:6] = [
+            sum(line.count for line in lines),
+            sum(line.trained for line in lines),
+            sum(line.count for line in lines if line.idle == "off"),
+            sum(line.count for line in lines if line.idle == "merged"),
+        ]
+    return Sizes(*map(sum, zip(found, *(child.sizes for child in children), strict=True)))
 
 
 def _is_shown(node: Node) -> bool:

@@ -12,7 +12,7 @@ from deltakit.core import fold, is_plain, span
 from deltakit.errors import printable
 from deltakit.view.calls import OF_A_FORWARD, cells_of
 from deltakit.view.node import DeltaLine, Node, Relative
-from deltakit.view.printed import binary_size
+from deltakit.view.units import memory, short
 
 COLUMNS = ("members", "state", "count")
 """The columns that a tree has by default."""
@@ -68,33 +68,12 @@ def rows(node: Node, *, structure_only: bool = False) -> list[Row]:
     return list(_Writer(structure_only).rows(node, (), place))
 
 
-def short(number: int) -> str:
-    """Returns a count as text of at most six characters.
-
-    >>> short(512), short(16_384), short(4_200_000), short(70_553_706_496)
-    ('512', '16.4K', '4.2M', '70.6B')
-    """
-    for power, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if number >= 0.9995 * power:
-            return f"{number / power:.3g}{unit}" if number < 999.5 * power else f"{number / power:.0f}{unit}"
-    return str(number) if number else ""
-
-
-def memory(number: int) -> str:
-    """Returns a number of bytes as text.
-
-    >>> memory(0), memory(700), memory(2048), memory(3 * 2**30)
-    ('', '700 B', '2 KiB', '3 GiB')
-    """
-    return binary_size(number) if number else ""
-
-
 def state_of(node: Node) -> str:
     """Returns whether a node is "trainable", "frozen" or "mixed"; "none" if it has no parameters."""
-    total, trained = node.count + node.delta, node.trained + node.delta_trained
-    if not total:
+    sizes = node.sizes
+    if not sizes.total:
         return "none"
-    return "trainable" if trained == total else "mixed" if trained else "frozen"
+    return "trainable" if sizes.total_trained == sizes.total else "mixed" if sizes.total_trained else "frozen"
 
 
 @dataclass
@@ -131,12 +110,12 @@ class _Writer:
         if not self.structure_only:
             pieces += _ties(node, tied)
         state = state_of(node)
-        total, one = (node.count + node.delta) * place.times, node.count + node.delta
+        total = node.sizes.total * place.times
         cells = {
             "members": f"×{place.modules}" if place.modules > 1 else "",
             "state": GLYPHS[state],
             "count": "tied" if not total and any(weight.tied is not None for weight in node.weights) else short(total),
-            "each": short(one),
+            "each": short(node.sizes.total),
             "dtype": _common(node.dtypes),
             "bytes": memory(node.sizes.bytes * place.times),
             "device": _common(node.devices),
@@ -148,15 +127,16 @@ class _Writer:
 
 
 def _inside(around: _Place, node: Node) -> _Place:
-    component = fold(node.names)
-    plain = all(map(is_plain, node.names)) and not any("[" in name for name in node.names)
+    # One name is its own component.
+    component = fold(node.names) if node.members > 1 else node.names
+    # A full path selects its module whatever characters it has; folded ones are read.
     folded = node.members > 1 or any(part.startswith("{") for part in around.path)
+    plain = not folded or all(is_plain(name) and "[" not in name for name in node.names)
     return _Place(
         (*around.path, component[0] if len(component) == 1 else ",".join(node.names)),
         around.modules * node.members,
         around.times * (1 if node.twins else node.members),
-        # A full path selects its module whatever characters it has; folded ones are read.
-        around.exact and (plain or not folded) and node.alias is None,
+        around.exact and plain and node.alias is None,
     )
 
 
@@ -211,4 +191,4 @@ def _common(values: Collection[str]) -> str:
 
 
 def _printable(pieces: list[Piece]) -> tuple[Piece, ...]:
-    return tuple(piece._replace(text=printable(piece.text)) for piece in pieces)
+    return tuple(piece if piece.text.isprintable() else piece._replace(text=printable(piece.text)) for piece in pieces)

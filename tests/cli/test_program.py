@@ -1,14 +1,19 @@
 """The program around the commands: help, exit codes, errors of one line, completion, and what it imports."""
 
+import inspect
 import runpy
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
 import deltakit as dk
 from deltakit.cli import main
 from deltakit.cli.app import program
+from deltakit.cli.arguments import Format
+from deltakit.cli.method_lines import method_lines
+from deltakit.files import Written
 from support.tiny_transformers import build
 
 COMMANDS = ("show", "plan", "targets", "roles", "methods", "inspect", "convert", "merge", "push", "demo", "compare")
@@ -89,7 +94,7 @@ def test_an_error_that_nobody_expected_is_one_line(monkeypatch, capsys):
     def broken(*_):
         raise ZeroDivisionError("a\nb")
 
-    monkeypatch.setattr("deltakit.cli.catalogue.method_rows", broken)
+    monkeypatch.setattr("deltakit.delta.method_rows", broken)
     assert main(["methods"]) == 1
     assert capsys.readouterr().err == (
         "deltakit: ZeroDivisionError: a; deltakit did not expect this: report it with what --debug prints\n"
@@ -132,6 +137,25 @@ def test_the_standard_error_is_quiet(tmp_path):
     ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "0-1 (GPT2Block)" in ran.stdout
+
+
+def test_help_imports_no_torch():
+    lines = ["--help", "--version", *(f"{command} --help" for command in COMMANDS)]
+    code = (
+        "import sys; from deltakit.cli import main; "
+        f"codes = {{main(line.split()) for line in {lines}}}; print(codes, 'torch' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "{0} False"
+
+
+def test_what_help_knows_without_torch_is_what_torch_has():
+    assert method_lines() == {
+        name: " ".join(inspect.getdoc(kind).partition("\n\n")[0].split()).partition(". ")[0].rstrip(".")
+        for name, kind in sorted(dk.METHODS.items())
+        if kind.__module__.startswith("deltakit.methods.")
+    }
+    assert get_args(get_args(Format)[0]) == get_args(Written)
 
 
 def test_commands_without_a_model_import_no_transformers(tmp_path):

@@ -31,6 +31,13 @@ def test_show(toy, capsys):
     assert "0-1 (BertLayer)" in run(capsys, "show", toy, "--depth", "3")
 
 
+def test_the_json_of_a_tree_is_that_of_the_view(llama, capsys):
+    found = json.loads(run(capsys, "show", llama, "--depth", "2", "--lora", "default", "--json"))
+    model = build("llama", auto=transformers.AutoModelForCausalLM)
+    dk.attach(model, dk.LoRA())
+    assert found == json.loads(dk.show(model, depth=2).json())
+
+
 def test_the_model_is_the_one_that_the_config_names(llama, capsys):
     for model in (llama, llama / "config.json"):
         out = run(capsys, "show", model)
@@ -135,7 +142,7 @@ def test_json_and_pages(command, llama, tmp_path, capsys):
     assert json.loads(out)
     assert err == f"deltakit: the page is in {page}\n"
     text = page.read_text(encoding="utf-8")
-    assert text.startswith("<!doctype html>")
+    assert text.startswith("<!DOCTYPE html>")
     # The tree has a script of its own, and no page loads anything.
     assert ("<script" in text) == (command[0] == "show")
     assert " src=" not in text
@@ -149,3 +156,12 @@ def test_markup_in_names_is_text(tmp_path, capsys):
     config.save_pretrained(tmp_path / "<b>x")
     run(capsys, "roles", tmp_path / "<b>x", "--html", tmp_path / "page.html")
     assert "<b>" not in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_a_filter(llama, capsys):
+    out = run(capsys, "show", llama, "--filter", "@attn.q", "--filter", "lm_head")
+    assert [word for word in ("q_proj", "k_proj", "mlp", "lm_head") if word in out] == ["q_proj", "lm_head"]
+    assert "left out by the filter: " in out
+    err = run(capsys, "show", llama, "--filter", "q_prj", code=1)
+    assert "selector 'q_prj' matches none of" in err
+    assert "nearest: model.layers.0.self_attn.q_proj" in err

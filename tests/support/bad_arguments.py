@@ -304,6 +304,7 @@ CALLS = {
     "View": Call(lambda s: dk.View, lambda s: {"node": dk.show(s.bare).node, "columns": ()}, lambda s, view: str(view)),
     "View.html": Call(lambda s: dk.show(s.bare).html),
     "View.svg": Call(lambda s: dk.show(s.bare).svg),
+    "View.to_dict": Call(lambda s: dk.show(s.bare).to_dict),
     "View.json": Call(lambda s: dk.show(s.bare).json),
     "View.save": Call(lambda s: dk.show(s.bare).save, lambda s: {"path": "tree.html"}),
     "Visualization": Call(lambda s: dk.Visualization, lambda s: {"plm": s.bare}),

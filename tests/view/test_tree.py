@@ -46,10 +46,10 @@ def test_golden_renders(kind):
 def test_sums_are_those_of_the_parameters(kind):
     model = build(kind, tf.AutoModel)
     total = sum(p.numel() for p in model.parameters())
-    assert tree(model).count == total
+    assert tree(model).sizes.parameters == total
     delta = dk.attach(model, dk.LoRA(r=3))
     for node in (tree(model), folded(tree(model))):
-        assert (node.count, node.delta, node.trained, node.delta_trained) == (
+        assert (node.sizes.parameters, node.sizes.delta, node.sizes.trained, node.sizes.delta_trained) == (
             total,
             delta.num_parameters,
             0,

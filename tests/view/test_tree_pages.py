@@ -8,12 +8,16 @@ import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
 import pytest
+import torch
+import transformers as tf
 from torch import nn
 
 import deltakit as dk
 from deltakit.view.folding import folded
 from deltakit.view.tree import build as tree
+from support.golden import same_as_file
 from support.models import Transformer, attached
+from support.paths import ROOT
 from support.tiny_transformers import build
 
 HOSTILE = ['"><script>alert(1)</script>', "a' onclick='alert(1)", "</style><b>x</b>", "&lt;", "x\x1b[2J", "\ud800"]
@@ -113,11 +117,24 @@ def test_svg_is_xml_with_the_lines_of_the_text():
     assert "prefers-color-scheme:dark" in view.svg()
 
 
+def test_the_picture_in_the_readme_is_that_of_this_version(tmp_path):
+    config = tf.LlamaConfig(
+        vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4
+    )
+    with torch.device("meta"):
+        model = tf.LlamaForCausalLM(config)
+    dk.attach(model, dk.LoRA(r=8))
+    drawn = dk.show(model).save(tmp_path / "tree.svg").read_text(encoding="utf-8")
+    same_as_file(ROOT / "examples" / "tree.svg", drawn)
+    first_screen = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:40]
+    assert any("](examples/tree.svg)" in line for line in first_screen)
+
+
 def test_json_has_the_counts_and_the_selectors():
     model = build("t5")
     delta = dk.attach(model, dk.LoRA(r=3))
     found = json.loads(dk.show(model, columns=("bytes",), buffers=True).json())
-    assert (found["parameters"], found["in_deltas"]) == (tree(model).count, delta.num_parameters)
+    assert (found["parameters"], found["in_deltas"]) == (tree(model).sizes.parameters, delta.num_parameters)
     lines = [line for row in every(found["root"]) for line in row.get("deltas", [])]
     assert sum(line["parameters"] for line in lines) == delta.num_parameters
     assert {line["state"] for line in lines} == {"active"}

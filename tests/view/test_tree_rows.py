@@ -78,7 +78,7 @@ def test_counts_are_sums_of_the_rows_below(name):
     def check(node, times):
         below = sum(check(child, times * (1 if child.twins else child.members)) for child in node.children)
         own = sum(torch.Size(w.shape).numel() for w in node.weights if w.tied is None) * times
-        assert node.count * times == own + below
+        assert node.sizes.parameters * times == own + below
         return own + below
 
     total = sum(p.numel() for _, p in dk_free(model))
@@ -272,3 +272,10 @@ def test_a_fold_names_what_it_is_of():
     (child,) = node.children
     assert (child.names, child.order) == (("0", "1", "2"), (0, 1, 2))
     assert unfolded(replace(node, children=(replace(child, order=(2, 1, 0)),))).children[0].names == ("2",)
+
+
+def test_equal_parts_of_a_tree_are_one_object():
+    one, other = tree(nn.ModuleList(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)) for _ in range(2))).children
+    assert all(a is b for a, b in zip(one.children, other.children, strict=True))
+    halves = tree(nn.ModuleList(nn.Sequential(nn.Linear(2, 3, dtype=kind)) for kind in (torch.half, torch.double)))
+    assert halves.children[0].children[0] is not halves.children[1].children[0]

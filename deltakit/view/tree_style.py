@@ -1,4 +1,4 @@
-"""The style and the script of trees in HTML, and the page around a saved one.
+"""The style and the script of trees in HTML.
 
 Notebooks that are not trusted remove both. Then rows still open and close, columns and guide lines stand in `style`
 attributes, and deltas are bold on a tint.
@@ -7,8 +7,6 @@ Colours follow the page, whatever theme the system has: they are mixed from the 
 contrast is that of the page's text, or nearly. `color-scheme` and `prefers-color-scheme` would follow the system, and a dark
 page of nbconvert declares nothing.
 """
-
-from html import escape
 
 STYLE = """
 .deltakit-tree .dk-row:hover{background-color:rgba(128,128,128,.16)}
@@ -22,6 +20,7 @@ STYLE = """
 .deltakit-tree .dk-bar>*{font:inherit;color:inherit;background:transparent;border:1px solid #888;border-radius:.3em}
 .deltakit-tree .dk-bar>*{padding:0 .5em}
 .deltakit-tree .dk-bar>output{border:0}
+.deltakit-tree .dk-bar ::placeholder{color:inherit;opacity:.75}
 .deltakit-tree.dk-live [data-selector]{cursor:copy}
 .deltakit-tree.dk-live .dk-selectors{display:none}
 .deltakit-tree .dk-away{display:none}
@@ -99,12 +98,3 @@ SCRIPT = """
   });
 })();
 """
-
-
-def page(title: str, body: str) -> str:
-    """Returns a whole HTML document. It follows the reader's light or dark setting, since there is no other page."""
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">'
-        f"<title>{escape(title)}</title></head>\n<body>{body}</body></html>\n"
-    )
