@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deltakit.delta import attach, load
 from deltakit.demo.beside_peft import beside_peft
+from deltakit.demo.one_batch import in_one_batch
 from deltakit.demo.recipes import RECIPES, Recipe
 from deltakit.demo.report import Report, counted, is_ascii, learned, say
 from deltakit.demo.results import Result, bars_of, table_of, verdict
@@ -45,7 +46,11 @@ def run(task: Task, *, model: str, epochs: int, out: Path, full: bool, console: 
     notes = learned("Requests", task, untrained, found.predictions[lora.title], by=lora.title)
     notes += beside_peft(task, lora.methods)
     say(console, *notes)
-    proof = _proof(found.predictions[lora.title], out / "lora", task)
+    together, alike = in_one_batch(task, recipes, found.predictions, out)
+    loaded, exact = _proof(found.predictions[lora.title], out / "lora", task)
+    proof = [*together, *loaded]
+    if not (alike and exact):
+        raise OptionError(f"demo: a comparison failed; please report it with all of the text above. {' '.join(proof)}")
     say(console, *proof)
     sentence = verdict(found.results, examples=len(task.valid))
     following = [
@@ -80,14 +85,14 @@ def tell(results: Sequence[Result], untrained: float, console: Console) -> None:
     )
 
 
-def _proof(trained: Tensor, folder: Path, task: Task) -> list[str]:
-    """Loads a saved delta onto a fresh backbone, detaches it, compares predictions and weights, and returns what was found.
+def _proof(trained: Tensor, folder: Path, task: Task) -> tuple[list[str], bool]:
+    """Loads a saved delta onto a fresh backbone, detaches it, and compares predictions and weights.
 
     Args:
         trained: the predictions of the delta before it was saved.
 
-    Raises:
-        OptionError: if one of the comparisons fails.
+    Returns:
+        What was found, and whether all of it is as it must be.
     """
     backbone = task.fresh()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
@@ -102,6 +107,4 @@ def _proof(trained: Tensor, folder: Path, task: Task) -> list[str]:
         f"The saved LoRA on a fresh backbone: all {len(task.valid)} predictions are the same: {same}",
         f"Detached: every weight is bit-exact as before: {exact}; the predictions are the bare backbone's: {again}",
     ]
-    if not (same and exact and again):
-        raise OptionError(f"demo: a comparison failed; please report it with all of the text above. {' '.join(lines)}")
-    return lines
+    return lines, same and exact and again

@@ -5,6 +5,10 @@ import torch
 import deltakit as dk
 from deltakit.cli import main
 from deltakit.demo.data import batches, encode, intents, read
+from deltakit.demo.one_batch import in_one_batch
+from deltakit.demo.recipes import RECIPES
+from deltakit.demo.task import prepare
+from deltakit.demo.training import predict
 from support.models import beside, method_of, randomize
 from support.tiny_transformers import build
 
@@ -17,6 +21,7 @@ def test_the_demo_at_toy_size(toy, tmp_path, capsys):
         assert row in out
         assert f"  {row}: " in out
     assert "all 700 predictions are the same: True" in out
+    assert "LoRA, Adapter, BitFit in one batch of 12 requests: all predictions are those of each alone: True" in out
     assert out.count("0-1 (BertLayer)") == 1
     assert "+lora r=8" in out
     assert "does best: " in out
@@ -27,6 +32,24 @@ def test_the_demo_at_toy_size(toy, tmp_path, capsys):
         out.split()
     )
     assert sorted(folder.name for folder in (tmp_path / "out").iterdir()) == ["adapter", "bitfit", "lora", "prefix"]
+
+
+def test_three_deltas_in_one_batch(toy, tmp_path):
+    task, recipes, predictions = prepare(str(toy), 8), RECIPES[1:4], {}
+    for number, recipe in enumerate(recipes):
+        backbone = task.fresh()
+        delta = randomize(dk.attach(backbone, *recipe.methods, train=task.new))
+        with torch.no_grad():
+            backbone.classifier.bias.copy_(torch.arange(7) == number)
+            backbone.classifier.bias.mul_(1000)
+        delta.save(tmp_path / recipe.title.lower())
+        predictions[recipe.title] = predict(backbone, task.valid, task.pad)
+    assert [int(predictions[recipe.title][0]) for recipe in recipes] == [0, 1, 2]
+    (line,), same = in_one_batch(task, recipes, predictions, tmp_path)
+    assert same
+    assert line.endswith("each alone: True")
+    predictions["BitFit"], predictions["LoRA"] = predictions["LoRA"], predictions["BitFit"]
+    assert not in_one_batch(task, recipes, predictions, tmp_path)[1]
 
 
 def test_the_demo_without_its_backbone(monkeypatch, capsys):
@@ -51,7 +74,7 @@ def test_the_data():
 
 
 def test_the_pretrained_backbone_takes_every_method():
-    from deltakit.demo.run import bundled_model, prepare
+    from deltakit.demo.run import bundled_model
 
     task = prepare(bundled_model(), 8)
     backbone = task.fresh()
