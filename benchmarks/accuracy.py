@@ -277,8 +277,8 @@ What stands out:
   models: it is far behind full tuning below a billion parameters (Lester et al. 2021, figure 1). This encoder has 23 million.
 - **`intrinsic_prompt` is below it.** It trains ten numbers, from which a decoder makes the prompt. Its authors first learn the
   decoder on several tasks; here it is random.
-- **`glora` and `prefix + parallel_adapter`: one of three seeds fails on CLINC150** (10 % is a guess among ten topics). The rate
-  is chosen with one seed on SNIPS, and is too high for that one.
+- **`glora` and `prefix + parallel_adapter`: one of three seeds fails on CLINC150** (10 % is a guess among ten topics). Their
+  rate is chosen with one seed on SNIPS, and is too high for that one.
 - **`lst` is a smaller ladder than its authors'**: without attention, and without a start from the backbone's weights
   (`LIMITS.md`).
 - **`c3a` and `fourierft` need rates above 0.1.** At the other methods' rates they stay near the classifier alone.
