@@ -9,7 +9,8 @@
 from deltakit.prompting.explanation import Explanation
 from deltakit.prompting.prediction import Prediction
 from deltakit.prompting.prompt_model import Ensemble, PromptModel
-from deltakit.prompting.template import Encoded, Template
+from deltakit.prompting.collating import Encoded
+from deltakit.prompting.template import Template
 from deltakit.prompting.verbalizers.knowledgeable import KnowledgeableVerbalizer
 from deltakit.prompting.verbalizers.prototypical import PrototypicalVerbalizer
 from deltakit.prompting.verbalizers.rules import RuleVerbalizer

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from deltakit.core import own_modules, unwrapped
+from deltakit.core import own_modules
 from deltakit.errors import OptionError, TargetError
 
 Kind = Literal["mlm", "causal", "seq2seq"]
@@ -17,7 +17,7 @@ def kind_of(backbone: nn.Module) -> Kind:
     Raises:
         TargetError: if neither its config, its class nor its attention shows it.
     """
-    config = getattr(unwrapped(backbone), "config", None)
+    config = getattr(backbone, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         return "seq2seq"
     if getattr(config, "is_decoder", False):

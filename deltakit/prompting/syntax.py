@@ -178,6 +178,8 @@ def _soft(source: _Source, options: Mapping[str, Any]) -> Piece:
         what = "is empty" if words == "" else "says how many tokens there are, so it cannot have 'duplicate'"
         source.fail(f"the text of a soft piece {what}; write {{\"soft\"}} or {{\"soft\": None, \"duplicate\": 5}}")
     same = bool(_typed(source, options, "same", bool, "True or False"))
+    if same and words:
+        source.fail("'same' makes one vector of all, and a text starts one vector a token; omit one of the two")
     soft_id = _typed(source, options, "soft_id", (int, str), "a number or a name")
     return Soft(words or None, count or 1, same, soft_id, source.start)
 
