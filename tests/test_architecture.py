@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "delta": {"core", "selection", "injection", "files", "view"},
     "integrations": {"core", "delta", "files"},
     "searching": {"core", "delta"},
+    "prompting": {"core", "delta", "files", "injection", "methods", "ops"},
     "opendelta": {"core", "delta", "files", "methods", "ops", "view"},
 }
 FOR_AUTHORS = {

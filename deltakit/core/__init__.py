@@ -25,6 +25,7 @@ from deltakit.core.callables import takes
 from deltakit.core.caller_rows import begin_forward, close_rows, current_batch, end_forward, open_rows, rows_now
 from deltakit.core.delta_module import DeltaModule
 from deltakit.core.design import Design
+from deltakit.core.extras import Extra, StoredExtra, extra_tensors, is_extra, stored_extras
 from deltakit.core.feature_slice import FeatureSlice, slice_where
 from deltakit.core.folding import breadth, expand, fold, is_plain, span
 from deltakit.core.grad_ledger import GradLedger
@@ -109,6 +110,7 @@ __all__ = [
     "CurrentCall",
     "DeltaModule",
     "Design",
+    "Extra",
     "FeatureSlice",
     "GradLedger",
     "Inferred",
@@ -124,6 +126,7 @@ __all__ = [
     "Selector",
     "Site",
     "Start",
+    "StoredExtra",
     "Target",
     "WeightRead",
     "WeightView",
@@ -151,6 +154,7 @@ __all__ = [
     "end_call",
     "end_forward",
     "expand",
+    "extra_tensors",
     "fold",
     "gathered",
     "gathered_in_training",
@@ -164,6 +168,7 @@ __all__ = [
     "is_callable",
     "is_compute_dtype",
     "is_conv1d",
+    "is_extra",
     "is_first",
     "is_of",
     "is_plain",
@@ -213,6 +218,7 @@ __all__ = [
     "slice_where",
     "span",
     "split_slice",
+    "stored_extras",
     "takes",
     "tensors_in",
     "tensors_of",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from deltakit.core.buffer_ledger import BufferLedger
 from deltakit.core.delta_module import DeltaModule
+from deltakit.core.extras import Extra
 from deltakit.core.grad_ledger import GradLedger
 from deltakit.core.held import held_in
 from deltakit.core.method import Method, label_among
@@ -96,6 +97,8 @@ class Record:
     """Once it is in the backbone's weights for good, and cannot be attached again: what identifies the backbone before."""
     narrowed: bool = False
     """Whether a filter narrows a state dict as long as it is attached."""
+    extras: dict[str, Extra] = field(default_factory=dict)
+    """What else its files hold, by the name of who keeps it there."""
     leaving: bool = False
     """Whether it is being detached. After an interruption it stays so, and `detach` does the rest."""
 

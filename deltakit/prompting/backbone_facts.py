@@ -1,4 +1,4 @@
-"""What a template and a verbalizer must know of a backbone: its kind of language model, its vocabulary, its head, its length."""
+"""What templates and verbalizers must know of a backbone: its kind of language model, its vocabulary, its head, its length."""
 
 from typing import Any, Literal
 
@@ -42,7 +42,8 @@ def _listed(backbone: nn.Module) -> Kind | None:
 
     name = type(backbone).__name__
     masked, causal = (
-        name in lists.values() for lists in (auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        name in lists.values()
+        for lists in (auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     )
     return None if masked == causal else "mlm" if masked else "causal"
 
@@ -98,9 +99,10 @@ def longest_input(backbone: nn.Module | None, tokenizer: Any) -> int | None:
         limits.append(said)
     length = getattr(getattr(backbone, "config", None), "max_position_embeddings", None)
     for _, module in own_modules(backbone) if backbone is not None and isinstance(length, int) else ():
-        # Only a table is a limit: relative and rotary positions go on. RoBERTa's positions start behind its padding_idx.
-        if isinstance(module, nn.Embedding) and module.num_embeddings == length:
-            limits.append(length if module.padding_idx is None else length - module.padding_idx - 1)
+        # Only a table is a limit: relative and rotary positions go on. RoBERTa's positions start behind its padding_idx, and
+        # the tables of BART and OPT have two rows more than positions.
+        if isinstance(module, nn.Embedding) and length <= module.num_embeddings <= length + 2:
+            limits.append(length if module.padding_idx is None else module.num_embeddings - module.padding_idx - 1)
     return min(limits, default=None)
 
 

@@ -10,7 +10,13 @@ from deltakit.errors import printable
 
 _COLORS = {"template": 36, "field": 0, "slot": 35, "soft": 33, "special": 90}
 """The terminal's colors: cyan, default, magenta, yellow, gray."""
-_BACKGROUNDS = {"template": "80,160,220", "field": "", "slot": "220,80,180", "soft": "220,170,60", "special": "140,140,140"}
+_BACKGROUNDS = {
+    "template": "80,160,220",
+    "field": "",
+    "slot": "220,80,180",
+    "soft": "220,170,60",
+    "special": "140,140,140",
+}
 _WORDS = {"template": "template", "field": "field", "slot": "slot «»", "soft": "soft <>", "special": "special"}
 _CUT = 9
 """The terminal's code for text that is struck out."""
@@ -40,7 +46,9 @@ class Explanation:
     def summary(self) -> str:
         """How many tokens there are, and how many are deleted."""
         cut = sum(token.cut for token in self.tokens)
-        limit = f", max_length {self.max_length}, {cut} deleted ({self.truncate})" if self.max_length is not None else ""
+        limit = (
+            f", max_length {self.max_length}, {cut} deleted ({self.truncate})" if self.max_length is not None else ""
+        )
         return f"{len(self.tokens) - cut} tokens{limit}"
 
     def _marked(self) -> list[tuple[str, ExplainedToken]]:
@@ -48,7 +56,9 @@ class Explanation:
         return [(_with_marks(token), token) for token in self.tokens]
 
     def __repr__(self) -> str:
-        return f"{' '.join(text for text, _ in self._marked())}\n{' · '.join(_WORDS.values())} · ~deleted~\n{self.summary}"
+        return (
+            f"{' '.join(text for text, _ in self._marked())}\n{' · '.join(_WORDS.values())} · ~deleted~\n{self.summary}"
+        )
 
     def __str__(self) -> str:
         if sys.stdout is None or not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
@@ -75,6 +85,8 @@ def _colored(text: str, kind: str, cut: bool) -> str:
 
 def _html(text: str, kind: str, cut: bool) -> str:
     color = _BACKGROUNDS[kind]
-    style = (f"background:rgba({color},.3);" if color else "") + ("text-decoration:line-through;opacity:.6;" if cut else "")
+    style = (f"background:rgba({color},.3);" if color else "") + (
+        "text-decoration:line-through;opacity:.6;" if cut else ""
+    )
     # Isolated, so that a mark for right-to-left text does not turn the tokens around it.
     return f'<bdi title="{kind}" style="padding:0 .2em;border-radius:.2em;{style}">{escape(printable(text))}</bdi>'

@@ -1,7 +1,7 @@
 """Renders an example to one string, and remembers which part of it came from where.
 
-The string is tokenized in one go. Pieces that are tokenized one by one get spurious tokens at their borders: after a field that
-ends in "down", a piece "." becomes "▁" and "." where the text "down." has only "." (as OpenPrompt's T5 wrapper printed).
+The string is tokenized in one go. Pieces that are tokenized one by one get spurious tokens at their borders: after a field
+that ends in "down", a piece "." becomes "▁" and "." where the text "down." has only "." (as OpenPrompt's T5 wrapper printed).
 """
 
 from collections.abc import Mapping, Sequence
@@ -106,12 +106,14 @@ def value_of(example: Mapping[str, Any], piece: Field, filters: Mapping[str, Any
         value = filters[piece.filter](value)
     if not isinstance(value, str):
         after = f" after the filter {piece.filter!r}" if piece.filter is not None else ""
-        raise OptionError(f"{where}: expected a text{after}, found {type(value).__name__}; pass a text, such as str(value)")
+        raise OptionError(
+            f"{where}: expected a text{after}, found {type(value).__name__}; pass a text, such as str(value)"
+        )
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise OptionError(
-            f"{where}: its text has half of a surrogate pair at {error.start}, which no tokenizer takes; decode the text again "
-            "with errors='replace'"
+            f"{where}: its text has half of a surrogate pair at {error.start}, which no tokenizer takes; decode the text "
+            "again with errors='replace'"
         ) from error
     return value

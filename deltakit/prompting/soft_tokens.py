@@ -27,7 +27,11 @@ def numbered(pieces: Sequence[Piece], tokenizer: Any) -> SoftTokens:
     for index, piece in enumerate(pieces):
         if not isinstance(piece, Soft):
             continue
-        group = [p for p in pieces if isinstance(p, Soft) and p.soft_id == piece.soft_id] if piece.soft_id is not None else [piece]
+        group = (
+            [p for p in pieces if isinstance(p, Soft) and p.soft_id == piece.soft_id]
+            if piece.soft_id is not None
+            else [piece]
+        )
         if piece.soft_id is None or piece.soft_id not in shared:
             own = _starts(group, tokenizer)
             first = len(starts)

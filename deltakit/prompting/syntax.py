@@ -85,7 +85,9 @@ def _end(text: str, start: int) -> int:
         at += 1
     ends = "the template ends" if at >= len(text) else f"there is no '}}' within {_LONGEST:,} characters"
     inside = f" inside a text that starts with {quote}" if quote else ""
-    _Source(text, start).fail(f"the '{{' is not closed: {ends}{inside}; close it, or write '{{{{' for a brace of the text")
+    _Source(text, start).fail(
+        f"the '{{' is not closed: {ends}{inside}; close it, or write '{{{{' for a brace of the text"
+    )
 
 
 def _read(source: _Source, written: str) -> Piece:
@@ -93,7 +95,7 @@ def _read(source: _Source, written: str) -> Piece:
     try:
         found = ast.parse(written, mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
-        source.fail(f"expected a piece such as {{\"mask\"}} or {{\"placeholder\": \"text_a\"}}, found {written[:60]}")
+        source.fail(f'expected a piece such as {{"mask"}} or {{"placeholder": "text_a"}}, found {written[:60]}')
     options: dict[str, Any] = {}
     if isinstance(found, ast.Set) and len(found.elts) == 1:
         options[_key(source, found.elts[0])] = None
@@ -115,7 +117,7 @@ def _read(source: _Source, written: str) -> Piece:
 
 def _key(source: _Source, node: ast.expr | None) -> str:
     if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
-        source.fail("expected names in quotes, such as {\"mask\"}")
+        source.fail('expected names in quotes, such as {"mask"}')
     return node.value
 
 
@@ -124,8 +126,8 @@ def _value(source: _Source, name: str, node: ast.expr) -> Any:
         return ast.literal_eval(node)
     except (ValueError, TypeError, MemoryError, RecursionError):
         source.fail(
-            f"{name!r} has an expression, and templates are not executed; for a function write \"filter\": \"name\", and "
-            "pass Template(..., filters={\"name\": function})"
+            f'{name!r} has an expression, and templates are not executed; for a function write "filter": "name", and '
+            'pass Template(..., filters={"name": function})'
         )
 
 
@@ -176,7 +178,7 @@ def _soft(source: _Source, options: Mapping[str, Any]) -> Piece:
         source.fail(f"expected 1 to {_MOST_TOKENS:,} for 'duplicate', found {count}")
     if words == "" or (words and count is not None):
         what = "is empty" if words == "" else "says how many tokens there are, so it cannot have 'duplicate'"
-        source.fail(f"the text of a soft piece {what}; write {{\"soft\"}} or {{\"soft\": None, \"duplicate\": 5}}")
+        source.fail(f'the text of a soft piece {what}; write {{"soft"}} or {{"soft": None, "duplicate": 5}}')
     same = bool(_typed(source, options, "same", bool, "True or False"))
     if same and words:
         source.fail("'same' makes one vector of all, and a text starts one vector a token; omit one of the two")

@@ -14,7 +14,7 @@ from deltakit.prompting.backbone_facts import Kind, kind_of, longest_input, refu
 from deltakit.prompting.collating import Encoded, batch_of, labels_of
 from deltakit.prompting.explanation import ExplainedToken, Explanation
 from deltakit.prompting.markers import find_markers
-from deltakit.prompting.pieces import Field, Piece, Slot, Soft, Text
+from deltakit.prompting.pieces import Field, Piece, Slot, Text
 from deltakit.prompting.rendering import Rendered, render
 from deltakit.prompting.soft_tokens import numbered
 from deltakit.prompting.syntax import parse
@@ -83,7 +83,7 @@ class Template:
         _check_filters(self.pieces, self.filters)
         self._markers = find_markers(tokenizer, self.kind, self.num_slots, soft=self.num_soft > 0)
         self.max_length = max_length if max_length is not None else longest_input(backbone, tokenizer)
-        self._first_soft = _first_soft(backbone) if self.num_soft else 0
+        self.first_soft = _first_soft(backbone) if self.num_soft else 0
         config = getattr(backbone, "config", None)
         start = getattr(config, "decoder_start_token_id", None)
         self._start = start if start is not None else tokenizer.pad_token_id
@@ -104,6 +104,21 @@ class Template:
         """The number of trained vectors, which `soft_prompt` makes."""
         return len(self._soft.starts)
 
+    @property
+    def in_decoder(self) -> bool:
+        """Whether the slots are predicted behind sentinels in the decoder's text, as by T5."""
+        return self._markers.in_decoder
+
+    @property
+    def mask_id(self) -> int | None:
+        """The id of the mask token in the slots; None where the word follows the text or a sentinel."""
+        return None if self.in_decoder or not self._markers.slots else self._markers.slots[0].id
+
+    @property
+    def marker_ids(self) -> list[int]:
+        """The ids of the special tokens in its slots."""
+        return [marker.id for marker in self._markers.slots]
+
     @checked
     def soft_prompt(self, method: type[PromptMethod] = SoftPrompt, **options: Any) -> PromptMethod:
         """Returns the method whose vectors are the soft tokens: `dk.attach(model, template.soft_prompt())`.
@@ -121,7 +136,7 @@ class Template:
         for name in mine.keys() & options.keys():
             raise OptionError(f"soft_prompt({name}=...): the template says this option; omit it")
         if issubclass(method, SoftPrompt) and not options.keys() & {"init", "init_ids", "init_vectors"}:
-            frequent = torch.randint(min(_FREQUENT, self._first_soft), (self.num_soft,)).tolist()
+            frequent = torch.randint(min(_FREQUENT, self.first_soft), (self.num_soft,)).tolist()
             pairs = zip(self._soft.starts, frequent, strict=True)
             options["init_ids"] = [other if start is None else start for start, other in pairs]
         return method(**{**mine, **options})
@@ -146,7 +161,7 @@ class Template:
         tokens = self._tokens(example)
         cut = deleted(tokens, self.max_length, self.truncate)
         kept = [token for place, token in enumerate(tokens) if place not in cut]
-        ids = [self._first_soft + token.number if token.kind == "soft" else token.id for token in kept]
+        ids = [self.first_soft + token.number if token.kind == "soft" else token.id for token in kept]
         types = [token.type_id for token in kept] if "token_type_ids" in self.tokenizer.model_input_names else None
         if self.kind == "causal":
             return Encoded(ids, [len(ids) - 1], types)
@@ -156,18 +171,18 @@ class Template:
         return Encoded(ids, [place for place, token in enumerate(kept) if token.kind == "slot"], types)
 
     @checked
-    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+    def collate(self, examples: Sequence[Example], *, classes: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Returns the batch of some examples, as a `data_collator` does: what `PromptModel` takes as keywords.
 
         `input_ids`, `attention_mask` and what else the tokenizer makes are [batch, length]; `slots` [batch, slots] are
         positions in the backbone's logits. If the examples have a field "label" (an index), there are `labels` [batch].
 
-        Raises:
-            OptionError: as `encode` does, and if there are no examples, or labels are no indices.
-        """
-        return self._batch(examples, None)
+        Args:
+            classes: the names that labels may also be written as.
 
-    def _batch(self, examples: Sequence[Example], classes: Sequence[str] | None) -> dict[str, Tensor]:
+        Raises:
+            OptionError: as `encode` does, and if there are no examples, or labels do not fit.
+        """
         if not examples:
             raise OptionError("collate: expected at least one example, found none")
         padding = getattr(self.tokenizer, "pad_token_id", None)
@@ -231,14 +246,14 @@ class Template:
         """
         if self.max_length is not None and self.max_length < 1:
             raise OptionError(f"Template(max_length={self.max_length}): expected at least 1")
-        plain = {name: _same for name in self.filters}
+        plain = dict.fromkeys(self.filters, _same)
         found = render(self.pieces, dict.fromkeys(self.fields, ""), self._markers, self._soft.numbers, plain)
         tokens = tokenized(found, self.tokenizer)
         needed = sum(not token.shortenable for token in tokens)
         if self.max_length is not None and needed > self.max_length:
             raise OptionError(
-                f"Template: it has {needed} tokens without any field, and max_length is {self.max_length}; write a shorter one, "
-                "or pass a larger max_length"
+                f"Template: it has {needed} tokens without any field, and max_length is {self.max_length}; write a shorter "
+                "one, or pass a larger max_length"
             )
 
 
@@ -248,7 +263,9 @@ def _same(text: str) -> str:
 
 def _kind(backbone: nn.Module | None) -> Kind:
     if backbone is None:
-        raise OptionError("Template: without a backbone nothing says what it predicts; pass the backbone, or kind='mlm'")
+        raise OptionError(
+            "Template: without a backbone nothing says what it predicts; pass the backbone, or kind='mlm'"
+        )
     return kind_of(backbone)
 
 
@@ -268,8 +285,8 @@ def _check_slots(pieces: Sequence[Piece], kind: Kind) -> None:
         return
     if len(slots) > 1:
         raise OptionError(
-            f"Template: a causal model predicts one slot, at the end, and this template has {len(slots)}; write a template with "
-            "one slot, or use a masked or encoder-decoder model"
+            f"Template: a causal model predicts one slot, at the end, and this template has {len(slots)}; write a template "
+            "with one slot, or use a masked or encoder-decoder model"
         )
     behind = pieces[slots[0] + 1 :]
     if any(not isinstance(piece, Text) or piece.text.strip() for piece in behind):

@@ -67,7 +67,7 @@ def _one_each(tokens: list[Token], rendered: Rendered, tokenizer: Any) -> list[T
     if [(token.kind, token.number) for token in kept if token.kind in ("slot", "soft")] != expected:
         shown = tokenizer.convert_ids_to_tokens([token.id for token in tokens])
         raise OptionError(
-            f"Template: {type(tokenizer).__name__} does not keep each slot and soft token as one token: {shown[:40]}; register "
-            "the mask token as a special token: tokenizer.add_special_tokens({'mask_token': ...})"
+            f"Template: {type(tokenizer).__name__} does not keep each slot and soft token as one token: {shown[:40]}; "
+            "register the mask token as a special token: tokenizer.add_special_tokens({'mask_token': ...})"
         )
     return kept

@@ -1,16 +1,16 @@
 """WordVerbalizer: one or several words stand for each class."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+import math
+from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from deltakit.core import checked
+from deltakit.errors import OptionError
 from deltakit.prompting.verbalizers.verbalizer import SlotOutput, Verbalizer
-
-Words = Mapping[str, str | Sequence[str]]
-Multi = Literal["refuse", "mean", "first", "score", "drop"]
+from deltakit.prompting.verbalizers.word_ids import Multi, Words, label_words
 
 
 class WordVerbalizer(Verbalizer):
@@ -33,12 +33,78 @@ class WordVerbalizer(Verbalizer):
             token as one of another class (with "first").
     """
 
+    ids: Tensor
+    tokens_of: Tensor
+    label_of: Tensor
+    prior: Tensor
+
     @checked
     def __init__(self, tokenizer: Any, words: Words, *, prefix: str = " ", multi: Multi = "refuse") -> None:
-        raise NotImplementedError
+        super().__init__(list(words))
+        self.prefix, self.multi = prefix, multi
+        self.label_words = label_words(tokenizer, words, prefix, multi, type(self).__name__)
+        longest = max(len(one.ids) for one in self.label_words)
+        table = torch.zeros(len(self.label_words), longest, dtype=torch.long)
+        share = torch.zeros(len(self.label_words), longest)
+        for row, one in enumerate(self.label_words):
+            table[row, : len(one.ids)] = torch.tensor(one.ids)
+            read = 1 if multi == "first" else len(one.ids)
+            share[row, :read] = 1 / read
+        # Files have the words, which give these again. The prior is measured.
+        self.register_buffer("ids", table, persistent=False)
+        self.register_buffer("tokens_of", share, persistent=False)
+        self.register_buffer("label_of", torch.tensor([one.label for one in self.label_words]), persistent=False)
+        self.register_buffer("prior", torch.zeros(len(self.label_words)))
+
+    @property
+    def token_ids(self) -> list[int]:
+        return sorted({one for word in self.label_words for one in word.ids})
+
+    def word_log_probs(self, output: SlotOutput) -> Float[Tensor, "batch words"]:
+        """Returns the log-probabilities of the words among the full vocabulary, in the slot; of several tokens their mean.
+
+        Raises:
+            OptionError: if `multi` is "score", and the output has no scores of words.
+        """
+        if self.multi == "score":
+            if output.word_scores is None:
+                raise OptionError(
+                    f"{type(self).__name__}: with multi='score' it needs SlotOutput.word_scores; call it through a PromptModel"
+                )
+            return output.word_scores
+        # In at least float32: half precision has three digits, and differences of these numbers decide.
+        logits = output.logits[:, 0].to(torch.promote_types(output.logits.dtype, torch.float32))
+        read = logits.log_softmax(-1)[:, self.ids]
+        return (read * self.tokens_of.to(read)).sum(-1)
+
+    def shares(self) -> Float[Tensor, "classes words"]:
+        """Returns how much each word counts in its class; the sum of a row is 1."""
+        own = self.label_of == torch.arange(len(self.classes), device=self.label_of.device)[:, None]
+        return own / own.sum(1, keepdim=True)
 
     def forward(self, output: SlotOutput) -> Float[Tensor, "batch classes"]:
-        raise NotImplementedError
+        found = self.word_log_probs(output)
+        words = (found - self.prior.to(found)).log_softmax(-1)
+        return (words @ self.shares().to(words).T).log_softmax(-1)
+
+    def observed(self, output: SlotOutput) -> tuple[Tensor, ...]:
+        return (self.word_log_probs(output),)
+
+    @torch.no_grad()
+    def calibrate(self, *observed: Float[Tensor, "examples words"]) -> None:
+        (found,) = observed
+        self.prior.copy_(found.logsumexp(0) - math.log(len(found)))
+
+    def words_by_class(self) -> dict[str, list[str]]:
+        """Returns the words of each class, without those that were left out."""
+        return {
+            name: [one.word for one in self.label_words if one.label == label]
+            for label, name in enumerate(self.classes)
+        }
 
     def to_dict(self) -> dict[str, Any]:
-        raise NotImplementedError
+        return {"kind": "words", "words": self.words_by_class(), "prefix": self.prefix, "multi": self.multi}
+
+    def extra_repr(self) -> str:
+        """Returns what `print` shows of it."""
+        return "\n".join(f"{name}: {', '.join(words)}" for name, words in self.words_by_class().items())
