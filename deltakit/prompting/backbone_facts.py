@@ -99,6 +99,7 @@ def longest_input(backbone: nn.Module | None, tokenizer: Any) -> int | None:
         limits.append(said)
     length = getattr(getattr(backbone, "config", None), "max_position_embeddings", None)
     for _, module in own_modules(backbone) if backbone is not None and isinstance(length, int) else ():
+        assert isinstance(length, int)
         # Only a table is a limit: relative and rotary positions go on. RoBERTa's positions start behind its padding_idx, and
         # the tables of BART and OPT have two rows more than positions.
         if isinstance(module, nn.Embedding) and length <= module.num_embeddings <= length + 2:

@@ -14,6 +14,7 @@ from deltakit.prompting.collating import labels_of
 from deltakit.prompting.prediction import Prediction
 from deltakit.prompting.prompt_model import PromptModel
 from deltakit.prompting.template import Example
+from deltakit.prompting.tied_tensors import name_tied_once
 
 
 class Ensemble(nn.Module):
@@ -48,6 +49,7 @@ class Ensemble(nn.Module):
             raise OptionError(f"Ensemble(weights={given}): expected {len(models)} numbers above 0, one for each model")
         self.members = nn.ModuleList(models)
         self.classes = models[0].verbalizer.classes
+        name_tied_once(self)
         total = sum(given)
         self.register_buffer("weights", torch.tensor([one / total for one in given]))
 

@@ -17,6 +17,7 @@ from deltakit.prompting.prediction import Prediction, likely_words
 from deltakit.prompting.prompt_parts import NAME, PromptParts, read_parts
 from deltakit.prompting.slot_calls import call_at, word_scores
 from deltakit.prompting.template import Example, Filters, Template
+from deltakit.prompting.tied_tensors import name_tied_once
 from deltakit.prompting.verbalizers.knowledgeable import KnowledgeableVerbalizer
 from deltakit.prompting.verbalizers.verbalizer import SlotOutput, Verbalizer
 from deltakit.prompting.verbalizers.words import WordVerbalizer
@@ -53,6 +54,7 @@ class PromptModel(nn.Module):
         # On the backbone's device: the verbalizer reads its logits.
         verbalizer.to(embedding_of(backbone).weight.device)
         self._keep_with_all()
+        name_tied_once(self)
 
     def forward(
         self,
@@ -169,17 +171,16 @@ class PromptModel(nn.Module):
         batches = [self.verbalizer.observed(output) for output in self._outputs(examples, batch_size, where)]
         return [torch.cat(found) for found in zip(*batches, strict=True)]
 
-    def _outputs(self, examples: Sequence[Example], batch_size: int, where: str) -> Iterator[SlotOutput]:
+    def _outputs(self, examples: Any, batch_size: int, where: str) -> Iterator[SlotOutput]:
         """Yields what the backbone computes for batches of examples, without gradients and dropout."""
         if batch_size < 1:
             raise OptionError(f"{where}(batch_size={batch_size}): expected at least 1")
-        if not isinstance(examples, Sequence) or isinstance(examples, str):
+        if isinstance(examples, str) or not hasattr(examples, "__getitem__") or not hasattr(examples, "__len__"):
             raise OptionError(f"{where}: expected an example or a list of examples, found {type(examples).__name__}")
         device = embedding_of(self.backbone).weight.device
         for start in range(0, len(examples), batch_size):
-            unlabelled = [
-                {k: v for k, v in one.items() if k != "label"} for one in examples[start : start + batch_size]
-            ]
+            chosen = [examples[place] for place in range(start, min(start + batch_size, len(examples)))]
+            unlabelled = [{name: value for name, value in one.items() if name != "label"} for one in chosen]
             batch = {name: tensor.to(device) for name, tensor in self.template.collate(unlabelled).items()}
             slots = batch.pop("slots")
             with torch.no_grad(), _evaluating(self):
@@ -203,7 +204,9 @@ class PromptModel(nn.Module):
     @classmethod
     @checked
     def from_delta(cls, delta: Delta, tokenizer: Any, *, filters: Filters | None = None) -> "PromptModel":
-        """Returns the model whose template and verbalizer a loaded delta has: `PromptModel.from_delta(dk.load(...), tokenizer)`.
+        """Returns the model whose template and verbalizer a loaded delta has.
+
+        `PromptModel.from_delta(dk.load("my-delta", backbone), tokenizer)`
 
         Args:
             tokenizer: the backbone's tokenizer.

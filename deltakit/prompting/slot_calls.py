@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from deltakit.core import wide
 from deltakit.errors import StateError, TargetError
 from deltakit.injection import narrowed_input
 from deltakit.prompting.backbone_facts import head_of
@@ -70,8 +71,7 @@ def word_scores(
         longer = _with_inserted(call, slots, inserted)
         places = slots + torch.arange(len(inserted) + 1, device=slots.device)
         found = output if not inserted else call_at(backbone, longer, places)
-        logits = found.logits
-        given[inserted] = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        given[inserted] = wide(found.logits).log_softmax(-1)
     scores = []
     for word in words:
         log_probs = given[word[:-1] if mask is None else (mask,) * (len(word) - 1)]

@@ -68,7 +68,7 @@ def parse(text: str) -> list[Piece]:
     return [*pieces, Text(plain)] if plain else pieces
 
 
-def _end(text: str, start: int) -> int:
+def _end(text: str, start: int) -> int:  # noqa: RET503
     """Returns the index behind the brace that closes the one at `start`."""
     depth, quote, at = 0, "", start
     while at < min(len(text), start + _LONGEST):
@@ -109,8 +109,8 @@ def _read(source: _Source, written: str) -> Piece:
         source.fail(f"expected one name, or names with values, found {written[:60]}")
     kind = next((name for name in _KINDS if name in options), None)
     if kind is None:
-        known = ", ".join(map(repr, _KINDS))
-        source.fail(f"expected one of {known}, found {list(options)[0]!r}{did_you_mean(list(options)[0], _KINDS)}")
+        known, first = ", ".join(map(repr, _KINDS)), next(iter(options))
+        source.fail(f"expected one of {known}, found {first!r}{did_you_mean(first, _KINDS)}")
     _check_names(source, kind, options)
     return _KINDS[kind](source, options)
 

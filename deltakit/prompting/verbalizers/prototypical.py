@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from deltakit.core import checked
+from deltakit.core import checked, wide
 from deltakit.errors import OptionError
 from deltakit.prompting.backbone_facts import head_of
 from deltakit.prompting.verbalizers.soft import head_weight
@@ -46,13 +46,13 @@ class PrototypicalVerbalizer(Verbalizer):
     def projected(self, output: SlotOutput) -> Float[Tensor, "batch size"]:
         """Returns W h of each example, with length 1."""
         hidden = output.hidden[:, 0].to(self.projection.dtype)
-        return F.normalize(F.linear(hidden, self.projection).float(), dim=-1)
+        return F.normalize(wide(F.linear(hidden, self.projection)), dim=-1)
 
     def forward(self, output: SlotOutput) -> Float[Tensor, "batch classes"]:
         return self._scores(self.projected(output)).log_softmax(-1)
 
     def _scores(self, instances: Float[Tensor, "batch size"]) -> Float[Tensor, "batch classes"]:
-        return instances @ F.normalize(self.prototypes.float(), dim=-1).T
+        return instances @ F.normalize(wide(self.prototypes), dim=-1).T
 
     def loss(self, output: SlotOutput, labels: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
         """Returns the sum of two contrastive losses.

@@ -42,7 +42,8 @@ class RuleVerbalizer(Verbalizer):
         self.rules = {name: (rule,) if isinstance(rule, str) else tuple(rule) for name, rule in rules.items()}
         if len(counts) > 1 or not counts[0]:
             raise OptionError(
-                f"RuleVerbalizer: the rules have {' and '.join(map(str, counts))} words; write one word for each slot in all rules"
+                f"RuleVerbalizer: the rules have {' and '.join(map(str, counts))} words; write one word for each slot in all "
+                "of them"
             )
         seen: dict[tuple[str, ...], str] = {}
         for name, rule in self.rules.items():

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import checked, gathered
+from deltakit.core import checked, gathered, wide
 from deltakit.errors import OptionError, TargetError
 from deltakit.prompting.backbone_facts import head_of
 from deltakit.prompting.verbalizers.verbalizer import SlotOutput, Verbalizer
@@ -63,7 +63,7 @@ class SoftVerbalizer(Verbalizer):
 
     def forward(self, output: SlotOutput) -> Float[Tensor, "batch classes"]:
         hidden = output.hidden[:, 0].to(self.vectors.dtype)
-        return nn.functional.linear(hidden, self.vectors, self.bias).float().log_softmax(-1)
+        return wide(nn.functional.linear(hidden, self.vectors, self.bias)).log_softmax(-1)
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "soft", "classes": list(self.classes)}

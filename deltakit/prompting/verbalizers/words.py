@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from deltakit.core import checked
+from deltakit.core import checked, wide
 from deltakit.errors import OptionError
 from deltakit.prompting.verbalizers.verbalizer import SlotOutput, Verbalizer
 from deltakit.prompting.verbalizers.word_ids import Multi, Words, label_words
@@ -73,7 +73,7 @@ class WordVerbalizer(Verbalizer):
                 )
             return output.word_scores
         # In at least float32: half precision has three digits, and differences of these numbers decide.
-        logits = output.logits[:, 0].to(torch.promote_types(output.logits.dtype, torch.float32))
+        logits = wide(output.logits[:, 0])
         read = logits.log_softmax(-1)[:, self.ids]
         return (read * self.tokens_of.to(read)).sum(-1)
 
