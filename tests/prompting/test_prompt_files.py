@@ -85,7 +85,9 @@ def test_which_deltas_keep_it(tmp_path):
     randomize(later).save(tmp_path)
     assert dk.inspect(tmp_path).extras["prompting"]["verbalizer"]["words"] == WORDS
     assert repr(dk.inspect(tmp_path)).endswith("(it also holds prompting)")
-    assert "(it also" not in repr(dk.inspect(randomize(dk.attach(model_of("bert"), dk.LoRA(r=2))).save(tmp_path / "plain")))
+    assert "(it also" not in repr(
+        dk.inspect(randomize(dk.attach(model_of("bert"), dk.LoRA(r=2))).save(tmp_path / "plain"))
+    )
 
 
 def test_a_delta_that_is_attached_before_training_keeps_it():
@@ -126,7 +128,11 @@ def test_a_prompt_that_does_not_fit(tmp_path):
         (("verbalizer", "kind"), ["a"], "found the kind \\['a'\\]"),
         (("verbalizer", "words"), {"good": 3}, "at extras.prompting.verbalizer.words"),
         (("verbalizer", "words"), {}, "expected the names of the classes"),
-        (("verbalizer", "words"), {"good": ["good"]}, "@prior|prior: the file has \\(4,\\), the backbone needs \\(1,\\)"),
+        (
+            ("verbalizer", "words"),
+            {"good": ["good"]},
+            "@prior|prior: the file has \\(4,\\), the backbone needs \\(1,\\)",
+        ),
         (("verbalizer", "multi"), "most", "at extras.prompting.verbalizer.multi"),
         (("verbalizer",), [], "at extras.prompting.verbalizer"),
         (("template",), None, "at extras.prompting.template"),
@@ -181,7 +187,9 @@ def test_files_of_others_cannot_hold_it(tmp_path):
     model = model_of("bert")
     delta = randomize(dk.attach(model, dk.LoRA(r=2)))
     PromptModel(model, Template('{"placeholder": "text"} {"mask"}', TOKENIZER, model), MAKE["words"](model))
-    with pytest.warns(DeltaWarning, match="files of peft cannot hold its prompting; save it in deltakit's own format, too"):
+    with pytest.warns(
+        DeltaWarning, match="files of peft cannot hold its prompting; save it in deltakit's own format, too"
+    ):
         delta.save(tmp_path, format="peft")
     assert dk.load(tmp_path, model_of("bert"))._record.extras == {}
 
@@ -198,14 +206,18 @@ def test_a_verbalizer_of_ones_own_is_saved_and_must_be_made_again(tmp_path):
     delta = randomize(dk.attach(model, dk.LoRA(r=2)))
     PromptModel(model, Template('{"placeholder": "text"} {"mask"}', TOKENIZER, model), Own(["a", "b"]))
     delta.save(tmp_path)
-    with pytest.raises(CheckpointError, match="found the kind 'own', .* make the PromptModel of its own template and verbalizer"):
+    with pytest.raises(
+        CheckpointError, match="found the kind 'own', .* make the PromptModel of its own template and verbalizer"
+    ):
         PromptModel.from_delta(dk.load(tmp_path, model_of("bert")), TOKENIZER)
 
 
 def test_copies_and_pickles_of_the_backbone():
     """A copied layer has a copy of the record, and no tokenizer; a pickle needs no filter that can be pickled."""
     model = model_of("bert")
-    template = Template('{"placeholder": "text", "filter": "f"} {"mask"}', TOKENIZER, model, filters={"f": lambda text: text})
+    template = Template(
+        '{"placeholder": "text", "filter": "f"} {"mask"}', TOKENIZER, model, filters={"f": lambda text: text}
+    )
     dk.attach(model, dk.LoRA(r=2))
     PromptModel(model, template, MAKE["words"](model))
     assert len(pickle.dumps(model.bert.encoder.layer[0])) < 300_000
