@@ -175,11 +175,18 @@ class PromptModel(nn.Module):
         """Yields what the backbone computes for batches of examples, without gradients and dropout."""
         if batch_size < 1:
             raise OptionError(f"{where}(batch_size={batch_size}): expected at least 1")
-        if isinstance(examples, str) or not hasattr(examples, "__getitem__") or not hasattr(examples, "__len__"):
+        if (
+            isinstance(examples, str | Tensor)
+            or not hasattr(examples, "__getitem__")
+            or not hasattr(examples, "__len__")
+        ):
             raise OptionError(f"{where}: expected an example or a list of examples, found {type(examples).__name__}")
         device = embedding_of(self.backbone).weight.device
         for start in range(0, len(examples), batch_size):
             chosen = [examples[place] for place in range(start, min(start + batch_size, len(examples)))]
+            for one in chosen:
+                if not isinstance(one, Mapping):
+                    raise OptionError(f"{where}: expected examples as dictionaries, found {type(one).__name__}")
             unlabelled = [{name: value for name, value in one.items() if name != "label"} for one in chosen]
             batch = {name: tensor.to(device) for name, tensor in self.template.collate(unlabelled).items()}
             slots = batch.pop("slots")
