@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -93,13 +94,16 @@ class PromptModel(nn.Module):
             StateError: if the template has soft tokens, and no attached delta has their vectors.
         """
         check_soft(self.backbone, self.template)
-        output = call_at(self.backbone, call, slots)
-        verbalizer = self.verbalizer
+        verbalizer, output = self.verbalizer, call_at(self.backbone, call, slots)
         if isinstance(verbalizer, WordVerbalizer) and verbalizer.multi == "score":
             words = [word.ids for word in verbalizer.label_words]
             scores = word_scores(self.backbone, call, slots, output, words, mask=self.template.mask_id)
             output = output._replace(word_scores=scores)
-        return output
+        # The layers of a backbone may be on several devices.
+        own = next(chain(verbalizer.parameters(), verbalizer.buffers()), None)
+        return (
+            output if own is None else SlotOutput(*(part if part is None else part.to(own.device) for part in output))
+        )
 
     @checked
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
