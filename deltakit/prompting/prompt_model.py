@@ -101,9 +101,10 @@ class PromptModel(nn.Module):
             output = output._replace(word_scores=scores)
         # The layers of a backbone may be on several devices.
         own = next(chain(verbalizer.parameters(), verbalizer.buffers()), None)
-        return (
-            output if own is None else SlotOutput(*(part if part is None else part.to(own.device) for part in output))
-        )
+        if own is None:
+            return output
+        scores = None if output.word_scores is None else output.word_scores.to(own.device)
+        return SlotOutput(output.logits.to(own.device), output.hidden.to(own.device), scores)
 
     @checked
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
