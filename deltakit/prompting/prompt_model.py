@@ -103,8 +103,7 @@ class PromptModel(nn.Module):
         own = next(chain(verbalizer.parameters(), verbalizer.buffers()), None)
         if own is None:
             return output
-        scores = None if output.word_scores is None else output.word_scores.to(own.device)
-        return SlotOutput(output.logits.to(own.device), output.hidden.to(own.device), scores)
+        return output.to(own.device)
 
     @checked
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
