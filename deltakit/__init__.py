@@ -23,6 +23,7 @@ from deltakit.version import __version__ as __version__
 if TYPE_CHECKING:
     from deltakit import integrations as integrations
     from deltakit import methods as methods
+    from deltakit import prompting as prompting
     from deltakit.core import METHODS as METHODS
     from deltakit.core import DeltaModule as DeltaModule
     from deltakit.core import Method as Method
@@ -234,8 +235,8 @@ __all__ = sorted([*_MODULE_OF, "__version__"])
 
 
 def __dir__() -> list[str]:
-    """What `dk.<Tab>` lists: the public names, and none of the rooms of the package but these two."""
-    return sorted([*__all__, "integrations", "opendelta"])
+    """What `dk.<Tab>` lists: the public names, and none of the rooms of the package but these three."""
+    return sorted([*__all__, "integrations", "opendelta", "prompting"])
 
 
 # Hidden from type checkers: for them every name would be there.

@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "delta": {"core", "selection", "injection", "files", "view"},
     "integrations": {"core", "delta", "files"},
     "searching": {"core", "delta", "ops"},
+    "prompting": {"core", "delta", "files", "injection", "methods", "ops"},
     "opendelta": {"core", "delta", "files", "methods", "ops", "picking", "view"},
 }
 FOR_AUTHORS = {
@@ -44,6 +45,21 @@ FOR_AUTHORS = {
     },
     "core": {"current_call"},
     "integrations": {"lightning_callback", "small_checkpoints", "small_states", "training_steps"},
+    "prompting": {
+        "Encoded",
+        "Ensemble",
+        "Explanation",
+        "KnowledgeableVerbalizer",
+        "Prediction",
+        "PromptModel",
+        "PrototypicalVerbalizer",
+        "RuleVerbalizer",
+        "SlotOutput",
+        "SoftVerbalizer",
+        "Template",
+        "Verbalizer",
+        "WordVerbalizer",
+    },
     "ops": {"Seeded", "linear_with", "normal", "uniform"},
 }
 """What rooms offer to users and to authors of methods, also while nothing here uses it."""
@@ -160,7 +176,7 @@ def test_public_names_are_listed_and_there():
     assert len(set(dk.__all__)) == len(dk.__all__)
     for name in dk.__all__:
         assert getattr(dk, name) is vars(dk)[name]
-    assert dir(dk) == sorted([*dk.__all__, "integrations", "opendelta"])
+    assert dir(dk) == sorted([*dk.__all__, "integrations", "opendelta", "prompting"])
     # What was imported on the way is none of them.
     there = {name for name in vars(dk) if not name.startswith("_")} - {"jaxtyping", "sys", "import_module", "find_spec"}
     modules = {room_of(name) for name, *_ in sources()}

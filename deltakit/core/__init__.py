@@ -33,6 +33,7 @@ from deltakit.core.callables import takes
 from deltakit.core.caller_rows import begin_forward, close_rows, current_batch, end_forward, open_rows, rows_now
 from deltakit.core.delta_module import DeltaModule
 from deltakit.core.design import Design
+from deltakit.core.extras import StoredExtra, extra_tensors, is_extra, stored_extras
 from deltakit.core.feature_slice import FeatureSlice, slice_where
 from deltakit.core.folding import breadth, expand, fold, is_plain, span
 from deltakit.core.grad_ledger import GradLedger
@@ -74,9 +75,7 @@ from deltakit.core.per_target import PerTarget, one_value, values_of
 from deltakit.core.record import (
     Attachment,
     Record,
-    Sample,
     Site,
-    Start,
     are_apart,
     attachments_of,
     is_slice,
@@ -101,6 +100,7 @@ from deltakit.core.sharding import (
     scatter,
     wait_for_all,
 )
+from deltakit.core.start_samples import Sample, Start
 from deltakit.core.start_values import same_random_numbers, wants_start_values, without_start_values
 from deltakit.core.stored import global_bytes, inner_tensors, local_bytes
 from deltakit.core.target import Inferred, Target, WeightRead
@@ -133,6 +133,7 @@ __all__ = [
     "Selector",
     "Site",
     "Start",
+    "StoredExtra",
     "Target",
     "WeightRead",
     "WeightView",
@@ -160,6 +161,7 @@ __all__ = [
     "end_call",
     "end_forward",
     "expand",
+    "extra_tensors",
     "fold",
     "gathered",
     "gathered_in_training",
@@ -173,6 +175,7 @@ __all__ = [
     "is_callable",
     "is_compute_dtype",
     "is_conv1d",
+    "is_extra",
     "is_first",
     "is_of",
     "is_plain",
@@ -223,6 +226,7 @@ __all__ = [
     "slice_where",
     "span",
     "split_slice",
+    "stored_extras",
     "takes",
     "tensors_in",
     "tensors_of",

@@ -15,30 +15,17 @@ from torch import Tensor, nn
 
 from deltakit.core.buffer_ledger import BufferLedger
 from deltakit.core.delta_module import DeltaModule
+from deltakit.core.extras import Extra
 from deltakit.core.grad_ledger import GradLedger
 from deltakit.core.held import held_in
 from deltakit.core.method import Method, label_among
 from deltakit.core.normal_tensors import version_of
 from deltakit.core.paths import delta_children, join, own_modules, split_slice
 from deltakit.core.roots import roots_inside
+from deltakit.core.start_samples import Start
 
 # Asking a target for the records of its deltas runs in C code: it may have hundreds.
 _RECORD = attrgetter("record")
-
-
-class Sample(NamedTuple):
-    """What shows whether a parameter was changed: its version, a few of its values, and the sum of all."""
-
-    version: int
-    values: Tensor
-    total: float
-
-
-class Start(NamedTuple):
-    """A new delta as it was attached: the sum of its parameters' versions, and samples of a few of them by name."""
-
-    version: int
-    samples: dict[str, Sample]
 
 
 @dataclass(eq=False)
@@ -96,6 +83,8 @@ class Record:
     """Once it is in the backbone's weights for good, and cannot be attached again: what identifies the backbone before."""
     narrowed: bool = False
     """Whether a filter narrows a state dict as long as it is attached."""
+    extras: dict[str, Extra] = field(default_factory=dict)
+    """What else its files hold, by the name of who keeps it there."""
     leaving: bool = False
     """Whether it is being detached. After an interruption it stays so, and `detach` does the rest."""
 

@@ -49,6 +49,8 @@ class SavedDelta:
     """All its tensors, without values (on the meta device), by the names of `Delta.state_dict`."""
     notes: Sequence[str] = ()
     """What `load` may do otherwise with the backbone and the values in view. Empty for deltas of deltakit."""
+    extras: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What else its files hold, as plain data, such as the template and the verbalizer of a prompt model ("prompting")."""
 
     @property
     def num_values(self) -> int:
@@ -80,7 +82,9 @@ class SavedDelta:
             {name: self.tensors[name] for name in self.fully_trained},
             f"{self.num_values:,} values in {' and '.join(dtypes)}, {self.num_bytes:,} bytes",
             None,
-        ) + "".join(f"\n({printable(note)})" for note in self.notes)
+        ) + "".join(
+            f"\n({printable(note)})" for note in [*self.notes, *(f"it also holds {name}" for name in self.extras)]
+        )
 
 
 @checked
@@ -132,6 +136,7 @@ def inspect(
         found,
         tensors,
         [] if format == "deltakit" else _notes(saved, found),
+        {name: extra.data() for name, extra in saved.extras.items()},
     )
 
 

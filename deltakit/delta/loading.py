@@ -128,6 +128,7 @@ def unfilled(
             # `load_state_dict` lists what is missing.
             break
     record.trained_values = current_values(backbone, full, record)
+    record.extras.update(saved.extras)
     sites = sites_of(index, built)
     if saved.fingerprint is None:
         _refuse_unseen(sites, where)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from deltakit.core import Attachment, Site, is_first, is_sharded, wait_for_all
+from deltakit.core import Attachment, Site, extra_tensors, is_extra, is_first, is_sharded, wait_for_all
 from deltakit.delta import tensors
 from deltakit.delta.as_loras import as_loras
 from deltakit.delta.changed_backbone import refuse_changed
@@ -16,6 +16,7 @@ from deltakit.delta.claims import refuse_scaled
 from deltakit.delta.contents import DeltaContents
 from deltakit.delta.running_statistics import held_of
 from deltakit.delta.untrained import warn_unfinished, warn_untrained
+from deltakit.errors import warn
 from deltakit.files import WRITERS, CardDetails, Written, delta_config, loaded_from, model_card, refuse_others, upload
 
 Results = Mapping[str, float | str]
@@ -60,7 +61,8 @@ def state_to_save(delta: DeltaContents, given: Mapping[str, Tensor] | None = Non
     tensors.refuse_not_finite(attachment, state)
     warn_untrained(attachment, state)
     warn_unfinished(attachment)
-    return state
+    # They are gathered here, because under FSDP2 only the first process goes on.
+    return {**state, **extra_tensors(attachment.record.extras)}
 
 
 def push(delta: DeltaContents, repo_id: str, format: Written, results: Results | None, **options: Any) -> str:
@@ -103,8 +105,22 @@ def write(
     if format != "deltakit" and repository is None:
         # Other libraries load the backbone by this name. On the Hub, that of a folder would say nothing.
         config["backbone"]["id"] = loaded_from(delta.backbone)
-    written = (attachment, state) if format == "deltakit" else as_loras(attachment, state)
+    written = (
+        (attachment, state)
+        if format == "deltakit"
+        else as_loras(attachment, _without_extras(attachment, state, format))
+    )
     WRITERS[format](folder, *written, config, card)
+
+
+def _without_extras(attachment: Attachment, state: Mapping[str, Tensor], format: Written) -> Mapping[str, Tensor]:
+    extras = attachment.record.extras
+    if extras:
+        warn(
+            f"delta {attachment.record.name!r}: files of {format} cannot hold its {' and '.join(extras)}; save it in "
+            "deltakit's own format, too"
+        )
+    return {name: tensor for name, tensor in state.items() if not is_extra(name, extras)}
 
 
 def _computed(attachment: Attachment, site: Site, state: Mapping[str, Tensor]) -> int:

@@ -17,19 +17,20 @@ from deltakit.selection import select
 COUNT, BESIDE = 12, 3
 
 
-class OwnHeads:
-    """A hook on a classifier that gives each example the classifier of its own delta."""
+class OwnHeads(nn.Module):
+    """Stands for a classifier, and gives each example the classifier of its own delta."""
 
     def __init__(self, head: nn.Module, path: str, names: Sequence[str], saved: dict[str, dict[str, Tensor]]) -> None:
+        super().__init__()
         self.names = names
-        self.heads = {name: copy.deepcopy(head) for name in dict.fromkeys(names)}
+        self.heads: dict[str, nn.Module] = {name: copy.deepcopy(head) for name in dict.fromkeys(names)}
         for name, own in self.heads.items():
             start = f"{path}."
             values = {key.removeprefix(start): value for key, value in saved[name].items() if key.startswith(start)}
             own.load_state_dict(values)
 
-    def __call__(self, head: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return torch.cat([self.heads[name](args[0][i : i + 1]) for i, name in enumerate(self.names)])
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.heads[name](x[i : i + 1]) for i, name in enumerate(self.names)])
 
 
 @torch.no_grad()
@@ -55,8 +56,7 @@ def in_one_batch(
     count = min(COUNT, len(batch["labels"]))
     names = [own[number % len(own)].title for number in range(count)]
     for path in select(backbone, task.new):
-        head = backbone.get_submodule(path)
-        head.register_forward_hook(OwnHeads(head, path, names, saved))
+        backbone.set_submodule(path, OwnHeads(backbone.get_submodule(path), path, names, saved))
     with rows(backbone, names):
         found = backbone(**{key: value[:count] for key, value in batch.items() if key != "labels"}).logits.argmax(-1)
     same = all(

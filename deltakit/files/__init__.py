@@ -9,6 +9,7 @@ from deltakit.files.formats import WRITERS, Written, deltas_below, format_of, fo
 from deltakit.files.hub import Access, called, find_folder, upload
 from deltakit.files.repository import is_repository, loaded_from
 from deltakit.files.saved import Saved
+from deltakit.files.schema import checked as checked_data
 from deltakit.files.schema import from_file, read_method
 from deltakit.files.training_marks import TRAINED_DELTA, deltas_in
 from deltakit.files.values import check_tensors, is_finite
@@ -25,6 +26,7 @@ __all__ = [
     "backbone_identity",
     "called",
     "check_tensors",
+    "checked_data",
     "delta_config",
     "deltas_below",
     "deltas_in",

@@ -43,6 +43,7 @@ def delta_config(attachment: Attachment, num_parameters: int) -> dict[str, Any]:
             **(record.unloaded or backbone_identity(backbone, record)),
         },
         "num_parameters": num_parameters,
+        **({"extras": {name: dict(extra.data()) for name, extra in record.extras.items()}} if record.extras else {}),
     }
 
 

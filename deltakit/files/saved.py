@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from deltakit.core import StoredExtra
 from deltakit.files.schema import Fingerprint, MethodEntry
 
 
@@ -37,3 +38,5 @@ class Saved:
     base_class: str | None = None
     fingerprint: Fingerprint | None = None
     """Of the backbone; None if the format has none."""
+    extras: Mapping[str, StoredExtra] = field(default_factory=dict)
+    """What else the files hold; their tensors are not among `tensors`."""

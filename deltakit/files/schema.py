@@ -48,14 +48,18 @@ class Train(TypedDict):
     names: list[str]
 
 
-class DeltaConfig(TypedDict):
-    """The fields that every config has. Others are kept, and not read."""
-
+class _DeltaConfig(TypedDict):
     format_version: int
     name: str | None
     methods: Annotated[list[MethodEntry], msgspec.Meta(min_length=1)]
     train: Train
     backbone: Backbone
+
+
+class DeltaConfig(_DeltaConfig, total=False):
+    """The fields that every config has, and the plain data of extras, if there are any. Others are kept, and not read."""
+
+    extras: dict[str, dict[str, Any]]
 
 
 def read_config(text: str | bytes, where: object) -> DeltaConfig:

@@ -10,6 +10,7 @@ from deltakit.injection.forward_recorder import Recorded, recorded_calls
 from deltakit.injection.hooks import put, scopes_of, sort_patches, take, take_patches
 from deltakit.injection.input_observer import observed_inputs
 from deltakit.injection.loading_guards import hook_loading, records_around
+from deltakit.injection.narrowed_inputs import narrowed_input
 from deltakit.injection.narrowed_state_dict import (
     is_narrowed,
     is_whole_state_dict,
@@ -35,6 +36,7 @@ __all__ = [
     "is_whole_state_dict",
     "modules_of",
     "narrow_state_dict",
+    "narrowed_input",
     "observed_inputs",
     "own_state_dicts",
     "put",

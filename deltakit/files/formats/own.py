@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deltakit.core import Attachment
+from deltakit.core import Attachment, stored_extras
 from deltakit.files.checkpoint import CARD_FILE, CONFIG_FILE, TENSORS_FILE, read_folder, write_folder
 from deltakit.files.formats.format import Format
 from deltakit.files.saved import Saved, Trained
@@ -20,14 +20,16 @@ def _recognises(place: Path) -> bool:
 def _read(place: Path, _backbone: nn.Module | None, values: bool) -> Saved:
     config, tensors = read_folder(place, values=values)
     trained, base = config["train"], config["backbone"]
+    extras, own = stored_extras(config.get("extras", {}), tensors)
     return Saved(
         config["methods"],
-        tensors,
+        own,
         Trained(trained["selectors"], trained["names"]),
         name=config["name"],
         base=base["id"],
         base_class=base["class"],
         fingerprint=base["fingerprint"],
+        extras=extras,
     )
 
 

@@ -1,0 +1,36 @@
+"""Prompt learning: templates turn a task into words that a language model predicts, verbalizers turn these words into classes.
+
+template = Template('{"placeholder": "text"} It was {"mask"}.', tokenizer, model)
+verbalizer = WordVerbalizer(tokenizer, {"good": ["great", "good"], "bad": ["bad", "awful"]})
+prompt_model = PromptModel(model, template, verbalizer)
+prompt_model.predict({"text": "A film to remember."})
+"""
+
+from deltakit.prompting.collating import Encoded
+from deltakit.prompting.ensemble import Ensemble
+from deltakit.prompting.explanation import Explanation
+from deltakit.prompting.prediction import Prediction
+from deltakit.prompting.prompt_model import PromptModel
+from deltakit.prompting.template import Template
+from deltakit.prompting.verbalizers.knowledgeable import KnowledgeableVerbalizer
+from deltakit.prompting.verbalizers.prototypical import PrototypicalVerbalizer
+from deltakit.prompting.verbalizers.rules import RuleVerbalizer
+from deltakit.prompting.verbalizers.soft import SoftVerbalizer
+from deltakit.prompting.verbalizers.verbalizer import SlotOutput, Verbalizer
+from deltakit.prompting.verbalizers.words import WordVerbalizer
+
+__all__ = [
+    "Encoded",
+    "Ensemble",
+    "Explanation",
+    "KnowledgeableVerbalizer",
+    "Prediction",
+    "PromptModel",
+    "PrototypicalVerbalizer",
+    "RuleVerbalizer",
+    "SlotOutput",
+    "SoftVerbalizer",
+    "Template",
+    "Verbalizer",
+    "WordVerbalizer",
+]

@@ -1,0 +1,250 @@
+"""PromptModel: a backbone, a template and a verbalizer as one classifier."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from deltakit.core import attachments_of, checked
+from deltakit.delta import Delta
+from deltakit.errors import CheckpointError, OptionError
+from deltakit.prompting.backbone_facts import embedding_of
+from deltakit.prompting.fitting import check_fit, check_soft
+from deltakit.prompting.prediction import Prediction, likely_words
+from deltakit.prompting.prompt_parts import NAME, PromptParts, read_parts
+from deltakit.prompting.slot_calls import call_at, word_scores
+from deltakit.prompting.template import Example, Filters, Template
+from deltakit.prompting.tied_tensors import name_tied_once
+from deltakit.prompting.verbalizers.knowledgeable import KnowledgeableVerbalizer
+from deltakit.prompting.verbalizers.verbalizer import SlotOutput, Verbalizer
+from deltakit.prompting.verbalizers.words import WordVerbalizer
+
+
+class PromptModel(nn.Module):
+    """Classifies examples by what a backbone predicts in the slots of a template.
+
+    The backbone stays the user's: deltas, freezing and devices are its own, and `parameters()` has those of both. A delta that
+    is attached to it keeps template and verbalizer in its files; `PromptModel.from_delta` makes the model from a loaded one.
+    With transformers' `Trainer` pass `data_collator=model.collate` and `remove_unused_columns=False`.
+
+    Args:
+        backbone: a language model with a head, deltas attached or not.
+        template: a template for this backbone.
+        verbalizer: a verbalizer with as many slots as the template.
+
+    Raises:
+        OptionError: if template, verbalizer and backbone do not fit.
+        TargetError: if the backbone has no language-model head.
+        StateError: if the template has soft tokens and no attached delta has their vectors.
+    """
+
+    backbone: nn.Module
+    verbalizer: Verbalizer
+
+    @checked
+    def __init__(self, backbone: nn.Module, template: Template, verbalizer: Verbalizer) -> None:
+        super().__init__()
+        check_fit(backbone, template, verbalizer)
+        check_soft(backbone, template)
+        self.backbone, self.template, self.verbalizer = backbone, template, verbalizer
+        self._parts = PromptParts(template, verbalizer)
+        # On the backbone's device: the verbalizer reads its logits.
+        verbalizer.to(embedding_of(backbone).weight.device)
+        self._keep_with_all()
+        name_tied_once(self)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch length"],
+        attention_mask: Int[Tensor, "batch length"] | None = None,
+        *,
+        slots: Int[Tensor, "batch slots"],
+        token_type_ids: Int[Tensor, "batch length"] | None = None,
+        decoder_input_ids: Int[Tensor, "batch target"] | None = None,
+        labels: Int[Tensor, " batch"] | None = None,
+    ) -> dict[str, Tensor]:
+        """Returns `logits`, the classes' log-probabilities [batch, classes], and ahead of them the `loss` if there are labels.
+
+        The arguments are what `collate` returns.
+        """
+        if self.training and not self._kept:
+            self._keep_with_all()
+        call = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "decoder_input_ids": decoder_input_ids,
+        }
+        output = self.slot_output(call, slots)
+        found = {} if labels is None else {"loss": self.verbalizer.loss(output, labels)}
+        return {**found, "logits": self.verbalizer(output)}
+
+    def slot_output(self, call: Mapping[str, Any], slots: Int[Tensor, "batch slots"]) -> SlotOutput:
+        """Returns what the backbone computes in the slots of a batch.
+
+        Args:
+            call: the backbone's arguments; what `collate` returns without `slots` and `labels`.
+            slots: the positions of the slots in its logits.
+
+        Raises:
+            StateError: if the template has soft tokens, and no attached delta has their vectors.
+        """
+        check_soft(self.backbone, self.template)
+        verbalizer, output = self.verbalizer, call_at(self.backbone, call, slots)
+        if isinstance(verbalizer, WordVerbalizer) and verbalizer.multi == "score":
+            words = [word.ids for word in verbalizer.label_words]
+            scores = word_scores(self.backbone, call, slots, output, words, mask=self.template.mask_id)
+            output = output._replace(word_scores=scores)
+        # The layers of a backbone may be on several devices.
+        own = next(chain(verbalizer.parameters(), verbalizer.buffers()), None)
+        if own is None:
+            return output
+        return output.to(own.device)
+
+    @checked
+    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Returns the batch of some examples, as `Template.collate`. Labels may also be the names of classes.
+
+        Raises:
+            OptionError: as `Template.collate`.
+        """
+        return self.template.collate(examples, classes=self.verbalizer.classes)
+
+    @checked
+    @torch.no_grad()
+    def predict(self, examples: Any, *, top_k: int = 5, batch_size: int = 32) -> Any:
+        """Returns the `Prediction` of an example, or a list of them for a list of examples.
+
+        Args:
+            examples: a dict, or a sequence of dicts. Their labels are not needed.
+            top_k: how many of the words that the backbone predicts in each slot are listed; 0 for none.
+            batch_size: how many examples the backbone gets at once.
+
+        Raises:
+            OptionError: as `collate`, and if `top_k` or `batch_size` is out of its range.
+        """
+        if top_k < 0:
+            raise OptionError(f"predict(top_k={top_k}): expected at least 0")
+        single = isinstance(examples, Mapping)
+        found: list[Prediction] = []
+        for output in self._outputs([examples] if single else examples, batch_size, "predict"):
+            words = likely_words(output.logits, top_k, self.template.tokenizer)
+            rows = self.verbalizer(output).exp().tolist()
+            found += [
+                Prediction(dict(zip(self.verbalizer.classes, row, strict=True)), own)
+                for row, own in zip(rows, words, strict=True)
+            ]
+        return found[0] if single else found
+
+    @checked
+    def calibrate(self, examples: Sequence[Example], *, batch_size: int = 32) -> None:
+        """Gives the verbalizer the words' priors: their mean probability on unlabelled or content-free examples.
+
+        Contextual calibration (Zhao et al. 2021): `model.calibrate([{"text": "N/A"}, {"text": ""}])`.
+
+        Raises:
+            OptionError: if the verbalizer has no words, or there are no examples.
+        """
+        self.verbalizer.calibrate(*self._observed(examples, batch_size, "calibrate"))
+
+    @checked
+    def refine(self, examples: Sequence[Example], *, drop: float = 0.5, batch_size: int = 32) -> None:
+        """Drops words of a `KnowledgeableVerbalizer` by what the backbone says about unlabelled examples, and calibrates it.
+
+        Args:
+            examples: some two hundred unlabelled examples.
+            drop: the share of words with the lowest mean probability that is dropped.
+
+        Raises:
+            OptionError: if the verbalizer is another one, there are no examples, or `drop` is not in [0, 1).
+        """
+        if not isinstance(self.verbalizer, KnowledgeableVerbalizer):
+            raise OptionError(
+                f"refine: a {type(self.verbalizer).__name__} drops no words; use a KnowledgeableVerbalizer, or calibrate()"
+            )
+        self.verbalizer.refine(*self._observed(examples, batch_size, "refine"), drop=drop)
+
+    @torch.no_grad()
+    def _observed(self, examples: Sequence[Example], batch_size: int, where: str) -> list[Tensor]:
+        if not examples:
+            raise OptionError(f"{where}: expected at least one example, found none")
+        batches = [self.verbalizer.observed(output) for output in self._outputs(examples, batch_size, where)]
+        return [torch.cat(found) for found in zip(*batches, strict=True)]
+
+    def _outputs(self, examples: Any, batch_size: int, where: str) -> Iterator[SlotOutput]:
+        """Yields what the backbone computes for batches of examples, without gradients and dropout."""
+        if batch_size < 1:
+            raise OptionError(f"{where}(batch_size={batch_size}): expected at least 1")
+        if (
+            isinstance(examples, str | Tensor)
+            or not hasattr(examples, "__getitem__")
+            or not hasattr(examples, "__len__")
+        ):
+            raise OptionError(f"{where}: expected an example or a list of examples, found {type(examples).__name__}")
+        device = embedding_of(self.backbone).weight.device
+        for start in range(0, len(examples), batch_size):
+            chosen = [examples[place] for place in range(start, min(start + batch_size, len(examples)))]
+            for one in chosen:
+                if not isinstance(one, Mapping):
+                    raise OptionError(f"{where}: expected examples as dictionaries, found {type(one).__name__}")
+            unlabelled = [{name: value for name, value in one.items() if name != "label"} for one in chosen]
+            batch = {name: tensor.to(device) for name, tensor in self.template.collate(unlabelled).items()}
+            slots = batch.pop("slots")
+            with torch.no_grad(), _evaluating(self):
+                output = self.slot_output(batch, slots)
+            yield output
+
+    @checked
+    def keep_with(self, delta: Delta) -> None:
+        """Makes the files of a delta hold template and verbalizer.
+
+        Deltas that are attached and active when the model is made, or at its first training step, need no such call.
+        """
+        delta._record.extras[NAME] = self._parts
+
+    def _keep_with_all(self) -> None:
+        found = [one.record for one in attachments_of(self.backbone) if one.record.live]
+        for record in found:
+            record.extras[NAME] = self._parts
+        self._kept = bool(found)
+
+    @classmethod
+    @checked
+    def from_delta(cls, delta: Delta, tokenizer: Any, *, filters: Filters | None = None) -> "PromptModel":
+        """Returns the model whose template and verbalizer a loaded delta has.
+
+        `PromptModel.from_delta(dk.load("my-delta", backbone), tokenizer)`
+
+        Args:
+            tokenizer: the backbone's tokenizer.
+            filters: the functions that the template names. Files do not hold functions.
+
+        Raises:
+            CheckpointError: if the delta's files have none, or are damaged.
+            StateError: if the template has soft tokens, and the delta is not attached.
+        """
+        where = f"delta {delta.name!r}"
+        found = delta._record.extras.get(NAME)
+        if found is None:
+            raise CheckpointError(
+                f"{where}: its files have no template and no verbalizer; save it from a backbone with a PromptModel, or make "
+                "the PromptModel of your own"
+            )
+        parts = read_parts(found.data(), found.tensors(), delta.backbone, tokenizer, filters, where)
+        return cls(delta.backbone, parts.template, parts.verbalizer)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Switches dropout off inside a `with` block. Each module gets its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True

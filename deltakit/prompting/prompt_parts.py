@@ -1,0 +1,133 @@
+"""What a delta's files hold of a prompt model: its template and its verbalizer. Written, and read strictly."""
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from typing import Any, TypedDict
+
+from torch import Tensor, nn
+
+from deltakit.core import StoredExtra, gathered
+from deltakit.errors import CheckpointError
+from deltakit.files import check_tensors, checked_data, from_file
+from deltakit.prompting.backbone_facts import Kind
+from deltakit.prompting.template import Filters, Template
+from deltakit.prompting.truncation import Truncate
+from deltakit.prompting.verbalizers.knowledgeable import KnowledgeableVerbalizer
+from deltakit.prompting.verbalizers.prototypical import PrototypicalVerbalizer
+from deltakit.prompting.verbalizers.rules import RuleMulti, RuleVerbalizer
+from deltakit.prompting.verbalizers.soft import SoftVerbalizer
+from deltakit.prompting.verbalizers.verbalizer import Verbalizer
+from deltakit.prompting.verbalizers.word_ids import Multi
+from deltakit.prompting.verbalizers.words import WordVerbalizer
+
+NAME = "prompting"
+"""The name of the extra."""
+
+
+class PromptParts:
+    """The template and the verbalizer of a prompt model, as an extra of a delta."""
+
+    def __init__(self, template: Template, verbalizer: Verbalizer) -> None:
+        self.template, self.verbalizer = template, verbalizer
+
+    def data(self) -> Mapping[str, Any]:
+        """Returns the options of both."""
+        return {"template": self.template.to_dict(), "verbalizer": self.verbalizer.to_dict()}
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Returns the verbalizer's state dict."""
+        return {name: gathered(tensor.detach()) for name, tensor in self.verbalizer.state_dict().items()}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PromptParts":
+        # A copy of a layer copies the records of its deltas, and the tokenizer would be most of it.
+        return PromptParts(self.template, deepcopy(self.verbalizer, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Filters may be functions that no pickle holds.
+        return StoredExtra, (self.data(), {name: tensor.clone() for name, tensor in self.tensors().items()})
+
+
+class _Template(TypedDict):
+    text: str
+    kind: Kind
+    max_length: int | None
+    truncate: Truncate
+
+
+class _Parts(TypedDict):
+    template: _Template
+    verbalizer: dict[str, Any]
+
+
+class _Words(TypedDict):
+    words: dict[str, list[str]]
+    prefix: str
+    multi: Multi
+
+
+class _Knowledgeable(_Words):
+    learn_weights: bool
+
+
+class _Soft(TypedDict):
+    classes: list[str]
+
+
+class _Prototypical(_Soft):
+    size: int
+
+
+class _Rules(TypedDict):
+    rules: dict[str, list[str]]
+    prefix: str
+    multi: RuleMulti
+
+
+_Make = Callable[[nn.Module, Any, dict[str, Any]], Verbalizer]
+_VERBALIZERS: dict[str, tuple[Any, _Make]] = {
+    "words": (_Words, lambda _, tokenizer, own: WordVerbalizer(tokenizer, **own)),
+    "knowledgeable": (_Knowledgeable, lambda _, tokenizer, own: KnowledgeableVerbalizer(tokenizer, **own)),
+    "soft": (_Soft, lambda backbone, _, own: SoftVerbalizer(backbone, **own)),
+    "prototypical": (_Prototypical, lambda backbone, _, own: PrototypicalVerbalizer(backbone, **own)),
+    "rules": (_Rules, lambda _, tokenizer, own: RuleVerbalizer(tokenizer, **own)),
+}
+
+
+def read_parts(
+    data: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    backbone: nn.Module,
+    tokenizer: Any,
+    filters: Filters | None,
+    where: str,
+) -> PromptParts:
+    """Returns the template and the verbalizer that an extra describes.
+
+    Raises:
+        CheckpointError: if a field is missing or of a wrong type, tensors do not fit, or both do not fit the backbone and the
+            tokenizer.
+    """
+    parts = checked_data(dict(data), _Parts, where, "extras.prompting")
+    with from_file(where, "extras.prompting.template"):
+        own = parts["template"]
+        template = Template(own.pop("text"), tokenizer, backbone, filters=filters, **own)
+    kind = parts["verbalizer"].pop("kind", None)
+    if not isinstance(kind, str) or kind not in _VERBALIZERS:
+        raise CheckpointError(
+            f"{where}: extras.prompting.verbalizer: found the kind {kind!r}, and deltakit has {', '.join(_VERBALIZERS)}; make "
+            "the PromptModel of its own template and verbalizer"
+        )
+    form, make = _VERBALIZERS[kind]
+    options = checked_data(parts["verbalizer"], form, where, "extras.prompting.verbalizer")
+    rows = tensors["projection"].shape[:1] if "projection" in tensors else ()
+    if options.get("size") not in (None, *rows):
+        # Before memory is taken for so many.
+        raise CheckpointError(
+            f"{where}: extras.prompting.verbalizer.size: it says {options['size']}, and its tensors have {rows}; save or "
+            "download it again"
+        )
+    with from_file(where, "extras.prompting.verbalizer"):
+        verbalizer = make(backbone, tokenizer, options)
+    check_tensors(tensors, verbalizer.state_dict(), own=(), where=where, advice="save or download it again")
+    verbalizer.load_state_dict(dict(tensors))
+    return PromptParts(template, verbalizer)

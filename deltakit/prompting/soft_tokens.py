@@ -1,0 +1,61 @@
+"""Numbers the soft tokens of a template, and says what their vectors start from."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from deltakit.errors import OptionError
+from deltakit.prompting.pieces import Piece, Soft
+
+
+class SoftTokens(NamedTuple):
+    """`numbers`: for each soft piece, by its index, the numbers of its vectors. `starts`: for each vector the id of the word
+    that it starts from, or None."""
+
+    numbers: dict[int, tuple[int, ...]]
+    starts: tuple[int | None, ...]
+
+
+def numbered(pieces: Sequence[Piece], tokenizer: Any) -> SoftTokens:
+    """Returns the numbers of a template's soft tokens.
+
+    Raises:
+        OptionError: if pieces with one `soft_id` have different words, or words have no tokens.
+    """
+    numbers: dict[int, tuple[int, ...]] = {}
+    starts: list[int | None] = []
+    shared: dict[int | str, tuple[int, ...]] = {}
+    for index, piece in enumerate(pieces):
+        if not isinstance(piece, Soft):
+            continue
+        group = (
+            [p for p in pieces if isinstance(p, Soft) and p.soft_id == piece.soft_id]
+            if piece.soft_id is not None
+            else [piece]
+        )
+        if piece.soft_id is None or piece.soft_id not in shared:
+            own = _starts(group, tokenizer)
+            first = len(starts)
+            starts += own[:1] if any(p.same for p in group) else own
+            found = tuple(range(first, len(starts)))
+            found = found * (len(own) // len(found))
+            if piece.soft_id is not None:
+                shared[piece.soft_id] = found
+        numbers[index] = found if piece.soft_id is None else shared[piece.soft_id]
+    return SoftTokens(numbers, tuple(starts))
+
+
+def _starts(group: Sequence[Soft], tokenizer: Any) -> list[int | None]:
+    words = sorted({piece.words for piece in group if piece.words is not None})
+    if len(words) > 1:
+        raise OptionError(
+            f"Template: soft_id {group[0].soft_id!r} has different words, {words[0]!r} and {words[1]!r}; write them once, and "
+            f'{{"soft_id": {group[0].soft_id!r}}} elsewhere'
+        )
+    if not words:
+        return [None] * max(piece.count for piece in group)
+    ids = tokenizer(words[0], add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise OptionError(
+            f"Template: column {group[0].column + 1}: the words {words[0]!r} of a soft piece have no tokens; write other words"
+        )
+    return list(ids)

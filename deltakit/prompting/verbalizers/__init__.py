@@ -1,0 +1,1 @@
+"""Verbalizers, one file each."""
