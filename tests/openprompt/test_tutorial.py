@@ -84,7 +84,7 @@ optimizer_grouped_parameters = [
     {'params': [p for n, p in prompt_model.named_parameters() if any(nd in n for nd in no_decay)], 'weight_decay': 0.0}
 ]
 
-optimizer = AdamW(optimizer_grouped_parameters, lr=1e-2)
+optimizer = AdamW(optimizer_grouped_parameters, lr=3e-2)
 
 losses = []
 for epoch in range(12):
@@ -172,7 +172,7 @@ def test_the_tutorial_with_the_import_changed(tmp_path, capsys):
     assert f"{tokenized}\n{[*tokens, *['<pad>'] * len(padding)]}\n['<pad>', '<extra_id_0>', '<pad>']\n" in out
     assert "Parameter containing:\ntensor([[[4273]],\n\n        [[ 150]],\n\n        [[2087]]])\n" in out
     torch.testing.assert_close(names["processed"].exp().sum(-1), torch.ones(2))
-    assert names["losses"][-1] < 0.2 < names["losses"][0]
+    assert names["losses"][-1] < 0.5 < names["losses"][0]
     assert out.endswith("\n1.0\n")
 
 
