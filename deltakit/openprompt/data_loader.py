@@ -1,11 +1,12 @@
 """PromptDataLoader: wraps and tokenizes a data set, and makes its batches."""
 
 import inspect
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal
 
 from torch.utils.data import DataLoader
 
+from deltakit.core import checked
 from deltakit.errors import OptionError
 from deltakit.openprompt.data_utils.utils import InputFeatures
 from deltakit.openprompt.prompt_base import Template
@@ -28,9 +29,10 @@ class PromptDataLoader:
         OptionError: if the data set is empty, nothing says how to tokenize it, or an example cannot be tokenized.
     """
 
+    @checked
     def __init__(
         self,
-        dataset: Sequence[Any],
+        dataset: Any,
         template: Template,
         tokenizer_wrapper: Any = None,
         tokenizer: Any = None,
@@ -42,13 +44,13 @@ class PromptDataLoader:
         teacher_forcing: bool = False,
         decoder_max_length: int = -1,
         predict_eos_token: bool = False,
-        truncate_method: str = "tail",
+        truncate_method: Literal["tail", "head", "balanced"] = "tail",
         drop_last: bool = False,
         decode_from_pad: bool = True,
         create_token_type_ids: bool = False,
     ) -> None:
-        if not len(dataset):
-            raise OptionError("PromptDataLoader: the dataset is empty")
+        if not hasattr(dataset, "__getitem__") or not len(dataset):
+            raise OptionError("PromptDataLoader: the dataset is empty, or no sequence of InputExamples")
         options = {
             "max_seq_length": max_seq_length,
             "tokenizer": tokenizer,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltakit.core import checked
 from deltakit.errors import OptionError
 from deltakit.openprompt.data_loader import PromptDataLoader as PromptDataLoader
 from deltakit.openprompt.prompt_base import Template, Verbalizer, at_one_slot
@@ -30,6 +31,7 @@ class PromptModel(nn.Module):
 
     plm: Any
 
+    @checked
     def __init__(
         self, plm: nn.Module, template: Template, freeze_plm: bool = False, plm_eval_mode: bool = False
     ) -> None:
@@ -89,6 +91,7 @@ class PromptForClassification(nn.Module):
         verbalizer: the verbalizer.
     """
 
+    @checked
     def __init__(
         self,
         plm: nn.Module,

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
+from deltakit.core import checked
 from deltakit.errors import OptionError
 from deltakit.openprompt.data_utils.utils import InputExample
 from deltakit.prompting import Field, Piece, SlotOutput, Soft, Text, parse_template, value_of
@@ -31,6 +32,7 @@ class Template(nn.Module):
 
     registered_inputflag_names: ClassVar[Sequence[str]] = ("loss_ids", "shortenable_ids")
 
+    @checked
     def __init__(
         self,
         tokenizer: Any,
@@ -81,6 +83,7 @@ class Template(nn.Module):
         self.text = lines[choice].rstrip()
         return self
 
+    @checked
     def wrap_one_example(self, example: InputExample) -> list[Any]:
         """Returns the pieces of an example, and a dict of its other values that are not None, such as its label.
 
@@ -89,8 +92,6 @@ class Template(nn.Module):
         """
         if self.text is None:
             raise OptionError(f"{type(self).__name__}: it has no text yet; pass text=, or call from_file")
-        if not isinstance(example, InputExample):
-            raise OptionError(f"wrap_one_example: expected an InputExample, found {type(example).__name__}")
         read = {"meta", *self.placeholder_mapping.values()}
         return [self._wrapped(example), {name: getattr(example, name) for name in example.keys() if name not in read}]  # noqa: SIM118
 
@@ -152,6 +153,7 @@ class Verbalizer(nn.Module):
         OptionError: if both are given and differ.
     """
 
+    @checked
     def __init__(
         self, tokenizer: Any = None, classes: Sequence[Any] | None = None, num_classes: int | None = None
     ) -> None:

@@ -72,5 +72,3 @@ def saved_t5(path):
     t5().save_pretrained(path)
     t5_tokenizer().save_pretrained(path)
     return str(path)
-
-

@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from deltakit.core import checked
 from deltakit.errors import OptionError, warn
 
 
@@ -18,6 +19,7 @@ class FewShotSampler:
         OptionError: if both numbers are given, or neither.
     """
 
+    @checked
     def __init__(
         self,
         num_examples_total: int | None = None,

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from deltakit.core import checked
 from deltakit.openprompt.plms.lm import LMTokenizerWrapper
 from deltakit.openprompt.plms.mlm import MLMTokenizerWrapper
 from deltakit.openprompt.plms.seq2seq import T5LMTokenizerWrapper, T5TokenizerWrapper
@@ -15,6 +16,7 @@ _WRAPPERS: dict[str, type[TokenizerWrapper]] = {
 }
 
 
+@checked
 def load_plm(
     model_name: str, model_path: str, specials_to_add: list[str] | None = None
 ) -> tuple[Any, Any, Any, type[TokenizerWrapper]]:

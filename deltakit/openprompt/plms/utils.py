@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
+from deltakit.core import checked
 from deltakit.errors import OptionError
 from deltakit.openprompt.prompt_base import SPECIAL, WrappedPiece
 from deltakit.prompting import Encoded, Kind, Template
@@ -37,6 +38,7 @@ class TokenizerWrapper:
     added: ClassVar[int] = 0
     """How many tokens `tokenize_one_example` adds to what its template encodes."""
 
+    @checked
     def __init__(
         self,
         max_seq_length: int,
@@ -47,13 +49,10 @@ class TokenizerWrapper:
         predict_eos_token: bool = False,
         create_token_type_ids: bool = False,
     ) -> None:
-        name = type(self).__name__
-        if truncate_method not in ("tail", "head", "balanced"):
-            raise OptionError(f"{name}(truncate_method={truncate_method!r}): expected 'tail', 'head' or 'balanced'")
         if not decode_from_pad or predict_eos_token:
             raise OptionError(
-                f"{name}: decode_from_pad=False and predict_eos_token=True are not served, because they serve generation; "
-                "call generate on the backbone"
+                f"{type(self).__name__}: decode_from_pad=False and predict_eos_token=True are not served, because they "
+                "serve generation; call generate on the backbone"
             )
         self.max_seq_length, self.tokenizer = max_seq_length, tokenizer
         self.truncate_method: Literal["tail", "head", "balanced"] = truncate_method

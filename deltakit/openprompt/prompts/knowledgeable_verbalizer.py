@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from deltakit.core import checked
 from deltakit.errors import OptionError
 from deltakit.openprompt.prompts.manual_verbalizer import ManualVerbalizer, MultiToken
 
@@ -14,8 +15,8 @@ from deltakit.openprompt.prompts.manual_verbalizer import ManualVerbalizer, Mult
 class KnowledgeableVerbalizer(ManualVerbalizer):
     """Many words for each class, with trained weights `label_words_weights` [classes, words].
 
-    Words of several classes are left out. `register_calibrate_logits` drops words that are rare in the slot. The first word of
-    a class always stays: OpenPrompt fails where a class loses all of its words.
+    Words of several classes, and those that the tokenizer does not know, are left out. `register_calibrate_logits` drops words
+    that are rare in the slot. The first word of a class always stays: OpenPrompt fails where a class loses all of its words.
 
     Args:
         tokenizer, classes, prefix, multi_token_handler, num_classes, label_words, post_log_softmax: as of `ManualVerbalizer`.
@@ -25,6 +26,7 @@ class KnowledgeableVerbalizer(ManualVerbalizer):
         pred_temp: a factor of the weights in evaluation.
     """
 
+    @checked
     def __init__(
         self,
         tokenizer: Any = None,
@@ -52,17 +54,21 @@ class KnowledgeableVerbalizer(ManualVerbalizer):
         counts: dict[str, int] = {}
         for word in (word for own in words for word in dict.fromkeys(own)):
             counts[word] = counts.get(word, 0) + 1
-        most = self.max_token_split
         self._label_words = [
             [
                 word
                 for place, word in enumerate(dict.fromkeys(own))
-                if place == 0 or (counts[word] == 1 and (most <= 0 or len(self._ids(word)) <= most))
+                if place == 0 or (counts[word] == 1 and self._fits(word))
             ]
             for own in words
         ]
         super().on_label_words_set()
         self.label_words_weights = nn.Parameter(torch.zeros(self.label_words_mask.shape))
+
+    def _fits(self, word: str) -> bool:
+        ids = self.tokenizer.encode(self.prefix + word, add_special_tokens=False)
+        known = ids and getattr(self.tokenizer, "unk_token_id", None) not in ids
+        return bool(known) and (self.max_token_split <= 0 or len(ids) <= self.max_token_split)
 
     def shares(self) -> Float[Tensor, "classes words"]:
         weights = self.label_words_weights * (1 if self.training else self.pred_temp)

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import wide
+from deltakit.core import checked, wide
 from deltakit.errors import OptionError, warn
 from deltakit.openprompt.prompt_base import Verbalizer
 from deltakit.prompting import word_ids
@@ -34,6 +34,7 @@ class ManualVerbalizer(Verbalizer):
     words_ids_mask: nn.Parameter
     label_words_mask: nn.Parameter
 
+    @checked
     def __init__(
         self,
         tokenizer: Any,
@@ -46,10 +47,6 @@ class ManualVerbalizer(Verbalizer):
     ) -> None:
         super().__init__(tokenizer, classes, num_classes)
         self.prefix, self.multi_token_handler, self.post_log_softmax = prefix, multi_token_handler, post_log_softmax
-        if multi_token_handler not in ("first", "mean", "max"):
-            raise OptionError(
-                f"{type(self).__name__}(multi_token_handler={multi_token_handler!r}): expected 'first', 'mean' or 'max'"
-            )
         self._calibrate_logits: Tensor | None = None
         self.label_words = label_words
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from deltakit.core import checked
 from deltakit.openprompt.prompt_base import Template, WrappedPiece
 from deltakit.prompting import Soft, embedding_of, soft_tokens
 
@@ -14,7 +15,7 @@ class MixedTemplate(Template):
     """A template of words, fields, slots and trained vectors.
 
     `{"soft"}`, `{"soft": "words"}`, `"duplicate"`, `"same"` and `"soft_id"` are those of `deltakit.prompting.Template`. The
-    vectors are `soft_embedding.weight` [1 + vectors, d], whose first row is not used. Those of words start as their embeddings.
+    vectors are `soft_embedding.weight` [1 + vectors, d], whose first row is not used. Words start as their embeddings.
 
     Args:
         model: the backbone, for its embedding.
@@ -23,6 +24,7 @@ class MixedTemplate(Template):
 
     registered_inputflag_names: ClassVar = ("soft_token_ids", "loss_ids", "shortenable_ids")
 
+    @checked
     def __init__(
         self,
         model: nn.Module,

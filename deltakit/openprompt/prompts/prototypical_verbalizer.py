@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from deltakit.core import checked
 from deltakit.errors import OptionError
 from deltakit.openprompt.prompts.manual_verbalizer import ManualVerbalizer, MultiToken
 from deltakit.openprompt.prompts.soft_verbalizer import class_names
@@ -23,6 +24,7 @@ class ProtoVerbalizer(ManualVerbalizer):
         multi_verb: "multi" adds the scores of words and prototypes, "proto" has prototypes alone.
     """
 
+    @checked
     def __init__(
         self,
         tokenizer: Any,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltakit.core import checked
 from deltakit.openprompt.prompt_base import Template
 from deltakit.prompting import embedding_of
 
@@ -21,6 +22,7 @@ class SoftTemplate(Template):
         initialize_from_vocab: False starts from uniform numbers in [-random_range, random_range].
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from deltakit.core import checked
 from deltakit.openprompt.prompt_base import Verbalizer
 from deltakit.prompting import SlotOutput
 from deltakit.prompting import SoftVerbalizer as SoftVectors
@@ -23,6 +24,7 @@ class SoftVerbalizer(Verbalizer):
         prefix: what stands before a word.
     """
 
+    @checked
     def __init__(
         self,
         tokenizer: Any,
