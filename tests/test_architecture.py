@@ -46,6 +46,21 @@ FOR_AUTHORS = {
     "openprompt": {"PromptDataLoader", "PromptForClassification", "PromptModel", "Template", "Verbalizer", "install"},
     "core": {"current_call"},
     "integrations": {"lightning_callback", "small_checkpoints", "small_states", "training_steps"},
+    "prompting": {
+        "Encoded",
+        "Ensemble",
+        "Explanation",
+        "KnowledgeableVerbalizer",
+        "Prediction",
+        "PromptModel",
+        "PrototypicalVerbalizer",
+        "RuleVerbalizer",
+        "SlotOutput",
+        "SoftVerbalizer",
+        "Template",
+        "Verbalizer",
+        "WordVerbalizer",
+    },
     "ops": {"Seeded", "linear_with", "normal", "uniform"},
 }
 """What rooms offer to users and to authors of methods, also while nothing here uses it."""

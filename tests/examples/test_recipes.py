@@ -31,6 +31,7 @@ SHOWN = {
         "p_tuning tokens=20",
         "see you there: no complaint",
     ],
+    "prompting": ["«[MASK]» . [SEP]", "of 6", FRESH],
     "qlora": ["Linear4bit", "lora r=8"],
     "ranks_by_layer": ["rank  4", "rank  8", "rank 16", "error: "],
     "switch_tasks": ["without a task, the bare model: True"],

@@ -57,13 +57,14 @@ def t5_tokenizer(joined_sentinels=False):
 def t5(seed=0):
     """A tiny T5 for this tokenizer, with T5's 28 ids more."""
     torch.manual_seed(seed)
-    sizes = dict(d_model=12, d_ff=20, d_kv=5, num_layers=1, num_heads=2, dropout_rate=0.0)
+    sizes = {"d_model": 12, "d_ff": 20, "d_kv": 5, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
     return tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=32_128, decoder_start_token_id=0, **sizes)).eval()
 
 
 def super_glue_cb():
     """Stands for `load_dataset("super_glue", "cb")`."""
-    rows = [dict(premise=one, hypothesis=two, idx=place, label=label) for place, (one, two, label) in enumerate(CB)]
+    names = ("premise", "hypothesis", "label")
+    rows = [{**dict(zip(names, row, strict=True)), "idx": place} for place, row in enumerate(CB)]
     return {"train": rows, "validation": rows, "test": rows[:1]}
 
 
