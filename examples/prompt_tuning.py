@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import deltakit as dk
 
-TWEETS = [("my train is late again", "complaint"), ("what a lovely day", "no complaint"), ("I have no water", "complaint")]
-TWEETS += [("this is my first job", "no complaint"), ("the bill is wrong", "complaint"), ("see you there", "no complaint")]
+TWEETS = [(tweet, "complaint") for tweet in ["my train is late again", "I have no water", "the bill is wrong"]]
+TWEETS += [(tweet, "no complaint") for tweet in ["what a lovely day", "this is my first job", "see you there"]]
 ASK = "Classify if the tweet is a complaint or not :"
 
 # In your code: AutoTokenizer.from_pretrained("bigscience/bloomz-560m")
@@ -33,7 +33,7 @@ def preprocess(tweet, label):
 
 
 def answer(model, tweet):
-    inputs = tokenizer(f"Tweet text : {tweet} Label :", return_tensors="pt", return_token_type_ids=False).to(model.device)
+    inputs = tokenizer(f"Tweet text : {tweet} Label :", return_tensors="pt", return_token_type_ids=False)
     found = model.eval().generate(**inputs, max_new_tokens=10, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
     return tokenizer.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -47,7 +47,7 @@ model = backbone()
 delta = dk.attach(model, dk.SoftPrompt(tokens=8, init_ids=tokenizer(ASK)["input_ids"]))  # 1
 print(delta)  # 2
 optimizer = torch.optim.AdamW(delta.parameters(), lr=3e-2)
-for epoch in range(30):
+for _ in range(30):
     for batch in torch.utils.data.DataLoader(data, batch_size=3, shuffle=True, collate_fn=collate):
         loss = model(**batch).loss
         loss.backward()
@@ -65,6 +65,6 @@ print("loaded, same answers:", all(answer(again, tweet) == answer(model, tweet) 
 model = backbone()
 delta = dk.attach(model, dk.PTuning(tokens=20, hidden=128))
 print(delta)
-settings = tf.TrainingArguments("out", num_train_epochs=60, learning_rate=1e-2, report_to=[], disable_tqdm=True, use_cpu=True)
+settings = tf.TrainingArguments("out", num_train_epochs=60, learning_rate=1e-2, report_to=[], use_cpu=True)
 trainer = tf.Trainer(model, settings, train_dataset=data, data_collator=collate, processing_class=tokenizer)
 print(f"P-tuning: loss {trainer.train().training_loss:.2f}; see you there: {answer(model, 'see you there')}")

@@ -33,23 +33,20 @@ def t5_tokenizer(joined_sentinels=False):
     Args:
         joined_sentinels: whether the text behind a sentinel starts no word, as in T5's tokenizers without `legacy`.
     """
-    scores = [(f"\ue000{place}", -20.0) for place in range(32_000)]
-    for token, score in [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]:
-        scores[("<pad>", "</s>", "<unk>").index(token)] = (token, score)
-    own = {**dict(zip(PRINTED_TOKENS, PRINTED_IDS, strict=True)), **LABEL_WORDS, "▁not": 59}
-    for token, one in own.items():
-        if one > 2 and one < 32_000:
-            scores[one] = (token, -1.0 - 0.1 * (token == "▁"))
-    # Characters, so that no text is unknown.
-    for place, char in enumerate("bcefghijklmnopqrtuvwxyzABCDEFGHJKLMNOPQRSTUVWXYZ,'", 20_000):
-        scores[place] = (char, -9.0)
+    own = {**dict(zip(PRINTED_TOKENS, PRINTED_IDS, strict=True)), **LABEL_WORDS, "▁not": 59, "<pad>": 0, "<unk>": 2}
+    own |= {f"<extra_id_{number}>": 32_099 - number for number in range(100)}
+    # Characters, so that the words of tests are known.
+    own |= {char: 20_000 + place for place, char in enumerate("bcefghijklmnopqrtuvwxyz")}
+    known = {one: token for token, one in own.items()}
+    # All other pieces are characters of private use. Fewer pieces have the higher score.
+    scores = [(known.get(one, chr(0xF0000 + one)), -1.0) for one in range(32_100)]
+    if not joined_sentinels:
+        return tf.T5Tokenizer(vocab=scores, extra_ids=100)
     made = Tokenizer(models.Unigram(scores, unk_id=2))
-    scheme = "first" if joined_sentinels else "always"
-    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
-    made.decoder = decoders.Metaspace(prepend_scheme=scheme)
-    sentinels = [f"<extra_id_{number}>" for number in reversed(range(100))]
-    made.add_special_tokens(sentinels)
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    made.decoder = decoders.Metaspace(prepend_scheme="first")
     made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    sentinels = [token for token in own if token.startswith("<extra")]
     names = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     return tf.PreTrainedTokenizerFast(tokenizer_object=made, extra_special_tokens=sentinels, **names)
 
