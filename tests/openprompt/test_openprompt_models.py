@@ -21,7 +21,12 @@ EXAMPLES = [
     InputExample(guid=1, text_a="the plot was boring, bad and awful", label=1),
     InputExample(guid=2, text_a="great", label=0),
 ]
-WRAPPERS = {"bert": MLMTokenizerWrapper, "gpt2": LMTokenizerWrapper, "t5": T5TokenizerWrapper}
+WRAPPERS = {
+    "bert": MLMTokenizerWrapper,
+    "gpt2": LMTokenizerWrapper,
+    "t5": T5TokenizerWrapper,
+    "bart": T5TokenizerWrapper,
+}
 TEXTS = {
     "manual": '{"placeholder": "text_a"} It was {"mask"}',
     "mixed": '{"soft"} {"placeholder": "text_a"} {"soft": "It was"} {"mask"}',
@@ -43,8 +48,10 @@ def made(kind, template="manual", **options):
     return PromptForClassification(plm, own, verbalizer, **options).eval(), loader
 
 
-@pytest.mark.parametrize("kind", WRAPPERS)
-@pytest.mark.parametrize("template", TEXTS)
+@pytest.mark.parametrize(
+    ("kind", "template"),
+    [*((kind, template) for kind in ("bert", "gpt2", "t5") for template in TEXTS), ("bart", "manual")],
+)
 def test_scores_are_those_of_the_full_logits(kind, template):
     model, loader = made(kind, template)
     (batch,) = loader
@@ -177,6 +184,11 @@ def test_features_are_a_dict_with_attributes():
     found.label = torch.tensor(0)
     assert found["label"] == 0
     assert found.to_dict(keep_none=True)["inputs_embeds"] is None
+    assert type(found)({"label": 1}).label == 1
+    with pytest.raises(
+        OptionError, match="only some examples of the batch have guid, input_ids, mine; give all of them"
+    ):
+        InputFeatures.collate_fct([found, InputFeatures(label=torch.tensor(1))])
     with pytest.raises(AttributeError, match="InputFeatures has no 'lable', only input_ids"):
         _ = found.lable
 
@@ -202,7 +214,7 @@ def test_few_shot_samples():
         FewShotSampler(num_examples_per_label=8)(data)
 
 
-@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "bart"])
 @pytest.mark.parametrize("name", ["openprompts", "another"])
 def test_load_plm(kind, name, tmp_path):
     model_of(kind).save_pretrained(tmp_path)

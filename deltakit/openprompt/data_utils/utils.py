@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from deltakit.errors import OptionError
+
 
 class InputExample:
     """One example. Templates read its attributes by their names, and `meta` by keys.
@@ -74,8 +76,9 @@ class InputFeatures(dict[str, Any]):
     OpenPrompt's names are None where there is no value. Unlike there, any other name is kept, too.
     """
 
-    def __init__(self, **values: Any) -> None:
-        super().__init__({name: value for name, value in values.items() if value is not None})
+    def __init__(self, values: Mapping[str, Any] | None = None, /, **more: Any) -> None:
+        given = {**(values or {}), **more}
+        super().__init__({name: value for name, value in given.items() if value is not None})
 
     def __getattr__(self, name: str) -> Any:
         if name in self or name in _NAMES:
@@ -88,18 +91,19 @@ class InputFeatures(dict[str, Any]):
     def to_tensor(self) -> "InputFeatures":
         """Turns lists and numbers into tensors, in place, and returns itself."""
         for name, value in self.items():
-            if name not in _NO_TENSORS and not isinstance(value, (Tensor, str)):
+            listed = value if isinstance(value, list) else [value]
+            if name not in _NO_TENSORS and all(isinstance(one, (bool, int, float)) for one in listed):
                 self[name] = torch.tensor(value)
         return self
 
-    def to(self, device: Any = "cuda:0") -> "InputFeatures":
+    def to(self, device: Any = "cuda") -> "InputFeatures":
         """Moves its tensors to a device, in place, and returns itself."""
         for name, value in self.items():
             if isinstance(value, Tensor):
                 self[name] = value.to(device)
         return self
 
-    def cuda(self, device: Any = "cuda:0") -> "InputFeatures":
+    def cuda(self, device: Any = "cuda") -> "InputFeatures":
         """Moves its tensors to a GPU, in place, and returns itself."""
         return self.to(device)
 
@@ -109,7 +113,18 @@ class InputFeatures(dict[str, Any]):
 
     @staticmethod
     def collate_fct(batch: Sequence["InputFeatures"]) -> "InputFeatures":
-        """Returns the batch of some examples: stacked tensors, and lists of what is no tensor."""
+        """Returns the batch of some examples: stacked tensors, and lists of what is no tensor.
+
+        Raises:
+            OptionError: if an example lacks what another one has, such as a label.
+        """
+        for one in batch:
+            missing = {name for other in batch for name in other} - one.keys()
+            if missing:
+                names = ", ".join(sorted(missing))
+                raise OptionError(
+                    f"collate_fct: only some examples of the batch have {names}; give all of them one, or none"
+                )
         return InputFeatures(
             **{
                 name: [one[name] for one in batch]

@@ -17,9 +17,7 @@ class LMTokenizerWrapper(TokenizerWrapper):
         return up_to_slot(pieces, type(self).__name__)
 
     def padded(self, ids: dict[str, list[int]], encoded: Encoded) -> dict[str, Any]:
-        slots = [int(place in encoded.slots) for place in range(self.max_seq_length)]
-        types = {"token_type_ids": [0] * self.max_seq_length} if self.create_token_type_ids else {}
-        return {**self.features(ids), **types, "loss_ids": slots, "input_ids_len": len(ids["input_ids"])}
+        return {**self.padded_in_text(ids, encoded), "input_ids_len": len(ids["input_ids"])}
 
 
 def up_to_slot(pieces: list[WrappedPiece], where: str) -> list[WrappedPiece]:

@@ -12,6 +12,4 @@ class MLMTokenizerWrapper(TokenizerWrapper):
     kind: ClassVar[Kind] = "mlm"
 
     def padded(self, ids: dict[str, list[int]], encoded: Encoded) -> dict[str, Any]:
-        slots = [int(place in encoded.slots) for place in range(self.max_seq_length)]
-        types = {"token_type_ids": [0] * self.max_seq_length} if self.create_token_type_ids else {}
-        return {**self.features(ids), **types, "loss_ids": slots}
+        return self.padded_in_text(ids, encoded)

@@ -9,12 +9,15 @@ from deltakit.prompting import Encoded, Kind
 
 
 class T5TokenizerWrapper(TokenizerWrapper):
-    """For T5: slots are sentinels in the encoder's text, and the decoder's text is `<pad> <extra_id_0> ...`."""
+    """For T5 and BART. T5: slots are sentinels in the encoder's text, and the decoder's text is `<pad> <extra_id_0> ...`."""
 
     kind: ClassVar[Kind] = "seq2seq"
 
     def padded(self, ids: dict[str, list[int]], encoded: Encoded) -> dict[str, Any]:
-        return {**self.features(ids), **self.decoder_features(encoded.decoder_input_ids or [], encoded.slots)}
+        if encoded.decoder_input_ids is None:
+            # BART has a mask token in the encoder's text.
+            return self.padded_in_text(ids, encoded)
+        return {**self.features(ids), **self.decoder_features(encoded.decoder_input_ids, encoded.slots)}
 
     def decoder_features(self, decoder: list[int], slots: list[int]) -> dict[str, list[int]]:
         """Returns the padded ids of the decoder's text, and where the slots are in it."""

@@ -93,6 +93,12 @@ class TokenizerWrapper:
     def padded(self, ids: dict[str, list[int]], encoded: Encoded) -> dict[str, Any]:
         """Returns the features of an example from its ids without padding."""
 
+    def padded_in_text(self, ids: Mapping[str, list[int]], encoded: Encoded) -> dict[str, Any]:
+        """Returns the features of an example whose slots are in the encoder's text, or in the only one."""
+        length = self.max_seq_length
+        types = {"token_type_ids": [0] * length} if self.create_token_type_ids else {}
+        return {**self.features(ids), **types, "loss_ids": [int(place in encoded.slots) for place in range(length)]}
+
     def filled(self, values: Sequence[int], length: int, padding: int | None = 0) -> list[int]:
         """Returns values with padding behind them."""
         return [*values, *[padding or 0] * (length - len(values))]
