@@ -62,9 +62,7 @@ model.eval()
 found = model.predict(held_out)
 for example, one in zip(held_out, found, strict=True):
     print(f"{example['text']}: {one.label} ({one.probabilities[one.label]:.0%})")
-print(
-    "right:", sum(one.label == example["label"] for example, one in zip(held_out, found, strict=True)), "of", len(found)
-)
+print("right:", sum(one.label == example["label"] for example, one in zip(held_out, found, strict=True)), "of 6")
 
 delta.save("intents")  # the delta, its template and its verbalizer
 other = PromptModel.from_delta(dk.load("intents", load()), tokenizer).eval()

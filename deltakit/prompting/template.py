@@ -212,6 +212,10 @@ class Template:
         """Returns the options as plain data, for files. Of filters there are only the names, which stand in the text."""
         return {"text": self.text, "kind": self.kind, "max_length": self.max_length, "truncate": self.truncate}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Template":
+        # Nothing in it changes, and its tokenizer is large.
+        return self
+
     def _rendered(self, example: Example) -> Rendered:
         found = render(self.pieces, example, self._markers, self._soft.numbers, self.filters)
         if self.kind == "causal":

@@ -14,6 +14,6 @@ def test_the_fragments_of_the_guide(tmp_path, monkeypatch):
     for language in ("python", "py"):
         for block in blocks(guide, language):
             exec(compile(block, guide.name, "exec"), names)
-    AcceleratorState._reset_state(True)
     assert names["model"].predict({"text": "fine"}).label in ("good", "bad")
     assert names["trainer"].predict(names["data"]).predictions.shape == (2, 2)
+    AcceleratorState._reset_state(True)
