@@ -145,16 +145,19 @@ def test_knowledgeable(logits):
         KnowledgeableVerbalizer(TOKENIZER, num_classes=2, candidate_frac=1.0)
 
 
-def test_soft_starts_as_the_rows_of_its_words(logits):
-    model = model_of("bert")
-    verbalizer = SoftVerbalizer(TOKENIZER, model, num_classes=2, label_words=["yes", "no"])
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_soft_starts_as_the_rows_of_its_words(kind, logits):
+    model, tokenizer = model_of(kind), tokenizer_of({"bert": "wordpiece", "gpt2": "bpe"}[kind])
+    verbalizer = SoftVerbalizer(tokenizer, model, num_classes=2, label_words=["word", "film"])
     hidden = torch.randn(3, 1, 28)
-    scores = model.get_output_embeddings()(hidden[:, 0])[:, [ids("yes")[0], ids("no")[0]]]
+    rows = [tokenizer.encode(word, add_special_tokens=False) for word in (" word", " film")]
+    head = model.get_output_embeddings()
+    scores = torch.stack([head(hidden[:, 0])[:, row].mean(1) for row in rows], 1)
     found = verbalizer.process_outputs(SlotOutput(logits[:3, None], hidden))
     torch.testing.assert_close(found, scores.log_softmax(-1))
     assert verbalizer.group_parameters_1 == []
     assert sum(one.numel() for one in verbalizer.group_parameters_2) == 2 * 28 + 2
-    assert SoftVerbalizer(TOKENIZER, model, classes=["a", "b", "c"]).head.classes == ("a", "b", "c")
+    assert SoftVerbalizer(tokenizer, model, classes=["a", "b", "c"]).head.classes == ("a", "b", "c")
 
 
 def test_prototypes_are_read_once_they_are_trained(logits):
