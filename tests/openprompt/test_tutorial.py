@@ -1,7 +1,9 @@
 """OpenPrompt's tutorial (CommitmentBank with T5): its code runs with the import changed, and prints what the original printed.
 
-Two lines are changed for other reasons: `load_dataset` needs a network, and transformers has no AdamW any more. And there is one
-difference that is intended: OpenPrompt tokenizes pieces one by one, so that the piece "." behind "down" became "▁" and ".".
+Two lines are changed for other reasons: `load_dataset` needs a network, and transformers has no AdamW any more. The model is
+tiny and random, so the learning rate is larger, and there are more epochs. One difference is intended: OpenPrompt tokenizes
+pieces one by one, so that the piece "." behind "down" became "▁" and ".". T5's own tokenizer puts the second "▁" of the printed
+tokens behind the sentinel.
 """
 
 import torch
