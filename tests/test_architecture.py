@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "integrations": {"core", "delta", "files"},
     "searching": {"core", "delta", "ops"},
     "prompting": {"core", "delta", "files", "injection", "methods", "ops"},
+    "openprompt": {"core", "prompting"},
     "opendelta": {"core", "delta", "files", "methods", "ops", "picking", "view"},
 }
 FOR_AUTHORS = {
@@ -43,6 +44,7 @@ FOR_AUTHORS = {
         "logging",
         "set_axis_order",
     },
+    "openprompt": {"PromptDataLoader", "PromptForClassification", "PromptModel", "Template", "Verbalizer", "install"},
     "core": {"current_call"},
     "integrations": {"lightning_callback", "small_checkpoints", "small_states", "training_steps"},
     "prompting": {
@@ -188,8 +190,9 @@ def test_public_names_are_listed_and_there():
 def test_no_module_has_the_name_of_a_public_function():
     functions = {name for name in dk.__all__ if callable(getattr(dk, name)) and name.islower()}
     assert "attach" in functions
-    # The modules of OpenDelta's API have OpenDelta's names.
-    modules = {part: name for name, *_ in sources() if room_of(name) != "opendelta" for part in name.split(".")}
+    # The modules of OpenDelta's and OpenPrompt's APIs have their names.
+    theirs = ("opendelta", "openprompt")
+    modules = {part: name for name, *_ in sources() if room_of(name) not in theirs for part in name.split(".")}
     assert not functions & modules.keys(), {modules[name] for name in functions & modules.keys()}
 
 

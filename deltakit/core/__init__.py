@@ -49,6 +49,7 @@ from deltakit.core.method import METHODS, BackboneView, Method, Selector, label_
 from deltakit.core.mixed_batch import MixedBatch
 from deltakit.core.normal_tensors import normal_tensors, version_of
 from deltakit.core.outline import notebook_bundle
+from deltakit.core.package_alias import alias_package
 from deltakit.core.paths import (
     above,
     delta_children,
@@ -139,6 +140,7 @@ __all__ = [
     "WeightView",
     "above",
     "add_held",
+    "alias_package",
     "are_apart",
     "attachments_of",
     "bare_weight",

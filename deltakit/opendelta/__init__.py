@@ -5,12 +5,10 @@ called. Where OpenDelta says nothing of a name that matches nothing or an option
 serves `import opendelta` itself.
 """
 
-import pkgutil
-import sys
 from collections.abc import Sequence
-from importlib import import_module
 
-from deltakit.errors import OptionError, StateError
+from deltakit.core import alias_package
+from deltakit.errors import OptionError
 from deltakit.opendelta.auto_delta import AutoDeltaConfig, AutoDeltaModel
 from deltakit.opendelta.basemodel import DeltaBase
 from deltakit.opendelta.delta_configs import BaseDeltaConfig
@@ -68,9 +66,4 @@ def install() -> None:
     Raises:
         StateError: if OpenDelta itself is imported already.
     """
-    there = sys.modules.get("opendelta")
-    if there is not None and there is not sys.modules[__name__]:
-        raise StateError("opendelta is imported already; call deltakit.opendelta.install() before `import opendelta`")
-    names = [__name__, *(found.name for found in pkgutil.walk_packages(__path__, f"{__name__}."))]
-    for name in names:
-        sys.modules["opendelta" + name.removeprefix(__name__)] = import_module(name)
+    alias_package(__name__, "opendelta")

@@ -14,6 +14,9 @@ from deltakit.injection import narrowed_input
 from deltakit.prompting.backbone_facts import head_of
 from deltakit.prompting.verbalizers.verbalizer import SlotOutput
 
+_TEXTS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
+"""The arguments of which the first one there has as many positions as the logits."""
+
 
 def call_at(backbone: nn.Module, call: Mapping[str, Any], slots: Int[Tensor, "batch slots"]) -> SlotOutput:
     """Returns what a backbone computes at some positions of its logits.
@@ -37,7 +40,7 @@ def call_at(backbone: nn.Module, call: Mapping[str, Any], slots: Int[Tensor, "ba
             f"{type(backbone).__name__}: its language-model head was not called with hidden states [batch, length, d], so the "
             "slots cannot be read; use a language model whose get_output_embeddings() is called in its forward"
         )
-    length = given.get("decoder_input_ids", given["input_ids"]).shape[1]
+    length = next(given[name] for name in _TEXTS if name in given).shape[1]
     if seen.length != length:
         raise StateError(
             f"{type(backbone).__name__}: its head got {seen.length} positions for {length} ids, so slots are elsewhere; "

@@ -17,6 +17,7 @@ SESSIONS = [
         ("from_peft", "PEFT", ["From the first line to the last", "Several adapters"]),
         ("from_opendelta", "OpenDelta", ["From the first line to the last"]),
         ("from_adapters", None, ["From the first line to the last"]),
+        ("from_openprompt", "OpenPrompt", ["From the first line to the last"]),
     ]
     for heading in headings
     for column in [theirs, "deltakit"]
@@ -25,18 +26,18 @@ SESSIONS = [
 
 
 @pytest.fixture
-def opendelta(monkeypatch):
-    """`deltakit.opendelta.install()` in a guide ends with the test."""
+def installed(monkeypatch):
+    """`deltakit.opendelta.install()` and `deltakit.openprompt.install()` in a guide end with the test."""
     monkeypatch.setattr(sys, "modules", sys.modules)
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:
-        if name.partition(".")[0] == "opendelta":
+        if name.partition(".")[0] in ("opendelta", "openprompt"):
             del sys.modules[name]
 
 
 @pytest.mark.parametrize("path", sorted(GUIDES.glob("*.md")), ids=lambda path: path.stem)
-@pytest.mark.usefixtures("opendelta")
+@pytest.mark.usefixtures("installed")
 def test_the_code_in_a_guide(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for block in blocks(path, "python"):
@@ -51,7 +52,7 @@ def names_of(guide):
 
 
 @pytest.mark.parametrize(("guide", "heading", "column"), SESSIONS)
-@pytest.mark.usefixtures("opendelta")
+@pytest.mark.usefixtures("installed")
 def test_the_lines_of_a_migration_table_run_from_top_to_bottom(guide, heading, column, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names, lines = names_of(guide), table(GUIDES / f"{guide}.md", heading).column(column)
@@ -85,7 +86,7 @@ OPENDELTA_METHODS = list(
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [(theirs, ours) for (theirs,), (ours,) in OPENDELTA_METHODS])
-@pytest.mark.usefixtures("opendelta")
+@pytest.mark.usefixtures("installed")
 def test_methods_of_opendelta_train_as_many_parameters(theirs, ours):
     names = names_of("from_opendelta")
     model = eval(theirs, names)

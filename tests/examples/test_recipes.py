@@ -25,6 +25,12 @@ SHOWN = {
     "norms_only": ["ln_tuning", "norms alone: 448"],
     "own_module": ["mixers.{1-2}.{widen,narrow}", "after detach, the outputs of the untouched model: True"],
     "plain_loop": ["fully trained", "accuracy: 9", FRESH],
+    "prompt_tuning": [
+        "the bill is wrong: complaint",
+        "loaded, same answers: True",
+        "p_tuning tokens=20",
+        "see you there: no complaint",
+    ],
     "prompting": ["«[MASK]» . [SEP]", "of 6", FRESH],
     "qlora": ["Linear4bit", "lora r=8"],
     "ranks_by_layer": ["rank  4", "rank  8", "rank 16", "error: "],

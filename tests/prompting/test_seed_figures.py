@@ -9,6 +9,9 @@ import torch
 import transformers as tf
 
 from deltakit.prompting import PromptModel, SlotOutput, Template, WordVerbalizer
+from support.seed_tokenizer import LABEL_WORDS, t5_tokenizer
+from support.seed_tokenizer import PRINTED_IDS as IDS
+from support.seed_tokenizer import PRINTED_TOKENS as PIECES
 
 TEMPLATE = '{"placeholder":"text_a"} Deduction: {"placeholder":"text_b"}. Is it correct? {"mask"}.'
 EXAMPLE = {
@@ -17,26 +20,16 @@ EXAMPLE = {
     "label": 0,
 }
 WRAPPED = [EXAMPLE["text_a"], " Deduction:", " the language was peeled down", ". Is it correct?", "<mask>", "."]
-# fmt: off
-IDS = [94, 47, 3, 9, 1561, 1612, 5, 933, 1545, 323, 68, 14014, 323, 5, 555, 429, 497, 34, 47, 158, 400, 26, 323, 5, 374, 8291, 10, 8, 1612, 47, 158, 400, 26, 323, 3, 5, 27, 7, 34, 2024, 58, 32099, 3, 5, 1]
-PIECES = ["▁It", "▁was", "▁", "a", "▁complex", "▁language", ".", "▁Not", "▁written", "▁down", "▁but", "▁handed", "▁down", ".", "▁One", "▁might", "▁say", "▁it", "▁was", "▁pe", "ele", "d", "▁down", ".", "▁De", "duction", ":", "▁the", "▁language", "▁was", "▁pe", "ele", "d", "▁down", "▁", ".", "▁I", "s", "▁it", "▁correct", "?", "<extra_id_0>", "▁", ".", "</s>"]
-# fmt: on
 STRAY = 34
 """The place of the token that only piecewise tokenization has."""
 DECODER_IDS = [0, 32099, 0]
-LABEL_WORDS = {"▁yes": 4273, "▁no": 150, "▁maybe": 2087}
 SCORES = [[-2.6867, -0.1306, -2.9124], [-0.6579, -0.8735, -2.7400]]
 """What its verbalizer prints for random logits."""
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    known = {one: piece for one, piece in zip(IDS, PIECES, strict=True) if piece[0] != "<"}
-    known |= {one: piece for piece, one in LABEL_WORDS.items()} | {0: "<pad>", 1: "</s>", 2: "<unk>"}
-    # All other pieces are characters of private use. Fewer pieces have the higher score.
-    known |= {32_099 - number: f"<extra_id_{number}>" for number in range(100)}
-    vocabulary = [(known.get(one, chr(0xF0000 + one)), -1.0) for one in range(32_100)]
-    return tf.T5Tokenizer(vocab=vocabulary, extra_ids=100)
+    return t5_tokenizer()
 
 
 def test_the_tokens(tokenizer):

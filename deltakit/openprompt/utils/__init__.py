@@ -1,0 +1,1 @@
+"""OpenPrompt's helpers."""
