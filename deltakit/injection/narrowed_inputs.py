@@ -26,9 +26,10 @@ class NarrowedInput:
     def __init__(self, positions: Tensor) -> None:
         self.positions = positions
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # Other threads may call the same module meanwhile.
-        if _CURRENT.get() is not self:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        # Other threads may call the same module meanwhile. While this hook is registered or removed, torch may call it there
+        # without keyword arguments.
+        if _CURRENT.get() is not self or kwargs is None:
             return None
         x, where = hidden_input(args, kwargs), self.positions
         if x.ndim != 3 or x.shape[0] != where.shape[0]:

@@ -42,8 +42,8 @@ def find_markers(tokenizer: Any, kind: Kind, slots: int, *, soft: bool) -> Marke
         what = f"a sentinel <extra_id_{found.index(None)}>" if in_decoder else "a mask token"
         known = ", ".join(tokenizer.all_special_tokens[:8]) or "none"
         raise OptionError(
-            f"Template: the slot of a template of kind {kind!r} needs {what}, and {type(tokenizer).__name__} has none (its special "
-            f"tokens: {known}); pass the tokenizer of the backbone, or another kind="
+            f"Template: the slot of a template of kind {kind!r} needs {what}, and {type(tokenizer).__name__} has none (its "
+            f"special tokens: {known}); pass the tokenizer of the backbone, or another kind="
         )
     return Markers(tuple(filter(None, found)), _soft_marker(tokenizer, mask) if soft else None, in_decoder)
 

@@ -112,7 +112,7 @@ def read_parts(
         own = parts["template"]
         template = Template(own.pop("text"), tokenizer, backbone, filters=filters, **own)
     kind = parts["verbalizer"].pop("kind", None)
-    if kind not in _VERBALIZERS:
+    if not isinstance(kind, str) or kind not in _VERBALIZERS:
         raise CheckpointError(
             f"{where}: extras.prompting.verbalizer: found the kind {kind!r}, and deltakit has {', '.join(_VERBALIZERS)}; make "
             "the PromptModel of its own template and verbalizer"

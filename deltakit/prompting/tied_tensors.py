@@ -1,8 +1,8 @@
 """State dicts with one name for each tensor.
 
 `Trainer` saves models of other classes than transformers' own with safetensors, which refuses tensors under two names, and
-most language models tie the head to the embedding. So the state dict of a prompt model has the first name alone, and loading it
-gives the value to all names.
+most language models tie the head to the embedding. So the state dict of a prompt model has the first name alone, and loading
+it gives the value to all names.
 """
 
 from typing import Any

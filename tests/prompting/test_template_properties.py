@@ -8,10 +8,33 @@ from deltakit.prompting import Template
 from support.prompt_models import TOKENIZERS, model_of, tokenizer_of
 
 MODEL_OF = {"wordpiece": "bert", "bpe": "roberta", "unigram": "t5", "metaspace": "t5"}
-PARTS = ["[MASK]", "<mask>", "<extra_id_0>", "</s>", "{", "}", '{"mask"}', "שלום", "مرحبا", "🎉", "👩‍👩‍👧", "é", "e\u0301", "\u200f", " ", "  ", "\n", "good", "a", ".", "▁", "Ġ", "\x00", "字"]
+PARTS = [
+    "[MASK]",
+    "<mask>",
+    "<extra_id_0>",
+    "</s>",
+    "{",
+    "}",
+    '{"mask"}',
+    "שלום",
+    "مرحبا",
+    "🎉",
+    "👩‍👩‍👧",
+    "é",
+    "e\u0301",
+    "\u200f",
+    " ",
+    "  ",
+    "\n",
+    "good",
+    "a",
+    ".",
+    "▁",
+    "Ġ",
+    "\x00",
+    "字",
+]
 texts = st.one_of(st.lists(st.sampled_from(PARTS), max_size=12).map("".join), st.text(max_size=12))
-
-
 
 
 def template_of(kind, **options):

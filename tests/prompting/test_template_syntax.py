@@ -54,7 +54,7 @@ def test_braces_of_the_text():
     [
         ("a } b", "column 3 of 'a } b': found '}' without its '{'; write '}}'"),
         ('It {"mask"', "column 4 of 'It {\"mask\"': the '{' is not closed: the template ends"),
-        ('It {"mask', "inside a text that starts with \""),
+        ('It {"mask', 'inside a text that starts with "'),
         ("It {mask}", "column 4 of 'It {mask}': expected names in quotes"),
         ("It {}", "expected one name, or names with values, found {}"),
         ('{"maskk"}', "found 'maskk'; did you mean mask?"),
@@ -86,7 +86,7 @@ def test_what_is_malformed(text, message):
     assert message in str(error.value)
 
 
-@given(st.text(alphabet='{}"\'\\mask: placehder,TrueNone\n🎉א', max_size=60))
+@given(st.text(alphabet="{}\"'\\mask: placehder,TrueNone\n🎉א", max_size=60))
 def test_any_text_is_parsed_or_refused(text):
     try:
         pieces = parse(text)

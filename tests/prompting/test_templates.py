@@ -21,7 +21,10 @@ def words(template, example):
     return [token.text for token in template.explain(example).tokens if not token.cut]
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("bert", "mlm"), ("roberta", "mlm"), ("gpt2", "causal"), ("t5", "seq2seq"), ("bart", "seq2seq")])
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("bert", "mlm"), ("roberta", "mlm"), ("gpt2", "causal"), ("t5", "seq2seq"), ("bart", "seq2seq")],
+)
 def test_the_kind_of_a_backbone(kind, expected):
     template = Template(REVIEW, tokenizer_of(TOKENIZER_OF[kind]), model_of(kind))
     assert template.kind == expected
@@ -48,9 +51,13 @@ def test_the_kind_of_a_class_that_transformers_does_not_list():
 def test_one_string_is_tokenized_once():
     template = Template(PAIR, tokenizer_of("bpe"), kind="mlm")
     example = {"a": "It was peeled down.", "b": "the language was peeled down"}
-    assert template.render(example) == "It was peeled down. Deduction: the language was peeled down. Is it correct?<mask>."
+    assert (
+        template.render(example) == "It was peeled down. Deduction: the language was peeled down. Is it correct?<mask>."
+    )
     # Pieces that are tokenized one by one have a token of a space at their borders.
-    alone = tokenizer_of("bpe")("It was peeled down. Deduction: the language was peeled down. Is it correct?")["input_ids"]
+    alone = tokenizer_of("bpe")("It was peeled down. Deduction: the language was peeled down. Is it correct?")[
+        "input_ids"
+    ]
     assert template.encode(example).input_ids[: len(alone)] == alone
 
 
@@ -107,7 +114,13 @@ def test_sentinels_of_several_slots():
 )
 def test_truncation(truncate, left, last):
     # Each letter is a token of its own, as are the slot, the three of the template and the two special ones.
-    template = Template('{"placeholder": "a"} . {"placeholder": "b"} . {"mask"} .', tokenizer_of("wordpiece"), kind="mlm", max_length=12, truncate=truncate)
+    template = Template(
+        '{"placeholder": "a"} . {"placeholder": "b"} . {"mask"} .',
+        tokenizer_of("wordpiece"),
+        kind="mlm",
+        max_length=12,
+        truncate=truncate,
+    )
     found = template.encode({"a": "w o w o w o w o", "b": "y o y o"})
     assert len(found.input_ids) == 12
     tokens = template.explain({"a": "w o w o w o w o", "b": "y o y o"}).tokens
@@ -142,7 +155,9 @@ def test_fields_that_are_not_shortenable_stay():
 
 def test_the_space_ahead_of_a_field_does_not_keep_its_first_token():
     start = tokenizer_of("bpe").tokenize("Text:")
-    template = Template('Text: {"placeholder": "a"} {"mask"}', tokenizer_of("bpe"), kind="mlm", max_length=len(start) + 1)
+    template = Template(
+        'Text: {"placeholder": "a"} {"mask"}', tokenizer_of("bpe"), kind="mlm", max_length=len(start) + 1
+    )
     assert words(template, {"a": "good good good"}) == [*start, "<mask>"]
 
 
@@ -160,11 +175,23 @@ def test_the_longest_example_comes_from_the_backbone():
 
 
 def test_filters():
-    template = Template('{"placeholder": "text", "filter": "lower"} {"mask"}', tokenizer_of("bpe"), kind="mlm", filters={"lower": str.lower})
+    template = Template(
+        '{"placeholder": "text", "filter": "lower"} {"mask"}',
+        tokenizer_of("bpe"),
+        kind="mlm",
+        filters={"lower": str.lower},
+    )
     assert template.render({"text": "A Film"}) == "a film<mask>"
     with pytest.raises(OptionError, match="column 1: no filter 'lower' was given, only 'lowr'; did you mean lowr"):
-        Template('{"placeholder": "text", "filter": "lower"} {"mask"}', tokenizer_of("bpe"), kind="mlm", filters={"lowr": str.lower})
-    broken = Template('{"placeholder": "text", "filter": "n"} {"mask"}', tokenizer_of("bpe"), kind="mlm", filters={"n": len})
+        Template(
+            '{"placeholder": "text", "filter": "lower"} {"mask"}',
+            tokenizer_of("bpe"),
+            kind="mlm",
+            filters={"lowr": str.lower},
+        )
+    broken = Template(
+        '{"placeholder": "text", "filter": "n"} {"mask"}', tokenizer_of("bpe"), kind="mlm", filters={"n": len}
+    )
     with pytest.raises(OptionError, match="expected a text after the filter 'n', found int"):
         broken.encode({"text": "a"})
 
@@ -174,7 +201,11 @@ def test_filters():
     [
         ('{"placeholder": "text"}', "mlm", "it has no slot, so nothing is predicted"),
         ('{"mask"} and {"mask"}', "causal", "predicts one slot, at the end, and this template has 2"),
-        ('It was {"mask"}, {"placeholder": "text"}', "causal", "text behind its slot \\(column 8\\); move the slot to the end"),
+        (
+            'It was {"mask"}, {"placeholder": "text"}',
+            "causal",
+            "text behind its slot \\(column 8\\); move the slot to the end",
+        ),
         ('It was {"mask"}.', "causal", "has text behind its slot"),
         ('{"soft"} {"mask"}', "mlm", "pass the backbone as the third argument"),
         ('{"mask"}' * 5, "seq2seq", "a sentinel <extra_id_3>, and TokenizersBackend has none"),
@@ -221,7 +252,9 @@ def test_labels_of_a_batch():
     given = [{"text": "a", "label": 2}, {"text": "b", "label": torch.tensor(0)}]
     assert template.collate(given)["labels"].tolist() == [2, 0]
     assert template.collate(REVIEWS, classes=["bad", "good"])["labels"].tolist() == [1, 0, 1]
-    with pytest.raises(OptionError, match="expected as a label an index, found 'good'; PromptModel.collate also takes the names"):
+    with pytest.raises(
+        OptionError, match="expected as a label an index, found 'good'; PromptModel.collate also takes the names"
+    ):
         template.collate(REVIEWS)
     with pytest.raises(OptionError, match="expected as a label one of 'bad', or an index below 1, found 1"):
         template.collate([{"text": "a", "label": 1}], classes=["bad"])
@@ -286,7 +319,9 @@ def test_soft_tokens_are_the_rows_of_the_delta(kind):
 
 
 def test_what_is_printed(capsys):
-    template = Template('{"placeholder": "text"} {"soft"} It was {"mask"}', tokenizer_of("wordpiece"), model_of("bert"), max_length=8)
+    template = Template(
+        '{"placeholder": "text"} {"soft"} It was {"mask"}', tokenizer_of("wordpiece"), model_of("bert"), max_length=8
+    )
     found = template.explain({"text": "w o w o"})
     print(found)
     assert capsys.readouterr().out.splitlines() == [

@@ -89,26 +89,32 @@ def model_of(kind, tokenizer=None, *, seed=0):
 
 def _encoder(config, model):
     def make(vocabulary):
-        sizes = dict(hidden_size=28, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4)
+        sizes = {"hidden_size": 28, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4}
         return model(config(vocab_size=vocabulary, max_position_embeddings=POSITIONS, **sizes))
 
     return make
 
 
 def _gpt2(vocabulary):
-    sizes = dict(n_embd=28, n_layer=2, n_head=4, n_positions=POSITIONS)
+    sizes = {"n_embd": 28, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS}
     return tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=vocabulary, bos_token_id=0, eos_token_id=2, **sizes))
 
 
 def _t5(vocabulary):
-    sizes = dict(d_model=28, d_ff=44, d_kv=7, num_layers=2, num_heads=4)
+    sizes = {"d_model": 28, "d_ff": 44, "d_kv": 7, "num_layers": 2, "num_heads": 4}
     return tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=vocabulary, decoder_start_token_id=0, **sizes))
 
 
 def _bart(vocabulary):
-    layers = dict(encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4)
-    sizes = dict(d_model=28, encoder_ffn_dim=44, decoder_ffn_dim=44, max_position_embeddings=POSITIONS)
-    ids = dict(pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2)
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    sizes = {"d_model": 28, "encoder_ffn_dim": 44, "decoder_ffn_dim": 44, "max_position_embeddings": POSITIONS}
+    ids = {
+        "pad_token_id": 1,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 2,
+        "forced_eos_token_id": 2,
+    }
     return tf.BartForConditionalGeneration(tf.BartConfig(vocab_size=vocabulary, **layers, **sizes, **ids))
 
 

@@ -40,16 +40,19 @@ class KnowledgeableVerbalizer(WordVerbalizer):
         self.weights = nn.Parameter(torch.zeros(len(self.label_words))) if learn_weights else None
         self.register_buffer("kept", torch.ones(len(self.label_words), dtype=torch.bool))
 
-    def shares(self) -> Float[Tensor, "classes words"]:
-        own = (self.label_of == torch.arange(len(self.classes), device=self.label_of.device)[:, None]) & self.kept
-        weights = self.weights if self.weights is not None else self.prior.new_zeros(len(self.label_words))
-        return weights.expand(len(own), -1).masked_fill(~own, -torch.inf).softmax(-1)
+    def belongs(self) -> Bool[Tensor, "classes words"]:
+        return super().belongs() & self.kept
+
+    def shares(self, dtype: torch.dtype) -> Float[Tensor, "classes words"]:
+        if self.weights is None:
+            return super().shares(dtype)
+        return self.weights.to(dtype).expand(len(self.classes), -1).masked_fill(~self.belongs(), -torch.inf).softmax(-1)
 
     def forward(self, output: SlotOutput) -> Float[Tensor, "batch classes"]:
         found = self.word_log_probs(output)
         words = (found - self.prior.to(found)).masked_fill(~self.kept, -torch.inf).log_softmax(-1)
         # Dropped words have no share, and 0 * -inf is no number.
-        return (words.masked_fill(~self.kept, 0) @ self.shares().to(words).T).log_softmax(-1)
+        return (words.masked_fill(~self.kept, 0) @ self.shares(words.dtype).T).log_softmax(-1)
 
     @torch.no_grad()
     def refine(self, word_log_probs: Float[Tensor, "examples words"], *, drop: float = 0.5) -> None:

@@ -37,9 +37,9 @@ class RuleVerbalizer(Verbalizer):
     def __init__(
         self, tokenizer: Any, rules: Mapping[str, Sequence[str]], *, prefix: str = " ", multi: RuleMulti = "refuse"
     ) -> None:
-        counts = sorted({1 if isinstance(rule, str) else len(rule) for rule in rules.values()})
+        counts = sorted({len(rule) for rule in rules.values()})
         super().__init__(list(rules), num_slots=counts[0] if counts else 1)
-        self.rules = {name: (rule,) if isinstance(rule, str) else tuple(rule) for name, rule in rules.items()}
+        self.rules = {name: tuple(rule) for name, rule in rules.items()}
         if len(counts) > 1 or not counts[0]:
             raise OptionError(
                 f"RuleVerbalizer: the rules have {' and '.join(map(str, counts))} words; write one word for each slot in all "

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from deltakit.core import checked, wide
@@ -34,7 +34,7 @@ class WordVerbalizer(Verbalizer):
     """
 
     ids: Tensor
-    tokens_of: Tensor
+    tokens_read: Tensor
     label_of: Tensor
     prior: Tensor
 
@@ -45,14 +45,13 @@ class WordVerbalizer(Verbalizer):
         self.label_words = label_words(tokenizer, words, prefix, multi, type(self).__name__)
         longest = max(len(one.ids) for one in self.label_words)
         table = torch.zeros(len(self.label_words), longest, dtype=torch.long)
-        share = torch.zeros(len(self.label_words), longest)
+        read = torch.ones(len(self.label_words), dtype=torch.long)
         for row, one in enumerate(self.label_words):
             table[row, : len(one.ids)] = torch.tensor(one.ids)
-            read = 1 if multi == "first" else len(one.ids)
-            share[row, :read] = 1 / read
+            read[row] = 1 if multi == "first" else len(one.ids)
         # Files have the words, which give these again. The prior is measured.
         self.register_buffer("ids", table, persistent=False)
-        self.register_buffer("tokens_of", share, persistent=False)
+        self.register_buffer("tokens_read", read, persistent=False)
         self.register_buffer("label_of", torch.tensor([one.label for one in self.label_words]), persistent=False)
         self.register_buffer("prior", torch.zeros(len(self.label_words)))
 
@@ -74,18 +73,23 @@ class WordVerbalizer(Verbalizer):
             return output.word_scores
         # In at least float32: half precision has three digits, and differences of these numbers decide.
         logits = wide(output.logits[:, 0])
-        read = logits.log_softmax(-1)[:, self.ids]
-        return (read * self.tokens_of.to(read)).sum(-1)
+        tokens = logits.log_softmax(-1)[:, self.ids]
+        padding = torch.arange(self.ids.shape[1], device=self.ids.device) >= self.tokens_read[:, None]
+        return tokens.masked_fill(padding, 0).sum(-1) / self.tokens_read
 
-    def shares(self) -> Float[Tensor, "classes words"]:
+    def belongs(self) -> Bool[Tensor, "classes words"]:
+        """Returns which words stand for which class."""
+        return self.label_of == torch.arange(len(self.classes), device=self.label_of.device)[:, None]
+
+    def shares(self, dtype: torch.dtype) -> Float[Tensor, "classes words"]:
         """Returns how much each word counts in its class; the sum of a row is 1."""
-        own = self.label_of == torch.arange(len(self.classes), device=self.label_of.device)[:, None]
+        own = self.belongs().to(dtype)
         return own / own.sum(1, keepdim=True)
 
     def forward(self, output: SlotOutput) -> Float[Tensor, "batch classes"]:
         found = self.word_log_probs(output)
         words = (found - self.prior.to(found)).log_softmax(-1)
-        return (words @ self.shares().to(words).T).log_softmax(-1)
+        return (words @ self.shares(words.dtype).T).log_softmax(-1)
 
     def observed(self, output: SlotOutput) -> tuple[Tensor, ...]:
         return (self.word_log_probs(output),)
