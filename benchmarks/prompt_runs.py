@@ -56,7 +56,7 @@ class Settings(NamedTuple):
 
     adaptation: int
     steps: int
-    test: int
+    tested: int
 
 
 class Contestant(NamedTuple):
@@ -74,14 +74,14 @@ def few(task: Task, shots: int, seed: int) -> Requests:
     return [pair for label in task.classes for pair in chance.sample(own[label], shots)]
 
 
-def tuned(backbone: Any, tuning: str, rate: float, soft: dk.Method) -> list[dict[str, Any]]:
+def tuned(backbone: Any, tuning: str, rate: float, soft: dk.Method, train: str | None = None) -> list[dict[str, Any]]:
     """Freezes or attaches what a tuning says, and returns the group of what it trains of the backbone."""
     if tuning == "full":
         return [{"params": list(backbone.requires_grad_().parameters()), "lr": rate}]
     if tuning == UNTRAINED:
         backbone.requires_grad_(False)
         return []
-    delta = dk.attach(backbone, dk.LoRA() if tuning == "LoRA" else soft)
+    delta = dk.attach(backbone, dk.LoRA() if tuning == "LoRA" else soft, train=train)
     return [{"params": list(delta.parameters()), "lr": rate}]
 
 
@@ -92,12 +92,10 @@ def with_head(job: Job, task: Task, place: Path) -> Contestant:
     if job.reader == "head":
         model.base_model.load_state_dict(adapted(place).base_model.state_dict(), strict=False)
     head = list(model.classifier.parameters())
-    groups = tuned(model, job.tuning, job.rate, dk.SoftPrompt(tokens=SOFT_TOKENS))
+    groups = tuned(model, job.tuning, job.rate, dk.SoftPrompt(tokens=SOFT_TOKENS), train="@head")
     new = {id(parameter) for parameter in head}
     for group in groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in new]
-    for parameter in head:
-        parameter.requires_grad_()
     own = tokenizer()
 
     def collate(requests: Requests) -> Batch:
@@ -176,6 +174,6 @@ def run(job: Job, settings: Settings, place: Path, splits: Sequence[str]) -> dic
         batches = endless(few(task, job.shots, job.seed), own.collate, job.seed)
         fit(own.groups, batches, lambda batch: own.model(**batch)["loss"], settings.steps)
     seconds = time.perf_counter() - start
-    found = {split: accuracy(own, part(getattr(task, split), settings.test)) for split in splits}
+    found = {split: accuracy(own, part(getattr(task, split), settings.tested)) for split in splits}
     count = sum(parameter.numel() for group in own.groups for parameter in group["params"])
     return {**job._asdict(), **settings._asdict(), **found, "parameters": count, "seconds": seconds}

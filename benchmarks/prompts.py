@@ -1,7 +1,7 @@
 """Does prompt learning help? Few-shot intents with a classification head, and with prompts read by words or prototypes.
 
     python benchmarks/prompts.py [--shots 4 8 16 32] [--seeds 5] [--tasks SNIPS CLINC150] [--readers ...] [--tunings ...]
-                                 [--steps 30] [--test 300] [--workers 2] [--out benchmarks/results/prompts.json]
+                                 [--steps 30] [--test 200] [--workers 2] [--out benchmarks/results/prompts.json]
                                  [--table benchmarks/prompts.md]
 
 First the demo's encoder becomes a masked-language model: a LoRA delta and a new head are trained on the requests of both tasks
@@ -23,7 +23,7 @@ from adapted_encoder import HEAD, MASKED, METHOD, adapt
 from intent_tasks import TASKS
 from intent_words import SOFT_TEMPLATE, TEMPLATE
 from plots import Line, Panel, lines_plot
-from prompt_runs import BATCH, HEADS, NEW_RATE, READERS, TUNINGS, UNLABELLED, UNTRAINED, Job, Settings, run
+from prompt_runs import BATCH, HEADS, NEW_RATE, READERS, SOFT_TOKENS, TUNINGS, UNLABELLED, UNTRAINED, Job, Settings, run
 from resuming import Row, Rows, Start
 
 HERE = Path(__file__).resolve().parent
@@ -140,12 +140,12 @@ def document(results: Results, options: argparse.Namespace, picture: str) -> str
         f"labels: {METHOD!r} and the head's `{HEAD}`, {adaptation['epochs']} passes, {MASKED:.0%} of the tokens; the loss on "
         f"other requests went from {adaptation['before']:.2f} to {adaptation['after']:.2f} in {adaptation['seconds']:.0f} s. "
         f"`words`: the template `{TEMPLATE}` with one word a class, written by hand. `KPT`: up to ten words a class, of "
-        f"which {UNLABELLED} unlabelled requests drop some. `prototypes`: ProtoVerb. `{HEADS[1]}`: a new classifier on the "
-        f"adapted encoder, `{HEADS[0]}` on the published one. Tuned are LoRA with its default options, ten soft tokens "
-        f"(`{SOFT_TEMPLATE}`; before the request with a head), or all weights; all see {results.settings.steps} batches of "
+        f"which {UNLABELLED} unlabelled requests drop some. `prototypes`: ProtoVerb. `{HEADS[1]}`: a new classifier "
+        f"on the adapted encoder, `{HEADS[0]}` on the published one. Tuned are LoRA with its default options, {SOFT_TOKENS} soft "
+        f"tokens (`{SOFT_TEMPLATE}`; before the request with a head), or all weights; all see {results.settings.steps} batches of "
         f"{BATCH}. Each pair chooses one of three learning rates on the validation split of SNIPS, with {CHOOSING} examples "
         f"a class; classifiers, prototypes and weights of words have {NEW_RATE:g}. Accuracy is on "
-        f"{results.settings.test} requests of the test split: the mean of {options.seeds} seeds, which also draw the "
+        f"{results.settings.tested} requests of the test split: the mean of {options.seeds} seeds, which also draw the "
         f"examples, with the lowest and the highest."
     )
     lines = [f"![accuracy by examples a class]({picture})", ""]
@@ -184,7 +184,7 @@ def main() -> int:
     parser.add_argument("--tunings", nargs="*", default=list(TUNINGS), choices=TUNINGS)
     parser.add_argument("--adaptation", type=int, default=2, help="passes over the unlabelled requests")
     parser.add_argument("--steps", type=int, default=30, help="training steps of a run")
-    parser.add_argument("--test", type=int, default=300, help="requests of the test split")
+    parser.add_argument("--test", type=int, default=200, help="requests of the test split")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "prompts.json")
     parser.add_argument("--table", type=Path, help="a Markdown file for the tables; the plot is an SVG file beside it")
