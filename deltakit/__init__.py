@@ -12,6 +12,7 @@ delta 'delta' on Sequential: attached, active, trainable
 
 from deltakit import integrations as integrations
 from deltakit import methods as methods
+from deltakit import prompting as prompting
 from deltakit.core import METHODS, DeltaModule, Method, Target
 from deltakit.delta import (
     Combination,
@@ -208,5 +209,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """What `dk.<Tab>` lists: the public names, and none of the rooms of the package but these two."""
-    return sorted([*__all__, "integrations", "opendelta"])
+    """What `dk.<Tab>` lists: the public names, and none of the rooms of the package but these three."""
+    return sorted([*__all__, "integrations", "opendelta", "prompting"])

@@ -44,6 +44,21 @@ FOR_AUTHORS = {
     },
     "core": {"current_call"},
     "integrations": {"lightning_callback", "small_checkpoints", "small_states", "training_steps"},
+    "prompting": {
+        "Encoded",
+        "Ensemble",
+        "Explanation",
+        "KnowledgeableVerbalizer",
+        "Prediction",
+        "PromptModel",
+        "PrototypicalVerbalizer",
+        "RuleVerbalizer",
+        "SlotOutput",
+        "SoftVerbalizer",
+        "Template",
+        "Verbalizer",
+        "WordVerbalizer",
+    },
     "ops": {"Seeded", "linear_with", "normal", "uniform"},
 }
 """What rooms offer to users and to authors of methods, also while nothing here uses it."""

@@ -25,7 +25,7 @@ from deltakit.core.callables import takes
 from deltakit.core.caller_rows import begin_forward, close_rows, current_batch, end_forward, open_rows, rows_now
 from deltakit.core.delta_module import DeltaModule
 from deltakit.core.design import Design
-from deltakit.core.extras import Extra, StoredExtra, extra_tensors, is_extra, stored_extras
+from deltakit.core.extras import StoredExtra, extra_tensors, is_extra, stored_extras
 from deltakit.core.feature_slice import FeatureSlice, slice_where
 from deltakit.core.folding import breadth, expand, fold, is_plain, span
 from deltakit.core.grad_ledger import GradLedger
@@ -67,9 +67,7 @@ from deltakit.core.per_target import PerTarget, one_value, values_of
 from deltakit.core.record import (
     Attachment,
     Record,
-    Sample,
     Site,
-    Start,
     are_apart,
     attachments_of,
     is_slice,
@@ -94,6 +92,7 @@ from deltakit.core.sharding import (
     scatter,
     wait_for_all,
 )
+from deltakit.core.start_samples import Sample, Start
 from deltakit.core.start_values import same_random_numbers, wants_start_values, without_start_values
 from deltakit.core.stored import global_bytes, inner_tensors, local_bytes
 from deltakit.core.target import Inferred, Target, WeightRead
@@ -110,7 +109,6 @@ __all__ = [
     "CurrentCall",
     "DeltaModule",
     "Design",
-    "Extra",
     "FeatureSlice",
     "GradLedger",
     "Inferred",

@@ -22,24 +22,10 @@ from deltakit.core.method import Method, label_among
 from deltakit.core.normal_tensors import version_of
 from deltakit.core.paths import delta_children, join, own_modules, split_slice
 from deltakit.core.roots import roots_inside
+from deltakit.core.start_samples import Start
 
 # Asking a target for the records of its deltas runs in C code: it may have hundreds.
 _RECORD = attrgetter("record")
-
-
-class Sample(NamedTuple):
-    """What shows whether a parameter was changed: its version, a few of its values, and the sum of all."""
-
-    version: int
-    values: Tensor
-    total: float
-
-
-class Start(NamedTuple):
-    """A new delta as it was attached: the sum of its parameters' versions, and samples of a few of them by name."""
-
-    version: int
-    samples: dict[str, Sample]
 
 
 @dataclass(eq=False)

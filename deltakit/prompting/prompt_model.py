@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -93,13 +94,16 @@ class PromptModel(nn.Module):
             StateError: if the template has soft tokens, and no attached delta has their vectors.
         """
         check_soft(self.backbone, self.template)
-        output = call_at(self.backbone, call, slots)
-        verbalizer = self.verbalizer
+        verbalizer, output = self.verbalizer, call_at(self.backbone, call, slots)
         if isinstance(verbalizer, WordVerbalizer) and verbalizer.multi == "score":
             words = [word.ids for word in verbalizer.label_words]
             scores = word_scores(self.backbone, call, slots, output, words, mask=self.template.mask_id)
             output = output._replace(word_scores=scores)
-        return output
+        # The layers of a backbone may be on several devices.
+        own = next(chain(verbalizer.parameters(), verbalizer.buffers()), None)
+        return (
+            output if own is None else SlotOutput(*(part if part is None else part.to(own.device) for part in output))
+        )
 
     @checked
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
@@ -175,11 +179,18 @@ class PromptModel(nn.Module):
         """Yields what the backbone computes for batches of examples, without gradients and dropout."""
         if batch_size < 1:
             raise OptionError(f"{where}(batch_size={batch_size}): expected at least 1")
-        if isinstance(examples, str) or not hasattr(examples, "__getitem__") or not hasattr(examples, "__len__"):
+        if (
+            isinstance(examples, str | Tensor)
+            or not hasattr(examples, "__getitem__")
+            or not hasattr(examples, "__len__")
+        ):
             raise OptionError(f"{where}: expected an example or a list of examples, found {type(examples).__name__}")
         device = embedding_of(self.backbone).weight.device
         for start in range(0, len(examples), batch_size):
             chosen = [examples[place] for place in range(start, min(start + batch_size, len(examples)))]
+            for one in chosen:
+                if not isinstance(one, Mapping):
+                    raise OptionError(f"{where}: expected examples as dictionaries, found {type(one).__name__}")
             unlabelled = [{name: value for name, value in one.items() if name != "label"} for one in chosen]
             batch = {name: tensor.to(device) for name, tensor in self.template.collate(unlabelled).items()}
             slots = batch.pop("slots")

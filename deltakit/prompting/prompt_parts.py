@@ -119,6 +119,13 @@ def read_parts(
         )
     form, make = _VERBALIZERS[kind]
     options = checked_data(parts["verbalizer"], form, where, "extras.prompting.verbalizer")
+    rows = tensors["projection"].shape[:1] if "projection" in tensors else ()
+    if options.get("size") not in (None, *rows):
+        # Before memory is taken for so many.
+        raise CheckpointError(
+            f"{where}: extras.prompting.verbalizer.size: it says {options['size']}, and its tensors have {rows}; save or "
+            "download it again"
+        )
     with from_file(where, "extras.prompting.verbalizer"):
         verbalizer = make(backbone, tokenizer, options)
     check_tensors(tensors, verbalizer.state_dict(), own=(), where=where, advice="save or download it again")

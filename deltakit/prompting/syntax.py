@@ -12,9 +12,11 @@ from typing import Any, NamedTuple, NoReturn
 from deltakit.errors import OptionError, did_you_mean
 from deltakit.prompting.pieces import Field, Piece, Slot, Soft, Text
 
+_MOST_CHARACTERS = 100_000
+"""The longest template. One from a file of somebody else must not take hours."""
 _LONGEST = 2_000
 """The most characters that one piece in braces may have."""
-_MOST_TOKENS = 10_000
+_MOST_TOKENS = 1_000
 """The most soft tokens that one piece may ask for."""
 
 
@@ -49,6 +51,10 @@ def parse(text: str) -> list[Piece]:
     Raises:
         OptionError: if it is malformed. The message names the column, which counts from 1.
     """
+    if len(text) > _MOST_CHARACTERS:
+        raise OptionError(
+            f"Template: it has {len(text):,} characters, and at most {_MOST_CHARACTERS:,} are read; shorten it"
+        )
     pieces: list[Piece] = []
     plain, at = "", 0
     while at < len(text):

@@ -7,17 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from deltakit.core import checked
-from deltakit.errors import OptionError, did_you_mean
+from deltakit.errors import OptionError
 from deltakit.methods.soft_prompt import SoftPrompt
 from deltakit.ops import PromptMethod
-from deltakit.prompting.backbone_facts import Kind, kind_of, longest_input, refuse_slow, vocabulary_of
+from deltakit.prompting.backbone_facts import Kind, longest_input, refuse_slow
 from deltakit.prompting.collating import Encoded, batch_of, labels_of
 from deltakit.prompting.explanation import ExplainedToken, Explanation
 from deltakit.prompting.markers import find_markers
-from deltakit.prompting.pieces import Field, Piece, Slot, Text
+from deltakit.prompting.pieces import Field, Slot
 from deltakit.prompting.rendering import Rendered, render
 from deltakit.prompting.soft_tokens import numbered
 from deltakit.prompting.syntax import parse
+from deltakit.prompting.template_checks import check_filters, check_slots, first_soft_id, known_kind
 from deltakit.prompting.tokens import Token, tokenized
 from deltakit.prompting.truncation import Truncate, deleted
 
@@ -74,16 +75,16 @@ class Template:
     ) -> None:
         refuse_slow(tokenizer)
         self.text, self.tokenizer = text, tokenizer
-        self.kind: Kind = kind or _kind(backbone)
+        self.kind: Kind = kind or known_kind(backbone)
         self.truncate: Truncate = truncate
         self.filters = dict(filters or {})
         self.pieces = tuple(parse(text))
         self._soft = numbered(self.pieces, tokenizer)
-        _check_slots(self.pieces, self.kind)
-        _check_filters(self.pieces, self.filters)
+        check_slots(self.pieces, self.kind)
+        check_filters(self.pieces, self.filters)
         self._markers = find_markers(tokenizer, self.kind, self.num_slots, soft=self.num_soft > 0)
         self.max_length = max_length if max_length is not None else longest_input(backbone, tokenizer)
-        self.first_soft = _first_soft(backbone) if self.num_soft else 0
+        self.first_soft = first_soft_id(backbone) if self.num_soft else 0
         config = getattr(backbone, "config", None)
         start = getattr(config, "decoder_start_token_id", None)
         self._start = start if start is not None else tokenizer.pad_token_id
@@ -211,6 +212,10 @@ class Template:
         """Returns the options as plain data, for files. Of filters there are only the names, which stand in the text."""
         return {"text": self.text, "kind": self.kind, "max_length": self.max_length, "truncate": self.truncate}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Template":
+        # Nothing in it changes, and its tokenizer is large.
+        return self
+
     def _rendered(self, example: Example) -> Rendered:
         found = render(self.pieces, example, self._markers, self._soft.numbers, self.filters)
         if self.kind == "causal":
@@ -259,49 +264,3 @@ class Template:
 
 def _same(text: str) -> str:
     return text
-
-
-def _kind(backbone: nn.Module | None) -> Kind:
-    if backbone is None:
-        raise OptionError(
-            "Template: without a backbone nothing says what it predicts; pass the backbone, or kind='mlm'"
-        )
-    return kind_of(backbone)
-
-
-def _first_soft(backbone: nn.Module | None) -> int:
-    if backbone is None:
-        raise OptionError(
-            "Template: soft tokens have the ids behind the backbone's vocabulary; pass the backbone as the third argument"
-        )
-    return vocabulary_of(backbone)
-
-
-def _check_slots(pieces: Sequence[Piece], kind: Kind) -> None:
-    slots = [place for place, piece in enumerate(pieces) if isinstance(piece, Slot)]
-    if not slots:
-        raise OptionError('Template: it has no slot, so nothing is predicted; write {"mask"} where the answer stands')
-    if kind != "causal":
-        return
-    if len(slots) > 1:
-        raise OptionError(
-            f"Template: a causal model predicts one slot, at the end, and this template has {len(slots)}; write a template "
-            "with one slot, or use a masked or encoder-decoder model"
-        )
-    behind = pieces[slots[0] + 1 :]
-    if any(not isinstance(piece, Text) or piece.text.strip() for piece in behind):
-        raise OptionError(
-            "Template: a causal model predicts the slot from the text ahead of it, and this template has text behind its slot "
-            f"(column {pieces[slots[0]].column + 1}); move the slot to the end"  # type: ignore[union-attr]
-        )
-
-
-def _check_filters(pieces: Sequence[Piece], filters: Filters) -> None:
-    for piece in pieces:
-        name = piece.filter if isinstance(piece, Field) else None
-        if name is not None and name not in filters:
-            known = ", ".join(map(repr, filters)) or "none"
-            raise OptionError(
-                f"Template: column {piece.column + 1}: no filter {name!r} was given, only {known}"  # type: ignore[union-attr]
-                f"{did_you_mean(name, filters)}; pass Template(..., filters={{{name!r}: function}})"
-            )

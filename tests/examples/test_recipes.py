@@ -25,6 +25,7 @@ SHOWN = {
     "norms_only": ["ln_tuning", "norms alone: 448"],
     "own_module": ["mixers.{1-2}.{widen,narrow}", "after detach, the outputs of the untouched model: True"],
     "plain_loop": ["fully trained", "accuracy: 9", FRESH],
+    "prompting": ["«[MASK]» . [SEP]", "of 6", FRESH],
     "qlora": ["Linear4bit", "lora r=8"],
     "ranks_by_layer": ["rank  4", "rank  8", "rank 16", "error: "],
     "switch_tasks": ["without a task, the bare model: True"],

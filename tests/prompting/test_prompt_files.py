@@ -166,6 +166,17 @@ def test_damaged_tensors(tensors, message):
         PromptModel.from_delta(delta, TOKENIZER, filters=LOWER)
 
 
+def test_a_size_that_no_tensor_has():
+    model, delta = trained("prototypical")
+    data = json.loads(json.dumps(delta._record.extras["prompting"].data()))
+    data["verbalizer"]["size"] = 10**15
+    delta._record.extras["prompting"] = StoredExtra(data, dict(model.verbalizer.state_dict()))
+    with pytest.raises(
+        CheckpointError, match=r"verbalizer.size: it says 1000000000000000, and its tensors have .*\[5\]"
+    ):
+        PromptModel.from_delta(delta, TOKENIZER, filters=LOWER)
+
+
 def test_tensors_of_an_extra_that_the_config_lacks(tmp_path):
     _, delta = trained("soft")
     delta._record.extras["other"] = StoredExtra({"a": 1}, {"x": torch.ones(3)})

@@ -72,11 +72,12 @@ def test_braces_of_the_text():
         ('{"soft": "", "soft_id": 1}', "the text of a soft piece is empty"),
         ('{"soft": "a b", "duplicate": 2}', "says how many tokens there are"),
         ('{"soft": "a b", "same": True}', "'same' makes one vector of all"),
-        ('{"soft": None, "duplicate": 0}', "expected 1 to 10,000 for 'duplicate', found 0"),
+        ('{"soft": None, "duplicate": 0}', "expected 1 to 1,000 for 'duplicate', found 0"),
         ('{"soft": None, "duplicate": True}', "expected a number of tokens for 'duplicate', found True"),
         ('{"text"}', "expected a text for 'text', found none"),
         ('{"a" + }', "expected a piece such as"),
         ("{" + "x" * 3000, "there is no '}' within 2,000 characters"),
+        ("a" * 100_001, "it has 100,001 characters, and at most 100,000 are read"),
         ("{" * 101 + "(" * 500 + "}" * 101, "expected a piece such as"),
     ],
 )

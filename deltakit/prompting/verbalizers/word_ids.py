@@ -25,8 +25,14 @@ def label_words(tokenizer: Any, words: Words, prefix: str, multi: Multi, where: 
         where: the verbalizer, for error messages.
 
     Raises:
-        OptionError: if a class has no word, or a word is unknown, split, of two classes, or not to be told from another.
+        OptionError: if there is no tokenizer, a class has no word, or a word is unknown, split, of two classes, or not to be
+            told from another.
     """
+    if not callable(tokenizer) or not hasattr(tokenizer, "convert_ids_to_tokens"):
+        raise OptionError(
+            f"{where}: expected a tokenizer, found {type(tokenizer).__name__}; pass the backbone's tokenizer, as "
+            "AutoTokenizer.from_pretrained returns"
+        )
     found: list[LabelWord] = []
     for label, (name, own) in enumerate(words.items()):
         listed = [own] if isinstance(own, str) else list(own)
