@@ -70,7 +70,11 @@ def output_of(
         output = output._replace(word_scores=word_scores(backbone, call, slots, output, words, mask=mask))
     # The layers of a backbone may be on several devices.
     own = next(chain(verbalizer.parameters(), verbalizer.buffers()), None)
-    return output if own is None else SlotOutput(*(part if part is None else part.to(own.device) for part in output))
+    if own is None:
+        return output
+    scores = output.word_scores
+    device = own.device
+    return SlotOutput(output.logits.to(device), output.hidden.to(device), None if scores is None else scores.to(device))
 
 
 def word_scores(

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import transformers as tf
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 import deltakit as dk
@@ -15,7 +17,7 @@ from deltakit.prompting.searching import (
     search_label_words,
     search_triggers,
 )
-from support.prompt_models import model_of, tokenizer_of
+from support.prompt_models import LINES, model_of, tokenizer_of
 
 VERBALIZED = {"good": "great", "bad": "bad"}
 TEXTS = {
@@ -38,22 +40,35 @@ def fit(model, steps, loss_of, rate=3e-3):
     return model.eval().requires_grad_(False)
 
 
+def words_alone():
+    """A tokenizer whose tokens are words, the same in each process: trained ones are not."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = sorted({word for line in LINES for word in line.lower().split() if word.isalpha()})
+    own = Tokenizer(models.WordLevel({word: place for place, word in enumerate([*special, *words])}, unk_token="[UNK]"))
+    own.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tf.PreTrainedTokenizerFast(
+        tokenizer_object=own, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", mask_token="[MASK]"
+    )
+
+
 @pytest.fixture(scope="module")
 def planted():
     """A masked model that predicts the right label word behind the planted trigger, and the wrong one behind other words."""
-    tokenizer, backbone = tokenizer_of("wordpiece"), model_of("bert")
+    tokenizer = words_alone()
+    backbone = model_of("bert", tokenizer)
     verbalizer = WordVerbalizer(tokenizer, VERBALIZED)
-    words = tokenizer.convert_tokens_to_ids([PLANTED, "so", "no", "film", "hello", "city"])
+    others = sorted(set(tokenizer.get_vocab()) - {PLANTED} - set(tokenizer.all_special_tokens))
+    words = tokenizer.convert_tokens_to_ids([PLANTED, *others])
     template = Template(TRIGGER, tokenizer, backbone)
     batch = template.collate(EXAMPLES, classes=verbalizer.classes)
     labels, slots, ids = batch.pop("labels"), batch.pop("slots"), batch.pop("input_ids")
     all_ids = torch.cat([torch.where(ids >= template.first_soft, word, ids) for word in words])
-    others = {name: tensor.repeat(len(words), 1) for name, tensor in batch.items()}
+    masks = {name: tensor.repeat(len(words), 1) for name, tensor in batch.items()}
     answers = torch.cat([verbalizer.ids[labels if word == words[0] else 1 - labels, 0] for word in words])
     place, slots = torch.arange(len(all_ids)), slots[:, 0].repeat(len(words))
 
     def loss_of(model):
-        logits = model(input_ids=all_ids, **others).logits[place, slots]
+        logits = model(input_ids=all_ids, **masks).logits[place, slots]
         losses = nn.functional.cross_entropy(logits, answers, reduction="none")
         # The trigger has as much weight as all other words together.
         return losses[: len(ids)].mean() + losses[len(ids) :].mean()

@@ -4,7 +4,7 @@ Gao et al. 2021, https://arxiv.org/abs/2012.15723, section 5.1.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 from math import prod
 from typing import Literal, NamedTuple
@@ -144,18 +144,30 @@ def _chosen(
     scores: _Scores, columns: Sequence[Sequence[int]], count: int, keep: int, chance: random.Random
 ) -> list[tuple[tuple[int, ...], float, float]]:
     """Returns the best choices of one token of each column, all different, with loss and accuracy."""
-    if prod(map(len, columns)) <= count:
-        choices = list(product(*columns))
-    else:
-        drawn = (tuple(chance.choice(column) for column in columns) for _ in range(count))
-        choices = list(dict.fromkeys(drawn))
-    best = _sorted(scores.of([own for own in choices if len(set(own)) == len(own)]))[:keep]
-    if len(choices) == prod(map(len, columns)):
-        return best
-    for place, column in [*enumerate(columns)] * 2:
-        others = {(*own[:place], token, *own[place + 1 :]) for own, _, _ in best for token in column}
-        best = _sorted(scores.of(sorted(own for own in others if len(set(own)) == len(own))))[:keep]
+    every = prod(map(len, columns)) <= count
+    drawn = product(*columns) if every else (_drawn(columns, chance) for _ in range(count))
+    best = _sorted(scores.of(_of_different(drawn)))[:keep]
+    if not best:
+        raise OptionError(
+            "search_label_words: the candidates of the classes are the same words, so no choice has different ones; raise "
+            "candidates="
+        )
+    for place, column in [] if every else [*enumerate(columns)] * 2:
+        others = ((*own[:place], token, *own[place + 1 :]) for own, _, _ in best for token in column)
+        best = _sorted(scores.of(_of_different(others)))[:keep]
     return best
+
+
+def _drawn(columns: Sequence[Sequence[int]], chance: random.Random) -> tuple[int, ...]:
+    found: list[int] = []
+    for column in columns:
+        found.append(chance.choice([token for token in column if token not in found] or column))
+    return tuple(found)
+
+
+def _of_different(choices: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Returns each choice of different tokens once."""
+    return list(dict.fromkeys(own for own in choices if len(set(own)) == len(own)))
 
 
 def _sorted(found: Sequence[tuple[tuple[int, ...], float, float]]) -> list[tuple[tuple[int, ...], float, float]]:
