@@ -11,6 +11,16 @@ from deltakit.prompting.ensemble import Ensemble
 from deltakit.prompting.explanation import Explanation
 from deltakit.prompting.prediction import Prediction
 from deltakit.prompting.prompt_model import PromptModel
+from deltakit.prompting.searching import (
+    GeneratedTemplate,
+    ScoredTemplate,
+    ScoredWords,
+    TriggerSearch,
+    generate_templates,
+    score_templates,
+    search_label_words,
+    search_triggers,
+)
 from deltakit.prompting.template import Template
 from deltakit.prompting.verbalizers.knowledgeable import KnowledgeableVerbalizer
 from deltakit.prompting.verbalizers.prototypical import PrototypicalVerbalizer
@@ -23,14 +33,22 @@ __all__ = [
     "Encoded",
     "Ensemble",
     "Explanation",
+    "GeneratedTemplate",
     "KnowledgeableVerbalizer",
     "Prediction",
     "PromptModel",
     "PrototypicalVerbalizer",
     "RuleVerbalizer",
+    "ScoredTemplate",
+    "ScoredWords",
     "SlotOutput",
     "SoftVerbalizer",
     "Template",
+    "TriggerSearch",
     "Verbalizer",
     "WordVerbalizer",
+    "generate_templates",
+    "score_templates",
+    "search_label_words",
+    "search_triggers",
 ]

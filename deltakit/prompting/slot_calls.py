@@ -70,11 +70,7 @@ def output_of(
         output = output._replace(word_scores=word_scores(backbone, call, slots, output, words, mask=mask))
     # The layers of a backbone may be on several devices.
     own = next(chain(verbalizer.parameters(), verbalizer.buffers()), None)
-    if own is None:
-        return output
-    scores = output.word_scores
-    device = own.device
-    return SlotOutput(output.logits.to(device), output.hidden.to(device), None if scores is None else scores.to(device))
+    return output if own is None else output.to(own.device)
 
 
 def word_scores(

@@ -10,8 +10,9 @@ from torch import nn
 
 import deltakit as dk
 from deltakit.errors import OptionError, TargetError
-from deltakit.prompting import Template, WordVerbalizer
-from deltakit.prompting.searching import (
+from deltakit.prompting import (
+    Template,
+    WordVerbalizer,
     generate_templates,
     score_templates,
     search_label_words,

@@ -161,6 +161,16 @@ def test_the_space_ahead_of_a_field_does_not_keep_its_first_token():
     assert words(template, {"a": "good good good"}) == [*start, "<mask>"]
 
 
+def test_a_token_across_a_border_stays():
+    """A token that holds text of the template and of a field is no token of the field."""
+    tokenizer = tokenizer_of("bpe")
+    assert tokenizer.tokenize("a film") == ["a", "Ġfilm"]
+    template = Template('a fi{"placeholder": "a"} {"mask"}', tokenizer, kind="mlm", max_length=5)
+    assert words(template, {"a": "lm good good good"}) == ["a", "Ġfilm", "Ġgood", "Ġgood", "<mask>"]
+    template = Template('a fi{"placeholder": "a"} {"mask"}', tokenizer, kind="mlm", max_length=4, truncate="head")
+    assert words(template, {"a": "lm good good good"}) == ["a", "Ġfilm", "Ġgood", "<mask>"]
+
+
 def test_the_longest_example_comes_from_the_backbone():
     assert Template(REVIEW, tokenizer_of("wordpiece"), model_of("bert")).max_length == 71
     # RoBERTa's positions start behind its padding_idx 1; BART's table has two rows more.

@@ -126,6 +126,22 @@ def test_words_are_dropped_by_their_prior_and_their_relevance():
         found.refine(p.log(), drop=1)
 
 
+def test_relevance_among_three_classes():
+    """R(v) = cos(q_v, q_own) (C - 1) / sum over the other classes, word by word."""
+    words = {"good": ["good", "great", "fine"], "bad": ["bad", "awful", "boring"], "place": ["city", "film", "plot"]}
+    found = KnowledgeableVerbalizer(TOKENIZER, words)
+    p = torch.rand(7, 9).double()
+    found.refine(p.log(), drop=0)
+    names, dropped = [0, 3, 6], []
+    for index, one in enumerate(found.label_words):
+        cosines = [nn.functional.cosine_similarity(p[:, index], p[:, name], 0).item() for name in names]
+        own = cosines.pop(one.label)
+        if own * 2 / sum(cosines) < 1 and index not in names:
+            dropped.append(one.word)
+    assert found.dropped() == dropped
+    assert 0 < len(dropped) < 6
+
+
 def test_class_vectors():
     """Hambardzumyan et al. 2021: log_softmax(V h + b). V starts as the rows of words in the head."""
     model, out = model_of("bert").double(), output()

@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -21,6 +22,11 @@ class SlotOutput(NamedTuple):
     logits: Float[Tensor, "batch slots vocabulary"]
     hidden: Float[Tensor, "batch slots d"]
     word_scores: Float[Tensor, "batch words"] | None = None
+
+    def to(self, device: torch.device) -> "SlotOutput":
+        """Returns it on a device."""
+        scores = None if self.word_scores is None else self.word_scores.to(device)
+        return SlotOutput(self.logits.to(device), self.hidden.to(device), scores)
 
 
 class Verbalizer(nn.Module):
