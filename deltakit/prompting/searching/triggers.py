@@ -26,6 +26,7 @@ from deltakit.prompting.template import Example, Template
 from deltakit.prompting.verbalizers.verbalizer import Verbalizer
 
 Propose = Literal["gradient", "random"]
+_MOST_FORWARDS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def search_triggers(
         template: its soft pieces are the places: `{"soft": "it was"}` starts as these words, others as random ones.
         verbalizer: its own words are no candidates.
         examples: dicts with the template's fields and a "label".
-        forwards: the most calls of the backbone. Each step takes one for the gradient and one for each candidate.
+        forwards: the most calls of the backbone, at most ten million. Each step takes one for the gradient and one for each
+            candidate.
         candidates: how many words are tried in a step.
         propose: "gradient", or "random" for a search with random candidates and the same budget, to compare with.
         batch_size: how many examples a step sees.
@@ -84,6 +86,8 @@ def search_triggers(
     check_fit(backbone, template, verbalizer)
     if candidates < 1:
         raise OptionError(f"search_triggers(candidates={candidates}): expected at least 1")
+    if forwards > _MOST_FORWARDS:
+        raise OptionError(f"search_triggers(forwards={forwards}): expected at most {_MOST_FORWARDS:,}")
     # The templates at the start and at the end are scored on all examples.
     scoring = 2 * -(-len(examples) // batch_size)
     steps = (forwards - scoring) // (candidates + 1)
