@@ -56,7 +56,13 @@ class Settings(NamedTuple):
 
     adaptation: int
     steps: int
+    growth: float
     tested: int
+
+
+def steps_of(settings: Settings, shots: int) -> int:
+    """Returns the training steps of a run: more for more examples. With few of them, a few steps are many passes."""
+    return round(settings.steps * (shots / 4) ** settings.growth)
 
 
 class Contestant(NamedTuple):
@@ -165,6 +171,8 @@ def part(requests: Requests, count: int) -> Requests:
 
 def run(job: Job, settings: Settings, place: Path, splits: Sequence[str]) -> dict[str, Any]:
     """Trains one contestant and returns its row, with the accuracy on each of the splits, "valid" and "test"."""
+    # Ahead of the seed: the first run of a process loads it, and loading draws random numbers.
+    adapted(place)
     torch.manual_seed(job.seed)
     task = TASKS[job.task]()
     own = (with_head if job.reader in HEADS else with_prompt)(job, task, place)
@@ -172,7 +180,7 @@ def run(job: Job, settings: Settings, place: Path, splits: Sequence[str]) -> dic
     if job.tuning != UNTRAINED:
         own.model.train()
         batches = endless(few(task, job.shots, job.seed), own.collate, job.seed)
-        fit(own.groups, batches, lambda batch: own.model(**batch)["loss"], settings.steps)
+        fit(own.groups, batches, lambda batch: own.model(**batch)["loss"], steps_of(settings, job.shots))
     seconds = time.perf_counter() - start
     found = {split: accuracy(own, part(getattr(task, split), settings.tested)) for split in splits}
     count = sum(parameter.numel() for group in own.groups for parameter in group["params"])

@@ -1,12 +1,12 @@
 """Does prompt learning help? Few-shot intents with a classification head, and with prompts read by words or prototypes.
 
     python benchmarks/prompts.py [--shots 4 8 16 32] [--seeds 5] [--tasks SNIPS CLINC150] [--readers ...] [--tunings ...]
-                                 [--steps 30] [--test 200] [--workers 2] [--out benchmarks/results/prompts.json]
+                                 [--steps 30] [--growth 0.5] [--test 200] [--workers 2] [--out benchmarks/results/prompts.json]
                                  [--table benchmarks/prompts.md] [--measured]
 
 First the demo's encoder becomes a masked-language model: a LoRA delta and a new head are trained on the requests of both tasks
 without their labels, and saved in `build/prompts`. Then each reader is trained in each of three ways. Each pair chooses one of
-three learning rates on the validation split of the first task, with 16 examples a class and the first seed; the test split
+three learning rates for each task on its validation split, with 16 examples a class and the first seed; the test split
 chooses nothing. Each run is written as soon as it ends, and a second start goes on where the first one stopped, so a first
 start with `--shots 4 16 --seeds 3` is a part of the whole. With `--table` a plot is written beside the table.
 """
@@ -23,7 +23,20 @@ from adapted_encoder import HEAD, MASKED, METHOD, adapt
 from intent_tasks import TASKS
 from intent_words import SOFT_TEMPLATE, TEMPLATE
 from plots import Line, Panel, lines_plot
-from prompt_runs import BATCH, HEADS, NEW_RATE, READERS, SOFT_TOKENS, TUNINGS, UNLABELLED, UNTRAINED, Job, Settings, run
+from prompt_runs import (
+    BATCH,
+    HEADS,
+    NEW_RATE,
+    READERS,
+    SOFT_TOKENS,
+    TUNINGS,
+    UNLABELLED,
+    UNTRAINED,
+    Job,
+    Settings,
+    run,
+    steps_of,
+)
 from resuming import Row, Rows, Start
 
 HERE = Path(__file__).resolve().parent
@@ -49,16 +62,16 @@ class Results(Rows):
         """Returns the row of the adaptation with as many epochs."""
         return next((row for row in self.rows if row.get("epochs") == self.settings.adaptation), None)
 
-    def chosen(self, reader: str, tuning: str) -> float | None:
-        """Returns the rate that is best on the validation split of the first task; None before all have run."""
+    def chosen(self, task: str, reader: str, tuning: str) -> float | None:
+        """Returns the rate that is best on a task's validation split; None before all have run."""
         runs = self.runs()
-        found = {rate: runs.get(choosing(reader, tuning, rate), {}).get("valid") for rate in RATES[tuning]}
+        found = {rate: runs.get(choosing(task, reader, tuning, rate), {}).get("valid") for rate in RATES[tuning]}
         return None if None in found.values() else max(found, key=lambda rate: found[rate] or 0.0)
 
 
-def choosing(reader: str, tuning: str, rate: float) -> Job:
+def choosing(task: str, reader: str, tuning: str, rate: float) -> Job:
     """Returns the run that shows how good a learning rate is."""
-    return Job(next(iter(TASKS)), reader, tuning, CHOOSING, 0, rate)
+    return Job(task, reader, tuning, CHOOSING, 0, rate)
 
 
 def missing(results: Results, options: argparse.Namespace) -> Iterator[Job]:
@@ -66,21 +79,25 @@ def missing(results: Results, options: argparse.Namespace) -> Iterator[Job]:
     runs = results.runs()
     words = [reader for reader in options.readers if reader in ("words", "KPT")]
     first = [Job(task, reader, UNTRAINED, 0, 0, 0.0) for task in options.tasks for reader in words]
-    rates = {(r, t): results.chosen(r, t) for t in options.tunings for r in options.readers}
-    first += [choosing(*pair, rate) for pair, best in rates.items() if best is None for rate in RATES[pair[1]]]
+    rates = {
+        (task, reader, tuning): results.chosen(task, reader, tuning)
+        for task in options.tasks
+        for tuning in options.tunings
+        for reader in options.readers
+    }
+    first += [choosing(*three, rate) for three, best in rates.items() if best is None for rate in RATES[three[2]]]
     left = [job for job in first if job not in runs]
     yield from left
     if not left:
         for shots in options.shots:
             for seed in range(options.seeds):
-                for task in options.tasks:
-                    jobs = (Job(task, *pair, shots, seed, rate) for pair, rate in rates.items() if rate is not None)
-                    yield from (job for job in jobs if job not in runs)
+                jobs = (Job(*three, shots, seed, rate) for three, rate in rates.items() if rate is not None)
+                yield from (job for job in jobs if job not in runs)
 
 
 def found(results: Results, task: str, reader: str, tuning: str, shots: int) -> list[float]:
     """Returns the accuracies on the test split in percent, one for each seed."""
-    rate = results.chosen(reader, tuning)
+    rate = results.chosen(task, reader, tuning)
     place = (task, reader, tuning, shots)
     return [100 * row["test"] for job, row in results.runs().items() if job[:4] == place and job.rate == rate]
 
@@ -104,10 +121,11 @@ def table(results: Results, task: str, options: argparse.Namespace) -> list[str]
     for tuning in options.tunings:
         for reader in options.readers:
             cells = [cell(found(results, task, reader, tuning, shots), options.seeds) for shots in options.shots]
-            rate = results.chosen(reader, tuning)
+            rate = results.chosen(task, reader, tuning)
             own = [row["parameters"] for job, row in results.runs().items() if job[:3] == (task, reader, tuning)]
             said = f"{rate:g}" if rate is not None else ""
-            lines.append(f"| {tuning} | {reader} | {' | '.join(cells)} | {said} | {own[0] if own else '':,} |")
+            count = f"{own[0]:,}" if own else ""
+            lines.append(f"| {tuning} | {reader} | {' | '.join(cells)} | {said} | {count} |")
     for job, row in results.runs().items():
         if job.tuning == UNTRAINED and job.task == task:
             lines += ["", f"`{job.reader}` without any training: {100 * row['test']:.1f}."]
@@ -134,6 +152,7 @@ def document(results: Results, options: argparse.Namespace, picture: str) -> str
     """Returns the page with the tables."""
     adaptation = results.adaptation()
     assert adaptation is not None
+    steps = "/".join(dict.fromkeys(str(steps_of(results.settings, shots)) for shots in options.shots))
     said = (
         f"The encoder of `deltakit demo` learns the seven intents of SNIPS and the ten topics of CLINC150 from a few examples "
         f"of each class. It was made a masked-language model on {adaptation['requests']:,} training requests without their "
@@ -142,8 +161,8 @@ def document(results: Results, options: argparse.Namespace, picture: str) -> str
         f"`words`: the template `{TEMPLATE}` with one word a class, written by hand. `KPT`: up to ten words a class, of "
         f"which {UNLABELLED} unlabelled requests drop some. `prototypes`: ProtoVerb. `{HEADS[1]}`: a new classifier "
         f"on the adapted encoder, `{HEADS[0]}` on the published one. Tuned are LoRA with its defaults, {SOFT_TOKENS} soft "
-        f"tokens (`{SOFT_TEMPLATE}`; before the request with a head), or all weights; all see {results.settings.steps} "
-        f"batches of {BATCH}. Each pair chooses one of three learning rates on the validation split of SNIPS, with "
+        f"tokens (`{SOFT_TEMPLATE}`; before the request with a head), or all weights; all see {steps} "
+        f"batches of {BATCH}. Each pair chooses one of three learning rates on the task's validation split, with "
         f"{CHOOSING} examples a class; classifiers, prototypes and weights of words have {NEW_RATE:g}. Accuracy is on "
         f"{results.settings.tested} requests of the test split: the mean of {options.seeds} seeds, which also draw the "
         f"examples, with the lowest and the highest."
@@ -164,7 +183,7 @@ def work(results: Results, options: argparse.Namespace) -> list[str]:
         print(f"adapted: loss {row['before']:.2f} to {row['after']:.2f}, {row['seconds']:.0f} s", flush=True)
 
     def start(job: Job) -> Start:
-        choice = job.rate in RATES.get(job.tuning, ()) and job == choosing(job.reader, job.tuning, job.rate)
+        choice = job.rate in RATES.get(job.tuning, ()) and job == choosing(job.task, job.reader, job.tuning, job.rate)
         return run, (job, results.settings, place, ("valid", "test") if choice else ("test",))
 
     def done(job: Job, row: Row) -> None:
@@ -183,14 +202,15 @@ def main() -> int:
     parser.add_argument("--readers", nargs="*", default=list(READERS), choices=READERS)
     parser.add_argument("--tunings", nargs="*", default=list(TUNINGS), choices=TUNINGS)
     parser.add_argument("--adaptation", type=int, default=2, help="passes over the unlabelled requests")
-    parser.add_argument("--steps", type=int, default=30, help="training steps of a run")
+    parser.add_argument("--steps", type=int, default=30, help="training steps with 4 examples a class")
+    parser.add_argument("--growth", type=float, default=0.5, help="steps grow with the examples to this power")
     parser.add_argument("--test", type=int, default=200, help="requests of the test split")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "prompts.json")
     parser.add_argument("--table", type=Path, help="a Markdown file for the tables; the plot is an SVG file beside it")
     parser.add_argument("--measured", action="store_true", help="run nothing: print what has been measured")
     options = parser.parse_args()
-    results = Results(options.out, Settings(options.adaptation, options.steps, options.test))
+    results = Results(options.out, Settings(options.adaptation, options.steps, options.growth, options.test))
     failed = [] if options.measured else work(results, options)
     picture = (options.table or HERE / "prompts.md").with_suffix(".svg")
     text = document(results, options, picture.name)

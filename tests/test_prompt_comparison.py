@@ -22,7 +22,7 @@ def prompts(monkeypatch):
 
 @pytest.fixture
 def results(prompts, tmp_path):
-    return prompts.Results(tmp_path / "prompts.json", prompts.Settings(2, 3, 5))
+    return prompts.Results(tmp_path / "prompts.json", prompts.Settings(2, 3, 0.5, 5))
 
 
 OPTIONS = argparse.Namespace(
@@ -44,17 +44,17 @@ def fill(prompts, results, options, value):
 def test_rates_are_chosen_first_and_a_second_start_does_what_is_missing(prompts, results):
     middle = {rates[1] for rates in prompts.RATES.values()}
     jobs = fill(prompts, results, OPTIONS, lambda job: 0.9 if job.rate in middle else 0.5)
-    rates, rest = jobs[:14], jobs[14:]
+    rates, rest = jobs[:26], jobs[26:]
     assert {job.tuning for job in rates[:2]} == {"none"}
-    assert {(job.task, job.shots, job.seed) for job in rates[2:]} == {("SNIPS", 16, 0)}
+    assert {(job.task, job.shots, job.seed) for job in rates[2:]} == {("SNIPS", 16, 0), ("CLINC150", 16, 0)}
     assert len(rest) == len(set(rest)) == 2 * 2 * 2 * 2 * 2
     assert {job.rate for job in rest} == {prompts.RATES["LoRA"][1], prompts.RATES["full"][1]}
     again = prompts.Results(results.path, results.settings)
     assert not list(prompts.missing(again, OPTIONS))
     more = argparse.Namespace(**{**vars(OPTIONS), "shots": [4, 8, 16], "seeds": 3})
     # The run that has chosen a rate is one of these.
-    assert len(list(prompts.missing(again, more))) == 2 * 2 * (3 * 2 * 3 - 2 * 2 * 2) - 4
-    assert len(list(prompts.missing(prompts.Results(results.path, prompts.Settings(2, 4, 5)), OPTIONS))) == 14
+    assert len(list(prompts.missing(again, more))) == 2 * 2 * (3 * 2 * 3 - 2 * 2 * 2) - 8
+    assert len(list(prompts.missing(prompts.Results(results.path, prompts.Settings(2, 3, 0.0, 5)), OPTIONS))) == 26
 
 
 def test_the_page_and_its_plot_show_what_has_run(prompts, results):
@@ -66,6 +66,7 @@ def test_the_page_and_its_plot_show_what_has_run(prompts, results):
     row = f"| LoRA | words | {low + 0.5:.1f} ({low:.1f} to {low + 1:.1f}, 2 seeds)"
     assert row in text
     assert text.count("| not run |") == 2 * 4
+    assert "all see 3/4/8 batches of 16" in text.replace("\n", " ")
     assert "went from 11.00 to 3.25 in 61 s" in text.replace("\n", " ")
     assert "`words` without any training: 0.0." in text
     drawn = prompts.plot(results, wide)
@@ -75,7 +76,12 @@ def test_the_page_and_its_plot_show_what_has_run(prompts, results):
     assert {"SNIPS, LoRA", "CLINC150, full", "head", "words", "examples a class"} <= named
     # A line for each reader in each of four panels.
     assert len(list(tree.iter("{http://www.w3.org/2000/svg}polyline"))) == 2 * 4
-    prompts.plot(prompts.Results(results.path, prompts.Settings(9, 9, 9)), wide)
+    # A tuning of which nothing has run.
+    more = argparse.Namespace(**{**vars(wide), "tunings": ["soft prompt"]})
+    assert "| soft prompt | head | not run | not run | not run |  |  |" in prompts.document(
+        results, more, "prompts.svg"
+    )
+    assert "nan" not in prompts.plot(results, more)
 
 
 def test_the_label_words_are_tokens_of_the_encoder(prompts):
@@ -116,7 +122,7 @@ def test_adaptation_and_runs(prompts, toy_encoder, tmp_path):
     model = toy_encoder.adapted(place)
     assert toy_encoder.held_out(model) == pytest.approx(found["after"], rel=1e-5)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    settings, tokens = prompts.Settings(20, 2, 10), prompts.SOFT_TOKENS
+    settings, tokens = prompts.Settings(20, 2, 0.5, 10), prompts.SOFT_TOKENS
     counts = {}
     for reader in prompts.READERS:
         for tuning in prompts.TUNINGS:
