@@ -37,7 +37,8 @@ def lines_plot(rows: Sequence[Sequence[Panel]], title: str, x_name: str, y_name:
     xs = sorted({point[0] for point in points}) or [1.0]
     low = 10 * math.floor(min((point[2] for point in points), default=0.0) / 10)
     high = max(low + 10, 10 * math.ceil(max((point[3] for point in points), default=100.0) / 10))
-    width = 2 * _MARGIN + max(len(row) for row in rows) * (_WIDTH + _GAP) - _GAP
+    panels = 2 * _MARGIN + max(len(row) for row in rows) * (_WIDTH + _GAP) - _GAP
+    width = max(panels, 2 * _MARGIN + sum(map(_legend_width, names)))
     height = 2 * _MARGIN + len(rows) * (_HEIGHT + _GAP) + 18
     drawn: list[str] = []
     for number, row in enumerate(rows):
@@ -106,4 +107,8 @@ def _legend(names: Sequence[str], y: int) -> Iterator[str]:
     for number, name in enumerate(names):
         yield _mark(x, y - 4, number)
         yield f'<text x="{x + 9}" y="{y}">{escape(name)}</text>'
-        x += 34 + 7 * len(name)
+        x += _legend_width(name)
+
+
+def _legend_width(name: str) -> int:
+    return 34 + 7 * len(name)
