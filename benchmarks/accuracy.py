@@ -9,22 +9,21 @@ test split chooses nothing. Each run is written as soon as it ends, and a second
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import harness
+import resuming
 import torch
 import transformers as tf
 from intent_tasks import TASKS
+from resuming import Rows, Start
 
 import deltakit as dk
 from deltakit.delta import method_rows
@@ -173,16 +172,12 @@ def step_ratio(name: str, methods: tuple[dk.Method, ...], model: str, rounds: in
     return harness.ratios(times, "lora")[name]
 
 
-class Results:
+class Results(Rows):
     """The rows of all runs and the ratios of steps, in a file that is complete after every run."""
 
     def __init__(self, path: Path, settings: Settings) -> None:
-        self.path, self.settings = path, settings
-        self.rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
-
-    def add(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        harness.write(self.path, "accuracy", self.rows)
+        super().__init__(path, "accuracy")
+        self.settings = settings
 
     def of(self, name: str, methods: tuple[dk.Method, ...]) -> list[dict[str, Any]]:
         """Returns the rows of a contestant as it is now: with these options and settings."""
@@ -287,23 +282,16 @@ What stands out:
 
 def work(results: Results, wanted: dict[str, tuple[dk.Method, ...]], options: argparse.Namespace) -> list[str]:
     """Does all missing runs and returns the failures."""
-    failed: dict[Job, str] = {}
-    pool = ProcessPoolExecutor(options.workers, get_context("spawn"), torch.set_num_threads, (1,))
-    with pool:
-        while jobs := [j for j in missing(results, wanted, options.tasks, options.seeds) if j not in failed]:
-            print(f"{len(jobs)} runs", flush=True)
-            running = {pool.submit(run, job, wanted[job.name], results.settings): job for job in jobs}
-            for future in as_completed(running):
-                job = running[future]
-                try:
-                    row = future.result()
-                except Exception as error:
-                    failed[job] = f"{job.name} on {job.task}: {type(error).__name__}: {error}"
-                    print(failed[job], file=sys.stderr, flush=True)
-                    continue
-                results.add(row)
-                shown = f"valid {row['valid']:.3f}, test {row['test']:.3f}, {row['seconds']:.0f} s"
-                print(f"{job.task:<9} {job.name:<26} rate {job.rate:<7g} seed {job.seed}: {shown}", flush=True)
+
+    def done(job: Job, row: dict[str, Any]) -> None:
+        results.add(row)
+        shown = f"valid {row['valid']:.3f}, test {row['test']:.3f}, {row['seconds']:.0f} s"
+        print(f"{job.task:<9} {job.name:<26} rate {job.rate:<7g} seed {job.seed}: {shown}", flush=True)
+
+    def start(job: Job) -> Start:
+        return run, (job, wanted[job.name], results.settings)
+
+    failed = resuming.work(lambda: missing(results, wanted, options.tasks, options.seeds), start, done, options.workers)
     for name, methods in wanted.items():
         there = any("ratio" in row for row in results.of(name, methods)) or any(j.name == name for j in failed)
         if options.rounds and not there:

@@ -5,6 +5,7 @@ that stand on a backbone while it holds deltas.
 """
 
 from deltakit.injection.backbone_guards import change_begins, watch, watch_rows
+from deltakit.injection.captured_outputs import captured_output
 from deltakit.injection.first_forward import forget_first_forward, watch_first_forward
 from deltakit.injection.forward_recorder import Recorded, recorded_calls
 from deltakit.injection.hooks import put, scopes_of, sort_patches, take, take_patches
@@ -25,6 +26,7 @@ from deltakit.injection.saving_hooks import hook_state_dicts, own_state_dicts
 __all__ = [
     "Recorded",
     "SavingCall",
+    "captured_output",
     "change_begins",
     "forget_first_forward",
     "holder_of",

@@ -14,6 +14,16 @@ from deltakit.prompting.pieces import Field, Piece, Soft, Text
 from deltakit.prompting.prediction import Prediction
 from deltakit.prompting.prompt_model import PromptModel
 from deltakit.prompting.rendering import value_of
+from deltakit.prompting.searching import (
+    GeneratedTemplate,
+    ScoredTemplate,
+    ScoredWords,
+    TriggerSearch,
+    generate_templates,
+    score_templates,
+    search_label_words,
+    search_triggers,
+)
 from deltakit.prompting.slot_calls import call_at
 from deltakit.prompting.soft_tokens import numbered as soft_tokens
 from deltakit.prompting.syntax import parse as parse_template
@@ -31,6 +41,7 @@ __all__ = [
     "Ensemble",
     "Explanation",
     "Field",
+    "GeneratedTemplate",
     "Kind",
     "KnowledgeableVerbalizer",
     "Piece",
@@ -38,16 +49,23 @@ __all__ = [
     "PromptModel",
     "PrototypicalVerbalizer",
     "RuleVerbalizer",
+    "ScoredTemplate",
+    "ScoredWords",
     "SlotOutput",
     "Soft",
     "SoftVerbalizer",
     "Template",
     "Text",
+    "TriggerSearch",
     "Verbalizer",
     "WordVerbalizer",
     "call_at",
     "embedding_of",
+    "generate_templates",
     "parse_template",
+    "score_templates",
+    "search_label_words",
+    "search_triggers",
     "soft_tokens",
     "value_of",
     "word_ids",

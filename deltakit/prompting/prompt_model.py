@@ -1,8 +1,6 @@
 """PromptModel: a backbone, a template and a verbalizer as one classifier."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
@@ -13,15 +11,15 @@ from deltakit.core import attachments_of, checked
 from deltakit.delta import Delta
 from deltakit.errors import CheckpointError, OptionError
 from deltakit.prompting.backbone_facts import embedding_of
+from deltakit.prompting.evaluating import evaluating
 from deltakit.prompting.fitting import check_fit, check_soft
 from deltakit.prompting.prediction import Prediction, likely_words
 from deltakit.prompting.prompt_parts import NAME, PromptParts, read_parts
-from deltakit.prompting.slot_calls import call_at, word_scores
+from deltakit.prompting.slot_calls import output_of
 from deltakit.prompting.template import Example, Filters, Template
 from deltakit.prompting.tied_tensors import name_tied_once
 from deltakit.prompting.verbalizers.knowledgeable import KnowledgeableVerbalizer
 from deltakit.prompting.verbalizers.verbalizer import SlotOutput, Verbalizer
-from deltakit.prompting.verbalizers.words import WordVerbalizer
 
 
 class PromptModel(nn.Module):
@@ -94,16 +92,7 @@ class PromptModel(nn.Module):
             StateError: if the template has soft tokens, and no attached delta has their vectors.
         """
         check_soft(self.backbone, self.template)
-        verbalizer, output = self.verbalizer, call_at(self.backbone, call, slots)
-        if isinstance(verbalizer, WordVerbalizer) and verbalizer.multi == "score":
-            words = [word.ids for word in verbalizer.label_words]
-            scores = word_scores(self.backbone, call, slots, output, words, mask=self.template.mask_id)
-            output = output._replace(word_scores=scores)
-        # The layers of a backbone may be on several devices.
-        own = next(chain(verbalizer.parameters(), verbalizer.buffers()), None)
-        if own is None:
-            return output
-        return output.to(own.device)
+        return output_of(self.backbone, self.verbalizer, call, slots, mask=self.template.mask_id)
 
     @checked
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
@@ -194,7 +183,7 @@ class PromptModel(nn.Module):
             unlabelled = [{name: value for name, value in one.items() if name != "label"} for one in chosen]
             batch = {name: tensor.to(device) for name, tensor in self.template.collate(unlabelled).items()}
             slots = batch.pop("slots")
-            with torch.no_grad(), _evaluating(self):
+            with torch.no_grad(), evaluating(self):
                 output = self.slot_output(batch, slots)
             yield output
 
@@ -236,15 +225,3 @@ class PromptModel(nn.Module):
             )
         parts = read_parts(found.data(), found.tensors(), delta.backbone, tokenizer, filters, where)
         return cls(delta.backbone, parts.template, parts.verbalizer)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switches dropout off inside a `with` block. Each module gets its own mode back."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from deltakit.core import wide
 from deltakit.errors import StateError, TargetError
 from deltakit.injection import narrowed_input
 from deltakit.prompting.backbone_facts import head_of
-from deltakit.prompting.verbalizers.verbalizer import SlotOutput
+from deltakit.prompting.verbalizers.verbalizer import SlotOutput, Verbalizer
+from deltakit.prompting.verbalizers.words import WordVerbalizer
 
 _TEXTS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
 """The arguments of which the first one there has as many positions as the logits."""
@@ -47,6 +49,31 @@ def call_at(backbone: nn.Module, call: Mapping[str, Any], slots: Int[Tensor, "ba
             "attach soft prompts with trim=True, or write soft tokens in the template"
         )
     return SlotOutput(logits, seen.inputs)
+
+
+def output_of(
+    backbone: nn.Module,
+    verbalizer: Verbalizer,
+    call: Mapping[str, Any],
+    slots: Int[Tensor, "batch slots"],
+    *,
+    mask: int | None,
+) -> SlotOutput:
+    """Returns what a verbalizer reads of a backbone's call, on the verbalizer's device.
+
+    Args:
+        mask: as of `word_scores`.
+
+    Raises:
+        TargetError, StateError: as `call_at` does.
+    """
+    output = call_at(backbone, call, slots)
+    if isinstance(verbalizer, WordVerbalizer) and verbalizer.multi == "score":
+        words = [word.ids for word in verbalizer.label_words]
+        output = output._replace(word_scores=word_scores(backbone, call, slots, output, words, mask=mask))
+    # The layers of a backbone may be on several devices.
+    own = next(chain(verbalizer.parameters(), verbalizer.buffers()), None)
+    return output if own is None else output.to(own.device)
 
 
 def word_scores(

@@ -27,6 +27,9 @@ def prompt_model(verbalizer=None):
 
 CLASSES = ["good", "bad"]
 EXAMPLES = [{"text": "a film"}]
+LABELLED = [{"text": "a film", "label": "good"}, {"text": "boring", "label": "bad"}]
+SEARCHED = {"backbone": MODEL, "verbalizer": prompting.WordVerbalizer(TOKENIZER, WORDS), "examples": LABELLED}
+UNIGRAM = tokenizer_of("unigram")
 CALLS = {
     "Template": (prompting.Template, {"text": REVIEW, "tokenizer": TOKENIZER, "backbone": MODEL}),
     "WordVerbalizer": (prompting.WordVerbalizer, {"tokenizer": TOKENIZER, "words": WORDS}),
@@ -55,6 +58,27 @@ CALLS = {
     "PromptModel.from_delta": (prompting.PromptModel.from_delta, {"tokenizer": TOKENIZER}),
     "Ensemble.collate": (prompting.Ensemble([prompt_model()]).collate, {"examples": EXAMPLES}),
     "Ensemble.predict": (prompting.Ensemble([prompt_model()]).predict, {"examples": EXAMPLES}),
+    "score_templates": (prompting.score_templates, {**SEARCHED, "templates": [template()]}),
+    "search_triggers": (
+        prompting.search_triggers,
+        {**SEARCHED, "template": template(text='{"soft"} {"mask"}'), "forwards": 20, "candidates": 2},
+    ),
+    "search_label_words": (
+        prompting.search_label_words,
+        {"backbone": MODEL, "template": template(), "classes": CLASSES, "examples": LABELLED},
+    ),
+    "generate_templates": (
+        prompting.generate_templates,
+        {
+            "filler": model_of("t5"),
+            "tokenizer": UNIGRAM,
+            "layout": '{"placeholder": "text"} {"soft"} {"mask"}',
+            "words": {"good": "good", "bad": "bad"},
+            "examples": LABELLED,
+            "beams": 2,
+            "forwards": 20,
+        },
+    ),
 }
 """Each call with arguments that it takes."""
 
@@ -82,6 +106,17 @@ ACCEPTED = {
     "PromptModel.refine.drop": {"0"},
     "PromptModel.from_delta.filters": NONE,
     "Template.soft_prompt.method": set(),
+    "score_templates.templates": EMPTY,
+    **dict.fromkeys(("search_triggers.seed", "search_label_words.seed"), {"0", "-1"} | COUNT),
+    **dict.fromkeys(
+        (
+            *("search_triggers.batch_size", "search_triggers.candidates", "score_templates.batch_size"),
+            *("search_label_words.candidates", "search_label_words.assignments", "search_label_words.keep"),
+            *("search_label_words.batch_size", "generate_templates.batch_size", "generate_templates.beams"),
+            *("generate_templates.most_tokens", "generate_templates.forwards"),
+        ),
+        COUNT,
+    ),
     **{
         f"{name}.batch_size": COUNT
         for name in ("PromptModel.predict", "PromptModel.calibrate", "PromptModel.refine", "Ensemble.predict")
@@ -117,9 +152,15 @@ def test_bad_values(name, argument, unchecked):
         torch.set_rng_state(state)
 
 
-def test_every_public_class_is_here():
+def test_every_public_name_is_here():
     offered = {name: getattr(prompting, name) for name in prompting.__all__}
-    classes = {name for name, kind in offered.items() if isinstance(kind, type) and "__init__" in vars(kind)}
+    classes = {
+        name
+        for name, kind in offered.items()
+        if inspect.isfunction(kind) or (isinstance(kind, type) and "__init__" in vars(kind))
+    }
     # What is returned to users, and made by none of them.
-    made = {"Encoded", "Explanation", "Prediction", "SlotOutput", "Verbalizer"}
-    assert classes - made <= set(CALLS)
+    made = {"Encoded", "Explanation", "Prediction", "SlotOutput", "TriggerSearch", "Verbalizer"}
+    # What only `deltakit.openprompt` calls.
+    inner = {"call_at", "embedding_of", "parse_template", "soft_tokens", "value_of", "word_ids"}
+    assert classes - made - inner <= set(CALLS)
