@@ -139,4 +139,4 @@ def _unreadable(error: Exception) -> str:
     message = getattr(error, "message", "") if options else error.format_message()  # type: ignore[attr-defined]
     hint = did_you_mean(getattr(error, "option_name", ""), options or ())
     line = " ".join(f"{message.rstrip('.') if hint else message}{hint}".split())
-    return f"{line} See {command} --help"
+    return f"{line}{'' if line.endswith(('.', '?')) else '.'} See {command} --help"

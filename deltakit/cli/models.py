@@ -34,7 +34,7 @@ def readable(model: str) -> Iterator[Any]:
     except _UNBUILDABLE as error:
         if isinstance(error, DeltaError):
             raise
-        why = next(iter(str(error).splitlines()), type(error).__name__)
+        why = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
         raise HubError(
             f"{model}: transformers cannot build a model from it: {why}; pass a folder or Hub id with a config.json whose "
             "model type the installed transformers knows"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from deltakit.demo.data import Example, encode, intents, read
-from deltakit.errors import OptionError
+from deltakit.errors import HubError, OptionError
 
 Texts = Sequence[tuple[str, str]]
 """Texts, each with its label."""
@@ -63,6 +63,9 @@ def task_of(model: str, train: Texts, valid: Texts, classes: Sequence[str]) -> T
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(model)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        # transformers makes an empty one where there are no files of one: all words would be the unknown one.
+        raise HubError(f"{model}: it has no tokenizer; save that of the model beside it with tokenizer.save_pretrained")
     if tokenizer.pad_token is None:
         # As decoders have it that were trained without padding.
         tokenizer.pad_token = tokenizer.eos_token

@@ -95,7 +95,7 @@ def account(backbone: nn.Module, *, optimizer: Optimizers | None = None, inputs:
     account of Sequential
                          values  bytes
       backbone, frozen       66  264 B
-      deltas, trainable      24   96 B  26.7 % of all parameters
+      deltas, trainable      24   96 B  36.4 % of the backbone's 66
       gradients              24   96 B  after a backward pass; none now
       optimizer state        50  200 B  AdamW, after its first step
       activations kept               ?  pass inputs= to measure
@@ -127,9 +127,9 @@ def account(backbone: nn.Module, *, optimizer: Optimizers | None = None, inputs:
             None, size, size, f"of one forward in {'training' if backbone.training else 'evaluation'} mode"
         )
     walk.parts |= {"optimizer_state": state, "activations": activations}
-    every = sum(walk.parts[key].count or 0 for key in ("backbone_frozen", "backbone_trainable", "delta_frozen"))
+    own = sum(walk.parts[key].count or 0 for key in ("backbone_frozen", "backbone_trainable"))
     deltas = walk.parts["delta_trainable"]
-    deltas.note = f"{share(deltas.count or 0, every + (deltas.count or 0))} of all parameters"
+    deltas.note = f"{share(deltas.count or 0, own)} of the backbone's {own:,}"
     return Account(class_name(backbone), {key: walk.parts[key] for key in _TITLES}, walk.tied, walk.quantized)
 
 

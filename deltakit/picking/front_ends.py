@@ -66,6 +66,11 @@ def picked(backbone: nn.Module, *, how: str = "auto", port: int = 0, waits: bool
             f"pick(how={how!r}, port={port}): only the browser has a port; write how='browser', or omit port="
         )
     _check_installed(place)
+    # Without this check it would wait for keys that never come.
+    if how == "terminal" and not _has_terminal():
+        raise OptionError(
+            "pick(how='terminal'): the standard input or error is no terminal; run it in one, or pass how='browser'"
+        )
     if place == "notebook":
         from deltakit.picking.notebook import in_notebook
 

@@ -131,6 +131,12 @@ def test_a_model_that_is_nowhere(capsys):
     assert err.count("\n") == 1
 
 
+def test_a_folder_without_a_config_is_one_sentence(tmp_path, capsys):
+    err = run(capsys, "show", tmp_path, code=1)
+    assert "transformers cannot build a model from it: " in err
+    assert "config.json; pass a folder or Hub id with a config.json" in err
+
+
 @pytest.mark.parametrize(
     "command", [["show"], ["roles"], ["targets"], ["plan", "--lora", "default"], ["methods", "lora"]]
 )

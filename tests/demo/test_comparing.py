@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 
@@ -129,3 +130,12 @@ def test_the_verdict_knows_chance():
     # With enough examples, a point is more than chance.
     assert 2 * math.sqrt((0.94 * 0.06 + 0.95 * 0.05) / 10_000) < 0.01
     assert "1.0 points below full fine-tuning" in verdict([small, full], examples=10_000)
+
+
+def test_a_model_without_a_tokenizer(toy, table, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(toy / name, bare / name)
+    assert main(["compare", str(bare), str(table), "--text", "request", "--label", "intent"]) == 1
+    assert "it has no tokenizer; save that of the model" in capsys.readouterr().err

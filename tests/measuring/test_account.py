@@ -205,3 +205,12 @@ def test_text_and_json():
     assert json.loads(json.dumps(account.to_dict()))["bytes"] == account.bytes
     assert "AdamW, after its first step" in account._repr_mimebundle_()["text/html"]
     assert "?" not in str(account)
+
+
+def test_the_share_of_the_deltas_is_that_of_a_plan():
+    model, _ = attached()
+    # A frozen delta is no part of the backbone.
+    dk.attach(model, dk.LoRA(r=2, at="@attn.o"), name="b").trainable = False
+    plan = str(dk.plan(Transformer(), dk.LoRA(r=3)))
+    part, total = plan.rpartition(", ")[2].split(" of ")
+    assert dk.account(model).parts["delta_trainable"].note == f"{part} of the backbone's {total}"

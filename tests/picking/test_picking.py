@@ -73,6 +73,7 @@ def test_where_it_is_shown_on_request(monkeypatch, shown):
     [
         ({}, "auto", "neither a notebook, nor a terminal, nor a web browser is here; run it where one is"),
         ({"terminal": True, "textual": False}, "auto", "run pip install 'deltakit-tuning[tui]', or pass how='browser'"),
+        ({}, "terminal", "the standard input or error is no terminal; run it in one, or pass how='browser'"),
         ({"textual": False}, "terminal", "textual is not installed; run pip install 'deltakit-tuning[tui]'"),
         ({"anywidget": False}, "notebook", "anywidget is not installed; run pip install 'deltakit-tuning[notebook]'"),
         (
