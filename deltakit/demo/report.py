@@ -35,7 +35,7 @@ class Report:
             for result in by_size(self.results)
         ]
         parts = [
-            f"<strong>{paragraph(self.verdict)}</strong>",
+            paragraph(self.verdict, strong=True),
             paragraph(self.about),
             table(HEADS, rows),
             heading("Accuracy against trained parameters"),

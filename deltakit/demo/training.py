@@ -22,14 +22,14 @@ def train(
     lr: float,
     epochs: int,
     seed: int = 0,
-    step: Callable[[float], None] | None = None,
+    step: Callable[[float, float], None] | None = None,
 ) -> None:
     """Trains the parameters with AdamW, a warm-up over the first tenth of the steps and a linear decay.
 
     Args:
         parameters: the parameters, or groups of them for the optimizer.
         seed: the seed of the order of the examples.
-        step: what to call with the loss of each batch.
+        step: what to call with the loss of each batch, and the share of its examples that are predicted correctly, in [0, 1].
     """
     steps = epochs * -(-len(examples) // BATCH)
     optimizer = torch.optim.AdamW([*parameters], lr=lr, weight_decay=0.01)
@@ -41,7 +41,8 @@ def train(
     model.train()
     for epoch in range(epochs):
         for batch in batches(examples, BATCH, pad, seed=1000 * seed + epoch):
-            loss = model(**batch).loss
+            output = model(**batch)
+            loss = output.loss
             for delta in attached:
                 loss = loss + delta.penalty()
             loss.backward()
@@ -51,7 +52,8 @@ def train(
                 delta.step()
             optimizer.zero_grad()
             if step is not None:
-                step(float(loss))
+                right = output.logits.detach().argmax(-1) == batch["labels"]
+                step(float(loss), float(right.float().mean()))
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from deltakit.demo.task import Task
 from deltakit.demo.training import BATCH, accuracy_of, predict, train
 from deltakit.selection import select
 
-Step = Callable[[float], None]
+Step = Callable[[float, float], None]
 
 
 @dataclass
@@ -52,21 +52,28 @@ def run_all(recipes: Sequence[Recipe], task: Task, *, epochs: int, seeds: int, o
 def _progress(console: Console) -> Iterator[Callable[[str, int], Step]]:
     """Gives a function that starts a live bar, if the console is a terminal, and returns what to call after each step."""
     if not console.is_terminal:
-        yield lambda _title, _steps: lambda _loss: None
+        yield lambda _title, _steps: lambda _loss, _right: None
         return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TimeRemainingColumn(),
-        TextColumn("loss {task.fields[loss]}"),
+        TextColumn("loss {task.fields[loss]}  right {task.fields[right]}"),
     )
     with Progress(*columns, console=console, transient=True) as progress:
 
         def start(title: str, steps: int) -> Step:
             for task in progress.tasks:
                 progress.remove_task(task.id)
-            bar = progress.add_task(title, total=steps, loss="")
-            return lambda loss: progress.update(bar, advance=1, loss=f"{loss:.3f}")
+            bar = progress.add_task(title, total=steps, loss="", right="")
+            # The accuracy of one batch jumps, so it is the mean of the last ones, each counting less than the next.
+            mean = [0.0, 0.0]
+
+            def step(loss: float, right: float) -> None:
+                mean[:] = 0.9 * mean[0] + 0.1 * right, 0.9 * mean[1] + 0.1
+                progress.update(bar, advance=1, loss=f"{loss:.3f}", right=f"{mean[0] / mean[1]:.0%}")
+
+            return step
 
         yield start
 

@@ -29,6 +29,8 @@ def legend(node: Node, rows: Sequence[Row], columns: Collection[str]) -> list[st
         parts += [f"{glyph} {word}" for glyph, word in _STATES.items() if glyph in there]
     if "each" in columns:
         parts.append("each: in one module")
+    if "calls" in columns:
+        parts.append("calls: of each module, FLOP: of all of a row; [shape] +N: N more outputs")
     if any(part.omitted for part in walk(node)):
         parts.append("missing numbers have no parameters (all_modules=True)")
     return parts

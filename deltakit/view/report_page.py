@@ -47,9 +47,9 @@ def preformatted(text: str) -> str:
     return f"<pre>{chr(10).join(map(_text, text.splitlines()))}</pre>"
 
 
-def paragraph(text: str) -> str:
+def paragraph(text: str, *, strong: bool = False) -> str:
     """Returns text as an HTML paragraph."""
-    return f"<p>{_text(text)}</p>"
+    return f"<p><strong>{_text(text)}</strong></p>" if strong else f"<p>{_text(text)}</p>"
 
 
 def heading(text: str) -> str:

@@ -38,7 +38,8 @@ _ASCII = str.maketrans(
         "◐": "~",
         "Δ": "+",
         "×": "x",
-        "…": "~",
+        # Not "~", which stands for modules that are partly trainable.
+        "…": ">",
         "·": "|",
         "→": ">",
     }
