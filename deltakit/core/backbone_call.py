@@ -74,6 +74,9 @@ def current_call() -> CurrentCall:
 
 def note_inserted(layout: Any) -> None:
     """Notes in the current call, if one is known, where a soft prompt was inserted into its texts."""
+    # Dynamo cannot trace context variables. Whoever needs the layout says that it is not known.
+    if torch.compiler.is_compiling():
+        return
     call = _running(_CALL.get())
     if call is not None:
         call.kept[INSERTED] = layout

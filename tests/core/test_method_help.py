@@ -32,5 +32,5 @@ def test_where_the_shared_options_are_written():
 
 
 def test_what_tab_lists():
-    assert set(dir(dk)) == {*dk.__all__, "integrations", "opendelta"}
+    assert set(dir(dk)) == {*dk.__all__, "integrations", "opendelta", "prompting"}
     assert all(hasattr(dk, name) for name in dir(dk))

@@ -7,7 +7,6 @@ import warnings
 import pytest
 
 import deltakit as dk
-from deltakit.view import View
 from support.guides import GUIDES, blocks, table, tables
 from support.paths import ROOT
 
@@ -116,18 +115,6 @@ def test_links_lead_to_files():
     for path in [*GUIDES.glob("*.md"), *ROOT.glob("*.md")]:
         for link in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
             assert "://" in link or (path.parent / link).exists(), f"{path.name}: {link}"
-
-
-def test_the_tree_in_the_readme():
-    import transformers as tf
-
-    config = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
-    model = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=1000, **config))
-    dk.attach(model, dk.LoRA(r=8))
-    view = dk.show(model)
-    assert isinstance(view, View)
-    (shown,) = blocks(ROOT / "README.md", "text")
-    assert shown == f"{view}\n"
 
 
 def test_the_figures_beside_peft_are_those_of_the_benchmarks():

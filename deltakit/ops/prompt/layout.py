@@ -7,6 +7,7 @@ from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from deltakit.core import INSERTED, CurrentCall
+from deltakit.errors import StateError
 
 
 class Layout(NamedTuple):
@@ -75,8 +76,18 @@ class Layout(NamedTuple):
 
 
 def inserted_layout(call: CurrentCall, length: int) -> Layout | None:
-    """Returns the layout of a call's hidden states of `length` tokens, or None if they have no soft prompt among them."""
+    """Returns the layout of a call's hidden states of `length` tokens, or None if they have no soft prompt among them.
+
+    Raises:
+        StateError: if there are more than the text has, and nobody knows why.
+    """
     layout: Layout | None = call.kept.get(INSERTED)
-    if layout is None or call.ids is None or length != call.ids.shape[-1] + layout.width:
+    if call.ids is None or call.ids.ndim != 2 or length <= call.ids.shape[1]:
         return None
+    if layout is None or length != call.ids.shape[1] + layout.width:
+        raise StateError(
+            f"a delta here counts the tokens of the text: expected hidden states of {call.ids.shape[1]} tokens as in "
+            f"input_ids, found {length}; do not compile a model with a soft prompt beside it, and leave layers that get other "
+            "tokens out with exclude="
+        )
     return layout
