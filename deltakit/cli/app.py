@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code.
 
     0: fine. 1: the input is wrong or a check fails. 2: the command line cannot be read. With 1 and 2 the standard error says
-    why, in one line.
+    why, in one line; only without a command there is the help on the standard output.
 
     Args:
         arguments: the command line without the program's name; by default that of this process.

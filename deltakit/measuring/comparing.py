@@ -40,7 +40,10 @@ class Change:
 
 @dataclass(frozen=True, repr=False)
 class Difference(Printed):
-    """The changes from one model to another. `same` and `total` count the tensors of the second that are equal, and all."""
+    """The changes from one model to another.
+
+    `same` and `total` count the tensors of the second that are equal, also if only one of them is trainable, and all.
+    """
 
     before: str
     after: str
@@ -165,7 +168,7 @@ def _changes(a: Mapping[str, Tensor], b: Mapping[str, Tensor], *, trainable: boo
             key = ("values", *(_pattern(name) if change.largest is not None else ()))
             groups.setdefault(key, []).append(name)
             values.setdefault(key, []).append(change)
-        same += change is None and not told
+        same += change is None and all(kind == "trainable" for kind, *_ in told)
     return [_change(key, tuple(names), values.get(key)) for key, names in groups.items()], same
 
 

@@ -25,6 +25,14 @@ def test_equal_models():
     assert not dk.diff(model, model.state_dict()).changes
 
 
+def test_frozen_tensors_are_equal_too():
+    model = nn.Sequential(nn.Linear(5, 7))
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    found = dk.diff(model, frozen)
+    assert [change.kind for change in found.changes] == ["trainable"]
+    assert (found.same, found.total) == (2, 2)
+
+
 def test_values_in_repeated_blocks_share_a_row():
     model = Transformer()
     before = {name: value.clone() for name, value in model.state_dict().items()}
