@@ -22,14 +22,14 @@ _NoFull = Annotated[bool, typer.Option("--no-full", help="Leave out full fine-tu
 def demo(
     *,
     model: _Model = None,
-    examples: Annotated[int, typer.Option(min=1, help="The number of training requests, at most 4,000.")] = 1200,
+    examples: Annotated[int, typer.Option(min=1, help="The number of training requests, at most 4,000.")] = 900,
     epochs: Annotated[int, typer.Option(min=1, help="The number of passes over them.")] = 2,
     out: _Out = Path("demo-deltas"),
     no_full: _NoFull = False,
     json: Json = False,
     html: Html = None,
 ) -> None:
-    """Fine-tune a real encoder with every kind of delta, and compare them (about three minutes)."""
+    """Fine-tune a real encoder with every kind of delta, and compare them (about two minutes)."""
     from deltakit.demo.run import bundled_model, prepare, run
 
     place = model or bundled_model()

@@ -30,7 +30,8 @@ FULL = Recipe("full fine-tuning", (), 2e-4, full=True)
 RECIPES = (
     PROBE,
     Recipe("LoRA", (LoRA(r=8),), 6e-3),
-    Recipe("Adapter", (Adapter(),), 3e-3),
+    # Chosen by benchmarks/accuracy.py. At 3e-3 the accuracy is 86 to 97 %, depending on the seed.
+    Recipe("Adapter", (Adapter(),), 6e-3),
     Recipe("BitFit", (BitFit(),), 2e-2),
     Recipe("Prefix", (Prefix(),), 5e-2),
     FULL,
