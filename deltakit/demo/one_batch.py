@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from deltakit.delta import attach, rows
 from deltakit.demo.data import batches
 from deltakit.demo.recipes import Recipe
 from deltakit.demo.task import Task
+from deltakit.files import DELTA_FILES, read_tensors
 from deltakit.selection import select
 
 COUNT, BESIDE = 12, 3
@@ -49,7 +49,7 @@ def in_one_batch(
     for recipe in own:
         # Without the classifier, of which there can be one alone in a backbone.
         delta = attach(backbone, *recipe.methods, name=recipe.title, train=())
-        saved[recipe.title] = load_file(out / recipe.title.lower() / "delta_model.safetensors")
+        saved[recipe.title] = read_tensors(out / recipe.title.lower() / DELTA_FILES[0])
         delta.load_state_dict({name: saved[recipe.title][name] for name in delta.state_dict()})
     # As `predict` has it: these are the first predictions.
     (batch, *_) = batches(task.valid, 100, task.pad)
