@@ -89,8 +89,9 @@ def missing(results: Results, options: argparse.Namespace) -> Iterator[Job]:
     left = [job for job in first if job not in runs]
     yield from left
     if not left:
-        for shots in options.shots:
-            for seed in range(options.seeds):
+        # Seeds are the outer loop: a table of fewer seeds is whole.
+        for seed in range(options.seeds):
+            for shots in options.shots:
                 jobs = (Job(*three, shots, seed, rate) for three, rate in rates.items() if rate is not None)
                 yield from (job for job in jobs if job not in runs)
 
