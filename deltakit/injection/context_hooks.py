@@ -45,7 +45,7 @@ class ContextOutputHook(OutputHook):
             if output is None:
                 _abandon(target)
             else:
-                output = self._through(target, args, kwargs, output)
+                output = super().__call__(target, args, kwargs, output)
         except BaseException:
             # torch has called this hook already and does not call it again for this exception.
             _abandon(target)

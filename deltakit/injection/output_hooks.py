@@ -55,9 +55,6 @@ class OutputHook:
         if output is _UNKNOWN:
             return None
         self.fired = True
-        return self._through(target, args, kwargs, output)
-
-    def _through(self, target: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> Any:
         # This runs in every call of every target, so it reads each attribute once.
         batch: Any = _UNKNOWN
         for key in self.delta_keys:
@@ -79,8 +76,12 @@ class OutputHook:
                 # The first low-rank delta at a target computes the batched product for all of them.
                 first = own.first.get(target)
                 if first is not None and first is not delta:
-                    continue
+                    if not first.live:
+                        return output
+                    delta = first
                 new = delta.after_call_mixed(target, args, kwargs, output, own)
+                if own.first.get(target) is delta:
+                    return output if new is None else new
             if new is not None:
                 output = new
         return output

@@ -23,8 +23,6 @@ from deltakit.core import is_conv1d
 from deltakit.errors import StateError
 from deltakit.ops.int8_inputs import packed_once, unpacked
 
-# The largest number of tokens for `add_few_tokens`.
-_FEW = 16
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 # torch's hooks for all modules. They run before a module's own hooks, and may keep or replace its output.
 _EVERYWHERE = torch.nn.modules.module._global_forward_hooks
@@ -114,31 +112,6 @@ def _only_plain(x: Tensor, y: Tensor, a: Tensor) -> bool:
     )
 
 
-def add_few_tokens(
-    target: nn.Module, delta: Any, x: Float[Tensor, "*batch d_in"], y: Float[Tensor, "*batch d_out"], scale: float
-) -> Float[Tensor, "*batch d_out"] | None:
-    """Adds the product of the delta's factors to y in place, for a few tokens without gradients (decoding).
-
-    With a few tokens, calls cost more than the arithmetic, so this makes as few calls as possible.
-
-    Returns:
-        y, or None if a condition is not met and the caller must use `add_low_rank`.
-    """
-    # The conditions that fail most often come first. But compiling is checked before the number of tokens, because dynamo
-    # would guard on that number and compile a second graph.
-    if torch.is_grad_enabled() or _is_compiling() or x.numel() > _FEW * x.shape[-1] or _must_be_called(delta):
-        return None
-    a, b = delta.factors()
-    if a.dtype is not x.dtype or _only_plain(x, y, a) or fresh(target, delta)[0] is None:
-        return None
-    if x.numel() == x.shape[-1] and x.dtype.itemsize > 2:
-        # One token: two products with vectors take 5.2 us where the line below takes 6.9 (768 features). In 16 bits they are
-        # slower.
-        y.view(-1).addmv_(b, a.mv(x.view(-1)), alpha=scale)
-        return y
-    return y.add_(F.linear(F.linear(x, a), b), alpha=scale)
-
-
 def convolved(
     y: Float[Tensor, "*out_shape"],
     x: Float[Tensor, "*in_shape"],
@@ -157,11 +130,6 @@ def convolved(
     down = a.repeat(layer_any.groups, *[1] * (kernel + 1))
     h = layer_any._conv_forward(x.to(a.dtype), down, None) * product.scale
     return y + _CONVOLUTIONS[kernel - 1](h, b[(..., *[None] * kernel)], groups=layer_any.groups).to(y.dtype)
-
-
-def _must_be_called(delta: nn.Module) -> bool:
-    """Returns whether a delta module must be called by `__call__`, so that hooks of FSDP2 and accelerate run."""
-    return bool(delta._forward_pre_hooks or delta._forward_hooks or "forward" in delta.__dict__)
 
 
 def watched() -> bool:

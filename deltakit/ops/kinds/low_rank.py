@@ -25,9 +25,10 @@ from deltakit.core import (
     wide,
 )
 from deltakit.errors import OptionError, StateError
+from deltakit.ops.few_tokens import add_few_tokens
 from deltakit.ops.forwards import has_own_forward
 from deltakit.ops.kinds.output_map import OutputMap
-from deltakit.ops.low_rank import Product, add_few_tokens, add_low_rank, convolved, fresh, watched
+from deltakit.ops.low_rank import Product, add_low_rank, convolved, fresh, watched
 from deltakit.ops.low_rank_batched import add_per_example, shared_work
 from deltakit.ops.sizes import sizes
 
@@ -126,6 +127,10 @@ class LowRank(OutputMap):
 
     def after_call(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         x = args[0] if args else hidden_input(args, kwargs)
+        if self.linear:
+            few = add_few_tokens(target, self, x, output)
+            if few is not None:
+                return few
         if type(output) is not Tensor:
             # What is inside a tuple, or of another class, may be held by somebody else: no layer is named, so nothing is
             # changed in place.
@@ -133,13 +138,6 @@ class LowRank(OutputMap):
             return replace_hidden(output, self(hidden_input(args, kwargs), hidden_output(output), layer))
         if not self.linear:
             return self(x, output, target)
-        # Not by the properties `strength` and `drops`: this runs in every call of every target, and they cost 240 ns.
-        if self.feature_slice is None and not (self.dropout and self.training):
-            record = self.record
-            scale = self.scaling if record is None else self.scaling * record.scale
-            few = add_few_tokens(target, self, x, output, scale)
-            if few is not None:
-                return few
         layer, alone = fresh(target, self)
         # FSDP2 and accelerate load the parameters by hooks on this module, which only `__call__` runs.
         return self(x, output, layer, alone)
