@@ -25,10 +25,12 @@ from deltakit.ops import (
     LowRank,
     LowRankMethod,
     Seeded,
+    add_linear_with,
     check_alpha,
     check_seed,
     drawn_sizes,
     largest_sizes,
+    layer_beside,
     like,
     linear_with,
 )
@@ -83,6 +85,10 @@ class RandLoRADelta(LowRank):
         count, rank = x.numel() // self.d_in, min(self.d_in, self.d_out)
         if self.d_in * self.d_out * (count + rank) <= count * rank * (self.d_in + self.d_out):
             # With many tokens the matrix costs less than the two products.
+            scale = self.scaling * self.strength
+            joint = None if self.drops else layer_beside(layer, alone, x, y, parameters[0], scale)
+            if joint is not None:
+                return add_linear_with(joint, x, self._full, parameters)
             change = linear_with(x, self._full, parameters)
         elif self.d_in <= self.d_out:
             change = F.linear(linear_with(x, self._thin, parameters), self._frozen().to(x.dtype))

@@ -63,14 +63,14 @@ def add_low_rank(
     """
     # Factors of another dtype are cast to x's. Casting x to theirs, as PEFT does, would copy and save the larger tensor:
     # 13.4 MB of activations instead of 3.3 in bfloat16 (measured).
-    if _only_plain(x, y, a):
+    if only_plain(x, y, a):
         return plain(y, x, a, b, product)
     graph = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or a.requires_grad or b.requires_grad)
     if not graph:
         h = a.to(x.dtype) @ x.reshape(-1, x.shape[-1]).mT
         h = h if product.tokens is None else _only(product.tokens, h)
         return _added(y if layer is not None else y.clone(), h, b.to(x.dtype), product)
-    weight = _frozen_weight(layer, x, y) if alone else None
+    weight = frozen_weight(layer, x, y) if alone else None
     flipped = weight is not None and layer is not None and is_conv1d(layer)
     given = y if weight is None else y.detach()
     return _LowRank.apply(given, x, a, b, weight, flipped, layer is not None, product)
@@ -93,7 +93,8 @@ def plain(
     return y + update.to(y.dtype)
 
 
-def _only_plain(x: Tensor, y: Tensor, a: Tensor) -> bool:
+def only_plain(x: Tensor, y: Tensor, a: Tensor) -> bool:
+    """Returns whether only the plain formula works for an input, an output and a parameter."""
     # Tensor subclasses (DTensor, quantized ones) and transforms do not support in-place sums in a custom autograd function.
     # A y that is not contiguous cannot be viewed as [tokens, d_out]. A dispatch mode may keep the layer's output, which then
     # must not change: selective checkpointing keeps the results of matrix products.
@@ -138,7 +139,7 @@ def watched() -> bool:
     return not _is_compiling() and _dispatch_modes() > 0
 
 
-def _frozen_weight(layer: nn.Module | None, x: Tensor, y: Tensor) -> Tensor | None:
+def frozen_weight(layer: nn.Module | None, x: Tensor, y: Tensor) -> Tensor | None:
     """Returns the layer's weight if one autograd node can serve both layer and delta, else None."""
     # The node replaces y's history by x, so y must depend on nothing else that requires gradients.
     if layer is None or not (x.requires_grad or not y.requires_grad):
@@ -191,7 +192,9 @@ class _LowRank(torch.autograd.Function):
         h = h if product.tokens is None else _only(product.tokens, h)
         # x is only needed for A's gradient. A delta with a frozen A does not save it.
         kept = (x,) if product.keep == "exact" else packed_once(x)
-        ctx.save_for_backward(h, a, b, weight, *(kept if ctx.needs_input_grad[2] else ()))
+        # As in the layer itself, only the gradient of x needs the weight.
+        held = weight if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(h, a, b, held, *(kept if ctx.needs_input_grad[2] else ()))
         # In place is safe: a linear layer's backward does not need its output, and nobody else has it (`fresh`).
         out = _added(y if in_place else y.clone(), h, b.to(x.dtype), product)
         # An input that is returned as it is becomes a view that nothing may change in place, so `nn.ReLU(inplace=True)` behind

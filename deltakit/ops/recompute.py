@@ -5,13 +5,16 @@ take as much memory as the backbone's weights.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
+
+from deltakit.core import is_conv1d
+from deltakit.ops.low_rank import frozen_weight, only_plain
 
 
 def linear_with(
@@ -25,7 +28,7 @@ def linear_with(
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _transformed():
         return F.linear(x, build().to(x.dtype))
-    return _Recomputed.apply(x, build, *parameters)
+    return _Recomputed.apply(x, build, None, *parameters)
 
 
 def _transformed() -> bool:
@@ -33,31 +36,96 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+class Layer(NamedTuple):
+    """A frozen linear layer, and the factor of the update of its weight.
+
+    `y` is its output, which may be changed and is detached; `flipped` says that its weight is [d_in, d_out].
+    """
+
+    y: Float[Tensor, "*batch d_out"]
+    weight: Float[Tensor, "_ _"]
+    flipped: bool
+    scale: float
+
+
+def layer_beside(
+    layer: nn.Module | None, alone: bool, x: Tensor, y: Tensor, parameter: Tensor, scale: float
+) -> Layer | None:
+    """Returns the layer for `add_linear_with`; None if one autograd node cannot serve the layer and the update.
+
+    Args:
+        layer: the layer that computed y from x, if y may be changed in place (see `low_rank.fresh`).
+        alone: whether y is still exactly its output.
+        parameter: one of the parameters that the update is computed from.
+    """
+    weight = None if not alone or only_plain(x, y, parameter) else frozen_weight(layer, x, y)
+    if weight is None or layer is None:
+        return None
+    return Layer(y.detach(), weight, is_conv1d(layer), scale)
+
+
+def add_linear_with(
+    layer: Layer,
+    x: Float[Tensor, "*batch d_in"],
+    build: Callable[[], Tensor],
+    parameters: tuple[Tensor, ...],
+) -> Float[Tensor, "*batch d_out"]:
+    """Returns the layer's output plus the scaled `F.linear(x, build())`, and changes the output in place.
+
+    One autograd node serves both: its gradient for x is one product with the sum of both matrices, and not two.
+
+    Args:
+        build: see `linear_with`.
+        parameters: see `linear_with`.
+    """
+    if not torch.is_grad_enabled():
+        return _added(layer, x, build().to(x.dtype))
+    out: Tensor = _Recomputed.apply(x, build, layer, *parameters)
+    return out
+
+
+def _added(layer: Layer, x: Tensor, update: Tensor) -> Tensor:
+    # No tensor of the output's size is made.
+    layer.y.view(-1, layer.y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), update.mT, alpha=layer.scale)
+    return layer.y
+
+
 class _Recomputed(torch.autograd.Function):
-    """F.linear with a weight that is built again in the backward pass."""
+    """F.linear with a weight that is built again in the backward pass, alone or added to the output of a frozen layer."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, build: Callable[[], Tensor], *parameters: Tensor) -> Tensor:
-        ctx.build, ctx.count = build, len(parameters)
-        ctx.save_for_backward(x, *parameters)
-        return F.linear(x, build().to(x.dtype))
+    def forward(ctx: Any, x: Tensor, build: Callable[[], Tensor], layer: Layer | None, *parameters: Tensor) -> Tensor:
+        ctx.build, ctx.scale, ctx.flipped = build, 1.0, False
+        weight, update = None, build().to(x.dtype)
+        if layer is not None:
+            ctx.scale, ctx.flipped = layer.scale, layer.flipped
+            # As in the layer itself: only the gradient of x needs it.
+            weight = layer.weight if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(x, weight, *parameters)
+        return F.linear(x, update) if layer is None else _added(layer, x, update)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        x, *parameters = ctx.saved_tensors
-        needs_x, _, *needed = ctx.needs_input_grad
+        x, frozen, *parameters = ctx.saved_tensors
+        needs_x, _, _, *needed = ctx.needs_input_grad
         asked = [parameter for parameter, need in zip(parameters, needed, strict=True) if need]
         again = torch.is_grad_enabled()
         with torch.enable_grad():
-            weight = ctx.build()
-        # Second derivatives go through the matrix, too.
-        gx = g @ (weight if again else weight.detach()).to(g.dtype) if needs_x else None
+            update = ctx.build()
+        gx = None
+        if needs_x:
+            # Second derivatives go through the matrix, too.
+            whole = (update if again else update.detach()).to(g.dtype)
+            if frozen is not None:
+                whole = torch.add(frozen.mT if ctx.flipped else frozen, whole, alpha=ctx.scale)
+            gx = g @ whole
         found: list[Tensor | None] = []
-        if asked and weight.requires_grad:
+        if asked and update.requires_grad:
             # Under autocast the product has another dtype than x.
             rows = g.reshape(-1, g.shape[-1]).mT @ x.reshape(-1, x.shape[-1]).to(g.dtype)
+            rows = rows if ctx.scale == 1 else rows * ctx.scale
             found = list(
-                torch.autograd.grad(weight, asked, rows.to(weight.dtype), create_graph=again, allow_unused=True)
+                torch.autograd.grad(update, asked, rows.to(update.dtype), create_graph=again, allow_unused=True)
             )
         gradients = iter(found or [None] * len(asked))
-        return gx, None, *(next(gradients) if need else None for need in needed)
+        return gx, None, None, *(next(gradients) if need else None for need in needed)

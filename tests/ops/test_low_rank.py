@@ -333,11 +333,11 @@ def test_the_layers_own_gradient_is_taken_too_where_it_is_frozen(bias):
     module = layer("Linear", bias).requires_grad_(False)
     x = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
     y = module(x)
-    assert lowrank._frozen_weight(module, x, y) is module.weight
-    assert lowrank._frozen_weight(None, x, y) is None
-    assert lowrank._frozen_weight(module, x.detach(), y) is None
-    assert lowrank._frozen_weight(module, x.float(), y) is None
+    assert lowrank.frozen_weight(module, x, y) is module.weight
+    assert lowrank.frozen_weight(None, x, y) is None
+    assert lowrank.frozen_weight(module, x.detach(), y) is None
+    assert lowrank.frozen_weight(module, x.float(), y) is None
     for parameter in module.parameters():
         parameter.requires_grad_()
-        assert lowrank._frozen_weight(module, x, y) is None
+        assert lowrank.frozen_weight(module, x, y) is None
         parameter.requires_grad_(False)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import deltakit as dk
 from deltakit.ops.recompute import linear_with
@@ -161,6 +162,39 @@ class TestWeightMaps:
         torch.testing.assert_close(
             torch.autograd.grad(found, given, g), torch.autograd.grad(wanted, given, g), rtol=1e-11, atol=1e-11
         )
+
+    @pytest.mark.parametrize("kind", ["weight_update", "new_weight"])
+    @pytest.mark.parametrize("layer", ["Linear", "Conv1D"])
+    @pytest.mark.parametrize("x_needs", [True, False])
+    def test_one_node_computes_the_gradients_of_layer_and_update(self, kind, layer, x_needs):
+        made = nn.Linear(D_IN, D_OUT) if layer == "Linear" else Conv1D(D_OUT, D_IN)
+        model = nn.Sequential(made).double()
+        delta = randomize(dk.attach(model, EVERY_KIND[kind](at="0")))
+        delta.scale = 0.5
+        (module,) = delta.modules["0"]
+        x = torch.randn(2, 3, D_IN, dtype=torch.float64, requires_grad=x_needs)
+        given = [*delta.parameters(), *([x] if x_needs else [])]
+        found = model(x)
+        assert found.grad_fn.name() == "_RecomputedBackward"
+        assert not [fn for fn, _ in found.grad_fn.next_functions if fn is not None and "Accumulate" not in fn.name()]
+        weight = made.weight.detach() if layer == "Linear" else made.weight.detach().T
+        wanted = F.linear(x, weight + 0.5 * module.weight_update(weight), made.bias.detach())
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+        g = torch.randn_like(wanted)
+        ways = [torch.autograd.grad(y, given, g, create_graph=True) for y in (found, wanted)]
+        torch.testing.assert_close(*ways, rtol=1e-11, atol=1e-11)
+        if x_needs:
+            again = [torch.autograd.grad(sum(part.square().sum() for part in way), given) for way in ways]
+            torch.testing.assert_close(*again, rtol=1e-10, atol=1e-10)
+
+    @pytest.mark.parametrize("kind", ["weight_update", "new_weight"])
+    def test_a_trained_layer_keeps_its_own_node(self, kind):
+        model = nn.Sequential(nn.Linear(D_IN, D_OUT)).double()
+        randomize(dk.attach(model, EVERY_KIND[kind](at="0"), freeze=False))
+        model.requires_grad_(True)
+        x = torch.randn(3, D_IN, dtype=torch.float64)
+        model(x).sum().backward()
+        assert model[0].weight.grad is not None
 
     @pytest.mark.parametrize("kind", ["weight_update", "new_weight"])
     def test_gradcheck(self, kind):

@@ -25,7 +25,8 @@ from deltakit.core import (
     wide,
 )
 from deltakit.ops.kinds.maps import on_own_examples, own_dtype
-from deltakit.ops.recompute import linear_with
+from deltakit.ops.low_rank import fresh
+from deltakit.ops.recompute import Layer, add_linear_with, layer_beside, linear_with
 
 
 class WeightMap(DeltaModule):
@@ -82,6 +83,10 @@ class WeightMap(DeltaModule):
 
     def after_call(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         x, y = hidden_input(args, kwargs), hidden_output(output)
+        joint = self._joint(target, x, y) if y is output else None
+        if joint is not None:
+            y = add_linear_with(joint, x, lambda: self(self._bare(target)), tuple(self.parameters_read()))
+            return y + (self._shift(target, x) * self.strength).to(y.dtype) if self.changes_bias else y
         update = self._change(target, x)
         if self.view.feature_slice is not None:
             update = self.view.feature_slice.spread(update)
@@ -92,14 +97,29 @@ class WeightMap(DeltaModule):
         # The bare weight is computed inside, too: a dequantized, gathered or widened one is as large as the update.
         return linear_with(x, lambda: self(self._bare(target)), tuple(self.parameters_read()))
 
+    def _joint(self, target: nn.Module, x: Tensor, y: Tensor) -> Layer | None:
+        """Returns the target and its output, if one autograd node can serve both; else None."""
+        own = self.parameters_read()
+        if (
+            not self.changes_weight
+            or self.view.feature_slice is not None
+            or type(self).product is not WeightMap.product
+        ):
+            return None
+        return layer_beside(*fresh(target, self), x, y, own[0], self.strength) if own else None
+
     def _change(self, target: nn.Module, x: Tensor) -> Tensor:
         """Returns what is added to the target's output: [*batch, d_out], or [d_out] if only the bias is changed."""
         if not self.changes_bias:
             return self.product(target, x)
+        shift = self._shift(target, x)
+        return self.product(target, x) + shift if self.changes_weight else shift
+
+    def _shift(self, target: nn.Module, x: Tensor) -> Float[Tensor, " d_out"]:
+        """Returns the update of the bias."""
         # As a product with 1, it is recomputed in the backward pass like the weight, and saves nothing of the weight's size.
         parameters = tuple(self.parameters_read())
-        shift = linear_with(x.new_ones(1), lambda: self._bias_update(target, self._bare(target))[:, None], parameters)
-        return self.product(target, x) + shift if self.changes_weight else shift
+        return linear_with(x.new_ones(1), lambda: self._bias_update(target, self._bare(target))[:, None], parameters)
 
     def _bias_update(self, target: nn.Module, weight: Tensor) -> Tensor:
         update: Tensor = self(weight, BareLayer(target, self.view).bias)
