@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from deltakit.core import BareLayer, DeltaModule, Design, Method, Target, linear_sizes, wide
 from deltakit.errors import OptionError, TargetError
-from deltakit.ops import QUERIES_AND_VALUES, OutputMap, block_size_for, like, take_weighted_sum
+from deltakit.ops import QUERIES_AND_VALUES, OutputMap, block_size_for, like, recomputed, take_weighted_sum
 
 
 class C3ADelta(OutputMap):
@@ -33,12 +33,18 @@ class C3ADelta(OutputMap):
         self.kernel = nn.Parameter(torch.zeros(self.size // b, linear[0] // b, b, **like(target)))
 
     def forward(self, x: Shaped[Tensor, "*batch d_in"], y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        # The transforms are twice as large as x. They are computed again in the backward pass.
+        new = recomputed(self._product, x, self.kernel)
+        return y + new.to(y.dtype)
+
+    def _product(
+        self, x: Float[Tensor, "*batch d_in"], kernel: Float[Tensor, "blocks_out blocks_in b"]
+    ) -> Float[Tensor, "*batch d"]:
         # torch has no transforms of 16 bits.
         blocks = torch.fft.rfft(wide(x).unflatten(-1, (-1, self.block_size)))
-        kernels = torch.fft.rfft(wide(self.kernel)).conj()
+        kernels = torch.fft.rfft(wide(kernel)).conj()
         product = torch.einsum("...nf,mnf->...mf", blocks, kernels)
-        new = torch.fft.irfft(product, n=self.block_size).flatten(-2) / x.shape[-1]
-        return y + new.to(y.dtype)
+        return torch.fft.irfft(product, n=self.block_size).flatten(-2) / x.shape[-1]
 
     def linear_update(self, layer: BareLayer) -> tuple[Tensor, None]:
         b, place = self.block_size, torch.arange(self.block_size, device=self.kernel.device)

@@ -34,7 +34,9 @@ class MiSSDelta(LowRank):
 
     def factors(self) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]:
         tiles = self.shared.tiles.to(self.B)
-        return tiles[:, : self.d_in], self.B.repeat(self.d_out // len(self.B), 1)
+        # Repeated once, B would be a copy that is kept for the backward pass.
+        times = self.d_out // len(self.B)
+        return tiles[:, : self.d_in], self.B if times == 1 else self.B.repeat(times, 1)
 
     def take_sum(self, parts: Sequence[tuple[float, DeltaModule]]) -> tuple[float, float]:
         return take_weighted_sum(self, "B", parts)

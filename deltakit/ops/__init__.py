@@ -34,7 +34,7 @@ from deltakit.ops.prompt.positions import PositionsDelta
 from deltakit.ops.prompt.start_vectors import start_vectors
 from deltakit.ops.prompt.started import StartedPrompt
 from deltakit.ops.prompt.text_stack import input_embeddings, stack_at, text_stack
-from deltakit.ops.recompute import add_linear_with, layer_beside, linear_with
+from deltakit.ops.recompute import add_linear_with, layer_beside, linear_with, recomputed
 from deltakit.ops.seeded import Draw, Seeded, SeededPlaces, normal, seeded_places, uniform
 from deltakit.ops.sizes import input_size, kernel_of, largest_sizes, like, matrix_shape, matrix_sizes, sizes, stack_of
 from deltakit.ops.unfilled import unfilled_linear
@@ -124,6 +124,7 @@ __all__ = [
     "normal",
     "nothing_handed_on",
     "on_own_examples",
+    "recomputed",
     "refuse_max_norm",
     "refuse_two_texts",
     "refuse_without_first_block",

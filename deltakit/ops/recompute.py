@@ -1,4 +1,4 @@
-"""Products with a full weight update, which is recomputed in the backward pass.
+"""Products with a full weight update, and other formulas, that are recomputed in the backward pass.
 
 Some methods compute a full matrix [d_out, d_in] for each layer (LoHa, FourierFT). Saved for the backward pass, these would
 take as much memory as the backbone's weights.
@@ -34,6 +34,41 @@ def linear_with(
 def _transformed() -> bool:
     """Whether a transform of torch.func runs, or forward-mode differentiation: they take no gradients by hand."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def recomputed(formula: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Returns `formula(*inputs)`. Only the inputs are saved for the backward pass, where the formula is computed again.
+
+    Args:
+        formula: draws no random numbers and reads no other tensors that require gradients.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _transformed():
+        return formula(*inputs)
+    out: Tensor = _Again.apply(formula, *inputs)
+    return out
+
+
+class _Again(torch.autograd.Function):
+    """A formula that is computed again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, formula: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        ctx.formula = formula
+        ctx.save_for_backward(*inputs)
+        return formula(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        needed = ctx.needs_input_grad[1:]
+        again = torch.is_grad_enabled()
+        inputs = list(ctx.saved_tensors)
+        if not again:
+            inputs = [one.detach().requires_grad_(need) for one, need in zip(inputs, needed, strict=True)]
+        asked = [one for one, need in zip(inputs, needed, strict=True) if need]
+        with torch.enable_grad():
+            out = ctx.formula(*inputs)
+        found = iter(torch.autograd.grad(out, asked, g, create_graph=again))
+        return None, *(next(found) if need else None for need in needed)
 
 
 class Layer(NamedTuple):

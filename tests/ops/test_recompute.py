@@ -7,7 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import deltakit as dk
-from deltakit.ops.recompute import linear_with
+from deltakit.ops.recompute import linear_with, recomputed
 from support.kind_methods import EVERY_KIND, by_hand, registered
 from support.models import randomize
 
@@ -210,3 +210,30 @@ class TestWeightMaps:
         model(torch.randn(3, D_IN, dtype=torch.float64)).sum().backward()
         assert model[0].weight.grad is None
         assert all(p.grad is not None for p in delta.parameters())
+
+
+class TestRecomputed:
+    @staticmethod
+    def formula(x, w):
+        return torch.fft.irfft(torch.fft.rfft(x) * torch.fft.rfft(w).conj(), n=5).tanh()
+
+    @pytest.mark.parametrize("asks", ["x", "w", "both"])
+    def test_gradients_are_those_of_autograd(self, asks):
+        x = torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=asks != "w")
+        w = torch.randn(5, dtype=torch.float64, requires_grad=asks != "x")
+        given = [one for one in (x, w) if one.requires_grad]
+        ways = [y(x, w) for y in (lambda *given: recomputed(self.formula, *given), self.formula)]
+        assert torch.equal(*ways)
+        g = torch.randn_like(x)
+        torch.testing.assert_close(*(torch.autograd.grad(y, given, g) for y in ways), rtol=1e-12, atol=1e-12)
+
+    def test_second_derivatives(self):
+        given = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 5), (5,))]
+        assert torch.autograd.gradgradcheck(lambda *given: recomputed(self.formula, *given), given)
+
+    def test_only_the_inputs_are_kept(self):
+        x, w = torch.randn(3, 5), torch.randn(5, requires_grad=True)
+        _, kept = saved(lambda: recomputed(self.formula, x, w))
+        assert {t.data_ptr() for t in kept} == {x.data_ptr(), w.data_ptr()}
+        _, plain = saved(lambda: self.formula(x, w))
+        assert {t.data_ptr() for t in plain} - {x.data_ptr(), w.data_ptr()}
