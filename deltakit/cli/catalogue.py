@@ -6,6 +6,7 @@ import typer
 
 from deltakit.cli.arguments import Html, Json
 from deltakit.cli.method_lines import method_lines
+from deltakit.cli.method_table import MethodTable, method_table
 from deltakit.cli.printing import present
 
 
@@ -23,8 +24,5 @@ def methods(
     html: Html = None,
 ) -> None:
     """Print the methods: what each changes, where, what it can do, and its paper."""
-    from deltakit.delta import method_rows
-    from deltakit.view import MethodTable
-
-    rows = method_rows(names or ())
+    rows = method_table(names or ())
     present(MethodTable(rows), rows, title="Methods", json=json, html=html, wrap=True)

@@ -26,8 +26,8 @@ _SOURCES = (rf"{_WHO}(?: \([^)]*\))?,? \(?{_ADDRESS}", _WHO, _ADDRESS)
 def method_rows(names: Sequence[str] = ()) -> list[MethodRow]:
     """Returns a row for each of these methods, by default for all that are registered, in alphabetical order.
 
-    >>> method_rows(["lora"])[0].cells()[:6]
-    ('lora', 'B A x', 'output', 'parallel', 'scaled addition', '@attn.{q,v}')
+    >>> method_rows(["lora"])[0].positions
+    ['@attn.{q,v}']
 
     Raises:
         OptionError: if there is no method of a name.

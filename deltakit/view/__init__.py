@@ -2,7 +2,7 @@
 
 from deltakit.view.display import View, show
 from deltakit.view.folding import folded
-from deltakit.view.method_table import MethodRow, MethodTable
+from deltakit.view.method_row import MethodRow
 from deltakit.view.node import Node
 from deltakit.view.printed import Printed, Table
 from deltakit.view.report import Line, described, report, share, states
@@ -15,7 +15,6 @@ from deltakit.view.units import binary_size
 __all__ = [
     "Line",
     "MethodRow",
-    "MethodTable",
     "Node",
     "Printed",
     "Row",

@@ -95,7 +95,7 @@ def test_an_error_that_nobody_expected_is_one_line(monkeypatch, capsys):
     def broken(*_):
         raise ZeroDivisionError("a\nb")
 
-    monkeypatch.setattr("deltakit.delta.method_rows", broken)
+    monkeypatch.setattr("deltakit.cli.catalogue.method_table", broken)
     assert main(["methods"]) == 1
     assert capsys.readouterr().err == (
         "deltakit: ZeroDivisionError: a; deltakit did not expect this: report it with what --debug prints\n"
@@ -140,8 +140,8 @@ def test_the_standard_error_is_quiet(tmp_path):
     assert "0-1 (GPT2Block)" in ran.stdout
 
 
-def test_help_imports_no_torch():
-    lines = ["--help", "--version", *(f"{command} --help" for command in COMMANDS)]
+def test_help_and_the_table_of_methods_import_no_torch():
+    lines = ["--help", "--version", "methods", "methods lora --json", *(f"{command} --help" for command in COMMANDS)]
     code = (
         "import sys; from deltakit.cli import main; "
         f"codes = {{main(line.split()) for line in {lines}}}; print(codes, 'torch' in sys.modules)"

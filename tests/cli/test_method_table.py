@@ -1,7 +1,8 @@
 """`deltakit methods`: a complete row for every registered method, at any width."""
 
 import io
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass, fields
 from typing import ClassVar
 
 import pytest
@@ -11,9 +12,9 @@ from torch import nn
 
 import deltakit as dk
 from deltakit.cli import main
+from deltakit.cli.method_table import HEADS, MethodTable, cells
 from deltakit.core import Design
 from deltakit.delta import method_rows
-from deltakit.view import MethodTable
 
 WORDS = {
     "insertion": {"parallel", "sequential"},
@@ -39,14 +40,14 @@ def strangers():
 def printed(rows, width, *, terminal):
     file = io.StringIO()
     console = Console(file=file, width=width, force_terminal=terminal, color_system=None, highlight=False)
-    console.print(MethodTable(rows), soft_wrap=not terminal)
+    console.print(MethodTable(map(asdict, rows)), soft_wrap=not terminal)
     return file.getvalue().splitlines()
 
 
 @pytest.mark.parametrize("name", sorted(dk.METHODS))
 def test_every_method_has_a_complete_row(rows, name):
     row = rows[name]
-    assert "?" not in row.cells(), dict(zip(("name", *vars(row.design)), row.cells(), strict=False))
+    assert "?" not in cells(asdict(row)), dict(zip(("name", *vars(row.design)), cells(asdict(row)), strict=False))
     for field, words in WORDS.items():
         assert getattr(row.design if field == "insertion" else row, field) in words
     assert row.source.isascii()
@@ -91,12 +92,12 @@ def test_a_stranger_s_method_needs_nothing_for_its_row():
         n: int
 
     (shift,) = method_rows(["shift"])
-    assert shift.cells() == (
+    assert cells(asdict(shift)) == (
         *("shift", "f(x, y)", "output", "sequential", "replacement", "@ff.up"),
         *("no", "no", "yes", "yes", "Nobody 2099, https://example.org/shift"),
     )
     # An option without a default or an example: what it declares is all that is known.
-    assert method_rows(["needs"])[0].cells()[:7] == ("needs", "b[n]", "output", "sequential", "replacement", "?", "?")
+    assert cells(asdict(method_rows(["needs"])[0]))[:7] == ("needs", "b[n]", "output", "sequential", "replacement", "?", "?")
 
 
 def test_a_pipe_gets_one_line_each_and_a_narrow_terminal_short_lines(rows):
@@ -121,7 +122,26 @@ def test_the_command(capsys):
     out = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in out] == ["method", "bitfit", "lora"]
     assert torch.equal(torch.get_rng_state(), numbers)
-    assert main(["methods", "lorra"]) == 1
+    assert main(["methods", "low-rank-adapter", "--json"]) == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["low_rank_adapter"]
+
+
+def test_a_name_that_no_method_has(capsys):
+    assert main(["methods", "lorra"]) == 2
     error = capsys.readouterr().err
-    assert "unknown method 'lorra': expected one of adalora, adapter, adapter_fusion" in error
-    assert error.endswith("; did you mean lora?\n")
+    assert error == (
+        "deltakit: Invalid value: there is no method 'lorra'; did you mean lora? See deltakit methods --help\n"
+    )
+    assert main(["methods", "xyz"]) == 2
+    assert "'xyz'; the methods are adalora, adapter, adapter_fusion" in capsys.readouterr().err
+
+
+def test_a_method_that_is_being_written_is_tried(monkeypatch, tmp_path, rows, capsys):
+    (tmp_path / "methods.json").write_text("[]", encoding="utf-8")
+    monkeypatch.setattr("deltakit.cli.method_table._FILE", tmp_path / "methods.json")
+    assert main(["methods", "lora", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [asdict(rows["lora"])]
+
+
+def test_the_heads_are_those_of_a_design():
+    assert HEADS[1:5] == tuple(field.name for field in fields(Design))

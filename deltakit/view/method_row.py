@@ -1,0 +1,24 @@
+"""What is known of one method, for tables."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deltakit.core import Design
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodRow:
+    """What is known of one method, in words.
+
+    `merged`, `summed`, `mixed` and `identity` are "yes" or "no", and `merged` is "partly" if some targets have an update of a
+    weight and others have not. They are "" where the method could not be tried.
+    """
+
+    name: str
+    design: Design
+    positions: Sequence[str]
+    merged: str
+    summed: str
+    mixed: str
+    identity: str
+    source: str
