@@ -10,13 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import typer
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from deltakit.cli.method_lines import method_lines
-from deltakit.errors import did_you_mean
+from deltakit.cli.method_lines import known_method, method_lines
 
 HEADS = (
     *("method", "form", "changes", "insertion", "composition", "default positions"),
@@ -31,12 +29,7 @@ def method_table(names: Sequence[str]) -> list[dict[str, Any]]:
     Raises:
         BadParameter: if there is no method of a name.
     """
-    known = method_lines()
-    wanted = {name.replace("-", "_") for name in names}
-    for name in sorted(wanted):
-        if name not in known:
-            hint = did_you_mean(name, known) or f"; the methods are {', '.join(known)}"
-            raise typer.BadParameter(f"there is no method {name!r}{hint}")
+    known, wanted = method_lines(), set(map(known_method, names))
     rows = {row["name"]: row for row in json.loads(_FILE.read_text(encoding="utf-8"))}
     if rows.keys() != known.keys():
         # A method was added since the file was written.

@@ -27,7 +27,11 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
         with _only_own_words():
             try:
                 function(**arguments)
-            except (typer.Exit, typer.Abort, typer.BadParameter):
+            except (typer.Exit, typer.Abort):
+                raise
+            except typer.BadParameter:
+                if debug:
+                    traceback.print_exc()
                 raise
             except Exception as error:
                 if isinstance(error, OSError) and error.errno == errno.EPIPE:

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from deltakit.cli.arguments import Html, Json
+from deltakit.cli.arguments import Html, Json, not_empty
+from deltakit.cli.method_lines import known_method
 from deltakit.cli.models import readable
 from deltakit.cli.printing import as_json, console, write_page
 
@@ -51,7 +52,10 @@ def demo(
 
 
 def compare(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id of an encoder or a decoder.")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A folder or a Hub id of an encoder or a decoder.", callback=not_empty),
+    ],
     data: Annotated[
         Path, typer.Argument(metavar="DATA", help="A CSV file, or a TSV file, with a line of column names.")
     ],
@@ -77,8 +81,12 @@ def compare(
     from deltakit.demo.recipes import recipes_of
     from deltakit.demo.task import task_of
 
+    names = [known_method(name.strip()) for name in methods.split(",") if name.strip()]
+    if not names:
+        raise typer.BadParameter("--methods: no method is named; write some, such as --methods lora,adapter.")
+    if text == label:
+        raise typer.BadParameter(f"--text and --label: both are {text!r}; name two columns.")
     rows = read_texts(data, text=text, label=label)
-    names = [name.strip().replace("-", "_") for name in methods.split(",") if name.strip()]
     recipes = recipes_of(names, full=not no_full)
     learn, kept = held_out(rows, test)
     with readable(model):

@@ -73,6 +73,14 @@ def test_every_method_has_an_option(capsys):
         (["show", "x", "--nope"], "No such option: --nope. See deltakit show --help"),
         (["demo", "--examples", "0"], "See deltakit demo --help"),
         (["convert", "a", "b", "--to", "onnx"], "See deltakit convert --help"),
+        (["show", ""], "Invalid value for 'MODEL': it is empty; write '.' for the working directory. See deltakit show"),
+        (["inspect", ""], "Invalid value for 'DELTA': it is empty"),
+        (["merge", "", "b", "c"], "Invalid value for 'MODEL': it is empty"),
+        (["push", "a", "b/c/d"], "REPO: 'b/c/d' is no Hub id, such as user/my-delta. See deltakit push --help"),
+        (["compare", "a", "b", "--methods", "lorra"], "no method 'lorra'; did you mean lora? See deltakit compare --help"),
+        (["compare", "a", "b", "--methods", ","], "--methods: no method is named"),
+        (["compare", "a", "b", "--text", "c", "--label", "c"], "--text and --label: both are 'c'; name two columns."),
+        (["pick", "a", "--how", "terminal", "--port", "3"], "--port: only the browser has a port"),
     ],
 )
 def test_a_command_line_that_cannot_be_read(arguments, what, capsys):
@@ -85,6 +93,8 @@ def test_a_command_line_that_cannot_be_read(arguments, what, capsys):
 
 
 def test_debug_prints_the_traceback_too(capsys):
+    assert main(["methods", "lorra", "--debug"]) == 2
+    assert capsys.readouterr().err.startswith("Traceback")
     assert main(["show", "/nothing", "--debug"]) == 1
     *trace, last = capsys.readouterr().err.splitlines()
     assert trace[0].startswith("Traceback")

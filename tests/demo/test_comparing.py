@@ -84,8 +84,6 @@ def test_other_bad_input(tmp_path, table, capsys):
     for arguments, what in (
         ([str(latin)], "it cannot be read: 'utf-8' codec"),
         ([str(tmp_path / "none.csv")], "it cannot be read: No such file or directory; pass a CSV or TSV file in UTF-8"),
-        ([str(table), *own, "--methods", "lorra"], "; did you mean lora?"),
-        ([str(table), *own, "--methods", ","], "--methods: no method is named"),
         ([str(table), *own], "no-model: "),
     ):
         assert main(["compare", "no-model", *arguments]) == 1
