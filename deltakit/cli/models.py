@@ -27,7 +27,7 @@ def readable(model: str) -> Iterator[Any]:
 
     if not is_repository(model) and not Path(model).exists():
         raise HubError(f"{model}: no such folder, and this is not a Hub id such as 'user/model'; check the path")
-    _check_config(Path(model))
+    _check_config(model)
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -44,10 +44,13 @@ def readable(model: str) -> Iterator[Any]:
         ) from error
 
 
-def _check_config(place: Path) -> None:
-    """Says in plain words what transformers says of a folder without a config in others, or after asking the Hub."""
-    from deltakit.files import formats_in
+def _check_config(model: str) -> None:
+    """Says in plain words, and at once, that a folder or repository is not there or has no config."""
+    from deltakit.files import fetch_config, formats_in
 
+    place = Path(model)
+    if not place.exists():
+        fetch_config(model)
     if place.is_dir() and not (place / "config.json").is_file():
         found = "".join(f"; it is a delta ({kind.name}): deltakit inspect shows it" for kind in formats_in(place)[:1])
         raise HubError(f"{place}: there is no config.json in this folder{found or '; pass the folder of a model'}")

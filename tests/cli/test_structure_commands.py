@@ -143,9 +143,24 @@ def test_a_model_that_is_nowhere(capsys):
     assert run(capsys, "show", "/nothing", code=1) == (
         "deltakit: /nothing: no such folder, and this is not a Hub id such as 'user/model'; check the path\n"
     )
-    err = run(capsys, "show", "nothere", code=1)
-    assert err.startswith("deltakit: nothere: ")
-    assert err.count("\n") == 1
+
+
+def test_a_model_that_is_neither_here_nor_on_the_hub(hub, monkeypatch, capsys):
+    def never(seconds):
+        raise AssertionError(f"it waits {seconds} s to try again")
+
+    monkeypatch.setattr("time.sleep", never)
+    for command in (["show"], ["plan", "--lora", "default"], ["demo", "--model"]):
+        err = run(capsys, *command, "user/nothere", code=1)
+        assert err.startswith("deltakit: user/nothere: no local folder 'user/nothere' exists, and the Hub has no such ")
+        assert err.count("\n") == 1
+    # Nobody answers at a port that the system keeps for other things.
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    for command in (["show"], ["demo", "--model"]):
+        assert run(capsys, *command, "user/nothere", code=1) == (
+            "deltakit: user/nothere: no local folder 'user/nothere' exists, and the Hub cannot be reached and the cache has "
+            "no copy: check the network, or unset HF_HUB_OFFLINE\n"
+        )
 
 
 def test_a_folder_without_a_config_is_one_sentence(tmp_path, capsys):
