@@ -47,7 +47,9 @@ def show(
     from deltakit.view import show as tree
 
     if train and not methods:
-        raise typer.BadParameter("--train: the tree shows what a delta would train; add a method, such as --lora default.")
+        raise typer.BadParameter(
+            "--train: the tree shows what a delta would train; add a method, such as --lora default."
+        )
     backbone = empty(model, kind)
     if methods:
         attach(backbone, *methods, train=train or ())

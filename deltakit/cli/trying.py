@@ -11,6 +11,7 @@ from deltakit.cli.arguments import Html, Json, not_empty
 from deltakit.cli.method_lines import known_method
 from deltakit.cli.models import readable
 from deltakit.cli.printing import as_json, console, write_page
+from deltakit.errors import warn
 
 _Model = Annotated[
     str | None,
@@ -35,8 +36,10 @@ def demo(
 
     place = model or bundled_model()
     with readable(place):
-        task = prepare(place, min(examples, 4000))
+        task = prepare(place, examples)
         task.fresh()
+    if len(task.train) < examples:
+        warn(f"--examples {examples}: there are {len(task.train):,} training requests, all are used")
     report = run(
         task,
         model=shlex.quote(place),

@@ -158,7 +158,9 @@ def fetch_config(repo_id: str) -> None:
     with _explained(repo_id, access, "read", missing_folder=f"no local folder {repo_id!r} exists, and "):
         found = access.copy(repo_id, [_MODEL_CONFIG], None)
     if not (found / _MODEL_CONFIG).is_file():
-        raise HubError(f"{repo_id}: no config.json is in the repository, or in the cache without a network; pass a model's id")
+        raise HubError(
+            f"{repo_id}: no config.json is in the repository, or in the cache without a network; pass a model's id"
+        )
 
 
 def upload(

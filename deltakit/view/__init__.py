@@ -10,7 +10,7 @@ from deltakit.view.report_page import bar, heading, paragraph, preformatted, tab
 from deltakit.view.structure_graph import Visualization
 from deltakit.view.tree import build
 from deltakit.view.tree_rows import Row, rows
-from deltakit.view.units import binary_size
+from deltakit.view.units import binary_size, short
 
 __all__ = [
     "Line",
@@ -32,6 +32,7 @@ __all__ = [
     "report",
     "rows",
     "share",
+    "short",
     "show",
     "states",
     "table",

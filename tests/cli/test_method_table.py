@@ -97,7 +97,15 @@ def test_a_stranger_s_method_needs_nothing_for_its_row():
         *("no", "no", "yes", "yes", "Nobody 2099, https://example.org/shift"),
     )
     # An option without a default or an example: what it declares is all that is known.
-    assert cells(asdict(method_rows(["needs"])[0]))[:7] == ("needs", "b[n]", "output", "sequential", "replacement", "?", "?")
+    assert cells(asdict(method_rows(["needs"])[0]))[:7] == (
+        "needs",
+        "b[n]",
+        "output",
+        "sequential",
+        "replacement",
+        "?",
+        "?",
+    )
 
 
 def test_a_pipe_gets_one_line_each_and_a_narrow_terminal_short_lines(rows):
