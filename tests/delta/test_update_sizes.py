@@ -133,8 +133,13 @@ def test_json_and_bad_options():
 
 def test_ratios_far_above_one_are_multiples():
     for ratio, figure in {
-        **{0.0123: "1.23 %", 9.99: "999 %", 10.0: "x10", 310.4: "x310", 31_000.0: "x31K", 2e20: "x200000000T"},
-        **{math.inf: "inf %", math.nan: "nan %"},
+        0.0123: "1.23 %",
+        9.99: "999 %",
+        10.0: "x10",
+        310.4: "x310",
+        31_000.0: "x31K",
+        math.inf: "inf %",
+        math.nan: "nan %",
     }.items():
         found = UpdateSizes("d", (UpdateSize("a", "lora", ratio, 1.0), UpdateSize("b", "lora", 0.5, 1.0)))
         assert figure in re.split(" {2,}", str(found).splitlines()[2])
