@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: fine. 1: a model, a file, the network or this machine is not as the command needs it, or a check fails. 2: the command
     line is wrong, whatever the files are: an unknown name, a bad value, options that contradict each other. A selector that
     matches nothing is 1, because another model may have it. With 1 and 2 the standard error says why, in one line; only
-    without a command there is the help on the standard output.
+    without a command there is the help on the standard output. 130: Ctrl-C.
 
     Args:
         arguments: the command line without the program's name; by default that of this process.

@@ -69,6 +69,8 @@ class MethodTable:
             yield Text(row["name"], style="bold")
             block = Table.grid(padding=(0, 2))
             block.add_column(min_width=len(max(HEADS, key=len)) + 2, no_wrap=True)
+            # An address that is too long goes on in the next line.
+            block.add_column(overflow="fold")
             for head, cell in zip(HEADS[1:], cells(row)[1:], strict=True):
                 block.add_row(f"  {head}", cell)
             yield block

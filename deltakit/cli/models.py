@@ -29,12 +29,13 @@ def readable(model: str) -> Iterator[Any]:
         raise HubError(f"{model}: no such folder, and this is not a Hub id such as 'user/model'; check the path")
     _check_config(model)
     import transformers
+    from safetensors import SafetensorError
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         yield transformers
-    except _UNBUILDABLE as error:
+    except (*_UNBUILDABLE, SafetensorError) as error:
         if isinstance(error, (DeltaError, typer.BadParameter)):
             raise
         why = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")

@@ -10,7 +10,7 @@ from rich.console import Console
 from deltakit.cli.arguments import Html, Json, not_empty
 from deltakit.cli.method_lines import known_method
 from deltakit.cli.models import readable
-from deltakit.cli.printing import as_json, console, write_page
+from deltakit.cli.printing import as_json, check_place, console, write_page
 from deltakit.errors import warn
 
 _Model = Annotated[
@@ -34,6 +34,8 @@ def demo(
     """Fine-tune a real encoder with every kind of delta, and compare them (about two minutes)."""
     from deltakit.demo.run import bundled_model, prepare, run
 
+    check_place("--html", html)
+    check_place("--out", out, is_folder=True)
     place = model or bundled_model()
     with readable(place):
         task = prepare(place, examples)
@@ -89,6 +91,8 @@ def compare(
         raise typer.BadParameter("--methods: no method is named; write some, such as --methods lora,adapter.")
     if text == label:
         raise typer.BadParameter(f"--text and --label: both are {text!r}; name two columns.")
+    check_place("--html", html)
+    check_place("--out", out, is_folder=True)
     rows = read_texts(data, text=text, label=label)
     recipes = recipes_of(names, full=not no_full)
     learn, kept = held_out(rows, test)

@@ -119,6 +119,8 @@ def test_a_pipe_gets_one_line_each_and_a_narrow_terminal_short_lines(rows):
         )
         # Columns stand below their heads.
         assert {line.index(row.source) for line, row in zip(lines, table, strict=True)} == {head.index("source")}
+    # Addresses are whole, over several lines.
+    assert "…" not in "".join(printed(table, 40, terminal=True))
     narrow = printed(table, 60, terminal=True)
     assert max(map(len, narrow)) <= 60
     assert [line for line in narrow if line and not line.startswith(" ")] == list(rows)

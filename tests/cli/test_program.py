@@ -1,6 +1,7 @@
 """The program around the commands: help, exit codes, errors of one line, completion, and what it imports."""
 
 import inspect
+import os
 import runpy
 import subprocess
 import sys
@@ -116,6 +117,43 @@ def test_an_error_that_nobody_expected_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == (
         "deltakit: ZeroDivisionError: a; deltakit did not expect this: report it with what --debug prints\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (KeyboardInterrupt(), 130, "\ndeltakit: stopped\n"),
+        (OSError(28, "No space left on device"), 1, "deltakit: No space left on device\n"),
+        (PermissionError(13, "Permission denied", "a\nb"), 1, "deltakit: a\\nb: Permission denied\n"),
+    ],
+)
+def test_what_the_user_or_the_machine_stops(error, code, line, monkeypatch, capsys):
+    def stopped(*_):
+        raise error
+
+    monkeypatch.setattr("deltakit.cli.catalogue.method_table", stopped)
+    assert main(["methods"]) == code
+    assert capsys.readouterr() == ("", line)
+
+
+@pytest.mark.parametrize("arguments", [["methods", "--json"], ["--help"], ["show", "--help"]])
+def test_a_reader_that_has_seen_enough(arguments):
+    """As in `deltakit methods | head -1`: the pipe is closed before anything is written."""
+    out, into = os.pipe()
+    os.close(out)
+    ran = subprocess.run(
+        [sys.executable, "-m", "deltakit", *arguments], stdout=into, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(into)
+    assert ran.stderr == ""
+
+
+@pytest.mark.parametrize("width", [20, 40, 200])
+def test_help_fits_into_the_terminal(width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    for line in ("--help", *(f"{command} --help" for command in COMMANDS)):
+        assert main(line.split()) == 0
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= width, line
 
 
 def test_completion(monkeypatch, capsys, tmp_path):
