@@ -23,6 +23,9 @@ def methods(
     json: Json = False,
     html: Html = None,
 ) -> None:
-    """Print the methods: what each changes, where, what it can do, and its paper."""
+    """Print the methods: what each changes, where, what it can do, and its paper.
+
+    With names, the options of these follow, which --set of other commands sets.
+    """
     rows = method_table(names or ())
-    present(MethodTable(rows), rows, title="Methods", json=json, html=html, wrap=True)
+    present(MethodTable(rows, options=bool(names)), rows, title="Methods", json=json, html=html, wrap=True)

@@ -47,15 +47,24 @@ def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(cell or "?" for cell in (row["name"], *view, " ".join(row["positions"]), *abilities, row["source"]))
 
 
+def options_of(row: Mapping[str, Any]) -> str:
+    """Returns the options of a method with their defaults, as Python writes them; VALUE stands for one that must be given."""
+    required = [f"{name}=VALUE" for name in row["required"]]
+    return " ".join([*required, *(f"{name}={value!r}" for name, value in row["options"].items())]) or "none"
+
+
 class MethodTable:
     """Methods with their designs and abilities, to be printed with `rich`.
 
     A file or a pipe gets one line for each method, whatever its length, and so does a terminal that is wide enough. Any other
     terminal gets a block of short lines for each.
+
+    Args:
+        options: whether the options of each follow.
     """
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        self.rows = list(rows)
+    def __init__(self, rows: Iterable[Mapping[str, Any]], *, options: bool = False) -> None:
+        self.rows, self.options = list(rows), options
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         lines = [HEADS, *map(cells, self.rows)]
@@ -64,6 +73,8 @@ class MethodTable:
             for line in lines:
                 text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
                 yield Text(text.rstrip(), no_wrap=True, overflow="ignore")
+            for row in self.rows if self.options else ():
+                yield Text(f"{row['name']} options: {options_of(row)}")
             return
         for row in self.rows:
             yield Text(row["name"], style="bold")
@@ -73,4 +84,6 @@ class MethodTable:
             block.add_column(overflow="fold")
             for head, cell in zip(HEADS[1:], cells(row)[1:], strict=True):
                 block.add_row(f"  {head}", cell)
+            if self.options:
+                block.add_row("  options", options_of(row))
             yield block

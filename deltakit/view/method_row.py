@@ -1,7 +1,8 @@
 """What is known of one method, for tables."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from deltakit.core import Design
 
@@ -22,3 +23,7 @@ class MethodRow:
     mixed: str
     identity: str
     source: str
+    options: Mapping[str, Any]
+    """The options that have a default, with it as plain data. Those that every method has are left out."""
+    required: Sequence[str]
+    """The options without a default."""

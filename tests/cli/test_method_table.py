@@ -66,6 +66,15 @@ def test_abilities_are_those_that_the_methods_have(rows):
     assert rows["low_rank_adapter"].source.startswith("Karimi Mahabadi et al. 2021, https://arxiv.org/abs/2106.04647")
 
 
+@pytest.mark.parametrize("name", sorted(dk.METHODS))
+def test_options_are_those_that_a_method_takes(rows, name):
+    row, kind = rows[name], dk.METHODS[name]
+    assert {*row.options, *row.required, "at", "of", "exclude"} == {field.name for field in fields(kind)}
+    needed = {option: kind.example[option] for option in row.required}
+    assert kind(**{**needed, **row.options}) == kind(**needed)
+    json.dumps(row.options)
+
+
 @pytest.mark.usefixtures("strangers")
 def test_a_stranger_s_method_needs_nothing_for_its_row():
     class ShiftDelta(dk.OutputMap):
@@ -130,7 +139,13 @@ def test_the_command(capsys):
     numbers = torch.get_rng_state()
     assert main(["methods", "lora", "bitfit"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in out] == ["method", "bitfit", "lora"]
+    assert [line.split()[0] for line in out] == ["method", "bitfit", "lora", "bitfit", "lora"]
+    assert out[4].startswith("lora options: r=8 alpha=16 ")
+    assert "start='kaiming'" in out[4]
+    assert main(["methods", "adalora"]) == 0
+    assert capsys.readouterr().out.splitlines()[2].startswith("adalora options: total_steps=VALUE untie=False ")
+    assert main(["methods"]) == 0
+    assert "options:" not in capsys.readouterr().out
     assert torch.equal(torch.get_rng_state(), numbers)
     assert main(["methods", "low-rank-adapter", "--json"]) == 0
     assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["low_rank_adapter"]
