@@ -93,8 +93,10 @@ def compare(
         raise typer.BadParameter(f"--text and --label: both are {text!r}; name two columns.")
     check_place("--html", html)
     check_place("--out", out, is_folder=True)
-    rows = read_texts(data, text=text, label=label)
     recipes = recipes_of(names, full=not no_full)
+    for method in (method for recipe in recipes for method in recipe.methods if method.weighed):
+        raise typer.BadParameter(f"--methods: {method.name} weighs other deltas, so it cannot be compared on its own.")
+    rows = read_texts(data, text=text, label=label)
     learn, kept = held_out(rows, test)
     with readable(model):
         task = task_of(model, learn, kept, labels_of(rows))

@@ -17,7 +17,20 @@ from deltakit.cli.method_lines import method_lines
 from deltakit.files import Written
 from support.tiny_transformers import build
 
-COMMANDS = ("show", "plan", "targets", "roles", "methods", "inspect", "convert", "merge", "push", "demo", "compare")
+COMMANDS = (
+    "show",
+    "plan",
+    "targets",
+    "roles",
+    "pick",
+    "methods",
+    "inspect",
+    "convert",
+    "merge",
+    "push",
+    "demo",
+    "compare",
+)
 
 
 def test_help_lists_the_commands(capsys):
@@ -86,6 +99,10 @@ def test_every_method_has_an_option(capsys):
             "no method 'lorra'; did you mean lora? See deltakit compare --help",
         ),
         (["compare", "a", "b", "--methods", ","], "--methods: no method is named"),
+        (
+            ["compare", "a", "b", "--methods", "lora,average"],
+            "--methods: average weighs other deltas, so it cannot be ",
+        ),
         (["compare", "a", "b", "--text", "c", "--label", "c"], "--text and --label: both are 'c'; name two columns."),
         (["pick", "a", "--how", "terminal", "--port", "3"], "--port: only the browser has a port"),
     ],
