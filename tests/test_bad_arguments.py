@@ -59,7 +59,7 @@ ACCEPTED = {
     # A state dict may be empty.
     **dict.fromkeys(["diff.a", "diff.b"], MODEL | {"empty dict"}),
     **dict.fromkeys(["plan.inputs", "show.inputs", "account.optimizer", "account.inputs", "show.filter"], NOTHING),
-    "Delta.show.top": NOTHING | COUNT,
+    **dict.fromkeys(["Delta.show.top", "Delta.show.width"], NOTHING | COUNT),
     "Visualization.plm": MODEL,
     **dict.fromkeys(["show.depth", "show.width", "View.width", "combine.rank"], NOTHING | COUNT),
     **dict.fromkeys(["show.fold", "show.all_modules", "show.buffers"], SWITCH),

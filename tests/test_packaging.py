@@ -56,7 +56,10 @@ def test_what_the_wheel_holds(wheel):
         metadata = message_from_bytes(archive.read(f"{INFO}/METADATA"))
         scripts = archive.read(f"{INFO}/entry_points.txt").decode()
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "deltakit").rglob("*.py")}
-    data = {f"deltakit/demo/snips/{name}" for name in ("README.md", "train.tsv", "valid.tsv")} | {"deltakit/py.typed"}
+    data = {f"deltakit/demo/snips/{name}" for name in ("README.md", "train.tsv", "valid.tsv")} | {
+        "deltakit/py.typed",
+        "deltakit/cli/methods.json",
+    }
     about = {f"{INFO}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")}
     assert names == sources | data | about
     assert (metadata["Name"], metadata["Version"]) == ("deltakit-tuning", dk.__version__)

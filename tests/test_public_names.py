@@ -1,10 +1,17 @@
-"""Every method has its public name: `DELTAKIT_UPDATE_GOLDEN=1 pytest tests/test_public_names.py` writes those that are missing."""
+"""Every method has its public name, and its row in the table that `deltakit methods` prints.
 
+`DELTAKIT_UPDATE_GOLDEN=1 pytest tests/test_public_names.py` writes both.
+"""
+
+import json
 import os
 import pickle
 import re
+from dataclasses import asdict
 
 import deltakit as dk
+from deltakit.delta import method_rows
+from support.golden import same_as_file
 from support.paths import ROOT
 
 UPDATES = bool(os.environ.get("DELTAKIT_UPDATE_GOLDEN"))
@@ -63,6 +70,11 @@ def test_the_table_has_what_type_checkers_see():
     text = PUBLIC.read_text(encoding="utf-8")
     assert with_public_names(text, ()) == text
     assert {*dk.__all__} == {name for module, name in IMPORT.findall(text)} | {"__version__"}
+
+
+def test_the_printed_table_has_what_methods_declare_and_can_do():
+    rows = [asdict(row) for row in method_rows([kind.name for kind in own_methods()])]
+    same_as_file(ROOT / "deltakit" / "cli" / "methods.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
 
 
 def test_public_names_are_pickled_by_where_they_are():

@@ -77,8 +77,10 @@ _PANELS = {"Models and methods": _LOOKING, "Saved deltas": _SAVED, "Trying it ou
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code.
 
-    0: fine. 1: the input is wrong or a check fails. 2: the command line cannot be read. With 1 and 2 the standard error says
-    why, in one line; only without a command there is the help on the standard output.
+    0: fine. 1: a model, a file, the network or this machine is not as the command needs it, or a check fails. 2: the command
+    line is wrong, whatever the files are: an unknown name, a bad value, options that contradict each other. A selector that
+    matches nothing is 1, because another model may have it. With 1 and 2 the standard error says why, in one line; only
+    without a command there is the help on the standard output. 130: Ctrl-C.
 
     Args:
         arguments: the command line without the program's name; by default that of this process.

@@ -16,15 +16,26 @@ def _paths(incomplete: str) -> Iterator[str]:
             yield f"{incomplete.removesuffix(start)}{entry.name}{'/' if entry.is_dir() else ''}"
 
 
+def not_empty(text: str) -> str:
+    """Refuses an empty text, such as that of a variable of the shell that is not set."""
+    if not text:
+        raise typer.BadParameter("it is empty; write '.' for the working directory.")
+    return text
+
+
 Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
         help="A folder, a Hub id or a config.json. Only the config is read, no weights.",
         autocompletion=_paths,
+        callback=not_empty,
     ),
 ]
-Delta = Annotated[str, typer.Argument(metavar="DELTA", help="A folder, a file or a Hub id.", autocompletion=_paths)]
+Delta = Annotated[
+    str,
+    typer.Argument(metavar="DELTA", help="A folder, a file or a Hub id.", autocompletion=_paths, callback=not_empty),
+]
 Kind = Annotated[
     str | None,
     typer.Option(

@@ -6,6 +6,7 @@ import typer
 
 from deltakit.cli.arguments import Html, Json
 from deltakit.cli.method_lines import method_lines
+from deltakit.cli.method_table import MethodTable, method_table
 from deltakit.cli.printing import present
 
 
@@ -22,9 +23,9 @@ def methods(
     json: Json = False,
     html: Html = None,
 ) -> None:
-    """Print the methods: what each changes, where, what it can do, and its paper."""
-    from deltakit.delta import method_rows
-    from deltakit.view import MethodTable
+    """Print the methods: what each changes, where, what it can do, and its paper.
 
-    rows = method_rows(names or ())
-    present(MethodTable(rows), rows, title="Methods", json=json, html=html, wrap=True)
+    With names, the options of these follow, which --set of other commands sets.
+    """
+    rows = method_table(names or ())
+    present(MethodTable(rows, options=bool(names)), rows, title="Methods", json=json, html=html, wrap=True)

@@ -4,6 +4,10 @@ import ast
 from functools import cache
 from pathlib import Path
 
+import typer
+
+from deltakit.errors import did_you_mean
+
 _FILES = Path(__file__).parents[1] / "methods"
 
 
@@ -18,6 +22,20 @@ def method_lines() -> dict[str, str]:
                 words = " ".join((ast.get_docstring(kind) or "").partition("\n\n")[0].split())
                 found[name] = words.partition(". ")[0].rstrip(".")
     return dict(sorted(found.items()))
+
+
+def known_method(name: str) -> str:
+    """Returns the name of a method as it is registered; a command line may have dashes in it.
+
+    Raises:
+        BadParameter: if there is no such method.
+    """
+    known = method_lines()
+    found = name.replace("-", "_")
+    if found in known:
+        return found
+    hint = did_you_mean(found.lower(), known) or f"; the methods are {', '.join(known)}"
+    raise typer.BadParameter(f"there is no method {name!r}{hint}")
 
 
 def _name(part: ast.ClassDef) -> str | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from deltakit.cli.method_lines import method_lines
+from deltakit.cli.method_lines import known_method, method_lines
 from deltakit.cli.running import with_signature
 from deltakit.errors import OptionError, did_you_mean, warn
 
@@ -67,8 +67,8 @@ def chosen(selectors: Mapping[str, Sequence[str]], settings: Sequence[str]) -> "
         settings: options of these methods, as "lora.r=16".
 
     Raises:
-        OptionError: if "default" stands beside a selector, a setting is malformed or is for no method here, or an option is
-            unknown or out of its range.
+        BadParameter: if "default" stands beside a selector, a setting is malformed, is for no method here or gives an option
+            that has a value, or an option is unknown or out of its range.
     """
     from deltakit.core import METHODS
 
@@ -76,11 +76,15 @@ def chosen(selectors: Mapping[str, Sequence[str]], settings: Sequence[str]) -> "
     for setting in settings:
         name, option, value = _setting(setting)
         if name not in options:
-            raise OptionError(f"--set {setting}: {_no_such_method(name, options)}")
+            here = ", ".join(options) or "none"
+            what = f"add --{name.replace('_', '-')} with a selector or `default`; the methods here are {here}"
+            raise typer.BadParameter(f"--set {setting}: {what}")
         known = [field.name for field in fields(METHODS[name])]
         if option not in known:
-            hint = did_you_mean(option, known)
-            raise OptionError(f"--set {setting}: {name} has no option {option!r}; it has {', '.join(known)}{hint}")
+            what = f"{name} has no option {option!r}; it has {', '.join(known)}{did_you_mean(option, known)}"
+            raise typer.BadParameter(f"--set {setting}: {what}")
+        if option in options[name]:
+            raise typer.BadParameter(f"--set {setting}: {name}.{option} has a value already, {options[name][option]!r}")
         options[name][option] = value
     return tuple(_made(name, given) for name, given in options.items())
 
@@ -89,7 +93,9 @@ def _positions(name: str, at: list[str]) -> dict[str, Any]:
     if _DEFAULT not in at:
         return {"at": at}
     if len(at) > 1:
-        raise OptionError(f"--{name}: 'default' stands for the default positions; leave it or the other selectors out")
+        raise typer.BadParameter(
+            f"--{name}: 'default' stands for the default positions; leave it or the other selectors out"
+        )
     return {}
 
 
@@ -97,18 +103,12 @@ def _setting(setting: str) -> tuple[str, str, Any]:
     key, equals, text = setting.partition("=")
     name, dot, option = key.partition(".")
     if not (equals and dot and option):
-        raise OptionError(f"--set {setting}: expected METHOD.OPTION=VALUE, such as lora.r=16")
+        raise typer.BadParameter(f"--set {setting}: expected METHOD.OPTION=VALUE, such as lora.r=16")
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         value = text
-    return name.replace("-", "_"), option, value
-
-
-def _no_such_method(name: str, given: Mapping[str, object]) -> str:
-    if name not in method_lines():
-        return f"there is no method {name!r}{did_you_mean(name, method_lines())}"
-    return f"add --{name.replace('_', '-')} with a selector or `default`; the methods here are {', '.join(given) or 'none'}"
+    return known_method(name), option, value
 
 
 def _made(name: str, given: Mapping[str, Any]) -> "Method":
@@ -121,4 +121,7 @@ def _made(name: str, given: Mapping[str, Any]) -> "Method":
         values = ", ".join(f"{option}={value!r}" for option, value in added.items())
         first = next(iter(added))
         warn(f"{name}: {values} is an example; pass your own with --set {name}.{first}=VALUE")
-    return kind(**{**added, **given})
+    try:
+        return kind(**{**added, **given})
+    except OptionError as error:
+        raise typer.BadParameter(str(error)) from error

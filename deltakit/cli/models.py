@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from deltakit.errors import DeltaError, HubError, OptionError, warn
 
 _UNBUILDABLE = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
@@ -25,20 +27,34 @@ def readable(model: str) -> Iterator[Any]:
 
     if not is_repository(model) and not Path(model).exists():
         raise HubError(f"{model}: no such folder, and this is not a Hub id such as 'user/model'; check the path")
+    _check_config(model)
     import transformers
+    from safetensors import SafetensorError
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         yield transformers
-    except _UNBUILDABLE as error:
-        if isinstance(error, DeltaError):
+    except (*_UNBUILDABLE, SafetensorError) as error:
+        if isinstance(error, (DeltaError, typer.BadParameter)):
             raise
         why = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
         raise HubError(
             f"{model}: transformers cannot build a model from it: {why}; pass a folder or Hub id with a config.json whose "
             "model type the installed transformers knows"
         ) from error
+
+
+def _check_config(model: str) -> None:
+    """Says in plain words, and at once, that a folder or repository is not there or has no config."""
+    from deltakit.files import fetch_config, formats_in
+
+    place = Path(model)
+    if not place.exists():
+        fetch_config(model)
+    if place.is_dir() and not (place / "config.json").is_file():
+        found = "".join(f"; it is a delta ({kind.name}): deltakit inspect shows it" for kind in formats_in(place)[:1])
+        raise HubError(f"{place}: there is no config.json in this folder{found or '; pass the folder of a model'}")
 
 
 def empty(model: str, kind: str | None = None) -> Any:
@@ -50,7 +66,8 @@ def empty(model: str, kind: str | None = None) -> Any:
 
     Raises:
         HubError: if there is no config, or transformers cannot build a model from it.
-        OptionError: if the class does not exist, or is one of another kind of model.
+        BadParameter: if the class does not exist.
+        OptionError: if it is one of another kind of model.
     """
     import torch
 
@@ -69,7 +86,7 @@ def loaded(model: str, kind: str | None = None) -> tuple[Any, set[str]]:
 
     Raises:
         HubError: if it cannot be read.
-        OptionError: as `empty` does.
+        BadParameter, OptionError: as `empty` does.
     """
     with readable(model) as transformers:
         _, named = _config(model, kind)
@@ -87,8 +104,8 @@ def _config(model: str, kind: str | None) -> tuple[Any, Any]:
     named = class_of(wanted)
     if named is None:
         if kind is not None:
-            raise OptionError(
-                f"--class {kind}: transformers has no model of that name; use one such as BertForSequenceClassification"
+            raise typer.BadParameter(
+                f"--class {kind}: transformers has no model of that name; use one such as BertForSequenceClassification."
             )
         what = (
             f"the class that its config names, {wanted}, is not in transformers"

@@ -50,6 +50,21 @@ def as_json(data: object) -> str:
     return json.dumps(data, indent=2, ensure_ascii=False, default=_plain)
 
 
+def check_place(option: str, place: Path | None, *, is_folder: bool = False) -> None:
+    """Refuses a place for a file or a folder where none can be written, before a command works for minutes.
+
+    Raises:
+        OptionError: if there is no folder around a file, or one is the other.
+    """
+    if place is None:
+        return
+    if is_folder and place.exists() and not place.is_dir():
+        raise OptionError(f"{option} {place}: this is a file; pass a folder, or a path where nothing is")
+    if not is_folder and (place.is_dir() or not place.parent.is_dir()):
+        what = "this is a folder" if place.is_dir() else f"there is no folder {place.parent}"
+        raise OptionError(f"{option} {place}: it cannot be written: {what}; pass a file in a folder that is there")
+
+
 def write_page(file: Path, text: str) -> None:
     """Writes a web page and says so on the standard error.
 

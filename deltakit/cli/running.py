@@ -4,6 +4,7 @@ import errno
 import inspect
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -16,19 +17,30 @@ import typer
 
 from deltakit.errors import DeltaError, DeltaWarning, printable
 
+_STOPPED = 128 + signal.SIGINT
 _Debug = Annotated[bool, typer.Option("--debug", help="Print the whole traceback of an error.")]
 
 
 def guarded(function: Callable[..., None]) -> Callable[..., None]:
-    """Returns the function of a command with the option `--debug`. An error ends it with exit code 1 and one line."""
+    """Returns the function of a command with the option `--debug`. An error ends it with exit code 1 and one line.
+
+    Ctrl-C ends it with a line, too, and with the exit code that shells give to a program that was stopped so.
+    """
 
     @wraps(function)
     def run(*, debug: bool, **arguments: Any) -> None:
         with _only_own_words():
             try:
                 function(**arguments)
-            except (typer.Exit, typer.Abort, typer.BadParameter):
+            except (typer.Exit, typer.Abort):
                 raise
+            except typer.BadParameter:
+                if debug:
+                    traceback.print_exc()
+                raise
+            except KeyboardInterrupt as error:
+                print("\ndeltakit: stopped", file=sys.stderr)
+                raise typer.Exit(_STOPPED) from error
             except Exception as error:
                 if isinstance(error, OSError) and error.errno == errno.EPIPE:
                     raise
@@ -52,6 +64,9 @@ def with_signature(function: Callable[..., None], signature: inspect.Signature) 
 def _line(error: Exception) -> str:
     if isinstance(error, DeltaError):
         return " ".join(str(error).split("\\n"))
+    if isinstance(error, OSError) and error.strerror:
+        # Such as a full disk, or a file that the user may not read.
+        return printable(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
     what = printable(next(iter(str(error).splitlines()), ""))
     return f"{type(error).__name__}: {what}; deltakit did not expect this: report it with what --debug prints"
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deltakit.cli.arguments import Delta, Format, Html, Json, Kind, Revision, Subfolder
+from deltakit.cli.arguments import Delta, Format, Html, Json, Kind, Revision, Subfolder, not_empty
 from deltakit.cli.models import class_of, empty, loaded, readable
 from deltakit.cli.printing import present
 from deltakit.errors import CheckpointError, OptionError
@@ -81,7 +81,9 @@ def convert(
 
 
 def merge(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id. Its weights are loaded.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A folder or a Hub id. Its weights are loaded.", callback=not_empty)
+    ],
     delta: Delta,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write, which must be empty or not there.")],
     *,
@@ -111,7 +113,9 @@ def merge(
 
 
 def push(
-    delta: Annotated[str, typer.Argument(metavar="DELTA", help="The folder or file of a saved delta.")],
+    delta: Annotated[
+        str, typer.Argument(metavar="DELTA", help="The folder or file of a saved delta.", callback=not_empty)
+    ],
     repository: Annotated[str, typer.Argument(metavar="REPO", help="The Hub repository, such as user/my-delta.")],
     *,
     private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
@@ -129,8 +133,10 @@ def push(
     Log in with `hf auth login` before. Of a folder only the files of the delta are uploaded.
     """
     from deltakit.delta import inspect as inspected
-    from deltakit.files import find_folder, upload
+    from deltakit.files import find_folder, is_repository, upload
 
+    if not is_repository(repository):
+        raise typer.BadParameter(f"REPO: {repository!r} is no Hub id, such as user/my-delta.")
     # Nothing that `load` would refuse is uploaded.
     inspected(Path(delta))
     place = find_folder(Path(delta))

@@ -8,7 +8,6 @@ import typer
 from deltakit.cli.arguments import Html, Json, Kind, Model, Train
 from deltakit.cli.models import empty
 from deltakit.cli.printing import as_json, present
-from deltakit.errors import OptionError
 
 if TYPE_CHECKING:
     from deltakit.core import Method
@@ -47,11 +46,13 @@ def show(
     from deltakit.delta import attach
     from deltakit.view import show as tree
 
+    if train and not methods:
+        raise typer.BadParameter(
+            "--train: the tree shows what a delta would train; add a method, such as --lora default."
+        )
     backbone = empty(model, kind)
     if methods:
         attach(backbone, *methods, train=train or ())
-    elif train:
-        raise OptionError("--train: the tree shows what a delta would train; add a method, such as --lora default")
     view = tree(backbone, depth=depth, filter=filter or None)
     present(view, view.to_dict(), title=f"{type(backbone).__name__} of {model}", json=json, html=html)
 
@@ -105,6 +106,8 @@ def pick(model: Model, *, how: _How = "auto", port: _Port = 0, kind: Kind = None
     """
     from deltakit.picking import picked
 
+    if port and how == "terminal":
+        raise typer.BadParameter("--port: only the browser has a port; leave it out, or write --how browser.")
     found = picked(empty(model, kind), how=how, port=port)
     if found is None:
         print("deltakit: nothing was picked", file=sys.stderr)

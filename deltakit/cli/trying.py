@@ -7,9 +7,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from deltakit.cli.arguments import Html, Json
+from deltakit.cli.arguments import Html, Json, not_empty
+from deltakit.cli.method_lines import known_method
 from deltakit.cli.models import readable
-from deltakit.cli.printing import as_json, console, write_page
+from deltakit.cli.printing import as_json, check_place, console, write_page
+from deltakit.errors import warn
 
 _Model = Annotated[
     str | None,
@@ -32,10 +34,14 @@ def demo(
     """Fine-tune a real encoder with every kind of delta, and compare them (about two minutes)."""
     from deltakit.demo.run import bundled_model, prepare, run
 
+    check_place("--html", html)
+    check_place("--out", out, is_folder=True)
     place = model or bundled_model()
     with readable(place):
-        task = prepare(place, min(examples, 4000))
+        task = prepare(place, examples)
         task.fresh()
+    if len(task.train) < examples:
+        warn(f"--examples {examples}: there are {len(task.train):,} training requests, all are used")
     report = run(
         task,
         model=shlex.quote(place),
@@ -51,7 +57,10 @@ def demo(
 
 
 def compare(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id of an encoder or a decoder.")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A folder or a Hub id of an encoder or a decoder.", callback=not_empty),
+    ],
     data: Annotated[
         Path, typer.Argument(metavar="DATA", help="A CSV file, or a TSV file, with a line of column names.")
     ],
@@ -77,9 +86,17 @@ def compare(
     from deltakit.demo.recipes import recipes_of
     from deltakit.demo.task import task_of
 
-    rows = read_texts(data, text=text, label=label)
-    names = [name.strip().replace("-", "_") for name in methods.split(",") if name.strip()]
+    names = [known_method(name.strip()) for name in methods.split(",") if name.strip()]
+    if not names:
+        raise typer.BadParameter("--methods: no method is named; write some, such as --methods lora,adapter.")
+    if text == label:
+        raise typer.BadParameter(f"--text and --label: both are {text!r}; name two columns.")
+    check_place("--html", html)
+    check_place("--out", out, is_folder=True)
     recipes = recipes_of(names, full=not no_full)
+    for method in (method for recipe in recipes for method in recipe.methods if method.weighed):
+        raise typer.BadParameter(f"--methods: {method.name} weighs other deltas, so it cannot be compared on its own.")
+    rows = read_texts(data, text=text, label=label)
     learn, kept = held_out(rows, test)
     with readable(model):
         task = task_of(model, learn, kept, labels_of(rows))

@@ -134,7 +134,7 @@ class DeltaContents:
         held_of(self._attachment)
         return tensors.state_dict(self._attachment)
 
-    def show(self, *, top: int | None = None) -> UpdateSizes:
+    def show(self, *, top: int | None = None, width: int | None = None) -> UpdateSizes:
         """Returns how much the delta has changed each weight, as a table with bars: ||update|| / ||weight|| (Frobenius norms).
 
         The update has the current `scale`, and the weight is the backbone's own. Methods that do not change weights, such as
@@ -142,14 +142,18 @@ class DeltaContents:
 
         Args:
             top: how many targets to list, those with the largest ratios first; by default all, in the order of the model.
+            width: the most cells of a line in text. Where lines are longer, the bars are left out, and then the starts of
+                long names; figures never. By default lines are as long as they need to be.
 
         Raises:
-            OptionError: if `top` is below 1.
+            OptionError: if `top` or `width` is below 1.
         """
         if top is not None and top < 1:
             raise OptionError(f"show(top={top}): expected at least 1; omit it for all targets")
+        if width is not None and width < 1:
+            raise OptionError(f"show(width={width}): expected at least 1; omit it for lines of any length")
         held_of(self._attachment)
-        return update_sizes(self._attachment, top)
+        return update_sizes(self._attachment, top, width)
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         return notebook_bundle(repr(self))

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from deltakit.core import checked, join, label_among
+from deltakit.core import METHODS, checked, join, label_among
 from deltakit.errors import printable
 from deltakit.files import Access, Saved, called, expanded, find_folder, format_of, from_file, read_saved, room_for
 from deltakit.view import Line, report
@@ -72,7 +72,7 @@ class SavedDelta:
             [
                 Line(
                     m.name,
-                    _text(m.options),
+                    _text(m),
                     m.targets,
                     m.num_values,
                     known=bool(m.targets) or self.format == "deltakit",
@@ -199,5 +199,13 @@ def _methods(saved: Saved, targets: Sequence[Sequence[str]], tensors: Mapping[st
     ]
 
 
-def _text(options: Mapping[str, Any]) -> str:
-    return " ".join(f"{key}={value}" for key, value in options.items() if value not in (None, False))
+def _text(method: SavedMethod) -> str:
+    """Returns the options in words: sizes, and what is not as it is by default."""
+    kind = METHODS.get(method.name)
+    usual: Mapping[str, Any] = kind(**kind.example).to_dict() if kind is not None else {}
+    return " ".join(
+        f"{key}={value}"
+        for key, value in method.options.items()
+        if int in (type(value), type(usual.get(key)))
+        or (value != usual.get(key) if key in usual else value not in (None, False))
+    )

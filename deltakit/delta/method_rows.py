@@ -4,6 +4,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 
 from torch import nn
 
@@ -16,6 +17,8 @@ from deltakit.errors import DeltaError, OptionError, TargetError, did_you_mean
 from deltakit.selection import roles
 from deltakit.view import MethodRow
 
+_OF_ALL = ("at", "of", "exclude")
+"""The options of every method."""
 _NAME = r"[A-Z][\w'-]+(?: [A-Z][\w'-]+)*"
 _WHO = rf"({_NAME}(?: et al\.| and {_NAME})? \d{{4}})"
 _ADDRESS = r"(https?://[^\s,;)]*[^\s,;.)])"
@@ -26,8 +29,8 @@ _SOURCES = (rf"{_WHO}(?: \([^)]*\))?,? \(?{_ADDRESS}", _WHO, _ADDRESS)
 def method_rows(names: Sequence[str] = ()) -> list[MethodRow]:
     """Returns a row for each of these methods, by default for all that are registered, in alphabetical order.
 
-    >>> method_rows(["lora"])[0].cells()[:6]
-    ('lora', 'B A x', 'output', 'parallel', 'scaled addition', '@attn.{q,v}')
+    >>> method_rows(["lora"])[0].positions
+    ['@attn.{q,v}']
 
     Raises:
         OptionError: if there is no method of a name.
@@ -45,6 +48,7 @@ def method_rows(names: Sequence[str] = ()) -> list[MethodRow]:
 
 def _row(kind: type[Method]) -> MethodRow:
     identity, source = "yes" if kind.identity else "no", _source(kind)
+    own = {field.name: field.default for field in fields(kind) if field.name not in _OF_ALL}
     try:
         method = kind(**kind.example)
         delta = attach(_sample(method), method)
@@ -67,6 +71,12 @@ def _row(kind: type[Method]) -> MethodRow:
         mixed=mixed,
         identity=identity,
         source=source,
+        options={
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in own.items()
+            if value is not MISSING
+        },
+        required=[name for name, value in own.items() if value is MISSING],
     )
 
 

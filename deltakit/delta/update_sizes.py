@@ -25,7 +25,7 @@ from deltakit.core import (
 from deltakit.delta.full_training import fully_trained_tensors, tensors_at
 from deltakit.errors import StateError, TargetError
 from deltakit.selection import BackboneIndex
-from deltakit.view import Printed, Table
+from deltakit.view import Printed, Table, short
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,18 @@ class UpdateSizes(Printed):
     sizes: tuple[UpdateSize, ...]
     omitted: int = 0
     """The number of targets with smaller updates that are not listed."""
+    width: int | None = None
+    """The most cells of a line in text; None for as many as it needs."""
 
     def _parts(self) -> Iterator[str | Table]:
-        known = [size.ratio for size in self.sizes if size.ratio is not None]
+        known = [size.ratio for size in self.sizes if size.ratio is not None and math.isfinite(size.ratio)]
         largest = max(known, default=0.0)
         yield f"delta {self.name!r}: norm of the update / norm of the weight"
         rows = [(_figure(s), _norm(s.update), _norm(s.weight), s.method, s.path or "^") for s in self.sizes]
-        bars = [None if s.ratio is None else s.ratio / largest if largest else 0.0 for s in self.sizes]
+        # A training that failed leaves values that are not finite.
+        bars = [
+            None if s.ratio is None or not math.isfinite(s.ratio) else s.ratio / (largest or 1.0) for s in self.sizes
+        ]
         heads = ("ratio", "update", "weight", "method", "target")
         yield Table(heads, rows, right=(0, 1, 2), selectors=4, bars=bars)
         if self.omitted:
@@ -75,11 +80,12 @@ class UpdateSizes(Printed):
 
 
 @torch.no_grad()
-def update_sizes(attachment: Attachment, top: int | None) -> UpdateSizes:
+def update_sizes(attachment: Attachment, top: int | None, width: int | None = None) -> UpdateSizes:
     """Returns the sizes of the updates of a delta.
 
     Args:
         top: how many to return, the largest first; None for all of them, in the order of the backbone.
+        width: the most cells of a line in text.
     """
     index = BackboneIndex(attachment.backbone)
     found = [_of_site(attachment, index, site) for site in attachment.sites]
@@ -87,9 +93,9 @@ def update_sizes(attachment: Attachment, top: int | None) -> UpdateSizes:
     if top is None:
         order = {path: place for place, path in enumerate(index.by_path)}
         found.sort(key=lambda size: order.get(_module_of(size.path, order), len(order)))
-        return UpdateSizes(attachment.record.name, tuple(found))
+        return UpdateSizes(attachment.record.name, tuple(found), width=width)
     found.sort(key=lambda size: -1.0 if size.ratio is None else size.ratio, reverse=True)
-    return UpdateSizes(attachment.record.name, tuple(found[:top]), max(0, len(found) - top))
+    return UpdateSizes(attachment.record.name, tuple(found[:top]), max(0, len(found) - top), width)
 
 
 def _of_site(attachment: Attachment, index: BackboneIndex, site: Site) -> UpdateSize:
@@ -179,7 +185,10 @@ def _module_of(path: str, order: Mapping[str, int]) -> str:
 
 
 def _figure(size: UpdateSize) -> str:
-    return "-" if size.ratio is None else f"{100 * size.ratio:.3g} %"
+    """Returns the ratio in percent, and from ten on as in "x310": biases near zero may have such ratios."""
+    if size.ratio is None:
+        return "-"
+    return f"{100 * size.ratio:.3g} %" if not 9.995 <= size.ratio < math.inf else f"x{short(size.ratio)}"
 
 
 def _norm(number: float | None) -> str:

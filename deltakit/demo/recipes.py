@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from deltakit.core import METHODS, Method
 from deltakit.delta import method_rows
-from deltakit.errors import OptionError
 from deltakit.methods.adapter import Adapter
 from deltakit.methods.bitfit import BitFit
 from deltakit.methods.lora import LoRA
@@ -59,6 +58,4 @@ def recipes_of(names: Sequence[str], *, full: bool) -> list[Recipe]:
         high = row.design.changes in ("attention", "embeddings") or row.design.composition == "product"
         rate = _HIGH_RATE if high else _RATE
         found.append(tuned.get(name) or Recipe(kind.__name__, (kind(**kind.example),), rate))
-    if not names:
-        raise OptionError("--methods: no method is named; write some, such as --methods lora,adapter")
     return [*found, *([FULL] if full else [])]

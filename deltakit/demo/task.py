@@ -10,6 +10,7 @@ from torch import nn
 from deltakit.demo.data import Example, encode, intents, read
 from deltakit.errors import HubError, OptionError
 
+_OF_TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "*.model")
 Texts = Sequence[tuple[str, str]]
 """Texts, each with its label."""
 
@@ -62,8 +63,10 @@ def task_of(model: str, train: Texts, valid: Texts, classes: Sequence[str]) -> T
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
+    # From a folder with none of these, transformers has an error that names no file.
+    bare = Path(model).is_dir() and not any(any(Path(model).glob(name)) for name in _OF_TOKENIZERS)
+    tokenizer = None if bare else AutoTokenizer.from_pretrained(model)
+    if tokenizer is None or len(tokenizer) <= len(tokenizer.all_special_ids):
         # transformers makes an empty one where there are no files of one: all words would be the unknown one.
         raise HubError(f"{model}: it has no tokenizer; save that of the model beside it with tokenizer.save_pretrained")
     if tokenizer.pad_token is None:

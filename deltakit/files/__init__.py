@@ -6,7 +6,7 @@ from deltakit.files.checkpoint import DELTA_FILES, WEIGHTS_FILE, plain_tensors, 
 from deltakit.files.config import backbone_identity, delta_config, expanded, methods_of, room_for
 from deltakit.files.fingerprint import differences
 from deltakit.files.formats import WRITERS, Written, deltas_below, format_of, formats_in, read_saved, refuse_others
-from deltakit.files.hub import Access, called, find_folder, upload
+from deltakit.files.hub import Access, called, fetch_config, find_folder, upload
 from deltakit.files.repository import is_repository, loaded_from
 from deltakit.files.saved import Saved
 from deltakit.files.schema import checked as checked_data
@@ -32,6 +32,7 @@ __all__ = [
     "deltas_in",
     "differences",
     "expanded",
+    "fetch_config",
     "find_folder",
     "format_of",
     "formats_in",

@@ -21,6 +21,7 @@ from deltakit.files.repository import is_repository
 
 _FILE = re.compile(r"/resolve/[^/]+/([^?]+)")
 """The name of a file in its address on the Hub."""
+_MODEL_CONFIG = "config.json"
 _LOGIN = "log in with `hf auth login` or pass token="
 
 
@@ -143,6 +144,23 @@ def _none_on_the_hub(name: str, access: Access) -> str:
         folders = ", ".join(sorted({file.rpartition("/")[0] for file in files} - {""})[:10])
         return f"the repository has no {access.subfolder}; " + (f"its folders are {folders}" if folders else "omit it")
     return no_delta(there or [access.subfolder], listed=True)
+
+
+def fetch_config(repo_id: str) -> None:
+    """Downloads the config of a model on the Hub into the cache.
+
+    transformers, which asks for a file in several calls, tries each call again for half a minute without a network.
+
+    Raises:
+        HubError: if the Hub has no such repository, it has no config, or the Hub cannot be reached and the cache has none.
+    """
+    access = Access()
+    with _explained(repo_id, access, "read", missing_folder=f"no local folder {repo_id!r} exists, and "):
+        found = access.copy(repo_id, [_MODEL_CONFIG], None)
+    if not (found / _MODEL_CONFIG).is_file():
+        raise HubError(
+            f"{repo_id}: no config.json is in the repository, or in the cache without a network; pass a model's id"
+        )
 
 
 def upload(

@@ -2,7 +2,7 @@
 
 from deltakit.view.display import View, show
 from deltakit.view.folding import folded
-from deltakit.view.method_table import MethodRow, MethodTable
+from deltakit.view.method_row import MethodRow
 from deltakit.view.node import Node
 from deltakit.view.printed import Printed, Table
 from deltakit.view.report import Line, described, report, share, states
@@ -10,12 +10,11 @@ from deltakit.view.report_page import bar, heading, paragraph, preformatted, tab
 from deltakit.view.structure_graph import Visualization
 from deltakit.view.tree import build
 from deltakit.view.tree_rows import Row, rows
-from deltakit.view.units import binary_size
+from deltakit.view.units import binary_size, short
 
 __all__ = [
     "Line",
     "MethodRow",
-    "MethodTable",
     "Node",
     "Printed",
     "Row",
@@ -33,6 +32,7 @@ __all__ = [
     "report",
     "rows",
     "share",
+    "short",
     "show",
     "states",
     "table",

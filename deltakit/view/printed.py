@@ -37,6 +37,9 @@ class Table(NamedTuple):
 class Printed:
     """A result that is displayed as lines and tables."""
 
+    width: int | None = None
+    """The most cells of a table's line in text; None for as many as it needs."""
+
     @abstractmethod
     def _parts(self) -> Iterable[str | Table]:
         """Returns its lines and tables, in their order."""
@@ -54,7 +57,7 @@ class Printed:
         plain = "utf" not in (getattr(sys.stdout, "encoding", None) or "utf-8").lower()
         lines: list[str] = []
         for part in self._shown():
-            lines += [part] if isinstance(part, str) else _text(part, plain=plain)
+            lines += [part] if isinstance(part, str) else _fitted(part, self.width, plain=plain)
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -85,6 +88,30 @@ def _without_empty(table: Table) -> Table:
         right=[new for new, place in enumerate(kept) if place in table.right],
         selectors=kept.index(table.selectors) if table.selectors in kept else None,
     )
+
+
+def _fitted(table: Table, width: int | None, *, plain: bool) -> list[str]:
+    """The lines of a table. Where they are too long, bars go first, and then the starts of the last column's texts."""
+    lines = _text(table, plain=plain)
+    if width is None or max(map(cell_len, lines)) <= width:
+        return lines
+    lines = _text(table._replace(bars=None), plain=plain)
+    longest = max(cell_len(cell) for row in table.rows for cell in row[-1].split("\n"))
+    # At least one letter is left of each.
+    room = max(4, longest - (max(map(cell_len, lines)) - width))
+    rows = [
+        [*row[:-1], "\n".join(_end_of(cell, room, plain=plain) for cell in row[-1].split("\n"))] for row in table.rows
+    ]
+    return _text(table._replace(rows=rows, bars=None), plain=plain)
+
+
+def _end_of(text: str, room: int, *, plain: bool) -> str:
+    if cell_len(text) <= room:
+        return text
+    mark = "..." if plain else "…"
+    while cell_len(text) > room - len(mark):
+        text = text[1:]
+    return mark + text
 
 
 def _text(table: Table, *, plain: bool) -> list[str]:

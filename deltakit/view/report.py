@@ -80,12 +80,13 @@ def report(
 
 
 def share(part: int, total: int) -> str:
-    """Returns a share in percent with three significant digits.
+    """Returns a share in percent with three significant digits, or with more where it is above 1,000 %.
 
-    >>> share(147_456, 22_860_672)
-    '0.645 %'
+    >>> share(147_456, 22_860_672), share(20_460, 66)
+    ('0.645 %', '31,000 %')
     """
-    return f"{100 * part / total:.3g} %" if total else "0 %"
+    percent = 100 * part / total if total else 0.0
+    return f"{percent:.3g} %" if percent < 999.5 else f"{percent:,.0f} %"
 
 
 def described(

@@ -7,17 +7,17 @@ _BYTES = (" B", " KiB", " MiB", " GiB", " TiB")
 _OPERATIONS = (" FLOP", " kFLOP", " MFLOP", " GFLOP", " TFLOP", " PFLOP")
 
 
-def _in_units(number: int, units: Sequence[str], step: int) -> str:
+def _in_units(number: float, units: Sequence[str], step: int) -> str:
     """Returns a number in the largest unit of which it is at least one. Each unit is `step` times the one before it."""
     for power in range(len(units) - 1, 0, -1):
         value = number / step**power
         # Three digits round to one unit from here on, and four digits need no exponent.
         if value >= 0.9995:
             return f"{value:.3g}{units[power]}" if value < 999.5 else f"{value:.0f}{units[power]}"
-    return f"{number}{units[0]}"
+    return f"{number:.3g}{units[0]}" if number < 999.5 else f"{number:.0f}{units[0]}"
 
 
-def short(number: int) -> str:
+def short(number: float) -> str:
     """Returns a count as text of at most six characters; "" for none.
 
     >>> short(512), short(16_384), short(4_200_000), short(70_553_706_496)

@@ -60,4 +60,4 @@ def test_what_cannot_be_picked(llama, user, capsys, monkeypatch):
     assert "no such folder" in capsys.readouterr().err
     assert main(["pick", llama, "--how", "notebook"]) == 2
     assert main(["pick", llama, "--port", "70000"]) == 2
-    assert main(["pick", llama, "--how", "terminal", "--port", "3"]) == 1
+    assert main(["pick", llama, "--how", "terminal", "--port", "3"]) == 2

@@ -1,6 +1,7 @@
 """The program around the commands: help, exit codes, errors of one line, completion, and what it imports."""
 
 import inspect
+import os
 import runpy
 import subprocess
 import sys
@@ -16,7 +17,20 @@ from deltakit.cli.method_lines import method_lines
 from deltakit.files import Written
 from support.tiny_transformers import build
 
-COMMANDS = ("show", "plan", "targets", "roles", "methods", "inspect", "convert", "merge", "push", "demo", "compare")
+COMMANDS = (
+    "show",
+    "plan",
+    "targets",
+    "roles",
+    "pick",
+    "methods",
+    "inspect",
+    "convert",
+    "merge",
+    "push",
+    "demo",
+    "compare",
+)
 
 
 def test_help_lists_the_commands(capsys):
@@ -73,6 +87,24 @@ def test_every_method_has_an_option(capsys):
         (["show", "x", "--nope"], "No such option: --nope. See deltakit show --help"),
         (["demo", "--examples", "0"], "See deltakit demo --help"),
         (["convert", "a", "b", "--to", "onnx"], "See deltakit convert --help"),
+        (
+            ["show", ""],
+            "Invalid value for 'MODEL': it is empty; write '.' for the working directory. See deltakit show",
+        ),
+        (["inspect", ""], "Invalid value for 'DELTA': it is empty"),
+        (["merge", "", "b", "c"], "Invalid value for 'MODEL': it is empty"),
+        (["push", "a", "b/c/d"], "REPO: 'b/c/d' is no Hub id, such as user/my-delta. See deltakit push --help"),
+        (
+            ["compare", "a", "b", "--methods", "lorra"],
+            "no method 'lorra'; did you mean lora? See deltakit compare --help",
+        ),
+        (["compare", "a", "b", "--methods", ","], "--methods: no method is named"),
+        (
+            ["compare", "a", "b", "--methods", "lora,average"],
+            "--methods: average weighs other deltas, so it cannot be ",
+        ),
+        (["compare", "a", "b", "--text", "c", "--label", "c"], "--text and --label: both are 'c'; name two columns."),
+        (["pick", "a", "--how", "terminal", "--port", "3"], "--port: only the browser has a port"),
     ],
 )
 def test_a_command_line_that_cannot_be_read(arguments, what, capsys):
@@ -85,6 +117,8 @@ def test_a_command_line_that_cannot_be_read(arguments, what, capsys):
 
 
 def test_debug_prints_the_traceback_too(capsys):
+    assert main(["methods", "lorra", "--debug"]) == 2
+    assert capsys.readouterr().err.startswith("Traceback")
     assert main(["show", "/nothing", "--debug"]) == 1
     *trace, last = capsys.readouterr().err.splitlines()
     assert trace[0].startswith("Traceback")
@@ -95,11 +129,48 @@ def test_an_error_that_nobody_expected_is_one_line(monkeypatch, capsys):
     def broken(*_):
         raise ZeroDivisionError("a\nb")
 
-    monkeypatch.setattr("deltakit.delta.method_rows", broken)
+    monkeypatch.setattr("deltakit.cli.catalogue.method_table", broken)
     assert main(["methods"]) == 1
     assert capsys.readouterr().err == (
         "deltakit: ZeroDivisionError: a; deltakit did not expect this: report it with what --debug prints\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (KeyboardInterrupt(), 130, "\ndeltakit: stopped\n"),
+        (OSError(28, "No space left on device"), 1, "deltakit: No space left on device\n"),
+        (PermissionError(13, "Permission denied", "a\nb"), 1, "deltakit: a\\nb: Permission denied\n"),
+    ],
+)
+def test_what_the_user_or_the_machine_stops(error, code, line, monkeypatch, capsys):
+    def stopped(*_):
+        raise error
+
+    monkeypatch.setattr("deltakit.cli.catalogue.method_table", stopped)
+    assert main(["methods"]) == code
+    assert capsys.readouterr() == ("", line)
+
+
+@pytest.mark.parametrize("arguments", [["methods", "--json"], ["--help"], ["show", "--help"]])
+def test_a_reader_that_has_seen_enough(arguments):
+    """As in `deltakit methods | head -1`: the pipe is closed before anything is written."""
+    out, into = os.pipe()
+    os.close(out)
+    ran = subprocess.run(
+        [sys.executable, "-m", "deltakit", *arguments], stdout=into, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(into)
+    assert ran.stderr == ""
+
+
+@pytest.mark.parametrize("width", [20, 40, 200])
+def test_help_fits_into_the_terminal(width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    for line in ("--help", *(f"{command} --help" for command in COMMANDS)):
+        assert main(line.split()) == 0
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= width, line
 
 
 def test_completion(monkeypatch, capsys, tmp_path):
@@ -140,8 +211,8 @@ def test_the_standard_error_is_quiet(tmp_path):
     assert "0-1 (GPT2Block)" in ran.stdout
 
 
-def test_help_imports_no_torch():
-    lines = ["--help", "--version", *(f"{command} --help" for command in COMMANDS)]
+def test_help_and_the_table_of_methods_import_no_torch():
+    lines = ["--help", "--version", "methods", "methods lora --json", *(f"{command} --help" for command in COMMANDS)]
     code = (
         "import sys; from deltakit.cli import main; "
         f"codes = {{main(line.split()) for line in {lines}}}; print(codes, 'torch' in sys.modules)"

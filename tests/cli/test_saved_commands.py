@@ -61,6 +61,12 @@ def test_what_cannot_be_merged(classifier, tmp_path, capsys):
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+    for content in (b"garbage", (classifier / "model.safetensors").read_bytes()[:5000]):
+        (classifier / "model.safetensors").write_bytes(content)
+        assert main(["merge", str(classifier), str(tmp_path / "lora"), str(tmp_path / "out")]) == 1
+        err = capsys.readouterr().err
+        assert err.startswith(f"deltakit: {classifier}: transformers cannot build a model from it: ")
+        assert err.count("\n") == 1
 
 
 def test_push_uploads_the_files_of_the_delta_alone(hub, tmp_path, monkeypatch, capsys):

@@ -80,20 +80,37 @@ def test_a_preview_of_deltas(llama, capsys):
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
-        (["--lora", "attn_q"], "attn_q"),
         (["--lora", "default", "--lora", "@attn.q"], "--lora: 'default' stands for the default positions"),
         (["--lora", "default", "--set", "lora.rank=3"], "lora has no option 'rank'; it has at, of, exclude, r,"),
         (["--lora", "default", "--set", "lora.alhpa=3"], "did you mean alpha?"),
         (["--lora", "default", "--set", "lorra.r=3"], "there is no method 'lorra'; did you mean lora?"),
         (["--lora", "default", "--set", "ia3.side=input"], "add --ia3 with a selector or `default`"),
         (["--lora", "default", "--set", "r=3"], "expected METHOD.OPTION=VALUE, such as lora.r=16"),
+        (["--lora", "default", "--set", "LORA.r=3"], "there is no method 'LORA'; did you mean lora?"),
         (["--lora", "default", "--set", "lora.r=0"], "r=0"),
+        (["--lora", "default", "--set", "lora.r=abc"], "LoRA(r='abc'): expected a whole number"),
+        (["--lora", "default", "--set", "lora.r=3", "--set", "lora.r=4"], "lora.r has a value already, 3"),
+        (["--lora", "@attn.q", "--set", "lora.at=v"], "lora.at has a value already, ['@attn.q']"),
+        (["--lora", "default", "--class", "Nope"], "--class Nope: transformers has no model of that name"),
     ],
 )
-def test_wrong_previews(llama, arguments, what, capsys):
-    err = run(capsys, "plan", llama, *arguments, code=1)
-    assert what in err
-    assert err.startswith("deltakit: ")
+def test_wrong_command_lines(llama, arguments, what, capsys):
+    """They are wrong whatever the model is."""
+    for command in ("plan", "show"):
+        err = run(capsys, command, llama, *arguments, code=2)
+        assert what in err
+        assert err.startswith("deltakit: Invalid value: ")
+        assert err.endswith(f" See deltakit {command} --help\n")
+        assert err.count("\n") == 1
+
+
+def test_a_tree_that_trains_without_a_delta(capsys):
+    assert "add a method, such as --lora default. See" in run(capsys, "show", "nothere", "--train", "@head", code=2)
+
+
+def test_a_selector_that_another_model_may_have(llama, capsys):
+    err = run(capsys, "plan", llama, "--lora", "attn_q", code=1)
+    assert err.startswith("deltakit: selector 'attn_q' matches none of the 32 modules of LlamaForCausalLM; ")
     assert err.count("\n") == 1
 
 
@@ -126,15 +143,34 @@ def test_a_model_that_is_nowhere(capsys):
     assert run(capsys, "show", "/nothing", code=1) == (
         "deltakit: /nothing: no such folder, and this is not a Hub id such as 'user/model'; check the path\n"
     )
-    err = run(capsys, "show", "nothere", code=1)
-    assert err.startswith("deltakit: nothere: ")
-    assert err.count("\n") == 1
+
+
+def test_a_model_that_is_neither_here_nor_on_the_hub(hub, monkeypatch, capsys):
+    def never(seconds):
+        raise AssertionError(f"it waits {seconds} s to try again")
+
+    monkeypatch.setattr("time.sleep", never)
+    for command in (["show"], ["plan", "--lora", "default"], ["demo", "--model"]):
+        err = run(capsys, *command, "user/nothere", code=1)
+        assert err.startswith("deltakit: user/nothere: no local folder 'user/nothere' exists, and the Hub has no such ")
+        assert err.count("\n") == 1
+    # Nobody answers at a port that the system keeps for other things.
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    for command in (["show"], ["demo", "--model"]):
+        assert run(capsys, *command, "user/nothere", code=1) == (
+            "deltakit: user/nothere: no local folder 'user/nothere' exists, and the Hub cannot be reached and the cache has "
+            "no copy: check the network, or unset HF_HUB_OFFLINE\n"
+        )
 
 
 def test_a_folder_without_a_config_is_one_sentence(tmp_path, capsys):
+    for command in ("show", "targets"):
+        err = run(capsys, command, tmp_path, code=1)
+        assert err == f"deltakit: {tmp_path}: there is no config.json in this folder; pass the folder of a model\n"
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").touch()
     err = run(capsys, "show", tmp_path, code=1)
-    assert "transformers cannot build a model from it: " in err
-    assert "config.json; pass a folder or Hub id with a config.json" in err
+    assert err.endswith("no config.json in this folder; it is a delta (peft): deltakit inspect shows it\n")
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
 from torch import nn
 
 import deltakit as dk
+from deltakit.delta.update_sizes import UpdateSize, UpdateSizes
 from support.models import Transformer, ids, randomize
 from support.tiny_transformers import build
 
@@ -127,3 +129,38 @@ def test_json_and_bad_options():
     assert {target["method"] for target in data["targets"]} == {"lora", "prefix"}
     with pytest.raises(dk.OptionError, match=r"show\(top=0\): expected at least 1; omit it for all targets"):
         delta.show(top=0)
+
+
+def test_ratios_far_above_one_are_multiples():
+    for ratio, figure in {
+        0.0123: "1.23 %",
+        9.99: "999 %",
+        10.0: "x10",
+        310.4: "x310",
+        31_000.0: "x31K",
+        math.inf: "inf %",
+        math.nan: "nan %",
+    }.items():
+        found = UpdateSizes("d", (UpdateSize("a", "lora", ratio, 1.0), UpdateSize("b", "lora", 0.5, 1.0)))
+        assert figure in re.split(" {2,}", str(found).splitlines()[2])
+        assert figure in found.html()
+
+
+def test_a_width():
+    delta = randomize(dk.attach(Transformer(), dk.LoRA(r=3, at="v_proj")))
+    full = str(delta.show()).splitlines()
+    longest = max(map(len, full[1:]))
+    assert str(delta.show(width=longest)).splitlines() == full
+    # First the bars go, then the starts of the names.
+    narrower = str(delta.show(width=longest - 1)).splitlines()[1:]
+    assert "█" not in "".join(narrower)
+    assert [line.split()[-1] for line in narrower[1:]] == [f"layers.{n}.self_attn.v_proj" for n in (0, 1)]
+    fitting = str(delta.show(width=50)).splitlines()[1:]
+    assert max(map(len, fitting)) <= 50
+    assert [line.split()[0] for line in fitting] == [line.split()[0] for line in narrower]
+    assert all(line.split()[-1].startswith("…") and line.endswith(".v_proj") for line in fitting[1:])
+    # Figures stay where there is too little room.
+    assert "%" in str(delta.show(width=1))
+    assert delta.show(width=50).to_dict() == delta.show().to_dict()
+    with pytest.raises(dk.OptionError, match=r"show\(width=0\): expected at least 1"):
+        delta.show(width=0)

@@ -12,6 +12,7 @@ from deltakit.demo.own_texts import held_out, read_texts
 from deltakit.demo.recipes import RECIPES, recipes_of
 from deltakit.demo.results import Result, verdict
 from deltakit.errors import OptionError
+from support.tiny_transformers import build
 
 
 @pytest.fixture
@@ -84,8 +85,6 @@ def test_other_bad_input(tmp_path, table, capsys):
     for arguments, what in (
         ([str(latin)], "it cannot be read: 'utf-8' codec"),
         ([str(tmp_path / "none.csv")], "it cannot be read: No such file or directory; pass a CSV or TSV file in UTF-8"),
-        ([str(table), *own, "--methods", "lorra"], "; did you mean lora?"),
-        ([str(table), *own, "--methods", ","], "--methods: no method is named"),
         ([str(table), *own], "no-model: "),
     ):
         assert main(["compare", "no-model", *arguments]) == 1
@@ -137,5 +136,23 @@ def test_a_model_without_a_tokenizer(toy, table, tmp_path, capsys):
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(toy / name, bare / name)
-    assert main(["compare", str(bare), str(table), "--text", "request", "--label", "intent"]) == 1
-    assert "it has no tokenizer; save that of the model" in capsys.readouterr().err
+    build("llama").save_pretrained(tmp_path / "llama")
+    for model in (bare, tmp_path / "llama"):
+        assert main(["compare", str(model), str(table), "--text", "request", "--label", "intent"]) == 1
+        err = capsys.readouterr().err
+        assert err.startswith(f"deltakit: {model}: it has no tokenizer; save that of the model")
+        assert err.count("\n") == 1
+
+
+def test_places_that_cannot_be_written_are_known_before_the_training(tmp_path, table, capsys):
+    (tmp_path / "file").touch()
+    for option, place, what in (
+        ("--html", tmp_path / "no" / "page.html", f"it cannot be written: there is no folder {tmp_path / 'no'}; pass"),
+        ("--html", tmp_path, "it cannot be written: this is a folder; pass a file in a folder that is there"),
+        ("--out", tmp_path / "file", "this is a file; pass a folder, or a path where nothing is"),
+    ):
+        for command in (["compare", "no-model", str(table)], ["demo", "--model", "no-model"]):
+            assert main([*command, option, str(place)]) == 1
+            err = capsys.readouterr().err
+            assert err.startswith(f"deltakit: {option} {place}: {what}")
+            assert err.count("\n") == 1

@@ -34,6 +34,23 @@ def test_the_demo_at_toy_size(toy, tmp_path, capsys):
     assert sorted(folder.name for folder in (tmp_path / "out").iterdir()) == ["adapter", "bitfit", "lora", "prefix"]
 
 
+def test_more_requests_than_there_are(toy, tmp_path, capsys, monkeypatch):
+    trained = []
+
+    class Nothing:
+        def data(self):
+            return {}
+
+    monkeypatch.setattr("deltakit.demo.run.run", lambda task, **_: trained.append(len(task.train)) or Nothing())
+    for count, line in (
+        (4000, ""),
+        (5000, "deltakit: warning: --examples 5000: there are 4,000 training requests, all are used\n"),
+    ):
+        assert main(["demo", "--model", str(toy), "--examples", str(count), "--json"]) == 0
+        assert capsys.readouterr().err == line
+    assert trained == [4000, 4000]
+
+
 def test_three_deltas_in_one_batch(toy, tmp_path):
     task, recipes, predictions = prepare(str(toy), 8), RECIPES[1:4], {}
     for number, recipe in enumerate(recipes):

@@ -9,11 +9,11 @@ import transformers as tf
 
 from deltakit.picking.browser import PickerServer
 from deltakit.picking.picker import Picker, act, state_of, tree_of
-from support.chromium import BROWSER, Chromium
+from support.chromium import Chromium, needs_chromium
 from support.tiny_transformers import build
 
 # Slow: starting a browser takes seconds, and on a machine with much to do a minute.
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")]
+pytestmark = [pytest.mark.slow, needs_chromium]
 
 # The least contrast (WCAG 2) of the texts that are shown.
 CONTRAST = """

@@ -7,9 +7,18 @@ import shutil
 import subprocess
 import time
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+import pytest
 
-_KEYS = {"Tab": 9, "Enter": 13, " ": 32, "Escape": 27}
+_NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+BROWSER = next(filter(None, map(shutil.which, _NAMES)), None)
+needs_chromium = pytest.mark.skipif(BROWSER is None, reason=f"none of the programs {', '.join(_NAMES)} is on the PATH")
+
+# In the coordinates of the page, not of the window.
+_BOX = """
+const { x, y, width, height } = part.getBoundingClientRect();
+return { x: x + scrollX, y: y + scrollY, width, height };
+"""
+_KEYS = {"Tab": 9, "Enter": 13, " ": 32, "Escape": 27, "Backspace": 8}
 
 
 class Chromium:
@@ -89,6 +98,25 @@ class Chromium:
                 return
             time.sleep(0.05)
         raise AssertionError(f"never true: {condition}")
+
+    def emulate(self, *, system="light", blindness="none", scripts=True, size=(1000, 700), scale=3):
+        """Sets what the system prefers, the reader's eyes, whether pages run scripts, and the window."""
+        self._call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": system}])
+        self._call("Emulation.setEmulatedVisionDeficiency", type=blindness)
+        self._call("Emulation.setScriptExecutionDisabled", value=not scripts)
+        width, height = size
+        window = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": False}
+        self._call("Emulation.setDeviceMetricsOverride", **window)
+
+    def picture(self, part=None):
+        """A picture as PNG in base64: of the window, or of the element that an expression on the page is."""
+        clip = {}
+        if part is not None:
+            box = self.run(f"(() => {{ const part = {part}; part.scrollIntoView({{ block: 'nearest' }}); {_BOX} }})()")
+            assert box["width"] > 0, part
+            assert box["height"] > 0, part
+            clip = {"clip": {**box, "scale": 1}}
+        return self._call("Page.captureScreenshot", format="png", **clip)["data"]
 
     def press(self, *keys):
         """Presses keys: names such as Tab, or characters."""

@@ -1,27 +1,24 @@
-"""A tree in a real Chromium: light and dark pages on light and dark systems, and for colour-blind readers.
+"""A tree in a real Chromium: light and dark pages on light and dark systems, and for colour-blind readers."""
 
-Skipped without Playwright (`pip install playwright`) or a Chromium.
-"""
-
-import base64
-import shutil
+import itertools
+import json
 
 import pytest
 
 import deltakit as dk
+from support.chromium import Chromium, needs_chromium
 from support.models import Transformer
 from support.paths import ROOT
 
-playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-
 # Slow: starting a browser takes seconds, and on a machine with much to do a minute.
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")]
+pytestmark = [pytest.mark.slow, needs_chromium]
 
 PAGES = {"light": ("#ffffff", "#1f1f1f"), "dark": ("#111111", "#e8e8e8")}
 """The background and the text of a page, which says nothing else about itself."""
 PARTS = ("name", "folded", "type", "trainable", "frozen", "delta", "shape", "cells")
 BLINDNESS = ("protanopia", "deuteranopia", "tritanopia", "achromatopsia")
+ROWS = "[...document.querySelectorAll('.dk-row')].filter((row) => row.checkVisibility())"
+BODY = "document.body.getBoundingClientRect()"
 
 # The greatest contrast (WCAG 2) between the ground of a picture, which is its most frequent colour, and its other colours.
 CONTRAST = """
@@ -45,11 +42,9 @@ async (picture) => {
 
 
 @pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        found = started.chromium.launch(executable_path=CHROMIUM)
-        yield found
-        found.close()
+def browser(tmp_path_factory):
+    with Chromium(tmp_path_factory.mktemp("profile")) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -62,127 +57,136 @@ def tree():
 
 
 @pytest.fixture
-def shown(browser, tree):
+def shown(browser, tree, tmp_path):
     """Returns a function that shows the tree on a page of a kind, on a system of a kind."""
-    contexts = []
+    numbers = itertools.count()
 
-    def show(page, system="light", *, width=1000, html=tree, scripts=True):
-        context = browser.new_context(
-            color_scheme=system,
-            viewport={"width": width, "height": 700},
-            device_scale_factor=3,
-            java_script_enabled=scripts,
-        )
-        contexts.append(context)
-        context.set_default_timeout(120_000)
-        opened = context.new_page()
+    def show(page, system="light", *, width=1000, scripts=True, blindness="none"):
         back, text = PAGES[page]
-        opened.set_content(f'<!DOCTYPE html><meta charset="utf-8"><body style="background:{back};color:{text}">{html}')
-        return opened
+        file = tmp_path / f"{next(numbers)}.html"
+        start = f'<!DOCTYPE html><meta charset="utf-8"><body style="background:{back};color:{text}">'
+        file.write_text(start + tree, encoding="utf-8")
+        browser.emulate(system=system, blindness=blindness, scripts=scripts, size=(width, 700))
+        browser.open(file.as_uri())
+        return browser
 
-    yield show
-    for context in contexts:
-        context.close()
+    return show
+
+
+def contrast(page, part):
+    """The contrast of an element as it is drawn: the greatest of its letters."""
+    return page.run(f"({CONTRAST})({json.dumps(page.picture(part))})")
 
 
 def contrasts(page, parts=PARTS):
-    """The contrast of each part of a row as it is drawn: the greatest of its letters, in the row where it is least."""
+    """The contrast of each part of a row, in the row where it is least."""
     found = {}
     for part in parts:
-        spans = page.locator(f".dk-row .dk-{part}:visible").all()
-        pictures = [base64.b64encode(span.screenshot(animations="disabled")).decode() for span in spans[:4]]
-        found[part] = min(page.evaluate(CONTRAST, picture) for picture in pictures)
+        spans = f"{ROWS}.flatMap((row) => [...row.querySelectorAll('.dk-{part}')])"
+        count = page.run(f"{spans}.length")
+        assert count, part
+        found[part] = min(contrast(page, f"{spans}[{number}]") for number in range(min(count, 4)))
     return found
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_a_tree_is_that_of_its_page_whatever_the_system_is(page, shown):
-    pictures = [shown(page, system).screenshot(animations="disabled") for system in PAGES]
+    pictures = []
+    for system in PAGES:
+        opened = shown(page, system)
+        assert opened.run(f"matchMedia('(prefers-color-scheme: {system})').matches")
+        pictures.append(opened.picture())
     assert pictures[0] == pictures[1]
-    assert len(pictures[0]) > 20_000
+    assert len(pictures[0]) > 25_000
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_part_can_be_read(page, shown):
     opened = shown(page)
     found = contrasts(opened)
-    for control in ("search", "expand all"):
-        picture = opened.locator(f"button:has-text('{control}'),[placeholder='{control}']").screenshot()
-        found[control] = opened.evaluate(CONTRAST, base64.b64encode(picture).decode())
+    for control in ("input[type=search]", "button"):
+        found[control] = contrast(opened, f"document.querySelector('.dk-bar {control}')")
     assert min(found.values()) > 4.5, found
 
 
 @pytest.mark.parametrize("blindness", BLINDNESS)
 @pytest.mark.parametrize("page", PAGES)
 def test_colour_blind_readers_can_read_it_and_see_the_deltas(page, blindness, shown):
-    opened = shown(page)
-    session = opened.context.new_cdp_session(opened)
-    session.send("Emulation.setEmulatedVisionDeficiency", {"type": blindness})
+    usual = shown(page).picture()
+    opened = shown(page, blindness=blindness)
+    assert opened.picture() != usual
     found = contrasts(opened, ("name", "type", "trainable", "frozen", "delta", "shape"))
     assert min(found.values()) > 4.5, found
     # Deltas need no colour: they are bold, and have a glyph.
     weights = {
-        kind: opened.locator(f".dk-row:has(.dk-{kind})").first.evaluate("(row) => getComputedStyle(row).fontWeight")
+        kind: opened.run(f"getComputedStyle(document.querySelector('.dk-row:has(.dk-{kind})')).fontWeight")
         for kind in ("delta", "frozen")
     }
     assert weights == {"delta": "700", "frozen": "400"}
-    assert "Δ" in opened.locator(".dk-row:has(.dk-delta)").first.inner_text()
+    assert "Δ" in opened.run("document.querySelector('.dk-row:has(.dk-delta)').innerText")
 
 
 @pytest.mark.parametrize("width", [1000, 400])
 @pytest.mark.parametrize("scripts", [True, False])
 def test_deltas_are_in_sight_and_columns_end_at_one_edge(width, scripts, shown):
     opened = shown("light", width=width, scripts=scripts)
-    assert opened.locator(".dk-row .dk-delta").first.is_visible()
-    rows = [row.bounding_box() for row in opened.locator(".dk-row:visible").all()]
-    assert len({round(row["x"] + row["width"]) for row in rows}) == 1
-    cells = [cell.bounding_box() for cell in opened.locator(".dk-row:visible .dk-cells").all()]
-    assert max(cell["x"] + cell["width"] for cell in cells) <= width
+    # The bar of buttons is made by the script.
+    assert opened.run("document.querySelectorAll('.dk-bar').length") == int(scripts)
+    assert opened.run("document.querySelector('.dk-row .dk-delta').checkVisibility()")
+    rows = opened.run(f"{ROWS}.map((row) => row.getBoundingClientRect().right)")
+    assert len({round(end) for end in rows}) == 1
+    cells = f"{ROWS}.flatMap((row) => [...row.querySelectorAll('.dk-cells')])"
+    ends = opened.run(f"{cells}.map((cell) => cell.getBoundingClientRect().right)")
+    assert ends
+    assert max(ends) <= width
     # Nothing is scrolled sideways: on a narrow page labels are cut.
-    assert opened.locator("body").bounding_box()["width"] <= width
-    assert max(row["x"] + row["width"] for row in rows) <= width
+    assert opened.run(f"{BODY}.width") <= width
+    assert max(rows) <= width
 
 
 @pytest.mark.parametrize("system", PAGES)
 def test_the_picture_in_the_readme_can_be_read(system, browser):
-    with browser.new_context(color_scheme=system, device_scale_factor=3) as context:
-        page = context.new_page()
-        page.goto((ROOT / "examples" / "tree.svg").as_uri())
-        found = {}
-        for part in ("type", "frozen", "delta", "folded"):
-            picture = page.locator(f"text.{part}").first.screenshot(timeout=120_000)
-            found[part] = page.evaluate(CONTRAST, base64.b64encode(picture).decode())
-        assert min(found.values()) > 4.5, found
-        # It has a ground of its own, so the page of a code host may be of the other kind.
-        ground = page.locator("rect").evaluate("(rect) => getComputedStyle(rect).fill")
-        assert ground == {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}[system]
+    browser.emulate(system=system)
+    browser.open((ROOT / "examples" / "tree.svg").as_uri())
+    parts = ("type", "frozen", "delta", "folded")
+    pictures = {part: browser.picture(f"document.querySelector('text.{part}')") for part in parts}
+    # It has a ground of its own, so the page of a code host may be of the other kind.
+    ground = browser.run("getComputedStyle(document.querySelector('rect')).fill")
+    assert ground == {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}[system]
+    # A picture of its own has no document in which others can be drawn.
+    browser.open("data:text/html,<p>")
+    found = {part: browser.run(f"({CONTRAST})({json.dumps(picture)})") for part, picture in pictures.items()}
+    assert min(found.values()) > 4.5, found
 
 
 def test_opening_searching_and_copying(shown):
     page = shown("dark")
-    rows = page.locator(".dk-row:visible")
-    first = rows.count()
-    page.get_by_text("collapse").click()
-    assert rows.count() < first
-    page.get_by_text("expand all").click()
-    everything = rows.count()
+    count = f"{ROWS}.length"
+    press = "[...document.querySelectorAll('.dk-bar button')].find((one) => one.textContent === {!r}).click()"
+    search = "document.querySelector('[placeholder=search]').focus()"
+    first = page.run(count)
+    page.run(press.format("collapse"))
+    assert page.run(count) < first
+    page.run(press.format("expand all"))
+    everything = page.run(count)
     assert everything >= first
-    page.get_by_placeholder("search").fill("V_PROJ")
-    assert 0 < rows.count() < everything
-    assert page.get_by_text("v_proj").first.is_visible()
-    page.get_by_placeholder("search").fill("")
-    assert rows.count() == first
-    page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
-    page.locator("[data-selector*=q_proj]").first.click()
-    assert "layers.{0-1}.self_attn." in page.locator("output").inner_text()
+    page.run(search)
+    page.press(*"V_PROJ")
+    page.wait(f"{count} < {everything}")
+    assert page.run(count) > 0
+    page.wait(f"{ROWS}.some((row) => row.textContent.includes('v_proj'))")
+    page.press(*["Backspace"] * len("V_PROJ"))
+    page.wait(f"{count} === {first}")
+    page.run("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+    page.run("document.querySelector('[data-selector*=q_proj]').click()")
+    assert "layers.{0-1}.self_attn." in page.run("document.querySelector('output').innerText")
 
 
 def test_the_keyboard_opens_and_closes_rows(shown):
     page = shown("light")
-    rows = page.locator(".dk-row:visible")
-    first = rows.count()
-    page.locator("summary").first.focus()
-    page.keyboard.press("Enter")
-    assert rows.count() == 1
-    page.keyboard.press("Enter")
-    assert rows.count() == first
+    first = page.run(f"{ROWS}.length")
+    page.run("document.querySelector('summary').focus()")
+    page.press("Enter")
+    page.wait(f"{ROWS}.length === 1")
+    page.press("Enter")
+    page.wait(f"{ROWS}.length === {first}")
