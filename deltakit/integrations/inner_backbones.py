@@ -8,7 +8,7 @@ from deltakit.delta import checkpoint_tensors, deltas, trains_only_deltas, whole
 
 
 def inner_backbones(module: nn.Module) -> dict[nn.Module, list[str]]:
-    """Returns the backbones with deltas in a module, each with its paths there, the shortest first; the module itself has ""."""
+    """Returns the backbones with deltas in a module, each with its paths there. The path of the module itself is ""."""
     found: dict[nn.Module, list[str]] = {delta.backbone: [] for delta in deltas(module)}
     # A backbone may stand at several places: the models of an `Ensemble` share one.
     for path, child in module.named_modules(remove_duplicate=False):

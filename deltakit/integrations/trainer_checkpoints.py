@@ -30,9 +30,9 @@ def small_checkpoints(trainer: T) -> T:
     """Makes checkpoints of a `Trainer` hold only what deltas train, for models of any class, and returns the trainer.
 
     Trainers of plain modules, of modules around backbones with deltas (such as `PromptModel`) and of sentence-transformers
-    need this line. Of a module around backbones the rest is in the checkpoint, too, such as a verbalizer. Others need it only for two things: resuming
-    without `attach` then raises an error that names the missing delta, and what `push_to_hub=True` uploads during training
-    has the deltas' files.
+    need this line. Of a module around backbones the rest is in the checkpoint, too, such as a verbalizer. Others need it only
+    for two things: resuming without `attach` then raises an error that names the missing delta, and what `push_to_hub=True`
+    uploads during training has the deltas' files.
 
     Raises:
         OptionError: if this is no `Trainer`.
