@@ -73,7 +73,7 @@ def _text_of(piece: Piece) -> str:
 
 
 def _as_text(words: str, ahead: str, tokenizer: Any) -> list[int]:
-    """Returns the ids that words have as text behind other text: byte-level BPE has other tokens behind a space than without."""
+    """Returns the ids that words have behind other text: for byte-level BPE a word behind a space is another token."""
     refuse_slow(tokenizer)
     space = " " if " " in (ahead[-1:], words[:1]) else ""
     for before in (ahead.rstrip(" "), _STAND_IN if ahead.strip(" ") else ""):
