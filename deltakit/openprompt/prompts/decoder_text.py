@@ -1,7 +1,7 @@
 """What the decoder of an encoder-decoder reads whose slots are mask tokens in the encoder's text, such as BART's.
 
 The decoder writes the encoder's text again, so it reads that text one token later. transformers makes this from `input_ids`,
-which a template with trained vectors replaces by `inputs_embeds`. In OpenPrompt, such templates raise an error on these models.
+which a template with trained vectors replaces by `inputs_embeds`. OpenPrompt's such templates raise an error on these models.
 """
 
 from collections.abc import Mapping
@@ -27,8 +27,8 @@ def one_later(model: nn.Module, ids: Tensor) -> Tensor:
     shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if shift is None:
         raise TargetError(
-            f"{type(model).__name__}: it has no prepare_decoder_input_ids_from_labels(), which says what its decoder reads; use "
-            "a ManualTemplate, or pass decoder_input_ids in the batch"
+            f"{type(model).__name__}: it has no prepare_decoder_input_ids_from_labels(), which says what its decoder reads; "
+            "use a ManualTemplate, or pass decoder_input_ids in the batch"
         )
     found: Tensor = shift(ids)
     return found
