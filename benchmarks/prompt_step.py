@@ -1,6 +1,6 @@
 """Times a step and a prediction of a prompt model beside the plain language model's, and its collator beside the tokenizer.
 
-    python benchmarks/prompt_step.py [--models "BERT base" ...] [--rounds 9] [--out prompt_step.json] [--table prompt_step.md]
+    python benchmarks/prompt_step.py [--models "BERT base" ...] [--rounds 5] [--out prompt_step.json] [--table prompt_step.md]
 
 All contestants of a row are one backbone with a LoRA delta, get the same ids, and take turns in one process of one thread.
 The figures are CPU time, which other processes change least. "plain" computes the logits of all positions and its own loss,
@@ -234,7 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--table", type=Path)
-    harness.add_options(parser, rounds=9)
+    harness.add_options(parser, rounds=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
     # Tokenizers have threads of their own.

@@ -23,10 +23,11 @@ from deltakit.prompting import (
     WordVerbalizer,
 )
 from support.models import randomize
-from support.prompt_models import REVIEW, REVIEWS, WORDS, model_of, tokenizer_of
+from support.prompt_models import REVIEW, REVIEWS, model_of, tokenizer_of
 
 TOKENIZER = tokenizer_of("wordpiece")
 THREE = {"good": ["good", "great"], "bad": "bad", "film": "film"}
+WORDS = {"good": ["good", "great"], "bad": ["bad", "awful"], "film": ["film"]}
 BATCH, D = 5, 28
 
 
@@ -105,13 +106,15 @@ def test_words_are_calibrated_in_it():
     model = model_of("bert")
     template = Template(REVIEW, TOKENIZER, model)
     words = WordVerbalizer(TOKENIZER, WORDS)
-    more = KnowledgeableVerbalizer(TOKENIZER, {"good": ["fine", "film"], "bad": ["plot", "bad"]})
+    more = KnowledgeableVerbalizer(
+        TOKENIZER, {"good": ["fine", "so"], "bad": ["plot", "bad"], "film": ["film", "word"]}
+    )
     mixed = PromptModel(model, template, MixedVerbalizer([words, PrototypicalVerbalizer(model, list(WORDS)), more]))
     mixed.calibrate(REVIEWS)
     for own in (WordVerbalizer(TOKENIZER, WORDS), KnowledgeableVerbalizer(TOKENIZER, more.words_by_class())):
         PromptModel(model, template, own).calibrate(REVIEWS)
         assert torch.equal(own.prior, (words if type(own) is WordVerbalizer else more).prior)
-    soft = MixedVerbalizer([SoftVerbalizer(model, ["a", "b"]), PrototypicalVerbalizer(model, ["a", "b"])])
+    soft = MixedVerbalizer([SoftVerbalizer(model, list(WORDS)), PrototypicalVerbalizer(model, list(WORDS))])
     with pytest.raises(OptionError, match="MixedVerbalizer: it has no words, so it cannot be calibrated"):
         PromptModel(model, template, soft).calibrate(REVIEWS)
 
@@ -119,8 +122,8 @@ def test_words_are_calibrated_in_it():
 def test_rules_of_several_slots_are_calibrated_in_it():
     model = model_of("bert")
     template = Template('{"placeholder": "text"} {"mask"} {"mask"}', TOKENIZER, model)
-    one = RuleVerbalizer(TOKENIZER, {"good": ["film", "good"], "bad": ["film", "bad"]})
-    two = RuleVerbalizer(TOKENIZER, {"good": ["plot", "great"], "bad": ["word", "awful"]})
+    one = RuleVerbalizer(TOKENIZER, {"good": ["film", "good"], "bad": ["film", "bad"], "film": ["film", "it"]})
+    two = RuleVerbalizer(TOKENIZER, {"good": ["plot", "great"], "bad": ["word", "awful"], "film": ["a", "it"]})
     mixed = PromptModel(model, template, MixedVerbalizer([one, two]))
     mixed.calibrate(REVIEWS)
     priors = [slot.prior for own in (one, two) for slot in own.slots]
@@ -132,10 +135,13 @@ def test_rules_of_several_slots_are_calibrated_in_it():
 def test_each_reads_the_scores_of_its_own_words(kind):
     model, tokenizer = model_of(kind), tokenizer_of("wordpiece" if kind == "bert" else "bpe")
     template = Template(REVIEW, tokenizer, model, max_length=32)
-    words = [{"good": ["good", "remember it"], "bad": "bad"}, {"good": "great", "bad": ["boring plot", "awful"]}]
+    words = [
+        {"good": ["good", "remember it"], "bad": "bad", "film": "film"},
+        {"good": "great", "bad": ["boring plot", "awful"], "film": "word"},
+    ]
     members = [WordVerbalizer(tokenizer, own, multi="score") for own in words]
-    mixed = MixedVerbalizer([members[0], PrototypicalVerbalizer(model, ["good", "bad"]), members[1]])
-    assert len(mixed.scored_words) == 6
+    mixed = MixedVerbalizer([members[0], PrototypicalVerbalizer(model, list(WORDS)), members[1]])
+    assert len(mixed.scored_words) == 8
     batch = template.collate([{"text": one["text"]} for one in REVIEWS])
     whole = PromptModel(model, template, mixed).eval()(**batch)["logits"]
     each = [PromptModel(model, template, own).eval()(**batch)["logits"] for own in mixed.members]
@@ -171,7 +177,7 @@ def test_a_delta_gives_it_back(tmp_path):
         (lambda own: own["members"].pop(), "expected at least two verbalizers"),
         (lambda own: own.update(members=5), "members"),
         (lambda own: own.pop("members"), "members"),
-        (lambda own: own["members"][1].update(classes=["a", "b"]), "write the same classes in the same order"),
+        (lambda own: own["members"][1].update(classes=["a", "b", "c"]), "write the same classes in the same order"),
     ],
 )
 def test_damaged_files(change, message):
@@ -188,9 +194,12 @@ def test_damaged_files(change, message):
     [
         (lambda one: [one], "expected at least two verbalizers, none of them mixed; list all of them here"),
         (lambda one: [one, MixedVerbalizer([one, one])], "none of them mixed"),
-        (lambda one: [one, WordVerbalizer(TOKENIZER, {"bad": "bad", "good": "good"})], "in the same order"),
-        (lambda one: [one, RuleVerbalizer(TOKENIZER, {"good": ("it", "good"), "bad": ("it", "bad")})], "as many slots"),
-        (lambda _: [WordVerbalizer(TOKENIZER, {"a": "a"})] * 2, "scores of one class have no deviation"),
+        (lambda one: [one, WordVerbalizer(TOKENIZER, dict(reversed(WORDS.items())))], "in the same order"),
+        (lambda one: [one, RuleVerbalizer(TOKENIZER, {name: ("it", name) for name in WORDS})], "as many slots"),
+        (
+            lambda _: [WordVerbalizer(TOKENIZER, {"a": "a", "it": "it"})] * 2,
+            "at least three classes, found 2: with two, .* are tied; use an Ensemble of PromptModels",
+        ),
     ],
 )
 def test_errors(make, message):

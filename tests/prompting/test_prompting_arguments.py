@@ -38,7 +38,7 @@ CALLS = {
     "PrototypicalVerbalizer": (prompting.PrototypicalVerbalizer, {"backbone": MODEL, "classes": CLASSES}),
     "MixedVerbalizer": (
         prompting.MixedVerbalizer,
-        {"verbalizers": [prompting.WordVerbalizer(TOKENIZER, WORDS), prompting.WordVerbalizer(TOKENIZER, WORDS)]},
+        {"verbalizers": [prompting.WordVerbalizer(TOKENIZER, {**WORDS, "film": "film"})] * 2},
     ),
     "RuleVerbalizer": (prompting.RuleVerbalizer, {"tokenizer": TOKENIZER, "rules": {"a": ["good"], "b": ["bad"]}}),
     "PromptModel": (

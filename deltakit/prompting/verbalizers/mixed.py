@@ -26,7 +26,8 @@ class MixedVerbalizer(Verbalizer):
         verbalizers: at least two, with the same classes in the same order and the same number of slots.
 
     Raises:
-        OptionError: if there are fewer, one is a MixedVerbalizer, their classes or slots differ, or there is only one class.
+        OptionError: if there are fewer, one is a MixedVerbalizer, their classes or slots differ, or there are fewer than three
+            classes.
     """
 
     @checked
@@ -42,8 +43,13 @@ class MixedVerbalizer(Verbalizer):
                     f"{where}: they have the classes {first.classes} in {first.num_slots} slots, and {one.classes} in "
                     f"{one.num_slots}; write the same classes in the same order, and as many slots"
                 )
-        if len(self.classes) < 2:
-            raise OptionError(f"{where}: scores of one class have no deviation; write at least two classes")
+        if len(self.classes) < 3:
+            # Of two numbers the standardized ones are always the same two: only their order is left.
+            raise OptionError(
+                f"{where}: expected at least three classes, found {len(self.classes)}: with two, a standardized score only "
+                "says which class is ahead, and two verbalizers that disagree are tied; use an Ensemble of PromptModels, one "
+                "for each verbalizer"
+            )
         self.members = torch.nn.ModuleList(verbalizers)
 
     @property
