@@ -52,6 +52,7 @@ FOR_AUTHORS = {
         "Ensemble",
         "Explanation",
         "KnowledgeableVerbalizer",
+        "MixedVerbalizer",
         "Prediction",
         "PromptModel",
         "PrototypicalVerbalizer",

@@ -37,9 +37,14 @@ class SaveJob:
         self.sharded = any(is_sharded(p) for delta in self.deltas for p in delta.parameters())
 
     @property
+    def in_checkpoint(self) -> bool:
+        """Whether the folder is a checkpoint of the Trainer."""
+        return is_checkpoint(self.folder)
+
+    @property
     def makes_checkpoint(self) -> bool:
-        """Whether the folder is a checkpoint of the Trainer, and the backbone has deltas."""
-        return is_checkpoint(self.folder) and bool(rooted_deltas(self.root))
+        """Whether it is, and the backbone has deltas."""
+        return self.in_checkpoint and bool(rooted_deltas(self.root))
 
     @property
     def takes_part(self) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from deltakit.core import module_at
 from deltakit.delta.checkpoint_marks import common_mark, refuse_other_options
 from deltakit.delta.training_state import refuse_other_deltas, rooted_deltas
-from deltakit.files import deltas_in, read_tensors
+from deltakit.files import deltas_by_prefix, read_tensors
 
 # One key, because a checkpoint may be split into several files. transformers logs it if nothing is attached.
 _MARK, _BETWEEN = "deltakit: attach these deltas first: ", ", "
@@ -45,15 +45,16 @@ def take_mark(backbone: nn.Module, state: dict[str, Any], prefix: str) -> None:
 def deltas_in_file(backbone: nn.Module, file: Path, where: str) -> list[str]:
     """Returns the names of the deltas whose checkpoint a file is; none if it is of a whole model, or there is none.
 
+    The deltas may be on parts of the module.
+
     Raises:
         CheckpointError: if other deltas are attached, or the file is damaged.
     """
     keys: Iterable[str] = read_tensors(file, values=False) if file.is_file() else ()
-    names = deltas_in(keys)
-    if names:
-        refuse_other_deltas(backbone, names, where)
-    for prefix, _, marked in [key.partition(_MARK) for key in keys if _MARK in key]:
+    trained = deltas_by_prefix(keys)
+    marked = [key.partition(_MARK) for key in keys if _MARK in key]
+    for prefix, names in [*trained.items(), *((prefix, own.split(_BETWEEN)) for prefix, _, own in marked)]:
         # An engine may have wrapped the model that it saved.
         inner = module_at(backbone, prefix.removesuffix("."))
-        refuse_other_deltas(backbone if inner is None else inner, marked.split(_BETWEEN), where)
-    return names
+        refuse_other_deltas(backbone if inner is None else inner, names, where)
+    return sorted({name for names in trained.values() for name in names})

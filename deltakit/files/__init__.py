@@ -11,7 +11,7 @@ from deltakit.files.repository import is_repository, loaded_from
 from deltakit.files.saved import Saved
 from deltakit.files.schema import checked as checked_data
 from deltakit.files.schema import from_file, read_method
-from deltakit.files.training_marks import TRAINED_DELTA, deltas_in
+from deltakit.files.training_marks import TRAINED_DELTA, deltas_by_prefix, deltas_in
 from deltakit.files.values import check_tensors, is_finite
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "checked_data",
     "delta_config",
     "deltas_below",
+    "deltas_by_prefix",
     "deltas_in",
     "differences",
     "expanded",

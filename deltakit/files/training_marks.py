@@ -17,6 +17,15 @@ def deltas_in(keys: Iterable[str], prefix: str = "") -> list[str]:
     return sorted(key.removeprefix(mark) for key in keys if key.startswith(mark))
 
 
+def deltas_by_prefix(keys: Iterable[str]) -> dict[str, list[str]]:
+    """Returns the same for each part of a module whose state dict it is, by the prefix of the part's keys."""
+    found: dict[str, list[str]] = {}
+    for prefix, mark, name in (key.partition(TRAINED_DELTA) for key in keys):
+        if mark:
+            found.setdefault(prefix, []).append(name)
+    return {prefix: sorted(names) for prefix, names in found.items()}
+
+
 def trained_deltas(place: Path) -> list[str]:
     """Returns the names of the deltas whose training checkpoint a folder or file is; none if it is another thing."""
     folder = place.parent if place.name == WEIGHTS_FILE else place

@@ -7,15 +7,10 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from deltakit.core import checked
-from deltakit.delta import (
-    checkpoint_tensors,
-    deltas,
-    deltas_in_file,
-    trains_only_deltas,
-    whole_checkpoint_mark,
-)
+from deltakit.delta import deltas, deltas_in_file, trains_only_deltas, whole_checkpoint_mark
 from deltakit.errors import OptionError
 from deltakit.files import WEIGHTS_FILE
+from deltakit.integrations.inner_backbones import inner_backbones, shrink
 
 T = TypeVar("T")
 
@@ -49,8 +44,9 @@ class _Save:
         # FSDP and DeepSpeed have written theirs already, and the list is empty.
         for number in range(len(weights)):
             model = _bare(self.accelerator, models[number])
-            if trains_only_deltas(model):
-                weights[number] = checkpoint_tensors(model)
+            if any(trains_only_deltas(inner) for inner in inner_backbones(model)):
+                weights[number] = model.state_dict()
+                shrink(model, weights[number])
             else:
                 # The state dict is that of the model with what wraps it, such as DistributedDataParallel.
                 path = next((path for path, inner in models[number].named_modules() if inner is model), "")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from deltakit.integrations.lightning_states import shrink
+from deltakit.integrations.inner_backbones import shrink
 
 try:
     from lightning.pytorch import Callback

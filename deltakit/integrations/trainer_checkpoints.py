@@ -17,6 +17,7 @@ from deltakit.core import checked
 from deltakit.delta import SaveJob, deltas_in_file, whole_checkpoint_mark
 from deltakit.errors import OptionError
 from deltakit.files import DELTA_FILES, WEIGHTS_FILE, read_tensors
+from deltakit.integrations.inner_backbones import inner_backbones, shrink
 
 _METHODS = ("_save", "_load_from_checkpoint", "_load_best_model", "_push_from_checkpoint")
 
@@ -28,9 +29,10 @@ T = TypeVar("T")
 def small_checkpoints(trainer: T) -> T:
     """Makes checkpoints of a `Trainer` hold only what deltas train, for models of any class, and returns the trainer.
 
-    Trainers of plain modules and of sentence-transformers need this line. Others need it only for two things: resuming
-    without `attach` then raises an error that names the missing delta, and what `push_to_hub=True` uploads during training
-    has the deltas' files.
+    Trainers of plain modules, of modules around backbones with deltas (such as `PromptModel`) and of sentence-transformers
+    need this line. Of a module around backbones the rest is in the checkpoint, too, such as a verbalizer. Others need it only
+    for two things: resuming without `attach` then raises an error that names the missing delta, and what `push_to_hub=True`
+    uploads during training has the deltas' files.
 
     Raises:
         OptionError: if this is no `Trainer`.
@@ -55,13 +57,35 @@ def _save(trainer: Any, output_dir: str | None = None, state_dict: Any = None) -
     plain = isinstance(model, nn.Module) and not hasattr(model, "save_pretrained")
     job = SaveJob(model, folder, state_dict, trainer.args.should_save) if plain else None
     if job is None or not job.makes_checkpoint:
-        own(state_dict=state_dict)
+        if job is None or not _save_around(job, own):
+            own(state_dict=state_dict)
         return
 
     def whole(state: Any) -> None:
         own(state_dict=state if state is not None else model.state_dict() | whole_checkpoint_mark(model))
 
     job.save_checkpoint(lambda small: own(state_dict=small), whole)
+
+
+def _save_around(whole: SaveJob, own: Callable[..., None]) -> bool:
+    """Saves a checkpoint of a module around backbones with deltas. Returns whether it is one."""
+    inner = inner_backbones(whole.root)
+    if not inner or not whole.in_checkpoint:
+        return False
+    jobs = []
+    for backbone, (path, *_) in inner.items():
+        own_keys = [key for key in whole.state or () if key.startswith(f"{path}.")]
+        given = None if whole.state is None else {key[len(path) + 1 :]: whole.state[key] for key in own_keys}
+        # One delta stands in the folder itself, as `load` expects it.
+        jobs.append(SaveJob(backbone, whole.folder, given, whole.is_main, path if len(inner) > 1 else ""))
+    # All checks come before anything is written.
+    states = [job.states() for job in jobs]
+    found = dict(whole.root.state_dict() if whole.state is None else whole.state)
+    shrink(whole.root, found)
+    own(state_dict=found)
+    for job, tensors in zip(jobs, states, strict=True):
+        job.write(tensors)
+    return True
 
 
 def _load_from_checkpoint(trainer: Any, resume_from_checkpoint: str, model: Any = None) -> None:

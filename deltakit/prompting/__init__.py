@@ -29,6 +29,7 @@ from deltakit.prompting.soft_tokens import numbered as soft_tokens
 from deltakit.prompting.syntax import parse as parse_template
 from deltakit.prompting.template import Template
 from deltakit.prompting.verbalizers.knowledgeable import KnowledgeableVerbalizer
+from deltakit.prompting.verbalizers.mixed import MixedVerbalizer
 from deltakit.prompting.verbalizers.prototypical import PrototypicalVerbalizer
 from deltakit.prompting.verbalizers.rules import RuleVerbalizer
 from deltakit.prompting.verbalizers.soft import SoftVerbalizer
@@ -44,6 +45,7 @@ __all__ = [
     "GeneratedTemplate",
     "Kind",
     "KnowledgeableVerbalizer",
+    "MixedVerbalizer",
     "Piece",
     "Prediction",
     "PromptModel",

@@ -10,7 +10,6 @@ from deltakit.ops import PromptVectorsDelta
 from deltakit.prompting.backbone_facts import embedding_of, head_of, longest_input, vocabulary_of
 from deltakit.prompting.template import Template
 from deltakit.prompting.verbalizers.verbalizer import Verbalizer
-from deltakit.prompting.verbalizers.words import WordVerbalizer
 
 
 def check_fit(backbone: nn.Module, template: Template, verbalizer: Verbalizer) -> None:
@@ -39,8 +38,9 @@ def check_fit(backbone: nn.Module, template: Template, verbalizer: Verbalizer) -
             f"PromptModel: the template's soft tokens have the ids from {template.first_soft} on, and the backbone has "
             f"{vocabulary_of(backbone)} words; make the template with this backbone"
         )
-    if isinstance(verbalizer, WordVerbalizer) and verbalizer.multi == "score" and not template.in_decoder:
-        _check_room(backbone, template, max(len(word.ids) for word in verbalizer.label_words) - 1)
+    scored = verbalizer.scored_words
+    if scored and not template.in_decoder:
+        _check_room(backbone, template, max(map(len, scored)) - 1)
 
 
 def _check_room(backbone: nn.Module, template: Template, more: int) -> None:

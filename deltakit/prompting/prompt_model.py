@@ -78,8 +78,10 @@ class PromptModel(nn.Module):
             "decoder_input_ids": decoder_input_ids,
         }
         output = self.slot_output(call, slots)
-        found = {} if labels is None else {"loss": self.verbalizer.loss(output, labels)}
-        return {**found, "logits": self.verbalizer(output)}
+        if labels is None:
+            return {"logits": self.verbalizer(output)}
+        loss, scores = self.verbalizer.loss_and_scores(output, labels)
+        return {"loss": loss, "logits": scores}
 
     def slot_output(self, call: Mapping[str, Any], slots: Int[Tensor, "batch slots"]) -> SlotOutput:
         """Returns what the backbone computes in the slots of a batch.

@@ -13,6 +13,7 @@ from deltakit.prompting.backbone_facts import Kind
 from deltakit.prompting.template import Filters, Template
 from deltakit.prompting.truncation import Truncate
 from deltakit.prompting.verbalizers.knowledgeable import KnowledgeableVerbalizer
+from deltakit.prompting.verbalizers.mixed import MixedVerbalizer
 from deltakit.prompting.verbalizers.prototypical import PrototypicalVerbalizer
 from deltakit.prompting.verbalizers.rules import RuleMulti, RuleVerbalizer
 from deltakit.prompting.verbalizers.soft import SoftVerbalizer
@@ -77,6 +78,10 @@ class _Prototypical(_Soft):
     size: int
 
 
+class _Mixed(TypedDict):
+    members: list[dict[str, Any]]
+
+
 class _Rules(TypedDict):
     rules: dict[str, list[str]]
     prefix: str
@@ -111,23 +116,51 @@ def read_parts(
     with from_file(where, "extras.prompting.template"):
         own = parts["template"]
         template = Template(own.pop("text"), tokenizer, backbone, filters=filters, **own)
-    kind = parts["verbalizer"].pop("kind", None)
+    verbalizer = _verbalizer(parts["verbalizer"], tensors, backbone, tokenizer, where, "extras.prompting.verbalizer")
+    check_tensors(tensors, verbalizer.state_dict(), own=(), where=where, advice="save or download it again")
+    verbalizer.load_state_dict(dict(tensors))
+    return PromptParts(template, verbalizer)
+
+
+def _verbalizer(
+    data: dict[str, Any], tensors: Mapping[str, Tensor], backbone: nn.Module, tokenizer: Any, where: str, field: str
+) -> Verbalizer:
+    """Returns the verbalizer that a field describes, without its values.
+
+    Raises:
+        CheckpointError: as `read_parts` does.
+    """
+    if data.get("kind") == "mixed":
+        mixed = checked_data({"members": data.get("members")}, _Mixed, where, field)
+        members = [
+            _plain(one, _below(tensors, f"members.{number}."), backbone, tokenizer, where, f"{field}.members[{number}]")
+            for number, one in enumerate(mixed["members"])
+        ]
+        with from_file(where, field):
+            return MixedVerbalizer(members)
+    return _plain(data, tensors, backbone, tokenizer, where, field)
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _plain(
+    data: dict[str, Any], tensors: Mapping[str, Tensor], backbone: nn.Module, tokenizer: Any, where: str, field: str
+) -> Verbalizer:
+    kind = data.pop("kind", None)
     if not isinstance(kind, str) or kind not in _VERBALIZERS:
         raise CheckpointError(
-            f"{where}: extras.prompting.verbalizer: found the kind {kind!r}, and deltakit has {', '.join(_VERBALIZERS)}; make "
-            "the PromptModel of its own template and verbalizer"
+            f"{where}: {field}: found the kind {kind!r}, and deltakit has {', '.join(_VERBALIZERS)}; make the PromptModel of "
+            "its own template and verbalizer"
         )
     form, make = _VERBALIZERS[kind]
-    options = checked_data(parts["verbalizer"], form, where, "extras.prompting.verbalizer")
+    options = checked_data(data, form, where, field)
     rows = tensors["projection"].shape[:1] if "projection" in tensors else ()
     if options.get("size") not in (None, *rows):
         # Before memory is taken for so many.
         raise CheckpointError(
-            f"{where}: extras.prompting.verbalizer.size: it says {options['size']}, and its tensors have {rows}; save or "
-            "download it again"
+            f"{where}: {field}.size: it says {options['size']}, and its tensors have {rows}; save or download it again"
         )
-    with from_file(where, "extras.prompting.verbalizer"):
-        verbalizer = make(backbone, tokenizer, options)
-    check_tensors(tensors, verbalizer.state_dict(), own=(), where=where, advice="save or download it again")
-    verbalizer.load_state_dict(dict(tensors))
-    return PromptParts(template, verbalizer)
+    with from_file(where, field):
+        return make(backbone, tokenizer, options)

@@ -14,7 +14,6 @@ from deltakit.errors import StateError, TargetError
 from deltakit.injection import narrowed_input
 from deltakit.prompting.backbone_facts import head_of
 from deltakit.prompting.verbalizers.verbalizer import SlotOutput, Verbalizer
-from deltakit.prompting.verbalizers.words import WordVerbalizer
 
 _TEXTS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
 """The arguments of which the first one there has as many positions as the logits."""
@@ -68,8 +67,7 @@ def output_of(
         TargetError, StateError: as `call_at` does.
     """
     output = call_at(backbone, call, slots)
-    if isinstance(verbalizer, WordVerbalizer) and verbalizer.multi == "score":
-        words = [word.ids for word in verbalizer.label_words]
+    if words := verbalizer.scored_words:
         output = output._replace(word_scores=word_scores(backbone, call, slots, output, words, mask=mask))
     # The layers of a backbone may be on several devices.
     own = next(chain(verbalizer.parameters(), verbalizer.buffers()), None)

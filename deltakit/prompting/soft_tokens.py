@@ -4,7 +4,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from deltakit.errors import OptionError
-from deltakit.prompting.pieces import Piece, Soft
+from deltakit.prompting.backbone_facts import refuse_slow
+from deltakit.prompting.pieces import Piece, Soft, Text
+
+_STAND_IN = "."
+"""Stands in for what only an example has. Tokenizers do not join it with words."""
 
 
 class SoftTokens(NamedTuple):
@@ -19,7 +23,7 @@ def numbered(pieces: Sequence[Piece], tokenizer: Any) -> SoftTokens:
     """Returns the numbers of a template's soft tokens.
 
     Raises:
-        OptionError: if pieces with one `soft_id` have different words, or words have no tokens.
+        OptionError: if pieces with one `soft_id` have different words, or words have no tokens, or the tokenizer no offsets.
     """
     numbers: dict[int, tuple[int, ...]] = {}
     starts: list[int | None] = []
@@ -33,7 +37,7 @@ def numbered(pieces: Sequence[Piece], tokenizer: Any) -> SoftTokens:
             else [piece]
         )
         if piece.soft_id is None or piece.soft_id not in shared:
-            own = _starts(group, tokenizer)
+            own = _starts(group, pieces, tokenizer)
             first = len(starts)
             starts += own[:1] if any(p.same for p in group) else own
             found = tuple(range(first, len(starts)))
@@ -44,7 +48,7 @@ def numbered(pieces: Sequence[Piece], tokenizer: Any) -> SoftTokens:
     return SoftTokens(numbers, tuple(starts))
 
 
-def _starts(group: Sequence[Soft], tokenizer: Any) -> list[int | None]:
+def _starts(group: Sequence[Soft], pieces: Sequence[Piece], tokenizer: Any) -> list[int | None]:
     words = sorted({piece.words for piece in group if piece.words is not None})
     if len(words) > 1:
         raise OptionError(
@@ -53,9 +57,33 @@ def _starts(group: Sequence[Soft], tokenizer: Any) -> list[int | None]:
         )
     if not words:
         return [None] * max(piece.count for piece in group)
-    ids = tokenizer(words[0], add_special_tokens=False)["input_ids"]
+    first = next(place for place, piece in enumerate(pieces) if any(piece is p and p.words for p in group))
+    ids = _as_text(words[0], "".join(map(_text_of, pieces[:first])), tokenizer)
     if not ids:
         raise OptionError(
             f"Template: column {group[0].column + 1}: the words {words[0]!r} of a soft piece have no tokens; write other words"
         )
     return list(ids)
+
+
+def _text_of(piece: Piece) -> str:
+    if isinstance(piece, Text):
+        return piece.text
+    return (piece.words if isinstance(piece, Soft) else None) or _STAND_IN
+
+
+def _as_text(words: str, ahead: str, tokenizer: Any) -> list[int]:
+    """Returns the ids that words have behind other text: for byte-level BPE a word behind a space is another token."""
+    refuse_slow(tokenizer)
+    space = " " if " " in (ahead[-1:], words[:1]) else ""
+    for before in (ahead.rstrip(" "), _STAND_IN if ahead.strip(" ") else ""):
+        text = before + space + words.strip(" ")
+        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        if not before:
+            return list(encoding["input_ids"])
+        rows = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+        found = [(one, start) for one, (start, end) in rows if end > len(before)]
+        # A token that holds text of both sides is none of the words. Then something else stands ahead of them.
+        if found and found[0][1] >= len(before):
+            return [one for one, _ in found]
+    return list(tokenizer(space + words.strip(" "), add_special_tokens=False)["input_ids"])

@@ -159,7 +159,12 @@ class Template:
             OptionError: if a field is missing or no text, what may not be truncated is longer than `max_length`, or nothing
                 stands ahead of the slot of a causal template.
         """
-        tokens = self._tokens(example)
+        return self._encoded([example])[0]
+
+    def _encoded(self, examples: Sequence[Example]) -> list[Encoded]:
+        return [self._without_deleted(tokens) for tokens in self._tokens(examples)]
+
+    def _without_deleted(self, tokens: Sequence[Token]) -> Encoded:
         cut = deleted(tokens, self.max_length, self.truncate)
         kept = [token for place, token in enumerate(tokens) if place not in cut]
         ids = [self.first_soft + token.number if token.kind == "soft" else token.id for token in kept]
@@ -188,7 +193,7 @@ class Template:
             raise OptionError("collate: expected at least one example, found none")
         padding = getattr(self.tokenizer, "pad_token_id", None)
         # The mask hides padding, whatever its id.
-        found = batch_of([self.encode(example) for example in examples], 0 if padding is None else padding)
+        found = batch_of(self._encoded(examples), 0 if padding is None else padding)
         labels = labels_of(examples, classes)
         return found if labels is None else {**found, "labels": labels}
 
@@ -199,7 +204,7 @@ class Template:
         Raises:
             OptionError: as `encode` does.
         """
-        tokens = self._tokens(example)
+        tokens = self._tokens([example])[0]
         cut = deleted(tokens, self.max_length, self.truncate)
         words = self.tokenizer.convert_ids_to_tokens([token.id for token in tokens])
         shown = [
@@ -223,14 +228,15 @@ class Template:
             found.strip_end()
         return found
 
-    def _tokens(self, example: Example) -> list[Token]:
-        found = tokenized(self._rendered(example), self.tokenizer)
+    def _tokens(self, examples: Sequence[Example]) -> list[list[Token]]:
+        found = tokenized([self._rendered(example) for example in examples], self.tokenizer)
         if self.kind == "causal":
-            # What tokenizers add behind a text, such as an end mark, would stand between it and the predicted word.
-            while found and found[-1].kind == "special" and any(token.kind != "special" for token in found):
-                found.pop()
-            if not found:
-                found = [self._first_token()]
+            for tokens in found:
+                # What tokenizers add behind a text, such as an end mark, would stand between it and the predicted word.
+                while tokens and tokens[-1].kind == "special" and any(token.kind != "special" for token in tokens):
+                    tokens.pop()
+                if not tokens:
+                    tokens.append(self._first_token())
         return found
 
     def _first_token(self) -> Token:
@@ -253,7 +259,7 @@ class Template:
             raise OptionError(f"Template(max_length={self.max_length}): expected at least 1")
         plain = dict.fromkeys(self.filters, _same)
         found = render(self.pieces, dict.fromkeys(self.fields, ""), self._markers, self._soft.numbers, plain)
-        tokens = tokenized(found, self.tokenizer)
+        tokens = tokenized([found], self.tokenizer)[0]
         needed = sum(not token.shortenable for token in tokens)
         if self.max_length is not None and needed > self.max_length:
             raise OptionError(

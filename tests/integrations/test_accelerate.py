@@ -12,7 +12,7 @@ from torch import nn
 
 import deltakit as dk
 from deltakit.integrations import small_states
-from deltakit.integrations.lightning_states import shrink
+from deltakit.integrations.inner_backbones import shrink
 from support.models import Transformer, ids, randomize
 from support.tiny_transformers import build
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import deltakit as dk
 from deltakit.integrations import small_checkpoints, small_states
-from deltakit.integrations.lightning_states import shrink
+from deltakit.integrations.inner_backbones import shrink
 from integrations.test_trainer import Tied, bert, equal, trainer_of
 from support.models import Transformer, randomize
 from support.tiny_transformers import build

@@ -396,3 +396,44 @@ def test_ensembles_that_cannot_work(options, message):
     other = prompt_model(verbalizer=lambda _, own: WordVerbalizer(own, {"bad": "bad", "good": "good"}))
     with pytest.raises(OptionError, match="the classes of its models differ"):
         Ensemble([model, other])
+
+
+def test_a_loss_of_its_own_and_scores_that_are_computed_once():
+    model = prompt_model_with(WordVerbalizer(tokenizer_of("wordpiece"), WORDS))
+    calls = []
+    model.verbalizer.register_forward_hook(lambda *_: calls.append(1))
+    batch = model.collate(REVIEWS)
+    found = model(**batch)
+    assert calls == [1]
+    assert torch.equal(found["loss"], torch.nn.functional.nll_loss(found["logits"], batch["labels"]))
+
+    class Doubled(WordVerbalizer):
+        def loss(self, output, labels):
+            return 2 * super().loss(output, labels)
+
+    other = prompt_model_with(Doubled(tokenizer_of("wordpiece"), WORDS))
+    assert torch.equal(other(**batch)["loss"], 2 * found["loss"])
+
+
+def prompt_model_with(verbalizer):
+    model = model_of("bert")
+    return PromptModel(model, Template(REVIEW, tokenizer_of("wordpiece"), model), verbalizer).eval()
+
+
+def test_a_batch_is_tokenized_in_one_call(monkeypatch):
+    model = prompt_model_with(WordVerbalizer(tokenizer_of("wordpiece"), WORDS))
+    tokenizer, calls = model.template.tokenizer, []
+
+    class Counted:
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def __call__(self, texts, **options):
+            calls.append(len(texts))
+            return tokenizer(texts, **options)
+
+    expected = model.collate(REVIEWS)
+    monkeypatch.setattr(model.template, "tokenizer", Counted())
+    found = model.collate(REVIEWS)
+    assert calls == [len(REVIEWS)]
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

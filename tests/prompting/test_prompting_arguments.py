@@ -36,6 +36,10 @@ CALLS = {
     "KnowledgeableVerbalizer": (prompting.KnowledgeableVerbalizer, {"tokenizer": TOKENIZER, "words": WORDS}),
     "SoftVerbalizer": (prompting.SoftVerbalizer, {"backbone": MODEL, "classes": CLASSES}),
     "PrototypicalVerbalizer": (prompting.PrototypicalVerbalizer, {"backbone": MODEL, "classes": CLASSES}),
+    "MixedVerbalizer": (
+        prompting.MixedVerbalizer,
+        {"verbalizers": [prompting.WordVerbalizer(TOKENIZER, {**WORDS, "film": "film"})] * 2},
+    ),
     "RuleVerbalizer": (prompting.RuleVerbalizer, {"tokenizer": TOKENIZER, "rules": {"a": ["good"], "b": ["bad"]}}),
     "PromptModel": (
         prompting.PromptModel,

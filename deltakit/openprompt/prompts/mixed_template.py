@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deltakit.core import checked
 from deltakit.openprompt.prompt_base import Template, WrappedPiece
+from deltakit.openprompt.prompts.decoder_text import needs_decoder_text, one_later
 from deltakit.prompting import Soft, embedding_of, soft_tokens
 
 
@@ -15,7 +16,8 @@ class MixedTemplate(Template):
     """A template of words, fields, slots and trained vectors.
 
     `{"soft"}`, `{"soft": "words"}`, `"duplicate"`, `"same"` and `"soft_id"` are those of `deltakit.prompting.Template`. The
-    vectors are `soft_embedding.weight` [1 + vectors, d], whose first row is not used. Words start as their embeddings.
+    vectors are `soft_embedding.weight` [1 + vectors, d], whose first row is not used. Words start as their embeddings. BART's
+    decoder reads the same vectors where it reads the encoder's text.
 
     Args:
         model: the backbone, for its embedding.
@@ -33,8 +35,8 @@ class MixedTemplate(Template):
         placeholder_mapping: Mapping[str, str] | None = None,
         filters: Mapping[str, Callable[[str], str]] | None = None,
     ) -> None:
-        # In a list: it is no part of the template. And first: setting the text reads it.
-        self._embedding = [embedding_of(model)]
+        # In a list: they are no part of the template. And first: setting the text reads them.
+        self._model, self._embedding = [model], [embedding_of(model)]
         super().__init__(tokenizer, text, placeholder_mapping, filters)
 
     def on_text_set(self) -> None:
@@ -44,7 +46,10 @@ class MixedTemplate(Template):
         with torch.no_grad():
             for number, start in enumerate(self._starts):
                 if start is not None:
-                    self.soft_embedding.weight[number + 1] = weight[start]
+                    # By a call: the embeddings of some models are scaled in it.
+                    self.soft_embedding.weight[number + 1] = self._embedding[0](
+                        torch.tensor(start, device=weight.device)
+                    )
 
     def soft_pieces(self, index: int, piece: Soft) -> list[WrappedPiece]:
         found = []
@@ -57,5 +62,14 @@ class MixedTemplate(Template):
     def process_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         batch = dict(batch)
         ids, soft = batch.pop("input_ids"), batch.pop("soft_token_ids")
-        words, own = self._embedding[0](ids), self.soft_embedding(soft)
-        return {**batch, "inputs_embeds": torch.where((soft > 0)[..., None], own, words)}
+        batch["inputs_embeds"] = self._embedded(ids, soft)
+        if needs_decoder_text(self._model[0], batch):
+            # Vectors have ids of their own behind the vocabulary while the text is shifted.
+            first = self._embedding[0].num_embeddings
+            later = one_later(self._model[0], torch.where(soft > 0, first + soft, ids))
+            own = (later - first).clamp_min(0)
+            batch["decoder_inputs_embeds"] = self._embedded(later.masked_fill(own > 0, 0), own)
+        return batch
+
+    def _embedded(self, ids: Tensor, soft: Tensor) -> Tensor:
+        return torch.where((soft > 0)[..., None], self.soft_embedding(soft), self._embedding[0](ids))

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from deltakit.core import checked
 from deltakit.openprompt.prompt_base import Template
+from deltakit.openprompt.prompts.decoder_text import needs_decoder_text, one_later
 from deltakit.prompting import embedding_of
 
 
 class SoftTemplate(Template):
-    """Trained vectors `soft_embeds` [num_tokens, d] ahead of a template of words.
+    """Trained vectors `soft_embeds` [num_tokens, d] ahead of a template of words; of encoder-decoders in the encoder alone.
 
     Args:
         model: the backbone, for its embedding. It is not frozen, as OpenPrompt does with it.
@@ -36,11 +37,15 @@ class SoftTemplate(Template):
         filters: Mapping[str, Callable[[str], str]] | None = None,
     ) -> None:
         super().__init__(tokenizer, text, placeholder_mapping, filters)
-        # In a list: it is no part of the template.
-        self._embedding = [embedding_of(model)]
+        # In a list: they are no part of the template.
+        self._model, self._embedding = [model], [embedding_of(model)]
         self._ahead_of_scores = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         if soft_embeds is None:
-            soft_embeds = self._embedding[0].weight.detach()[:num_tokens].clone()
+            weight = self._embedding[0].weight
+            with torch.no_grad():
+                # By a call: the embeddings of some models are scaled in it.
+                first = self._embedding[0](torch.arange(min(num_tokens, len(weight)), device=weight.device))
+            soft_embeds = first.detach().clone()
             if not initialize_from_vocab:
                 soft_embeds.uniform_(-random_range, random_range)
         self.soft_embeds = nn.Parameter(soft_embeds)
@@ -52,12 +57,15 @@ class SoftTemplate(Template):
 
     def process_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         batch = dict(batch)
-        words = self._embedding[0](batch.pop("input_ids"))
+        ids = batch.pop("input_ids")
+        words = self._embedding[0](ids)
         own = self.soft_embeds.to(words.dtype).expand(len(words), -1, -1)
         batch["inputs_embeds"] = torch.cat([own, words], 1)
         mask = batch.get("attention_mask")
         if mask is not None:
             batch["attention_mask"] = torch.cat([mask.new_ones(own.shape[:2]), mask], 1)
+        if needs_decoder_text(self._model[0], batch):
+            batch["decoder_input_ids"] = one_later(self._model[0], ids)
         return batch
 
     @property

@@ -49,7 +49,7 @@ class KnowledgeableVerbalizer(WordVerbalizer):
         return self.weights.to(dtype).expand(len(self.classes), -1).masked_fill(~self.belongs(), -torch.inf).softmax(-1)
 
     def forward(self, output: SlotOutput) -> Float[Tensor, "batch classes"]:
-        found = self.word_log_probs(output)
+        found = self.word_logits(output)
         words = (found - self.prior.to(found)).masked_fill(~self.kept, -torch.inf).log_softmax(-1)
         # Dropped words have no share, and 0 * -inf is no number.
         return (words.masked_fill(~self.kept, 0) @ self.shares(words.dtype).T).log_softmax(-1)

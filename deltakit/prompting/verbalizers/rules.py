@@ -86,7 +86,7 @@ class RuleVerbalizer(Verbalizer):
     def observed(self, output: SlotOutput) -> tuple[Tensor, ...]:
         return tuple(slot.word_log_probs(own) for slot, own in self._by_slot(output))
 
-    def calibrate(self, *observed: Float[Tensor, "examples words"]) -> None:
+    def calibrate(self, *observed: Float[Tensor, "examples _"]) -> None:
         for slot, found in zip(self._verbalizers(), observed, strict=True):
             slot.calibrate(found)
 

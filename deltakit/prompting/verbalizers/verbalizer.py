@@ -55,6 +55,11 @@ class Verbalizer(nn.Module):
         """The ids in the backbone's vocabulary that it reads."""
         return []
 
+    @property
+    def scored_words(self) -> list[tuple[int, ...]]:
+        """The words, as ids, whose log-probabilities it reads in `SlotOutput.word_scores`."""
+        return []
+
     @abstractmethod
     def forward(self, output: SlotOutput) -> Float[Tensor, "batch classes"]:
         """Returns the log-probabilities of the classes."""
@@ -62,6 +67,16 @@ class Verbalizer(nn.Module):
     def loss(self, output: SlotOutput, labels: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
         """Returns the mean loss of a batch: by default the cross-entropy of the classes."""
         return F.nll_loss(self(output), labels)
+
+    def loss_and_scores(
+        self, output: SlotOutput, labels: Int[Tensor, " batch"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch classes"]]:
+        """Returns the loss of a batch, and the log-probabilities of the classes."""
+        if type(self).loss is Verbalizer.loss:
+            # The loss reads them, so they are computed once.
+            found = self(output)
+            return F.nll_loss(found, labels), found
+        return self.loss(output, labels), self(output)
 
     def observed(self, output: SlotOutput) -> tuple[Tensor, ...]:
         """Returns what `calibrate` needs of a batch: log-probabilities [batch, words] among the vocabulary, for each slot.
@@ -71,7 +86,7 @@ class Verbalizer(nn.Module):
         """
         raise OptionError(f"{type(self).__name__}: it has no words, so it cannot be calibrated; use a WordVerbalizer")
 
-    def calibrate(self, *observed: Float[Tensor, "examples words"]) -> None:
+    def calibrate(self, *observed: Float[Tensor, "examples _"]) -> None:
         """Sets the words' priors: the logarithms of their mean probabilities over examples (`PromptModel.calibrate` calls it).
 
         Args:

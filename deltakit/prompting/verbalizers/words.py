@@ -59,8 +59,24 @@ class WordVerbalizer(Verbalizer):
     def token_ids(self) -> list[int]:
         return sorted({one for word in self.label_words for one in word.ids})
 
+    @property
+    def scored_words(self) -> list[tuple[int, ...]]:
+        return [word.ids for word in self.label_words] if self.multi == "score" else []
+
     def word_log_probs(self, output: SlotOutput) -> Float[Tensor, "batch words"]:
         """Returns the log-probabilities of the words among the full vocabulary, in the slot; of several tokens their mean.
+
+        Raises:
+            OptionError: if `multi` is "score", and the output has no scores of words.
+        """
+        found = self.word_logits(output)
+        return found if self.multi == "score" else found - wide(output.logits[:, 0]).logsumexp(-1, keepdim=True)
+
+    def word_logits(self, output: SlotOutput) -> Float[Tensor, "batch words"]:
+        """Returns the same but for a constant of each example, which is the same for all words.
+
+        Words compete with each other only, so the constant does not matter for classes, and to compute it and its gradient
+        takes more time than all else here: it needs the full vocabulary.
 
         Raises:
             OptionError: if `multi` is "score", and the output has no scores of words.
@@ -72,8 +88,7 @@ class WordVerbalizer(Verbalizer):
                 )
             return output.word_scores
         # In at least float32: half precision has three digits, and differences of these numbers decide.
-        logits = wide(output.logits[:, 0])
-        tokens = logits.log_softmax(-1)[:, self.ids]
+        tokens = wide(output.logits[:, 0][:, self.ids])
         padding = torch.arange(self.ids.shape[1], device=self.ids.device) >= self.tokens_read[:, None]
         return tokens.masked_fill(padding, 0).sum(-1) / self.tokens_read
 
@@ -87,7 +102,7 @@ class WordVerbalizer(Verbalizer):
         return own / own.sum(1, keepdim=True)
 
     def forward(self, output: SlotOutput) -> Float[Tensor, "batch classes"]:
-        found = self.word_log_probs(output)
+        found = self.word_logits(output)
         words = (found - self.prior.to(found)).log_softmax(-1)
         return (words @ self.shares(words.dtype).T).log_softmax(-1)
 
