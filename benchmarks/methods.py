@@ -202,8 +202,8 @@ def document(rows: Sequence[dict[str, Any]]) -> str:
     said = (
         "A training step on a BERT of base's width with four layers: CPU time on one thread, turn by turn in one process. "
         "Steps are ratios to the frozen backbone's forward and backward, and to a step with LoRA of the same rank, or of rank "
-        "8: medians with the quartiles of the rounds. The share is our overhead as a part of PEFT's: the quotient of both "
-        "medians, with quartiles over resampled rounds. Operations are those of the matrix products in the same steps. Bytes "
+        "8: medians with the quartiles of the rounds. The share is our overhead as a part of PEFT's, with quartiles "
+        "over resampled rounds. Operations are those of the matrix products in the same steps. Bytes "
         "kept for the backward pass are beyond the frozen backbone's. Methods whose default is LoRA's queries and values are "
         "on all linear layers, and so is the LoRA beside them; others are at their defaults, and LoRA beside them is on the "
         "same layers or on queries and values."

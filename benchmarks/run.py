@@ -24,10 +24,9 @@ PARTS = ("step", "memory", "forward", "attach", "scale", "many", "optimizer", "c
 
 ABOUT = """\
 CPU time on one thread, or wall time on a GPU, taken turn by turn in one process. Ratios are medians with the quartiles of the
-rounds. A share is our overhead as a part of PEFT's, the quotient of the two medians; its quartiles, over resampled rounds, say
-how far it is known. The share of a second copy of deltakit's contestant (null) shows the noise: without it both were equal.
-Rounds go on until the quartiles of the share are within 0.1, or to the bound that is named. PEFT 0.21.2 where nothing else is
-said."""
+rounds. A share is our overhead as a part of PEFT's, and its quartiles, over resampled rounds, say how far it is known. The
+share of a second copy of deltakit's contestant (null) shows the noise: without it both were equal. Rounds go on until the
+quartiles of the share are within 0.1, or to the bound that is named. PEFT 0.21.2 where nothing else is said."""
 
 
 def ratio(found: Any) -> str:
