@@ -193,3 +193,52 @@ def test_results_of_an_older_form_are_left_out_and_named(rounds, tmp_path, capsy
     (tmp_path / "step.json").write_text('{"benchmark": "step", "machine": {}, "rows": [{"share": 0.19}]}')
     assert "0.19" not in run.table(tmp_path)
     assert "run benchmarks/step.py again" in capsys.readouterr().out
+
+
+def test_every_part_has_a_page(rounds, tmp_path):
+    seconds = {
+        "bare": 1.0,
+        "deltakit": 1.2,
+        "null": 1.2,
+        "PEFT": 2.0,
+        "one after another": 3.0,
+        "default": 4.0,
+        "fused": 2.0,
+    }
+    times = rounds.Times(
+        {name: [own] * 9 for name, own in seconds.items()}, {name: [own] * 9 for name, own in seconds.items()}
+    )
+    row = rounds.compared(times, "bare")
+    compiling = {"deltakit": {"graphs": 1, "cpu": 20.04, "wall": 31.0}}
+
+    def measure(write):
+        write("optimizer", [rounds.compared(times, "default")])
+        loads = {"load ms, first": {"cpu": (12.5, 12, 13), "wall": (20, 19, 21)}}
+        batch = {"distinct": 2, "batch": 16, "tokens": 1, **row, "apart": row}
+        write("many", [{"targets": 168, "ms": loads}, batch])
+        events = [("deltakit", "dynamic", "rows", 0, True), ("PEFT", "fixed", "x", "Unsupported", False)]
+        write("compiled", {"times": [{"case": "step", **row, "compiling": compiling}], "graphs": events})
+        kept = {"floor": 1e6, "PEFT": 4e6, "deltakit": 3e6, "deltakit int8": 2e6}
+        peak = {name: (own, own - 1e6, own + 1e6) for name, own in kept.items()}
+        write("memory", [{"model": "m", "dtype": "float32", "kept": kept, "peak": peak, "limit": 2e6}])
+        measures = {"bare": 800.0, "PEFT": 123.44, "deltakit": 99.0}
+        size = {"model": "8B", "base": "bare", "unit": "MB", "measures": measures}
+        write("gpu", [{**size, "what": "peak"}, {**size, "what": "step", **row}])
+
+    page = results(rounds, tmp_path, measure).splitlines()
+    shares = "0.20 (0.20 to 0.20) | 0.20 (0.20 to 0.20) | 0.20 (0.20 to 0.20) | 9 |"
+    ratios = "2.000 (2.000 to 2.000) | 1.200 (1.200 to 1.200) | " + shares
+    for line in (
+        "| fused | 0.500 (0.500 to 0.500) | 0.500 (0.500 to 0.500) | 9 |",
+        "| load ms, first | 12.50 (12.00 to 13.00) | 20.00 (19.00 to 21.00) |",
+        f"| 16, 2, 1 | 3.000 (3.000 to 3.000) | {ratios}",
+        f"| step | {ratios}",
+        "| step | deltakit | 1 | 20.0 | 31.0 |",
+        "| deltakit | dynamic | rows | 0 | right |",
+        "| PEFT | fixed | x | Unsupported | WRONG |",
+        "| m, float32 | MB kept for backward beyond the floor | 3.0 | 2.0 | 1.0 | 2.0 |",
+        "|  | MB at the peak beyond the model; floor 1 (0 to 2) | 4 (3 to 5) | 3 (2 to 4) | 2 (1 to 3) |  |",
+        "| 8B | peak | MB | 800 | 123.4 | 99 |  |  |  |  |  |  |",
+        f"| 8B | step | MB | 800 | 123.4 | 99 | {ratios}",
+    ):
+        assert line in page, line
