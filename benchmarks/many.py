@@ -11,6 +11,7 @@ import argparse
 import copy
 import dataclasses
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,9 @@ def _place(k: int, count: int) -> str:
     return "45th to 50th" if 44 <= k < 50 else "last five" if k >= count - 5 else "between"
 
 
-def _ms(seconds: list[float]) -> rounds.Estimate:
-    return rounds.quartiles([1000 * second for second in seconds])
+def _ms(seconds: list[float]) -> Sequence[float]:
+    milliseconds = [1000 * second for second in seconds]
+    return rounds.quartiles(milliseconds) if len(milliseconds) > 1 else milliseconds
 
 
 def switching(deltas: list[dk.Delta], calls: rounds.Calls) -> None:

@@ -247,9 +247,14 @@ def compared(times: Times, base: str, *, ours: str = "deltakit", theirs: str = "
 
 
 def text(estimate: Sequence[float] | None, digits: int = 3) -> str:
-    """Returns a figure as text: the median and the quartiles. A share that is None is not above the noise."""
+    """Returns a figure as text: the median and the quartiles, or a value that was measured once.
+
+    A share that is None is not above the noise.
+    """
     if estimate is None:
         return "PEFT's overhead is within the noise"
+    if len(estimate) == 1:
+        return f"{estimate[0]:.{digits}f} (measured once)"
     middle, low, high = (f"{value:.{digits}f}" for value in estimate)
     return f"{middle} ({low} to {high})"
 
