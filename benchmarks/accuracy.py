@@ -24,6 +24,7 @@ import torch
 import transformers as tf
 from intent_tasks import TASKS
 from resuming import Rows, Start
+from rounds import Bound, Call, interleaved, ratios, text
 
 import deltakit as dk
 from deltakit.delta import method_rows
@@ -151,12 +152,12 @@ def run(job: Job, methods: tuple[dk.Method, ...], settings: Settings) -> dict[st
 
 
 def step_ratio(name: str, methods: tuple[dk.Method, ...], model: str, rounds: int) -> tuple[float, float, float]:
-    """Returns the time of a training step as a ratio to LoRA's, which takes turns with it."""
+    """Returns the CPU time of a training step as a ratio to LoRA's, which takes turns with it."""
     task = next(iter(TASKS))
     encoded, pad = tokenized(model, task)
     batch = next(batches(encoded(TASKS[task]().train(BATCH, 0)), BATCH, pad))
 
-    def call(own: tuple[dk.Method, ...]) -> harness.Call:
+    def call(own: tuple[dk.Method, ...]) -> Call:
         backbone, _, groups = fresh(model, task, own, 0)
         optimizer = torch.optim.AdamW(groups, lr=1e-3)
         backbone.train()
@@ -168,8 +169,13 @@ def step_ratio(name: str, methods: tuple[dk.Method, ...], model: str, rounds: in
 
         return step
 
-    times = harness.interleaved({"lora": call((dk.LoRA(),)), name: call(methods)}, rounds)
-    return harness.ratios(times, "lora")[name]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        times = interleaved({"lora": call((dk.LoRA(),)), name: call(methods)}, Bound(rounds, rounds))
+    finally:
+        torch.set_num_threads(threads)
+    return ratios(times.deciding, "lora")[name]
 
 
 class Results(Rows):
@@ -230,7 +236,7 @@ def table(results: Results, wanted: dict[str, tuple[dk.Method, ...]], tasks: Seq
             cells.append(f"{means[-1]:.1f} ({min(found):.1f} to {max(found):.1f})")
         cells.append("" if rate is None else f"{rate:g}{edge(name, rate)}")
         size = f"{last['parameters']:,} | {last['bytes'] / 1000:,.0f}" if last else "|"
-        time = harness.spread(tuple(ratio)) if ratio else ""
+        time = text(ratio) if ratio else ""
         mean = statistics.mean(means) if len(means) == len(tasks) else -1
         lines.append((mean, f"| {name} | {' | '.join(cells)} | {size} | {time} |"))
     heads = " | ".join(f"{task}, % right" for task in tasks)
@@ -301,7 +307,7 @@ def work(results: Results, wanted: dict[str, tuple[dk.Method, ...]], options: ar
         if options.rounds and not there:
             ratio = step_ratio(name, methods, results.settings.model, options.rounds)
             results.add({"name": name, "methods": repr(methods), **results.settings._asdict(), "ratio": ratio})
-            print(f"step of {name:<26} {harness.spread(ratio)}", flush=True)
+            print(f"step of {name:<26} {text(ratio)}", flush=True)
     return list(failed.values())
 
 
@@ -328,10 +334,10 @@ def main() -> int:
     failed = work(results, wanted, options)
     # The notes are on the whole table of the demo's encoder.
     notes = STANDS_OUT if wanted == every and settings == Settings("demo", 480, 3) else ""
-    text = document(table(results, wanted, options.tasks, options.seeds), settings, options.seeds, notes)
-    print(text)
+    page = document(table(results, wanted, options.tasks, options.seeds), settings, options.seeds, notes)
+    print(page)
     if options.table:
-        options.table.write_text(text)
+        options.table.write_text(page)
     return int(bool(failed))
 
 

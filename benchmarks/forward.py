@@ -1,8 +1,11 @@
 """Times a forward of one token, of many, and generation, against the bare backbone and PEFT.
 
-Two more cases are a merged delta, and hooks that compute nothing but the two products of LoRA.
+Three more cases are a merged delta, hooks that compute nothing but the two products of LoRA, and `null`, a second copy of
+deltakit's contestant, which shows the noise. All but the merged one have the same weights in memory.
 
-python benchmarks/forward.py [--rounds 15] [--out forward.json]
+    python benchmarks/forward.py [--models "BERT base" ...] [--out forward.json]
+
+A row takes as long as its share needs, and at most a minute; all nine take about six minutes.
 """
 
 import argparse
@@ -11,6 +14,7 @@ from typing import Any
 
 import harness
 import peft
+import rounds
 import torch
 import torch.nn.functional as F
 
@@ -29,16 +33,18 @@ class Products:
 
 def contestants(model: Any, paths: list[str]) -> dict[str, Any]:
     """Returns the bare backbone, and copies of it with LoRA r=8 at these paths."""
-    models = {"bare": model.requires_grad_(False), "deltakit": copy.deepcopy(model), "merged": copy.deepcopy(model)}
+    models = {"bare": model.requires_grad_(False), "merged": copy.deepcopy(model)}
     method = dk.LoRA(r=8, at=["^" + path for path in paths])
-    dk.attach(models["deltakit"], method)
     dk.attach(models["merged"], method).merge()
-    models["products alone"] = copy.deepcopy(model)
+    for own in ("deltakit", "null"):
+        models[own] = harness.twin(model)
+        dk.attach(models[own], method)
+    models["products alone"] = harness.twin(model)
     for path in paths:
         layer = models["products alone"].get_submodule(path)
         sizes = layer.weight.shape if type(layer).__name__ == "Conv1D" else layer.weight.shape[::-1]
         layer.register_forward_hook(Products(*sizes, model.device))
-    models["PEFT"] = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=8, target_modules=paths)).eval()
+    models["PEFT"] = peft.get_peft_model(harness.twin(model), peft.LoraConfig(r=8, target_modules=paths)).eval()
     return models
 
 
@@ -48,39 +54,41 @@ def launch_bound() -> Any:
     return harness.llama(**sizes, num_key_value_heads=4, vocab_size=500)
 
 
-def measure(name: str, models: dict[str, Any], call: Any, rounds: int) -> dict[str, Any]:
+def measure(name: str, models: dict[str, Any], call: Any, bound: rounds.Bound) -> dict[str, Any]:
     def run(model: Any) -> None:
         with torch.no_grad():
             call(model)
 
-    times = harness.interleaved({who: lambda m=m: run(m) for who, m in models.items()}, rounds, warm=3)
-    found = harness.ratios(times, "bare")
-    share = (found["deltakit"][0] - 1) / (found["PEFT"][0] - 1)
-    shown = "  ".join(f"{who} {harness.spread(ratio)}" for who, ratio in found.items() if who != "bare")
-    print(f"{name:<34} {shown}  share of PEFT's overhead {share:.2f}")
-    return {"case": name, "ratios": found, "share": share}
+    cases = {who: lambda m=m: run(m) for who, m in models.items()}
+    times = rounds.interleaved(cases, bound, rounds.share_known("bare", 0.05), warm=3)
+    row = {"case": name, **rounds.compared(times, "bare")}
+    print(f"{name}\n    {rounds.said(row, 'bare')}", flush=True)
+    return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    harness.add_options(parser, rounds=15)
+    parser.add_argument("--models", nargs="*", help="by default all that the device is meant for, and launch-bound")
+    harness.add_options(parser, rounds.Bound(21, 201, 60))
     options = parser.parse_args()
-    print(harness.machine())
+    bound = harness.begin(options)
     results = []
-    for name in harness.models_for(options.device):
+    for name in options.models or harness.models_for(options.device):
+        if name == "launch-bound":
+            continue
         model = harness.backbone(name, device=options.device)
         models = contestants(model, harness.targets(model, harness.LINEARS[name]))
-        for length, times in ((1, 3 * options.rounds), (128, options.rounds)):
+        for length in (1, 128):
             inputs = harness.batch(model, 1 if length == 1 else 4, length)
             case = f"{name}, {length} token{'s' if length > 1 else ''}"
-            results.append(measure(case, models, lambda m, i=inputs: m(**i), times))
-    model = launch_bound().to(options.device)
-    models = contestants(model, harness.targets(model, harness.LINEARS["Llama 150 M"]))
-    ids = torch.randint(5, 400, (1, 4)).to(options.device)
-    options_of = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    results.append(
-        measure("launch-bound, generate", models, lambda m: m.generate(input_ids=ids, **options_of), options.rounds)
-    )
+            results.append(measure(case, models, lambda m, i=inputs: m(**i), bound))
+            harness.write(options.out, "forward", results)
+    if not options.models or "launch-bound" in options.models:
+        model = launch_bound().to(options.device)
+        models = contestants(model, harness.targets(model, harness.LINEARS["Llama 150 M"]))
+        ids = torch.randint(5, 400, (1, 4)).to(options.device)
+        how = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+        results.append(measure("launch-bound, generate", models, lambda m: m.generate(input_ids=ids, **how), bound))
     harness.write(options.out, "forward", results)
 
 

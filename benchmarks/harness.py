@@ -1,77 +1,45 @@
-"""Shared by all benchmarks: interleaved timing, ratios with their spread, the backbones, and the versions."""
+"""Shared by all benchmarks: the options, one thread, the backbones, and the versions. `rounds.py` has the timing."""
 
 import argparse
-import gc
+import copy
 import json
 import os
 import platform
-import statistics
 import textwrap
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
+from rounds import Bound
+from torch import nn
 
 import deltakit as dk
 
-Call = Callable[[], Any]
 
-
-def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
-    """Adds the options of all benchmarks that run models: `--device`, `--rounds` and `--out`."""
+def add_options(parser: argparse.ArgumentParser, bound: Bound | None = None) -> None:
+    """Adds the options of all benchmarks that run models: `--device`, `--out`, and those of the rounds of each row."""
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--out", type=Path)
+    if bound is not None:
+        parser.add_argument("--least", type=int, default=bound.least, help="rounds of a row at least")
+        parser.add_argument("--most", type=int, default=bound.most, help="and at most")
+        parser.add_argument(
+            "--seconds", type=float, default=bound.seconds, help="of CPU time, after which a row has no more rounds"
+        )
 
 
-def interleaved(cases: Mapping[str, Call], rounds: int, *, warm: int = 2) -> dict[str, list[float]]:
-    """Returns the seconds of each case in each round.
+def begin(options: argparse.Namespace) -> Bound:
+    """Sets one thread, prints the machine, and returns the bound of the rounds.
 
-    The cases take turns, and every second round runs them backwards, so that slow changes of the machine cancel out.
+    With several threads the time of a small product is a matter of what else the machine does: a product of 20 us took
+    3,300 us beside a busy neighbour, because each waits for the slowest thread. CPU time would count the waiting.
     """
-    for _ in range(warm):
-        for call in cases.values():
-            call()
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    gc.collect()
-    gc.disable()
-    finish()
-    try:
-        for turn in range(rounds):
-            for name in list(cases)[:: 1 if turn % 2 else -1]:
-                start = time.perf_counter()
-                cases[name]()
-                finish()
-                times[name].append(time.perf_counter() - start)
-    finally:
-        gc.enable()
-    return times
-
-
-def finish() -> None:
-    """Waits until a GPU has done all that it was given. Without one it does nothing."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-
-
-def ratios(times: Mapping[str, list[float]], base: str) -> dict[str, tuple[float, float, float]]:
-    """Returns the median and the quartiles of each case's ratio to the base, taken within each round."""
-    found = {}
-    for name, own in times.items():
-        each = [a / b for a, b in zip(own, times[base], strict=True)]
-        low, middle, high = statistics.quantiles(each, n=4) if len(each) > 1 else (each[0],) * 3
-        found[name] = (middle, low, high)
-    return found
-
-
-def spread(ratio: tuple[float, float, float]) -> str:
-    """Returns a ratio as text: the median and the quartiles."""
-    middle, low, high = ratio
-    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+    torch.set_num_threads(1)
+    print(machine(), flush=True)
+    return Bound(*(getattr(options, name, 0) for name in ("least", "most", "seconds")))
 
 
 def machine() -> dict[str, Any]:
@@ -89,6 +57,10 @@ def machine() -> dict[str, Any]:
     }
 
 
+FORM = 2
+"""The form of the files of results. Those of form 1 had neither CPU time nor a spread of the share."""
+
+
 def status(field: str) -> int:
     """Returns a field of this process's status in bytes, such as its resident memory `VmRSS`."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
@@ -101,8 +73,18 @@ def write(path: Path | None, name: str, rows: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         # By renaming: a benchmark that is stopped while it writes must not lose what it had.
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"benchmark": name, "machine": machine(), "rows": rows}, indent=1) + "\n")
+        partial.write_text(
+            json.dumps({"benchmark": name, "form": FORM, "machine": machine(), "rows": rows}, indent=1) + "\n"
+        )
         partial.replace(path)
+
+
+def rows_there(path: Path | None) -> list[Any]:
+    """Returns the rows that a file of results has already; none if it is of an older form."""
+    if path is None or not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    return found["rows"] if found.get("form") == FORM else []
 
 
 def page(script: str, title: str, text: str, lines: Sequence[str]) -> str:
@@ -155,10 +137,25 @@ def models_for(device: str) -> list[str]:
     return [name for name in CONFIGS if device != "cpu" or name != "Llama 1 B"]
 
 
-def backbone(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
-    """Returns a backbone in evaluation mode; every call gives the same weights."""
+def backbone(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", layers: int = 0) -> Any:
+    """Returns a backbone in evaluation mode; every call gives the same weights.
+
+    Args:
+        layers: how many layers of its shape it has; 0 for all.
+    """
     torch.manual_seed(0)
-    return tf.AutoModel.from_config(CONFIGS[name]()).to(device, dtype).eval()
+    config = CONFIGS[name]()
+    if layers:
+        config.num_hidden_layers = layers
+        # T5 has as many in its decoder.
+        if getattr(config, "num_decoder_layers", None):
+            config.num_decoder_layers = layers
+    return tf.AutoModel.from_config(config).to(device, dtype).eval()
+
+
+def twin(model: nn.Module) -> Any:
+    """Returns a copy with the same parameter tensors: where a copy lies in memory would change how fast it is."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def batch(model: Any, rows: int | None = None, length: int | None = None) -> dict[str, torch.Tensor]:

@@ -1,21 +1,23 @@
 """Times many deltas on one backbone: loading, switching, and mixed-adapter batches.
 
-    python benchmarks/many.py [--deltas 100] [--rounds 9] [--out many.json]
+    python benchmarks/many.py [--deltas 100] [--out many.json]
 
 They are compared with PEFT's `load_adapter`, `set_adapter` and `adapter_names`; mixed batches also with one forward for
-each delta.
+each delta. `null` is a second copy of deltakit's contestant. A row of mixed batches takes as long as it needs, and at most a
+minute, and its forwards for each delta at most half a minute; all takes about twelve minutes, of which loading takes three.
 """
 
 import argparse
 import copy
-import statistics
+import dataclasses
 import tempfile
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import harness
 import peft
+import rounds
 import torch
 
 import deltakit as dk
@@ -41,7 +43,7 @@ LINEARS = harness.LINEARS["Llama 150 M"]
 
 def loading(count: int, device: str) -> dict[str, Any]:
     """Returns the milliseconds to load and to switch deltas and PEFT adapters, and the memory of one delta."""
-    model = backbone(device, 24, 384)
+    model, calls = backbone(device, 24, 384), rounds.Calls()
     with tempfile.TemporaryDirectory() as folder:
         ours, theirs = Path(folder) / "ours", Path(folder) / "theirs"
         delta = dk.attach(model, dk.LoRA(r=8, at=LINEARS))
@@ -52,115 +54,124 @@ def loading(count: int, device: str) -> dict[str, Any]:
         wrapped = peft.get_peft_model(other, peft.LoraConfig(r=8, target_modules=LINEARS), adapter_name="first")
         wrapped.save_pretrained(theirs)
         before = harness.status("VmRSS")
-        mine = [timed(lambda k=k: dk.load(ours, model, name=f"d{k}", attach=False)) for k in range(count)]
+        deltas = []
+        for k in range(count):
+            load = lambda k=k: dk.load(ours, model, name=f"d{k}", attach=False)  # noqa: E731
+            deltas.append(calls.run("load", _place(k, count), load))
         grown = (harness.status("VmRSS") - before) / count
-        peft_times = []
-        for k in range(min(count, 50)):
-            peft_times.append(timed(lambda k=k: wrapped.load_adapter(theirs / "first", adapter_name=f"a{k}"))[0])
-        deltas = [delta for _, delta in mine]
-        switch = switching(deltas[:2])
-        set_adapter = [timed(lambda k=k: wrapped.set_adapter(f"a{k % 2}"))[0] for k in range(6)]
+        most = min(count, 50)
+        for k in range(most):
+            load = lambda k=k: wrapped.load_adapter(theirs / "first", adapter_name=f"a{k}")  # noqa: E731
+            calls.run("PEFT load", _place(k, most), load)
+        switching(deltas[:2], calls)
+        for k in range(12):
+            calls.run("PEFT set_adapter", "", lambda k=k: wrapped.set_adapter(f"a{k % 2}"))
+    milliseconds = {
+        f"{what} ms{case and ', '}{case}": {"cpu": _ms(times.cpu[case]), "wall": _ms(times.wall[case])}
+        for what, times in calls.of.items()
+        for case in times.cpu
+        if case != "between"
+    }
     return {
         "targets": 168,
-        "load ms, first": 1e3 * mine[0][0],
-        "load ms, 50th": 1e3 * statistics.median([t for t, _ in mine[45:50]]),
-        "load ms, last": 1e3 * statistics.median([t for t, _ in mine[-5:]]),
-        "PEFT load ms, first": 1e3 * peft_times[0],
-        "PEFT load ms, last": 1e3 * statistics.median(peft_times[-3:]),
-        "PEFT's last was the": len(peft_times),
+        "PEFT's last was the": most,
         "resident bytes a delta / its parameters": grown / bytes_each,
-        "PEFT set_adapter ms": 1e3 * statistics.median(set_adapter),
-        **switch,
+        "ms": milliseconds,
     }
 
 
-def switching(deltas: list[dk.Delta]) -> dict[str, float]:
-    """Returns the milliseconds of three ways to switch between two deltas."""
+def _place(k: int, count: int) -> str:
+    """Returns the group of loads that the k-th belongs to: some neighbours each, so that a group has quartiles."""
+    if k == 0:
+        return "first"
+    return "45th to 50th" if 44 <= k < 50 else "last five" if k >= count - 5 else "between"
+
+
+def _ms(seconds: list[float]) -> Sequence[float]:
+    milliseconds = [1000 * second for second in seconds]
+    return rounds.quartiles(milliseconds) if len(milliseconds) > 1 else milliseconds
+
+
+def switching(deltas: list[dk.Delta], calls: rounds.Calls) -> None:
+    """Notes the times of three ways to switch between two deltas."""
     one, other = deltas
     one.attach()
-    taken = [timed(lambda: (one.detach(), other.attach()))[0], timed(lambda: (other.detach(), one.attach()))[0]]
-    other.attach()
+    for _ in range(6):
+        calls.run("switch", "detach and attach", lambda a=one, b=other: (a.detach(), b.attach()))
+        one, other = other, one
 
     def switch() -> None:
         one.active, other.active = other.active, one.active
 
-    swapped = [timed(lambda: one.swap(other))[0] for _ in range(20)]
+    for _ in range(20):
+        calls.run("switch", "swapped", lambda: one.swap(other))
+    other.attach()
     one.active, other.active = True, False
-    times = [timed(switch)[0] for _ in range(20)]
+    for _ in range(20):
+        calls.run("switch", "both attached", switch)
     one.detach(), other.detach()
-    return {
-        "switch ms, both attached": 1e3 * statistics.median(times),
-        "switch ms, swapped": 1e3 * statistics.median(swapped),
-        "switch ms, detach and attach": 1e3 * statistics.median(taken),
-    }
 
 
-def timed(call: harness.Call) -> tuple[float, Any]:
-    start = time.perf_counter()
-    result = call()
-    return time.perf_counter() - start, result
-
-
-def rows(distinct: int, batch: int, length: int, rounds: int, device: str) -> dict[str, Any]:
-    """Returns the times of a mixed-adapter batch as ratios to the bare backbone. Examples use the deltas in turn."""
+def rows(distinct: int, batch: int, length: int, bound: rounds.Bound, device: str) -> dict[str, Any]:
+    """Returns the times of a mixed-adapter batch beside the bare backbone's. Examples use the deltas in turn."""
     bare = backbone(device, 2)
-    mine, theirs = copy.deepcopy(bare), copy.deepcopy(bare)
     names = [f"d{k}" for k in range(distinct)]
-    for name in names:
-        dk.attach(mine, dk.LoRA(r=8, at=LINEARS), name=name)
-    config = peft.LoraConfig(r=8, target_modules=LINEARS)
-    wrapped = peft.get_peft_model(theirs, config, adapter_name=names[0])
-    for name in names[1:]:
-        wrapped.add_adapter(name, config)
     own = [names[i % distinct] for i in range(batch)]
     ids = torch.randint(5, 900, (batch, length)).to(device)
-    handles = {delta.name: delta for delta in dk.deltas(mine)}
+    models = {who: harness.twin(bare) for who in ("deltakit", "null")}
+    for model in models.values():
+        for name in names:
+            dk.attach(model, dk.LoRA(r=8, at=LINEARS), name=name)
+    config = peft.LoraConfig(r=8, target_modules=LINEARS)
+    wrapped = peft.get_peft_model(harness.twin(bare), config, adapter_name=names[0])
+    for name in names[1:]:
+        wrapped.add_adapter(name, config)
     wrapped.eval()
-
-    def together() -> None:
-        with torch.no_grad():
-            mine(input_ids=ids)
+    handles = {delta.name: delta for delta in dk.deltas(models["deltakit"])}
 
     def one_after_another() -> None:
-        with torch.no_grad():
-            for name in names:
-                for other, delta in handles.items():
-                    delta.active = other == name
-                mine(input_ids=ids[[i for i, n in enumerate(own) if n == name]])
+        for name in names:
+            for other, delta in handles.items():
+                delta.active = other == name
+            models["deltakit"](input_ids=ids[[i for i, n in enumerate(own) if n == name]])
         for delta in handles.values():
             delta.active = True
 
-    def peft_mixed() -> None:
-        with torch.no_grad():
-            wrapped(input_ids=ids, adapter_names=own)
-
-    def plain() -> None:
-        with torch.no_grad():
-            bare(input_ids=ids)
-
-    with dk.rows(mine, own):
-        times = harness.interleaved({"bare": plain, "deltakit": together, "PEFT": peft_mixed}, rounds)
-    times |= {"one after another": harness.interleaved({"x": one_after_another}, rounds)["x"]}
-    found = harness.ratios(times, "bare")
-    return {"distinct": distinct, "batch": batch, "tokens": length, "ratios": found}
+    plain = {"bare": lambda: bare(input_ids=ids)}
+    cases = {who: lambda m=model: m(input_ids=ids) for who, model in models.items()}
+    cases["PEFT"] = lambda: wrapped(input_ids=ids, adapter_names=own)
+    enough = rounds.both(rounds.share_known("bare"), rounds.ratio_known("deltakit", "bare", 0.02))
+    with torch.no_grad():
+        with dk.rows(models["deltakit"], own), dk.rows(models["null"], own):
+            times = rounds.interleaved({**plain, **cases}, bound, enough)
+        apart = rounds.interleaved(
+            {**plain, "one after another": one_after_another},
+            dataclasses.replace(bound, seconds=bound.seconds / 2),
+            rounds.ratio_known("one after another", "bare", 0.05),
+        )
+    found = {"distinct": distinct, "batch": batch, "tokens": length, **rounds.compared(times, "bare")}
+    return {**found, "apart": rounds.compared(apart, "bare")}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--deltas", type=int, default=100)
-    harness.add_options(parser, rounds=9)
+    harness.add_options(parser, rounds.Bound(13, 121, 60))
     options = parser.parse_args()
-    print(harness.machine())
+    bound = harness.begin(options)
     found = [loading(options.deltas, options.device)]
     for name, value in found[0].items():
-        print(f"{name:<42} {value:.3g}")
+        if name != "ms":
+            print(f"{name:<42} {value:.3g}")
+    for name, value in found[0]["ms"].items():
+        print(f"{name:<42} cpu {rounds.text(value['cpu'], 2)}  wall {rounds.text(value['wall'], 2)}", flush=True)
     for length in (1, 32):
         for distinct, batch in ((2, 16), (16, 16), (1, 64), (8, 64), (64, 64)):
-            row = rows(distinct, batch, length, options.rounds, options.device)
+            row = rows(distinct, batch, length, bound, options.device)
             found.append(row)
-            shown = "  ".join(f"{k} {harness.spread(v)}" for k, v in row["ratios"].items() if k != "bare")
-            print(f"{batch} rows, {distinct} distinct, {length} tokens: {shown}")
-    harness.write(options.out, "many", found)
+            print(f"{batch} rows, {distinct} distinct, {length} tokens\n    {rounds.said(row, 'bare')}")
+            print(f"    {rounds.said(row['apart'], 'bare')}", flush=True)
+            harness.write(options.out, "many", found)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """Measures the memory of a training step: bytes kept for the backward pass, and the peak of a separate process.
 
-    python benchmarks/memory.py [--models "Llama 150 M" ...] [--out memory.json]
+    python benchmarks/memory.py [--models "Llama 150 M" ...] [--processes 3] [--out memory.json]
 
-The limit is what any LoRA must keep: the input of each target, once if several share it, and its product with A.
+The limit is what any LoRA must keep: the input of each target, once if several share it, and its product with A. Bytes kept
+are counted, so they have no spread; peaks are those of several processes: the median, the lowest and the highest. All take
+about twenty minutes.
 """
 
 import argparse
 import gc
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import Any
 
 import harness
 import peft
+import rounds
 import torch
 from step import require_gradients
 from torch import nn
@@ -85,14 +89,17 @@ def limit(name: str, dtype: torch.dtype, device: str, inputs: dict[str, torch.Te
     return sum(extra) + products
 
 
-def peak(name: str, dtype: str, who: str) -> int:
-    """Returns the peak resident memory of a step in a fresh process, in bytes, without what the model itself takes."""
+def peak(name: str, dtype: str, who: str, processes: int) -> rounds.Estimate:
+    """Returns the peak resident memory of a step in fresh processes, in bytes, without what the model itself takes."""
     command = [sys.executable, "-W", "ignore", __file__, "--one", name, dtype, who]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(run.stdout.strip().splitlines()[-1])
+    found = []
+    for _ in range(processes):
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        found.append(int(run.stdout.strip().splitlines()[-1]))
+    return rounds.Estimate(statistics.median(found), min(found), max(found))
 
 
-def peak_on_gpu(name: str, dtype: torch.dtype, who: str) -> int:
+def peak_on_gpu(name: str, dtype: torch.dtype, who: str) -> rounds.Estimate:
     """Returns the peak of what torch allocates on the GPU in a step, in bytes, without what the model itself takes."""
     gc.collect()
     model = contestant(name, dtype, who, "cuda")
@@ -102,7 +109,7 @@ def peak_on_gpu(name: str, dtype: torch.dtype, who: str) -> int:
     for _ in range(2):
         model(**inputs)[0].float().square().mean().backward()
         model.zero_grad()
-    return torch.cuda.max_memory_allocated() - before
+    return rounds.Estimate(*[torch.cuda.max_memory_allocated() - before] * 3)
 
 
 def one(name: str, dtype: str, who: str) -> None:
@@ -120,14 +127,15 @@ def one(name: str, dtype: str, who: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="*", default=["Llama 150 M", "BERT base"])
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--processes", type=int, default=3, help="for each peak on a CPU")
     parser.add_argument("--one", nargs=3, metavar=("MODEL", "DTYPE", "CONTESTANT"), help="used by itself")
-    parser.add_argument("--out", type=Path)
+    harness.add_options(parser)
     options = parser.parse_args()
     if options.one:
+        torch.set_num_threads(1)
         one(*options.one)
         return
-    print(harness.machine())
+    harness.begin(options)
     results = []
     for name in options.models:
         for dtype in ("float32", "bfloat16"):
@@ -135,15 +143,18 @@ def main() -> None:
             inputs = harness.batch(contestant(name, kind, "floor", options.device))
             bytes_kept = {who: kept(contestant(name, kind, who, options.device), inputs) for who in CONTESTANTS}
             on_gpu = options.device == "cuda"
-            peaks = {w: peak_on_gpu(name, kind, w) if on_gpu else peak(name, dtype, w) for w in CONTESTANTS}
+            peaks = {
+                w: peak_on_gpu(name, kind, w) if on_gpu else peak(name, dtype, w, options.processes)
+                for w in CONTESTANTS
+            }
             least = limit(name, kind, options.device, inputs)
             row = {"model": name, "dtype": dtype, "kept": bytes_kept, "limit": least, "peak": peaks}
             results.append(row)
             beyond = {who: round((value - bytes_kept["floor"]) / 1e6, 2) for who, value in bytes_kept.items()}
-            megabytes = {who: round(value / 1e6) for who, value in peaks.items()}
+            megabytes = {who: rounds.text([value / 1e6 for value in found], 0) for who, found in peaks.items()}
             print(f"{name}, {dtype}: MB kept beyond the floor {json.dumps(beyond)}, limit {least / 1e6:.2f};")
-            print(f"  MB of memory at the peak {json.dumps(megabytes)}")
-    harness.write(options.out, "memory", results)
+            print(f"  MB of memory at the peak {json.dumps(megabytes)}", flush=True)
+            harness.write(options.out, "memory", results)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 """Measures every registered method beside LoRA of the same rank, and beside PEFT's where PEFT has it.
 
-    python benchmarks/methods.py [--methods lora vera ...] [--rounds 7] [--out benchmarks/results/methods.json]
+    python benchmarks/methods.py [--methods lora vera ...] [--out benchmarks/results/methods.json]
                                  [--table benchmarks/methods.md]
 
 Measured are the time of a training step, the floating-point operations of its products, the bytes kept for the backward pass,
 and the parameters. The backbones of one row take turns in one process. A row is written as soon as it is measured; the rows
-of other methods in the file stay.
+of other methods in the file stay. A row takes as long as its share and its ratio to LoRA need, and at most two minutes; all
+take about an hour.
 """
 
 import argparse
 import copy
 import dataclasses
 import gc
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 
 import harness
 import peft
+import rounds
 import torch
 import transformers as tf
 from memory import kept
@@ -148,19 +149,21 @@ def operations(call: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def measure(name: str, rounds: int, device: str) -> dict[str, Any]:
+def measure(name: str, bound: rounds.Bound, device: str) -> dict[str, Any]:
     """Returns the row of a method."""
     models, missing = contestants(name, device)
     inputs = harness.batch(models["floor"])
     cases = {who: lambda model=model: step(model, inputs, None) for who, model in models.items()}
-    times = harness.interleaved(cases, rounds)
+    to_lora = rounds.ratio_known("deltakit", "LoRA", 0.05)
+    enough = rounds.both(to_lora, rounds.share_known("floor")) if "PEFT" in models else to_lora
+    times = rounds.interleaved(cases, bound, enough)
     # Beyond the floor: what a method itself costs.
     return {
         "method": name,
         "missing": missing,
         "options": repr(method(name, models["floor"])).partition("at=")[0],
-        "to floor": harness.ratios(times, "floor"),
-        "to LoRA": harness.ratios(times, "LoRA")["deltakit"],
+        **rounds.compared(times, "floor"),
+        "to LoRA": rounds.ratios(times.deciding, "LoRA")["deltakit"],
         "operations": {who: operations(call) for who, call in cases.items()},
         "kept": {who: kept(model, inputs) for who, model in models.items()},
         "parameters": {who: sum(p.numel() for p in m.parameters() if p.requires_grad) for who, m in models.items()},
@@ -170,36 +173,40 @@ def measure(name: str, rounds: int, device: str) -> dict[str, Any]:
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Returns the table in Markdown."""
     lines = [
-        "| method | step: PEFT | step: deltakit | deltakit to LoRA | operations to LoRA | MB kept: PEFT | deltakit | "
-        "parameters: PEFT | deltakit |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| method | step: PEFT | step: deltakit | share of PEFT's | deltakit to LoRA | operations to LoRA | MB kept: PEFT | "
+        "deltakit | parameters: PEFT | deltakit | rounds |",
+        "|---" * 11 + "|",
     ]
     for row in sorted(rows, key=lambda row: row["method"]):
-        steps = [shown(row["to floor"].get(who)) for who in ("PEFT", "deltakit")]
+        found = row[row["clock"]]
+        steps = [shown(found["ratios"].get(who)) for who in ("PEFT", "deltakit")]
+        share = rounds.text(found["share"], 2) if "share" in found else ""
         work = row["operations"]["deltakit"] / row["operations"]["LoRA"]
         bytes_kept = [
             f"{(row['kept'][who] - row['kept']['floor']) / 1e6:.1f}" if who in row["kept"] else ""
             for who in ("PEFT", "deltakit")
         ]
         counts = [f"{row['parameters'][who]:,}" if who in row["parameters"] else "" for who in ("PEFT", "deltakit")]
-        cells = (row["method"], *steps, shown(row["to LoRA"]), f"{work:.2f}", *bytes_kept, *counts)
-        lines.append(f"| {' | '.join(cells)} |")
+        costs = (f"{work:.2f}", *bytes_kept, *counts, rounds.counted(row))
+        lines.append(f"| {' | '.join((row['method'], *steps, share, shown(row['to LoRA']), *costs))} |")
     return lines
 
 
 def shown(ratio: Sequence[float] | None) -> str:
-    return "" if ratio is None else harness.spread(tuple(ratio))
+    return "" if ratio is None else rounds.text(ratio)
 
 
 def document(rows: Sequence[dict[str, Any]]) -> str:
     """Returns the page with the table."""
     missing = [f"- PEFT's {row['method']}: {row['missing']['PEFT']}" for row in rows if row["missing"]]
     said = (
-        "A training step on a BERT of base's width with four layers. Steps are ratios to the frozen backbone's forward and "
-        "backward, and to a step with LoRA of the same rank, or of rank 8: medians with quartiles, taken turn by turn in one "
-        "process. Operations are those of the matrix products in the same steps. Bytes kept for the backward pass are beyond "
-        "the frozen backbone's. Methods whose default is LoRA's queries and values are on all linear layers, and so is the "
-        "LoRA beside them; others are at their defaults, and LoRA beside them is on the same layers or on queries and values."
+        "A training step on a BERT of base's width with four layers: CPU time on one thread, turn by turn in one process. "
+        "Steps are ratios to the frozen backbone's forward and backward, and to a step with LoRA of the same rank, or of rank "
+        "8: medians with the quartiles of the rounds. The share is our overhead as a part of PEFT's, with quartiles "
+        "over resampled rounds. Operations are those of the matrix products in the same steps. Bytes "
+        "kept for the backward pass are beyond the frozen backbone's. Methods whose default is LoRA's queries and values are "
+        "on all linear layers, and so is the LoRA beside them; others are at their defaults, and LoRA beside them is on the "
+        "same layers or on queries and values."
     )
     failing = ["", "PEFT's that do not run on this model:", "", *missing] if missing else []
     return harness.page("methods.py", "The cost of every method", said, [*table(rows), *failing])
@@ -209,16 +216,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--methods", nargs="*", default=standing_alone(), choices=standing_alone())
     parser.add_argument("--table", type=Path, help="a Markdown file for the table")
-    harness.add_options(parser, rounds=7)
+    harness.add_options(parser, rounds.Bound(9, 61, 120))
     options = parser.parse_args()
-    print(harness.machine())
-    there = json.loads(options.out.read_text())["rows"] if options.out and options.out.exists() else []
+    bound = harness.begin(options)
+    there = harness.rows_there(options.out)
     results = [row for row in there if row["method"] not in options.methods]
     for name in options.methods:
-        row = measure(name, options.rounds, options.device)
+        row = measure(name, bound, options.device)
         results.append(row)
-        text = "  ".join(f"{who} {harness.spread(ratio)}" for who, ratio in row["to floor"].items() if who != "floor")
-        print(f"{name:<18} {text}  to LoRA {harness.spread(row['to LoRA'])}", *row["missing"].values(), flush=True)
+        print(f"{name}\n    {rounds.said(row, 'floor')}\n    to LoRA {rounds.text(row['to LoRA'])}", flush=True)
+        print(*row["missing"].values(), flush=True)
         harness.write(options.out, "methods", results)
         gc.collect()
     if options.table:

@@ -1,6 +1,6 @@
 """Times a step and a prediction of a prompt model beside the plain language model's, and its collator beside the tokenizer.
 
-    python benchmarks/prompt_step.py [--models "BERT base" ...] [--rounds 5] [--out prompt_step.json] [--table prompt_step.md]
+    python benchmarks/prompt_step.py [--models "BERT base" ...] [--seconds 60] [--out prompt_step.json] [--table prompt_step.md]
 
 All contestants of a row are one backbone with a LoRA delta, get the same ids, and take turns in one process of one thread.
 The figures are CPU time, which other processes change least. "plain" computes the logits of all positions and its own loss,
@@ -10,12 +10,13 @@ The figures are CPU time, which other processes change least. "plain" computes t
 import argparse
 import copy
 import os
-import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import harness
+import rounds
 import torch
 import torch.nn.functional as F
 import transformers as tf
@@ -98,14 +99,14 @@ def plain_loss(backbone: Any, call: Mapping[str, Tensor], slots: Tensor, word: i
     return backbone(**call, labels=targets).loss
 
 
-def steps(model: PromptModel, batch: Mapping[str, Tensor]) -> dict[str, harness.Call]:
+def steps(model: PromptModel, batch: Mapping[str, Tensor]) -> dict[str, rounds.Call]:
     """Returns a training step of each contestant, without the optimiser."""
     backbone: Any = model.backbone
     call = {name: value for name, value in batch.items() if name not in ("slots", "labels")}
     slots, labels, read = batch["slots"], batch["labels"], model.verbalizer
     word = read.token_ids[0]
 
-    def step(loss: Any) -> harness.Call:
+    def step(loss: Any) -> rounds.Call:
         def run() -> None:
             loss().backward()
             model.zero_grad()
@@ -120,7 +121,7 @@ def steps(model: PromptModel, batch: Mapping[str, Tensor]) -> dict[str, harness.
     }
 
 
-def predictions(model: PromptModel, batch: Mapping[str, Tensor]) -> dict[str, harness.Call]:
+def predictions(model: PromptModel, batch: Mapping[str, Tensor]) -> dict[str, rounds.Call]:
     """Returns a prediction of each contestant, from ids to classes; that of the plain model to logits."""
     call = {name: value for name, value in batch.items() if name not in ("slots", "labels")}
     slots, read, backbone = batch["slots"], model.verbalizer, model.backbone
@@ -134,7 +135,7 @@ def predictions(model: PromptModel, batch: Mapping[str, Tensor]) -> dict[str, ha
     return {name: without_gradients(case) for name, case in cases.items()}
 
 
-def without_gradients(case: harness.Call) -> harness.Call:
+def without_gradients(case: rounds.Call) -> rounds.Call:
     def run() -> None:
         with torch.no_grad():
             case()
@@ -142,7 +143,7 @@ def without_gradients(case: harness.Call) -> harness.Call:
     return run
 
 
-def collators(model: PromptModel, examples: list[dict[str, str]]) -> dict[str, harness.Call]:
+def collators(model: PromptModel, examples: list[dict[str, str]]) -> dict[str, rounds.Call]:
     """Returns the tokenizer's own padded batch of the rendered texts, and the template's of the examples."""
     template = model.template
     texts, tokenizer = [template.render(example) for example in examples], template.tokenizer
@@ -153,45 +154,29 @@ def collators(model: PromptModel, examples: list[dict[str, str]]) -> dict[str, h
     }
 
 
-def cpu_times(cases: Mapping[str, harness.Call], rounds: int) -> dict[str, list[float]]:
-    """Returns the CPU seconds of each case in each round."""
-    own: dict[str, list[float]] = {name: [] for name in cases}
-
-    def clocked(name: str) -> harness.Call:
-        def run() -> None:
-            start = time.process_time()
-            cases[name]()
-            own[name].append(time.process_time() - start)
-
-        return run
-
-    harness.interleaved({name: clocked(name) for name in cases}, rounds, warm=WARM)
-    return {name: seconds[WARM:] for name, seconds in own.items()}
-
-
-def row(what: str, name: str, cases: Mapping[str, harness.Call], rounds: int, **more: Any) -> dict[str, Any]:
+def row(what: str, name: str, cases: Mapping[str, rounds.Call], bound: rounds.Bound, **more: Any) -> dict[str, Any]:
     """Returns a row of results, and prints it."""
-    times, base = cpu_times(cases, rounds), next(iter(cases))
-    found = harness.ratios(times, base)
-    milliseconds = sorted(times[base])[len(times[base]) // 2] * 1e3
-    shown = "  ".join(f"{who} {harness.spread(ratio)}" for who, ratio in found.items() if who != base)
-    print(f"{what:<10} {name:<20} {base} {milliseconds:.1f} ms  {shown}", flush=True)
-    return {"what": what, "model": name, "base": base, "milliseconds": milliseconds, "ratios": found, **more}
+    base = next(iter(cases))
+    known = rounds.both(*(rounds.ratio_known(who, base, 0.05) for who in cases))
+    found = rounds.compared(rounds.interleaved(cases, bound, known, warm=WARM), base)
+    print(f"{what:<10} {name:<20} {rounds.said(found, base)}", flush=True)
+    return {"what": what, "model": name, "base": base, **found, **more}
 
 
-def measure(name: str, folder: Path, rounds: int) -> list[dict[str, Any]]:
+def measure(name: str, folder: Path, bound: rounds.Bound) -> list[dict[str, Any]]:
     tokenizer = tokenizer_of(folder)
     model = prompt_model(backbone_of(name, folder), tokenizer).train()
     examples = [{"text": text, "label": intent} for text, intent in snips().pool[:EXAMPLES]]
     batch = model.collate(examples)
     rows, length = batch["input_ids"].shape
     sizes = {"batch": rows, "length": length, "vocabulary": model.backbone.config.vocab_size}
-    found = [row("step", name, steps(model, batch), rounds, **sizes)]
+    found = [row("step", name, steps(model, batch), bound, **sizes)]
     model.eval()
-    found.append(row("prediction", name, predictions(model, batch), rounds, **sizes))
+    found.append(row("prediction", name, predictions(model, batch), bound, **sizes))
     if name == DEMO:
         # Milliseconds each, so more rounds.
-        found.append(row("collate", name, collators(model, copy.deepcopy(examples)), 20 * rounds, **sizes))
+        more = replace(bound, least=20 * bound.least, most=20 * bound.most)
+        found.append(row("collate", name, collators(model, copy.deepcopy(examples)), more, **sizes))
     return found
 
 
@@ -208,16 +193,16 @@ def page(rows: list[dict[str, Any]]) -> str:
     ]
     for one in rows:
         if one["what"] != "collate":
-            saved = 1 - one["ratios"]["PromptModel"][0] / one["ratios"]["all logits"][0]
-            cells = " | ".join(cell(one["ratios"][who]) for who in columns)
+            saved = 1 - one["cpu"]["ratios"]["PromptModel"][0] / one["cpu"]["ratios"]["all logits"][0]
+            cells = " | ".join(cell(one["cpu"]["ratios"][who]) for who in columns)
             name = f"{one['what']}, {one['model']}, [{one['batch']}, {one['length']}]"
-            lines.append(f"| {name} | {one['milliseconds']:.0f} | {cells} | {saved:.0%} |")
+            lines.append(f"| {name} | {1e3 * one['cpu']['seconds'][one['base']]:.0f} | {cells} | {saved:.0%} |")
     for one in rows:
         if one["what"] == "collate":
-            each = [f"{who} {cell(ratio)}" for who, ratio in one["ratios"].items() if who != one["base"]]
+            each = [f"{who} {cell(ratio)}" for who, ratio in one["cpu"]["ratios"].items() if who != one["base"]]
             lines += [
                 "",
-                f"A batch of {one['batch']} texts takes the tokenizer alone {one['milliseconds']:.2f} ms, with padding and "
+                f"A batch of {one['batch']} texts takes the tokenizer alone {1e3 * one['cpu']['seconds'][one['base']]:.2f} ms, with padding and "
                 "as tensors.",
                 f"As ratios to that: {', '.join(each)}.",
             ]
@@ -234,15 +219,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--table", type=Path)
-    harness.add_options(parser, rounds=5)
+    harness.add_options(parser, rounds.Bound(least=9, most=41, seconds=60))
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    bound = harness.begin(options)
     # Tokenizers have threads of their own.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    print(harness.machine())
     folder, rows = bundled_model(), []
     for name in options.models:
-        rows += measure(name, folder, options.rounds)
+        rows += measure(name, folder, bound)
         harness.write(options.out, "prompt_step", rows)
     if options.table is not None:
         options.table.write_text(page(rows))

@@ -1,27 +1,24 @@
 """Times the life of a delta on thousands of linear layers, and of the last of many deltas on one backbone.
 
-    python benchmarks/scale.py [--targets 10000] [--deltas 200] [--rounds 3] [--out scale.json]
+    python benchmarks/scale.py [--targets 10000] [--deltas 200] [--out scale.json]
 
 The first table compares the CPU time for each target at a quarter, at half and at all of the targets: about 1 says that a
-call takes as long as its targets say. The second compares the last delta with the first. Medians of all rounds.
+call takes as long as its targets say. The second compares the last delta with the first. All are ratios within a round:
+medians with quartiles. Garbage is collected before each call and not in it. Rounds end when all medians are known within a
+tenth of themselves, or after five minutes for each table.
 """
 
 import argparse
-import statistics
+import gc
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import harness
+import rounds
 import torch
 from torch import nn
 
 import deltakit as dk
-
-Times = dict[str, list[float]]
 
 
 class Chain(nn.Module):
@@ -35,106 +32,89 @@ class Chain(nn.Module):
         return x
 
 
-@contextmanager
-def timed(times: Times, name: str) -> Iterator[None]:
-    start = time.process_time()
-    yield
-    times.setdefault(name, []).append(time.process_time() - start)
-
-
-def life(model: nn.Module, times: Times, folder: str) -> None:
-    """Notes the CPU seconds of each call in the life of a delta."""
+def life(model: nn.Module, calls: rounds.Calls, folder: str) -> None:
+    """Notes the time of each call in the life of a delta, for each target."""
     x, method = torch.ones(2, 8), dk.LoRA(r=2, at="layers.*")
-    with timed(times, "plan"):
-        dk.plan(model, method)
-    with timed(times, "attach"):
-        delta = dk.attach(model, method)
-    for name in ("first forward", "second forward"):
-        with torch.no_grad(), timed(times, name):
-            model(x)
+    count = len(model.layers)
+
+    def timed(what: str, call: rounds.Call) -> Any:
+        gc.collect()
+        return calls.run(what, str(count), call, times=count)
+
+    timed("plan", lambda: dk.plan(model, method))
+    delta = timed("attach", lambda: dk.attach(model, method))
     with torch.no_grad():
+        for name in ("first forward", "second forward"):
+            timed(name, lambda: model(x))
         for parameter in delta.parameters():
             parameter.normal_(std=0.01)
-    with timed(times, "draw"):
-        str(dk.show(model))
-    with timed(times, "save"):
-        delta.save(folder)
-    with timed(times, "detach"):
-        delta.detach()
-    with timed(times, "attach again"):
-        delta.attach()
+    timed("draw", lambda: str(dk.show(model)))
+    timed("save", lambda: delta.save(folder))
+    timed("detach", delta.detach)
+    timed("attach again", delta.attach)
     delta.detach()
-    with timed(times, "load"):
-        loaded = dk.load(folder, model)
-    loaded.detach()
+    timed("load", lambda: dk.load(folder, model)).detach()
 
 
-def targets(most: int, rounds: int) -> dict[int, Times]:
-    """Returns the CPU seconds of each call with a quarter, half and all of the targets."""
-    counts = (most // 4, most // 2, most)
-    found: dict[int, Times] = {count: {} for count in counts}
+def targets(most: int, bound: rounds.Bound) -> tuple[rounds.Calls, str]:
+    """Returns the times of each call for each of a quarter, half and all of the targets, and what ended the rounds."""
+    counts, calls = (most // 4, most // 2, most), rounds.Calls()
     with tempfile.TemporaryDirectory() as folder:
-        life(Chain(64), {}, folder)
-        for _ in range(rounds):
+        life(Chain(64), rounds.Calls(), folder)
+
+        def one() -> None:
             for count in counts:
-                life(Chain(count), found[count], folder)
-    return found
+                life(Chain(count), calls, folder)
+
+        return calls, rounds.repeated(one, bound, lambda: calls.known(str(counts[0])))
 
 
-def many(count: int, rounds: int) -> dict[str, Times]:
-    """Returns the CPU seconds of the first and the last delta; of forwards, for each delta."""
-    found: dict[str, Times] = {"first": {}, "last": {}}
-    x, method = torch.ones(2, 8), dk.LoRA(r=2, at="layers.*")
-    for _ in range(rounds):
+def many(count: int, bound: rounds.Bound) -> tuple[rounds.Calls, str]:
+    """Returns the times of the first and the last delta, and what ended the rounds; of forwards, for each delta."""
+    calls, x, method = rounds.Calls(), torch.ones(2, 8), dk.LoRA(r=2, at="layers.*")
+
+    def one() -> None:
         model = Chain(56)
-        made = []
+        made: list[dk.Delta] = []
         for k in range(count):
-            times = found["last" if k == count - 1 else "first"] if k in (0, 1, count - 1) else {}
-            with timed(times, "attach"):
-                made.append(dk.attach(model, method, name=f"d{k}"))
-            for name in ("first forward", "second forward") if times else ():
-                with torch.no_grad(), timed(times, name):
-                    model(x)
-                times[name][-1] /= k + 1
-        for delta, times in ((made[-1], found["last"]), (made[0], found["first"])):
-            with timed(times, "detach"):
-                delta.detach()
-            with timed(times, "attach again"):
-                delta.attach()
-            if times is found["last"]:
+            case = {0: "first", count - 1: "last"}.get(k)
+            add = lambda k=k: made.append(dk.attach(model, method, name=f"d{k}"))  # noqa: E731
+            if case is None:
+                add()
+                continue
+            gc.collect()
+            calls.run("attach", case, add)
+            with torch.no_grad():
+                for name in ("first forward", "second forward"):
+                    calls.run(name, case, lambda: model(x), times=k + 1)
+        for case, delta in (("last", made[-1]), ("first", made[0])):
+            calls.run("detach", case, delta.detach)
+            calls.run("attach again", case, delta.attach)
+            if case == "last":
                 for other in made[1:]:
                     other.detach()
-    return found
+
+    return calls, rounds.repeated(one, bound, lambda: calls.known("first"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--targets", type=int, default=10000)
     parser.add_argument("--deltas", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path)
+    harness.add_options(parser, rounds.Bound(5, 41, 300))
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    print(harness.machine())
-    rows: dict[str, Any] = {"targets": {}, "deltas": {"count": options.deltas}}
-    found = targets(options.targets, options.rounds)
-    least = min(found)
-    for name in found[least]:
-        each = {count: statistics.median(times[name]) / count for count, times in found.items()}
-        rows["targets"][name] = {
-            "seconds": {count: times[name] for count, times in found.items()},
-            "ratios": {count: seconds / each[least] for count, seconds in each.items()},
-        }
-        print(
-            f"{name:15} {statistics.median(found[options.targets][name]):6.2f} s for {options.targets} targets; for each, "
-            + ", ".join(f"{count}: {ratio:.2f}" for count, ratio in rows["targets"][name]["ratios"].items())
-        )
-    ends = many(options.deltas, options.rounds)
-    for name, first in ends["first"].items():
-        ratio = statistics.median(ends["last"][name]) / statistics.median(first)
-        rows["deltas"][name] = {"first": first, "last": ends["last"][name], "ratio": ratio}
-        print(f"{name:15} the last of {options.deltas} deltas: {ratio:.2f} times the first")
-    harness.write(options.out, "scale", rows)
+    bound = harness.begin(options)
+    rows: dict[str, Any] = {"count": options.targets, "deltas": options.deltas}
+    for part, base, (calls, ended) in (
+        ("targets", str(options.targets // 4), targets(options.targets, bound)),
+        ("last", "first", many(options.deltas, bound)),
+    ):
+        rows[part] = {}
+        for what, times in calls.of.items():
+            times.bound = ended
+            rows[part][what] = rounds.compared(times, base)
+            print(f"{what}: {part}, for each\n    {rounds.said(rows[part][what], base)}", flush=True)
+        harness.write(options.out, "scale", rows)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 """Times a training step against the frozen backbone (the floor), full fine-tuning and PEFT, as ratios to the floor.
 
-    python benchmarks/step.py [--models "BERT base" ...] [--dtypes float32 bfloat16] [--rounds 9] [--out step.json]
+    python benchmarks/step.py [--models "BERT base" ...] [--dtypes float32 bfloat16] [--layers 4] [--out step.json]
 
 The floor is the frozen backbone's forward, and its backward through the activations. The limit is the floor plus the six
-thin products of each LoRA target, on tensors that exist before and stay in the cache. All take turns in one process.
+thin products of each LoRA target, on tensors that exist before and stay in the cache. `null` is a second copy of deltakit's
+contestant. All take turns in one process and, except for full fine-tuning, have the same weights in memory. On a CPU they have
+four layers of each shape: shorter calls take turns more often, which makes the share narrower in the same time.
+
+A row takes as long as its share needs, and at most three minutes; all sixteen of a CPU take about 40 minutes.
 """
 
 import argparse
@@ -12,6 +16,7 @@ from typing import Any
 
 import harness
 import peft
+import rounds
 import torch
 
 import deltakit as dk
@@ -34,24 +39,26 @@ def require_gradients(model: Any) -> None:
             module.register_forward_hook(lambda *call: call[2].requires_grad_())
 
 
-def contestants(name: str, dtype: torch.dtype, names: list[str], device: str, *, full: bool) -> dict[str, Any]:
-    """Returns each contestant's model, all of them copies of one backbone."""
-    floor = harness.backbone(name, dtype, device)
+def contestants(
+    name: str, dtype: torch.dtype, names: list[str], device: str, layers: int, *, full: bool
+) -> dict[str, Any]:
+    """Returns each contestant's model, all of them with the weights of one backbone."""
+    floor = harness.backbone(name, dtype, device, layers).requires_grad_(False)
     paths = harness.targets(floor, names)
     models = {"floor": floor}
     if full:
-        models["full"] = copy.deepcopy(floor)
+        models["full"] = copy.deepcopy(floor).requires_grad_(True)
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=paths)
-    models["PEFT"] = peft.get_peft_model(copy.deepcopy(floor), config)
-    models["deltakit"] = copy.deepcopy(floor)
-    dk.attach(models["deltakit"], dk.LoRA(r=8, at=["^" + path for path in paths]))
-    floor.requires_grad_(False)
+    models["PEFT"] = peft.get_peft_model(harness.twin(floor), config).eval()
+    for own in ("deltakit", "null"):
+        models[own] = harness.twin(floor)
+        dk.attach(models[own], dk.LoRA(r=8, at=["^" + path for path in paths]))
     for model in models.values():
         require_gradients(model)
     return models
 
 
-def products(model: Any, paths: list[str], tokens: int, dtype: torch.dtype) -> harness.Call:
+def products(model: Any, paths: list[str], tokens: int, dtype: torch.dtype) -> rounds.Call:
     """Returns a call with the least arithmetic of LoRA: two products in each target's forward, four in its backward."""
     sizes = []
     for path in paths:
@@ -75,17 +82,20 @@ def products(model: Any, paths: list[str], tokens: int, dtype: torch.dtype) -> h
     return run
 
 
-def measure(name: str, dtype: torch.dtype, which: str, rounds: int, device: str, full: bool) -> dict[str, Any]:
+def measure(
+    name: str, dtype: torch.dtype, which: str, options: argparse.Namespace, bound: rounds.Bound
+) -> dict[str, Any]:
     names = (harness.LINEARS if which == "all linear" else harness.QUERY_VALUE)[name]
-    models = contestants(name, dtype, names, device, full=full)
+    full = not options.no_full and which == "all linear"
+    models = contestants(name, dtype, names, options.device, options.layers, full=full)
     inputs = harness.batch(models["floor"])
-    cases: dict[str, harness.Call] = {k: lambda m=m: step(m, inputs, None) for k, m in models.items()}
+    cases: dict[str, rounds.Call] = {k: lambda m=m: step(m, inputs, None) for k, m in models.items()}
     alone = products(models["floor"], harness.targets(models["floor"], names), inputs["input_ids"].numel(), dtype)
-    times = harness.interleaved({**cases, "limit": alone}, rounds)
-    times["limit"] = [floor + more for floor, more in zip(times["floor"], times["limit"], strict=True)]
-    found = harness.ratios(times, "floor")
-    ours, theirs = found["deltakit"][0] - 1, found["PEFT"][0] - 1
-    return {"model": name, "dtype": str(dtype), "targets": which, "ratios": found, "share": ours / theirs}
+    times = rounds.interleaved({**cases, "limit": alone}, bound, rounds.share_known("floor"))
+    for seconds in (times.cpu, times.wall):
+        seconds["limit"] = [floor + more for floor, more in zip(seconds["floor"], seconds["limit"], strict=True)]
+    found = rounds.compared(times, "floor")
+    return {"model": name, "layers": options.layers, "dtype": str(dtype), "targets": which, **found}
 
 
 def main() -> None:
@@ -93,18 +103,20 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", help="by default all that the device is meant for")
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--targets", nargs="*", default=["all linear", "query and value"])
+    parser.add_argument("--layers", type=int, help="of each shape; 0 for all; by default 4 on a CPU")
     parser.add_argument("--no-full", action="store_true")
-    harness.add_options(parser, rounds=9)
+    harness.add_options(parser, rounds.Bound(9, 61, 180))
     options = parser.parse_args()
-    print(harness.machine())
+    if options.layers is None:
+        options.layers = 4 if options.device == "cpu" else 0
+    bound = harness.begin(options)
     results = []
     for dtype in options.dtypes:
         for which in options.targets:
             for name in options.models or harness.models_for(options.device):
-                row = measure(name, getattr(torch, dtype), which, options.rounds, options.device, not options.no_full)
+                row = measure(name, getattr(torch, dtype), which, options, bound)
                 results.append(row)
-                shown = "  ".join(f"{k} {harness.spread(v)}" for k, v in row["ratios"].items() if k != "floor")
-                print(f"{name:<12} {dtype:<9} {which:<16} {shown}  share of PEFT's overhead {row['share']:.2f}")
+                print(f"{name}, {dtype}, {which}\n    {rounds.said(row, 'floor')}", flush=True)
                 # Written after each case, because all of them together take long.
                 harness.write(options.out, "step", results)
 

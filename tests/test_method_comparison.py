@@ -136,23 +136,28 @@ def test_the_table_of_costs(monkeypatch):
 
     # What PEFT has of ours has a name in the registry, or is not there yet.
     assert {"lora", "ia3", "prefix", "soft_prompt", "trainable_tokens"} <= methods.PEFT.keys() & dk.METHODS.keys()
+    ratios = {"floor": (1, 1, 1), "LoRA": (1.1, 1, 1.2), "deltakit": (1.25, 1.2, 1.3)}
     row = {
         "method": "lora",
         "missing": {},
-        "to floor": {"floor": (1, 1, 1), "LoRA": (1.1, 1, 1.2), "deltakit": (1.25, 1.2, 1.3)},
+        "clock": "cpu",
+        "cpu": {"ratios": ratios},
+        "rounds": 13,
+        "bound": "",
         "to LoRA": (1.136, 1.1, 1.2),
         "operations": {"floor": 100, "LoRA": 110, "deltakit": 121},
         "kept": {"floor": 1e6, "LoRA": 2e6, "deltakit": 3.5e6},
         "parameters": {"floor": 0, "LoRA": 1200, "deltakit": 3400},
     }
-    alone = {**row, "method": "a", "missing": {"PEFT": "ValueError: no"}}
+    alone = {**row, "method": "a", "missing": {"PEFT": "ValueError: no"}, "bound": "120 CPU seconds"}
     beside = {name: {**row[name], "PEFT": 5e6} for name in ("kept", "parameters", "operations")}
-    beside["to floor"] = {**row["to floor"], "PEFT": (2, 1.9, 2.1)}
+    beside["cpu"] = {"ratios": {**ratios, "PEFT": (2, 1.9, 2.1)}, "share": (0.25, 0.2, 0.3)}
     text = methods.document([{**row, **beside}, alone])
     assert text.splitlines()[-6:] == [
-        "| a |  | 1.250 (1.200 to 1.300) | 1.136 (1.100 to 1.200) | 1.10 |  | 2.5 |  | 3,400 |",
-        "| lora | 2.000 (1.900 to 2.100) | 1.250 (1.200 to 1.300) | 1.136 (1.100 to 1.200) | 1.10 | 4.0 | 2.5 "
-        "| 5,000,000.0 | 3,400 |",
+        "| a |  | 1.250 (1.200 to 1.300) |  | 1.136 (1.100 to 1.200) | 1.10 |  | 2.5 |  | 3,400 | 13, ended by the bound of 120 CPU "
+        "seconds |",
+        "| lora | 2.000 (1.900 to 2.100) | 1.250 (1.200 to 1.300) | 0.25 (0.20 to 0.30) | 1.136 (1.100 to 1.200) | 1.10 | 4.0 | 2.5 "
+        "| 5,000,000.0 | 3,400 | 13 |",
         "",
         "PEFT's that do not run on this model:",
         "",

@@ -113,7 +113,13 @@ def _unnoted(record: RowsState, batch: MixedBatch | None) -> MixedBatch | None:
     )
 
 
-def open_rows(records: Sequence[Any], names: Sequence[str | None], *, suspends: bool = True) -> MixedBatch:
+def open_rows(
+    records: Sequence[Any],
+    names: Sequence[str | None],
+    *,
+    suspends: bool = True,
+    device: torch.device | str = "cpu",
+) -> MixedBatch:
     """Sets the mixed batch of these records for the calling thread or task, until `close_rows`.
 
     Args:
@@ -121,6 +127,7 @@ def open_rows(records: Sequence[Any], names: Sequence[str | None], *, suspends: 
         names: for each example the name of its delta, or None.
         suspends: whether other callers may run in this thread before `close_rows`: tasks of an event loop, or whoever drives a
             generator.
+        device: where compiled code reads whose examples they are.
 
     Raises:
         OptionError: if a name is unknown, or no name is given.
@@ -130,7 +137,7 @@ def open_rows(records: Sequence[Any], names: Sequence[str | None], *, suspends: 
     present = {record: batch for record, batch in _ROWS.get().items() if batch.open}
     if any(record in present for record in records):
         raise StateError("rows: this backbone is in another rows() block already; leave that block first")
-    batch = MixedBatch(tuple(names))
+    batch = _mixed_batch(records, names, device)
     try:
         for record in records:
             record.open_blocks.add(id(batch))
@@ -143,6 +150,15 @@ def open_rows(records: Sequence[Any], names: Sequence[str | None], *, suspends: 
         close_rows(records, batch)
         raise
     return batch
+
+
+def _mixed_batch(records: Sequence[Any], names: Sequence[str | None], device: torch.device | str) -> MixedBatch:
+    known = tuple(record.name for record in records)
+    index: dict[str | None, int] = {name: number for number, name in enumerate(known)}
+    # An inference tensor would be compiled anew.
+    with torch.inference_mode(False):
+        owners = torch.tensor([index.get(name, -1) for name in names], device=device)
+    return MixedBatch(tuple(names), known, owners)
 
 
 def close_rows(records: Sequence[Any], batch: MixedBatch) -> None:

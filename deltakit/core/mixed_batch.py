@@ -14,10 +14,14 @@ from deltakit.errors import StateError
 class MixedBatch:
     """The name of each example's delta, or None for no delta. All deltas of a backbone share it inside a `rows` block.
 
-    `kept` caches what methods compute for these names, such as gathered factors.
+    `known` are the names of all deltas of the backbone, and `owners` has for each example the index of its delta among them,
+    or -1. Compiled code reads these and not `names`: a tensor may have other values in the same graph. `kept` caches what
+    methods compute for these names, such as gathered factors.
     """
 
     names: tuple[str | None, ...]
+    known: tuple[str, ...]
+    owners: Int64[Tensor, " examples"]
     kept: dict[Any, Any] = field(default_factory=dict)
     first: dict[nn.Module, nn.Module] = field(default_factory=dict)
     """By target: the delta module that computes the output for all deltas there."""
@@ -51,7 +55,9 @@ class MixedBatch:
         Raises:
             StateError: if the number of rows is not a multiple of the number of examples.
         """
-        times, rest = divmod(x.shape[0], len(self.names))
+        # Not `divmod`, which dynamo cannot trace with sizes that are dynamic.
+        count = self.owners.shape[0]
+        times, rest = x.shape[0] // count, x.shape[0] % count
         # In two dimensions the rows may be the tokens of all examples: a multiple of their number shows nothing.
         if rest or (x.ndim < 3 and times != 1):
             raise StateError(

@@ -65,7 +65,8 @@ class Rows:
         for attachment in attached:
             _refuse_shared(attachment, named=attachment.record.name in self.names)
         records = [attachment.record for attachment in attached]
-        batch = open_rows(records, self.names, suspends=suspends)
+        device = next((p.device for p in self.backbone.parameters() if not p.is_meta), "cpu")
+        batch = open_rows(records, self.names, suspends=suspends, device=device)
         try:
             watch_rows(self.backbone, attached)
         except BaseException:

@@ -7,6 +7,7 @@ hook would not be trained under FSDP2, which replaces parameters: its gradient s
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from deltakit.core import rows_now
@@ -73,14 +74,16 @@ class OutputHook:
             if own is None:
                 new = delta.after_call(target, args, kwargs, output)
             else:
-                # The first low-rank delta at a target computes the batched product for all of them.
-                first = own.first.get(target)
+                # The first low-rank delta at a target computes the batched product for all of them. Compiled code finds it
+                # out while it is traced: what another forward noted would be one more reason to compile anew.
+                compiling = torch.compiler.is_compiling()
+                first = None if compiling else own.first.get(target)
                 if first is not None and first is not delta:
                     if not first.live:
                         return output
                     delta = first
                 new = delta.after_call_mixed(target, args, kwargs, output, own)
-                if own.first.get(target) is delta:
+                if not compiling and own.first.get(target) is delta:
                     return output if new is None else new
             if new is not None:
                 output = new

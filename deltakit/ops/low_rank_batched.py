@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from deltakit.core import DeltaModule, MixedBatch
@@ -46,13 +46,14 @@ class Gathered(NamedTuple):
 class SharedWork(NamedTuple):
     """The work that the first delta module on a target does for all: their modules by delta, and each example's delta.
 
-    `places` holds for each example the index of its delta in `modules`, or -1 for none. `tables` are the
-    modules' own tables of parameters, if they have all that the modules compute with.
+    `places` holds for each example the index of its delta in `modules`, or -1 for none. In compiled code it is a tensor, so
+    that other examples need no other graph. `tables` are the modules' own tables of parameters, if they have all that the
+    modules compute with.
     """
 
     modules: list[list[Any]]
-    places: list[int]
-    tables: list[dict[str, Tensor]] | None
+    places: list[int] | Int64[Tensor, " examples"]
+    tables: list[dict[str, Tensor]] | None = None
 
     def parameters(self) -> list[Tensor]:
         """Returns all parameters that the modules compute with."""
@@ -68,21 +69,35 @@ def shared_work(delta: DeltaModule, target: nn.Module, batch: MixedBatch) -> Sha
     They run on their own if modules of other classes are there, because the order of the deltas matters then, or if one has
     dropout.
     """
+    if torch.compiler.is_compiling():
+        # Neither `names` nor what is kept of them: compiled code would be for these names alone.
+        owners, here, alike = _modules_at(delta, target)
+        if not alike:
+            return None
+        numbers = [owners.index(name) if name in owners else -1 for name in batch.known]
+        # The last number is that of examples without a delta, whose owner is -1.
+        return SharedWork(here, torch.tensor([*numbers, -1], device=batch.owners.device)[batch.owners])
     key = (target, "work")
     # The same for all calls in a `rows` block: names and modules cannot change inside it.
     if key not in batch.kept:
-        modules: list[Any] = [
-            m for m in list(target._modules.values()) if isinstance(m, DeltaModule) and m.live and m.takes_part
-        ]
-        owners = list(dict.fromkeys(m.record.name for m in modules))
-        here = [[m for m in modules if m.record.name == name] for name in owners]
+        owners, here, alike = _modules_at(delta, target)
         places = [owners.index(name) if name in owners else -1 for name in batch.names]
-        alike = all(type(m) is type(delta) and not m.drops for m in modules)
-        batch.kept[key] = SharedWork(here, places, _tables(modules)) if alike else None
+        batch.kept[key] = SharedWork(here, places, _tables(here)) if alike else None
         if alike and here:
             batch.first[target] = here[0][0]
     work: SharedWork | None = batch.kept[key]
     return work
+
+
+def _modules_at(delta: DeltaModule, target: nn.Module) -> tuple[list[str], list[list[Any]], bool]:
+    """Returns the names of the deltas at a target, their modules, and whether all can share their work."""
+    # Compiled code has all that may take part in any batch, since `takes_part` reads the names of one.
+    any_batch = torch.compiler.is_compiling()
+    children = [m for m in list(target._modules.values()) if isinstance(m, DeltaModule)]
+    modules: list[Any] = [m for m in children if m.live and (any_batch or m.takes_part)]
+    owners = list(dict.fromkeys(m.record.name for m in modules))
+    here = [[m for m in modules if m.record.name == name] for name in owners]
+    return owners, here, all(type(m) is type(delta) and not m.drops for m in modules)
 
 
 def add_per_example(
@@ -109,22 +124,23 @@ def add_per_example(
         return None
     # Raises if the rows of y do not fit the names.
     batch.times(y, target)
+    examples = batch.owners.shape[0]
     # Where the factors are made anew in each call, gathering is cheaper than checking that they are finite.
     kept = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
     few = kept and x.shape[:-1].numel() <= FEW_TOKENS * y.shape[0]
-    few = few and MANY_EXAMPLES * len(work.modules) <= len(work.places)
+    few = few and MANY_EXAMPLES * len(work.modules) <= examples
 
     def make() -> Gathered | Masked:
         pairs = [[module.whole_factors() for module in own] for own in work.modules]
         both = [(torch.cat([a for a, _ in own]), torch.cat([b for _, b in own], 1)) for own in pairs]
-        masked = masked_factors(both, work.places, x) if few else None
+        masked = masked_factors(both, work.places, x) if few and isinstance(work.places, list) else None
         return gathered_factors(both, work.places, x) if masked is None else masked
 
     factors: Gathered | Masked = kept_or_made(batch, (target, few, x.dtype, x.device), work, make)
     if isinstance(factors, Masked):
-        return _add_masked(x, y, factors, len(work.places), in_place=in_place)
-    rows = x.reshape(len(work.places), -1, x.shape[-1])
-    out = y.reshape(len(work.places), -1, y.shape[-1])
+        return _add_masked(x, y, factors, examples, in_place=in_place)
+    rows = x.reshape(examples, -1, x.shape[-1])
+    out = y.reshape(examples, -1, y.shape[-1])
     # Not x A^T: with 64 examples of one token that takes 2.3 times as long (measured on a CPU).
     h = torch.bmm(factors.low, rows.mT).mT
     added = out.baddbmm_(h, factors.high) if in_place else torch.baddbmm(out, h, factors.high)
@@ -162,7 +178,7 @@ def masked_factors(
 
 def gathered_factors(
     factors: Sequence[tuple[Float[Tensor, "_ d_in"], Float[Tensor, "d_out _"]]],
-    places: Sequence[int],
+    places: Sequence[int] | Int64[Tensor, " examples"],
     x: Float[Tensor, "*batch d_in"],
 ) -> Gathered:
     """Returns the factors of each example's delta, stacked.
@@ -176,9 +192,9 @@ def gathered_factors(
     rank = max(a.shape[0] for a, _ in factors)
     low = torch.stack([F.pad(a.to(x.dtype), (0, 0, 0, rank - a.shape[0])) for a, _ in factors])
     high = torch.stack([F.pad(b.to(x.dtype).mT, (0, 0, 0, rank - b.shape[1])) for _, b in factors])
-    index = torch.tensor(places, device=x.device)
+    index = places.to(x.device) if isinstance(places, Tensor) else torch.tensor(places, device=x.device)
     # Not `-1 in places`: behind a graph break dynamo takes that for false (measured on torch 2.13).
-    if min(places) < 0:
+    if isinstance(places, Tensor) or min(places) < 0:
         low, high = (torch.cat([part, torch.zeros_like(part[:1])]) for part in (low, high))
         index = index.where(index >= 0, len(factors))
     return Gathered(low.index_select(0, index), high.index_select(0, index))
@@ -201,8 +217,9 @@ def kept_or_made(batch: MixedBatch, key: Any, work: SharedWork, make: Callable[[
     return found[1]
 
 
-def _tables(modules: Sequence[Any]) -> list[dict[str, Tensor]] | None:
+def _tables(modules: Sequence[Sequence[Any]]) -> list[dict[str, Tensor]] | None:
     """Returns the tables of parameters of delta modules; None if they compute with others too, or a table has gaps."""
-    tables = [module._parameters for module in modules]
-    alone = all(not module._modules and "_shared" not in module.__dict__ for module in modules)
+    flat = [module for own in modules for module in own]
+    tables = [module._parameters for module in flat]
+    alone = all(not module._modules and "_shared" not in module.__dict__ for module in flat)
     return tables if alone and not any(value is None for table in tables for value in table.values()) else None

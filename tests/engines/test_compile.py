@@ -40,7 +40,7 @@ def test_one_graph_serves_any_number_of_tokens(compiler):
     assert failed is None, failed
 
 
-@pytest.mark.parametrize("check", ["rows_of_threads", "rows_of_tasks", "rows_in_training"])
+@pytest.mark.parametrize("check", ["rows_of_threads", "rows_of_any_size", "rows_of_tasks", "rows_in_training"])
 def test_mixed_batches(compiler, check):
     failed = compiler.submit(failure, getattr(compiled_models, check)).result()
     assert failed is None, failed

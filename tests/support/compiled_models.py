@@ -171,7 +171,7 @@ def _served():
 
 
 def rows_of_threads():
-    """Raises unless threads with blocks of their own share one compiled model: whole graphs, one for each mixed batch."""
+    """Raises unless threads with blocks of their own share one compiled model: whole graphs, one with and one without rows."""
     from torch._dynamo.utils import counters
 
     model, x, batches, wanted, plain = _served()
@@ -184,7 +184,7 @@ def rows_of_threads():
                 torch.testing.assert_close(dk.rows(compiled, names)(x), output)
                 torch.testing.assert_close(compiled(x), plain)
     graphs = counters["stats"]["unique_graphs"]
-    assert graphs == 4, graphs
+    assert graphs == 2, graphs
     inside = threading.Barrier(len(batches))
 
     @torch.no_grad()
@@ -198,6 +198,29 @@ def rows_of_threads():
     with ThreadPoolExecutor(len(batches)) as pool:
         list(pool.map(serve, batches, wanted))
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+def rows_of_any_size():
+    """Raises if mixed batches of other examples, tokens, or numbers of examples need other graphs than the bare model does."""
+    from torch._dynamo.utils import counters
+
+    found = []
+    for adapted in (False, True):
+        torch.compiler.reset()
+        counters.clear()
+        model = _served()[0] if adapted else Transformer().double().eval()
+        compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
+        with torch.no_grad():
+            for names, length in (
+                (["a", None, "b", "c"], 5),
+                (["b", "c", "c"], 5),
+                ([None, "c", "a", "a", "b", None], 3),
+            ):
+                x = ids(len(names), length)
+                expected = dk.rows(model, names)(x) if adapted else model(x)
+                torch.testing.assert_close(dk.rows(compiled, names)(x) if adapted else compiled(x), expected)
+        found.append(counters["stats"]["unique_graphs"])
+    assert found[0] == found[1], f"{found[1]} graphs with rows, {found[0]} without"
 
 
 def rows_of_tasks():
