@@ -57,19 +57,14 @@ class _Builder:
             return self._once(Node((name,), (kind,), alias=relative(first, path), order=(order,)))
         # Before the children: a parameter belongs to the first module that has it.
         weights = self._weights(module, path)
-        deltas: dict[str, DeltaModule] = {}
-        found: list[Node] = []
-        inside = [
-            (place, key, child) for place, (key, child) in enumerate(module._modules.items()) if child is not None
-        ]
-        for _, key, child in inside:
-            if isinstance(child, DeltaModule):
-                deltas[key] = child
+        deltas = {key: child for key, child in module._modules.items() if isinstance(child, DeltaModule)}
         lines = [self._delta_line(key, delta) for key, delta in deltas.items()]
         own_bytes = self._bytes(module, deltas.values()) if self.memory else 0
-        for place, key, child in inside:
-            if key not in deltas:
-                found.append(self.node(child, key, f"{path}.{key}" if path else key, place))
+        found = [
+            self.node(child, key, f"{path}.{key}" if path else key, place)
+            for place, (key, child) in enumerate(module._modules.items())
+            if child is not None and key not in deltas
+        ]
         kernel, ordered = kernel_of(module), isinstance(module, nn.Sequential)
         # Parts are the same objects where they are equal, so their ids tell them apart.
         ids = [tuple(map(id, part)) if part else () for part in (weights, lines, found)]
@@ -91,7 +86,7 @@ class _Builder:
                 ordered=ordered,
                 omitted=_omitted(found, shown),
             )
-        return node  # type: ignore[no-any-return]
+        return node
 
     def _once(self, part: _Part) -> _Part:
         """Returns the part that is equal to this one and was made first."""
