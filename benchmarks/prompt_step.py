@@ -1,6 +1,6 @@
 """Times a step and a prediction of a prompt model beside the plain language model's, and its collator beside the tokenizer.
 
-    python benchmarks/prompt_step.py [--models "BERT base" ...] [--seconds 60] [--out prompt_step.json] [--table prompt_step.md]
+    python benchmarks/prompt_step.py [--models "BERT base" ...] [--seconds 60] [--out FILE.json] [--table FILE.md]
 
 All contestants of a row are one backbone with a LoRA delta, get the same ids, and take turns in one process of one thread.
 The figures are CPU time, which other processes change least. "plain" computes the logits of all positions and its own loss,
@@ -192,12 +192,14 @@ def page(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for one in rows:
+        plain = 1e3 * one["cpu"]["seconds"][one["base"]]
         if one["what"] != "collate":
             saved = 1 - one["cpu"]["ratios"]["PromptModel"][0] / one["cpu"]["ratios"]["all logits"][0]
             cells = " | ".join(cell(one["cpu"]["ratios"][who]) for who in columns)
             name = f"{one['what']}, {one['model']}, [{one['batch']}, {one['length']}]"
             lines.append(f"| {name} | {1e3 * one['cpu']['seconds'][one['base']]:.0f} | {cells} | {saved:.0%} |")
     for one in rows:
+        plain = 1e3 * one["cpu"]["seconds"][one["base"]]
         if one["what"] == "collate":
             each = [f"{who} {cell(ratio)}" for who, ratio in one["cpu"]["ratios"].items() if who != one["base"]]
             lines += [

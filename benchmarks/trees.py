@@ -1,11 +1,14 @@
 """Prints how large the trees of well-known models are, and how long they take, also for 58,000 modules.
 
-    python benchmarks/trees.py
+    python benchmarks/trees.py [--table benchmarks/trees.md] [--only-times]
 
 The first table has the rows of each tree, and the cells of its widest line where 80, 120 and 200 are allowed; "cut" is the
-number of lines with shapes or words left out for it. The second has the least processor time of three calls.
+number of lines with shapes or words left out for it. The second has the least processor time of three calls. Of `dk.pick` it
+is what the terminal, the page and the notebook wait for, without their own drawing.
 """
 
+import argparse
+import json
 import sys
 import time
 import warnings
@@ -20,6 +23,7 @@ from rich.cells import cell_len
 from torch import nn
 
 import deltakit as dk
+from deltakit.picking.picker import Picker, state_of, tree_of
 from support.large_models import MODELS, Expert, with_delta
 
 WIDTHS = (80, 120, 200)
@@ -63,26 +67,55 @@ def seconds(call: Callable[[], Any]) -> str:
     return f"{min(found):.3f}"
 
 
-def printed(*cells: str) -> None:
-    """Prints a line of a table."""
-    print(f"| {' | '.join(cells)} |")
+def calls(model: nn.Module) -> dict[str, Callable[[], Any]]:
+    """Returns what is measured on a large model."""
+    return {
+        "print(dk.show(model))": lambda: str(dk.show(model)),
+        "dk.pick(model)": lambda: picker_data(model),
+        "dk.targets(model)": lambda: str(dk.targets(model)),
+        "dk.account(model)": lambda: str(dk.account(model)),
+        "dk.roles(model)": lambda: str(dk.roles(model)),
+        "dk.plan(model, dk.LoRA(r=1))": lambda: str(dk.plan(model, dk.LoRA(r=1))),
+        "dk.diff(model, model)": lambda: str(dk.diff(model, model)),
+    }
+
+
+def picker_data(model: nn.Module) -> str:
+    """Returns what the page and the widget show first."""
+    picker = Picker(model)
+    return json.dumps([tree_of(picker), state_of(picker)])
+
+
+def printed(lines: list[str], *cells: str) -> None:
+    """Prints a line of a table, and adds it to the lines of the file."""
+    lines.append(f"| {' | '.join(cells)} |")
+    print(lines[-1], flush=True)
 
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    printed("model", "modules", "rows", *(f"widest line at {width}" for width in WIDTHS))
-    printed(*["---"] * (3 + len(WIDTHS)))
-    for name in MODELS:
-        printed(name, *sizes(with_delta(name)))
-    print()
-    printed("model", "modules", "dk.show(model), s", "str(view), s")
-    printed(*["---"] * 4)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--table", type=Path)
+    parser.add_argument("--only-times", action="store_true")
+    given = parser.parse_args()
+    lines = ["# Trees of large models", "", "Written by `python benchmarks/trees.py --table benchmarks/trees.md`.", ""]
+    if not given.only_times:
+        printed(lines, "model", "modules", "rows", *(f"widest line at {width}" for width in WIDTHS))
+        printed(lines, *["---"] * (3 + len(WIDTHS)))
+        for name in MODELS:
+            printed(lines, name, *sizes(with_delta(name)))
+        lines.append("")
+    models = {}
     for name, make in LARGE.items():
         with torch.device("meta"):
-            model = make()
-        view = dk.show(model)
-        times = seconds(lambda model=model: dk.show(model)), seconds(lambda view=view: str(view))
-        printed(name, f"{sum(1 for _ in model.modules()):,}", *times)
+            models[name] = make()
+    counts = [f"{name}: {sum(1 for _ in model.modules()):,} modules" for name, model in models.items()]
+    printed(lines, "processor time in seconds", *counts)
+    printed(lines, *["---"] * (1 + len(counts)))
+    for call in calls(nn.Module()):
+        printed(lines, f"`{call}`", *(seconds(calls(model)[call]) for model in models.values()))
+    if given.table is not None:
+        given.table.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,13 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+def encodable(text: str) -> str:
+    """Returns a text with escapes for what the standard output cannot write, such as names in a terminal without Unicode."""
+    # A program without a console has no stdout at all.
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text if text.isascii() else text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 class DeltaError(Exception):
     """Base of every error that deltakit raises on purpose."""
 

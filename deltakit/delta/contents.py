@@ -11,7 +11,7 @@ from deltakit.delta.changed_backbone import gone_modules
 from deltakit.delta.full_training import fully_trained_tensors, tensors_at
 from deltakit.delta.running_statistics import held_of
 from deltakit.delta.update_sizes import UpdateSizes, update_sizes
-from deltakit.errors import OptionError
+from deltakit.errors import OptionError, encodable
 from deltakit.selection import BackboneIndex
 from deltakit.view import described
 
@@ -163,7 +163,7 @@ class DeltaContents:
         backbone, own = self.backbone, fully_trained_tensors(self._attachment)
         # Each once: a tied parameter has several names.
         first = {id(tensor): name for name, tensor in reversed(own.items()) if isinstance(tensor, nn.Parameter)}
-        return described(
+        text = described(
             self._attachment,
             trained=self.num_parameters,
             names=BackboneIndex(backbone).names,
@@ -175,3 +175,4 @@ class DeltaContents:
                 for tensor in tensors_at(backbone, other, other.fully_trained).values()
             },
         )
+        return encodable(text)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from deltakit.core import METHODS, checked, join, label_among
-from deltakit.errors import printable
+from deltakit.errors import encodable, printable
 from deltakit.files import Access, Saved, called, expanded, find_folder, format_of, from_file, read_saved, room_for
 from deltakit.view import Line, report
 
@@ -67,7 +67,7 @@ class SavedDelta:
         base = f", for {self.base or ''}{kind}" if self.base or kind else ""
         name = f"delta {self.name!r}" if self.name else "a delta"
         dtypes = dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors.values())
-        return report(
+        text = report(
             f"{name} in {self.source}, format {self.format}{base}",
             [
                 Line(
@@ -82,9 +82,9 @@ class SavedDelta:
             {name: self.tensors[name] for name in self.fully_trained},
             f"{self.num_values:,} values in {' and '.join(dtypes)}, {self.num_bytes:,} bytes",
             None,
-        ) + "".join(
-            f"\n({printable(note)})" for note in [*self.notes, *(f"it also holds {name}" for name in self.extras)]
         )
+        notes = [*self.notes, *(f"it also holds {name}" for name in self.extras)]
+        return encodable(text + "".join(f"\n({printable(note)})" for note in notes))
 
 
 @checked

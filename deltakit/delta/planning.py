@@ -26,7 +26,7 @@ from deltakit.core import (
 )
 from deltakit.delta.full_training import full_training_names
 from deltakit.delta.plan_remarks import Hits, called_modules, remarks
-from deltakit.errors import OptionError, StateError, TargetError
+from deltakit.errors import OptionError, StateError, TargetError, encodable
 from deltakit.selection import BackboneIndex, Found, OptionSelectors, find_targets
 from deltakit.view import Line, binary_size, report, share
 
@@ -111,13 +111,14 @@ class Plan:
         own = dict(own_parameters(self.backbone))
         total = num_parameters(self.backbone)
         count = self.num_parameters
-        return report(
+        text = report(
             f"plan for {self.index.owner}",
             self._lines(),
             {name: own[name] for name in self.fully_trained if name in own},
             f"nothing is changed; +{count:,} parameters ({binary_size(self.num_bytes)}), {share(count, total)} of {total:,}",
             total,
         )
+        return encodable(text)
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         return notebook_bundle(repr(self))

@@ -1,6 +1,6 @@
 """Records the calls of modules in one forward: how often, what they return, and their floating-point operations."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +15,18 @@ def _attention_on_cpus(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> 
     return int(sdpa_flop_count(query, key, value))
 
 
-# torch's counter knows the attention kernels of GPUs, and counts nothing for that of CPUs (2.13).
-_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpus}
+def _of_groups(left: Any, right: Any, *_: Any, **__: Any) -> int:
+    """Those of a grouped product: each row of the left side meets the matrix of one group, as in layers of experts."""
+    groups = left[0] if len(left) == len(right) == 3 else 1
+    return int(2 * groups * left[-2] * left[-1] * right[-1])
+
+
+# torch's counter knows the attention kernels of GPUs, and counts nothing for that of CPUs, nor for grouped products (2.13).
+_FORMULAS: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpus
+}
+if hasattr(torch.ops.aten, "_grouped_mm"):
+    _FORMULAS[torch.ops.aten._grouped_mm] = _of_groups
 
 
 @dataclass

@@ -10,6 +10,7 @@ from deltakit.errors import DeltaError, OptionError, TargetError
 from deltakit.picking.picked_modules import Selection, summary
 from deltakit.picking.picker_rows import PickerRow, picker_rows
 from deltakit.selection import BackboneIndex, match, shortest_selectors
+from deltakit.view import collector_paused
 
 
 class Preview(NamedTuple):
@@ -36,8 +37,9 @@ class Picker:
     _known: tuple[frozenset[str], Selection] = field(init=False, default=(frozenset(), Selection()))
 
     def __post_init__(self) -> None:
-        self._index = BackboneIndex(self.backbone)
-        self.rows = picker_rows(self.backbone)
+        with collector_paused():
+            self._index = BackboneIndex(self.backbone)
+            self.rows = picker_rows(self.backbone)
         if not self.rows:
             raise TargetError(
                 f"pick: this {self._index.owner} has no module with parameters in it; at='^' selects the model itself"

@@ -23,7 +23,7 @@ from difflib import get_close_matches
 from itertools import product
 from math import prod
 
-from deltakit.core import breadth, expand, is_plain
+from deltakit.core import above, breadth, expand, is_plain, parent_of
 from deltakit.errors import SelectorError
 
 _MOST_TEXTS = 1_000
@@ -102,8 +102,9 @@ def match(selector: str, paths: Collection[str], roles: Roles, explicit: Explici
                 f"selector {selector!r}: one side of the slash is empty; write the modules around before it and a selector "
                 "of what is in them after it, such as 'encoder/@attn.q'"
             )
-        below = tuple(f"{path}." if path else "" for path in match(scope, paths, roles, explicit))
-        return [path for path in match(rest, paths, roles, explicit) if path.startswith(below)] if below else []
+        scopes = set(match(scope, paths, roles, explicit))
+        found = match(rest, paths, roles, explicit) if scopes else []
+        return [path for path in found if not scopes.isdisjoint(above(parent_of(path)))]
     if selector.endswith("@"):
         return match(_from_opendelta(selector), paths, roles, explicit)
     if selector.startswith("@"):
@@ -111,7 +112,8 @@ def match(selector: str, paths: Collection[str], roles: Roles, explicit: Explici
     hits = _match_components(selector, [*paths, *explicit(True)] if "[" in selector else paths)
     if "*" in selector.rpartition(".")[2]:
         return hits
-    return hits + [name for name in _match_components(selector, explicit(False)) if name not in hits]
+    known = set(hits)
+    return hits + [name for name in _match_components(selector, explicit(False)) if name not in known]
 
 
 def _literal(selector: str, paths: Collection[str], explicit: Explicit) -> list[str]:

@@ -277,7 +277,8 @@ def _refuse_nameless(path: str, module: nn.Module) -> None:
     Raises:
         TargetError: if a module or parameter has such a name.
     """
-    for name in (*(name for name, _ in own_children(module)), *module._parameters):
+    names = [name for name, _ in own_children(module)] if module._modules else []
+    for name in (*names, *module._parameters):
         if not name or "." in name or (is_slice(name) and name in module._parameters):
             raise TargetError(
                 f"{path or 'the backbone'}: it holds a module or parameter named {name!r}, which cannot be part of a path; "

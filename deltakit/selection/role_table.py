@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from deltakit.core import checked, fold, notebook_bundle
-from deltakit.errors import RoleError, printable
+from deltakit.errors import RoleError, encodable, printable
 from deltakit.selection.index import BackboneIndex
 from deltakit.selection.role_inference.role_map import ROLES
 
@@ -45,7 +45,7 @@ class RoleTable(Mapping[str, tuple[str, ...]]):
             lines += [" " * 23 + selector for selector in others]
         lines += [f"  {why}" for why in self.untold.values()]
         absent = [f"@{role}" for role in ROLES if f"@{role}" not in (*self.answers, *self.untold)]
-        return "\n".join(map(printable, [*lines, *([f"  none of {', '.join(absent)}"] if absent else [])]))
+        return encodable("\n".join(map(printable, [*lines, *([f"  none of {', '.join(absent)}"] if absent else [])])))
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         return notebook_bundle(repr(self))

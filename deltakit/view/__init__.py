@@ -1,5 +1,6 @@
 """Reports, trees, text and HTML: everything that is printed."""
 
+from deltakit.view.collector import collector_paused
 from deltakit.view.display import View, show
 from deltakit.view.folding import folded
 from deltakit.view.method_row import MethodRow
@@ -24,6 +25,7 @@ __all__ = [
     "bar",
     "binary_size",
     "build",
+    "collector_paused",
     "described",
     "folded",
     "heading",

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 from deltakit.core import Inputs, Selector, checked
 from deltakit.errors import OptionError
 from deltakit.view.calls import OF_A_FORWARD
+from deltakit.view.collector import collector_paused
 from deltakit.view.data import data
 from deltakit.view.filtering import filtered
 from deltakit.view.folding import folded
@@ -65,7 +67,9 @@ class View:
 
     def __str__(self) -> str:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        return "\n".join(line.plain for line in self._lines(self.width or self._usual_width(), encoding))
+        # Until the lines are gone: the collector would look through all of their parts.
+        with collector_paused():
+            return "\n".join([line.plain for line in self._lines(self.width or self._usual_width(), encoding)])
 
     __repr__ = __str__
 
@@ -199,9 +203,11 @@ def show(
         )
     if columns and inputs is not None and not measured:
         columns = (*columns, *OF_A_FORWARD)
-    node = build(
-        backbone, all_modules=all_modules, buffers=buffers, devices="device" in columns, memory="bytes" in columns
-    )
-    node = node if inputs is None else with_calls(node, backbone, inputs)
-    node = node if filter is None else filtered(node, backbone, filter)
-    return View(cut(folded(node) if fold else node, depth), tuple(columns), width, ascii)
+    # Paused once for all: each end of a pause looks through all that was made. A forward may need the collector.
+    with collector_paused() if inputs is None else nullcontext():
+        node = build(
+            backbone, all_modules=all_modules, buffers=buffers, devices="device" in columns, memory="bytes" in columns
+        )
+        node = node if inputs is None else with_calls(node, backbone, inputs)
+        node = node if filter is None else filtered(node, backbone, filter)
+        return View(cut(folded(node) if fold else node, depth), tuple(columns), width, ascii)

@@ -1,7 +1,6 @@
 """Narrows a tree to what selectors match. Counts stay those of the whole model."""
 
 from collections.abc import Collection
-from dataclasses import replace
 
 from torch import nn
 
@@ -43,4 +42,4 @@ def _kept(node: Node, path: str, matching: Collection[str]) -> Node | None:
     left_out = sum(kept.left_out if kept is not None else sum(1 for _ in walk(child)) for child, kept in found)
     # Missing numbers are those that the filter has left out, too.
     omitted = node.omitted if len(children) == len(found) else ()
-    return replace(node, children=children, left_out=left_out, omitted=omitted)
+    return node._replace(children=children, left_out=left_out, omitted=omitted)

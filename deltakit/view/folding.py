@@ -12,7 +12,7 @@ without that.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from deltakit.core import is_plain
 from deltakit.view.collector import collector_paused
@@ -34,15 +34,15 @@ def unfolded(node: Node) -> Node:
     if not node.children:
         return node
     alone = [one for child in node.children for one in _alone(child)]
-    return replace(node, children=tuple(sorted(alone, key=lambda one: one.order)))
+    return node._replace(children=tuple(sorted(alone, key=lambda one: one.order)))
 
 
 def _alone(node: Node) -> Iterator[Node]:
-    first = unfolded(replace(node, names=node.names[:1], types=node.types[:1], order=node.order[:1], twins=()))
+    first = unfolded(node._replace(names=node.names[:1], types=node.types[:1], order=node.order[:1], twins=()))
     yield first
     for place in range(1, node.members):
         like = node.twins[place - 1] if node.twins else first
-        yield replace(like, names=(node.names[place],), types=(node.types[place],), order=(node.order[place],))
+        yield like._replace(names=(node.names[place],), types=(node.types[place],), order=(node.order[place],))
 
 
 @dataclass
@@ -75,7 +75,7 @@ class _Folder:
         )
         number = self.numbers.setdefault(key, len(self.numbers))
         together = _together(found, ordered=node.ordered, indices_only=self.indices_only)
-        return (replace(node, children=together) if found else node), number
+        return (node._replace(children=together) if found else node), number
 
 
 def _together(found: Sequence[tuple[Node, int]], *, ordered: bool, indices_only: bool) -> tuple[Node, ...]:
@@ -121,8 +121,7 @@ def _one(members: Sequence[Node]) -> Node:
     first = members[0]
     if len(members) == 1:
         return first
-    return replace(
-        first,
+    return first._replace(
         names=tuple(name for node in members for name in node.names),
         types=tuple(kind for node in members for kind in node.types),
         order=tuple(place for node in members for place in node.order),

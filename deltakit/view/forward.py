@@ -1,7 +1,6 @@
 """Fills a tree with what each module does in one forward."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from torch import nn
 
@@ -28,4 +27,4 @@ def _filled(node: Node, path: str, found: Mapping[str, Recorded]) -> Node:
     record = found.get(path)
     calls = None if record is None or node.alias is not None else Calls(record.times, record.shapes, record.flops)
     children = tuple(_filled(child, join(path, child.names[0]), found) for child in node.children)
-    return replace(node, calls=calls, children=children)
+    return node._replace(calls=calls, children=children)

@@ -1,10 +1,9 @@
 """The plain data of a tree: nodes with the modules they stand for, their weights and their deltas."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple
-
-import torch
 
 from deltakit.view.calls import Calls
 
@@ -80,8 +79,7 @@ class Sizes(NamedTuple):
         return self.trained + self.delta_trained
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(NamedTuple):
     """One line of the tree: the equal modules it stands for, and the contents of each.
 
     `sizes` are those of one of the modules. `alias` is set if this is another name of a module shown before: where that is.
@@ -92,7 +90,7 @@ class Node:
     weights: tuple[Weight, ...] = ()
     deltas: tuple[DeltaLine, ...] = ()
     children: tuple["Node", ...] = ()
-    sizes: Sizes = field(default_factory=Sizes)
+    sizes: Sizes = Sizes()
     detail: str = ""
     """The kernel and the stride of a convolution."""
     alias: Relative | None = None
@@ -125,8 +123,8 @@ def cut(node: Node, depth: int | None) -> Node:
     if depth is None:
         return node
     if depth <= 0:
-        return replace(node, children=(), hidden=sum(1 for child in node.children for _ in walk(child)))
-    return replace(node, children=tuple(cut(child, depth - 1) for child in node.children))
+        return node._replace(children=(), hidden=sum(1 for child in node.children for _ in walk(child)))
+    return node._replace(children=tuple(cut(child, depth - 1) for child in node.children))
 
 
 def walk(node: Node) -> Iterator[Node]:
@@ -138,4 +136,4 @@ def walk(node: Node) -> Iterator[Node]:
 
 def size_of(weight: Weight) -> int:
     """Returns the number of a weight's values; 0 if it is lazy."""
-    return torch.Size(weight.shape).numel() if weight.shape is not None else 0
+    return prod(weight.shape) if weight.shape is not None else 0

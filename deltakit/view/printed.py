@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from rich.cells import cell_len
 
-from deltakit.errors import printable
+from deltakit.errors import encodable, printable
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _BAR = 10
@@ -57,7 +57,7 @@ class Printed:
         plain = "utf" not in (getattr(sys.stdout, "encoding", None) or "utf-8").lower()
         lines: list[str] = []
         for part in self._shown():
-            lines += [part] if isinstance(part, str) else _fitted(part, self.width, plain=plain)
+            lines += [encodable(part)] if isinstance(part, str) else _fitted(part, self.width, plain=plain)
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -122,7 +122,7 @@ def _text(table: Table, *, plain: bool) -> list[str]:
         if bars:
             cells.insert(0, [_bar(bars[number - 1], plain=plain) if number else ""])
         for line in range(max(map(len, cells))):
-            found.append([printable(cell[line]) if line < len(cell) else "" for cell in cells])
+            found.append([encodable(printable(cell[line])) if line < len(cell) else "" for cell in cells])
     right = {place + bool(bars) for place in table.right}
     widths = [max(cell_len(row[place]) for row in found) for place in range(len(found[0]))]
     padded = [[_padded(cell, widths[p], left=p not in right) for p, cell in enumerate(row)] for row in found]

@@ -4,7 +4,7 @@ Lines are never wrapped. Where one is too long for the width, buffers and shapes
 and names last. The columns stay, so that every line says its state, its count and its number of modules.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from rich.cells import cell_len, set_cell_size
@@ -13,7 +13,7 @@ from rich.text import Text
 from deltakit.view.collector import collector_paused
 from deltakit.view.legend import legend, totals
 from deltakit.view.node import Node
-from deltakit.view.tree_rows import Row, rows
+from deltakit.view.tree_rows import ON_REQUEST, Row, rows
 
 # Only the sixteen named terminal colours: the user's own terminal theme gives them enough contrast. Red is for errors.
 THEME = {
@@ -59,7 +59,7 @@ class Line(NamedTuple):
     @property
     def plain(self) -> str:
         """The text without styles."""
-        return "".join(part for part, _ in self.parts)
+        return "".join([part for part, _ in self.parts])
 
     def styled(self) -> Text:
         """Returns it as a text of `rich`."""
@@ -73,12 +73,14 @@ def text(node: Node, *, columns: Sequence[str], width: int | None, ascii: bool) 
     Without columns, only the structure is printed, as OpenDelta does.
     """
     found = rows(node, structure_only=not columns)
+    found = list(map(_in_ascii, found)) if ascii else found
     sizes = {column: max(_cells(row.cells.get(column, "")) for row in found) for column in columns}
     sizes = {column: size for column, size in sizes.items() if size}
-    while width is not None and sizes and _right(sizes) + _LEAST > width:
+    deepest = max(len(row.ends) for row in found)
+    while width is not None and sizes and _right(sizes) + _least(next(reversed(sizes)), deepest) > width:
         sizes.popitem()
     most = None if width is None else max(width - _right(sizes), 1)
-    step = 4 if most is None or 4 * max(len(row.ends) for row in found) <= most // 2 else 2
+    step = 4 if most is None or 4 * deepest <= most // 2 else 2
     labels = [_label(row, step, most) for row in found]
     room = min(max(cells for _, cells in labels), max(ALIGNED - _right(sizes), 1))
     shown = [
@@ -89,6 +91,19 @@ def text(node: Node, *, columns: Sequence[str], width: int | None, ascii: bool) 
         shown += [Line([(line, "dim")]) for line in _wrapped(legend(node, found, sizes), width)]
         shown += [Line([(line, "")]) for line in _wrapped(totals(node), width)]
     return [Line([(part.translate(_ASCII), style) for part, style in line.parts]) for line in shown] if ascii else shown
+
+
+def _least(column: str, deepest: int) -> int:
+    """The fewest cells that a label gets beside a column. Beside one on request the deepest label keeps its start."""
+    return max(_LEAST, 2 * deepest + 8) if column in ON_REQUEST else _LEAST
+
+
+def _in_ascii(row: Row) -> Row:
+    """The row with names in ASCII; its glyphs are replaced when the line is written."""
+    if all(piece.text.isascii() for piece in row.pieces):
+        return row
+    plain = [piece.text.translate(_ASCII).encode("ascii", "backslashreplace").decode() for piece in row.pieces]
+    return row._replace(pieces=tuple(p._replace(text=text) for p, text in zip(row.pieces, plain, strict=True)))
 
 
 def _right(sizes: Mapping[str, int]) -> int:
@@ -106,8 +121,8 @@ def _guide(ends: Sequence[bool], step: int) -> str:
 def _label(row: Row, step: int, room: int | None) -> tuple[list[tuple[str, str]], int]:
     """The guide and the label of a row, at most `room` cells wide, and how many cells they have."""
     guide = _guide(row.ends, step)
-    pieces = [(_cells(piece.text), piece) for piece in row.pieces]
-    cells = len(guide) + sum(size for size, _ in pieces)
+    pieces = [(len(piece.text) if piece.text.isascii() else cell_len(piece.text), piece) for piece in row.pieces]
+    cells = len(guide) + sum([size for size, _ in pieces])
     while room is not None and cells > room:
         first = max((piece.gives_way for _, piece in pieces), default=0)
         if not first:
@@ -115,7 +130,7 @@ def _label(row: Row, step: int, room: int | None) -> tuple[list[tuple[str, str]]
         # What is left out first makes place for the mark that something is.
         cells += 2 * (len(pieces) == len(row.pieces))
         cells -= pieces.pop(max(place for place, (_, piece) in enumerate(pieces) if piece.gives_way == first))[0]
-    parts = [(guide, ""), *((piece.text, THEME.get(piece.part, "")) for _, piece in pieces)]
+    parts = [(guide, ""), *[(piece.text, THEME.get(piece.part, "")) for _, piece in pieces]]
     if len(pieces) < len(row.pieces):
         parts.append((" …", "dim"))
     if room is not None and cells > room:
@@ -132,20 +147,20 @@ def _cut(parts: Sequence[tuple[str, str]], room: int) -> list[tuple[str, str]]:
     return [(part, style) for part, style in found if part]
 
 
-def _columns(row: Row, gap: int, sizes: Mapping[str, int]) -> Iterable[tuple[str, str]]:
-    if sizes:
-        yield " " * gap, ""
+def _columns(row: Row, gap: int, sizes: Mapping[str, int]) -> list[tuple[str, str]]:
+    found, state = [(" " * gap, "")] if sizes else [], THEME.get(row.state, "")
     for column, size in sizes.items():
         cell = row.cells.get(column, "")
-        style = THEME["folded"] if column == "members" else THEME.get(row.state, "")
-        yield f" {' ' * (size - _cells(cell))}{cell}", style
+        found.append((f" {' ' * (size - _cells(cell))}{cell}", THEME["folded"] if column == "members" else state))
+    return found
 
 
 def _line(parts: list[tuple[str, str]]) -> Line:
     """A line of these parts, without spaces at its end."""
     while parts and not parts[-1][0].rstrip():
         parts.pop()
-    parts[-1:] = [(part.rstrip(), style) for part, style in parts[-1:]]
+    if parts and parts[-1][0][-1:].isspace():
+        parts[-1] = parts[-1][0].rstrip(), parts[-1][1]
     return Line(parts)
 
 

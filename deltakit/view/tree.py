@@ -12,7 +12,7 @@ from deltakit.view.collector import collector_paused
 from deltakit.view.facts import dtype_of, kernel_of
 from deltakit.view.node import DeltaLine, Node, Relative, Sizes, Weight, size_of
 
-_Part = TypeVar("_Part", Weight, DeltaLine, Node)
+_Part = TypeVar("_Part", Weight, DeltaLine, Node, frozenset[str])
 
 
 @collector_paused()
@@ -61,17 +61,18 @@ class _Builder:
         lines = [self._delta_line(key, delta) for key, delta in deltas.items()]
         own_bytes = self._bytes(module, deltas.values()) if self.memory else 0
         found = [
-            self.node(child, child_name, join(path, child_name), place)
-            for place, (child_name, child) in enumerate(module._modules.items())
-            if child is not None and not isinstance(child, DeltaModule)
+            self.node(child, key, f"{path}.{key}" if path else key, place)
+            for place, (key, child) in enumerate(module._modules.items())
+            if child is not None and key not in deltas
         ]
         kernel, ordered = kernel_of(module), isinstance(module, nn.Sequential)
         # Parts are the same objects where they are equal, so their ids tell them apart.
-        ids = [tuple(map(id, part)) for part in (weights, lines, found)]
-        key = (name, kind, order, kernel, ordered, own_bytes, *ids)
-        if key not in self.known:
+        ids = [tuple(map(id, part)) if part else () for part in (weights, lines, found)]
+        facts = (name, kind, order, kernel, ordered, own_bytes, *ids)
+        node = self.known.get(facts)
+        if node is None:
             shown = tuple(child for child in found if self.all_modules or _is_shown(child))
-            self.known[key] = Node(
+            node = self.known[facts] = Node(
                 (name,),
                 (kind,),
                 tuple(weights),
@@ -80,12 +81,12 @@ class _Builder:
                 _sum(weights, lines, found, own_bytes),
                 kernel,
                 order=(order,),
-                dtypes=_all("dtype", weights, lines, found),
-                devices=_all("device", weights, lines, found),
+                dtypes=self._once(_dtypes(weights, lines, found)),
+                devices=self._once(_devices(weights, lines, found)) if self.devices else frozenset(),
                 ordered=ordered,
                 omitted=_omitted(found, shown),
             )
-        return self.known[key]
+        return node
 
     def _once(self, part: _Part) -> _Part:
         """Returns the part that is equal to this one and was made first."""
@@ -93,6 +94,8 @@ class _Builder:
 
     def _weights(self, module: nn.Module, path: str) -> list[Weight]:
         parameters = logical_parameters(module)
+        if not parameters and not self.buffers:
+            return []
         weights = [self._weight(parameter, path) for parameter in parameters]
         if self.buffers:
             packed = {id(parameter.stored) for parameter in parameters}
@@ -104,9 +107,9 @@ class _Builder:
         name, shape, stored = parameter
         own = join(path, name)
         owner = self.weights.setdefault(id(stored), own)
-        tied = None if owner == own else relative(owner, own)
+        tied = None if owner is own or owner == own else relative(owner, own)
         return self._once(
-            Weight(name, shape, dtype_of(stored), stored.requires_grad, tied, device=self._device(stored))
+            Weight(name, shape, dtype_of(stored), stored.requires_grad, tied, False, self._device(stored))
         )
 
     def _buffer(self, name: str, buffer: Tensor) -> Weight:
@@ -152,24 +155,36 @@ def relative(owner: str, path: str) -> Relative:
     return len(here) - common, tuple(there[common:])
 
 
-def _all(what: str, weights: Sequence[Weight], lines: Sequence[DeltaLine], children: Sequence[Node]) -> frozenset[str]:
-    """Returns every "dtype" or "device" of the parameters in a module."""
-    own = {getattr(weight, what) for weight in weights if not weight.is_buffer}
-    own.update(getattr(weight, what) for line in lines for weight in line.weights)
-    return frozenset(own.union(*(getattr(child, f"{what}s") for child in children)))
+def _dtypes(weights: Sequence[Weight], lines: Sequence[DeltaLine], children: Sequence[Node]) -> frozenset[str]:
+    """Returns the dtypes of all parameters in a module."""
+    own = {weight.dtype for weight in weights if not weight.is_buffer}
+    own.update(weight.dtype for line in lines for weight in line.weights)
+    return frozenset(own.union(*[child.dtypes for child in children]))
+
+
+def _devices(weights: Sequence[Weight], lines: Sequence[DeltaLine], children: Sequence[Node]) -> frozenset[str]:
+    """Returns the devices of all parameters in a module."""
+    own = {weight.device for weight in weights if not weight.is_buffer}
+    own.update(weight.device for line in lines for weight in line.weights)
+    return frozenset(own.union(*[child.devices for child in children]))
 
 
 def _sum(weights: Sequence[Weight], lines: Sequence[DeltaLine], children: Sequence[Node], own_bytes: int) -> Sizes:
-    own = [(size_of(weight), weight.trainable) for weight in weights if weight.tied is None and not weight.is_buffer]
-    found = [sum(size for size, _ in own), sum(size for size, trainable in own if trainable), 0, 0, 0, 0, own_bytes]
+    parameters = trained = 0
+    for weight in weights:
+        if weight.tied is None and not weight.is_buffer:
+            size = size_of(weight)
+            parameters += size
+            trained += size if weight.trainable else 0
+    own = Sizes(parameters, trained, bytes=own_bytes)
     if lines:
-        found[2:6] = [
-            sum(line.count for line in lines),
-            sum(line.trained for line in lines),
-            sum(line.count for line in lines if line.idle == "off"),
-            sum(line.count for line in lines if line.idle == "merged"),
-        ]
-    return Sizes(*map(sum, zip(found, *(child.sizes for child in children), strict=True)))
+        own = own._replace(
+            delta=sum(line.count for line in lines),
+            delta_trained=sum(line.trained for line in lines),
+            off=sum(line.count for line in lines if line.idle == "off"),
+            merged=sum(line.count for line in lines if line.idle == "merged"),
+        )
+    return Sizes(*map(sum, zip(own, *[child.sizes for child in children], strict=True))) if children else own
 
 
 def _is_shown(node: Node) -> bool:

@@ -5,7 +5,8 @@ equal parts are folded, and `×N` is the number of modules.
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 from deltakit.core import fold, is_plain, span
@@ -13,6 +14,8 @@ from deltakit.errors import printable
 from deltakit.view.calls import OF_A_FORWARD, cells_of
 from deltakit.view.node import DeltaLine, Node, Relative
 from deltakit.view.units import memory, short
+
+_NOTHING: Mapping[str, str] = MappingProxyType({})
 
 COLUMNS = ("members", "state", "count")
 """The columns that a tree has by default."""
@@ -30,8 +33,7 @@ class Piece(NamedTuple):
     gives_way: int = 0
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One line of a printed tree.
 
     `ends` says for each level down to this row whether it is the last one there, `pieces` are its label, and `cells` its
@@ -41,10 +43,10 @@ class Row:
 
     ends: tuple[bool, ...]
     pieces: tuple[Piece, ...]
-    cells: Mapping[str, str] = field(default_factory=dict)
+    cells: Mapping[str, str] = _NOTHING
     state: str = "none"
     selector: str = ""
-    tied: Mapping[str, str] = field(default_factory=dict)
+    tied: Mapping[str, str] = _NOTHING
 
     @property
     def label(self) -> str:
@@ -94,39 +96,46 @@ class _Writer:
             yield Row((*ends, True), (Piece(f"… {node.hidden} more lines", "more"),))
 
     def _node(self, node: Node, ends: tuple[bool, ...], place: _Place) -> Row:
-        pieces = [*_title(node, self.structure_only)] if ends else [Piece(node.names[0], "name")]
+        pieces = _title(node, self.structure_only) if ends else [Piece(node.names[0], "name")]
         if node.detail and not self.structure_only:
             pieces.append(Piece(f" {node.detail}", "detail", 2))
-        pieces += [
-            Piece(f" {weight}", "trainable" if weight.trainable else "frozen", 3)
-            for weight in node.weights
-            if not weight.is_buffer
-        ]
-        buffers = " ".join(str(weight) for weight in node.weights if weight.is_buffer)
-        pieces += [Piece(f" buffers {buffers}", "buffers", 4)] if buffers else []
-        tied = {w.name: _resolved(w.tied, (*place.path, w.name)) for w in node.weights if w.tied is not None}
+        tied, buffers = {}, []
+        for weight in node.weights:
+            if weight.is_buffer:
+                buffers.append(str(weight))
+                continue
+            pieces.append(Piece(f" {weight}", "trainable" if weight.trainable else "frozen", 3))
+            if weight.tied is not None:
+                tied[weight.name] = _resolved(weight.tied, (*place.path, weight.name))
+        pieces += [Piece(f" buffers {' '.join(buffers)}", "buffers", 4)] if buffers else []
         if node.alias is not None:
             tied[""] = _resolved(node.alias, place.path) or "root"
         if not self.structure_only:
             pieces += _ties(node, tied)
         state = state_of(node)
-        total = node.sizes.total * place.times
+        each = node.sizes.total
+        total = each * place.times
+        count = short(total)
         cells = {
             "members": f"×{place.modules}" if place.modules > 1 else "",
             "state": GLYPHS[state],
-            "count": "tied" if not total and any(weight.tied is not None for weight in node.weights) else short(total),
-            "each": short(node.sizes.total),
+            "count": "tied" if not total and any(weight.tied is not None for weight in node.weights) else count,
+            "each": count if each == total else short(each),
             "dtype": _common(node.dtypes),
             "bytes": memory(node.sizes.bytes * place.times),
             "device": _common(node.devices),
-            **cells_of(node.calls, place.modules),
         }
+        if node.calls is not None:
+            cells |= cells_of(node.calls, place.modules)
         selector = ".".join(place.path) or "^"
-        exact = place.exact and printable(selector) == selector
+        exact = place.exact and selector.isprintable()
         return Row(ends, _printable(pieces), cells, state, selector if exact else "", tied)
 
 
 def _inside(around: _Place, node: Node) -> _Place:
+    if node.members == 1 and around.modules == 1:
+        # Most modules of a large model whose blocks differ: no name is folded.
+        return _Place((*around.path, node.names[0]), 1, around.times, around.exact and node.alias is None)
     # One name is its own component.
     component = fold(node.names) if node.members > 1 else node.names
     # A full path selects its module whatever characters it has; folded ones are read.
@@ -140,17 +149,18 @@ def _inside(around: _Place, node: Node) -> _Place:
     )
 
 
-def _title(node: Node, structure_only: bool) -> Iterator[Piece]:
+def _title(node: Node, structure_only: bool) -> list[Piece]:
+    if node.members == 1:
+        return [Piece(node.names[0], "name"), Piece(f" ({node.types[0]})", "type", 1)]
     if len(set(node.types)) > 1:
-        comma = ""
+        found, comma = [], ""
         for name, kind in zip(node.names, node.types, strict=True):
-            yield Piece(comma + name, "folded")
+            found.append(Piece(comma + name, "folded"))
             comma = "," if structure_only else ", "
-            yield Piece(f"({kind})" if structure_only else f" ({kind})", "type", 1)
-        return
-    yield Piece(span(node.names), "folded" if node.members > 1 else "name")
+            found.append(Piece(f"({kind})" if structure_only else f" ({kind})", "type", 1))
+        return found
     # OpenDelta's tree writes `encoder (T5Stack)`, but `1-23(T5Block)`.
-    yield Piece(("" if structure_only and node.members > 1 else " ") + f"({node.types[0]})", "type", 1)
+    return [Piece(span(node.names), "folded"), Piece(f"{'' if structure_only else ' '}({node.types[0]})", "type", 1)]
 
 
 def _ties(node: Node, tied: Mapping[str, str]) -> Iterator[Piece]:

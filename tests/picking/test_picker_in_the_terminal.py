@@ -51,6 +51,20 @@ def test_ticking_and_submitting(llama):
     assert "esc cancel" in screen
 
 
+def test_only_the_labels_that_change_are_written_again(llama, monkeypatch):
+    written = []
+    label = PickerApp._label
+
+    def noted(app, number):
+        written.append(number)
+        return label(app, number)
+
+    picker = Picker(llama)
+    monkeypatch.setattr(PickerApp, "_label", noted)
+    run(picker, "down", "space", "ctrl+s")
+    assert len(written) == len(picker.rows) + 1
+
+
 def test_same_name_everywhere_matches_and_clearing(llama):
     picker = Picker(build("t5"))
     result, screen = run(picker, "slash", *"ion.q", "enter", *["down"] * 6, "e", "ctrl+s")

@@ -35,6 +35,24 @@ def test_flops_are_those_of_the_formula():
     assert "flops" not in rows["layers"]
 
 
+class Experts(nn.Module):
+    """Three experts, as transformers computes them: one grouped product for all."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, 16, 32, dtype=torch.bfloat16))
+
+    def forward(self, x):
+        ends = torch.tensor([4, 4, 9], dtype=torch.int32, device=x.device)
+        return nn.functional.grouped_mm(x, self.weight, offs=ends)
+
+
+@pytest.mark.skipif(not hasattr(nn.functional, "grouped_mm"), reason="this torch has no grouped product")
+def test_products_of_experts_are_counted():
+    x = torch.ones(9, 16, dtype=torch.bfloat16)
+    assert found(dk.show(nn.Sequential(Experts()), inputs=x))["0"]["flops"] == 2 * 9 * 16 * 32
+
+
 def test_deltas_are_counted_where_they_are():
     model = Transformer()
     before = found(dk.show(model, inputs=ids(3, 11)))["layers.{0-1}.self_attn.k_proj"]["flops"]
@@ -95,3 +113,11 @@ def test_on_the_meta_device():
     one, other = (found(dk.show(model, inputs=ids())) for model in (real, empty))
     assert one == other
     assert one["^"]["flops"] > 0
+
+
+def test_on_a_narrow_line_columns_on_request_give_way_before_names():
+    lines = str(dk.show(Transformer(), inputs=ids(3, 11), width=38)).splitlines()
+    assert any("k_proj" in line for line in lines)
+    assert not any("[3, 11, 20]" in line for line in lines)
+    assert all(re.search(r"[●○◐] +[0-9]", line) for line in lines if line[0] in "├│└")
+    assert max(map(len, lines)) <= 38

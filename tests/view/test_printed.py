@@ -1,10 +1,13 @@
 """Tables as text and HTML: aligned, escaped, and readable in ASCII, without scripts, and on any page."""
 
+import copy
 import io
 import sys
 
 from rich.cells import cell_len
+from torch import nn
 
+import deltakit as dk
 from deltakit.view.printed import Printed, Table
 
 
@@ -54,6 +57,19 @@ def test_bars_in_ascii(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
     assert "█" not in str(Made(Table(("x",), [("a",)], bars=[0.5])))
     assert "  #####  a" in str(Made(Table(("x",), [("a",)], bars=[0.5])))
+
+
+def test_a_terminal_without_unicode_gets_escapes_for_names(monkeypatch):
+    model = nn.Sequential(nn.ModuleDict({"käse": nn.Linear(8, 8), "b": nn.Linear(8, 8)}))
+    bare = copy.deepcopy(model)
+    delta = dk.attach(model, dk.LoRA(r=2, at="käse"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    plan = dk.plan(bare, dk.BitFit(at="käse"))
+    for shown in (delta, plan, dk.show(model), dk.targets(model), dk.diff(bare, model), delta.show()):
+        assert "k\\xe4se" in str(shown)
+        assert str(shown).isascii()
+    # The columns stand below each other, as wide as the escapes are.
+    assert len({line.index("*") for line in str(dk.show(model)).splitlines() if " * 72" in line}) <= 1
 
 
 def test_pages_escape_what_is_in_names():

@@ -1,7 +1,6 @@
 """What the rows of a tree say: counts that add up, what is folded, and what gives way where a line is too narrow."""
 
 import re
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -271,7 +270,7 @@ def test_a_fold_names_what_it_is_of():
     node = folded(tree(nn.ModuleList(nn.Linear(2, 2) for _ in range(3))))
     (child,) = node.children
     assert (child.names, child.order) == (("0", "1", "2"), (0, 1, 2))
-    assert unfolded(replace(node, children=(replace(child, order=(2, 1, 0)),))).children[0].names == ("2",)
+    assert unfolded(node._replace(children=(child._replace(order=(2, 1, 0)),))).children[0].names == ("2",)
 
 
 def test_equal_parts_of_a_tree_are_one_object():
