@@ -7,12 +7,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from deltakit.core import attachments_of, checked
+from deltakit.core import checked
 from deltakit.delta import Delta
 from deltakit.errors import CheckpointError, OptionError
 from deltakit.prompting.backbone_facts import embedding_of
 from deltakit.prompting.evaluating import evaluating
 from deltakit.prompting.fitting import check_fit, check_soft
+from deltakit.prompting.keeping import exchange, keep_with_all
 from deltakit.prompting.prediction import Prediction, likely_words
 from deltakit.prompting.prompt_parts import NAME, PromptParts, read_parts
 from deltakit.prompting.slot_calls import output_of
@@ -49,11 +50,18 @@ class PromptModel(nn.Module):
         check_fit(backbone, template, verbalizer)
         check_soft(backbone, template)
         self.backbone, self.template, self.verbalizer = backbone, template, verbalizer
-        self._parts = PromptParts(template, verbalizer)
+        self._parts, self._kept = PromptParts(template, verbalizer), False
         # On the backbone's device: the verbalizer reads its logits.
         verbalizer.to(embedding_of(backbone).weight.device)
-        self._keep_with_all()
+        keep_with_all(backbone, self._parts)
         name_tied_once(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if not isinstance(self._parts, PromptParts):
+            # Of a pickle.
+            old, self._parts = self._parts, PromptParts(self.template, self.verbalizer, fitted=True)
+            exchange(self.backbone, old, self._parts)
 
     def forward(
         self,
@@ -70,7 +78,7 @@ class PromptModel(nn.Module):
         The arguments are what `collate` returns.
         """
         if self.training and not self._kept:
-            self._keep_with_all()
+            self._keep_as_fitted()
         call = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -139,6 +147,7 @@ class PromptModel(nn.Module):
             OptionError: if the verbalizer has no words, or there are no examples.
         """
         self.verbalizer.calibrate(*self._observed(examples, batch_size, "calibrate"))
+        self._keep_as_fitted()
 
     @checked
     def refine(self, examples: Sequence[Example], *, drop: float = 0.5, batch_size: int = 32) -> None:
@@ -156,6 +165,7 @@ class PromptModel(nn.Module):
                 f"refine: a {type(self.verbalizer).__name__} drops no words; use a KnowledgeableVerbalizer, or calibrate()"
             )
         self.verbalizer.refine(*self._observed(examples, batch_size, "refine"), drop=drop)
+        self._keep_as_fitted()
 
     @torch.no_grad()
     def _observed(self, examples: Sequence[Example], batch_size: int, where: str) -> list[Tensor]:
@@ -191,15 +201,15 @@ class PromptModel(nn.Module):
     def keep_with(self, delta: Delta) -> None:
         """Makes the files of a delta hold template and verbalizer.
 
-        Deltas that are attached and active when the model is made, or at its first training step, need no such call.
+        Deltas that are attached and active when the model is made, or at its first training step, need no such call. With
+        several models on one backbone, a delta keeps those of the model whose training began last (calibrating, refining and
+        loading count as training), else of the one that was made last.
         """
         delta._record.extras[NAME] = self._parts
 
-    def _keep_with_all(self) -> None:
-        found = [one.record for one in attachments_of(self.backbone) if one.record.live]
-        for record in found:
-            record.extras[NAME] = self._parts
-        self._kept = bool(found)
+    def _keep_as_fitted(self) -> None:
+        self._parts.fitted = True
+        self._kept = keep_with_all(self.backbone, self._parts)
 
     @classmethod
     @checked
@@ -224,4 +234,7 @@ class PromptModel(nn.Module):
                 "the PromptModel of your own"
             )
         parts = read_parts(found.data(), found.tensors(), delta.backbone, tokenizer, filters, where)
-        return cls(delta.backbone, parts.template, parts.verbalizer)
+        model = cls(delta.backbone, parts.template, parts.verbalizer)
+        model._parts.fitted = True
+        model.keep_with(delta)
+        return model

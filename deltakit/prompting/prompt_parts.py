@@ -25,10 +25,14 @@ NAME = "prompting"
 
 
 class PromptParts:
-    """The template and the verbalizer of a prompt model, as an extra of a delta."""
+    """The template and the verbalizer of a prompt model, as an extra of a delta.
 
-    def __init__(self, template: Template, verbalizer: Verbalizer) -> None:
-        self.template, self.verbalizer = template, verbalizer
+    Args:
+        fitted: whether the model was trained, calibrated, refined or loaded.
+    """
+
+    def __init__(self, template: Template, verbalizer: Verbalizer, *, fitted: bool = False) -> None:
+        self.template, self.verbalizer, self.fitted = template, verbalizer, fitted
 
     def data(self) -> Mapping[str, Any]:
         """Returns the options of both."""
@@ -40,7 +44,7 @@ class PromptParts:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PromptParts":
         # A copy of a layer copies the records of its deltas, and the tokenizer would be most of it.
-        return PromptParts(self.template, deepcopy(self.verbalizer, memo))
+        return PromptParts(self.template, deepcopy(self.verbalizer, memo), fitted=self.fitted)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Filters may be functions that no pickle holds.
