@@ -228,6 +228,22 @@ def test_rules_are_calibrated_slot_by_slot():
     torch.testing.assert_close(found(free).exp(), torch.full((1, 2), 0.5).double(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["words", "knowledgeable", "soft", "prototypical", "rules"])
+def test_autocast_does_not_round_the_scores_of_classes(kind):
+    found = {
+        "words": lambda: WordVerbalizer(TOKENIZER, WORDS),
+        "knowledgeable": lambda: KnowledgeableVerbalizer(TOKENIZER, WORDS),
+        "soft": lambda: SoftVerbalizer(model_of("bert"), ["good", "bad"]),
+        "prototypical": lambda: PrototypicalVerbalizer(model_of("bert"), ["good", "bad"]),
+        "rules": lambda: RuleVerbalizer(TOKENIZER, {"good": ("good",), "bad": ("bad",)}),
+    }[kind]()
+    out, labels = SlotOutput(*(part.float() for part in output()[:2])), torch.tensor([0, 1, 0, 1, 1])
+    expected, loss = found(out), found.loss(out, labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(found(out), expected)
+        assert torch.equal(found.loss(out, labels), loss)
+
+
 def test_half_precision_is_computed_in_float32():
     out = output()
     half = SlotOutput(out.logits.bfloat16(), out.hidden.bfloat16())

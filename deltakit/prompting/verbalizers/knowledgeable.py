@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deltakit.core import checked
 from deltakit.errors import OptionError
-from deltakit.prompting.verbalizers.verbalizer import SlotOutput
+from deltakit.prompting.verbalizers.verbalizer import SlotOutput, product
 from deltakit.prompting.verbalizers.word_ids import Multi, Words
 from deltakit.prompting.verbalizers.words import WordVerbalizer
 
@@ -52,7 +52,7 @@ class KnowledgeableVerbalizer(WordVerbalizer):
         found = self.word_log_probs(output)
         words = (found - self.prior.to(found)).masked_fill(~self.kept, -torch.inf).log_softmax(-1)
         # Dropped words have no share, and 0 * -inf is no number.
-        return (words.masked_fill(~self.kept, 0) @ self.shares(words.dtype).T).log_softmax(-1)
+        return product(words.masked_fill(~self.kept, 0), self.shares(words.dtype)).log_softmax(-1)
 
     @torch.no_grad()
     def refine(self, word_log_probs: Float[Tensor, "examples words"], *, drop: float = 0.5) -> None:
