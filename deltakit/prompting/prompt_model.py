@@ -4,13 +4,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from deltakit.core import checked
 from deltakit.delta import Delta
 from deltakit.errors import CheckpointError, OptionError
 from deltakit.prompting.backbone_facts import embedding_of
+from deltakit.prompting.backbone_names import BackboneNames
 from deltakit.prompting.evaluating import evaluating
 from deltakit.prompting.fitting import check_fit, check_soft
 from deltakit.prompting.keeping import exchange, keep_with_all
@@ -23,7 +24,7 @@ from deltakit.prompting.verbalizers.knowledgeable import KnowledgeableVerbalizer
 from deltakit.prompting.verbalizers.verbalizer import SlotOutput, Verbalizer
 
 
-class PromptModel(nn.Module):
+class PromptModel(BackboneNames, nn.Module):
     """Classifies examples by what a backbone predicts in the slots of a template.
 
     The backbone stays the user's: deltas, freezing and devices are its own, and `parameters()` has those of both. A delta that
@@ -89,6 +90,10 @@ class PromptModel(nn.Module):
         found = {} if labels is None else {"loss": self.verbalizer.loss(output, labels)}
         return {**found, "logits": self.verbalizer(output)}
 
+    def backbones(self) -> Sequence[nn.Module]:
+        """Returns the backbone in a list."""
+        return [self.backbone]
+
     def slot_output(self, call: Mapping[str, Any], slots: Int[Tensor, "batch slots"]) -> SlotOutput:
         """Returns what the backbone computes in the slots of a batch.
 
@@ -112,7 +117,6 @@ class PromptModel(nn.Module):
         return self.template.collate(examples, classes=self.verbalizer.classes)
 
     @checked
-    @torch.no_grad()
     def predict(self, examples: Any, *, top_k: int = 5, batch_size: int = 32) -> Any:
         """Returns the `Prediction` of an example, or a list of them for a list of examples.
 
@@ -124,18 +128,31 @@ class PromptModel(nn.Module):
         Raises:
             OptionError: as `collate`, and if `top_k` or `batch_size` is out of its range.
         """
+        single = isinstance(examples, Mapping)
+        rows, words = self._predicted([examples] if single else examples, top_k, batch_size)
+        found = [
+            Prediction(dict(zip(self.verbalizer.classes, row, strict=True)), own)
+            for row, own in zip(rows.exp().tolist(), words, strict=True)
+        ]
+        return found[0] if single else found
+
+    @torch.no_grad()
+    def _predicted(
+        self, examples: Any, top_k: int, batch_size: int
+    ) -> tuple[Float[Tensor, "examples classes"], list[list[list[tuple[str, float]]]]]:
+        """Returns the log-probabilities of the classes, and for each example and slot the most likely words.
+
+        Raises:
+            OptionError: as `predict` does.
+        """
         if top_k < 0:
             raise OptionError(f"predict(top_k={top_k}): expected at least 0")
-        single = isinstance(examples, Mapping)
-        found: list[Prediction] = []
-        for output in self._outputs([examples] if single else examples, batch_size, "predict"):
-            words = likely_words(output.logits, top_k, self.template.tokenizer)
-            rows = self.verbalizer(output).exp().tolist()
-            found += [
-                Prediction(dict(zip(self.verbalizer.classes, row, strict=True)), own)
-                for row, own in zip(rows, words, strict=True)
-            ]
-        return found[0] if single else found
+        rows = [torch.empty(0, len(self.verbalizer.classes))]
+        words: list[list[list[tuple[str, float]]]] = []
+        for output in self._outputs(examples, batch_size, "predict"):
+            words += likely_words(output.logits, top_k, self.template.tokenizer)
+            rows.append(self.verbalizer(output).cpu())
+        return torch.cat(rows), words
 
     @checked
     def calibrate(self, examples: Sequence[Example], *, batch_size: int = 32) -> None:

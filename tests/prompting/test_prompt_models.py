@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -374,10 +375,22 @@ def test_ensembles():
     probabilities = [prediction.probabilities["good"] for prediction in both.predict(REVIEWS)]
     torch.testing.assert_close(torch.tensor(probabilities), found["logits"].exp()[:, 0])
     assert len(both.predict(REVIEWS[0], top_k=2).words) == 2
+    assert both.predict(MappingProxyType(REVIEWS[0])) == both.predict(REVIEWS[0])
     # The backbone that they share is in the state dict once, and loads again.
     state = both.state_dict()
     assert len({tensor.data_ptr() for tensor in state.values()}) == len(state)
     both.load_state_dict(state, strict=True)
+
+
+def test_members_that_contradict_each_other_with_certainty():
+    """The probability of a class that a member excludes is 0 in float32, and its logarithm is not."""
+    models = [prompt_model(verbalizer=lambda own, _: SoftVerbalizer(own, ["a", "b"])) for _ in range(2)]
+    with torch.no_grad():
+        for model, bias in zip(models, ([0.0, 200.0], [201.0, 0.0]), strict=True):
+            model.verbalizer.vectors.zero_()
+            model.verbalizer.bias.copy_(torch.tensor(bias))
+    both = Ensemble(models)
+    assert both.predict(REVIEWS)[1].probabilities == pytest.approx({"a": 0.62246, "b": 0.37754}, abs=1e-4)
 
 
 @pytest.mark.parametrize(
