@@ -18,7 +18,7 @@ from deltakit.prompting.pieces import Field, Slot
 from deltakit.prompting.rendering import Rendered, render
 from deltakit.prompting.soft_tokens import numbered
 from deltakit.prompting.syntax import parse
-from deltakit.prompting.template_checks import check_filters, check_slots, first_soft_id, known_kind
+from deltakit.prompting.template_checks import check_filters, check_positions, check_slots, first_soft_id, known_kind
 from deltakit.prompting.tokens import Token, tokenized
 from deltakit.prompting.truncation import Truncate, deleted
 
@@ -56,8 +56,8 @@ class Template:
 
     Raises:
         OptionError: if the text is malformed, has no slot, several slots or text behind the slot where the kind allows none,
-            names a filter that is not there, or is longer than `max_length` without any field; or the tokenizer has no
-            offsets, or no token for a slot.
+            names a filter that is not there, or is longer than `max_length` without any field; `max_length` is more than the
+            backbone takes; or the tokenizer has no offsets, or no token for a slot.
         TargetError: if the kind of the backbone is unknown, or it has no embedding for soft tokens.
     """
 
@@ -83,6 +83,7 @@ class Template:
         check_slots(self.pieces, self.kind)
         check_filters(self.pieces, self.filters)
         self._markers = find_markers(tokenizer, self.kind, self.num_slots, soft=self.num_soft > 0)
+        check_positions(max_length, backbone)
         self.max_length = max_length if max_length is not None else longest_input(backbone, tokenizer)
         self.first_soft = first_soft_id(backbone) if self.num_soft else 0
         config = getattr(backbone, "config", None)

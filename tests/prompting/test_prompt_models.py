@@ -155,6 +155,39 @@ def test_the_room_for_words_of_several_tokens():
     assert model.predict({"text": "word " * 100}).label in ("good", "bad")
 
 
+def test_texts_that_are_longer_than_the_backbone():
+    """They would fail in the table of positions, in the first long example: so they are refused ahead of any."""
+    with pytest.raises(
+        OptionError, match=r"Template\(max_length=72\): BertForMaskedLM has positions for 71 tokens; pass at most 71"
+    ):
+        prompt_model("bert", max_length=72)
+    backbone, tokenizer = model_of("bert"), tokenizer_of("wordpiece")
+    words = WordVerbalizer(tokenizer, WORDS)
+    free = Template(REVIEW, tokenizer, kind="mlm")
+    with pytest.raises(OptionError, match=r"made without it and has no limit; pass Template\(max_length=71\)"):
+        PromptModel(backbone, free, words)
+    with pytest.raises(
+        OptionError, match=r"max_length is 80, and the backbone takes 71; pass Template\(max_length=71\)"
+    ):
+        PromptModel(backbone, Template(REVIEW, tokenizer, kind="mlm", max_length=80), words)
+    # The table of a vocabulary of as many words is none of positions.
+    same = model_of("t5")
+    same.config.max_position_embeddings = same.config.vocab_size
+    assert Template(REVIEW, tokenizer_of("unigram"), same).max_length is None
+
+
+def test_the_room_for_an_attached_prompt():
+    backbone = model_of("bert")
+    dk.attach(backbone, dk.SoftPrompt(tokens=20))
+    with pytest.raises(
+        OptionError,
+        match=r"an attached prompt takes 20 tokens beyond max_length 71, and the backbone takes 71; pass Template\(max_length=51\)",
+    ):
+        prompt_model(backbone=backbone)
+    model = prompt_model(backbone=backbone, max_length=51)
+    assert model.predict({"text": "a film " * 60}).label in WORDS
+
+
 def test_predict():
     model = prompt_model()
     one, listed = model.predict(REVIEWS[0], top_k=3), model.predict(REVIEWS, top_k=3, batch_size=2)
