@@ -10,15 +10,16 @@ from deltakit.ops import PromptVectorsDelta
 from deltakit.prompting.backbone_facts import embedding_of, head_of, positions_of, vocabulary_of
 from deltakit.prompting.template import Template
 from deltakit.prompting.verbalizers.verbalizer import Verbalizer
-from deltakit.prompting.verbalizers.words import WordVerbalizer
+from deltakit.prompting.verbalizers.word_ids import word_ids
+from deltakit.prompting.verbalizers.words import WordVerbalizer, word_verbalizers
 
 
 def check_fit(backbone: nn.Module, template: Template, verbalizer: Verbalizer) -> None:
     """Refuses what cannot work together.
 
     Raises:
-        OptionError: if the slots differ in number, a token is beyond the backbone's vocabulary, or words do not fit its
-        length. TargetError: if the backbone has no language-model head.
+        OptionError: if the slots differ in number, the tokenizers differ, a token is beyond the backbone's vocabulary, or
+        texts do not fit its length. TargetError: if the backbone has no language-model head.
     """
     head: Any = head_of(backbone)
     if template.num_slots != verbalizer.num_slots:
@@ -26,6 +27,7 @@ def check_fit(backbone: nn.Module, template: Template, verbalizer: Verbalizer) -
             f"PromptModel: the template has {template.num_slots} slots, and the {type(verbalizer).__name__} reads "
             f"{verbalizer.num_slots}; write as many, or use a RuleVerbalizer for several"
         )
+    _check_tokenizers(template, verbalizer)
     words = getattr(head, "out_features", None) or vocabulary_of(backbone)
     beyond = [one for one in [*verbalizer.token_ids, *template.marker_ids] if one >= words]
     if beyond:
@@ -40,6 +42,20 @@ def check_fit(backbone: nn.Module, template: Template, verbalizer: Verbalizer) -
             f"{vocabulary_of(backbone)} words; make the template with this backbone"
         )
     _check_room(backbone, template, verbalizer)
+
+
+def _check_tokenizers(template: Template, verbalizer: Verbalizer) -> None:
+    for own in word_verbalizers(verbalizer):
+        for one in own.label_words:
+            try:
+                ids = word_ids(template.tokenizer, one.word, own.prefix, "PromptModel")
+            except OptionError:
+                ids = ()
+            if ids != one.ids:
+                raise OptionError(
+                    f"PromptModel: the word {one.word!r} has the ids {list(one.ids)} by the verbalizer's tokenizer, and "
+                    f"{list(ids)} by the template's; pass the backbone's tokenizer to both"
+                )
 
 
 def _check_room(backbone: nn.Module, template: Template, verbalizer: Verbalizer) -> None:

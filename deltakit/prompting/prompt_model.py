@@ -59,10 +59,11 @@ class PromptModel(BackboneNames, nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if not isinstance(self._parts, PromptParts):
+        kept = state["_parts"]
+        if not isinstance(kept, PromptParts):
             # Of a pickle.
-            old, self._parts = self._parts, PromptParts(self.template, self.verbalizer, fitted=True)
-            exchange(self.backbone, old, self._parts)
+            self._parts = PromptParts(self.template, self.verbalizer, fitted=True)
+            exchange(self.backbone, kept, self._parts)
 
     def forward(
         self,

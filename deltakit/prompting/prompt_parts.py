@@ -18,7 +18,7 @@ from deltakit.prompting.verbalizers.rules import RuleMulti, RuleVerbalizer
 from deltakit.prompting.verbalizers.soft import SoftVerbalizer
 from deltakit.prompting.verbalizers.verbalizer import Verbalizer
 from deltakit.prompting.verbalizers.word_ids import Multi
-from deltakit.prompting.verbalizers.words import WordVerbalizer
+from deltakit.prompting.verbalizers.words import WordVerbalizer, word_verbalizers
 
 NAME = "prompting"
 """The name of the extra."""
@@ -35,8 +35,13 @@ class PromptParts:
         self.template, self.verbalizer, self.fitted = template, verbalizer, fitted
 
     def data(self) -> Mapping[str, Any]:
-        """Returns the options of both."""
-        return {"template": self.template.to_dict(), "verbalizer": self.verbalizer.to_dict()}
+        """Returns the options of both, and the ids that the tokenizer gives them."""
+        return {"template": self.template.to_dict(), "verbalizer": self.verbalizer.to_dict(), "ids": self.ids()}
+
+    def ids(self) -> dict[str, Any]:
+        """Returns the ids of the template without any field, and of the label words."""
+        words = [list(word.ids) for own in word_verbalizers(self.verbalizer) for word in own.label_words]
+        return {"template": list(self.template.fixed_ids), "words": words}
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Returns the verbalizer's state dict."""
@@ -58,9 +63,18 @@ class _Template(TypedDict):
     truncate: Truncate
 
 
-class _Parts(TypedDict):
+class _Ids(TypedDict):
+    template: list[int]
+    words: list[list[int]]
+
+
+class _PartsOfAll(TypedDict):
     template: _Template
     verbalizer: dict[str, Any]
+
+
+class _Parts(_PartsOfAll, total=False):
+    ids: _Ids
 
 
 class _Words(TypedDict):
@@ -109,7 +123,7 @@ def read_parts(
 
     Raises:
         CheckpointError: if a field is missing or of a wrong type, tensors do not fit, or both do not fit the backbone and the
-            tokenizer.
+            tokenizer, which is another one if it gives other ids.
     """
     parts = checked_data(dict(data), _Parts, where, "extras.prompting")
     with from_file(where, "extras.prompting.template"):
@@ -134,4 +148,11 @@ def read_parts(
         verbalizer = make(backbone, tokenizer, options)
     check_tensors(tensors, verbalizer.state_dict(), own=(), where=where, advice="save or download it again")
     verbalizer.load_state_dict(dict(tensors))
-    return PromptParts(template, verbalizer)
+    found = PromptParts(template, verbalizer)
+    if parts.get("ids") not in (None, found.ids()):
+        what = "the template" if parts["ids"]["template"] != found.ids()["template"] else "label words"
+        raise CheckpointError(
+            f"{where}: extras.prompting: this tokenizer gives {what} other ids than in training; pass the tokenizer "
+            "of the training, or make the PromptModel of your own"
+        )
+    return found

@@ -19,7 +19,7 @@ def numbered(pieces: Sequence[Piece], tokenizer: Any) -> SoftTokens:
     """Returns the numbers of a template's soft tokens.
 
     Raises:
-        OptionError: if pieces with one `soft_id` have different words, or words have no tokens.
+        OptionError: if pieces with one `soft_id` have different words or numbers of tokens, or words have no tokens.
     """
     numbers: dict[int, tuple[int, ...]] = {}
     starts: list[int | None] = []
@@ -51,8 +51,19 @@ def _starts(group: Sequence[Soft], tokenizer: Any) -> list[int | None]:
             f"Template: soft_id {group[0].soft_id!r} has different words, {words[0]!r} and {words[1]!r}; write them once, and "
             f'{{"soft_id": {group[0].soft_id!r}}} elsewhere'
         )
+    counts = sorted({piece.count for piece in group if piece.count > 1})
+    if len(counts) > 1 or (counts and words):
+        said = (
+            f"{counts[0]} and {counts[1]} tokens"
+            if len(counts) > 1
+            else f"{counts[0]} tokens and the words {words[0]!r}"
+        )
+        raise OptionError(
+            f"Template: soft_id {group[0].soft_id!r} has {said}; write them once, and "
+            f'{{"soft_id": {group[0].soft_id!r}}} elsewhere'
+        )
     if not words:
-        return [None] * max(piece.count for piece in group)
+        return [None] * (counts or [1])[0]
     ids = tokenizer(words[0], add_special_tokens=False)["input_ids"]
     if not ids:
         raise OptionError(

@@ -245,7 +245,7 @@ class Template:
         return Token(one, "special")
 
     def _check_length(self) -> None:
-        """Refuses a template that is too long for any example.
+        """Refuses a template that is too long for any example. `fixed_ids` are then the ids of an example of empty texts.
 
         Raises:
             OptionError: if it is.
@@ -255,6 +255,7 @@ class Template:
         plain = dict.fromkeys(self.filters, _same)
         found = render(self.pieces, dict.fromkeys(self.fields, ""), self._markers, self._soft.numbers, plain)
         tokens = tokenized(found, self.tokenizer)
+        self.fixed_ids = tuple(token.id for token in tokens if token.kind != "soft")
         needed = sum(not token.shortenable for token in tokens)
         if self.max_length is not None and needed > self.max_length:
             raise OptionError(

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+import transformers as tf
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 from deltakit.errors import OptionError, TargetError
@@ -226,6 +228,23 @@ def test_rules_are_calibrated_slot_by_slot():
     found, free = RuleVerbalizer(TOKENIZER, rules), output(slots=2, batch=1)
     found.calibrate(*found.observed(free))
     torch.testing.assert_close(found(free).exp(), torch.full((1, 2), 0.5).double(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_words_without_a_space_ahead(scheme):
+    """SentencePiece puts a space ahead of a text: in "电影好" the word is "好", and alone it would be "▁好"."""
+    pieces = ["<unk>", "<pad>", "▁", "好", "▁好", "坏", "▁坏", "yes", "▁yes", "a", "▁a", "▁ay", "es", "1", "电", "影"]
+    own = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0))
+    own.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=own, unk_token="<unk>", pad_token="<pad>")
+
+    def tokens(prefix, *words):
+        found = WordVerbalizer(tokenizer, {word: word for word in words}, prefix=prefix).label_words
+        return [tokenizer.convert_ids_to_tokens(list(word.ids)) for word in found]
+
+    assert tokens("", "好", "坏", "yes") == [["好"], ["坏"], ["yes"]]
+    assert tokens(" ", "好", "坏", "yes") == [["▁好"], ["▁坏"], ["▁yes"]]
+    assert tokenizer.tokenize("电影好")[-1] == "好"
 
 
 @pytest.mark.parametrize("kind", ["words", "knowledgeable", "soft", "prototypical", "rules"])

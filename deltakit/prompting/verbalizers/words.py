@@ -112,3 +112,8 @@ class WordVerbalizer(Verbalizer):
     def extra_repr(self) -> str:
         """Returns what `print` shows of it."""
         return "\n".join(f"{name}: {', '.join(words)}" for name, words in self.words_by_class().items())
+
+
+def word_verbalizers(verbalizer: Verbalizer) -> list[WordVerbalizer]:
+    """Returns a verbalizer, or those in it, that read words."""
+    return [module for module in verbalizer.modules() if isinstance(module, WordVerbalizer)]
