@@ -247,6 +247,17 @@ def test_words_without_a_space_ahead(scheme):
     assert tokenizer.tokenize("电影好")[-1] == "好"
 
 
+def test_the_name_of_a_class_is_not_dropped_silently():
+    """The word behind it would be taken for the name, with which `refine` compares all words."""
+    words = {"good": ["good", "it was"], "bad": ["bad film", "bad", "awful"]}
+    with pytest.raises(
+        OptionError, match="'bad film', the name of the class 'bad', is no single token, so it would be left"
+    ):
+        KnowledgeableVerbalizer(TOKENIZER, words)
+    assert KnowledgeableVerbalizer(TOKENIZER, {**words, "bad": ["bad", "bad film"]}).words_by_class()["bad"] == ["bad"]
+    assert len(KnowledgeableVerbalizer(TOKENIZER, words, multi="mean").label_words) == 5
+
+
 @pytest.mark.parametrize("kind", ["words", "knowledgeable", "soft", "prototypical", "rules"])
 def test_autocast_does_not_round_the_scores_of_classes(kind):
     found = {
