@@ -156,10 +156,14 @@ class PromptModel(BackboneNames, nn.Module):
         return torch.cat(rows), words
 
     @checked
-    def calibrate(self, examples: Sequence[Example], *, batch_size: int = 32) -> None:
+    def calibrate(self, examples: Any, *, batch_size: int = 32) -> None:
         """Gives the verbalizer the words' priors: their mean probability on unlabelled or content-free examples.
 
         Contextual calibration (Zhao et al. 2021): `model.calibrate([{"text": "N/A"}, {"text": ""}])`.
+
+        Args:
+            examples: a sequence of dicts, such as a data set. Their labels are not needed.
+            batch_size: how many examples the backbone gets at once.
 
         Raises:
             OptionError: if the verbalizer has no words, or there are no examples.
@@ -168,11 +172,11 @@ class PromptModel(BackboneNames, nn.Module):
         self._keep_as_fitted()
 
     @checked
-    def refine(self, examples: Sequence[Example], *, drop: float = 0.5, batch_size: int = 32) -> None:
+    def refine(self, examples: Any, *, drop: float = 0.5, batch_size: int = 32) -> None:
         """Drops words of a `KnowledgeableVerbalizer` by what the backbone says about unlabelled examples, and calibrates it.
 
         Args:
-            examples: some two hundred unlabelled examples.
+            examples: some two hundred examples in a sequence of dicts, such as a data set. Their labels are not needed.
             drop: the share of words with the lowest mean probability that is dropped.
 
         Raises:
@@ -186,8 +190,9 @@ class PromptModel(BackboneNames, nn.Module):
         self._keep_as_fitted()
 
     @torch.no_grad()
-    def _observed(self, examples: Sequence[Example], batch_size: int, where: str) -> list[Tensor]:
-        if not examples:
+    def _observed(self, examples: Any, batch_size: int, where: str) -> list[Tensor]:
+        _check_sequence(examples, where)
+        if not len(examples):
             raise OptionError(f"{where}: expected at least one example, found none")
         batches = [self.verbalizer.observed(output) for output in self._outputs(examples, batch_size, where)]
         return [torch.cat(found) for found in zip(*batches, strict=True)]
@@ -196,12 +201,7 @@ class PromptModel(BackboneNames, nn.Module):
         """Yields what the backbone computes for batches of examples, without gradients and dropout."""
         if batch_size < 1:
             raise OptionError(f"{where}(batch_size={batch_size}): expected at least 1")
-        if (
-            isinstance(examples, str | Tensor)
-            or not hasattr(examples, "__getitem__")
-            or not hasattr(examples, "__len__")
-        ):
-            raise OptionError(f"{where}: expected an example or a list of examples, found {type(examples).__name__}")
+        _check_sequence(examples, where)
         device = embedding_of(self.backbone).weight.device
         for start in range(0, len(examples), batch_size):
             chosen = [examples[place] for place in range(start, min(start + batch_size, len(examples)))]
@@ -256,3 +256,13 @@ class PromptModel(BackboneNames, nn.Module):
         model._parts.fitted = True
         model.keep_with(delta)
         return model
+
+
+def _check_sequence(examples: Any, where: str) -> None:
+    if (
+        isinstance(examples, str | Tensor | Mapping)
+        or not hasattr(examples, "__getitem__")
+        or not hasattr(examples, "__len__")
+    ):
+        what = "an example or a list of examples" if where == "predict" else "a list of examples"
+        raise OptionError(f"{where}: expected {what}, found {type(examples).__name__}")

@@ -211,6 +211,36 @@ def test_predict():
         model.predict(3)
 
 
+def test_a_data_set_is_a_list_of_examples():
+    """As that of `datasets`, which is no `Sequence`, and whose slices are columns."""
+
+    class DataSet:
+        def __init__(self, rows):
+            self.rows = rows
+
+        def __len__(self):
+            return len(self.rows)
+
+        def __getitem__(self, place):
+            if isinstance(place, slice):
+                return {"text": [row["text"] for row in self.rows[place]]}
+            return self.rows[place]
+
+    def make(_, own):
+        return KnowledgeableVerbalizer(own, WORDS)
+
+    one, other = prompt_model(verbalizer=make), prompt_model(verbalizer=make)
+    for name in ("calibrate", "refine"):
+        getattr(one, name)(DataSet(REVIEWS))
+        getattr(other, name)(REVIEWS)
+        assert torch.equal(one.verbalizer.prior, other.verbalizer.prior)
+        with pytest.raises(OptionError, match=f"{name}: expected at least one example"):
+            getattr(one, name)(DataSet([]))
+        with pytest.raises(OptionError, match=f"{name}: expected a list of examples, found dict"):
+            getattr(one, name)(REVIEWS[0])
+    assert one.predict(DataSet(REVIEWS)) == other.predict(REVIEWS)
+
+
 def test_predict_leaves_modes_and_gradients_as_they_were():
     model = prompt_model()
     model.train()

@@ -48,8 +48,8 @@ class KnowledgeableVerbalizer(WordVerbalizer):
             if word != first[label]:
                 # The next word would be compared with all others as the name of the class.
                 raise OptionError(
-                    f"{type(self).__name__}: {word!r}, the name of the class {name!r}, is no single token, so it would be left "
-                    "out; write a word of one token first, or pass multi='mean'"
+                    f"{type(self).__name__}: {word!r}, the name of the class {name!r}, is no single token, so it would be "
+                    "left out; write a word of one token first, or pass multi='mean'"
                 )
 
     def belongs(self) -> Bool[Tensor, "classes words"]:
