@@ -92,18 +92,30 @@ def embedding_of(backbone: nn.Module) -> nn.Embedding:
 
 def longest_input(backbone: nn.Module | None, tokenizer: Any) -> int | None:
     """Returns the most tokens that a backbone takes, by its table of positions and its tokenizer; None if nothing says it."""
-    limits = []
+    limits = [] if backbone is None else [positions_of(backbone)]
     # transformers writes 10 to the power of 30 where a tokenizer does not know.
     said = getattr(tokenizer, "model_max_length", None)
     if isinstance(said, int) and said < 10**9:
         limits.append(said)
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def positions_of(backbone: nn.Module) -> int | None:
+    """Returns for how many tokens a backbone has positions in a table; None if it has no table."""
     length = getattr(getattr(backbone, "config", None), "max_position_embeddings", None)
-    for _, module in own_modules(backbone) if backbone is not None and isinstance(length, int) else ():
-        assert isinstance(length, int)
-        # Only a table is a limit: relative and rotary positions go on. RoBERTa's positions start behind its padding_idx, and
-        # the tables of BART and OPT have two rows more than positions.
-        if isinstance(module, nn.Embedding) and length <= module.num_embeddings <= length + 2:
-            limits.append(length if module.padding_idx is None else module.num_embeddings - module.padding_idx - 1)
+    if not isinstance(length, int):
+        return None
+    # By the weight: encoder and decoder may have modules of their own for it.
+    words = getattr(getattr(backbone, "get_input_embeddings", lambda: None)(), "weight", None)
+    # Only a table is a limit: relative and rotary positions go on. RoBERTa's positions start behind its padding_idx, and the
+    # tables of BART and OPT have two rows more than positions.
+    limits = [
+        length if module.padding_idx is None else module.num_embeddings - module.padding_idx - 1
+        for _, module in own_modules(backbone)
+        if isinstance(module, nn.Embedding)
+        and module.weight is not words
+        and length <= module.num_embeddings <= length + 2
+    ]
     return min(limits, default=None)
 
 

@@ -70,7 +70,8 @@ def labels_of(examples: Sequence[Mapping[str, Any]], classes: Sequence[str] | No
 def _index(label: Any, classes: Sequence[str] | None) -> int:
     if classes is not None and isinstance(label, str) and label in classes:
         return classes.index(label)
-    if isinstance(label, Tensor) or hasattr(label, "item"):
+    # A number of torch or NumPy. An array of several is no label.
+    if hasattr(label, "item") and (label.numel() if isinstance(label, Tensor) else label.size) == 1:
         label = label.item()
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < (len(classes) if classes else 2**31):
         known = f"one of {', '.join(map(repr, classes))}, or an index below {len(classes)}" if classes else "an index"

@@ -1,6 +1,6 @@
 """Ensemble: several templates for one task."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from deltakit.core import checked
 from deltakit.errors import OptionError
+from deltakit.prompting.backbone_names import BackboneNames
 from deltakit.prompting.collating import labels_of
 from deltakit.prompting.prediction import Prediction
 from deltakit.prompting.prompt_model import PromptModel
@@ -17,7 +18,7 @@ from deltakit.prompting.template import Example
 from deltakit.prompting.tied_tensors import name_tied_once
 
 
-class Ensemble(nn.Module):
+class Ensemble(BackboneNames, nn.Module):
     """Several prompt models, usually of one backbone, whose class log-probabilities are averaged.
 
     log p(class) = log_softmax of sum_i w_i log p_i(class). `collate` makes a batch for each of them, so the `Trainer` trains
@@ -57,12 +58,12 @@ class Ensemble(nn.Module):
         self, members: Sequence[dict[str, Tensor]], labels: Int[Tensor, " batch"] | None = None
     ) -> dict[str, Tensor]:
         """Returns `logits` [batch, classes], log-probabilities, and ahead of them the `loss` if there are labels."""
-        found: Float[Tensor, "members batch classes"] = torch.stack(
-            [model(**batch)["logits"] for model, batch in zip(self.members, members, strict=True)]
-        )
-        weights = self.weights.to(found)
-        logits = (found * weights[:, None, None]).sum(0).log_softmax(-1)
+        logits = self._joined([model(**batch)["logits"] for model, batch in zip(self.members, members, strict=True)])
         return {"logits": logits} if labels is None else {"loss": F.nll_loss(logits, labels), "logits": logits}
+
+    def backbones(self) -> Sequence[nn.Module]:
+        """Returns the backbones of its models, each once."""
+        return list({id(model.backbone): model.backbone for model in self._models()}.values())
 
     @checked
     def collate(self, examples: Sequence[Example]) -> dict[str, Any]:
@@ -84,16 +85,19 @@ class Ensemble(nn.Module):
         Raises:
             OptionError: as `PromptModel.predict`.
         """
-        single = isinstance(examples, dict)
+        single = isinstance(examples, Mapping)
         listed = [examples] if single else examples
-        each = [model.predict(listed, top_k=top_k, batch_size=batch_size) for model in self._models()]
-        found = [self._joined(own) for own in zip(*each, strict=True)]
+        each = [model._predicted(listed, top_k, batch_size) for model in self._models()]
+        rows = self._joined([own for own, _ in each]).exp().tolist()
+        found = [
+            Prediction(dict(zip(self.classes, row, strict=True)), [slot for _, words in each for slot in words[place]])
+            for place, row in enumerate(rows)
+        ]
         return found[0] if single else found
 
-    def _joined(self, own: Sequence[Prediction]) -> Prediction:
-        rows = torch.tensor([[one.probabilities[name] for name in self.classes] for one in own]).log()
-        mean = (rows * self.weights.to(rows)[:, None]).sum(0).softmax(-1).tolist()
-        return Prediction(dict(zip(self.classes, mean, strict=True)), [slot for one in own for slot in one.words])
+    def _joined(self, each: Sequence[Float[Tensor, "batch classes"]]) -> Float[Tensor, "batch classes"]:
+        found: Float[Tensor, "members batch classes"] = torch.stack(list(each))
+        return (found * self.weights.to(found)[:, None, None]).sum(0).log_softmax(-1)
 
     def _models(self) -> list[PromptModel]:
         return [model for model in self.members if isinstance(model, PromptModel)]

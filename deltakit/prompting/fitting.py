@@ -7,17 +7,19 @@ from torch import nn
 from deltakit.core import delta_children
 from deltakit.errors import OptionError, StateError
 from deltakit.ops import PromptVectorsDelta
-from deltakit.prompting.backbone_facts import embedding_of, head_of, longest_input, vocabulary_of
+from deltakit.prompting.backbone_facts import embedding_of, head_of, positions_of, vocabulary_of
 from deltakit.prompting.template import Template
 from deltakit.prompting.verbalizers.verbalizer import Verbalizer
+from deltakit.prompting.verbalizers.word_ids import word_ids
+from deltakit.prompting.verbalizers.words import word_verbalizers
 
 
 def check_fit(backbone: nn.Module, template: Template, verbalizer: Verbalizer) -> None:
     """Refuses what cannot work together.
 
     Raises:
-        OptionError: if the slots differ in number, a token is beyond the backbone's vocabulary, or words do not fit its
-        length. TargetError: if the backbone has no language-model head.
+        OptionError: if the slots differ in number, the tokenizers differ, a token is beyond the backbone's vocabulary, or
+        texts do not fit its length. TargetError: if the backbone has no language-model head.
     """
     head: Any = head_of(backbone)
     if template.num_slots != verbalizer.num_slots:
@@ -25,6 +27,7 @@ def check_fit(backbone: nn.Module, template: Template, verbalizer: Verbalizer) -
             f"PromptModel: the template has {template.num_slots} slots, and the {type(verbalizer).__name__} reads "
             f"{verbalizer.num_slots}; write as many, or use a RuleVerbalizer for several"
         )
+    _check_tokenizers(template, verbalizer)
     words = getattr(head, "out_features", None) or vocabulary_of(backbone)
     beyond = [one for one in [*verbalizer.token_ids, *template.marker_ids] if one >= words]
     if beyond:
@@ -38,18 +41,53 @@ def check_fit(backbone: nn.Module, template: Template, verbalizer: Verbalizer) -
             f"PromptModel: the template's soft tokens have the ids from {template.first_soft} on, and the backbone has "
             f"{vocabulary_of(backbone)} words; make the template with this backbone"
         )
+    _check_room(backbone, template, verbalizer)
+
+
+def _check_tokenizers(template: Template, verbalizer: Verbalizer) -> None:
+    for own in word_verbalizers(verbalizer):
+        for one in own.label_words:
+            try:
+                ids = word_ids(template.tokenizer, one.word, own.prefix, "PromptModel")
+            except OptionError:
+                ids = ()
+            if ids != one.ids:
+                raise OptionError(
+                    f"PromptModel: the word {one.word!r} has the ids {list(one.ids)} by the verbalizer's tokenizer, and "
+                    f"{list(ids)} by the template's; pass the backbone's tokenizer to both"
+                )
+
+
+def _check_room(backbone: nn.Module, template: Template, verbalizer: Verbalizer) -> None:
+    limit = positions_of(backbone)
+    if limit is None:
+        return
+    ahead = _prompts_ahead(backbone)
+    reasons = [f"an attached prompt takes {ahead} tokens"] if ahead else []
+    longer = 0
     scored = verbalizer.scored_words
     if scored and not template.in_decoder:
-        _check_room(backbone, template, max(map(len, scored)) - 1)
-
-
-def _check_room(backbone: nn.Module, template: Template, more: int) -> None:
-    limit = longest_input(backbone, template.tokenizer)
-    if limit is not None and template.max_length is not None and template.max_length + more > limit:
+        longer = max(map(len, scored)) - 1
+        reasons += [f"with multi='score' a word takes up to {longer} tokens"] if longer else []
+    if template.max_length is None:
         raise OptionError(
-            f"PromptModel: with multi='score' a word takes up to {more} tokens beyond max_length {template.max_length}, and "
-            f"the backbone takes {limit}; pass Template(max_length={limit - more})"
+            f"PromptModel: {type(backbone).__name__} takes {limit} tokens, and the template was made without it and has no "
+            f"limit; pass Template(max_length={limit - ahead - longer})"
         )
+    if template.max_length + ahead + longer > limit:
+        what = f"{' and '.join(reasons)} beyond max_length" if reasons else "max_length is"
+        raise OptionError(
+            f"PromptModel: {what} {template.max_length}, and the backbone takes {limit}; pass "
+            f"Template(max_length={limit - ahead - longer})"
+        )
+
+
+def _prompts_ahead(backbone: nn.Module) -> int:
+    """Returns how many tokens attached prompts insert into a text."""
+    found = delta_children(embedding_of(backbone)).values()
+    return sum(
+        child.tokens for child in found if isinstance(child, PromptVectorsDelta) and child.live and child.inserted
+    )
 
 
 def check_soft(backbone: nn.Module, template: Template) -> None:

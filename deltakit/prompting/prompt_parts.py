@@ -19,21 +19,30 @@ from deltakit.prompting.verbalizers.rules import RuleMulti, RuleVerbalizer
 from deltakit.prompting.verbalizers.soft import SoftVerbalizer
 from deltakit.prompting.verbalizers.verbalizer import Verbalizer
 from deltakit.prompting.verbalizers.word_ids import Multi
-from deltakit.prompting.verbalizers.words import WordVerbalizer
+from deltakit.prompting.verbalizers.words import WordVerbalizer, word_verbalizers
 
 NAME = "prompting"
 """The name of the extra."""
 
 
 class PromptParts:
-    """The template and the verbalizer of a prompt model, as an extra of a delta."""
+    """The template and the verbalizer of a prompt model, as an extra of a delta.
 
-    def __init__(self, template: Template, verbalizer: Verbalizer) -> None:
-        self.template, self.verbalizer = template, verbalizer
+    Args:
+        fitted: whether the model was trained, calibrated, refined or loaded.
+    """
+
+    def __init__(self, template: Template, verbalizer: Verbalizer, *, fitted: bool = False) -> None:
+        self.template, self.verbalizer, self.fitted = template, verbalizer, fitted
 
     def data(self) -> Mapping[str, Any]:
-        """Returns the options of both."""
-        return {"template": self.template.to_dict(), "verbalizer": self.verbalizer.to_dict()}
+        """Returns the options of both, and the ids that the tokenizer gives them."""
+        return {"template": self.template.to_dict(), "verbalizer": self.verbalizer.to_dict(), "ids": self.ids()}
+
+    def ids(self) -> dict[str, Any]:
+        """Returns the ids of the template without any field, and of the label words."""
+        words = [list(word.ids) for own in word_verbalizers(self.verbalizer) for word in own.label_words]
+        return {"template": list(self.template.fixed_ids), "words": words}
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Returns the verbalizer's state dict."""
@@ -41,7 +50,7 @@ class PromptParts:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PromptParts":
         # A copy of a layer copies the records of its deltas, and the tokenizer would be most of it.
-        return PromptParts(self.template, deepcopy(self.verbalizer, memo))
+        return PromptParts(self.template, deepcopy(self.verbalizer, memo), fitted=self.fitted)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Filters may be functions that no pickle holds.
@@ -55,9 +64,18 @@ class _Template(TypedDict):
     truncate: Truncate
 
 
-class _Parts(TypedDict):
+class _Ids(TypedDict):
+    template: list[int]
+    words: list[list[int]]
+
+
+class _PartsOfAll(TypedDict):
     template: _Template
     verbalizer: dict[str, Any]
+
+
+class _Parts(_PartsOfAll, total=False):
+    ids: _Ids
 
 
 class _Words(TypedDict):
@@ -110,7 +128,7 @@ def read_parts(
 
     Raises:
         CheckpointError: if a field is missing or of a wrong type, tensors do not fit, or both do not fit the backbone and the
-            tokenizer.
+            tokenizer, which is another one if it gives other ids.
     """
     parts = checked_data(dict(data), _Parts, where, "extras.prompting")
     with from_file(where, "extras.prompting.template"):
@@ -119,7 +137,14 @@ def read_parts(
     verbalizer = _verbalizer(parts["verbalizer"], tensors, backbone, tokenizer, where, "extras.prompting.verbalizer")
     check_tensors(tensors, verbalizer.state_dict(), own=(), where=where, advice="save or download it again")
     verbalizer.load_state_dict(dict(tensors))
-    return PromptParts(template, verbalizer)
+    found = PromptParts(template, verbalizer)
+    if parts.get("ids") not in (None, found.ids()):
+        what = "the template" if parts["ids"]["template"] != found.ids()["template"] else "label words"
+        raise CheckpointError(
+            f"{where}: extras.prompting: this tokenizer gives {what} other ids than in training; pass the tokenizer "
+            "of the training, or make the PromptModel of your own"
+        )
+    return found
 
 
 def _verbalizer(

@@ -23,7 +23,8 @@ def numbered(pieces: Sequence[Piece], tokenizer: Any) -> SoftTokens:
     """Returns the numbers of a template's soft tokens.
 
     Raises:
-        OptionError: if pieces with one `soft_id` have different words, or words have no tokens, or the tokenizer no offsets.
+        OptionError: if pieces with one `soft_id` have different words or numbers of tokens, words have no tokens, or the
+            tokenizer no offsets.
     """
     numbers: dict[int, tuple[int, ...]] = {}
     starts: list[int | None] = []
@@ -55,8 +56,19 @@ def _starts(group: Sequence[Soft], pieces: Sequence[Piece], tokenizer: Any) -> l
             f"Template: soft_id {group[0].soft_id!r} has different words, {words[0]!r} and {words[1]!r}; write them once, and "
             f'{{"soft_id": {group[0].soft_id!r}}} elsewhere'
         )
+    counts = sorted({piece.count for piece in group if piece.count > 1})
+    if len(counts) > 1 or (counts and words):
+        said = (
+            f"{counts[0]} and {counts[1]} tokens"
+            if len(counts) > 1
+            else f"{counts[0]} tokens and the words {words[0]!r}"
+        )
+        raise OptionError(
+            f"Template: soft_id {group[0].soft_id!r} has {said}; write them once, and "
+            f'{{"soft_id": {group[0].soft_id!r}}} elsewhere'
+        )
     if not words:
-        return [None] * max(piece.count for piece in group)
+        return [None] * (counts or [1])[0]
     first = next(place for place, piece in enumerate(pieces) if any(piece is p and p.words for p in group))
     ids = _as_text(words[0], "".join(map(_text_of, pieces[:first])), tokenizer)
     if not ids:

@@ -18,7 +18,7 @@ from deltakit.prompting.pieces import Field, Slot
 from deltakit.prompting.rendering import Rendered, render
 from deltakit.prompting.soft_tokens import numbered
 from deltakit.prompting.syntax import parse
-from deltakit.prompting.template_checks import check_filters, check_slots, first_soft_id, known_kind
+from deltakit.prompting.template_checks import check_filters, check_positions, check_slots, first_soft_id, known_kind
 from deltakit.prompting.tokens import Token, tokenized
 from deltakit.prompting.truncation import Truncate, deleted
 
@@ -56,8 +56,8 @@ class Template:
 
     Raises:
         OptionError: if the text is malformed, has no slot, several slots or text behind the slot where the kind allows none,
-            names a filter that is not there, or is longer than `max_length` without any field; or the tokenizer has no
-            offsets, or no token for a slot.
+            names a filter that is not there, or is longer than `max_length` without any field; `max_length` is more than the
+            backbone takes; or the tokenizer has no offsets, or no token for a slot.
         TargetError: if the kind of the backbone is unknown, or it has no embedding for soft tokens.
     """
 
@@ -83,6 +83,7 @@ class Template:
         check_slots(self.pieces, self.kind)
         check_filters(self.pieces, self.filters)
         self._markers = find_markers(tokenizer, self.kind, self.num_slots, soft=self.num_soft > 0)
+        check_positions(max_length, backbone)
         self.max_length = max_length if max_length is not None else longest_input(backbone, tokenizer)
         self.first_soft = first_soft_id(backbone) if self.num_soft else 0
         config = getattr(backbone, "config", None)
@@ -250,7 +251,7 @@ class Template:
         return Token(one, "special")
 
     def _check_length(self) -> None:
-        """Refuses a template that is too long for any example.
+        """Refuses a template that is too long for any example. `fixed_ids` are then the ids of an example of empty texts.
 
         Raises:
             OptionError: if it is.
@@ -260,6 +261,7 @@ class Template:
         plain = dict.fromkeys(self.filters, _same)
         found = render(self.pieces, dict.fromkeys(self.fields, ""), self._markers, self._soft.numbers, plain)
         tokens = tokenized([found], self.tokenizer)[0]
+        self.fixed_ids = tuple(token.id for token in tokens if token.kind != "soft")
         needed = sum(not token.shortenable for token in tokens)
         if self.max_length is not None and needed > self.max_length:
             raise OptionError(

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from torch import nn
 
 from deltakit.errors import OptionError, did_you_mean
-from deltakit.prompting.backbone_facts import Kind, kind_of, vocabulary_of
+from deltakit.prompting.backbone_facts import Kind, kind_of, positions_of, vocabulary_of
 from deltakit.prompting.pieces import Field, Piece, Slot, Text
 
 
@@ -35,6 +35,20 @@ def first_soft_id(backbone: nn.Module | None) -> int:
             "Template: soft tokens have the ids behind the backbone's vocabulary; pass the backbone as the third argument"
         )
     return vocabulary_of(backbone)
+
+
+def check_positions(max_length: int | None, backbone: nn.Module | None) -> None:
+    """Refuses examples that are longer than the backbone takes.
+
+    Raises:
+        OptionError: if they may be.
+    """
+    limit = None if backbone is None else positions_of(backbone)
+    if limit is not None and max_length is not None and max_length > limit:
+        raise OptionError(
+            f"Template(max_length={max_length}): {type(backbone).__name__} has positions for {limit} tokens; pass at most "
+            f"{limit}, or omit it"
+        )
 
 
 def check_slots(pieces: Sequence[Piece], kind: Kind) -> None:

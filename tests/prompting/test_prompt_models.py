@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -154,6 +155,39 @@ def test_the_room_for_words_of_several_tokens():
     assert model.predict({"text": "word " * 100}).label in ("good", "bad")
 
 
+def test_texts_that_are_longer_than_the_backbone():
+    """They would fail in the table of positions, in the first long example: so they are refused ahead of any."""
+    with pytest.raises(
+        OptionError, match=r"Template\(max_length=72\): BertForMaskedLM has positions for 71 tokens; pass at most 71"
+    ):
+        prompt_model("bert", max_length=72)
+    backbone, tokenizer = model_of("bert"), tokenizer_of("wordpiece")
+    words = WordVerbalizer(tokenizer, WORDS)
+    free = Template(REVIEW, tokenizer, kind="mlm")
+    with pytest.raises(OptionError, match=r"made without it and has no limit; pass Template\(max_length=71\)"):
+        PromptModel(backbone, free, words)
+    with pytest.raises(
+        OptionError, match=r"max_length is 80, and the backbone takes 71; pass Template\(max_length=71\)"
+    ):
+        PromptModel(backbone, Template(REVIEW, tokenizer, kind="mlm", max_length=80), words)
+    # The table of a vocabulary of as many words is none of positions.
+    same = model_of("t5")
+    same.config.max_position_embeddings = same.config.vocab_size
+    assert Template(REVIEW, tokenizer_of("unigram"), same).max_length is None
+
+
+def test_the_room_for_an_attached_prompt():
+    backbone = model_of("bert")
+    dk.attach(backbone, dk.SoftPrompt(tokens=20))
+    with pytest.raises(
+        OptionError,
+        match=r"an attached prompt takes 20 tokens beyond max_length 71, and the backbone takes 71; pass Template\(max_length=51\)",
+    ):
+        prompt_model(backbone=backbone)
+    model = prompt_model(backbone=backbone, max_length=51)
+    assert model.predict({"text": "a film " * 60}).label in WORDS
+
+
 def test_predict():
     model = prompt_model()
     one, listed = model.predict(REVIEWS[0], top_k=3), model.predict(REVIEWS, top_k=3, batch_size=2)
@@ -175,6 +209,36 @@ def test_predict():
             model.predict(REVIEWS[0], **options)
     with pytest.raises(OptionError, match="expected an example or a list of examples, found int"):
         model.predict(3)
+
+
+def test_a_data_set_is_a_list_of_examples():
+    """As that of `datasets`, which is no `Sequence`, and whose slices are columns."""
+
+    class DataSet:
+        def __init__(self, rows):
+            self.rows = rows
+
+        def __len__(self):
+            return len(self.rows)
+
+        def __getitem__(self, place):
+            if isinstance(place, slice):
+                return {"text": [row["text"] for row in self.rows[place]]}
+            return self.rows[place]
+
+    def make(_, own):
+        return KnowledgeableVerbalizer(own, WORDS)
+
+    one, other = prompt_model(verbalizer=make), prompt_model(verbalizer=make)
+    for name in ("calibrate", "refine"):
+        getattr(one, name)(DataSet(REVIEWS))
+        getattr(other, name)(REVIEWS)
+        assert torch.equal(one.verbalizer.prior, other.verbalizer.prior)
+        with pytest.raises(OptionError, match=f"{name}: expected at least one example"):
+            getattr(one, name)(DataSet([]))
+        with pytest.raises(OptionError, match=f"{name}: expected a list of examples, found dict"):
+            getattr(one, name)(REVIEWS[0])
+    assert one.predict(DataSet(REVIEWS)) == other.predict(REVIEWS)
 
 
 def test_predict_leaves_modes_and_gradients_as_they_were():
@@ -374,10 +438,22 @@ def test_ensembles():
     probabilities = [prediction.probabilities["good"] for prediction in both.predict(REVIEWS)]
     torch.testing.assert_close(torch.tensor(probabilities), found["logits"].exp()[:, 0])
     assert len(both.predict(REVIEWS[0], top_k=2).words) == 2
+    assert both.predict(MappingProxyType(REVIEWS[0])) == both.predict(REVIEWS[0])
     # The backbone that they share is in the state dict once, and loads again.
     state = both.state_dict()
     assert len({tensor.data_ptr() for tensor in state.values()}) == len(state)
     both.load_state_dict(state, strict=True)
+
+
+def test_members_that_contradict_each_other_with_certainty():
+    """The probability of a class that a member excludes is 0 in float32, and its logarithm is not."""
+    models = [prompt_model(verbalizer=lambda own, _: SoftVerbalizer(own, ["a", "b"])) for _ in range(2)]
+    with torch.no_grad():
+        for model, bias in zip(models, ([0.0, 200.0], [201.0, 0.0]), strict=True):
+            model.verbalizer.vectors.zero_()
+            model.verbalizer.bias.copy_(torch.tensor(bias))
+    both = Ensemble(models)
+    assert both.predict(REVIEWS)[1].probabilities == pytest.approx({"a": 0.62246, "b": 0.37754}, abs=1e-4)
 
 
 @pytest.mark.parametrize(

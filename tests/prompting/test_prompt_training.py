@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader
 
 import deltakit as dk
-from deltakit.errors import OptionError
+from deltakit.errors import OptionError, TargetError
 from deltakit.prompting import Ensemble, PromptModel, SoftVerbalizer, Template, WordVerbalizer
 from support.prompt_models import TOKENIZER_OF, WORDS, model_of, tokenizer_of
 
@@ -45,11 +45,11 @@ def prompt_model(kind="bert", *, delta=True, soft_verbalizer=False):
     return PromptModel(model, template, verbalizer)
 
 
-def trainer_of(model, folder, *, save="no"):
+def trainer_of(model, folder, *, save="no", epochs=4, **options):
     settings = tf.TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=5,
-        num_train_epochs=4,
+        num_train_epochs=epochs,
         learning_rate=2e-2,
         save_strategy=save,
         remove_unused_columns=False,
@@ -57,6 +57,7 @@ def trainer_of(model, folder, *, save="no"):
         use_cpu=True,
         disable_tqdm=True,
         dataloader_pin_memory=False,
+        **options,
     )
 
     def accuracy(found):
@@ -69,7 +70,8 @@ def trainer_of(model, folder, *, save="no"):
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "t5"])
 def test_the_trainer_trains_evaluates_and_predicts(kind, tmp_path):
-    trainer = trainer_of(prompt_model(kind), tmp_path)
+    # The tokenizers are trained anew in each process, with other pieces where these are equally good: enough epochs for all.
+    trainer = trainer_of(prompt_model(kind), tmp_path, epochs=12)
     before = trainer.evaluate()
     trainer.train()
     after, found = trainer.evaluate(), trainer.predict(DATA)
@@ -154,3 +156,35 @@ def test_the_trainer_trains_an_ensemble(tmp_path):
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before
     assert trainer.predict(DATA).predictions.shape == (24, 2)
+
+
+OPTIONS = {
+    "checkpointing": {"activation_checkpointing": True},
+    "smoothing": {"label_smoothing_factor": 0.1},
+    "noise": {"neftune_noise_alpha": 1.0},
+}
+"""What the Trainer asks of the model that it trains, besides a loss."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [(kind, "checkpointing") for kind in ("bert", "gpt2", "t5", "bart")] + [("bert", "smoothing"), ("gpt2", "noise")],
+)
+def test_options_of_the_trainer(kind, option, tmp_path):
+    trainer = trainer_of(prompt_model(kind), tmp_path, **OPTIONS[option])
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
+    if option == "checkpointing":
+        assert trainer.model.backbone.is_activation_checkpointing
+
+
+def test_options_of_the_trainer_with_an_ensemble(tmp_path):
+    both = Ensemble([prompt_model("bert"), prompt_model("bert")])
+    trainer_of(both, tmp_path, activation_checkpointing=True, label_smoothing_factor=0.1).train()
+    assert all(model.backbone.is_activation_checkpointing for model in both.members)
+    both.activation_checkpointing_disable()
+    assert not any(model.backbone.is_activation_checkpointing for model in both.members)
+    with pytest.raises(TargetError, match="it has 2 backbones"):
+        both.get_input_embeddings()
+    assert both.members[0].get_input_embeddings() is both.members[0].backbone.get_input_embeddings()

@@ -39,6 +39,8 @@ texts = st.one_of(st.lists(st.sampled_from(PARTS), max_size=12).map("".join), st
 
 def template_of(kind, **options):
     tokenizer, model = tokenizer_of(kind), model_of(MODEL_OF[kind], tokenizer_of(kind))
+    # Texts are tokenized here, and go into no model: its table of positions is no limit.
+    model.config.max_position_embeddings = 20_000
     text = '{"placeholder": "a"} is {"soft"} {"placeholder": "b", "shortenable": False}: {"mask"}, yes {{}}.'
     return Template(text, tokenizer, model, **options), model.config.vocab_size
 

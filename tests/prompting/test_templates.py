@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -268,6 +269,10 @@ def test_labels_of_a_batch():
         template.collate(REVIEWS)
     with pytest.raises(OptionError, match="expected as a label one of 'bad', or an index below 1, found 1"):
         template.collate([{"text": "a", "label": 1}], classes=["bad"])
+    assert template.collate([{"text": "a", "label": np.int64(1)}])["labels"].tolist() == [1]
+    for several in (torch.tensor([0, 1]), np.array([0, 1]), [0, 1], 1.0, np.array([1.0])):
+        with pytest.raises(OptionError, match="expected as a label an index, found"):
+            template.collate([{"text": "a", "label": several}])
     with pytest.raises(OptionError, match="1 of 2 examples have no label"):
         template.collate([{"text": "a", "label": 1}, {"text": "a"}])
     with pytest.raises(OptionError, match="at least one example, found none"):
@@ -307,6 +312,10 @@ def test_soft_tokens_that_are_shared():
     assert numbers('{"soft": None, "duplicate": 2, "soft_id": "q"}{"soft_id": "q"}') == [0, 1, 0, 1]
     with pytest.raises(OptionError, match="soft_id 1 has different words, 'it' and 'was'"):
         numbers('{"soft": "it", "soft_id": 1} {"soft": "was", "soft_id": 1}')
+    with pytest.raises(OptionError, match="soft_id 1 has 2 and 5 tokens; write them once"):
+        numbers('{"soft": None, "duplicate": 2, "soft_id": 1} {"soft": None, "duplicate": 5, "soft_id": 1}')
+    with pytest.raises(OptionError, match="soft_id 1 has 2 tokens and the words 'it'"):
+        numbers('{"soft": None, "duplicate": 2, "soft_id": 1} {"soft": "it", "soft_id": 1}')
 
 
 @pytest.mark.parametrize("kind", MODELS)

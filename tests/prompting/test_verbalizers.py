@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+import transformers as tf
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 from deltakit.errors import OptionError, TargetError
@@ -226,6 +228,50 @@ def test_rules_are_calibrated_slot_by_slot():
     found, free = RuleVerbalizer(TOKENIZER, rules), output(slots=2, batch=1)
     found.calibrate(*found.observed(free))
     torch.testing.assert_close(found(free).exp(), torch.full((1, 2), 0.5).double(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_words_without_a_space_ahead(scheme):
+    """SentencePiece puts a space ahead of a text: in "电影好" the word is "好", and alone it would be "▁好"."""
+    pieces = ["<unk>", "<pad>", "▁", "好", "▁好", "坏", "▁坏", "yes", "▁yes", "a", "▁a", "▁ay", "es", "1", "电", "影"]
+    own = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0))
+    own.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=own, unk_token="<unk>", pad_token="<pad>")
+
+    def tokens(prefix, *words):
+        found = WordVerbalizer(tokenizer, {word: word for word in words}, prefix=prefix).label_words
+        return [tokenizer.convert_ids_to_tokens(list(word.ids)) for word in found]
+
+    assert tokens("", "好", "坏", "yes") == [["好"], ["坏"], ["yes"]]
+    assert tokens(" ", "好", "坏", "yes") == [["▁好"], ["▁坏"], ["▁yes"]]
+    assert tokenizer.tokenize("电影好")[-1] == "好"
+
+
+def test_the_name_of_a_class_is_not_dropped_silently():
+    """The word behind it would be taken for the name, with which `refine` compares all words."""
+    words = {"good": ["good", "it was"], "bad": ["bad film", "bad", "awful"]}
+    with pytest.raises(
+        OptionError, match="'bad film', the name of the class 'bad', is no single token, so it would be left"
+    ):
+        KnowledgeableVerbalizer(TOKENIZER, words)
+    assert KnowledgeableVerbalizer(TOKENIZER, {**words, "bad": ["bad", "bad film"]}).words_by_class()["bad"] == ["bad"]
+    assert len(KnowledgeableVerbalizer(TOKENIZER, words, multi="mean").label_words) == 5
+
+
+@pytest.mark.parametrize("kind", ["words", "knowledgeable", "soft", "prototypical", "rules"])
+def test_autocast_does_not_round_the_scores_of_classes(kind):
+    found = {
+        "words": lambda: WordVerbalizer(TOKENIZER, WORDS),
+        "knowledgeable": lambda: KnowledgeableVerbalizer(TOKENIZER, WORDS),
+        "soft": lambda: SoftVerbalizer(model_of("bert"), ["good", "bad"]),
+        "prototypical": lambda: PrototypicalVerbalizer(model_of("bert"), ["good", "bad"]),
+        "rules": lambda: RuleVerbalizer(TOKENIZER, {"good": ("good",), "bad": ("bad",)}),
+    }[kind]()
+    out, labels = SlotOutput(*(part.float() for part in output()[:2])), torch.tensor([0, 1, 0, 1, 1])
+    expected, loss = found(out), found.loss(out, labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(found(out), expected)
+        assert torch.equal(found.loss(out, labels), loss)
 
 
 def test_half_precision_is_computed_in_float32():

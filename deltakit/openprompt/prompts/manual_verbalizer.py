@@ -68,7 +68,7 @@ class ManualVerbalizer(Verbalizer):
         prefix = "" if word.startswith("<!>") else self.prefix
         word = word.removeprefix("<!>")
         try:
-            return list(word_ids(self.tokenizer, word, prefix, type(self).__name__))
+            return list(word_ids(self.tokenizer, word, prefix, type(self).__name__, starts_text=not prefix))
         except OptionError as error:
             warn(str(error))
             found = self.tokenizer.encode(prefix + word, add_special_tokens=False)

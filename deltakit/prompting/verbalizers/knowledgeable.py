@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deltakit.core import checked
 from deltakit.errors import OptionError
-from deltakit.prompting.verbalizers.verbalizer import SlotOutput
+from deltakit.prompting.verbalizers.verbalizer import SlotOutput, product
 from deltakit.prompting.verbalizers.word_ids import Multi, Words
 from deltakit.prompting.verbalizers.words import WordVerbalizer
 
@@ -26,7 +26,7 @@ class KnowledgeableVerbalizer(WordVerbalizer):
         learn_weights: whether each word has a trained weight: log p(class) is then the mean with weights softmax(weights).
 
     Raises:
-        OptionError: as of `WordVerbalizer`.
+        OptionError: as of `WordVerbalizer`, and if the name of a class would be dropped.
     """
 
     kept: Tensor
@@ -36,9 +36,21 @@ class KnowledgeableVerbalizer(WordVerbalizer):
         self, tokenizer: Any, words: Words, *, prefix: str = " ", multi: Multi = "drop", learn_weights: bool = True
     ) -> None:
         super().__init__(tokenizer, words, prefix=prefix, multi=multi)
+        self._check_names(words)
         self.learn_weights = learn_weights
         self.weights = nn.Parameter(torch.zeros(len(self.label_words))) if learn_weights else None
         self.register_buffer("kept", torch.ones(len(self.label_words), dtype=torch.bool))
+
+    def _check_names(self, words: Words) -> None:
+        first = dict(reversed([(one.label, one.word) for one in self.label_words]))
+        for label, (name, own) in enumerate(words.items()):
+            word = own if isinstance(own, str) else own[0]
+            if word != first[label]:
+                # The next word would be compared with all others as the name of the class.
+                raise OptionError(
+                    f"{type(self).__name__}: {word!r}, the name of the class {name!r}, is no single token, so it would be "
+                    "left out; write a word of one token first, or pass multi='mean'"
+                )
 
     def belongs(self) -> Bool[Tensor, "classes words"]:
         return super().belongs() & self.kept
@@ -52,7 +64,7 @@ class KnowledgeableVerbalizer(WordVerbalizer):
         found = self.word_logits(output)
         words = (found - self.prior.to(found)).masked_fill(~self.kept, -torch.inf).log_softmax(-1)
         # Dropped words have no share, and 0 * -inf is no number.
-        return (words.masked_fill(~self.kept, 0) @ self.shares(words.dtype).T).log_softmax(-1)
+        return product(words.masked_fill(~self.kept, 0), self.shares(words.dtype)).log_softmax(-1)
 
     @torch.no_grad()
     def refine(self, word_log_probs: Float[Tensor, "examples words"], *, drop: float = 0.5) -> None:

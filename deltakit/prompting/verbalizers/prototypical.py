@@ -15,7 +15,7 @@ from deltakit.core import checked, wide
 from deltakit.errors import OptionError
 from deltakit.prompting.backbone_facts import head_of
 from deltakit.prompting.verbalizers.soft import head_weight
-from deltakit.prompting.verbalizers.verbalizer import SlotOutput, Verbalizer
+from deltakit.prompting.verbalizers.verbalizer import SlotOutput, Verbalizer, product
 
 
 class PrototypicalVerbalizer(Verbalizer):
@@ -45,14 +45,13 @@ class PrototypicalVerbalizer(Verbalizer):
 
     def projected(self, output: SlotOutput) -> Float[Tensor, "batch size"]:
         """Returns W h of each example, with length 1."""
-        hidden = output.hidden[:, 0].to(self.projection.dtype)
-        return F.normalize(wide(F.linear(hidden, self.projection)), dim=-1)
+        return F.normalize(product(output.hidden[:, 0], self.projection), dim=-1)
 
     def forward(self, output: SlotOutput) -> Float[Tensor, "batch classes"]:
         return self._scores(self.projected(output)).log_softmax(-1)
 
     def _scores(self, instances: Float[Tensor, "batch size"]) -> Float[Tensor, "batch classes"]:
-        return instances @ F.normalize(wide(self.prototypes), dim=-1).T
+        return product(instances, F.normalize(wide(self.prototypes), dim=-1))
 
     def loss(self, output: SlotOutput, labels: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
         """Returns the sum of two contrastive losses.
@@ -63,7 +62,7 @@ class PrototypicalVerbalizer(Verbalizer):
         """
         instances = self.projected(output)
         same = labels[:, None] == labels
-        between = _contrast(instances @ instances.T, same)
+        between = _contrast(product(instances, instances), same)
         # Rows are the prototypes of the instances' classes: s_ij = cos(prototype of i, instance j).
         to_prototypes = self._scores(instances)[:, labels].T
         around = _contrast(to_prototypes, same)

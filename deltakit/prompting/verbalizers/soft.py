@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deltakit.core import checked, gathered, wide
+from deltakit.core import checked, gathered
 from deltakit.errors import OptionError, TargetError
 from deltakit.prompting.backbone_facts import head_of
-from deltakit.prompting.verbalizers.verbalizer import SlotOutput, Verbalizer
+from deltakit.prompting.verbalizers.verbalizer import SlotOutput, Verbalizer, product
 from deltakit.prompting.verbalizers.word_ids import Words, label_words
 
 _DEVIATION = 0.02
@@ -62,8 +62,7 @@ class SoftVerbalizer(Verbalizer):
                 self.bias[label] = torch.stack(offsets).mean()
 
     def forward(self, output: SlotOutput) -> Float[Tensor, "batch classes"]:
-        hidden = output.hidden[:, 0].to(self.vectors.dtype)
-        return wide(nn.functional.linear(hidden, self.vectors, self.bias)).log_softmax(-1)
+        return product(output.hidden[:, 0], self.vectors, self.bias).log_softmax(-1)
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "soft", "classes": list(self.classes)}

@@ -97,3 +97,15 @@ class Verbalizer(nn.Module):
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """Returns its options as plain data, for files."""
+
+
+def product(
+    x: Float[Tensor, "n d"], weight: Float[Tensor, "k d"], bias: Float[Tensor, " k"] | None = None
+) -> Float[Tensor, "n k"]:
+    """Returns x weight^T + bias in at least float32.
+
+    Also under autocast: its three digits are too few for log-probabilities of classes, whose differences decide.
+    """
+    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))

@@ -9,6 +9,11 @@ Words = Mapping[str, str | Sequence[str]]
 """For each class its word, or several."""
 Multi = Literal["refuse", "mean", "first", "score", "drop"]
 
+_SPACE = "▁"
+"""How SentencePiece writes a space."""
+_LEADS = ("a", "1", "(", "。")
+"""What a word without a space ahead of it is put behind, to see its tokens there."""
+
 
 class LabelWord(NamedTuple):
     """A word that stands for a class, by its index, and its token ids."""
@@ -53,22 +58,37 @@ def label_words(tokenizer: Any, words: Words, prefix: str, multi: Multi, where: 
     return found
 
 
-def word_ids(tokenizer: Any, word: str, prefix: str, where: str) -> tuple[int, ...]:
+def word_ids(tokenizer: Any, word: str, prefix: str, where: str, *, starts_text: bool = False) -> tuple[int, ...]:
     """Returns the ids of a word as it stands in a text, behind `prefix`.
+
+    Args:
+        starts_text: whether prefix and word are tokenized as a text of their own, as OpenPrompt does.
 
     Raises:
         OptionError: if the tokenizer does not know it.
     """
-    alone = _ids(tokenizer, prefix + word)
-    # Behind another word: some tokenizers put a space of their own ahead of a text, and " yes" alone would have two.
-    before, both = _ids(tokenizer, "a"), _ids(tokenizer, f"a{prefix}{word}")
-    ids = both[len(before) :] if prefix and both[: len(before)] == before else alone
+    ids = _ids(tokenizer, prefix + word)
+    if not starts_text and (prefix or _has_own_space(tokenizer, word, ids)):
+        # Some tokenizers put a space of their own ahead of a text: " yes" alone would have two, and "yes" one.
+        behind = (_behind(tokenizer, lead, prefix + word) for lead in (("a",) if prefix else _LEADS))
+        ids = next((found for found in behind if found), ids)
     if not ids or getattr(tokenizer, "unk_token_id", None) in ids:
         raise OptionError(
             f"{where}: the tokenizer does not know the word {word!r} ({_shown(tokenizer, ids)}); choose another word, or pass "
             "the backbone's own tokenizer"
         )
     return ids
+
+
+def _has_own_space(tokenizer: Any, word: str, ids: Sequence[int]) -> bool:
+    first = tokenizer.convert_ids_to_tokens(list(ids[:1]))
+    return bool(first) and str(first[0]).startswith(_SPACE) and not word.startswith((_SPACE, " "))
+
+
+def _behind(tokenizer: Any, lead: str, text: str) -> tuple[int, ...]:
+    """Returns the ids of a text behind another one; none if the two are not tokenized apart."""
+    before, both = _ids(tokenizer, lead), _ids(tokenizer, lead + text)
+    return both[len(before) :] if both[: len(before)] == before else ()
 
 
 def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deltakit.core import checked, wide
 from deltakit.errors import OptionError
-from deltakit.prompting.verbalizers.verbalizer import SlotOutput, Verbalizer
+from deltakit.prompting.verbalizers.verbalizer import SlotOutput, Verbalizer, product
 from deltakit.prompting.verbalizers.word_ids import Multi, Words, label_words
 
 
@@ -104,7 +104,7 @@ class WordVerbalizer(Verbalizer):
     def forward(self, output: SlotOutput) -> Float[Tensor, "batch classes"]:
         found = self.word_logits(output)
         words = (found - self.prior.to(found)).log_softmax(-1)
-        return (words @ self.shares(words.dtype).T).log_softmax(-1)
+        return product(words, self.shares(words.dtype)).log_softmax(-1)
 
     def observed(self, output: SlotOutput) -> tuple[Tensor, ...]:
         return (self.word_log_probs(output),)
@@ -127,3 +127,8 @@ class WordVerbalizer(Verbalizer):
     def extra_repr(self) -> str:
         """Returns what `print` shows of it."""
         return "\n".join(f"{name}: {', '.join(words)}" for name, words in self.words_by_class().items())
+
+
+def word_verbalizers(verbalizer: Verbalizer) -> list[WordVerbalizer]:
+    """Returns a verbalizer, or those in it, that read words."""
+    return [module for module in verbalizer.modules() if isinstance(module, WordVerbalizer)]
