@@ -166,6 +166,10 @@ class Attachment:
         # The delta's name is not part of it: a file can be loaded under any name (compare peft#2772 and peft#2699).
         return join(site.path, f"{label_of(self.record, site.method)}.{name}")
 
+    def labels(self) -> list[str]:
+        """Returns the name of each method in files."""
+        return [label_of(self.record, index) for index in range(len(self.record.methods))]
+
 
 def attachments_of(backbone: nn.Module) -> list[Attachment]:
     """Returns the deltas attached to a backbone or to parts of it, in their order. The `backbone` of each is its root."""

@@ -17,11 +17,13 @@ from deltakit.core import (
     checked,
     fold,
     is_sharded,
+    join,
     normal_tensors,
     notebook_bundle,
     num_parameters,
     own_modules,
     own_parameters,
+    parameters_of,
     without_start_values,
 )
 from deltakit.delta.full_training import full_training_names
@@ -212,10 +214,11 @@ def build(index: BackboneIndex, method: Method, targets: Sequence[Target]) -> di
     at = {target.path: target for target in targets}
     for path, module in built.items():
         target = at.get(path) or index.target(path)
-        module.part = target.part
+        if target.part:
+            module.part = target.part
         if type(module).patches_weight(target):
             module.weight_read = target.weight_read or WeightRead(target.owner, "")
-        for name, parameter in module.named_parameters():
+        for name, parameter in parameters_of(module).items():
             if module.tag_of(name) == FROZEN:
                 parameter.requires_grad_(False)
     return built
@@ -231,8 +234,14 @@ def original(backbone: nn.Module) -> nn.Module:
     backbone = getattr(backbone, "_orig_mod", backbone)
     if not isinstance(backbone, nn.Module):
         return backbone
-    sharded = next((name for name, parameter in own_parameters(backbone) if is_sharded(parameter)), None)
-    names = {kind.__name__ for of in {type(module) for _, module in own_modules(backbone)} for kind in of.__mro__}
+    kinds: set[type] = set()
+    sharded = None
+    for path, module in own_modules(backbone):
+        kinds.add(type(module))
+        for name, parameter in module._parameters.items():
+            if sharded is None and parameter is not None and is_sharded(parameter):
+                sharded = join(path, name)
+    names = {kind.__name__ for of in kinds for kind in of.__mro__}
     for wrapper in ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel"):
         if wrapper in names:
             raise StateError(

@@ -1,5 +1,6 @@
 """Builds the delta modules that a file describes. Until its tensors are compared, nothing in the file is believed."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,7 @@ _NEW: frozenset[Callable[..., Any]] = frozenset(
     )
     for name in names.split()
 )
+_OF_SIZES = frozenset({torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn})
 _SMALL = 2**20
 
 
@@ -42,7 +44,7 @@ class SizeLimit(TorchFunctionMode):
         super().__init__()
         in_file = [tensor.numel() for tensor in saved.values()]
         in_backbone = [parameter.numel() for parameter in index.parameters.values()]
-        weights = [getattr(index.target(path).module, "weight", None) for path in paths]
+        weights = [getattr(index.module_at(path)[0], "weight", None) for path in paths]
         shapes = [weight.shape for weight in weights if isinstance(weight, Tensor) and weight.ndim == 2]
         widest = max((rows for rows, _ in shapes), default=0) * max((columns for _, columns in shapes), default=0)
         self.largest = max([_SMALL, widest, *in_file, *in_backbone])
@@ -51,7 +53,7 @@ class SizeLimit(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _NEW:
-            size = func(*args, **{**kwargs, "device": "meta"}).numel()
+            size = _numel(func, args, kwargs)
             self.left -= size
             if size > self.largest or self.left < 0:
                 raise CheckpointError(
@@ -59,6 +61,14 @@ class SizeLimit(TorchFunctionMode):
                     f"{self.largest:,}; the file is damaged: save or download it again"
                 )
         return func(*args, **kwargs)
+
+
+def _numel(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Returns the number of values of a tensor that is asked for."""
+    if func in _OF_SIZES and args and all(type(size) is int and size >= 0 for size in args):
+        # Nearly always, and ten times as fast as a tensor on the meta device.
+        return math.prod(args)
+    return int(func(*args, **{**kwargs, "device": "meta"}).numel())
 
 
 def rebuilt(

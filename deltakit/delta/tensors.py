@@ -21,9 +21,9 @@ from deltakit.core import (
 )
 from deltakit.delta.changed_backbone import is_part
 from deltakit.delta.full_training import fully_trained_tensors
-from deltakit.delta.running_statistics import fit
+from deltakit.delta.running_statistics import fit, fitting
 from deltakit.errors import OptionError, StateError
-from deltakit.files import is_finite
+from deltakit.files import check_tensors, is_finite
 
 FULLY_TRAINED = "fully_trained"
 """The tag of the backbone's own parameters that a delta fully trains."""
@@ -192,6 +192,35 @@ def load_state_dict(
         record.backbone_values, record.trained_values, record.moved, record.start = held
         _load(attachment, values, put)
         raise
+
+
+def fill(attachment: Attachment, state: Mapping[str, Tensor], where: str) -> None:
+    """Loads the tensors of a file into a delta that was just built for them, and is thrown away if they do not fit.
+
+    So nothing is copied to be loaded again, and nothing can be sharded yet.
+
+    Args:
+        where: the folder or repository, for error messages.
+
+    Raises:
+        CheckpointError: if a tensor is missing, unknown, of another shape or dtype, or not finite.
+    """
+    labels = attachment.labels()
+    prefixes = [join(site.path, f"{labels[site.method]}.") for site in attachment.sites]
+    own = [site.module.saved_state() for site in attachment.sites]
+    expected = {prefix + name: value for prefix, of in zip(prefixes, own, strict=True) for name, value in of.items()}
+    wanted = fitting(attachment, state, expected | attachment.record.trained_values)
+    check_tensors(state, wanted, own=attachment.record.fully_trained, where=where)
+    fit(attachment, state)
+    with normal_tensors(), torch.no_grad():
+        for site, prefix, of in zip(attachment.sites, prefixes, own, strict=True):
+            if site.module.holds_saved_state():
+                for name, value in of.items():
+                    value.copy_(state[prefix + name])
+            else:
+                site.module.load_saved({name: state[prefix + name] for name in of})
+        for name, tensor in trained_values(attachment).items():
+            tensor.copy_(state[name])
 
 
 def _load(attachment: Attachment, state: Mapping[str, Tensor], put: Callable[..., None]) -> None:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from deltakit.core import (
@@ -30,6 +31,8 @@ _TENSORS, _VALUES = 256, 2
 # is about 1 for two models. With 16 pairs it falls below 0.3 for two models once in a thousand times (a correlation of 0.7).
 _ROUNDED, _PAIRS = 0.3, 16
 _PACKED_TENSORS = 16
+
+_WITHIN_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def fingerprint(backbone: nn.Module, *, leave_out: Collection[str] = ()) -> dict[str, Any]:
@@ -125,7 +128,11 @@ def _places(name: str, count: int) -> list[int]:
 
 def _sample(name: str, parameter: Tensor) -> list[float]:
     flat = parameter.detach().reshape(-1)
-    return [float(value) for value in flat[_places(name, flat.numel())].float().tolist()]
+    places = _places(name, flat.numel())
+    if flat.device.type == "cpu" and flat.dtype in _WITHIN_FLOAT32:
+        # Value by value, in half of the time.
+        return [flat[place].item() for place in places]
+    return [float(value) for value in flat[places].float().tolist()]
 
 
 def _finite(samples: Mapping[str, list[float] | None]) -> dict[str, list[float]]:

@@ -52,12 +52,17 @@ class WeightReads:
 
     def _read_around(self, owner: str, read: str) -> WeightRead | None:
         """The read by the nearest module around, if its code reads the weight."""
-        for scope in above(owner):
+        scope, below = owner, ""
+        while scope:
+            scope, _, name = scope.rpartition(".")
+            if not name.isidentifier():
+                # No code of a module further out can name it: it is in a list.
+                return None
+            below = join(name, below) if below else name
             module = self.modules[scope]
-            below = owner[len(scope) :].lstrip(".")
-            if isinstance(module, nn.MultiheadAttention) and below == "out_proj":
+            if below == "out_proj" and isinstance(module, nn.MultiheadAttention):
                 return WeightRead(scope, below, never_called=True)
-            if below and self._reads(type(module), join(below, read)):
+            if self._reads(type(module), f"{below}.{read}"):
                 return WeightRead(scope, below, never_called=only_reads(type(module), below))
         return None
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from deltakit.core import is_quantized, join, tensors_in, wide
 from deltakit.errors import CheckpointError
-from deltakit.files.checkpoint import read_metadata, read_tensors
+from deltakit.files.tensor_file import read_metadata, read_tensors
 from deltakit.files.formats.dora import read_magnitudes
 from deltakit.files.formats.format import Parts
 from deltakit.files.formats.images.fused import unfused

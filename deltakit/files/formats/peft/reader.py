@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from deltakit.errors import CheckpointError, warn
-from deltakit.files.checkpoint import read_tensors
+from deltakit.files.tensor_file import read_tensors
 from deltakit.files.formats.adapter_config import CONFIG, is_adapterhub
 from deltakit.files.formats.format import Parts
 from deltakit.files.formats.layers import LAYERS_OF_LORA, Layers
