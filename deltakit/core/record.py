@@ -220,7 +220,10 @@ def records_at(target: nn.Module) -> Mapping[Record, Any]:
     if held is not None and None not in held.records:
         # Not copied: a hundred modules may each have hundreds of deltas.
         return held.records
-    found: dict[Any, None] = dict.fromkeys(map(_RECORD, delta_children(target).values()))
+    deltas = delta_children(target)
+    if not deltas:
+        return {}
+    found: dict[Any, None] = dict.fromkeys(map(_RECORD, deltas.values()))
     found.pop(None, None)
     return found
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from deltakit.core import Attachment, Site, checked, one_walk, tensors_of
+from deltakit.core import Attachment, Site, checked, collections_paused, one_walk, tensors_of
 from deltakit.delta.attaching import new_record, sites_of
 from deltakit.delta.full_training import current_values
 from deltakit.delta.handle import Delta
@@ -84,7 +84,7 @@ def load(
     access = Access(revision, token, cache_dir, local_files_only, subfolder)
     folder, where = find_folder(source, access), called(source, access)
     backbone = original(backbone)
-    with one_walk(backbone):
+    with one_walk(backbone), collections_paused():
         saved = read_saved(folder, backbone, where)
         delta, tensors = unfilled(saved, backbone, where, name=name, freeze=freeze, check=check)
         fill(delta._attachment, tensors, where)

@@ -15,6 +15,7 @@ from deltakit.core import (
     Target,
     WeightRead,
     checked,
+    collections_paused,
     fold,
     is_sharded,
     join,
@@ -148,7 +149,7 @@ def plan(backbone: nn.Module, *methods: Method, train: Selector | None = None, i
         StateError: if the backbone is wrapped for distribution, or a weight in `train` is tied to one outside, quantized or
             offloaded.
     """
-    with without_start_values():
+    with without_start_values(), collections_paused():
         found = planned(backbone, methods, train)
     hits = [
         # What was found is with the first part of a method alone.
