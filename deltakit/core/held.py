@@ -63,8 +63,8 @@ def add_held(module: nn.Module, key: str, delta: DeltaModule) -> None:
     module.add_module(key, delta)
     if known is not None:
         # The count comes last: an interruption before it leaves one that does not fit, and all are looked at again.
-        for counts, mine in ((known.records, delta.record), (known.kinds, type(delta))):
-            counts[mine] = counts.get(mine, 0) + 1
+        known.records[delta.record] = known.records.get(delta.record, 0) + 1
+        known.kinds[type(delta)] = known.kinds.get(type(delta), 0) + 1
         known.last = key
         known.count += 1
 

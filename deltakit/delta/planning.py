@@ -1,6 +1,7 @@
 """Plan: the targets and delta modules that `attach` would add, built but not attached."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from deltakit.core import (
     normal_tensors,
     notebook_bundle,
     num_parameters,
+    one_walk,
     own_modules,
     own_parameters,
     parameters_of,
@@ -157,7 +159,8 @@ def plan(backbone: nn.Module, *methods: Method, train: Selector | None = None, i
         for method, built, how in zip(found.methods, found.built, found.found, strict=True)
     ]
     called = called_modules(found.index, inputs) if inputs is not None else None
-    return replace(found, remarks=remarks(found.index, hits, found.fully_trained, called))
+    with one_walk(found.backbone):
+        return replace(found, remarks=remarks(found.index, hits, found.fully_trained, called))
 
 
 def planned(backbone: nn.Module, methods: tuple[Method, ...], train: Selector | None) -> Plan:
@@ -166,7 +169,12 @@ def planned(backbone: nn.Module, methods: tuple[Method, ...], train: Selector | 
     Raises:
         DeltaError: as `plan` does.
     """
-    index = BackboneIndex(original(backbone))
+    backbone = original(backbone)
+    with one_walk(backbone) if isinstance(backbone, nn.Module) else nullcontext():
+        return _planned(BackboneIndex(backbone), methods, train)
+
+
+def _planned(index: BackboneIndex, methods: tuple[Method, ...], train: Selector | None) -> Plan:
     if isinstance(index.backbone, DeltaModule):
         raise TargetError(
             "the backbone is itself a delta module, and deltas cannot be nested; attach to the model that it belongs to"

@@ -31,9 +31,11 @@ FULLY_TRAINED = "fully_trained"
 
 def named_parameters(attachment: Attachment) -> Iterator[tuple[str, nn.Parameter]]:
     """Yields every trained parameter of a delta with its name."""
+    labels = attachment.labels()
     for site in attachment.sites:
+        prefix = join(site.path, f"{labels[site.method]}.")
         for name, parameter, _ in site.module.trained_parameters():
-            yield attachment.named(site, name), parameter
+            yield prefix + name, parameter
     for name, tensor in fully_trained_tensors(attachment).items():
         if isinstance(tensor, nn.Parameter):
             yield name, tensor
@@ -79,10 +81,12 @@ def state_dict(attachment: Attachment) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     parts: dict[str, Tensor] = {}
     shapes = {name: tensor.shape for name, tensor in (record.backbone_values or record.trained_values).items()}
+    labels = attachment.labels()
     for site in attachment.sites:
-        state |= {attachment.named(site, name): value for name, value in site.module.saved_state().items()}
-        parts |= {attachment.named(site, name): tensor for name, tensor in parameters_of(site.module).items()}
-        shapes |= {attachment.named(site, name): shape for name, shape in (site.module.shapes or {}).items()}
+        prefix = join(site.path, f"{labels[site.method]}.")
+        state |= {prefix + name: value for name, value in site.module.saved_state().items()}
+        parts |= {prefix + name: tensor for name, tensor in parameters_of(site.module).items()}
+        shapes |= {prefix + name: shape for name, shape in (site.module.shapes or {}).items()}
     full = {name: tensor.detach() for name, tensor in trained_values(attachment).items()}
     state |= full
     _refuse_parts(parts | full, shapes)

@@ -46,19 +46,18 @@ def fingerprint(backbone: nn.Module, *, leave_out: Collection[str] = ()) -> dict
         leave_out: the names of parameters whose values are omitted, because training changed them.
     """
     parameters = dict(named_logical_parameters(backbone))
+    plain = {name for name, p in parameters.items() if _plain(p)}
     sampled = [
-        name for name, p in parameters.items() if name not in leave_out and (_plain(p) or is_quantized(p.stored))
+        name for name, p in parameters.items() if name not in leave_out and (name in plain or is_quantized(p.stored))
     ]
     matrices = [name for name in sampled if len(parameters[name].shape or ()) >= 2]
     chosen = _spread(matrices or sampled)
-    quantized = [name for name in chosen if not _plain(parameters[name])]
+    quantized = [name for name in chosen if name not in plain]
     found = {
         "class": class_name(backbone),
         "structure": _hash((name, p.shape) for name, p in parameters.items()),
         "parameters": sum(p.numel for p in parameters.values()),
-        "values": _finite(
-            {name: _sample(name, parameters[name].stored) for name in chosen if _plain(parameters[name])}
-        ),
+        "values": _finite({name: _sample(name, parameters[name].stored) for name in chosen if name in plain}),
     }
     if any(p.stored.shape != p.shape or not is_compute_dtype(p.stored.dtype) for p in parameters.values()):
         found["packed"] = _hash((name, p.shape) for name, p in own_parameters(backbone))

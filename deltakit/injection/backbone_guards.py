@@ -148,14 +148,19 @@ def _watch_inside(module: nn.Module, path: str, known: dict[int, bool], all_foun
     """
     if id(module) in known:
         return known[id(module)]
-    known[id(module)] = False
-    found = _watch_target(module, path, all_found)
-    for name, child in own_children(module) if module._modules else ():
-        if _watch_inside(child, join(path, name), known, all_found):
-            all_found.ways.append((module, name))
-            found = True
+    known[id(module)] = found = False
+    # Nearly all modules have no hooks, and half of them no modules in them.
+    hooked = bool(module._forward_hooks or module._forward_pre_hooks)
+    if module._modules:
+        found = _watch_target(module, path, all_found)
+        for name, child in own_children(module):
+            if _watch_inside(child, join(path, name), known, all_found):
+                all_found.ways.append((module, name))
+                found = True
+    elif hooked:
+        _remove_copies(module)
     known[id(module)] = found
-    if not found:
+    if hooked and not found:
         forget_rows(module)
     if hasattr(type(module), "gradient_checkpointing"):
         stand(InputGradients, module, partial(_ahead, module), wanted=found)
@@ -166,7 +171,7 @@ def _watch_inside(module: nn.Module, path: str, known: dict[int, bool], all_foun
 
 def _watch_target(module: nn.Module, path: str, all_found: _Found) -> bool:
     """Notes the deltas on a module, and returns whether there are any."""
-    records = records_at(module) if module._modules else {}
+    records = records_at(module)
     if not records:
         _remove_copies(module)
         return False

@@ -66,22 +66,15 @@ class LoRADelta(LowRank):
 
     tags: ClassVar[Mapping[str, str]] = {"A": "down", "B": "up", "A0": FROZEN, "B0": FROZEN}
 
-    A: nn.Parameter
-    B: nn.Parameter
-    start: str
-    frozen_a: bool
-    differs: bool
-
     def __init__(self, target: Target, options: "LoRA") -> None:
         super().__init__(target, scaling=options.scaling, dropout=options.dropout, keep=options.keep)
         # The experts of a mixture are one parameter: a stack of matrices.
         stack, r = stack_of(target), one_value(options.r)
         where = like(target)
-        self.register_parameter("A", nn.Parameter(torch.empty(*stack, r, self.d_in, **where)))
-        self.register_parameter("B", nn.Parameter(torch.empty(*stack, self.d_out, r, **where)))
-        # Each of these as an attribute of its own would take longer (see `LowRank.__init__`).
-        start, frozen_a = options.start, options.frozen_a
-        self.__dict__.update(start=start, frozen_a=frozen_a, differs=start in STARTS_WITH_A_PRODUCT)
+        self.A = nn.Parameter(torch.empty(*stack, r, self.d_in, **where))
+        self.B = nn.Parameter(torch.empty(*stack, self.d_out, r, **where))
+        self.start, self.frozen_a = options.start, options.frozen_a
+        self.differs = self.start in STARTS_WITH_A_PRODUCT
         if self.differs:
             self.A0, self.B0 = (nn.Parameter(torch.empty_like(factor)) for factor in (self.A, self.B))
         if wants_start_values(self.A):
