@@ -1,6 +1,6 @@
 """Puts on a backbone with deltas what saves and loads it with them, and takes it away again."""
 
-from functools import cache, partial
+from functools import partial
 
 from torch import nn
 
@@ -18,11 +18,12 @@ def follow_saving(backbone: nn.Module) -> None:
     there = hook_loading(backbone, LoadCheckpoint, partial(LoadCheckpoint, backbone, SavedBackbone()))
     saved: SavedBackbone = there.saved
     # By class, because most modules have one of a few, which cannot be saved.
-    savable = cache(lambda kind: callable(getattr(kind, METHOD, None)))
+    modules = [module for _, module in own_modules(backbone)] if holds else []
+    savable = {kind for kind in set(map(type, modules)) if callable(getattr(kind, METHOD, None))}
     wanted = [
         module
-        for _, module in (own_modules(backbone) if holds else ())
-        if (savable(type(module)) or callable(module.__dict__.get(METHOD))) and _has_deltas(module)
+        for module in modules
+        if (type(module) in savable or callable(module.__dict__.get(METHOD))) and _has_deltas(module)
     ]
     for module in wanted:
         before = module.__dict__.get(METHOD)
