@@ -31,6 +31,7 @@ from deltakit.core.buffer_ledger import buffer_at, copy_buffers, is_below, relat
 from deltakit.core.cached_text import keep_text, whole_text
 from deltakit.core.callables import takes
 from deltakit.core.caller_rows import begin_forward, close_rows, current_batch, end_forward, open_rows, rows_now
+from deltakit.core.collections_paused import collections_paused
 from deltakit.core.delta_module import DeltaModule
 from deltakit.core.design import Design
 from deltakit.core.extras import StoredExtra, extra_tensors, is_extra, stored_extras
@@ -152,6 +153,7 @@ __all__ = [
     "checked",
     "class_name",
     "close_rows",
+    "collections_paused",
     "copy_buffers",
     "current_batch",
     "current_call",

@@ -81,6 +81,9 @@ def _bool(value: Any) -> bool:
 
 
 def _int(value: Any) -> int:
+    if type(value) is int and -_INT64 <= value < _INT64:
+        # Nearly always, and abstract classes of numbers are asked ten times as long.
+        return value
     # No size and no id is beyond what a tensor can hold.
     if isinstance(value, bool) or not isinstance(value, Integral) or not -_INT64 <= int(value) < _INT64:
         raise Unfit(described(value))
@@ -148,14 +151,15 @@ def _instance(kind: type, value: Any) -> Any:
 
 
 def _one_of(members: Sequence[Read], value: Any) -> Any:
-    unfit = Unfit(described(value))
+    errors = []
     for read in members:
         try:
             return read(value)
         except Unfit as error:
-            # The one that says more than what the value is: what is in it, or why it does not fit.
-            unfit = error if error.inside or error.found != described(value) else unfit
-    raise unfit
+            errors.append(error)
+    # The one that says more than what the value is: what is in it, or why it does not fit.
+    plain = described(value)
+    raise next((error for error in errors[::-1] if error.inside or error.found != plain), Unfit(plain))
 
 
 def _sequence(read: Read, kind: type | None, value: Any) -> Any:

@@ -51,6 +51,10 @@ def _guarded(function: Any, *, setter: bool = False) -> Any:
     return guarded
 
 
+def _same(value: Any) -> Any:
+    return value
+
+
 class Door:
     """Reads the arguments of one function or class. `setter`: the function sets a property."""
 
@@ -93,11 +97,22 @@ class Door:
     def _simple(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Returns whether the arguments are those of the function, one for each name: nearly always they are."""
         # `Signature.bind` tells the same, and takes most of the time of a check.
+        names = (len(args), *kwargs)
+        if names in self.seen:
+            return True
         places = self.places
         if not self.names or len(args) > len(places) or not kwargs.keys() <= self.names:
             return False
         given = {*places[: len(args)], *kwargs}
-        return len(given) == len(args) + len(kwargs) and given >= self.required
+        simple = len(given) == len(args) + len(kwargs) and given >= self.required
+        if simple:
+            self.seen.add(names)
+        return simple
+
+    @cached_property
+    def seen(self) -> set[tuple[object, ...]]:
+        """The simple calls so far: the number of arguments without a name, and the names of the others."""
+        return set()
 
     @cached_property
     def bound(self) -> bool:
@@ -112,10 +127,15 @@ class Door:
             TargetError: if an argument must be a module and is none.
         """
         if self._simple(args, kwargs):
-            return (
-                tuple(self._one(name, value, name, args) for name, value in zip(self.places, args, strict=False)),
-                {name: self._one(name, value, name, args) for name, value in kwargs.items()},
-            )
+            readers = self.readers
+            try:
+                return (
+                    tuple([readers.get(name, _same)(value) for name, value in zip(self.places, args, strict=False)]),
+                    {name: readers.get(name, _same)(value) for name, value in kwargs.items()},
+                )
+            except Unfit:
+                for name, value in (*zip(self.places, args, strict=False), *kwargs.items()):
+                    self._one(name, value, name, args)
         try:
             found = self.signature.bind(*args, **kwargs)
         except TypeError as error:

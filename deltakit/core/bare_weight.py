@@ -49,6 +49,10 @@ class WeightView:
         return matrix.mT if self.flipped else matrix
 
 
+_PLAIN = WeightView()
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
 def weight_view(target: Target) -> WeightView:
     """Returns how the weight of a target is read: the parameter that it names, or its module's `weight`."""
     module = target.module
@@ -58,9 +62,12 @@ def weight_view(target: Target) -> WeightView:
         matrices = parameter is not None and parameter.ndim > 1
         flipped = matrices and bool(getattr(module, "is_transposed", False))
         return WeightView(target.parameter, flipped, feature_slice=target.feature_slice)
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if isinstance(module, _CONVOLUTIONS):
         return WeightView(kernel=(module.in_channels // module.groups, *module.kernel_size))
     flipped = is_conv1d(module) or isinstance(module, nn.Embedding)
+    if not flipped and target.feature_slice is None:
+        # Nearly always, and building takes as long as all else here.
+        return _PLAIN
     return WeightView(flipped=flipped, feature_slice=target.feature_slice)
 
 

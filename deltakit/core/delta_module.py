@@ -71,6 +71,10 @@ class DeltaModule(AttachedModule):
         """Returns whether a file holds something else than its state dict."""
         return cls.saved_state is not DeltaModule.saved_state
 
+    def holds_saved_state(self) -> bool:
+        """Returns whether the tensors of `saved_state` are its own parameters, so that writing into them loads it."""
+        return type(self).load_saved is DeltaModule.load_saved and not self.computes_saved_state() and self._is_flat()
+
     def load_saved(self, state: Mapping[str, Tensor]) -> None:
         """Loads tensors that `saved_state` returned. Names and shapes must match exactly."""
         own = self.saved_state() if self._is_flat() else {}

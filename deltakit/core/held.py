@@ -1,6 +1,7 @@
 """What is known of the delta modules that one module holds, so that hundreds of them are not looked at in each walk."""
 
 from collections import Counter
+from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -20,17 +21,23 @@ class Held:
     """
 
     def __init__(self, children: dict[str, Any]) -> None:
-        # By C code: there may be hundreds.
-        self.kinds: Counter[type] = Counter(map(type, children.values()))
+        self.kinds: dict[type, int] = _counted(map(type, children.values()), len(children))
         """How many of them there are of each class."""
         self.all_deltas = all(issubclass(kind, DeltaModule) for kind in self.kinds)
-        self.records: Counter[Any] = Counter(map(_RECORD, children.values())) if self.all_deltas else Counter()
+        self.records: dict[Any, int] = (
+            _counted(map(_RECORD, children.values()), len(children)) if self.all_deltas else {}
+        )
         """How many of them belong to each delta."""
         self.last = next(reversed(children))
         self.count = len(children)
 
     def fits(self, children: dict[str, Any]) -> bool:
         return self.count == len(children) and self.last == next(reversed(children))
+
+
+def _counted(values: Iterator[Any], count: int) -> dict[Any, int]:
+    # Nearly always there is one. There may also be hundreds, which C code counts.
+    return {next(values): 1} if count == 1 else dict(Counter(values))
 
 
 def held_in(children: dict[str, Any]) -> Held | None:
@@ -56,8 +63,8 @@ def add_held(module: nn.Module, key: str, delta: DeltaModule) -> None:
     module.add_module(key, delta)
     if known is not None:
         # The count comes last: an interruption before it leaves one that does not fit, and all are looked at again.
-        known.records[delta.record] += 1
-        known.kinds[type(delta)] += 1
+        known.records[delta.record] = known.records.get(delta.record, 0) + 1
+        known.kinds[type(delta)] = known.kinds.get(type(delta), 0) + 1
         known.last = key
         known.count += 1
 
@@ -66,12 +73,12 @@ def remove_held(module: nn.Module, key: str) -> None:
     """Removes a delta module from the children of a module."""
     children: Any = module._modules
     delta = children[key]
-    known = held_in(children)
+    known = held_in(children) if len(children) > 1 else None
     del children[key]
     delta.__dict__.pop(_KNOWN, None)
     if known is None or not children or next(iter(children.values())).__dict__.get(_KNOWN) is not known:
         return
-    counters: tuple[tuple[Counter[Any], Any], ...] = ((known.records, delta.record), (known.kinds, type(delta)))
+    counters: tuple[tuple[dict[Any, int], Any], ...] = ((known.records, delta.record), (known.kinds, type(delta)))
     for counts, mine in counters:
         counts[mine] -= 1
         if not counts[mine]:

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 def is_conv1d(module: nn.Module) -> bool:
     """Returns whether a module is transformers' `Conv1D`: a linear layer whose weight is [d_in, d_out]."""
@@ -20,9 +22,10 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     >>> linear_sizes(nn.Linear(5, 7)), linear_sizes(nn.ReLU())
     ((5, 7), None)
     """
-    weight = getattr(module, "weight", None)
-    if is_conv1d(module) and isinstance(weight, Tensor):
-        return int(weight.shape[0]), int(weight.shape[1])
+    if is_conv1d(module):
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor):
+            return int(weight.shape[0]), int(weight.shape[1])
     # Quantized linear layers are often not subclasses of nn.Linear, but they have its attributes.
     d_in, d_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
     return (d_in, d_out) if isinstance(d_in, int) and isinstance(d_out, int) else None
@@ -36,7 +39,7 @@ def projection_sizes(module: nn.Module) -> tuple[int, int] | None:
     >>> projection_sizes(nn.Conv1d(5, 7, 1)), projection_sizes(nn.Conv1d(5, 7, 3))
     ((5, 7), None)
     """
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if isinstance(module, _CONVOLUTIONS):
         pointwise = set(module.kernel_size) == {1} and set(module.stride) == {1}
         return (module.in_channels, module.out_channels) if pointwise else None
     return linear_sizes(module)

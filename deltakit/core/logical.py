@@ -85,6 +85,9 @@ def _packed_weight(module: nn.Module) -> LogicalParameter | None:
 
 
 def _shape(parameter: Tensor) -> torch.Size | None:
+    if type(parameter) is nn.Parameter and "quant_state" not in (own := parameter.__dict__) and "ds_shape" not in own:
+        # Nearly always, and a Tensor that lacks an attribute takes long to say so.
+        return parameter.shape
     if torch.nn.parameter.is_lazy(parameter):
         return None
     # bitsandbytes keeps the shape of a packed weight in `quant_state`, DeepSpeed ZeRO-3 that of a sharded one in `ds_shape`.

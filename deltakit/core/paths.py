@@ -18,9 +18,12 @@ class _Walk(NamedTuple):
     backbone: nn.Module
     modules: list[tuple[str, nn.Module]]
     call: RunningCall
+    under_every_name: list[tuple[str, nn.Module]]
+    """Empty until somebody asks for it."""
 
 
 _WALK: ContextVar[_Walk | None] = ContextVar("deltakit_walk", default=None)
+_LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _SLICED = re.compile(r"(.+)\[(\w+)\]", re.DOTALL)
 
 
@@ -61,10 +64,18 @@ def split_slice(path: str, known: Container[str] = ()) -> tuple[str, str]:
 
 def own_modules(backbone: nn.Module, *, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """Yields the paths and modules of the backbone without its deltas, each module once, or once per path if `every_name`."""
-    known = None if every_name else _WALK.get()
-    if known is not None and known.backbone is backbone and not known.call.over:
+    known = _WALK.get()
+    if known is None or known.backbone is not backbone or known.call.over:
+        yield from _walked(backbone, every_name)
+    elif not every_name:
         yield from known.modules
-        return
+    else:
+        if not known.under_every_name:
+            known.under_every_name[:] = _walked(backbone, every_name)
+        yield from known.under_every_name
+
+
+def _walked(backbone: nn.Module, every_name: bool) -> Iterator[tuple[str, nn.Module]]:
     seen: set[int] = set()
     # Nested generators of a recursion took three times as long as this stack,
     # and a call of `own_children` for each module twice as long (measured).
@@ -100,7 +111,7 @@ def one_walk(backbone: nn.Module) -> Iterator[None]:
         yield
         return
     caller = RunningCall(sys._getframe(2))
-    token = _WALK.set(_Walk(backbone, list(own_modules(backbone)), caller))
+    token = _WALK.set(_Walk(backbone, list(_walked(backbone, every_name=False)), caller, []))
     try:
         yield
     finally:
@@ -164,7 +175,7 @@ def join(path: str, name: str) -> str:
 
 def is_callable(module: nn.Module) -> bool:
     """Returns whether a module has a forward: lists and dictionaries of modules or parameters have none."""
-    return not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
+    return not isinstance(module, _LISTS)
 
 
 def above(path: str) -> Iterator[str]:

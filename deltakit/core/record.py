@@ -166,6 +166,10 @@ class Attachment:
         # The delta's name is not part of it: a file can be loaded under any name (compare peft#2772 and peft#2699).
         return join(site.path, f"{label_of(self.record, site.method)}.{name}")
 
+    def labels(self) -> list[str]:
+        """Returns the name of each method in files."""
+        return [label_of(self.record, index) for index in range(len(self.record.methods))]
+
 
 def attachments_of(backbone: nn.Module) -> list[Attachment]:
     """Returns the deltas attached to a backbone or to parts of it, in their order. The `backbone` of each is its root."""
@@ -216,7 +220,10 @@ def records_at(target: nn.Module) -> Mapping[Record, Any]:
     if held is not None and None not in held.records:
         # Not copied: a hundred modules may each have hundreds of deltas.
         return held.records
-    found: dict[Any, None] = dict.fromkeys(map(_RECORD, delta_children(target).values()))
+    deltas = delta_children(target)
+    if not deltas:
+        return {}
+    found: dict[Any, None] = dict.fromkeys(map(_RECORD, deltas.values()))
     found.pop(None, None)
     return found
 

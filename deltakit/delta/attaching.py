@@ -12,6 +12,7 @@ from deltakit.core import (
     Selector,
     Site,
     checked,
+    collections_paused,
     one_walk,
     same_random_numbers,
 )
@@ -52,7 +53,7 @@ def attach(
             or to a model around it, the backbone is wrapped for distribution or in a `rows` block, or a weight in `train` is
             tied to one outside, quantized, offloaded, fully trained by another delta, or has another delta merged into it.
     """
-    with same_random_numbers(only_after_errors=True):
+    with same_random_numbers(only_after_errors=True), collections_paused():
         plan = planned(backbone, methods, train)
         with one_walk(plan.backbone):
             record = new_record(plan.methods, name, freeze, plan.train)

@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from deltakit.core import Attachment, Site, checked, tensors_of
+from deltakit.core import Attachment, Site, checked, collections_paused, one_walk, tensors_of
 from deltakit.delta.attaching import new_record, sites_of
 from deltakit.delta.full_training import current_values
 from deltakit.delta.handle import Delta
 from deltakit.delta.planning import original
 from deltakit.delta.rebuilding import check_paths, has_its_tensors, placed, rebuilt
+from deltakit.delta.tensors import fill
 from deltakit.errors import BackboneMismatch, CheckpointError, warn
 from deltakit.files import (
     Access,
@@ -82,10 +83,12 @@ def load(
     """
     access = Access(revision, token, cache_dir, local_files_only, subfolder)
     folder, where = find_folder(source, access), called(source, access)
-    saved = read_saved(folder, original(backbone), where)
-    delta, tensors = unfilled(saved, backbone, where, name=name, freeze=freeze, check=check)
-    delta.load_state_dict(tensors, where=where)
-    return delta.attach() if attach else delta
+    backbone = original(backbone)
+    with one_walk(backbone), collections_paused():
+        saved = read_saved(folder, backbone, where)
+        delta, tensors = unfilled(saved, backbone, where, name=name, freeze=freeze, check=check)
+        fill(delta._attachment, tensors, where)
+        return delta.attach() if attach else delta
 
 
 def unfilled(

@@ -1,6 +1,7 @@
 """Plan: the targets and delta modules that `attach` would add, built but not attached."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,13 +16,17 @@ from deltakit.core import (
     Target,
     WeightRead,
     checked,
+    collections_paused,
     fold,
     is_sharded,
+    join,
     normal_tensors,
     notebook_bundle,
     num_parameters,
+    one_walk,
     own_modules,
     own_parameters,
+    parameters_of,
     without_start_values,
 )
 from deltakit.delta.full_training import full_training_names
@@ -147,7 +152,7 @@ def plan(backbone: nn.Module, *methods: Method, train: Selector | None = None, i
         StateError: if the backbone is wrapped for distribution, or a weight in `train` is tied to one outside, quantized or
             offloaded.
     """
-    with without_start_values():
+    with without_start_values(), collections_paused():
         found = planned(backbone, methods, train)
     hits = [
         # What was found is with the first part of a method alone.
@@ -155,7 +160,8 @@ def plan(backbone: nn.Module, *methods: Method, train: Selector | None = None, i
         for method, built, how in zip(found.methods, found.built, found.found, strict=True)
     ]
     called = called_modules(found.index, inputs) if inputs is not None else None
-    return replace(found, remarks=remarks(found.index, hits, found.fully_trained, called))
+    with one_walk(found.backbone):
+        return replace(found, remarks=remarks(found.index, hits, found.fully_trained, called))
 
 
 def planned(backbone: nn.Module, methods: tuple[Method, ...], train: Selector | None) -> Plan:
@@ -164,7 +170,12 @@ def planned(backbone: nn.Module, methods: tuple[Method, ...], train: Selector | 
     Raises:
         DeltaError: as `plan` does.
     """
-    index = BackboneIndex(original(backbone))
+    backbone = original(backbone)
+    with one_walk(backbone) if isinstance(backbone, nn.Module) else nullcontext():
+        return _planned(BackboneIndex(backbone), methods, train)
+
+
+def _planned(index: BackboneIndex, methods: tuple[Method, ...], train: Selector | None) -> Plan:
     if isinstance(index.backbone, DeltaModule):
         raise TargetError(
             "the backbone is itself a delta module, and deltas cannot be nested; attach to the model that it belongs to"
@@ -213,10 +224,11 @@ def build(index: BackboneIndex, method: Method, targets: Sequence[Target]) -> di
     at = {target.path: target for target in targets}
     for path, module in built.items():
         target = at.get(path) or index.target(path)
-        module.part = target.part
+        if target.part:
+            module.part = target.part
         if type(module).patches_weight(target):
             module.weight_read = target.weight_read or WeightRead(target.owner, "")
-        for name, parameter in module.named_parameters():
+        for name, parameter in parameters_of(module).items():
             if module.tag_of(name) == FROZEN:
                 parameter.requires_grad_(False)
     return built
@@ -232,8 +244,14 @@ def original(backbone: nn.Module) -> nn.Module:
     backbone = getattr(backbone, "_orig_mod", backbone)
     if not isinstance(backbone, nn.Module):
         return backbone
-    sharded = next((name for name, parameter in own_parameters(backbone) if is_sharded(parameter)), None)
-    names = {kind.__name__ for of in {type(module) for _, module in own_modules(backbone)} for kind in of.__mro__}
+    kinds: set[type] = set()
+    sharded = None
+    for path, module in own_modules(backbone):
+        kinds.add(type(module))
+        for name, parameter in module._parameters.items():
+            if sharded is None and parameter is not None and is_sharded(parameter):
+                sharded = join(path, name)
+    names = {kind.__name__ for of in kinds for kind in of.__mro__}
     for wrapper in ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel"):
         if wrapper in names:
             raise StateError(

@@ -17,7 +17,14 @@ def follow_saving(backbone: nn.Module) -> None:
     holds = any(not record.leaving for record in records_of(backbone))
     there = hook_loading(backbone, LoadCheckpoint, partial(LoadCheckpoint, backbone, SavedBackbone()))
     saved: SavedBackbone = there.saved
-    wanted = [module for _, module in own_modules(backbone) if holds and _saves(module) and _has_deltas(module)]
+    # By class, because most modules have one of a few, which cannot be saved.
+    modules = [module for _, module in own_modules(backbone)] if holds else []
+    savable = {kind for kind in set(map(type, modules)) if callable(getattr(kind, METHOD, None))}
+    wanted = [
+        module
+        for module in modules
+        if (type(module) in savable or callable(module.__dict__.get(METHOD))) and _has_deltas(module)
+    ]
     for module in wanted:
         before = module.__dict__.get(METHOD)
         if not isinstance(before, Saver):
@@ -36,10 +43,6 @@ def follow_saving(backbone: nn.Module) -> None:
     hook_state_dicts(backbone, OtherSaves, wanted=holds)
     if not holds:
         hook_loading(backbone, LoadCheckpoint, None)
-
-
-def _saves(module: nn.Module) -> bool:
-    return callable(getattr(type(module), METHOD, None)) or callable(module.__dict__.get(METHOD))
 
 
 def _has_deltas(module: nn.Module) -> bool:

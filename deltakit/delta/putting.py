@@ -5,6 +5,10 @@ findable until the last step: `detach` of its handle, or of `deltas(model)`, doe
 """
 
 import sys
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
 
 from deltakit.core import (
     Attachment,
@@ -65,11 +69,18 @@ def put_all(attachment: Attachment) -> None:
 
 def _follow(site: Site) -> None:
     """Moves a delta module to the device of its target, which the user may have moved while the delta was detached."""
-    here = next((parameter.device for parameter in site.target._parameters.values() if parameter is not None), None)
-    own = next((parameter.device for parameter in site.module.parameters_read()), None)
+    here = _device_of(site.target._parameters.values())
+    own = _device_of(site.module._parameters.values()) or _device_of(site.module.parameters_read())
     # Offloaded parameters have no device of their own.
     if here is not None and own is not None and here != own and "meta" not in (here.type, own.type):
         site.module.to(here)
+
+
+def _device_of(parameters: Iterable[Tensor | None]) -> torch.device | None:
+    for parameter in parameters:
+        if parameter is not None:
+            return parameter.device
+    return None
 
 
 def switch(attachment: Attachment, *, active: bool) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from deltakit.core import Attachment, notice_moved_buffers, tensors_of
+from deltakit.core import Attachment, notice_moved_buffers, own_modules, tensors_in, tensors_of
 from deltakit.delta.full_training import refuse_taken
 
 
@@ -58,4 +58,11 @@ def fit(attachment: Attachment, state: Mapping[str, Tensor]) -> None:
 
 
 def _statistics(attachment: Attachment) -> dict[str, Tensor]:
-    return {name: own for name, own in tensors_of(attachment.backbone) if not isinstance(own, nn.Parameter)}
+    # Most modules have no buffers, and a load asks twice.
+    modules = [(path, module) for path, module in own_modules(attachment.backbone, every_name=True) if module._buffers]
+    return {
+        name: own
+        for path, module in modules
+        for name, own in tensors_in(path, module)
+        if not isinstance(own, nn.Parameter)
+    }

@@ -1,6 +1,8 @@
 """Saves and uploads a delta, in deltakit's own format or in another."""
 
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -8,7 +10,17 @@ from typing import Any
 
 from torch import Tensor
 
-from deltakit.core import Attachment, Site, extra_tensors, is_extra, is_first, is_sharded, wait_for_all
+from deltakit.core import (
+    Attachment,
+    Site,
+    collections_paused,
+    extra_tensors,
+    is_extra,
+    is_first,
+    is_sharded,
+    one_walk,
+    wait_for_all,
+)
 from deltakit.delta import tensors
 from deltakit.delta.as_loras import as_loras
 from deltakit.delta.changed_backbone import refuse_changed
@@ -34,10 +46,11 @@ def save(
     Raises:
         DeltaError: as `Delta.save` does.
     """
-    state = state_to_save(delta)
-    sharded = any(map(is_sharded, delta.parameters()))
-    if not sharded or is_first():
-        write(delta, Path(folder), format, state, results=results, repository=repository)
+    with one_walk(delta.backbone), collections_paused():
+        state = state_to_save(delta)
+        sharded = any(map(is_sharded, delta.parameters()))
+        if not sharded or is_first():
+            write(delta, Path(folder), format, state, results=results, repository=repository)
     if sharded:
         wait_for_all()
     return Path(folder)
@@ -91,10 +104,10 @@ def write(
     """
     refuse_others(folder, format)
     attachment = delta._attachment
-    sizes, count = [0] * len(attachment.record.methods), delta.num_parameters
+    sizes, count, names = [0] * len(attachment.record.methods), delta.num_parameters, sorted(state)
     for site in attachment.sites:
         trained = sum(p.numel() for _, p, _ in site.module.trained_parameters())
-        size = _computed(attachment, site, state) if site.module.computes_saved_state() else trained
+        size = _computed(attachment, site, state, names) if site.module.computes_saved_state() else trained
         sizes[site.method] += size
         count += size - trained
     details = CardDetails(
@@ -123,7 +136,14 @@ def _without_extras(attachment: Attachment, state: Mapping[str, Tensor], format:
     return {name: tensor for name, tensor in state.items() if not is_extra(name, extras)}
 
 
-def _computed(attachment: Attachment, site: Site, state: Mapping[str, Tensor]) -> int:
-    """Returns the number of values in a file of a delta module that saves what its parameters compute."""
+def _computed(attachment: Attachment, site: Site, state: Mapping[str, Tensor], names: Sequence[str]) -> int:
+    """Returns the number of values in a file of a delta module that saves what its parameters compute.
+
+    Args:
+        names: those of the tensors, sorted.
+    """
     prefix = attachment.named(site, "")
-    return sum(tensor.numel() for name, tensor in state.items() if name.startswith(prefix))
+    # Those of one module stand together, and there may be thousands of modules.
+    numbers = range(bisect_left(names, prefix), len(names))
+    own = takewhile(lambda number: names[number].startswith(prefix), numbers)
+    return sum(state[names[number]].numel() for number in own)

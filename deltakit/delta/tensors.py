@@ -21,9 +21,9 @@ from deltakit.core import (
 )
 from deltakit.delta.changed_backbone import is_part
 from deltakit.delta.full_training import fully_trained_tensors
-from deltakit.delta.running_statistics import fit
+from deltakit.delta.running_statistics import fit, fitting
 from deltakit.errors import OptionError, StateError
-from deltakit.files import is_finite
+from deltakit.files import check_tensors, is_finite
 
 FULLY_TRAINED = "fully_trained"
 """The tag of the backbone's own parameters that a delta fully trains."""
@@ -31,9 +31,11 @@ FULLY_TRAINED = "fully_trained"
 
 def named_parameters(attachment: Attachment) -> Iterator[tuple[str, nn.Parameter]]:
     """Yields every trained parameter of a delta with its name."""
+    labels = attachment.labels()
     for site in attachment.sites:
+        prefix = join(site.path, f"{labels[site.method]}.")
         for name, parameter, _ in site.module.trained_parameters():
-            yield attachment.named(site, name), parameter
+            yield prefix + name, parameter
     for name, tensor in fully_trained_tensors(attachment).items():
         if isinstance(tensor, nn.Parameter):
             yield name, tensor
@@ -79,10 +81,12 @@ def state_dict(attachment: Attachment) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     parts: dict[str, Tensor] = {}
     shapes = {name: tensor.shape for name, tensor in (record.backbone_values or record.trained_values).items()}
+    labels = attachment.labels()
     for site in attachment.sites:
-        state |= {attachment.named(site, name): value for name, value in site.module.saved_state().items()}
-        parts |= {attachment.named(site, name): tensor for name, tensor in parameters_of(site.module).items()}
-        shapes |= {attachment.named(site, name): shape for name, shape in (site.module.shapes or {}).items()}
+        prefix = join(site.path, f"{labels[site.method]}.")
+        state |= {prefix + name: value for name, value in site.module.saved_state().items()}
+        parts |= {prefix + name: tensor for name, tensor in parameters_of(site.module).items()}
+        shapes |= {prefix + name: shape for name, shape in (site.module.shapes or {}).items()}
     full = {name: tensor.detach() for name, tensor in trained_values(attachment).items()}
     state |= full
     _refuse_parts(parts | full, shapes)
@@ -192,6 +196,35 @@ def load_state_dict(
         record.backbone_values, record.trained_values, record.moved, record.start = held
         _load(attachment, values, put)
         raise
+
+
+def fill(attachment: Attachment, state: Mapping[str, Tensor], where: str) -> None:
+    """Loads the tensors of a file into a delta that was just built for them, and is thrown away if they do not fit.
+
+    So nothing is copied to be loaded again, and nothing can be sharded yet.
+
+    Args:
+        where: the folder or repository, for error messages.
+
+    Raises:
+        CheckpointError: if a tensor is missing, unknown, of another shape or dtype, or not finite.
+    """
+    labels = attachment.labels()
+    prefixes = [join(site.path, f"{labels[site.method]}.") for site in attachment.sites]
+    own = [site.module.saved_state() for site in attachment.sites]
+    expected = {prefix + name: value for prefix, of in zip(prefixes, own, strict=True) for name, value in of.items()}
+    wanted = fitting(attachment, state, expected | attachment.record.trained_values)
+    check_tensors(state, wanted, own=attachment.record.fully_trained, where=where)
+    fit(attachment, state)
+    with normal_tensors(), torch.no_grad():
+        for site, prefix, of in zip(attachment.sites, prefixes, own, strict=True):
+            if site.module.holds_saved_state():
+                for name, value in of.items():
+                    value.copy_(state[prefix + name])
+            else:
+                site.module.load_saved({name: state[prefix + name] for name in of})
+        for name, tensor in trained_values(attachment).items():
+            tensor.copy_(state[name])
 
 
 def _load(attachment: Attachment, state: Mapping[str, Tensor], put: Callable[..., None]) -> None:

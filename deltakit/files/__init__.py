@@ -2,7 +2,7 @@
 the Hub."""
 
 from deltakit.files.card import CardDetails, model_card
-from deltakit.files.checkpoint import DELTA_FILES, WEIGHTS_FILE, plain_tensors, read_tensors, write_weights
+from deltakit.files.checkpoint import DELTA_FILES, WEIGHTS_FILE, plain_tensors, write_weights
 from deltakit.files.config import backbone_identity, delta_config, expanded, methods_of, room_for
 from deltakit.files.fingerprint import differences
 from deltakit.files.formats import WRITERS, Written, deltas_below, format_of, formats_in, read_saved, refuse_others
@@ -11,6 +11,7 @@ from deltakit.files.repository import is_repository, loaded_from
 from deltakit.files.saved import Saved
 from deltakit.files.schema import checked as checked_data
 from deltakit.files.schema import from_file, read_method
+from deltakit.files.tensor_file import read_tensors
 from deltakit.files.training_marks import TRAINED_DELTA, deltas_by_prefix, deltas_in
 from deltakit.files.values import check_tensors, is_finite
 

@@ -22,6 +22,7 @@ from deltakit.files.partial import partial_folder
 from deltakit.files.readable_copy import check_copy
 from deltakit.files.schema import DeltaConfig, read_config
 from deltakit.files.seal import check_seal, sealed
+from deltakit.files.tensor_file import identity, read_whole
 
 CONFIG_FILE = "delta_config.json"
 TENSORS_FILE = "delta_model.safetensors"
@@ -33,7 +34,6 @@ WEIGHTS_FILE = "model.safetensors"
 
 _ENTRY, _FIRST_ENTRY = "delta", "description"
 _CARD_MARK = b"<!-- written by deltakit: remove this line to keep your own text -->"
-_TRIES = 100
 
 
 def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> None:
@@ -142,62 +142,17 @@ def read_folder(folder: Path, *, values: bool = True) -> tuple[DeltaConfig, dict
     try:
         if not tensors_file.is_file():
             raise _absent(folder, TENSORS_FILE)
-        metadata, tensors, identity = _read(tensors_file, values)
+        metadata, tensors, before = read_whole(tensors_file, values)
         if _ENTRY not in metadata:
             return _first_format(folder, metadata), tensors
         config = read_config(metadata[_ENTRY], tensors_file)
         check_seal(config, tensors if values else None, tensors_file)
-        check_copy(config_file, config, tensors_file, lambda: _identity(tensors_file) != identity)
+        check_copy(config_file, config, tensors_file, lambda: identity(tensors_file) != before)
     except OSError as error:
         raise CheckpointError(
             f"{folder}: the delta could not be read: {error}; allow reading it, or copy it again"
         ) from error
     return config, tensors
-
-
-def read_tensors(file: Path, *, values: bool = True) -> dict[str, Tensor]:
-    """Returns the tensors of a safetensors file; without their values, on the meta device.
-
-    Raises:
-        CheckpointError: if it is damaged.
-    """
-    return _read(file, values)[1]
-
-
-def read_metadata(file: Path) -> dict[str, str]:
-    """Returns the metadata of a safetensors file.
-
-    Raises:
-        CheckpointError: if it is damaged.
-    """
-    return _read(file, False)[0]
-
-
-def _read(file: Path, values: bool) -> tuple[dict[str, str], dict[str, Tensor], object]:
-    """Returns the metadata and the tensors of a safetensors file, and the identity of the file."""
-    for _ in range(_TRIES):
-        before = _identity(file)
-        problem: Exception | None = None
-        try:
-            with safetensors.safe_open(file, "pt") as opened:
-                metadata = opened.metadata() or {}
-                # A tensor is a view of the file until its values are used.
-                device = "cpu" if values else "meta"
-                tensors = {name: opened.get_tensor(name).to(device) for name in opened.keys()}  # noqa: SIM118
-        except Exception as error:
-            # Not only its own errors: a header with impossible sizes or types gets as far as torch.
-            problem = error
-        # safetensors opens the file twice. A save may have replaced it in between.
-        if before == _identity(file):
-            break
-    if problem is not None:
-        raise CheckpointError(f"{file} is damaged or cut off: {problem}; save or download it again") from problem
-    return metadata, tensors, before
-
-
-def _identity(file: Path) -> object:
-    found = file.stat()
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _first_format(folder: Path, metadata: Mapping[str, str]) -> DeltaConfig:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from deltakit.core import (
@@ -31,6 +32,8 @@ _TENSORS, _VALUES = 256, 2
 _ROUNDED, _PAIRS = 0.3, 16
 _PACKED_TENSORS = 16
 
+_WITHIN_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def fingerprint(backbone: nn.Module, *, leave_out: Collection[str] = ()) -> dict[str, Any]:
     """Returns the fingerprint of a backbone without its deltas.
@@ -43,19 +46,18 @@ def fingerprint(backbone: nn.Module, *, leave_out: Collection[str] = ()) -> dict
         leave_out: the names of parameters whose values are omitted, because training changed them.
     """
     parameters = dict(named_logical_parameters(backbone))
+    plain = {name for name, p in parameters.items() if _plain(p)}
     sampled = [
-        name for name, p in parameters.items() if name not in leave_out and (_plain(p) or is_quantized(p.stored))
+        name for name, p in parameters.items() if name not in leave_out and (name in plain or is_quantized(p.stored))
     ]
     matrices = [name for name in sampled if len(parameters[name].shape or ()) >= 2]
     chosen = _spread(matrices or sampled)
-    quantized = [name for name in chosen if not _plain(parameters[name])]
+    quantized = [name for name in chosen if name not in plain]
     found = {
         "class": class_name(backbone),
         "structure": _hash((name, p.shape) for name, p in parameters.items()),
         "parameters": sum(p.numel for p in parameters.values()),
-        "values": _finite(
-            {name: _sample(name, parameters[name].stored) for name in chosen if _plain(parameters[name])}
-        ),
+        "values": _finite({name: _sample(name, parameters[name].stored) for name in chosen if name in plain}),
     }
     if any(p.stored.shape != p.shape or not is_compute_dtype(p.stored.dtype) for p in parameters.values()):
         found["packed"] = _hash((name, p.shape) for name, p in own_parameters(backbone))
@@ -125,7 +127,11 @@ def _places(name: str, count: int) -> list[int]:
 
 def _sample(name: str, parameter: Tensor) -> list[float]:
     flat = parameter.detach().reshape(-1)
-    return [float(value) for value in flat[_places(name, flat.numel())].float().tolist()]
+    places = _places(name, flat.numel())
+    if flat.device.type == "cpu" and flat.dtype in _WITHIN_FLOAT32:
+        # Value by value, in half of the time.
+        return [flat[place].item() for place in places]
+    return [float(value) for value in flat[places].float().tolist()]
 
 
 def _finite(samples: Mapping[str, list[float] | None]) -> dict[str, list[float]]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from deltakit.errors import CheckpointError
-from deltakit.files.checkpoint import read_tensors
+from deltakit.files.tensor_file import read_tensors
 
 
 def read_either(folder: Path, safe: str, pickle: str, *, values: bool) -> dict[str, Tensor] | None:

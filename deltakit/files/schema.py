@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import lru_cache
 from typing import Annotated, Any, TypedDict, get_args, get_type_hints
 
 import msgspec
@@ -162,10 +163,15 @@ def read_method(entry: Mapping[str, Any], where: object, field: str) -> Method:
 
 def _option_types(kind: type[Method]) -> dict[str, Any]:
     try:
-        hints = get_type_hints(kind)
+        return _hints_of_options(kind)
     except NameError:
         # A name that exists for type checkers only. Then the method's own checks must be enough.
         return {}
+
+
+@lru_cache(256)
+def _hints_of_options(kind: type[Method]) -> dict[str, Any]:
+    hints = get_type_hints(kind)
     own = {field.name: hints[field.name] for field in fields(kind)}
     # As plain data these are texts; a class is written as its name.
     # What may differ between targets has one value in a file: each value is a method there, with its own targets.

@@ -148,23 +148,19 @@ def _watch_inside(module: nn.Module, path: str, known: dict[int, bool], all_foun
     """
     if id(module) in known:
         return known[id(module)]
-    known[id(module)] = False
-    records = records_at(module) if module._modules else {}
-    if not records:
+    known[id(module)] = found = False
+    # Nearly all modules have no hooks, and half of them no modules in them.
+    hooked = bool(module._forward_hooks or module._forward_pre_hooks)
+    if module._modules:
+        found = _watch_target(module, path, all_found)
+        for name, child in own_children(module):
+            if _watch_inside(child, join(path, name), known, all_found):
+                all_found.ways.append((module, name))
+                found = True
+    elif hooked:
         _remove_copies(module)
-    records = _without(records, all_found.leaving)
-    found = bool(records)
-    records = _without(records, all_found.elsewhere)
-    if records:
-        all_found.targets.append((path, module, records))
-        all_found.records.update(records)
-        all_found.reads_call |= _reads_call(module)
-    for name, child in own_children(module):
-        if _watch_inside(child, join(path, name), known, all_found):
-            all_found.ways.append((module, name))
-            found = True
     known[id(module)] = found
-    if not found:
+    if hooked and not found:
         forget_rows(module)
     if hasattr(type(module), "gradient_checkpointing"):
         stand(InputGradients, module, partial(_ahead, module), wanted=found)
@@ -173,9 +169,25 @@ def _watch_inside(module: nn.Module, path: str, known: dict[int, bool], all_foun
     return found
 
 
+def _watch_target(module: nn.Module, path: str, all_found: _Found) -> bool:
+    """Notes the deltas on a module, and returns whether there are any."""
+    records = records_at(module)
+    if not records:
+        _remove_copies(module)
+        return False
+    records = _without(records, all_found.leaving)
+    found = bool(records)
+    records = _without(records, all_found.elsewhere)
+    if records:
+        all_found.targets.append((path, module, records))
+        all_found.records.update(records)
+        all_found.reads_call |= _reads_call(module)
+    return found
+
+
 def _without(records: Mapping[Record, Any], others: Collection[Record]) -> Mapping[Record, Any]:
     # There may be hundreds of records, and nearly always none or one of the others.
-    there = {record for record in others if record in records}
+    there = {record for record in others if record in records} if others else ()
     return {record: None for record in records if record not in there} if there else records
 
 

@@ -1,13 +1,14 @@
 """The check that the first forward of a backbone calls every target."""
 
 from collections.abc import Collection
+from functools import cache
 from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from deltakit.core import Attachment, DeltaModule, Record, above, is_callable, module_at, own_modules
+from deltakit.core import Attachment, DeltaModule, Record, above, is_callable, module_at, own_modules, parent_of
 from deltakit.errors import StateError, TargetError, warn
 from deltakit.injection.hooks import scopes_of
 from deltakit.injection.output_hooks import InputHook, OutputHook
@@ -142,8 +143,10 @@ class FirstForward:
         (self.again.add if again else self.again.discard)(record)
         paths = {id(module): path for path, module in own_modules(backbone)}
         self.deltas[record] = [(site.owner, site.module) for site in attachment.sites]
+        # Once for all targets in one module.
+        around = cache(lambda parent: self._around(attachment, parent))
         watched = [
-            Watched(paths[id(module)], module, str(site.key), site.module, self._around(attachment, paths[id(module)]))
+            Watched(paths[id(module)], module, str(site.key), site.module, around(parent_of(paths[id(module)])))
             for site in attachment.sites
             if site.module.must_be_called
             for module in ([site.target] if site.module.weight_read is None else scopes_of(backbone, site.module))
@@ -157,7 +160,7 @@ class FirstForward:
         self.watched[record] = watched
 
     def _around(self, attachment: Attachment, path: str) -> Ran | None:
-        """Returns what notes that the module around a path ran; None for the backbone."""
+        """Returns what notes that the module ran that calls those at a path; None for the backbone."""
         # If the surrounding module did not run either, the target had no chance to be called. Its hook tells the two cases
         # apart. The backbone itself is running whenever it is asked.
         parent = _caller(attachment.backbone, path)
@@ -236,8 +239,8 @@ def _offloaded(delta: DeltaModule) -> bool:
 
 
 def _caller(backbone: nn.Module, path: str) -> nn.Module:
-    """Returns the innermost module around a path that can be called: a list of modules cannot."""
-    for name in above(path.rpartition(".")[0]):
+    """Returns the innermost module at or around a path that can be called: a list of modules cannot."""
+    for name in above(path):
         module = module_at(backbone, name)
         if module is not None and is_callable(module):
             return module

@@ -137,6 +137,12 @@ def _changed_keys(target: nn.Module, hooks: Sequence[Any], added: str, removed: 
     if any(isinstance(hook, ContextInputHook | ContextOutputHook) for hook in hooks) or bool(added) == bool(removed):
         return None
     children: Any = target._modules
+    if len(children) == 1 and not (added and hooks):
+        # Nearly always: the first delta module of a target, or the only one.
+        kind = type(children[added or removed])
+        if removed:
+            return Keys((), (), always=False)
+        return Keys((added,) if kind.acts_before() else (), (added,) if kind.acts_after() else (), kind.cleans_up())
     before = next((hook.delta_keys for hook in hooks if isinstance(hook, InputHook)), ())
     after = next((hook.delta_keys for hook in hooks if isinstance(hook, OutputHook)), ())
     there = len({*before, *after} if before and after else before or after) + bool(added)

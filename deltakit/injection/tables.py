@@ -20,6 +20,7 @@ _TABLES = {
     "_state_dict_hooks": (),
     "_state_dict_pre_hooks": (),
 }
+_HOW = tuple(name for others in _TABLES.values() for name in others)
 
 
 # Tables are copied before they are read: another thread may change them.
@@ -28,6 +29,8 @@ def ours(module: nn.Module, kind: type[Any] | tuple[type[Any], ...]) -> list[Any
     own = module.__dict__
     # Nearly all tables are empty, and all modules are asked at each attach.
     found = [_object_of(hook) for name in _TABLES if own[name] for hook in list(own[name].values())]
+    if not found:
+        return []
     return list(dict.fromkeys(hook for hook in found if isinstance(hook, kind)))
 
 
@@ -43,6 +46,8 @@ def ids_of_modules(backbone: nn.Module) -> set[int] | None:
 def unhook(module: nn.Module, hooks: Iterable[Any]) -> None:
     """Removes hooks from a module. It can be repeated after an interruption."""
     own, removed = module.__dict__, {id(hook) for hook in hooks}
+    if not removed and not any(map(own.__getitem__, _HOW)):
+        return
     for name, others in _TABLES.items():
         table = own[name]
         if table and removed:

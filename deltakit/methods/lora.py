@@ -70,8 +70,9 @@ class LoRADelta(LowRank):
         super().__init__(target, scaling=options.scaling, dropout=options.dropout, keep=options.keep)
         # The experts of a mixture are one parameter: a stack of matrices.
         stack, r = stack_of(target), one_value(options.r)
-        self.A = nn.Parameter(torch.empty(*stack, r, self.d_in, **like(target)))
-        self.B = nn.Parameter(torch.empty(*stack, self.d_out, r, **like(target)))
+        where = like(target)
+        self.A = nn.Parameter(torch.empty(*stack, r, self.d_in, **where))
+        self.B = nn.Parameter(torch.empty(*stack, self.d_out, r, **where))
         self.start, self.frozen_a = options.start, options.frozen_a
         self.differs = self.start in STARTS_WITH_A_PRODUCT
         if self.differs:

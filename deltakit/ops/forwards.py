@@ -5,11 +5,14 @@ from torch import nn
 from deltakit.core import Target
 from deltakit.errors import TargetError
 
+_KINDS = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 def has_own_forward(module: nn.Module) -> bool:
     """Returns whether it is of a subclass of torch's embedding or convolution that has a forward of its own."""
-    kinds = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return any(isinstance(module, kind) and type(module).forward is not kind.forward for kind in kinds)
+    if not isinstance(module, _KINDS):
+        return False
+    return any(isinstance(module, kind) and type(module).forward is not kind.forward for kind in _KINDS)
 
 
 def refuse_max_norm(target: Target, method: str) -> None:

@@ -11,6 +11,8 @@ from deltakit.core import Target, is_compute_dtype, join, linear_sizes, own_chil
 from deltakit.errors import TargetError
 from deltakit.selection import output_features
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 def sizes(target: Target, method: str) -> tuple[int, int]:
     """Returns the input and output size of a linear map.
@@ -29,7 +31,7 @@ def sizes(target: Target, method: str) -> tuple[int, int]:
         return _parameter_sizes(target, method)
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if isinstance(module, _CONVOLUTIONS):
         return module.in_channels // module.groups * math.prod(module.kernel_size), module.out_channels
     linear = linear_sizes(module)
     if linear is not None:
@@ -58,7 +60,7 @@ def matrix_sizes(target: Target, method: str) -> tuple[int, int]:
 def kernel_of(target: Target) -> torch.Size:
     """Returns the size of a convolution's kernel; () for other targets."""
     module = target.module
-    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or target.parameter:
+    if not isinstance(module, _CONVOLUTIONS) or target.parameter:
         return torch.Size()
     return torch.Size(module.kernel_size)
 
@@ -256,13 +258,11 @@ def like(target: Target) -> dict[str, Any]:
         TargetError: if the target has no weights, or they are quantized and its dtype is unknown.
     """
     weight = target.module._parameters.get(target.parameter or "weight")
-    if (
-        weight is not None
-        and is_compute_dtype(weight.dtype)
-        and not (weight.is_meta and hasattr(target.module, "_hf_hook"))
-    ):
-        # The usual case. Attaching calls this for every target, so it avoids the walk over all tensors.
-        return {"dtype": weight.dtype, "device": weight.device}
+    if weight is not None:
+        dtype, device = weight.dtype, weight.device
+        if is_compute_dtype(dtype) and not (device.type == "meta" and hasattr(target.module, "_hf_hook")):
+            # The usual case. Attaching calls this for every target, so it avoids the walk over all tensors.
+            return {"dtype": dtype, "device": device}
     return {"dtype": dtype_of(target), "device": _device_of(target)}
 
 

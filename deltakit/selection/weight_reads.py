@@ -6,7 +6,7 @@ these are: WavLM passes `self.out_proj.weight` to torch's attention function, Ma
 
 import dis
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import takewhile
@@ -28,6 +28,7 @@ class WeightReads:
     modules: Mapping[str, nn.Module]
     names: Mapping[int, Sequence[str]]
     _known: dict[tuple[type, str], bool] = field(default_factory=dict)
+    _codes: dict[type, list[CodeType]] = field(default_factory=dict)
 
     def of(self, owner: str, parameter: str) -> WeightRead | None:
         """Returns where a target's weight is read; None if the target is a module that is called as usual.
@@ -52,12 +53,17 @@ class WeightReads:
 
     def _read_around(self, owner: str, read: str) -> WeightRead | None:
         """The read by the nearest module around, if its code reads the weight."""
-        for scope in above(owner):
+        scope, below = owner, ""
+        while scope:
+            scope, _, name = scope.rpartition(".")
+            if not name.isidentifier():
+                # No code of a module further out can name it: it is in a list.
+                return None
+            below = join(name, below) if below else name
             module = self.modules[scope]
-            below = owner[len(scope) :].lstrip(".")
-            if isinstance(module, nn.MultiheadAttention) and below == "out_proj":
+            if below == "out_proj" and isinstance(module, nn.MultiheadAttention):
                 return WeightRead(scope, below, never_called=True)
-            if below and self._reads(type(module), join(below, read)):
+            if self._reads(type(module), f"{below}.{read}"):
                 return WeightRead(scope, below, never_called=only_reads(type(module), below))
         return None
 
@@ -80,7 +86,9 @@ class WeightReads:
 
     def _reads(self, kind: type, chain: str) -> bool:
         if (kind, chain) not in self._known:
-            self._known[kind, chain] = reads(kind, chain)
+            if kind not in self._codes:
+                self._codes[kind] = list(_codes(kind))
+            self._known[kind, chain] = _read_in(self._codes[kind], chain)
         return self._known[kind, chain]
 
 
@@ -99,13 +107,17 @@ def reads(kind: type, chain: str) -> bool:
     Methods of torch's own classes are not searched: `nn.MultiheadAttention` is handled by name, and the others call their
     modules when hooks are registered.
     """
+    return _read_in(_codes(kind), chain)
+
+
+def _read_in(codes: Iterable[CodeType], chain: str) -> bool:
     wanted = chain.split(".")
     if not all(name.isidentifier() for name in wanted):
         return False
     size = len(wanted)
     return any(
         names[:size] == wanted and not _METADATA.intersection(names[size:][:1])
-        for code in _codes(kind)
+        for code in codes
         for names in _chains(code)
     )
 

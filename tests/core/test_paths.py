@@ -3,7 +3,8 @@
 import pytest
 from torch import nn
 
-from deltakit.core import one_walk, own_modules, own_parameters
+import deltakit as dk
+from deltakit.core import one_walk, own_modules, own_parameters, paths
 
 
 @pytest.mark.parametrize("every_name", [True, False])
@@ -28,6 +29,25 @@ def test_a_walk_that_was_left_behind_is_not_used():
     walk.__exit__(None, None, None)
     with one_walk(backbone):
         assert [path for path, _ in own_modules(backbone)] == ["", "one", "two"]
+
+
+def test_a_load_walks_the_backbone_once(tmp_path, monkeypatch):
+    backbone = nn.Sequential(nn.Linear(2, 2))
+    delta = dk.attach(backbone, dk.BitFit(at="0"))
+    nn.init.ones_(next(delta.parameters()))
+    delta.save(tmp_path)
+    delta.detach()
+    walked, walks = paths._walked, []
+
+    def counted(module, every_name):
+        walks.append((module is backbone, every_name))
+        return walked(module, every_name)
+
+    monkeypatch.setattr(paths, "_walked", counted)
+    dk.load(tmp_path, backbone)
+    # Before the walk is kept, it is asked whether this is a plain backbone.
+    assert walks.count((True, True)) == 1
+    assert walks.count((True, False)) == 2
 
 
 def test_each_parameter_has_its_first_name():

@@ -288,6 +288,21 @@ def test_all_tensors_together_are_limited_too():
     assert len(kept) == 3
 
 
+def test_many_layers_alike_are_limited_by_what_they_need_together():
+    model = nn.Sequential(*(nn.Linear(3_000, 3_000, bias=False) for _ in range(9)), nn.Linear(7, 5))
+    index, method = BackboneIndex(model), dk.LoRA(r=300, at="*")
+    targets = [index.target(str(number)) for number in range(9)]
+    limit = SizeLimit({"x": torch.zeros(3)}, index)
+    before = limit.left
+    assert limit.admits(index, method, targets)
+    limit.left = 15_000_000
+    assert not limit.admits(index, method, targets)
+    assert limit.admits(index, method, targets[:8])
+    # What one of them needs is what it does not say: then all are built under the limit, which names the first one.
+    assert not limit.admits(index, dk.LoRA(r=3_001, at="*"), targets)
+    assert (limit.left, before > 15_000_000) == (15_000_000, True)
+
+
 def test_frozen_tensors_from_a_seed_are_not_in_the_file_and_load():
     index = BackboneIndex(nn.Linear(3_000, 1_000))
     with SizeLimit({"x": torch.zeros(3)}, index):

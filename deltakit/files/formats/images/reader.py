@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from deltakit.core import is_quantized, join, tensors_in, wide
 from deltakit.errors import CheckpointError
-from deltakit.files.checkpoint import read_metadata, read_tensors
 from deltakit.files.formats.dora import read_magnitudes
 from deltakit.files.formats.format import Parts
 from deltakit.files.formats.images.fused import unfused
@@ -24,6 +23,7 @@ from deltakit.files.formats.source import Source
 from deltakit.files.pickles import read_pickle
 from deltakit.files.saved import Saved, Trained
 from deltakit.files.schema import checked, read_json
+from deltakit.files.tensor_file import read_metadata, read_tensors
 
 
 def is_diffusers(place: Path) -> bool:

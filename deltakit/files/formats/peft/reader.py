@@ -13,7 +13,6 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from deltakit.errors import CheckpointError, warn
-from deltakit.files.checkpoint import read_tensors
 from deltakit.files.formats.adapter_config import CONFIG, is_adapterhub
 from deltakit.files.formats.format import Parts
 from deltakit.files.formats.layers import LAYERS_OF_LORA, Layers
@@ -48,6 +47,7 @@ from deltakit.files.formats.source import Source
 from deltakit.files.pickles import read_either
 from deltakit.files.saved import Saved, Trained
 from deltakit.files.schema import read_json
+from deltakit.files.tensor_file import read_tensors
 
 _PREFIX = r"^base_model\.(model\.)?"
 

@@ -1,0 +1,92 @@
+"""Reading safetensors files: the same tensors as safetensors gives, in one pass."""
+
+import json
+
+import pytest
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+
+from deltakit.errors import CheckpointError
+from deltakit.files.tensor_file import read_metadata, read_tensors
+
+TENSORS = {
+    "matrix": torch.arange(6.0).view(2, 3),
+    "scalar": torch.tensor(2.5),
+    "none": torch.empty(0, 3),
+    "double": torch.arange(3.0).double(),
+    "half": torch.arange(3.0).half(),
+    "brain": torch.arange(5.0).bfloat16(),
+    "long": torch.arange(3),
+    "bytes": torch.arange(3).to(torch.uint8),
+    "flags": torch.tensor([True, False]),
+    "quarter": torch.arange(4.0).to(torch.float8_e4m3fn),
+}
+
+
+def equal(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
+        assert torch.equal(found[name].float(), tensor.float()), name
+
+
+@pytest.fixture
+def file(tmp_path):
+    save_file(TENSORS, tmp_path / "a.safetensors", metadata={"what": "a test"})
+    return tmp_path / "a.safetensors"
+
+
+def test_all_types_are_those_of_safetensors(file):
+    equal(read_tensors(file), load_file(file))
+    assert read_metadata(file) == {"what": "a test"}
+
+
+def test_without_values(file):
+    found = read_tensors(file, values=False)
+    assert all(tensor.is_meta for tensor in found.values())
+    assert {n: (t.dtype, t.shape) for n, t in found.items()} == {n: (t.dtype, t.shape) for n, t in TENSORS.items()}
+
+
+@pytest.mark.parametrize("odd", range(1, 9))
+def test_headers_of_any_size(tmp_path, odd):
+    """Other writers do not fill the header up, so that values lie at odd places."""
+    values = torch.arange(7.0)
+    header = json.dumps({"x" * odd: {"dtype": "F32", "shape": [7], "data_offsets": [0, 28]}}).encode()
+    file = tmp_path / "odd.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + values.numpy().tobytes())
+    equal(read_tensors(file), {"x" * odd: values})
+
+
+def test_what_is_written_into_the_tensors_changes_no_file(file):
+    before = file.read_bytes()
+    for tensor in read_tensors(file).values():
+        if tensor.dtype != torch.float8_e4m3fn:
+            tensor.fill_(1)
+    assert file.read_bytes() == before
+
+
+def test_no_tensor_is_asked_of_safetensors_one_by_one(file, monkeypatch):
+    """It took most of the time to read a delta."""
+    save_file({name: TENSORS[name] for name in ("matrix", "brain")}, file)
+    opened = safetensors.safe_open
+
+    class Opened:
+        def __init__(self, *args):
+            self.handle = opened(*args)
+            self.metadata, self.keys = self.handle.metadata, self.handle.keys
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return self.handle.__exit__(*error)
+
+    monkeypatch.setattr(safetensors, "safe_open", Opened)
+    equal(read_tensors(file), {name: TENSORS[name] for name in ("matrix", "brain")})
+
+
+def test_a_file_that_is_cut_off(file):
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(CheckpointError, match="is damaged or cut off"):
+        read_tensors(file)
