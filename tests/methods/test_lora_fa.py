@@ -51,7 +51,8 @@ def test_only_the_product_with_a_is_kept(asks):
     for frozen in (True, False):
         model, delta = layers(frozen_a=frozen)
         with dk.rows(model, [delta.name] * TOKENS):
-            assert ((TOKENS, 1, D_IN) in kept(model, x[:, None])) != frozen
+            # It is kept as x^T.
+            assert ((TOKENS, D_IN, 1) in kept(model, x[:, None])) != frozen
 
 
 def test_values_and_gradients_are_those_of_the_formula():

@@ -8,18 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers as tf
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import deltakit as dk
-from deltakit.integrations import small_checkpoints, small_states
-from deltakit.prompting import Ensemble, PromptModel, PrototypicalVerbalizer, SoftVerbalizer, Template, WordVerbalizer
-from prompting.test_prompt_training import DATA, SOFT
+from deltakit.integrations import small_states
+from deltakit.prompting import Ensemble, PromptModel, PrototypicalVerbalizer, Template, WordVerbalizer
 from support.prompt_models import TOKENIZER_OF, WORDS, model_of, tokenizer_of
+from support.prompt_training import DATA, SAVED, STEPS, prompt_model, trainer_of
 
-STEPS, SAVED = 6, 3
 KINDS = ("bert", "gpt2", "t5")
 
 
@@ -28,33 +26,6 @@ def fresh_state():
     AcceleratorState._reset_state(True)
     yield
     AcceleratorState._reset_state(True)
-
-
-def prompt_model(kind="bert", *, attach=True, freeze=True):
-    """A prompt model with dropout, whose soft tokens, LoRA and verbalizer are trained."""
-    tokenizer, model = tokenizer_of(TOKENIZER_OF[kind]), model_of(kind)
-    template = Template(SOFT if attach else SOFT.replace('{"soft": "it was"}', ""), tokenizer, model)
-    if attach:
-        dk.attach(model, template.soft_prompt(), dk.LoRA(r=3, dropout=0.1), freeze=freeze)
-    return PromptModel(model, template, SoftVerbalizer(model, {"good": "good", "bad": "bad"}, tokenizer=tokenizer))
-
-
-def trainer_of(model, folder, small=True, **options):
-    settings = tf.TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=4,
-        max_steps=STEPS,
-        learning_rate=2e-2,
-        save_steps=SAVED,
-        remove_unused_columns=False,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        **{name: options.pop(name) for name in list(options) if name != "compute_metrics"},
-    )
-    trainer = tf.Trainer(model, settings, train_dataset=DATA, eval_dataset=DATA, data_collator=model.collate, **options)
-    return small_checkpoints(trainer) if small else trainer
 
 
 def equal(model, other):
@@ -107,7 +78,7 @@ def test_the_best_checkpoint_is_loaded(tmp_path):
 _RESUME = """
 import sys
 import torch
-from prompting.test_prompt_checkpoints import prompt_model, trainer_of
+from support.prompt_training import prompt_model, trainer_of
 model = prompt_model("gpt2")
 trainer_of(model, sys.argv[2]).train(resume_from_checkpoint=sys.argv[1])
 torch.save(model.state_dict(), sys.argv[2] + "/state.pt")

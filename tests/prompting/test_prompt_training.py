@@ -11,13 +11,7 @@ import deltakit as dk
 from deltakit.errors import OptionError, TargetError
 from deltakit.prompting import Ensemble, PromptModel, SoftVerbalizer, Template, WordVerbalizer
 from support.prompt_models import TOKENIZER_OF, WORDS, model_of, tokenizer_of
-
-TEXTS = {
-    "good": ["a film to remember", "great and fine", "yes so good"],
-    "bad": ["boring plot", "awful and bad", "no a bad word"],
-}
-DATA = [{"text": text, "label": label} for label, texts in TEXTS.items() for text in texts] * 4
-SOFT = '{"placeholder": "text"} {"soft": "it was"} {"mask"}'
+from support.prompt_training import DATA, SOFT
 
 
 @pytest.fixture(autouse=True)

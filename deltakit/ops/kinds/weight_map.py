@@ -87,10 +87,18 @@ class WeightMap(DeltaModule):
         if joint is not None:
             y = add_linear_with(joint, x, lambda: self(self._bare(target)), tuple(self.parameters_read()))
             return y + (self._shift(target, x) * self.strength).to(y.dtype) if self.changes_bias else y
+        return replace_hidden(output, y + self._update(target, x, y))
+
+    def contribution(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+        # Not by `after_call`, which may change y in place.
+        return self._update(target, hidden_input(args, kwargs), y).expand_as(y)
+
+    def _update(self, target: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Returns what is added to y."""
         update = self._change(target, x)
         if self.view.feature_slice is not None:
             update = self.view.feature_slice.spread(update)
-        return replace_hidden(output, y + (update * self.strength).to(y.dtype))
+        return (update * self.strength).to(y.dtype)
 
     def product(self, target: nn.Module, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """Returns the product of the update with the input x of a linear layer."""
