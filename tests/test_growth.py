@@ -98,7 +98,7 @@ def of_blocks_that_differ(count, name):
     """The lines of a call on a model with no two equal blocks."""
     with torch.device("meta"):
         model = nn.ModuleList(nn.Sequential(nn.Linear(1, n), nn.LayerNorm(n)) for n in range(1, count + 1))
-    # The smaller of two: `regex` clears its cache of patterns once in a while, which is 1,200 lines.
+    # The smaller of two: `regex` clears its cache of patterns once in a while, which is thousands of lines.
     return min(steps(lambda: PRINTED[name](model)) for _ in range(2))
 
 
