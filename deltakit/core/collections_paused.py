@@ -14,10 +14,17 @@ def collections_paused() -> Iterator[None]:
     """
     # Of blocks inside each other, and in several threads, the one that found the collector at work starts it again.
     enabled = gc.isenabled()
-    # Inside `try`, because Ctrl-C may come behind each call.
+    # Inside `try`, because Ctrl-C may come behind each call, and twice, because it may come ahead of the first one's end.
     try:
-        gc.disable()
-        yield
+        try:
+            gc.disable()
+            yield
+        finally:
+            _start(enabled)
     finally:
-        if enabled:
-            gc.enable()
+        _start(enabled)
+
+
+def _start(enabled: bool) -> None:
+    if enabled:
+        gc.enable()

@@ -202,7 +202,9 @@ def _methods(saved: Saved, targets: Sequence[Sequence[str]], tensors: Mapping[st
 def _text(method: SavedMethod) -> str:
     """Returns the options in words: sizes, and what is not as it is by default."""
     kind = METHODS.get(method.name)
-    usual: Mapping[str, Any] = kind(**kind.example).to_dict() if kind is not None else {}
+    # Those of the example have no default.
+    options = kind(**kind.example).to_dict() if kind is not None else {}
+    usual = {name: value for name, value in options.items() if kind is None or name not in kind.example}
     return " ".join(
         f"{key}={value}"
         for key, value in method.options.items()

@@ -133,10 +133,13 @@ def convolved(
     return y + _CONVOLUTIONS[kernel - 1](h, b[(..., *[None] * kernel)], groups=layer_any.groups).to(y.dtype)
 
 
-def watched() -> bool:
-    """Returns whether a dispatch mode sees the results of all operations, and may keep a layer's output."""
-    # Dynamo cannot trace the second question, and traces no such mode.
-    return not _is_compiling() and _dispatch_modes() > 0
+def must_copy() -> bool:
+    """Returns whether a product must not be added to a layer's output in place, whoever made that output.
+
+    A dispatch mode sees the results of all operations, and may keep them; autocast does not cast for operations in place; and
+    compiled code gains nothing by them.
+    """
+    return _is_compiling() or _dispatch_modes() > 0 or _autocast()
 
 
 def frozen_weight(layer: nn.Module | None, x: Tensor, y: Tensor) -> Tensor | None:
@@ -203,34 +206,48 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        h, a, b, weight, *kept = ctx.saved_tensors
-        product: Product = ctx.product
-        needs_y, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
-        again = torch.is_grad_enabled()
-        if again and product.keep != "exact":
-            raise StateError(
-                f"second derivatives need the exact inputs, but LoRA(keep={product.keep!r}) rounded them; use keep='exact'"
-            )
-        low, high = a.to(g.dtype), b.to(g.dtype)
-        rows = (kept[0] if len(kept) == 1 else unpacked(*kept)).reshape(-1, ctx.shape[-1]) if kept else None
-        if again and rows is not None:
-            # The saved h has no graph. Second derivatives go through x and A, so h is computed again from them.
-            h = low @ rows.mT
-            h = h if product.tokens is None else _only(product.tokens, h)
-        whole = g.reshape(-1, g.shape[-1])
-        part = whole if high.shape[0] == whole.shape[1] else whole.narrow(1, product.start, high.shape[0])
-        gh = (high.mT @ part.mT) * product.scale
-        gh = gh if product.tokens is None else _only(product.tokens, gh)
-        gx = ga = gb = None
-        if needs_a and rows is not None:
-            ga = (gh @ rows).to(a.dtype)
-        if needs_b:
-            gb = (h @ part).mul(product.scale).mT.to(b.dtype)
-        if needs_x:
-            gx = whole @ (weight.mT if ctx.flipped else weight) if weight is not None else None
-            gx = gh.mT @ low if gx is None else gx.addmm_(gh.mT, low)
-            gx = gx.view(ctx.shape)
-        return g if needs_y else None, gx, ga, gb, None, None, None, None
+        if not _autocast():
+            return _gradients(ctx, g)
+        # The forward ran without autocast: under it the plain formula is taken.
+        with torch.autocast(g.device.type, enabled=False):
+            return _gradients(ctx, g)
+
+
+def _gradients(ctx: Any, g: Tensor) -> Any:
+    h, a, b, weight, *kept = ctx.saved_tensors
+    product: Product = ctx.product
+    needs_y, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
+    again = torch.is_grad_enabled()
+    if again and product.keep != "exact":
+        raise StateError(
+            f"second derivatives need the exact inputs, but LoRA(keep={product.keep!r}) rounded them; use keep='exact'"
+        )
+    if again and not kept and needs_x and needs_b:
+        # B's gradient depends on x by h, and the saved h has no graph.
+        raise StateError(
+            "second derivatives need the inputs of the layer, which a low-rank update with a frozen A does not keep; train A "
+            "(LoRA(frozen_a=False)), or freeze the embeddings, so that no input requires gradients"
+        )
+    low, high = a.to(g.dtype), b.to(g.dtype)
+    rows = (kept[0] if len(kept) == 1 else unpacked(*kept)).reshape(-1, ctx.shape[-1]) if kept else None
+    if again and rows is not None:
+        # The saved h has no graph. Second derivatives go through x and A, so h is computed again from them.
+        h = low @ rows.mT
+        h = h if product.tokens is None else _only(product.tokens, h)
+    whole = g.reshape(-1, g.shape[-1])
+    part = whole if high.shape[0] == whole.shape[1] else whole.narrow(1, product.start, high.shape[0])
+    gh = (high.mT @ part.mT) * product.scale
+    gh = gh if product.tokens is None else _only(product.tokens, gh)
+    gx = ga = gb = None
+    if needs_a and rows is not None:
+        ga = (gh @ rows).to(a.dtype)
+    if needs_b:
+        gb = (h @ part).mul(product.scale).mT.to(b.dtype)
+    if needs_x:
+        gx = whole @ (weight.mT if ctx.flipped else weight) if weight is not None else None
+        gx = gh.mT @ low if gx is None else gx.addmm_(gh.mT, low)
+        gx = gx.view(ctx.shape)
+    return g if needs_y else None, gx, ga, gb, None, None, None, None
 
 
 def fresh(target: nn.Module, delta: nn.Module) -> tuple[nn.Module | None, bool]:

@@ -10,7 +10,7 @@ product with the factors of all deltas, masked for each example, is faster, alth
 
 from collections.abc import Callable, Sequence
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -77,8 +77,8 @@ def shared_work(delta: DeltaModule, target: nn.Module, batch: MixedBatch) -> Sha
         numbers = [owners.index(name) if name in owners else -1 for name in batch.known]
         # The last number is that of examples without a delta, whose owner is -1.
         return SharedWork(here, torch.tensor([*numbers, -1], device=batch.owners.device)[batch.owners])
-    key = (target, "work")
-    # The same for all calls in a `rows` block: names and modules cannot change inside it.
+    # The same for all calls in a `rows` block, where names and modules cannot change. `train()` changes which modules drop.
+    key = (target, "work", delta.training)
     if key not in batch.kept:
         owners, here, alike = _modules_at(delta, target)
         places = [owners.index(name) if name in owners else -1 for name in batch.names]
@@ -210,11 +210,12 @@ def kept_or_made(batch: MixedBatch, key: Any, work: SharedWork, make: Callable[[
     # Inference tensors have no versions.
     if parameters[0].is_inference():
         return make()
-    state = [*map(id, parameters), *map(_VERSION, parameters)]
+    versions = [*map(_VERSION, parameters)]
     found = batch.kept.get(key)
-    if found is None or found[0] != state:
-        found = batch.kept[key] = (state, make())
-    return found[1]
+    # The tensors themselves are kept, because another tensor may get the id of one that is gone.
+    if found is None or found[1] != versions or not all(map(is_, found[0], parameters)):
+        found = batch.kept[key] = (parameters, versions, make())
+    return found[2]
 
 
 def _tables(modules: Sequence[Sequence[Any]]) -> list[dict[str, Tensor]] | None:

@@ -42,7 +42,9 @@ def recomputed(formula: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     Args:
         formula: draws no random numbers and reads no other tensors that require gradients.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _transformed():
+    plain = not torch.is_grad_enabled() or torch.compiler.is_compiling() or _transformed()
+    # A trace cannot hold a function with a backward pass, and inference tensors cannot be saved for one.
+    if plain or torch.jit.is_tracing() or any(one.is_inference() for one in inputs):
         return formula(*inputs)
     out: Tensor = _Again.apply(formula, *inputs)
     return out
@@ -61,9 +63,10 @@ class _Again(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         needed = ctx.needs_input_grad[1:]
         again = torch.is_grad_enabled()
-        inputs = list(ctx.saved_tensors)
-        if not again:
-            inputs = [one.detach().requires_grad_(need) for one, need in zip(inputs, needed, strict=True)]
+        # Aliases: of the inputs themselves, hooks would run twice, and x may depend on the other inputs.
+        with torch.enable_grad():
+            aliases = [one.view_as(one) if again else one.detach() for one in ctx.saved_tensors]
+        inputs = [one if again else one.requires_grad_(need) for one, need in zip(aliases, needed, strict=True)]
         asked = [one for one, need in zip(inputs, needed, strict=True) if need]
         with torch.enable_grad():
             out = ctx.formula(*inputs)
@@ -151,9 +154,13 @@ class _Recomputed(torch.autograd.Function):
         if needs_x:
             # Second derivatives go through the matrix, too.
             whole = (update if again else update.detach()).to(g.dtype)
-            if frozen is not None:
-                whole = torch.add(frozen.mT if ctx.flipped else frozen, whole, alpha=ctx.scale)
-            gx = g @ whole
+            if frozen is None:
+                gx = g @ whole
+            elif g.dtype.itemsize > 2:
+                gx = g @ torch.add(frozen.mT if ctx.flipped else frozen, whole, alpha=ctx.scale)
+            else:
+                # The sum of both matrices, rounded to 16 bits, would lose small updates.
+                gx = g @ (frozen.mT if ctx.flipped else frozen) + (g @ whole) * ctx.scale
         found: list[Tensor | None] = []
         if asked and update.requires_grad:
             # Under autocast the product has another dtype than x.

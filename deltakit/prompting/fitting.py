@@ -59,16 +59,11 @@ def _check_tokenizers(template: Template, verbalizer: Verbalizer) -> None:
 
 
 def _check_room(backbone: nn.Module, template: Template, verbalizer: Verbalizer) -> None:
-    limit = positions_of(backbone)
+    limit, ahead, longer = positions_of(backbone), *_taken(backbone, template, verbalizer)
     if limit is None:
         return
-    ahead = _prompts_ahead(backbone)
     reasons = [f"an attached prompt takes {ahead} tokens"] if ahead else []
-    longer = 0
-    scored = verbalizer.scored_words
-    if scored and not template.in_decoder:
-        longer = max(map(len, scored)) - 1
-        reasons += [f"with multi='score' a word takes up to {longer} tokens"] if longer else []
+    reasons += [f"with multi='score' a word takes up to {longer} tokens"] if longer else []
     if template.max_length is None:
         raise OptionError(
             f"PromptModel: {type(backbone).__name__} takes {limit} tokens, and the template was made without it and has no "
@@ -80,6 +75,24 @@ def _check_room(backbone: nn.Module, template: Template, verbalizer: Verbalizer)
             f"PromptModel: {what} {template.max_length}, and the backbone takes {limit}; pass "
             f"Template(max_length={limit - ahead - longer})"
         )
+
+
+def shorten_to_fit(backbone: nn.Module, template: Template, verbalizer: Verbalizer) -> None:
+    """Lowers a template's limit to what the backbone takes.
+
+    A prompt that was attached after the template was made takes a part of it, and files have the template as it was made.
+    """
+    limit = positions_of(backbone)
+    room = None if limit is None else limit - sum(_taken(backbone, template, verbalizer))
+    if room is not None and 0 < room < (template.max_length or limit or 0):
+        template.max_length = room
+
+
+def _taken(backbone: nn.Module, template: Template, verbalizer: Verbalizer) -> tuple[int, int]:
+    """Returns how many of the backbone's positions are not for the text: of attached prompts, and of long words."""
+    scored = verbalizer.scored_words
+    longer = max(map(len, scored)) - 1 if scored and not template.in_decoder else 0
+    return _prompts_ahead(backbone), longer
 
 
 def _prompts_ahead(backbone: nn.Module) -> int:

@@ -13,7 +13,7 @@ from deltakit.errors import CheckpointError, OptionError
 from deltakit.prompting.backbone_facts import embedding_of
 from deltakit.prompting.backbone_names import BackboneNames
 from deltakit.prompting.evaluating import evaluating
-from deltakit.prompting.fitting import check_fit, check_soft
+from deltakit.prompting.fitting import check_fit, check_soft, shorten_to_fit
 from deltakit.prompting.keeping import exchange, keep_with_all
 from deltakit.prompting.prediction import Prediction, likely_words
 from deltakit.prompting.prompt_parts import NAME, PromptParts, read_parts
@@ -79,7 +79,7 @@ class PromptModel(BackboneNames, nn.Module):
 
         The arguments are what `collate` returns.
         """
-        if self.training and not self._kept:
+        if self.training and torch.is_grad_enabled() and not self._kept:
             self._keep_as_fitted()
         call = {
             "input_ids": input_ids,
@@ -254,6 +254,7 @@ class PromptModel(BackboneNames, nn.Module):
                 "the PromptModel of your own"
             )
         parts = read_parts(found.data(), found.tensors(), delta.backbone, tokenizer, filters, where)
+        shorten_to_fit(delta.backbone, parts.template, parts.verbalizer)
         model = cls(delta.backbone, parts.template, parts.verbalizer)
         model._parts.fitted = True
         model.keep_with(delta)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as tf
 from torch import nn
 
@@ -116,7 +117,7 @@ def test_many_rows_of_few_deltas(tokens, grad):
     with torch.set_grad_enabled(grad), dk.rows(model, names):
         together = model(batch)
         kept = current_batch([deltas["a"]._record]).kept.values()
-        made = [value[1] for value in kept if isinstance(value, tuple) and isinstance(value[1], Gathered | Masked)]
+        made = [value[-1] for value in kept if isinstance(value, tuple) and isinstance(value[-1], Gathered | Masked)]
         # Masked for up to three tokens an example, where nothing needs gradients.
         assert [isinstance(factors, Masked) for factors in made] == [tokens < 4 and not grad] * len(made)
         assert bool(made) is not grad
@@ -415,3 +416,48 @@ class TestSoftPrompts:
             dk.attach(model, dk.SoftPrompt(tokens=2, where=where), name=name)
         with pytest.raises(dk.StateError, match=r"are inserted after \[0, 1\] tokens"), dk.rows(model, ["a", "b"]):
             model(input_ids=torch.tensor([[5, 6], [7, 8]]))
+
+
+class TestFactorsThatAreKept:
+    """Gathered factors are kept for the calls in a block, as long as they are those of the call."""
+
+    @staticmethod
+    def made():
+        model = nn.Sequential(nn.Linear(7, 5)).requires_grad_(False)
+        deltas = [randomize(dk.attach(model, dk.LoRA(r=2, at="0"), name=name)) for name in ("a", "b")]
+        return model, deltas, torch.randn(4, 3, 7), ["a", "b", None, "a"]
+
+    def test_parameters_of_one_call(self):
+        model, _, x, names = self.made()
+        name = "0.a_lora.B"
+        factor = model.get_submodule("0.a_lora")
+        bare = F.linear(x[0], model[0].weight, model[0].bias)
+        with torch.no_grad(), dk.rows(model, names):
+            for number in range(20):
+                # Each is gone before the next one is made, which may get its address.
+                other = factor.B * number
+                found = torch.func.functional_call(model, {name: other}, (x,))
+                torch.testing.assert_close(found[0], bare + factor.scaling * x[0] @ factor.A.T @ other.T)
+                del other
+
+    def test_a_call_in_training_drops_inputs(self):
+        model = nn.Sequential(nn.Linear(7, 5)).requires_grad_(False)
+        randomize(dk.attach(model, dk.LoRA(r=2, at="0"), name="a"))
+        randomize(dk.attach(model, dk.LoRA(r=2, at="0", dropout=0.9), name="b"))
+        x = torch.randn(2, 3, 7)
+        with torch.no_grad(), dk.rows(model.eval(), ["a", "b"]):
+            kept = model(x)
+            dropped = model.train()(x)
+        torch.testing.assert_close(dropped[0], kept[0])
+        assert not torch.allclose(dropped[1], kept[1])
+
+    @pytest.mark.parametrize("gradients", [False, True])
+    def test_autocast(self, gradients):
+        model, deltas, x, names = self.made()
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(gradients):
+            with dk.rows(model, names):
+                together = model(x)
+            for row, name in enumerate(names):
+                for delta in deltas:
+                    delta.active = delta.name == name
+                torch.testing.assert_close(together[row], model(x[row : row + 1])[0], rtol=0.02, atol=0.02)

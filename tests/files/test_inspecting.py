@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file
+from torch import nn
 
 import deltakit as dk
 from deltakit.cli import main
@@ -253,3 +254,12 @@ def test_convert_does_for_each_method_what_saving_does_or_says_why_not(name, tmp
     assert converted("expected", "again") == 0
     again = dk.load(tmp_path / "again", _llama(name), check="warn")
     torch.testing.assert_close(outputs("llama", again.backbone), outputs("llama", model), rtol=1e-5, atol=1e-5)
+
+
+def test_options_without_a_default_are_shown(tmp_path):
+    """Also with the values of the example that documents the method."""
+    model = nn.Sequential(nn.Embedding(20, 3))
+    randomize(dk.attach(model, dk.TrainableTokens(**dk.TrainableTokens.example))).save(tmp_path)
+    assert f"ids={list(dk.TrainableTokens.example['ids'])}" in str(dk.inspect(tmp_path)).replace("(", "[").replace(
+        ")", "]"
+    )

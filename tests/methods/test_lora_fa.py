@@ -136,3 +136,14 @@ def test_training_ends_where_that_of_peft_does():
 def test_nothing_to_train():
     with pytest.raises(dk.OptionError, match=r"LoRA\(frozen_a=True, start='mica'\): then nothing is trained, because"):
         dk.LoRA(frozen_a=True, start="mica")
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_second_derivatives_that_need_the_inputs_are_refused(asks):
+    x = torch.randn(TOKENS, D_IN, dtype=torch.float64, requires_grad=asks)
+    model, delta = layers(frozen_a=True)
+    loss, b = model(x).square().sum(), list(delta.parameters())[-1]
+    if asks:
+        with pytest.raises(dk.StateError, match="low-rank update with a frozen A does not keep; train A"):
+            torch.autograd.grad(loss, b, create_graph=True)
+    torch.autograd.grad(loss, b)

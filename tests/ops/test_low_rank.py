@@ -341,3 +341,14 @@ def test_the_layers_own_gradient_is_taken_too_where_it_is_frozen(bias):
         parameter.requires_grad_()
         assert lowrank.frozen_weight(module, x, y) is None
         parameter.requires_grad_(False)
+
+
+def test_a_backward_pass_inside_autocast():
+    """The forward ran without it."""
+    model, _ = attached(layer("Linear").float())
+    x = torch.randn(3, 5, requires_grad=True)
+    (wanted,) = torch.autograd.grad(model(x).sum(), x)
+    y = model(x).sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = torch.autograd.grad(y, x)
+    torch.testing.assert_close(found, wanted)

@@ -237,3 +237,53 @@ class TestRecomputed:
         assert {t.data_ptr() for t in kept} == {x.data_ptr(), w.data_ptr()}
         _, plain = saved(lambda: self.formula(x, w))
         assert {t.data_ptr() for t in plain} - {x.data_ptr(), w.data_ptr()}
+
+    def test_inputs_that_depend_on_each_other(self):
+        """A layer that is called twice: the second input depends on the parameter."""
+        x, w = torch.randn(3, 5, dtype=torch.float64), torch.randn(5, dtype=torch.float64, requires_grad=True)
+        ways = []
+        for run in (lambda *given: recomputed(self.formula, *given), self.formula):
+            y = run(run(x, w), w).square().sum()
+            ways.append([torch.autograd.grad(y, w, create_graph=again, retain_graph=True) for again in (False, True)])
+        torch.testing.assert_close(*ways, rtol=1e-12, atol=1e-12)
+
+    @pytest.mark.parametrize("again", [False, True])
+    def test_hooks_of_a_parameter_run_once(self, again):
+        w = torch.randn(5, dtype=torch.float64, requires_grad=True)
+        x = torch.randn(3, 5, dtype=torch.float64)
+        (plain,) = torch.autograd.grad(self.formula(x, w).sum(), w)
+        w.register_hook(lambda g: g / 2)
+        (found,) = torch.autograd.grad(recomputed(self.formula, x, w).sum(), w, create_graph=again)
+        torch.testing.assert_close(found, plain / 2)
+
+    @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+    def test_traces_and_inference_tensors(self):
+        w = torch.randn(5, requires_grad=True)
+        with torch.inference_mode():
+            x = torch.randn(3, 5)
+        recomputed(lambda x, w: x + w, x, w).sum().backward()
+        assert torch.equal(w.grad, torch.full((5,), 3.0))
+        module = nn.Linear(5, 5)
+        module.forward = lambda x: recomputed(torch.mul, x, module.bias)
+        traced = torch.jit.trace(module, torch.randn(3, 5))
+        again = torch.randn(2, 5)
+        assert torch.equal(traced(again), again * module.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_small_updates_reach_the_gradient_of_the_input(dtype):
+    """Their sum with the weight, rounded to 16 bits, would be the weight."""
+    model = nn.Sequential(nn.Linear(D_IN, D_OUT, bias=False))
+    nn.init.ones_(model[0].weight)
+    model.to(dtype)
+    delta = dk.attach(model, EVERY_KIND["weight_update"](at="0"))
+    (module,) = delta.modules["0"]
+    with torch.no_grad():
+        for parameter in delta.parameters():
+            parameter.copy_(parameter.sign() * 2**-6 + 2**-6)
+        update = module.weight_update(model[0].weight).float()
+        assert 0 < update.abs().max() < 2**-8
+    x = torch.randn(3, D_IN, dtype=dtype, requires_grad=True)
+    (gx,) = torch.autograd.grad(model(x), x, torch.ones(3, D_OUT, dtype=dtype))
+    with_update = (model[0].weight.float() + update).sum(0).expand(3, -1)
+    torch.testing.assert_close(gx.float(), with_update, rtol=2**-8, atol=0)

@@ -244,3 +244,19 @@ def test_the_hub_has_all_in_one_repository(hub, tmp_path):
     delta.push("me/prompted", token=LoopbackHub.TOKEN)
     loaded = dk.load("me/prompted", model_of("bert"), cache_dir=tmp_path)
     assert PromptModel.from_delta(loaded, TOKENIZER, filters=LOWER).predict(REVIEWS) == model.predict(REVIEWS)
+
+
+def test_a_prompt_that_was_attached_later_takes_a_part_of_the_length(tmp_path):
+    """The file has the template as it was made; loaded, its limit is what is left beside the prompt."""
+    backbone = model_of("bert")
+    limit = backbone.config.max_position_embeddings
+    model = PromptModel(
+        backbone, Template('{"placeholder": "text"} {"mask"}', TOKENIZER, backbone), MAKE["words"](None)
+    )
+    delta = randomize(dk.attach(backbone, dk.SoftPrompt(tokens=8)))
+    model.train()
+    model(**model.collate([{**review, "label": "good"} for review in REVIEWS]))["loss"].backward()
+    delta.save(tmp_path)
+    other = PromptModel.from_delta(dk.load(tmp_path, model_of("bert")), TOKENIZER)
+    assert (model.template.max_length, other.template.max_length) == (limit, limit - 8)
+    assert len(other.predict([{"text": "a film " * limit}])) == 1

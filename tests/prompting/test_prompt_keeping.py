@@ -133,3 +133,12 @@ def test_a_template_and_a_verbalizer_of_different_tokenizers():
             OptionError, match=r"the word 'good' has the ids \[\d+\] by the verbalizer's tokenizer, and"
         ):
             PromptModel(backbone, template, verbalizer)
+
+
+def test_a_call_without_gradients_is_no_training():
+    backbone, delta = attached()
+    step(prompt_model(backbone))
+    other = prompt_model(backbone, OTHER).train()
+    with torch.no_grad():
+        other(**other.collate(REVIEWS))
+    assert kept(delta) == REVIEW

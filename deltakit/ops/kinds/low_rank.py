@@ -30,7 +30,7 @@ from deltakit.errors import OptionError, StateError
 from deltakit.ops.few_tokens import add_few_tokens
 from deltakit.ops.forwards import has_own_forward
 from deltakit.ops.kinds.output_map import OutputMap
-from deltakit.ops.low_rank import Product, add_low_rank, convolved, fresh, watched
+from deltakit.ops.low_rank import Product, add_low_rank, convolved, fresh, must_copy
 from deltakit.ops.low_rank_batched import add_per_example, shared_work
 from deltakit.ops.sizes import sizes
 
@@ -181,7 +181,7 @@ class LowRank(OutputMap):
             work = shared_work(self, target, batch)
             if work is not None:
                 x = args[0] if args else hidden_input(args, kwargs)
-                in_place = not torch.is_grad_enabled() and not watched() and fresh(target, self)[0] is not None
+                in_place = not (torch.is_grad_enabled() or must_copy()) and fresh(target, self)[0] is not None
                 return add_per_example(self, work, target, x, output, batch, in_place=in_place)
         # Without shared work each delta module runs on its own examples, as other output maps do.
         batch.first.pop(target, None)
