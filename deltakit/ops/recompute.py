@@ -44,7 +44,7 @@ def recomputed(formula: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """
     plain = not torch.is_grad_enabled() or torch.compiler.is_compiling() or _transformed()
     # A trace cannot hold a function with a backward pass, and inference tensors cannot be saved for one.
-    if plain or torch.jit.is_tracing() or any(one.is_inference() for one in inputs):
+    if plain or torch._C._is_tracing() or any(one.is_inference() for one in inputs):
         return formula(*inputs)
     out: Tensor = _Again.apply(formula, *inputs)
     return out
