@@ -17,8 +17,6 @@ from deltakit.ops.low_rank import fresh
 
 # The largest number of tokens.
 _FEW = 16
-# torch's hooks for all modules. They run before a module's own hooks, and may keep or replace its output.
-_EVERYWHERE = torch.nn.modules.module._global_forward_hooks
 # Module-level names save attribute lookups. See `low_rank` for the questions.
 _graph, _is_compiling, _is_tracing = torch.is_grad_enabled, torch.compiler.is_compiling, torch._C._is_tracing
 _transforms, _dispatch_modes = torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack
@@ -50,7 +48,7 @@ def add_few_tokens(target: nn.Module, delta: Any, x: Any, y: Any) -> Float[Tenso
     # Autocast need not be asked: it would have given y another dtype than x's, or has nothing to cast.
     if y.dtype is not dtype or a.dtype is not dtype or type(a) not in _PLAIN or not y.is_contiguous():
         return None
-    if _transforms() or _dispatch_modes() or forward_ad._current_level >= 0 or not _fresh(target, delta):
+    if _transforms() or _dispatch_modes() or forward_ad._current_level >= 0 or fresh(target, delta)[0] is None:
         return None
     record = delta.record
     scale = delta.scaling if record is None else delta.scaling * record.scale
@@ -60,15 +58,3 @@ def add_few_tokens(target: nn.Module, delta: Any, x: Any, y: Any) -> Float[Tenso
         y.view(-1).addmv_(b, a.mv(x.view(-1)), alpha=scale)
         return y
     return y.add_(F.linear(F.linear(x, a), b), alpha=scale)
-
-
-def _fresh(target: nn.Module, delta: Any) -> bool:
-    """Returns whether the target's output may be changed in place (see `low_rank.fresh`)."""
-    # Usually the delta's hook is the first one of a linear layer, and calls nothing before it.
-    if type(target) is nn.Linear and not _EVERYWHERE and "forward" not in target.__dict__:
-        for hook in target._forward_hooks.values():
-            keys = getattr(hook, "delta_keys", ())
-            if keys and target._modules.get(keys[0]) is delta:
-                return True
-            break
-    return fresh(target, delta)[0] is not None
