@@ -29,7 +29,7 @@ from deltakit.prompting.soft_tokens import numbered as soft_tokens
 from deltakit.prompting.syntax import parse as parse_template
 from deltakit.prompting.template import Template
 from deltakit.prompting.verbalizers.knowledgeable import KnowledgeableVerbalizer
-from deltakit.prompting.verbalizers.mixed import MixedVerbalizer
+from deltakit.prompting.verbalizers.mixed import MixedVerbalizer, standardized
 from deltakit.prompting.verbalizers.prototypical import PrototypicalVerbalizer
 from deltakit.prompting.verbalizers.rules import RuleVerbalizer
 from deltakit.prompting.verbalizers.soft import SoftVerbalizer
@@ -69,6 +69,7 @@ __all__ = [
     "search_label_words",
     "search_triggers",
     "soft_tokens",
+    "standardized",
     "value_of",
     "word_ids",
 ]

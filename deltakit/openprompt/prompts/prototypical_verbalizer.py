@@ -10,7 +10,7 @@ from deltakit.core import checked
 from deltakit.errors import OptionError
 from deltakit.openprompt.prompts.manual_verbalizer import ManualVerbalizer, MultiToken
 from deltakit.openprompt.prompts.soft_verbalizer import class_names
-from deltakit.prompting import PrototypicalVerbalizer, SlotOutput
+from deltakit.prompting import PrototypicalVerbalizer, SlotOutput, standardized
 
 
 class ProtoVerbalizer(ManualVerbalizer):
@@ -48,7 +48,9 @@ class ProtoVerbalizer(ManualVerbalizer):
         if not self.trained:
             return super().process_outputs(output)
         proto = self.proto(output)
-        return proto if self.multi_verb == "proto" else (_scaled(super().process_outputs(output)) + _scaled(proto)) / 2
+        if self.multi_verb == "proto":
+            return proto
+        return (standardized(super().process_outputs(output)) + standardized(proto)) / 2
 
     def train_proto(self, model: Any, dataloader: Iterable[Any], device: Any = None) -> None:
         """Trains the prototypes on what the backbone computes in the slots. Classes may have different numbers of examples.
@@ -80,7 +82,3 @@ class ProtoVerbalizer(ManualVerbalizer):
             self.proto.loss(output, labels).backward()
             optimizer.step()
         self.trained = True
-
-
-def _scaled(scores: Tensor) -> Tensor:
-    return (scores - scores.mean(-1, keepdim=True)) / scores.std(-1, keepdim=True)

@@ -73,7 +73,7 @@ class MixedVerbalizer(Verbalizer):
             start = end
 
     def forward(self, output: SlotOutput) -> Float[Tensor, "batch classes"]:
-        return torch.stack([_standardized(member(own)) for member, own in self._own(output)]).mean(0).log_softmax(-1)
+        return torch.stack([standardized(member(own)) for member, own in self._own(output)]).mean(0).log_softmax(-1)
 
     def loss(self, output: SlotOutput, labels: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
         """Returns the sum of the verbalizers' own losses."""
@@ -95,7 +95,8 @@ class MixedVerbalizer(Verbalizer):
         return {"kind": "mixed", "members": [member.to_dict() for member in self._verbalizers()]}
 
 
-def _standardized(scores: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
+def standardized(scores: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
+    """Returns the scores less their mean over the classes, divided by their deviation; zeros where all are equal."""
     centred = scores - scores.mean(-1, keepdim=True)
     # Where all classes are equal, there is nothing to divide.
     deviation = scores.std(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
