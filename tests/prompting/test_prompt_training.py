@@ -11,7 +11,7 @@ import deltakit as dk
 from deltakit.errors import OptionError, TargetError
 from deltakit.prompting import Ensemble, PromptModel, SoftVerbalizer, Template, WordVerbalizer
 from support.prompt_models import TOKENIZER_OF, WORDS, model_of, tokenizer_of
-from support.prompt_training import DATA, SOFT
+from support.prompt_training import DATA, SOFT, settings
 
 
 @pytest.fixture(autouse=True)
@@ -40,25 +40,13 @@ def prompt_model(kind="bert", *, delta=True, soft_verbalizer=False):
 
 
 def trainer_of(model, folder, *, save="no", epochs=4, **options):
-    settings = tf.TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=5,
-        num_train_epochs=epochs,
-        learning_rate=2e-2,
-        save_strategy=save,
-        remove_unused_columns=False,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        **options,
-    )
+    arguments = settings(folder, per_device_train_batch_size=5, num_train_epochs=epochs, save_strategy=save, **options)
 
     def accuracy(found):
         return {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())}
 
     return tf.Trainer(
-        model, settings, train_dataset=DATA, eval_dataset=DATA, data_collator=model.collate, compute_metrics=accuracy
+        model, arguments, train_dataset=DATA, eval_dataset=DATA, data_collator=model.collate, compute_metrics=accuracy
     )
 
 

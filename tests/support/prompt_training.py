@@ -25,19 +25,24 @@ def prompt_model(kind="bert", *, attach=True, freeze=True):
     return PromptModel(model, template, SoftVerbalizer(model, {"good": "good", "bad": "bad"}, tokenizer=tokenizer))
 
 
-def trainer_of(model, folder, small=True, **options):
-    settings = tf.TrainingArguments(
+def settings(folder, **options):
+    """The arguments of a Trainer on a CPU that prints nothing."""
+    return tf.TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=4,
-        max_steps=STEPS,
         learning_rate=2e-2,
-        save_steps=SAVED,
         remove_unused_columns=False,
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        **{name: options.pop(name) for name in list(options) if name != "compute_metrics"},
+        **options,
     )
-    trainer = tf.Trainer(model, settings, train_dataset=DATA, eval_dataset=DATA, data_collator=model.collate, **options)
+
+
+def trainer_of(model, folder, small=True, **options):
+    own = {name: options.pop(name) for name in list(options) if name != "compute_metrics"}
+    arguments = settings(folder, per_device_train_batch_size=4, max_steps=STEPS, save_steps=SAVED, **own)
+    trainer = tf.Trainer(
+        model, arguments, train_dataset=DATA, eval_dataset=DATA, data_collator=model.collate, **options
+    )
     return small_checkpoints(trainer) if small else trainer
