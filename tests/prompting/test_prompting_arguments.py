@@ -174,6 +174,7 @@ def test_every_public_name_is_here():
         "embedding_of",
         "parse_template",
         "soft_tokens",
+        "standardized",
         "value_of",
         "word_ids",
     }
