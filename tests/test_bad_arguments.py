@@ -59,7 +59,7 @@ ACCEPTED = {
     # A state dict may be empty.
     **dict.fromkeys(["diff.a", "diff.b"], MODEL | {"empty dict"}),
     **dict.fromkeys(["plan.inputs", "show.inputs", "account.optimizer", "account.inputs", "show.filter"], NOTHING),
-    **dict.fromkeys(["Delta.show.top", "Delta.show.width"], NOTHING | COUNT),
+    **dict.fromkeys(["Delta.show.top", "Delta.show.width", "diff.width", "targets.width"], NOTHING | COUNT),
     "Visualization.plm": MODEL,
     **dict.fromkeys(["show.depth", "show.width", "View.width", "combine.rank"], NOTHING | COUNT),
     **dict.fromkeys(["show.fold", "show.all_modules", "show.buffers"], SWITCH),

@@ -65,7 +65,7 @@ def test_what_the_wheel_holds(wheel):
     assert (metadata["Name"], metadata["Version"]) == ("deltakit-tuning", dk.__version__)
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata.get_all("Provides-Extra") == ["demo", "docs", "mutation", "notebook", "test", "tui"]
-    assert scripts.split() == ["[console_scripts]", "deltakit", "=", "deltakit.cli:main"]
+    assert scripts.split() == ["[console_scripts]", "deltakit", "=", "deltakit.__main__:main"]
 
 
 def test_the_wheel_works_where_it_is_installed(installed, tmp_path):

@@ -1,6 +1,7 @@
 """How the function of a command runs: its errors are one line each, and other libraries print nothing."""
 
 import errno
+import gc
 import inspect
 import logging
 import os
@@ -29,7 +30,7 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(function)
     def run(*, debug: bool, **arguments: Any) -> None:
-        with _only_own_words():
+        with _only_own_words(), _rare_collections():
             try:
                 function(**arguments)
             except (typer.Exit, typer.Abort):
@@ -88,3 +89,17 @@ def _only_own_words() -> Iterator[None]:
             yield
         finally:
             logging.disable(before)
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Lets the garbage collector run at every 100,000th new object, in the place of every 700th.
+
+    A command imports torch, whose objects stay: to walk them again and again took 0.3 of the 2.6 s of `deltakit inspect`.
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)

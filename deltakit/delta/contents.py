@@ -13,7 +13,7 @@ from deltakit.delta.running_statistics import held_of
 from deltakit.delta.update_sizes import UpdateSizes, update_sizes
 from deltakit.errors import OptionError, encodable
 from deltakit.selection import BackboneIndex
-from deltakit.view import described
+from deltakit.view import check_width, described
 
 _INSTEAD = {
     "attached": "; call attach() or detach()",
@@ -150,8 +150,7 @@ class DeltaContents:
         """
         if top is not None and top < 1:
             raise OptionError(f"show(top={top}): expected at least 1; omit it for all targets")
-        if width is not None and width < 1:
-            raise OptionError(f"show(width={width}): expected at least 1; omit it for lines of any length")
+        check_width("show", width)
         held_of(self._attachment)
         return update_sizes(self._attachment, top, width)
 

@@ -12,6 +12,8 @@ from deltakit.errors import encodable, printable
 from deltakit.files import Access, Saved, called, expanded, find_folder, format_of, from_file, read_saved, room_for
 from deltakit.view import Line, report
 
+_LEAST_ROOM = 100_000
+"""So many names are read in any file: some methods, such as `Average`, have no tensors that show how many there may be."""
 _NOT_OPTIONS = ("method", "targets", "at", "of", "exclude")
 
 
@@ -80,7 +82,7 @@ class SavedDelta:
                 for m in self.methods
             ],
             {name: self.tensors[name] for name in self.fully_trained},
-            f"{self.num_values:,} values in {' and '.join(dtypes)}, {self.num_bytes:,} bytes",
+            f"{self.num_values:,} values" + (f" in {' and '.join(dtypes)}, {self.num_bytes:,} bytes" if dtypes else ""),
             None,
         )
         notes = [*self.notes, *(f"it also holds {name}" for name in self.extras)]
@@ -118,7 +120,7 @@ def inspect(
     access = Access(revision, token, cache_dir, local_files_only, subfolder)
     place, where = find_folder(source, access), called(source, access)
     saved = read_saved(place, None, where, values=False)
-    limit = room_for(saved.tensors)
+    limit = max(_LEAST_ROOM, room_for(saved.tensors))
     tensors = {**saved.tensors, **_in_order(saved)}
     with from_file(where, "train.names"):
         full = expanded(saved.train.names, saved.tensors, limit)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from deltakit.core import checked, class_name, fold, logical_parameters, name_of, own_modules, parent_of, span
-from deltakit.view import Printed, Table
+from deltakit.view import Printed, Table, check_width
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,13 @@ class Census(Printed):
 
     owner: str
     leaves: tuple[Leaf, ...]
+    width: int | None = None
+    """The most cells of a line in text; None for as many as it needs."""
 
     def _parts(self) -> Iterator[str | Table]:
         yield f"targets in {self.owner}"
         rows = [(leaf.name, leaf.type, str(leaf.count), _shapes(leaf), "\n".join(leaf.where)) for leaf in self.leaves]
-        yield Table(("name", "type", "count", "shape", "where"), rows, right=(2,), selectors=4)
+        yield Table(("name", "type", "count", "shape", "where"), rows, right=(2,), selectors=4, below=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns its contents as data that `json.dumps` takes."""
@@ -64,7 +66,7 @@ class Census(Printed):
 
 
 @checked
-def targets(backbone: nn.Module) -> Census:
+def targets(backbone: nn.Module, *, width: int | None = None) -> Census:
     """Returns the names that `at=` can select: of all modules with parameters of their own, by name and type.
 
     Each comes with its number, the shape of its first parameter, and selectors that select exactly these modules. Deltas are
@@ -80,16 +82,21 @@ def targets(backbone: nn.Module) -> Census:
       norm1      LayerNorm                            1  weight:[6]              norm1
       norm2      LayerNorm                            1  weight:[6]              norm2
 
+    Args:
+        width: the most cells of a line in text. Where lines are longer, selectors stand below them.
+
     Raises:
         TargetError: if the backbone is not a `torch.nn.Module`.
+        OptionError: if `width` is below 1.
     """
+    check_width("targets", width)
     groups: dict[tuple[str, str], list[tuple[str, tuple[str, tuple[int, ...] | None]]]] = {}
     for path, module in own_modules(backbone):
         found = logical_parameters(module)
         if found:
             shape = None if found[0].shape is None else tuple(found[0].shape)
             groups.setdefault((_kind_of_name(path), class_name(module)), []).append((path, (found[0].name, shape)))
-    return Census(class_name(backbone), tuple(_leaf(kind, members) for (_, kind), members in groups.items()))
+    return Census(class_name(backbone), tuple(_leaf(kind, members) for (_, kind), members in groups.items()), width)
 
 
 def _kind_of_name(path: str) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from deltakit.core import checked, class_name, fold, parent_of, tensors_in
 from deltakit.measuring.value_change import ValueChange, value_change
-from deltakit.view import Printed, Table
+from deltakit.view import Printed, Table, check_width
 
 Model = nn.Module | Mapping[str, Tensor]
 """A module, or the state dict of one."""
@@ -50,12 +50,14 @@ class Difference(Printed):
     changes: tuple[Change, ...]
     same: int
     total: int
+    width: int | None = None
+    """The most cells of a line in text; None for as many as it needs."""
 
     def _parts(self) -> Iterator[str | Table]:
         yield f"{self.before} -> {self.after}: " + ("no difference" if not self.changes else f"{self._counts()}")
         if self.changes:
             heads = ("change", "before", "after", "count", "max abs", "relative", "where")
-            yield Table(heads, [_row(change) for change in self.changes], right=(3, 4, 5), selectors=6)
+            yield Table(heads, [_row(change) for change in self.changes], right=(3, 4, 5), selectors=6, below=True)
 
     def _counts(self) -> str:
         return f"{self.same:,} of {self.total:,} tensors are equal"
@@ -84,7 +86,7 @@ class Difference(Printed):
 
 
 @checked
-def diff(a: Model, b: Model) -> Difference:
+def diff(a: Model, b: Model, *, width: int | None = None) -> Difference:
     """Returns what changes from one model to another: modules, shapes, dtypes, trainability and values, with paths folded.
 
     Each argument is a module or a state dict; with a state dict, only tensors are compared. A copy of a state dict from before
@@ -97,9 +99,13 @@ def diff(a: Model, b: Model) -> Difference:
     >>> print(diff(before, model).changes[0].where)
     ('1.weight',)
 
+    Args:
+        width: the most cells of a line in text. Where lines are longer, selectors stand below them.
+
     Raises:
-        OptionError: if an argument is neither a module nor a dictionary of tensors.
+        OptionError: if an argument is neither a module nor a dictionary of tensors, or `width` is below 1.
     """
+    check_width("diff", width)
     modules = isinstance(a, nn.Module) and isinstance(b, nn.Module)
     found: list[Change] = []
     gone: set[str] = set()
@@ -109,7 +115,7 @@ def diff(a: Model, b: Model) -> Difference:
     changes, same = _changes(ours, theirs, trainable=modules)
     found += changes
     found.sort(key=lambda change: _ORDER.index(change.kind))
-    return Difference(_name(a), _name(b), tuple(found), same, len(_tensors(b)))
+    return Difference(_name(a), _name(b), tuple(found), same, len(_tensors(b)), width)
 
 
 def _name(side: Model) -> str:

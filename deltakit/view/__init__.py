@@ -5,7 +5,7 @@ from deltakit.view.display import View, show
 from deltakit.view.folding import folded
 from deltakit.view.method_row import MethodRow
 from deltakit.view.node import Node
-from deltakit.view.printed import Printed, Table
+from deltakit.view.printed import Printed, Table, check_width
 from deltakit.view.report import Line, described, report, share, states
 from deltakit.view.report_page import bar, heading, paragraph, preformatted, table, web_page
 from deltakit.view.structure_graph import Visualization
@@ -25,6 +25,7 @@ __all__ = [
     "bar",
     "binary_size",
     "build",
+    "check_width",
     "collector_paused",
     "described",
     "folded",

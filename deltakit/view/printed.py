@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 from rich.cells import cell_len
 
-from deltakit.errors import encodable, printable
+from deltakit.errors import OptionError, encodable, printable
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _BAR = 10
 """The length of a full bar in cells."""
+_INDENT = "      "
 _FILL = "rgba(56,139,253,.45)"
 """Half transparent: text on it has enough contrast on light and dark pages."""
 
@@ -24,7 +25,8 @@ class Table(NamedTuple):
     """Rows of cells under their heads.
 
     `right` are the indices of columns of figures. In `selectors`, the index of a column whose cells are selectors, a cell may
-    have several lines. `bars` has a number from 0 to 1 for each row, which is drawn in front of it, or None.
+    have several lines; `below` puts this column, the last one, below the rows where lines are too long. `bars` has a number
+    from 0 to 1 for each row, which is drawn in front of it, or None.
     """
 
     heads: Sequence[str]
@@ -32,6 +34,7 @@ class Table(NamedTuple):
     right: Sequence[int] = ()
     selectors: int | None = None
     bars: Sequence[float | None] | None = None
+    below: bool = False
 
 
 class Printed:
@@ -71,6 +74,16 @@ class Printed:
         return {"text/plain": str(self), "text/html": self.html()}
 
 
+def check_width(function: str, width: int | None) -> None:
+    """Checks the option `width` of a function that returns one of these.
+
+    Raises:
+        OptionError: if it is below 1.
+    """
+    if width is not None and width < 1:
+        raise OptionError(f"{function}(width={width}): expected at least 1; omit it for lines of any length")
+
+
 def _bar(value: float | None, *, plain: bool) -> str:
     if value is None:
         return ""
@@ -95,6 +108,8 @@ def _fitted(table: Table, width: int | None, *, plain: bool) -> list[str]:
     lines = _text(table, plain=plain)
     if width is None or max(map(cell_len, lines)) <= width:
         return lines
+    if table.below and table.selectors is not None:
+        return _with_selectors_below(table, width, plain=plain)
     lines = _text(table._replace(bars=None), plain=plain)
     longest = max(cell_len(cell) for row in table.rows for cell in row[-1].split("\n"))
     # At least one letter is left of each.
@@ -103,6 +118,21 @@ def _fitted(table: Table, width: int | None, *, plain: bool) -> list[str]:
         [*row[:-1], "\n".join(_end_of(cell, room, plain=plain) for cell in row[-1].split("\n"))] for row in table.rows
     ]
     return _text(table._replace(rows=rows, bars=None), plain=plain)
+
+
+def _with_selectors_below(table: Table, width: int, *, plain: bool) -> list[str]:
+    bare = table._replace(
+        heads=table.heads[:-1],
+        rows=[row[:-1] for row in table.rows],
+        right=[p for p in table.right if p < len(table.heads) - 1],
+    )
+    head, *lines = _text(bare._replace(selectors=None, bars=None), plain=plain)
+    found = [head]
+    room = max(4, width - len(_INDENT))
+    for line, row in zip(lines, table.rows, strict=True):
+        below = [encodable(printable(cell)) for cell in row[-1].split("\n")]
+        found += [line, *(_INDENT + _end_of(cell, room, plain=plain) for cell in below)]
+    return found
 
 
 def _end_of(text: str, room: int, *, plain: bool) -> str:

@@ -1,5 +1,6 @@
 """The program around the commands: help, exit codes, errors of one line, completion, and what it imports."""
 
+import gc
 import inspect
 import os
 import runpy
@@ -151,6 +152,28 @@ def test_what_the_user_or_the_machine_stops(error, code, line, monkeypatch, caps
     monkeypatch.setattr("deltakit.cli.catalogue.method_table", stopped)
     assert main(["methods"]) == code
     assert capsys.readouterr() == ("", line)
+
+
+def test_ctrl_c_while_the_command_line_is_imported():
+    code = """
+import sys
+class Stopped:
+    def find_spec(self, name, *_):
+        if name == "typer":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Stopped())
+from deltakit.__main__ import main
+sys.exit(main())
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "\ndeltakit: stopped\n")
+
+
+def test_the_collector_works_as_before_after_a_command(capsys):
+    before = gc.get_threshold()
+    assert main(["methods", "lora"]) == 0
+    assert main(["inspect", "/nothing"]) == 1
+    assert gc.get_threshold() == before
 
 
 @pytest.mark.parametrize("arguments", [["methods", "--json"], ["--help"], ["show", "--help"]])

@@ -110,3 +110,19 @@ def test_inspect_as_json(tmp_path, capsys):
     assert {name: tensor["shape"] for name, tensor in found["tensors"].items()} == {
         name: list(tensor.shape) for name, tensor in delta.state_dict().items()
     }
+
+
+def test_inspect_of_a_delta_without_tensors(tmp_path, capsys):
+    """No tensor's name says how many targets there may be."""
+    model = Transformer()
+    for name in ("a", "b"):
+        dk.attach(model, dk.LoRA(r=3), name=name).active = False
+    delta = dk.attach(model, dk.Average(deltas=["a", "b"]))
+    folder = delta.save(tmp_path / "mean")
+    assert main(["inspect", str(folder)]) == 0
+    out = capsys.readouterr().out
+    (line,) = [line.split() for line in out.splitlines() if line.startswith("  average")]
+    assert line == ["average", "deltas=['a',", "'b']", str(len(delta.modules)), "targets", "+0"]
+    assert out.endswith("0 values\n")
+    (method,) = dk.inspect(folder).methods
+    assert list(method.targets) == list(delta.modules)

@@ -98,3 +98,16 @@ def test_json_and_notebooks():
     assert bundle["text/plain"] == str(census)
     assert "&lt;b&gt;</code>" in bundle["text/html"]
     assert r"a\nb" in bundle["text/plain"]
+
+
+def test_selectors_stand_below_their_row_where_lines_are_too_long():
+    census = dk.targets(build("t5"), width=80)
+    lines = str(census).splitlines()[1:]
+    assert max(map(len, lines)) <= 80
+    # None is cut: they can still be copied.
+    assert [line.strip() for line in lines if line.startswith("      ")] == [
+        w for leaf in census.leaves for w in leaf.where
+    ]
+    assert [line.split()[0] for line in lines[1:] if not line.startswith("      ")] == [x.name for x in census.leaves]
+    with pytest.raises(dk.OptionError, match=r"targets\(width=0\): expected at least 1"):
+        dk.targets(build("t5"), width=0)
