@@ -25,6 +25,8 @@ class GraLoRADelta(LowRank):
     """
 
     tags: ClassVar[Mapping[str, str]] = {"A": "down", "A_whole": "down", "B": "up", "B_whole": "up"}
+    A: nn.Parameter
+    B: nn.Parameter
 
     def __init__(self, target: Target, options: "GraLoRA") -> None:
         super().__init__(target, scaling=options.alpha / (options.r + options.hybrid), dropout=options.dropout)
@@ -39,7 +41,7 @@ class GraLoRADelta(LowRank):
             shapes |= {"A_whole": (hybrid, self.d_in), "B_whole": (self.d_out, hybrid)}
         for name, shape in shapes.items():
             setattr(self, name, nn.Parameter(torch.empty(shape, **like(target))))
-        if wants_start_values(self.get_parameter("A")):
+        if wants_start_values(self.A):
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -47,7 +49,7 @@ class GraLoRADelta(LowRank):
             (kaiming_uniform if name.startswith("A") else nn.init.zeros_)(parameter)
 
     def factors(self) -> tuple[Float[Tensor, "rank d_in"], Float[Tensor, "d_out rank"]]:
-        a, b = self.get_parameter("A"), self.get_parameter("B")
+        a, b = self.A, self.B
         k, r = a.shape[:2]
         # The row n r + i r/k + s of A has the feature s of part i of input block n. Output block i reads those of part i.
         down = torch.block_diag(*a)
@@ -59,7 +61,7 @@ class GraLoRADelta(LowRank):
         return torch.cat([down, whole[0]]), torch.cat([up, whole[1]], dim=1)
 
     def summary(self) -> str:
-        k, r, _ = self.get_parameter("A").shape
+        k, r, _ = self.A.shape
         return f"r={r} k={k} scale={self.scaling:g}"
 
 

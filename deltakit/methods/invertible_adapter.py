@@ -56,7 +56,7 @@ class Coupling(nn.Module):
     def _shift(self, name: str, x: Tensor) -> Tensor:
         # The targets of a model on several devices share the parameters of one of them.
         down, down_bias, up, up_bias = (
-            gathered_in_training(self.get_parameter(f"{name}_{part}")).to(x)
+            gathered_in_training(getattr(self, f"{name}_{part}")).to(x)
             for part in ("down", "down_bias", "up", "up_bias")
         )
         return F.linear(ACTIVATIONS[self.activation](F.linear(x, down, down_bias)), up, up_bias)

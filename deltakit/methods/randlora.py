@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from deltakit.core import BackboneView, DeltaModule, Design, Target, wants_start_values
 from deltakit.errors import OptionError
 from deltakit.ops import (
+    ComputedBy,
     LowRank,
     LowRankMethod,
     Seeded,
@@ -81,19 +82,23 @@ class RandLoRADelta(LowRank):
             return added
         # The rank is that of a full matrix, so one factor is as large as the weight, and the product with A as x. Both are
         # computed again in the backward pass, which needs only x, or the product with the frozen factor.
-        x, parameters = self._dropped(x), tuple(self.parameters())
+        x, parameters = self._dropped(x), tuple(self.parameters_read())
         count, rank = x.numel() // self.d_in, min(self.d_in, self.d_out)
         if self.d_in * self.d_out * (count + rank) <= count * rank * (self.d_in + self.d_out):
             # With many tokens the matrix costs less than the two products.
             scale = self.scaling * self.strength
+            full = ComputedBy(self, RandLoRADelta._full)
             joint = None if self.drops else layer_beside(layer, alone, x, y, parameters[0], scale)
             if joint is not None:
-                return add_linear_with(joint, x, self._full, parameters)
-            change = linear_with(x, self._full, parameters)
+                return add_linear_with(joint, x, full, parameters)
+            change = linear_with(x, full, parameters)
         elif self.d_in <= self.d_out:
-            change = F.linear(linear_with(x, self._thin, parameters), self._frozen().to(x.dtype))
+            change = F.linear(
+                linear_with(x, ComputedBy(self, RandLoRADelta._thin), parameters), self._frozen().to(x.dtype)
+            )
         else:
-            change = linear_with(F.linear(x, self._frozen().T.to(x.dtype)), lambda: self._thin().T, parameters)
+            thin = ComputedBy(self, lambda own: own._thin().T)
+            change = linear_with(F.linear(x, self._frozen().T.to(x.dtype)), thin, parameters)
         return y + (self.scaling * self.strength * change).to(y.dtype)
 
     def _full(self) -> Float[Tensor, "d_out d_in"]:

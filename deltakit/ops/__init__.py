@@ -26,6 +26,7 @@ from deltakit.ops.kinds.weighing import Weighing
 from deltakit.ops.kinds.weight_map import WeightMap
 from deltakit.ops.low_rank_starts import STARTS_WITH_A_PRODUCT, difference, start_factors
 from deltakit.ops.low_rank_sum import sum_of_products
+from deltakit.ops.module_copy import ComputedBy
 from deltakit.ops.one_text import refuse_two_texts
 from deltakit.ops.prompt.delta_modules import PromptVectorsDelta
 from deltakit.ops.prompt.layout import inserted_layout
@@ -64,6 +65,7 @@ __all__ = [
     "Bottleneck",
     "BottleneckMethod",
     "CallContext",
+    "ComputedBy",
     "Draw",
     "EntersMode",
     "Fastfood",

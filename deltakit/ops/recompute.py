@@ -4,7 +4,7 @@ Some methods compute a full matrix [d_out, d_in] for each layer (LoHa, FourierFT
 take as much memory as the backbone's weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,19 +15,22 @@ from torch.autograd import forward_ad
 
 from deltakit.core import is_conv1d
 from deltakit.ops.low_rank import frozen_weight, only_plain
+from deltakit.ops.module_copy import ComputedBy
 
 
 def linear_with(
-    x: Float[Tensor, "*batch d_in"], build: Callable[[], Tensor], parameters: tuple[Tensor, ...]
+    x: Float[Tensor, "*batch d_in"], build: Callable[..., Tensor], parameters: tuple[Tensor, ...]
 ) -> Float[Tensor, "*batch d_out"]:
-    """Returns `F.linear(x, build())`. Only x is saved for the backward pass, not the matrix.
+    """Returns `F.linear(x, build(*parameters))`. Only x is saved for the backward pass, not the matrix.
 
     Args:
-        build: returns the matrix [d_out, d_in], and must return the same one each time.
-        parameters: the tensors that `build` reads and that require gradients.
+        build: returns the matrix [d_out, d_in] that it computes from the parameters. It is called again in the backward pass,
+            with aliases of them, and reads no other tensors that require gradients. A formula of a delta module is
+            `ComputedBy(self, lambda own: ...)`.
+        parameters: what `build` reads; of a `ComputedBy`, the module's `parameters_read()`.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _transformed():
-        return F.linear(x, build().to(x.dtype))
+        return F.linear(x, build(*parameters).to(x.dtype))
     return _Recomputed.apply(x, build, None, *parameters)
 
 
@@ -63,15 +66,24 @@ class _Again(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         needed = ctx.needs_input_grad[1:]
         again = torch.is_grad_enabled()
-        # Aliases: of the inputs themselves, hooks would run twice, and x may depend on the other inputs.
-        with torch.enable_grad():
-            aliases = [one.view_as(one) if again else one.detach() for one in ctx.saved_tensors]
-        inputs = [one if again else one.requires_grad_(need) for one, need in zip(aliases, needed, strict=True)]
+        inputs = _aliases(ctx.saved_tensors, needed)
         asked = [one for one, need in zip(inputs, needed, strict=True) if need]
         with torch.enable_grad():
             out = ctx.formula(*inputs)
         found = iter(torch.autograd.grad(out, asked, g, create_graph=again))
         return None, *(next(found) if need else None for need in needed)
+
+
+def _aliases(tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    """Returns what stands for the tensors of the forward when a formula is computed again.
+
+    The gradients of the tensors themselves would run their hooks, which then run again for what the backward pass returns;
+    and one of them may depend on the others.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        aliases = [one.view_as(one) if again else one.detach() for one in tensors]
+    return [one if again else one.requires_grad_(need) for one, need in zip(aliases, needed, strict=True)]
 
 
 class Layer(NamedTuple):
@@ -105,10 +117,10 @@ def layer_beside(
 def add_linear_with(
     layer: Layer,
     x: Float[Tensor, "*batch d_in"],
-    build: Callable[[], Tensor],
+    build: Callable[..., Tensor],
     parameters: tuple[Tensor, ...],
 ) -> Float[Tensor, "*batch d_out"]:
-    """Returns the layer's output plus the scaled `F.linear(x, build())`, and changes the output in place.
+    """Returns the layer's output plus the scaled `F.linear(x, build(*parameters))`, and changes the output in place.
 
     One autograd node serves both: its gradient for x is one product with the sum of both matrices, and not two.
 
@@ -117,7 +129,7 @@ def add_linear_with(
         parameters: see `linear_with`.
     """
     if not torch.is_grad_enabled():
-        return _added(layer, x, build().to(x.dtype))
+        return _added(layer, x, build(*parameters).to(x.dtype))
     out: Tensor = _Recomputed.apply(x, build, layer, *parameters)
     return out
 
@@ -132,9 +144,9 @@ class _Recomputed(torch.autograd.Function):
     """F.linear with a weight that is built again in the backward pass, alone or added to the output of a frozen layer."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, build: Callable[[], Tensor], layer: Layer | None, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, build: Callable[..., Tensor], layer: Layer | None, *parameters: Tensor) -> Tensor:
         ctx.build, ctx.scale, ctx.flipped = build, 1.0, False
-        weight, update = None, build().to(x.dtype)
+        weight, update = None, build(*parameters).to(x.dtype)
         if layer is not None:
             ctx.scale, ctx.flipped = layer.scale, layer.flipped
             # As in the layer itself: only the gradient of x needs it.
@@ -146,10 +158,12 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         x, frozen, *parameters = ctx.saved_tensors
         needs_x, _, _, *needed = ctx.needs_input_grad
-        asked = [parameter for parameter, need in zip(parameters, needed, strict=True) if need]
         again = torch.is_grad_enabled()
+        if not isinstance(ctx.build, ComputedBy) or ctx.build.reads(parameters):
+            parameters = _aliases(parameters, needed)
+        asked = [parameter for parameter, need in zip(parameters, needed, strict=True) if need]
         with torch.enable_grad():
-            update = ctx.build()
+            update = ctx.build(*parameters)
         gx = None
         if needs_x:
             # Second derivatives go through the matrix, too.

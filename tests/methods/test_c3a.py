@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import deltakit as dk
-from support.models import attached
+from support.models import attached, randomize
 from support.peft_layers import CLOSE, conv1d, linear, with_delta, with_peft
 
 
@@ -99,3 +99,18 @@ def test_bad_options(unchecked, size):
 def test_what_does_not_fit(layer, message):
     with pytest.raises(dk.DeltaError, match=message):
         dk.attach(nn.Sequential(layer), dk.C3A(at="0", block_size=6))
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_layer_that_gets_no_tokens(train):
+    """Experts of a mixture get none now and then."""
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 6))
+    delta = randomize(dk.attach(model, dk.C3A(block_size=2, at=["0", "1"])))
+    x = torch.zeros(0, 6, requires_grad=train)
+    with torch.set_grad_enabled(train):
+        y = model(x)
+    assert y.shape == (0, 6)
+    if train:
+        y.sum().backward()
+        assert x.grad.shape == x.shape
+        assert not any(parameter.grad.any() for parameter in delta.parameters())

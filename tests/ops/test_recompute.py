@@ -7,6 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import deltakit as dk
+from deltakit.ops import ComputedBy
 from deltakit.ops.recompute import linear_with, recomputed
 from support.kind_methods import EVERY_KIND, by_hand, registered
 from support.models import randomize
@@ -33,7 +34,7 @@ def build(a, b, c):
 def test_gradients_are_those_of_autograd(shape):
     given = factors()
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    found = linear_with(x, lambda: build(*given), tuple(given))
+    found = linear_with(x, build, tuple(given))
     wanted = F.linear(x, build(*given))
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     g = torch.randn_like(wanted)
@@ -44,7 +45,7 @@ def test_gradients_are_those_of_autograd(shape):
 
 def test_second_derivatives():
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda x, *given: linear_with(x, lambda: build(*given), given), (x, *factors()))
+    assert torch.autograd.gradgradcheck(lambda x, *given: linear_with(x, build, given), (x, *factors()))
 
 
 @pytest.mark.parametrize("asks", ["x", "a", "c", "none"])
@@ -53,7 +54,7 @@ def test_only_what_is_asked_for(asks):
     x = torch.randn(11, 5, dtype=torch.float64, requires_grad=asks == "x")
     for tensor, name in ((a, "a"), (b, "b"), (c, "c")):
         tensor.requires_grad_(name == asks)
-    y = linear_with(x, lambda: build(a, b, c), (a, b, c))
+    y = linear_with(x, build, (a, b, c))
     assert y.requires_grad is (asks != "none")
     if asks != "none":
         (asked,) = [t for t in (x, a, b, c) if t.requires_grad]
@@ -68,21 +69,19 @@ def test_a_parameter_that_the_matrix_does_not_read():
     a, b, c = factors()
     unused = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     x = torch.randn(11, 5, dtype=torch.float64)
-    linear_with(x, lambda: build(a, b, c), (a, b, c, unused)).sum().backward()
+    linear_with(x, lambda a, b, c, _: build(a, b, c), (a, b, c, unused)).sum().backward()
     assert unused.grad is None or not unused.grad.any()
     assert a.grad.any()
 
 
 def test_gradcheck():
     x = torch.randn(2, 3, D_IN, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda x, a, b, c: linear_with(x, lambda: build(a, b, c), (a, b, c)), (x, *factors())
-    )
+    assert torch.autograd.gradcheck(lambda x, a, b, c: linear_with(x, build, (a, b, c)), (x, *factors()))
 
 
 def test_a_change_between_forward_and_backward_is_an_error():
     given = factors()
-    y = linear_with(torch.randn(11, 5, dtype=torch.float64), lambda: build(*given), tuple(given))
+    y = linear_with(torch.randn(11, 5, dtype=torch.float64), build, tuple(given))
     with torch.no_grad():
         given[0].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -287,3 +286,51 @@ def test_small_updates_reach_the_gradient_of_the_input(dtype):
     (gx,) = torch.autograd.grad(model(x), x, torch.ones(3, D_OUT, dtype=dtype))
     with_update = (model[0].weight.float() + update).sum(0).expand(3, -1)
     torch.testing.assert_close(gx.float(), with_update, rtol=2**-8, atol=0)
+
+
+class TestComputedBy:
+    """The formula of a module with other tensors in the place of its parameters."""
+
+    @staticmethod
+    def attached(kind):
+        model = nn.Sequential(nn.Linear(D_IN, D_OUT)).double()
+        delta = randomize(dk.attach(model, kind))
+        ((module,),) = delta.modules.values()
+        return model, module
+
+    @pytest.mark.parametrize("kind", [dk.LoHa(r=2, at="0"), dk.SAID(size=11, at="0"), dk.LoKr(at="0")], ids=repr)
+    def test_a_copy_reads_the_other_tensors_and_the_module_keeps_its_own(self, kind):
+        model, module = self.attached(kind)
+        weight = model[0].weight.detach()
+        function = ComputedBy(module, lambda own: own(weight))
+        own = module.parameters_read()
+        before = function(*own)
+        others = [2 * parameter.detach() for parameter in own]
+        found = function(*others)
+        assert [id(p) for p in module.parameters_read()] == [id(p) for p in own]
+        assert torch.equal(function(*own), before)
+        with torch.no_grad():
+            for parameter in own:
+                parameter.mul_(2)
+        torch.testing.assert_close(found, function(*own))
+        assert not torch.allclose(found, before)
+
+    def test_a_formula_may_ask_for_its_parameter_by_name(self):
+        _, module = self.attached(dk.LoHa(r=2, at="0"))
+        function = ComputedBy(module, lambda own: own.get_parameter("A1").sum())
+        assert function(*(torch.zeros_like(p) for p in module.parameters_read())) == 0
+
+    @pytest.mark.parametrize("by", ["hook", "forward"])
+    def test_what_an_engine_manages_reads_its_own_parameters(self, by):
+        """FSDP2 and accelerate put the parameters into the module that they know, when it is called."""
+        model, module = self.attached(dk.LoHa(r=2, at="0"))
+        x, called = torch.randn(11, D_IN, dtype=torch.float64), []
+        wanted = torch.autograd.grad(model(x).sum(), list(module.parameters()))
+        plain = module.forward
+        if by == "hook":
+            module.register_forward_pre_hook(lambda known, _: called.append(known))
+        else:
+            module.forward = lambda *args: (called.append(module), plain(*args))[1]
+        found = torch.autograd.grad(model(x).sum(), list(module.parameters()))
+        assert called == [module, module]
+        torch.testing.assert_close(found, wanted)

@@ -26,6 +26,7 @@ from deltakit.core import (
 )
 from deltakit.ops.kinds.maps import on_own_examples, own_dtype
 from deltakit.ops.low_rank import fresh
+from deltakit.ops.module_copy import ComputedBy
 from deltakit.ops.recompute import Layer, add_linear_with, layer_beside, linear_with
 
 
@@ -85,7 +86,7 @@ class WeightMap(DeltaModule):
         x, y = hidden_input(args, kwargs), hidden_output(output)
         joint = self._joint(target, x, y) if y is output else None
         if joint is not None:
-            y = add_linear_with(joint, x, lambda: self(self._bare(target)), tuple(self.parameters_read()))
+            y = add_linear_with(joint, x, self._built(target), tuple(self.parameters_read()))
             return y + (self._shift(target, x) * self.strength).to(y.dtype) if self.changes_bias else y
         return replace_hidden(output, y + self._update(target, x, y))
 
@@ -102,8 +103,12 @@ class WeightMap(DeltaModule):
 
     def product(self, target: nn.Module, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """Returns the product of the update with the input x of a linear layer."""
+        return linear_with(x, self._built(target), tuple(self.parameters_read()))
+
+    def _built(self, target: nn.Module) -> ComputedBy:
+        """Returns what computes the update, again in the backward pass."""
         # The bare weight is computed inside, too: a dequantized, gathered or widened one is as large as the update.
-        return linear_with(x, lambda: self(self._bare(target)), tuple(self.parameters_read()))
+        return ComputedBy(self, lambda own: own(own._bare(target)))
 
     def _joint(self, target: nn.Module, x: Tensor, y: Tensor) -> Layer | None:
         """Returns the target and its output, if one autograd node can serve both; else None."""
@@ -126,8 +131,8 @@ class WeightMap(DeltaModule):
     def _shift(self, target: nn.Module, x: Tensor) -> Float[Tensor, " d_out"]:
         """Returns the update of the bias."""
         # As a product with 1, it is recomputed in the backward pass like the weight, and saves nothing of the weight's size.
-        parameters = tuple(self.parameters_read())
-        return linear_with(x.new_ones(1), lambda: self._bias_update(target, self._bare(target))[:, None], parameters)
+        build = ComputedBy(self, lambda own: own._bias_update(target, own._bare(target))[:, None])
+        return linear_with(x.new_ones(1), build, tuple(self.parameters_read()))
 
     def _bias_update(self, target: nn.Module, weight: Tensor) -> Tensor:
         update: Tensor = self(weight, BareLayer(target, self.view).bias)
