@@ -318,32 +318,3 @@ def test_gradients_under_checkpointing(model, name, reentrant):
     model(ids()).square().sum().backward()
     for parameter, gradient in zip(delta.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
-
-
-def gradients(run, parameters):
-    return torch.autograd.grad(run(ids()).square().sum(), parameters)
-
-
-@every_trained_method
-def test_hooks_of_parameters_run_once(model, name):
-    """Hooks that clip, scale or mask gradients, also where a formula is computed again in the backward pass."""
-    parameters = list(trained(model.double(), name).parameters())
-    wanted = gradients(model, parameters)
-    for parameter in parameters:
-        parameter.register_hook(lambda gradient: gradient * 3)
-    torch.testing.assert_close(gradients(model, parameters), tuple(3 * one for one in wanted), rtol=1e-9, atol=1e-12)
-
-
-@every_trained_method
-def test_functional_calls_with_the_backward_pass_outside(model, name):
-    """The backward pass uses the tensors of its forward, which the model no longer has by then."""
-    delta = trained(model.double(), name)
-    own = {id(parameter) for parameter in delta.parameters()}
-    trainable = {path: p for path, p in model.named_parameters() if id(p) in own}
-    given = {path: (1.1 * p.detach()).requires_grad_() for path, p in trainable.items()}
-    found = gradients(lambda x: torch.func.functional_call(model, given, (x,)), list(given.values()))
-    with torch.no_grad():
-        for parameter in trainable.values():
-            parameter.mul_(1.1)
-    wanted = gradients(model, list(trainable.values()))
-    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
