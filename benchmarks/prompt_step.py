@@ -188,25 +188,21 @@ def page(rows: list[dict[str, Any]]) -> str:
     """Returns the results as a Markdown page."""
     columns = ("all logits", "by hand", "PromptModel")
     lines = [
-        f"| what, model, [batch, length] | plain, ms | {' | '.join(columns)} | what slots save |",
-        "|---|---|---|---|---|---|",
+        f"| what, model, [batch, length] | {' | '.join(columns)} | what slots save |",
+        "|---|---|---|---|---|",
     ]
     for one in rows:
-        plain = 1e3 * one["cpu"]["seconds"][one["base"]]
         if one["what"] != "collate":
             saved = 1 - one["cpu"]["ratios"]["PromptModel"][0] / one["cpu"]["ratios"]["all logits"][0]
             cells = " | ".join(cell(one["cpu"]["ratios"][who]) for who in columns)
             name = f"{one['what']}, {one['model']}, [{one['batch']}, {one['length']}]"
-            lines.append(f"| {name} | {plain:.0f} | {cells} | {saved:.0%} |")
+            lines.append(f"| {name} | {cells} | {saved:.0%} |")
     for one in rows:
-        plain = 1e3 * one["cpu"]["seconds"][one["base"]]
         if one["what"] == "collate":
             each = [f"{who} {cell(ratio)}" for who, ratio in one["cpu"]["ratios"].items() if who != one["base"]]
             lines += [
                 "",
-                f"A batch of {one['batch']} texts takes the tokenizer alone {plain:.2f} ms, with padding and "
-                "as tensors.",
-                f"As ratios to that: {', '.join(each)}.",
+                f"A batch of {one['batch']} texts beside the tokenizer alone (padded, as tensors): {', '.join(each)}.",
             ]
     text = (
         "A training step (forward and backward, with LoRA on a frozen backbone) and a prediction of a PromptModel, as ratios "
