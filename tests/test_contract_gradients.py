@@ -47,6 +47,21 @@ def test_functional_calls_with_the_backward_pass_outside(model, name):
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
 
 
+@every_trained_method
+def test_functional_calls_of_the_whole_model_with_the_backward_pass_outside(model, name):
+    """Some updates are computed from the backbone's own weights and biases."""
+    delta = trained(model, name)
+    own = {id(parameter) for parameter in delta.parameters()}
+    given = {path: 1.1 * p.detach() for path, p in model.named_parameters()}
+    trainable = {path: given[path].requires_grad_() for path, p in model.named_parameters() if id(p) in own}
+    found = gradients(lambda x: torch.func.functional_call(model, given, (x,)), list(trainable.values()))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    wanted = gradients(model, [p for p in model.parameters() if id(p) in own])
+    torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-10)
+
+
 def on_the_cpu(model, parameters):
     with torch.autograd.graph.save_on_cpu():
         loss = model(ids()).square().sum()

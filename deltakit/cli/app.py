@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from deltakit.cli import catalogue, saved, structure, trying
 from deltakit.cli.method_options import with_methods
-from deltakit.cli.running import guarded
+from deltakit.cli.running import STOPPED, guarded
 from deltakit.errors import did_you_mean
 from deltakit.version import __version__
 
@@ -99,6 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"deltakit: {_unreadable(error)}", file=sys.stderr)
         return 2
+    if code == STOPPED:
+        # typer ends with it, too, without a line, where Ctrl-C comes before the command.
+        print("\ndeltakit: stopped", file=sys.stderr)
     return code if isinstance(code, int) else 0
 
 

@@ -120,7 +120,7 @@ class Method(metaclass=MethodType):
             if cls.kind is DeltaModule and cls.kind_at is Method.kind_at:
                 raise TypeError(f"{cls.__name__}: set `kind` to the class of its delta modules, or override kind_at()")
             cls.name = name
-            METHODS[name] = cls
+            METHODS.register(name, cls)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "of", type_names(self.of))

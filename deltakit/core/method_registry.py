@@ -29,7 +29,7 @@ class Registry(MutableMapping[str, _Kind]):
         return self._kinds
 
     def __getitem__(self, name: str) -> _Kind:
-        if name not in self._kinds and not self._is_complete and name.isidentifier():
+        if name not in self._kinds and not self._is_complete and isinstance(name, str):
             # Nearly every file has the name of its method. The package imports a file that is asked for.
             with suppress(AttributeError):
                 getattr(import_module(_PACKAGE), name)
@@ -42,8 +42,11 @@ class Registry(MutableMapping[str, _Kind]):
         return self._kinds[name]
 
     def __setitem__(self, name: str, kind: _Kind) -> None:
+        self._kinds[name] = kind
+
+    def register(self, name: str, kind: _Kind) -> None:
+        """Registers a class that was just made. A user's class stays when deltakit's file of its name is imported later."""
         there = self._kinds.get(name)
-        # A file of deltakit that is imported late must not replace a class that the user has registered under its name.
         if there is None or not _is_ours(kind) or _is_ours(there):
             self._kinds[name] = kind
 

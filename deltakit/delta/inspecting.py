@@ -124,8 +124,12 @@ def inspect(
     tensors = {**saved.tensors, **_in_order(saved)}
     with from_file(where, "train.names"):
         full = expanded(saved.train.names, saved.tensors, limit)
+    targets: list[list[str]] = []
     with from_file(where, "methods"):
-        targets = [expanded(entry.get("targets", ()), (), limit) for entry in saved.methods]
+        for entry in saved.methods:
+            # One limit for the whole file, which may have thousands of methods.
+            targets.append(expanded(entry.get("targets", ()), (), limit))
+            limit -= len(targets[-1])
     format = format_of(place).name
     found = [name for name in full if name in saved.tensors]
     return SavedDelta(

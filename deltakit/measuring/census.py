@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -37,8 +37,8 @@ class Census(Printed):
 
     owner: str
     leaves: tuple[Leaf, ...]
-    width: int | None = None
-    """The most cells of a line in text; None for as many as it needs."""
+    width: int | None = field(default=None, compare=False)
+    """The cells of a line in text, beyond which selectors stand below their lines; None for lines of any length."""
 
     def _parts(self) -> Iterator[str | Table]:
         yield f"targets in {self.owner}"
@@ -83,7 +83,7 @@ def targets(backbone: nn.Module, *, width: int | None = None) -> Census:
       norm2      LayerNorm                            1  weight:[6]              norm2
 
     Args:
-        width: the most cells of a line in text. Where lines are longer, selectors stand below them.
+        width: the cells of a line in text. Where lines are longer, selectors stand below them. Nothing is cut.
 
     Raises:
         TargetError: if the backbone is not a `torch.nn.Module`.

@@ -1,7 +1,7 @@
 """`diff(a, b)`: what two models, or two state dicts, do not have in common."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,8 +50,8 @@ class Difference(Printed):
     changes: tuple[Change, ...]
     same: int
     total: int
-    width: int | None = None
-    """The most cells of a line in text; None for as many as it needs."""
+    width: int | None = field(default=None, compare=False)
+    """The cells of a line in text, beyond which selectors stand below their lines; None for lines of any length."""
 
     def _parts(self) -> Iterator[str | Table]:
         yield f"{self.before} -> {self.after}: " + ("no difference" if not self.changes else f"{self._counts()}")
@@ -100,7 +100,7 @@ def diff(a: Model, b: Model, *, width: int | None = None) -> Difference:
     ('1.weight',)
 
     Args:
-        width: the most cells of a line in text. Where lines are longer, selectors stand below them.
+        width: the cells of a line in text. Where lines are longer, selectors stand below them. Nothing is cut.
 
     Raises:
         OptionError: if an argument is neither a module nor a dictionary of tensors, or `width` is below 1.

@@ -25,9 +25,9 @@ def linear_with(
 
     Args:
         build: returns the matrix [d_out, d_in] that it computes from the parameters. It is called again in the backward pass,
-            with aliases of them, and reads no other tensors that require gradients. A formula of a delta module is
+            with aliases of them, and reads no other tensors that require gradients. For a formula of a delta module, pass
             `ComputedBy(self, lambda own: ...)`.
-        parameters: what `build` reads; of a `ComputedBy`, the module's `parameters_read()`.
+        parameters: what `build` reads; of a `ComputedBy`, its `tensors()`.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _transformed():
         return F.linear(x, build(*parameters).to(x.dtype))
@@ -159,11 +159,7 @@ class _Recomputed(torch.autograd.Function):
         x, frozen, *parameters = ctx.saved_tensors
         needs_x, _, _, *needed = ctx.needs_input_grad
         again = torch.is_grad_enabled()
-        if not isinstance(ctx.build, ComputedBy) or ctx.build.reads(parameters):
-            parameters = _aliases(parameters, needed)
-        asked = [parameter for parameter, need in zip(parameters, needed, strict=True) if need]
-        with torch.enable_grad():
-            update = ctx.build(*parameters)
+        update, asked = _built_again(ctx.build, parameters, needed)
         gx = None
         if needs_x:
             # Second derivatives go through the matrix, too.
@@ -175,13 +171,56 @@ class _Recomputed(torch.autograd.Function):
             else:
                 # The sum of both matrices, rounded to 16 bits, would lose small updates.
                 gx = g @ (frozen.mT if ctx.flipped else frozen) + (g @ whole) * ctx.scale
-        found: list[Tensor | None] = []
-        if asked and update.requires_grad:
+        found: list[Tensor | None] = [None] * len(parameters)
+        if any(needed) and update.requires_grad:
             # Under autocast the product has another dtype than x.
             rows = g.reshape(-1, g.shape[-1]).mT @ x.reshape(-1, x.shape[-1]).to(g.dtype)
             rows = rows if ctx.scale == 1 else rows * ctx.scale
-            found = list(
-                torch.autograd.grad(update, asked, rows.to(update.dtype), create_graph=again, allow_unused=True)
-            )
-        gradients = iter(found or [None] * len(asked))
-        return gx, None, None, *(next(gradients) if need else None for need in needed)
+            found = _summed(update, asked, rows.to(update.dtype), again)
+        return gx, None, None, *found
+
+
+def _built_again(
+    build: Callable[..., Tensor], parameters: Sequence[Tensor], needed: Sequence[bool]
+) -> tuple[Tensor, list[list[Tensor]]]:
+    """Returns the matrix, and for each parameter the tensors whose gradients add up to its own; none if it needs none.
+
+    These are an alias, and the parameter itself for what a formula reads around the alias: a closure, a method that
+    `__init__` has bound, or a list of parameters.
+    """
+    if isinstance(build, ComputedBy) and not build.takes_others:
+        with torch.enable_grad():
+            return build.by_the_module(), [[one] if need else [] for one, need in zip(parameters, needed, strict=True)]
+    aliases = _aliases(parameters, needed)
+    if torch.is_grad_enabled():
+        # An alias with a graph of its own leads to the parameter, too: the gradients of both would overlap.
+        with torch.no_grad():
+            around = _reads_around(build, parameters, needed)
+        chosen = parameters if around else aliases
+        return build(*chosen), [[one] if need else [] for one, need in zip(chosen, needed, strict=True)]
+    with torch.enable_grad():
+        update = build(*aliases)
+    pairs = zip(aliases, parameters, needed, strict=True)
+    return update, [[alias, one] if need else [] for alias, one, need in pairs]
+
+
+def _reads_around(build: Callable[..., Tensor], parameters: Sequence[Tensor], needed: Sequence[bool]) -> bool:
+    """Whether a formula reads parameters themselves although it was given aliases."""
+    aliases, own = _aliases(parameters, needed), [one for one, need in zip(parameters, needed, strict=True) if need]
+    with torch.enable_grad():
+        update = build(*aliases)
+    if not (own and update.requires_grad):
+        return False
+    found = torch.autograd.grad(update, own, torch.zeros_like(update), allow_unused=True)
+    return any(gradient is not None for gradient in found)
+
+
+def _summed(update: Tensor, asked: Sequence[Sequence[Tensor]], g: Tensor, again: bool) -> list[Tensor | None]:
+    """Returns for each list the sum of the gradients of its tensors; None if the update depends on none of them."""
+    flat = [one for own in asked for one in own]
+    gradients = iter(torch.autograd.grad(update, flat, g, create_graph=again, allow_unused=True))
+    found: list[Tensor | None] = []
+    for own in asked:
+        parts = [part for part in (next(gradients) for _ in own) if part is not None]
+        found.append(None if not parts else parts[0] if len(parts) == 1 else parts[0] + parts[1])
+    return found

@@ -41,7 +41,7 @@ class Printed:
     """A result that is displayed as lines and tables."""
 
     width: int | None = None
-    """The most cells of a table's line in text; None for as many as it needs."""
+    """The cells of a table's line in text, where it can be made so short; None for as many as it needs."""
 
     @abstractmethod
     def _parts(self) -> Iterable[str | Table]:
@@ -109,7 +109,7 @@ def _fitted(table: Table, width: int | None, *, plain: bool) -> list[str]:
     if width is None or max(map(cell_len, lines)) <= width:
         return lines
     if table.below and table.selectors is not None:
-        return _with_selectors_below(table, width, plain=plain)
+        return _with_selectors_below(table, plain=plain)
     lines = _text(table._replace(bars=None), plain=plain)
     longest = max(cell_len(cell) for row in table.rows for cell in row[-1].split("\n"))
     # At least one letter is left of each.
@@ -120,7 +120,8 @@ def _fitted(table: Table, width: int | None, *, plain: bool) -> list[str]:
     return _text(table._replace(rows=rows, bars=None), plain=plain)
 
 
-def _with_selectors_below(table: Table, width: int, *, plain: bool) -> list[str]:
+def _with_selectors_below(table: Table, *, plain: bool) -> list[str]:
+    # They are not cut, so that they can be copied.
     bare = table._replace(
         heads=table.heads[:-1],
         rows=[row[:-1] for row in table.rows],
@@ -128,10 +129,8 @@ def _with_selectors_below(table: Table, width: int, *, plain: bool) -> list[str]
     )
     head, *lines = _text(bare._replace(selectors=None, bars=None), plain=plain)
     found = [head]
-    room = max(4, width - len(_INDENT))
     for line, row in zip(lines, table.rows, strict=True):
-        below = [encodable(printable(cell)) for cell in row[-1].split("\n")]
-        found += [line, *(_INDENT + _end_of(cell, room, plain=plain) for cell in below)]
+        found += [line, *(_INDENT + encodable(printable(cell)) for cell in row[-1].split("\n"))]
     return found
 
 

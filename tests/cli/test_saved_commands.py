@@ -6,9 +6,12 @@ import shutil
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import deltakit as dk
 from deltakit.cli import main
+from deltakit.files.seal import seal_of
 from support.models import Transformer, randomize
 
 
@@ -126,3 +129,20 @@ def test_inspect_of_a_delta_without_tensors(tmp_path, capsys):
     assert out.endswith("0 values\n")
     (method,) = dk.inspect(folder).methods
     assert list(method.targets) == list(delta.modules)
+
+
+def test_a_forged_file_cannot_name_millions_of_targets(tmp_path, capsys):
+    """Forty methods without tensors, of 49,001 targets each, in 15 kB."""
+    model = Transformer()
+    for name in ("a", "b"):
+        dk.attach(model, dk.LoRA(r=3), name=name).active = False
+    folder = dk.attach(model, dk.Average(deltas=["a", "b"])).save(tmp_path / "mean")
+    file = folder / "delta_model.safetensors"
+    with safe_open(file, "pt") as opened:
+        ((key, text),) = opened.metadata().items()
+    config = json.loads(text)
+    config["methods"] = [{**config["methods"][0], "targets": ["{0-49000}"]}] * 40
+    save_file({}, file, metadata={key: json.dumps({**config, "config_sha256": seal_of(config)})})
+    (folder / "delta_config.json").unlink()
+    assert main(["inspect", str(folder)]) == 1
+    assert "'{0-49000}' stands for more paths than the backbone has" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deltakit import LoRA, methods
+from deltakit import methods
 from deltakit.core.method_registry import Registry
 
 
@@ -31,7 +31,9 @@ def test_a_list_has_all():
     assert set(run(f"import sys; from deltakit import METHODS; len(METHODS); {IMPORTED}")) == files
 
 
-@pytest.mark.parametrize("name", ["nothing", "", "a.b", "..core", "__init__", "__path__", "import_module", "0", "a b"])
+@pytest.mark.parametrize(
+    "name", ["nothing", "", "a.b", "..core", "__init__", "__path__", "import_module", "0", "a b", 5, None, ("a",)]
+)
 def test_names_that_no_method_has(name):
     """Names in files of others may be anything."""
     assert Registry().get(name) is None
@@ -52,16 +54,53 @@ assert list(dk.METHODS) == sorted(dk.METHODS)
     run(code)
 
 
-def test_another_thread_waits_until_a_file_is_whole(monkeypatch):
+def test_another_thread_waits_until_a_file_is_whole(tmp_path):
     """A class registers before its decorators have run: only the end of its file says that it is whole."""
-    registry, waited = Registry(), []
-    registry._kinds["lora"] = LoRA
-    monkeypatch.setattr("deltakit.core.method_registry.import_module", lambda name: waited.append(name))
-    assert registry["lora"] is LoRA
-    assert waited == ["deltakit.methods.lora"]
+    (tmp_path / "slow.py").write_text(
+        """
+import builtins
+from deltakit.core import DeltaModule, Method
+class Slow(Method, name="slow_one"):
+    kind = type("SlowModule", (DeltaModule,), {})
+builtins.registered.set()
+builtins.go_on.wait()
+Slow.whole = True
+"""
+    )
+    code = f"""
+import builtins, threading
+from importlib import import_module
+from deltakit import METHODS, methods
+methods.__path__.append({str(tmp_path)!r})
+builtins.registered, builtins.go_on, found = threading.Event(), threading.Event(), []
+first = threading.Thread(target=lambda: import_module("deltakit.methods.slow"))
+second = threading.Thread(target=lambda: found.append(hasattr(METHODS["slow_one"], "whole")))
+first.start()
+builtins.registered.wait()
+second.start()
+second.join(0.3)
+builtins.go_on.set()
+second.join()
+print(*found)
+"""
+    assert run(code) == ["True"]
+
+
+def test_classes_can_be_exchanged_and_put_back():
+    code = """
+import deltakit as dk
+from unittest import mock
+ours, other = dk.LoRA, type("Other", (), {})
+with mock.patch.dict(dk.METHODS, lora=other):
+    assert dk.METHODS["lora"] is other
+assert dk.METHODS["lora"] is ours
+"""
+    run(code)
 
 
 def test_a_file_that_is_not_there():
     assert methods.lora is import_module("deltakit.methods.lora")
-    with pytest.raises(AttributeError, match=r"module 'deltakit.methods' has no attribute 'nothing'"):
-        methods.nothing  # noqa: B018
+    for name in ("nothing", "lora.x", "_lora"):
+        with pytest.raises(AttributeError, match=rf"module 'deltakit.methods' has no attribute '{name}'"):
+            getattr(methods, name)
+    assert {"lora", "prefix"} <= set(dir(methods))

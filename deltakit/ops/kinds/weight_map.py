@@ -86,7 +86,8 @@ class WeightMap(DeltaModule):
         x, y = hidden_input(args, kwargs), hidden_output(output)
         joint = self._joint(target, x, y) if y is output else None
         if joint is not None:
-            y = add_linear_with(joint, x, self._built(target), tuple(self.parameters_read()))
+            build = self._built(target)
+            y = add_linear_with(joint, x, build, build.tensors())
             return y + (self._shift(target, x) * self.strength).to(y.dtype) if self.changes_bias else y
         return replace_hidden(output, y + self._update(target, x, y))
 
@@ -103,12 +104,13 @@ class WeightMap(DeltaModule):
 
     def product(self, target: nn.Module, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """Returns the product of the update with the input x of a linear layer."""
-        return linear_with(x, self._built(target), tuple(self.parameters_read()))
+        build = self._built(target)
+        return linear_with(x, build, build.tensors())
 
     def _built(self, target: nn.Module) -> ComputedBy:
         """Returns what computes the update, again in the backward pass."""
         # The bare weight is computed inside, too: a dequantized, gathered or widened one is as large as the update.
-        return ComputedBy(self, lambda own: own(own._bare(target)))
+        return ComputedBy(self, lambda own, target: own(own._bare(target)), target)
 
     def _joint(self, target: nn.Module, x: Tensor, y: Tensor) -> Layer | None:
         """Returns the target and its output, if one autograd node can serve both; else None."""
@@ -131,8 +133,8 @@ class WeightMap(DeltaModule):
     def _shift(self, target: nn.Module, x: Tensor) -> Float[Tensor, " d_out"]:
         """Returns the update of the bias."""
         # As a product with 1, it is recomputed in the backward pass like the weight, and saves nothing of the weight's size.
-        build = ComputedBy(self, lambda own: own._bias_update(target, own._bare(target))[:, None])
-        return linear_with(x.new_ones(1), build, tuple(self.parameters_read()))
+        build = ComputedBy(self, lambda own, target: own._bias_update(target, own._bare(target))[:, None], target)
+        return linear_with(x.new_ones(1), build, build.tensors())
 
     def _bias_update(self, target: nn.Module, weight: Tensor) -> Tensor:
         update: Tensor = self(weight, BareLayer(target, self.view).bias)
