@@ -124,12 +124,11 @@ def inspect(
     tensors = {**saved.tensors, **_in_order(saved)}
     with from_file(where, "train.names"):
         full = expanded(saved.train.names, saved.tensors, limit)
-    targets: list[list[str]] = []
+    folded = [entry.get("targets", ()) for entry in saved.methods]
     with from_file(where, "methods"):
-        for entry in saved.methods:
-            # One limit for the whole file, which may have thousands of methods.
-            targets.append(expanded(entry.get("targets", ()), (), limit))
-            limit -= len(targets[-1])
+        # First all together: the limit is that of the file, which may have thousands of methods.
+        expanded([selector for own in folded for selector in own], (), limit)
+        targets = [expanded(own, (), limit) for own in folded]
     format = format_of(place).name
     found = [name for name in full if name in saved.tensors]
     return SavedDelta(

@@ -82,23 +82,21 @@ class RandLoRADelta(LowRank):
             return added
         # The rank is that of a full matrix, so one factor is as large as the weight, and the product with A as x. Both are
         # computed again in the backward pass, which needs only x, or the product with the frozen factor.
-        x, parameters = self._dropped(x), tuple(self.parameters_read())
+        x = self._dropped(x)
         count, rank = x.numel() // self.d_in, min(self.d_in, self.d_out)
         if self.d_in * self.d_out * (count + rank) <= count * rank * (self.d_in + self.d_out):
             # With many tokens the matrix costs less than the two products.
             scale = self.scaling * self.strength
             full = ComputedBy(self, RandLoRADelta._full)
-            joint = None if self.drops else layer_beside(layer, alone, x, y, parameters[0], scale)
+            joint = None if self.drops else layer_beside(layer, alone, x, y, self.L, scale)
             if joint is not None:
-                return add_linear_with(joint, x, full, parameters)
-            change = linear_with(x, full, parameters)
+                return add_linear_with(joint, x, full)
+            change = linear_with(x, full)
         elif self.d_in <= self.d_out:
-            change = F.linear(
-                linear_with(x, ComputedBy(self, RandLoRADelta._thin), parameters), self._frozen().to(x.dtype)
-            )
+            change = F.linear(linear_with(x, ComputedBy(self, RandLoRADelta._thin)), self._frozen().to(x.dtype))
         else:
             thin = ComputedBy(self, lambda own: own._thin().T)
-            change = linear_with(F.linear(x, self._frozen().T.to(x.dtype)), thin, parameters)
+            change = linear_with(F.linear(x, self._frozen().T.to(x.dtype)), thin)
         return y + (self.scaling * self.strength * change).to(y.dtype)
 
     def _full(self) -> Float[Tensor, "d_out d_in"]:

@@ -4,7 +4,7 @@ Some methods compute a full matrix [d_out, d_in] for each layer (LoHa, FourierFT
 take as much memory as the backbone's weights.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,24 +14,32 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from deltakit.core import is_conv1d
+from deltakit.errors import StateError
 from deltakit.ops.low_rank import frozen_weight, only_plain
 from deltakit.ops.module_copy import ComputedBy
 
 
 def linear_with(
-    x: Float[Tensor, "*batch d_in"], build: Callable[..., Tensor], parameters: tuple[Tensor, ...]
+    x: Float[Tensor, "*batch d_in"], build: Callable[..., Tensor], parameters: tuple[Tensor, ...] = ()
 ) -> Float[Tensor, "*batch d_out"]:
     """Returns `F.linear(x, build(*parameters))`. Only x is saved for the backward pass, not the matrix.
 
     Args:
-        build: returns the matrix [d_out, d_in] that it computes from the parameters. It is called again in the backward pass,
-            with aliases of them, and reads no other tensors that require gradients. For a formula of a delta module, pass
-            `ComputedBy(self, lambda own: ...)`.
-        parameters: what `build` reads; of a `ComputedBy`, its `tensors()`.
+        build: returns the matrix [d_out, d_in] that it computes from the parameters, and is called again in the backward pass.
+            For a formula of a delta module, pass `ComputedBy(self, lambda own: ...)`.
+        parameters: what `build` reads and may require gradients. A `ComputedBy` knows them itself.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _transformed():
-        return F.linear(x, build(*parameters).to(x.dtype))
-    return _Recomputed.apply(x, build, None, *parameters)
+        return F.linear(x, _built(build, parameters).to(x.dtype))
+    return _Recomputed.apply(x, build, None, *_read_by(build, parameters))
+
+
+def _built(build: Callable[..., Tensor], parameters: Sequence[Tensor]) -> Tensor:
+    return build.by_the_module() if isinstance(build, ComputedBy) else build(*parameters)
+
+
+def _read_by(build: Callable[..., Tensor], parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+    return build.tensors() if isinstance(build, ComputedBy) else parameters
 
 
 def _transformed() -> bool:
@@ -114,23 +122,17 @@ def layer_beside(
     return Layer(y.detach(), weight, is_conv1d(layer), scale)
 
 
-def add_linear_with(
-    layer: Layer,
-    x: Float[Tensor, "*batch d_in"],
-    build: Callable[..., Tensor],
-    parameters: tuple[Tensor, ...],
-) -> Float[Tensor, "*batch d_out"]:
-    """Returns the layer's output plus the scaled `F.linear(x, build(*parameters))`, and changes the output in place.
+def add_linear_with(layer: Layer, x: Float[Tensor, "*batch d_in"], build: ComputedBy) -> Float[Tensor, "*batch d_out"]:
+    """Returns the layer's output plus the scaled product of x with the matrix, and changes the output in place.
 
     One autograd node serves both: its gradient for x is one product with the sum of both matrices, and not two.
 
     Args:
         build: see `linear_with`.
-        parameters: see `linear_with`.
     """
     if not torch.is_grad_enabled():
-        return _added(layer, x, build(*parameters).to(x.dtype))
-    out: Tensor = _Recomputed.apply(x, build, layer, *parameters)
+        return _added(layer, x, build.by_the_module().to(x.dtype))
+    out: Tensor = _Recomputed.apply(x, build, layer, *build.tensors())
     return out
 
 
@@ -146,17 +148,20 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, build: Callable[..., Tensor], layer: Layer | None, *parameters: Tensor) -> Tensor:
         ctx.build, ctx.scale, ctx.flipped = build, 1.0, False
-        weight, update = None, build(*parameters).to(x.dtype)
+        weight, update = None, _built(build, parameters).to(x.dtype)
         if layer is not None:
             ctx.scale, ctx.flipped = layer.scale, layer.flipped
             # As in the layer itself: only the gradient of x needs it.
             weight = layer.weight if ctx.needs_input_grad[0] else None
-        ctx.save_for_backward(x, weight, *parameters)
+        # A formula may read the same weight. Hooks that copy what is saved (`save_on_cpu`) would copy it twice.
+        ctx.at = next((place for place, one in enumerate(parameters) if one is weight), None)
+        ctx.save_for_backward(x, None if ctx.at is not None else weight, *parameters)
         return F.linear(x, update) if layer is None else _added(layer, x, update)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         x, frozen, *parameters = ctx.saved_tensors
+        frozen = frozen if ctx.at is None else parameters[ctx.at]
         needs_x, _, _, *needed = ctx.needs_input_grad
         again = torch.is_grad_enabled()
         update, asked = _built_again(ctx.build, parameters, needed)
@@ -185,23 +190,22 @@ def _built_again(
 ) -> tuple[Tensor, list[list[Tensor]]]:
     """Returns the matrix, and for each parameter the tensors whose gradients add up to its own; none if it needs none.
 
-    These are an alias, and the parameter itself for what a formula reads around the alias: a closure, a method that
-    `__init__` has bound, or a list of parameters.
+    Each list has the alias that the formula was given, and the parameter itself, because the formula may also reach it by a
+    closure, a bound method or a list.
     """
-    if isinstance(build, ComputedBy) and not build.takes_others:
-        with torch.enable_grad():
-            return build.by_the_module(), [[one] if need else [] for one, need in zip(parameters, needed, strict=True)]
-    aliases = _aliases(parameters, needed)
-    if torch.is_grad_enabled():
+    fixed = isinstance(build, ComputedBy) and not build.takes_others
+    aliases = parameters if fixed else _aliases(parameters, needed)
+    with torch.enable_grad():
+        update = _built(build, aliases) if fixed else build(*aliases)
+    each: Iterable[Sequence[Tensor]] = zip(aliases, parameters, strict=True)
+    if fixed:
+        each = zip(parameters, strict=True)
+    elif torch.is_grad_enabled():
         # An alias with a graph of its own leads to the parameter, too: the gradients of both would overlap.
         with torch.no_grad():
             around = _reads_around(build, parameters, needed)
-        chosen = parameters if around else aliases
-        return build(*chosen), [[one] if need else [] for one, need in zip(chosen, needed, strict=True)]
-    with torch.enable_grad():
-        update = build(*aliases)
-    pairs = zip(aliases, parameters, needed, strict=True)
-    return update, [[alias, one] if need else [] for alias, one, need in pairs]
+        each = zip(parameters if around else aliases, strict=True)
+    return update, [list(own) if need else [] for own, need in zip(each, needed, strict=True)]
 
 
 def _reads_around(build: Callable[..., Tensor], parameters: Sequence[Tensor], needed: Sequence[bool]) -> bool:
@@ -223,4 +227,10 @@ def _summed(update: Tensor, asked: Sequence[Sequence[Tensor]], g: Tensor, again:
     for own in asked:
         parts = [part for part in (next(gradients) for _ in own) if part is not None]
         found.append(None if not parts else parts[0] if len(parts) == 1 else parts[0] + parts[1])
+    if all(gradient is None for gradient in found):
+        raise StateError(
+            "the parameters of this forward are not those that its delta module has in the backward pass, so they would get "
+            "no gradients: call backward inside torch.func.functional_call, or remove the hooks of the delta module; a formula "
+            "of your own must read parameters as attributes of the module that it gets"
+        )
     return found

@@ -41,7 +41,7 @@ class Printed:
     """A result that is displayed as lines and tables."""
 
     width: int | None = None
-    """The cells of a table's line in text, where it can be made so short; None for as many as it needs."""
+    """The cells that a line of a table should have at most; None for any number. A line that cannot be so short is longer."""
 
     @abstractmethod
     def _parts(self) -> Iterable[str | Table]:

@@ -156,5 +156,7 @@ def test_selectors_stand_below_the_rows_where_lines_are_too_long():
     # None is cut: they can still be copied.
     assert str(dk.diff(a, b, width=1)) == str(found)
     assert found == dk.diff(a, b)
+    with pytest.raises(dk.OptionError, match=r"diff\(width=0\): expected at least 1; omit it for lines of any length"):
+        dk.diff(a, b, width=0)
     with pytest.raises(dk.OptionError, match=r"diff\(a=...\): expected a torch.nn.Module or a dictionary of tensors"):
         dk.diff([nn.Linear(2, 3)], nn.Linear(2, 3))

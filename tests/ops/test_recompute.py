@@ -341,7 +341,7 @@ class TestComputedBy:
         function = ComputedBy(module, formula)
         x = torch.randn(3, D_IN, dtype=torch.float64, requires_grad=True)
         asked = [x, *([module.child.A] if reads == "an empty child" else [a])]
-        y = linear_with(x, function, function.tensors())
+        y = linear_with(x, function)
         wanted = F.linear(x, formula(module))
         g = torch.randn_like(y)
         ways = [torch.autograd.grad(way, asked, g, create_graph=again) for way in (y, wanted)]
@@ -364,3 +364,69 @@ class TestComputedBy:
         found = torch.autograd.grad(model(x).sum(), list(module.parameters()))
         assert called == [module, module]
         torch.testing.assert_close(found, wanted)
+
+    def test_a_functional_call_of_what_has_hooks_is_an_error_and_never_silent(self):
+        model, module = self.attached(dk.LoHa(r=2, at="0"))
+        module.register_forward_hook(lambda *_: None)
+        given = {
+            name: value.detach().clone().requires_grad_()
+            for name, value in model.named_parameters()
+            if value.requires_grad
+        }
+        x = torch.randn(3, D_IN, dtype=torch.float64)
+        y = torch.func.functional_call(model, given, (x,))
+        with pytest.raises(
+            dk.StateError, match="the parameters of this forward are not those that its delta module has"
+        ):
+            y.sum().backward()
+
+    @pytest.mark.parametrize("kind", [dk.HiRA(r=2, at="0"), dk.GLoRA(r=2, at="0")], ids=repr)
+    @pytest.mark.parametrize("how", ["weight_norm", "parametrization"])
+    def test_weights_that_are_computed_from_others(self, kind, how):
+        model = nn.Sequential(nn.Linear(D_IN, D_OUT)).double()
+        if how == "weight_norm":
+            torch.nn.utils.parametrizations.weight_norm(model[0])
+        else:
+            torch.nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Tanh())
+        delta = randomize(dk.attach(model, kind))
+        x = torch.randn(11, D_IN, dtype=torch.float64)
+        given = {name: 1.1 * value.detach() for name, value in model.named_parameters()}
+        own = {id(p) for p in delta.parameters()}
+        asked = [given[name].requires_grad_() for name, p in model.named_parameters() if id(p) in own]
+        found = torch.autograd.grad(torch.func.functional_call(model, given, (x,)).square().sum(), asked)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+        trained = [p for p in model.parameters() if id(p) in own]
+        torch.testing.assert_close(found, torch.autograd.grad(model(x).square().sum(), trained), rtol=1e-9, atol=1e-12)
+
+    @pytest.mark.parametrize(
+        ("kind", "reads"),
+        [
+            (dk.LoHa(r=2, at="0"), ()),
+            (dk.RandLoRA(r=2, at="0"), ()),
+            (dk.HiRA(r=2, at="0"), ("weight",)),
+            (dk.GLoRA(r=2, at="0"), ("weight", "bias")),
+        ],
+        ids=repr,
+    )
+    @pytest.mark.parametrize("changed", ["weight", "bias"])
+    def test_only_a_change_of_what_is_read_is_an_error(self, kind, reads, changed):
+        """Such as the step of an optimiser, for a trained bias, between a forward and its backward pass."""
+        model, _ = self.attached(kind)
+        y = model(torch.randn(11, D_IN, dtype=torch.float64))
+        with torch.no_grad():
+            model[0].get_parameter(changed).add_(1)
+        if changed in reads:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.sum().backward()
+        else:
+            y.sum().backward()
+
+    @pytest.mark.parametrize("kind", [dk.LoHa(r=2, at="0"), dk.HiRA(r=2, at="0")], ids=repr)
+    def test_hooks_that_copy_what_is_saved_get_a_weight_once(self, kind):
+        model, _ = self.attached(kind)
+        x = torch.randn(11, D_IN, dtype=torch.float64, requires_grad=True)
+        _, kept = saved(lambda: model(x))
+        # In the layer's own node, which is not kept, and in the one that serves both.
+        assert [t.shape[-2:] in ((D_OUT, D_IN), (D_IN, D_OUT)) for t in kept].count(True) == 2

@@ -86,8 +86,7 @@ class WeightMap(DeltaModule):
         x, y = hidden_input(args, kwargs), hidden_output(output)
         joint = self._joint(target, x, y) if y is output else None
         if joint is not None:
-            build = self._built(target)
-            y = add_linear_with(joint, x, build, build.tensors())
+            y = add_linear_with(joint, x, self._built(target))
             return y + (self._shift(target, x) * self.strength).to(y.dtype) if self.changes_bias else y
         return replace_hidden(output, y + self._update(target, x, y))
 
@@ -104,13 +103,15 @@ class WeightMap(DeltaModule):
 
     def product(self, target: nn.Module, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """Returns the product of the update with the input x of a linear layer."""
-        build = self._built(target)
-        return linear_with(x, build, build.tensors())
+        return linear_with(x, self._built(target))
 
     def _built(self, target: nn.Module) -> ComputedBy:
         """Returns what computes the update, again in the backward pass."""
         # The bare weight is computed inside, too: a dequantized, gathered or widened one is as large as the update.
-        return ComputedBy(self, lambda own, target: own(own._bare(target)), target)
+        return ComputedBy(self, lambda own, target: own(own._bare(target)), target, self._weight_read())
+
+    def _weight_read(self) -> tuple[str, ...]:
+        return (self.view.name,) if self.reads_weight else ()
 
     def _joint(self, target: nn.Module, x: Tensor, y: Tensor) -> Layer | None:
         """Returns the target and its output, if one autograd node can serve both; else None."""
@@ -133,8 +134,11 @@ class WeightMap(DeltaModule):
     def _shift(self, target: nn.Module, x: Tensor) -> Float[Tensor, " d_out"]:
         """Returns the update of the bias."""
         # As a product with 1, it is recomputed in the backward pass like the weight, and saves nothing of the weight's size.
-        build = ComputedBy(self, lambda own, target: own._bias_update(target, own._bare(target))[:, None], target)
-        return linear_with(x.new_ones(1), build, build.tensors())
+        names = (*self._weight_read(), "bias")
+        build = ComputedBy(
+            self, lambda own, target: own._bias_update(target, own._bare(target))[:, None], target, names
+        )
+        return linear_with(x.new_ones(1), build)
 
     def _bias_update(self, target: nn.Module, weight: Tensor) -> Tensor:
         update: Tensor = self(weight, BareLayer(target, self.view).bias)
