@@ -230,7 +230,7 @@ def _summed(update: Tensor, asked: Sequence[Sequence[Tensor]], g: Tensor, again:
     if all(gradient is None for gradient in found):
         raise StateError(
             "the parameters of this forward are not those that its delta module has in the backward pass, so they would get "
-            "no gradients: call backward inside torch.func.functional_call, or remove the hooks of the delta module; a formula "
-            "of your own must read parameters as attributes of the module that it gets"
+            "no gradients: call backward inside torch.func.functional_call, or remove the hooks of the delta module; a "
+            "formula of your own must read parameters as attributes of the module that it gets"
         )
     return found
