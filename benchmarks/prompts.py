@@ -19,6 +19,7 @@ from pathlib import Path
 
 import harness
 import resuming
+import torch
 from adapted_encoder import HEAD, MASKED, METHOD, adapt
 from intent_tasks import TASKS
 from intent_words import SOFT_TEMPLATE, TEMPLATE
@@ -211,6 +212,8 @@ def main() -> int:
     parser.add_argument("--table", type=Path, help="a Markdown file for the tables; the plot is an SVG file beside it")
     parser.add_argument("--measured", action="store_true", help="run nothing: print what has been measured")
     options = parser.parse_args()
+    # As in the workers: the page says how many there were.
+    torch.set_num_threads(1)
     results = Results(options.out, Settings(options.adaptation, options.steps, options.growth, options.test))
     failed = [] if options.measured else work(results, options)
     picture = (options.table or HERE / "prompts.md").with_suffix(".svg")
