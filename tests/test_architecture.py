@@ -1,8 +1,6 @@
 """The shape of the package: which room imports which, how long files and functions are, and what is public."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import jaxtyping
@@ -11,6 +9,7 @@ import torch
 
 import deltakit as dk
 from deltakit.ops.int8_inputs import packed
+from support.processes import in_a_process
 
 PACKAGE = Path(dk.__file__).parent
 
@@ -224,12 +223,6 @@ def test_every_shape_in_a_signature_is_checked(pytestconfig):
             assert any(own == other or own.startswith(f"{other}.") for other in checked) or name == "__init__", own
     with pytest.raises(jaxtyping.TypeCheckError, match="tokens d"):
         packed(torch.zeros(2))
-
-
-def in_a_process(code):
-    """What the last line says that code prints in a process of its own."""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return run.stdout.splitlines()[-1]
 
 
 def test_torch_is_imported_with_the_first_name():

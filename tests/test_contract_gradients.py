@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import deltakit as dk
+from support.functional import functional_and_own
 from support.models import WITHOUT_PARAMETERS, Transformer, beside, ids, method_of, randomize
 
 every_trained_method = pytest.mark.parametrize("name", sorted({*dk.METHODS} - WITHOUT_PARAMETERS))
@@ -32,34 +33,12 @@ def test_hooks_of_parameters_run_once(model, name):
     torch.testing.assert_close(gradients(model, parameters), tuple(3 * one for one in wanted), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @every_trained_method
-def test_functional_calls_with_the_backward_pass_outside(model, name):
-    """The backward pass uses the tensors of its forward, which the model no longer has by then."""
-    delta = trained(model, name)
-    own = {id(parameter) for parameter in delta.parameters()}
-    trainable = {path: p for path, p in model.named_parameters() if id(p) in own}
-    given = {path: (1.1 * p.detach()).requires_grad_() for path, p in trainable.items()}
-    found = gradients(lambda x: torch.func.functional_call(model, given, (x,)), list(given.values()))
-    with torch.no_grad():
-        for parameter in trainable.values():
-            parameter.mul_(1.1)
-    wanted = gradients(model, list(trainable.values()))
+def test_functional_calls_with_the_backward_pass_outside(model, name, whole):
+    """The backward pass uses the tensors of its forward, of which some updates read the backbone's own weights and biases."""
+    found, wanted = functional_and_own(model, trained(model, name), ids(), whole=whole)
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
-
-
-@every_trained_method
-def test_functional_calls_of_the_whole_model_with_the_backward_pass_outside(model, name):
-    """Some updates are computed from the backbone's own weights and biases."""
-    delta = trained(model, name)
-    own = {id(parameter) for parameter in delta.parameters()}
-    given = {path: 1.1 * p.detach() for path, p in model.named_parameters()}
-    trainable = {path: given[path].requires_grad_() for path, p in model.named_parameters() if id(p) in own}
-    found = gradients(lambda x: torch.func.functional_call(model, given, (x,)), list(trainable.values()))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.1)
-    wanted = gradients(model, [p for p in model.parameters() if id(p) in own])
-    torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-10)
 
 
 def on_the_cpu(model, parameters):

@@ -9,7 +9,18 @@ from torch import Tensor
 
 from deltakit.core import METHODS, checked, join, label_among
 from deltakit.errors import encodable, printable
-from deltakit.files import Access, Saved, called, expanded, find_folder, format_of, from_file, read_saved, room_for
+from deltakit.files import (
+    Access,
+    Saved,
+    called,
+    expanded,
+    expanded_each,
+    find_folder,
+    format_of,
+    from_file,
+    read_saved,
+    room_for,
+)
 from deltakit.view import Line, report
 
 _LEAST_ROOM = 100_000
@@ -124,11 +135,8 @@ def inspect(
     tensors = {**saved.tensors, **_in_order(saved)}
     with from_file(where, "train.names"):
         full = expanded(saved.train.names, saved.tensors, limit)
-    folded = [entry.get("targets", ()) for entry in saved.methods]
     with from_file(where, "methods"):
-        # First all together: the limit is that of the file, which may have thousands of methods.
-        expanded([selector for own in folded for selector in own], (), limit)
-        targets = [expanded(own, (), limit) for own in folded]
+        targets = expanded_each((entry.get("targets", ()) for entry in saved.methods), (), limit)
     format = format_of(place).name
     found = [name for name in full if name in saved.tensors]
     return SavedDelta(

@@ -3,7 +3,7 @@ the Hub."""
 
 from deltakit.files.card import CardDetails, model_card
 from deltakit.files.checkpoint import DELTA_FILES, WEIGHTS_FILE, plain_tensors, write_weights
-from deltakit.files.config import backbone_identity, delta_config, expanded, methods_of, room_for
+from deltakit.files.config import backbone_identity, delta_config, expanded, expanded_each, methods_of, room_for
 from deltakit.files.fingerprint import differences
 from deltakit.files.formats import WRITERS, Written, deltas_below, format_of, formats_in, read_saved, refuse_others
 from deltakit.files.hub import Access, called, fetch_config, find_folder, upload
@@ -34,6 +34,7 @@ __all__ = [
     "deltas_in",
     "differences",
     "expanded",
+    "expanded_each",
     "fetch_config",
     "find_folder",
     "format_of",

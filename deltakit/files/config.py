@@ -1,7 +1,7 @@
 """Builds and reads `delta_config.json`: the methods and their targets, the fully trained modules, and the backbone."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import product
 from math import prod
 from typing import Any, Protocol, runtime_checkable
@@ -106,22 +106,37 @@ def expanded(selectors: Sequence[str], known: Paths, limit: int) -> list[str]:
     """Returns the paths that folded selectors stand for. A selector that is one of the known paths stands for itself.
 
     Args:
+        limit: see `expanded_each`.
+
+    Raises:
+        SelectorError: see `expanded_each`.
+    """
+    return expanded_each([selectors], known, limit)[0]
+
+
+def expanded_each(lists: Iterable[Sequence[str]], known: Paths, limit: int) -> list[list[str]]:
+    """Returns the paths that each of several lists of folded selectors stands for, as `expanded` does for one.
+
+    Args:
         limit: how many names may be looked at in all. `{0-99999999999}` in a file of somebody else must not take hours.
 
     Raises:
         SelectorError: if the selectors stand for more, or one of them is malformed.
     """
-    paths: list[str] = []
-    for selector in selectors:
-        if selector in known:
-            paths.append(selector)
-            continue
-        components = selector.split(".")
-        limit -= sum(map(selector.count, ".,!"))
-        limit -= sum(map(breadth, components)) if limit >= 0 else 0
-        choices = [expand(component) for component in components] if limit >= 0 else []
-        limit -= prod(map(len, choices))
-        if limit < 0:
-            raise SelectorError(f"{selector[:60]!r} stands for more paths than the backbone has")
-        paths += [".".join(path) for path in product(*choices)]
-    return paths
+    found: list[list[str]] = []
+    for selectors in lists:
+        paths: list[str] = []
+        for selector in selectors:
+            if selector in known:
+                paths.append(selector)
+                continue
+            components = selector.split(".")
+            limit -= sum(map(selector.count, ".,!"))
+            limit -= sum(map(breadth, components)) if limit >= 0 else 0
+            choices = [expand(component) for component in components] if limit >= 0 else []
+            limit -= prod(map(len, choices))
+            if limit < 0:
+                raise SelectorError(f"{selector[:60]!r} stands for more paths than the backbone has")
+            paths += [".".join(path) for path in product(*choices)]
+        found.append(paths)
+    return found

@@ -4,7 +4,7 @@ Some methods compute a full matrix [d_out, d_in] for each layer (LoHa, FourierFT
 take as much memory as the backbone's weights.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -197,15 +197,16 @@ def _built_again(
     aliases = parameters if fixed else _aliases(parameters, needed)
     with torch.enable_grad():
         update = _built(build, aliases) if fixed else build(*aliases)
-    each: Iterable[Sequence[Tensor]] = zip(aliases, parameters, strict=True)
     if fixed:
-        each = zip(parameters, strict=True)
-    elif torch.is_grad_enabled():
+        each = [[one] for one in parameters]
+    elif not torch.is_grad_enabled():
+        each = [[alias, one] for alias, one in zip(aliases, parameters, strict=True)]
+    else:
         # An alias with a graph of its own leads to the parameter, too: the gradients of both would overlap.
         with torch.no_grad():
             around = _reads_around(build, parameters, needed)
-        each = zip(parameters if around else aliases, strict=True)
-    return update, [list(own) if need else [] for own, need in zip(each, needed, strict=True)]
+        each = [[one] for one in (parameters if around else aliases)]
+    return update, [own if need else [] for own, need in zip(each, needed, strict=True)]
 
 
 def _reads_around(build: Callable[..., Tensor], parameters: Sequence[Tensor], needed: Sequence[bool]) -> bool:

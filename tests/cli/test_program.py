@@ -16,6 +16,7 @@ from deltakit.cli.app import program
 from deltakit.cli.arguments import Format
 from deltakit.cli.method_lines import method_lines
 from deltakit.files import Written
+from support.processes import in_a_process
 from support.tiny_transformers import build
 
 COMMANDS = (
@@ -240,8 +241,7 @@ def test_help_and_the_table_of_methods_import_no_torch():
         "import sys; from deltakit.cli import main; "
         f"codes = {{main(line.split()) for line in {lines}}}; print(codes, 'torch' in sys.modules)"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.splitlines()[-1] == "{0} False"
+    assert in_a_process(code) == "{0} False"
 
 
 def test_what_help_knows_without_torch_is_what_torch_has():
@@ -262,5 +262,4 @@ def test_commands_without_a_model_import_no_transformers(tmp_path):
         f"codes = [main(line.split()) for line in ('--help', 'show --help', 'methods', 'inspect {tmp_path}')]; "
         "print([m for m in ('transformers', 'accelerate', 'peft') if m in sys.modules], codes)"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.splitlines()[-1] == "[] [0, 0, 0, 0]"
+    assert in_a_process(code) == "[] [0, 0, 0, 0]"

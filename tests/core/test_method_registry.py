@@ -1,7 +1,5 @@
 """The registry of methods imports the file of one method for one, and all files for a list of all."""
 
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -9,26 +7,21 @@ import pytest
 
 from deltakit import methods
 from deltakit.core.method_registry import Registry
-
-
-def run(code):
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout.split()
-
+from support.processes import in_a_process
 
 IMPORTED = "print(*sorted(m.rpartition('.')[2] for m in sys.modules if m.startswith('deltakit.methods.')))"
 
 
 def test_one_method_imports_its_own_file_alone():
-    assert run(f"import sys; from deltakit import METHODS; METHODS['lora']; {IMPORTED}") == ["lora"]
+    assert in_a_process(f"import sys; from deltakit import METHODS; METHODS['lora']; {IMPORTED}") == "lora"
     # Its file has another name.
-    assert run("from deltakit import METHODS; print(METHODS['p_tuning_v2'].__name__)") == ["PTuningV2"]
+    assert in_a_process("from deltakit import METHODS; print(METHODS['p_tuning_v2'].__name__)") == "PTuningV2"
 
 
 def test_a_list_has_all():
     files = {found.stem for found in Path(methods.__file__).parent.glob("[!_]*.py")}
-    assert set(run(f"import sys; from deltakit import METHODS; len(METHODS); {IMPORTED}")) == files
+    imported = in_a_process(f"import sys; from deltakit import METHODS; len(METHODS); {IMPORTED}")
+    assert set(imported.split()) == files
 
 
 @pytest.mark.parametrize(
@@ -51,7 +44,7 @@ assert dk.IA3 is not Own
 assert dict(dk.METHODS)["ia3"] is Own
 assert list(dk.METHODS) == sorted(dk.METHODS)
 """
-    run(code)
+    in_a_process(code)
 
 
 def test_another_thread_waits_until_a_file_is_whole(tmp_path):
@@ -83,7 +76,7 @@ builtins.go_on.set()
 second.join()
 print(*found)
 """
-    assert run(code) == ["True"]
+    assert in_a_process(code) == "True"
 
 
 def test_classes_can_be_exchanged_and_put_back():
@@ -95,7 +88,7 @@ with mock.patch.dict(dk.METHODS, lora=other):
     assert dk.METHODS["lora"] is other
 assert dk.METHODS["lora"] is ours
 """
-    run(code)
+    in_a_process(code)
 
 
 def test_a_file_that_is_not_there():

@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 import deltakit as dk
 from deltakit.ops import ComputedBy
 from deltakit.ops.recompute import linear_with, recomputed
+from support.functional import functional_and_own
 from support.kind_methods import EVERY_KIND, by_hand, registered
 from support.models import randomize
 
@@ -101,6 +102,16 @@ def saved(run):
     return output, kept
 
 
+def same_derivatives(found, wanted, given, *, graph, second, within):
+    """Compares the derivatives of two outputs; the second ones within ten times as much."""
+    g = torch.randn_like(wanted)
+    ways = [torch.autograd.grad(y, given, g, create_graph=graph) for y in (found, wanted)]
+    torch.testing.assert_close(*ways, rtol=within, atol=within)
+    if second:
+        again = [torch.autograd.grad(sum(part.square().sum() for part in way), given) for way in ways]
+        torch.testing.assert_close(*again, rtol=10 * within, atol=10 * within)
+
+
 class TestWeightMaps:
     def test_the_graph_keeps_no_product_of_full_rank(self):
         model = nn.Sequential(nn.Linear(D_IN, D_OUT)).double()
@@ -179,12 +190,7 @@ class TestWeightMaps:
         weight = made.weight.detach() if layer == "Linear" else made.weight.detach().T
         wanted = F.linear(x, weight + 0.5 * module.weight_update(weight), made.bias.detach())
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-        g = torch.randn_like(wanted)
-        ways = [torch.autograd.grad(y, given, g, create_graph=True) for y in (found, wanted)]
-        torch.testing.assert_close(*ways, rtol=1e-11, atol=1e-11)
-        if x_needs:
-            again = [torch.autograd.grad(sum(part.square().sum() for part in way), given) for way in ways]
-            torch.testing.assert_close(*again, rtol=1e-10, atol=1e-10)
+        same_derivatives(found, wanted, given, graph=True, second=x_needs, within=1e-11)
 
     @pytest.mark.parametrize("kind", ["weight_update", "new_weight"])
     def test_a_trained_layer_keeps_its_own_node(self, kind):
@@ -343,12 +349,7 @@ class TestComputedBy:
         asked = [x, *([module.child.A] if reads == "an empty child" else [a])]
         y = linear_with(x, function)
         wanted = F.linear(x, formula(module))
-        g = torch.randn_like(y)
-        ways = [torch.autograd.grad(way, asked, g, create_graph=again) for way in (y, wanted)]
-        torch.testing.assert_close(*ways, rtol=1e-12, atol=1e-12)
-        if again:
-            second = [torch.autograd.grad(sum(part.square().sum() for part in way), asked) for way in ways]
-            torch.testing.assert_close(*second, rtol=1e-11, atol=1e-11)
+        same_derivatives(y, wanted, asked, graph=again, second=again, within=1e-12)
 
     @pytest.mark.parametrize("by", ["hook", "forward"])
     def test_what_an_engine_manages_reads_its_own_parameters(self, by):
@@ -390,15 +391,8 @@ class TestComputedBy:
             torch.nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Tanh())
         delta = randomize(dk.attach(model, kind))
         x = torch.randn(11, D_IN, dtype=torch.float64)
-        given = {name: 1.1 * value.detach() for name, value in model.named_parameters()}
-        own = {id(p) for p in delta.parameters()}
-        asked = [given[name].requires_grad_() for name, p in model.named_parameters() if id(p) in own]
-        found = torch.autograd.grad(torch.func.functional_call(model, given, (x,)).square().sum(), asked)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(1.1)
-        trained = [p for p in model.parameters() if id(p) in own]
-        torch.testing.assert_close(found, torch.autograd.grad(model(x).square().sum(), trained), rtol=1e-9, atol=1e-12)
+        found, wanted = functional_and_own(model, delta, x, whole=True)
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
 
     @pytest.mark.parametrize(
         ("kind", "reads"),
