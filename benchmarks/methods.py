@@ -180,7 +180,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     for row in sorted(rows, key=lambda row: row["method"]):
         found = row[row["clock"]]
         steps = [shown(found["ratios"].get(who)) for who in ("PEFT", "deltakit")]
-        share = rounds.text(found["share"], 2) if "share" in found else ""
+        share = rounds.share_text(found["share"]) if "share" in found else ""
         work = row["operations"]["deltakit"] / row["operations"]["LoRA"]
         bytes_kept = [
             f"{(row['kept'][who] - row['kept']['floor']) / 1e6:.1f}" if who in row["kept"] else ""

@@ -26,6 +26,9 @@ EVERY = 4
 LEAST = 5
 """Rounds that are run even if one takes longer than all should."""
 
+KNOWN = 0.25
+"""How far apart the quartiles of a share may be if it is printed."""
+
 
 class Estimate(NamedTuple):
     """A figure with its quartiles."""
@@ -246,17 +249,20 @@ def compared(times: Times, base: str, *, ours: str = "deltakit", theirs: str = "
     return row
 
 
-def text(estimate: Sequence[float] | None, digits: int = 3) -> str:
-    """Returns a figure as text: the median and the quartiles, or a value that was measured once.
-
-    A share that is None is not above the noise.
-    """
-    if estimate is None:
-        return "PEFT's overhead is within the noise"
+def text(estimate: Sequence[float], digits: int = 3) -> str:
+    """Returns a figure as text: the median and the quartiles, or a value that was measured once."""
     if len(estimate) == 1:
         return f"{estimate[0]:.{digits}f} (measured once)"
     middle, low, high = (f"{value:.{digits}f}" for value in estimate)
     return f"{middle} ({low} to {high})"
+
+
+def share_text(estimate: Sequence[float] | None) -> str:
+    """Returns a share as text. One whose spread hides it has no figure."""
+    if estimate is None:
+        return "PEFT's overhead is within the noise"
+    _, low, high = estimate
+    return text(estimate, 2) if high - low <= KNOWN else f"unknown ({low:.2f} to {high:.2f})"
 
 
 def counted(row: Mapping[str, Any]) -> str:
@@ -270,7 +276,7 @@ def said(row: Mapping[str, Any], base: str) -> str:
     for clock in ("cpu", "wall") if row["clock"] == "cpu" else ("wall",):
         found = row[clock]
         shown = [f"{name} {text(own)}" for name, own in found["ratios"].items() if name != base]
-        shown += [f"{what} {text(found[key], 2)}" for key, what in SHARES.items() if key in found]
+        shown += [f"{what} {share_text(found[key])}" for key, what in SHARES.items() if key in found]
         parts.append(f"{clock}: " + "  ".join(shown))
     return "\n    ".join([*parts, f"rounds: {counted(row)}"])
 

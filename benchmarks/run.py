@@ -26,7 +26,9 @@ ABOUT = """\
 CPU time on one thread, or wall time on a GPU, taken turn by turn in one process. Ratios are medians with the quartiles of the
 rounds. A share is our overhead as a part of PEFT's, and its quartiles, over resampled rounds, say how far it is known. The
 share of a second copy of deltakit's contestant (null) shows the noise: without it both were equal. Rounds go on until the
-quartiles of the share are within 0.1, or to the bound that is named. PEFT 0.21.2 where nothing else is said."""
+quartiles of the share are within 0.1, or to the bound that is named; a share whose quartiles are further apart than 0.25 is
+unknown. The overheads in a share are means of the middle half of the rounds, so it may differ a little from what the medians
+beside it give. PEFT 0.21.2 where nothing else is said."""
 
 
 def ratio(found: Any) -> str:
@@ -35,7 +37,7 @@ def ratio(found: Any) -> str:
 
 def share(row: Any, key: str = "share", clock: str = "") -> str:
     found = row[clock or row["clock"]]
-    return rounds.text(found[key], 2) if key in found else ""
+    return rounds.share_text(found[key]) if key in found else ""
 
 
 def lined(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -110,7 +110,12 @@ def test_without_an_overhead_of_theirs_there_is_no_share(rounds):
     times = rounds.Times(noisy(20, base=1.0, deltakit=1.1, PEFT=1.0))
     assert rounds.share(times.cpu, "deltakit", "PEFT", "base") is None
     assert not rounds.share_known("base")(times)
-    assert "within the noise" in rounds.text(None)
+    assert "within the noise" in rounds.share_text(None)
+
+
+def test_a_share_whose_spread_hides_it_has_no_figure(rounds):
+    assert rounds.share_text([0.5, 0.4, 0.6]) == "0.50 (0.40 to 0.60)"
+    assert rounds.share_text([0.5, 0.2, 0.8]) == "unknown (0.20 to 0.80)"
 
 
 def test_exact_times_give_exact_figures_and_a_null_of_the_same_share(rounds):
