@@ -32,6 +32,7 @@ from deltakit.core.cached_text import keep_text, whole_text
 from deltakit.core.callables import takes
 from deltakit.core.caller_rows import begin_forward, close_rows, current_batch, end_forward, open_rows, rows_now
 from deltakit.core.collections_paused import collections_paused
+from deltakit.core.copied_modules import COMPUTED, shallow_copy
 from deltakit.core.delta_module import DeltaModule
 from deltakit.core.design import Design
 from deltakit.core.extras import StoredExtra, extra_tensors, is_extra, stored_extras
@@ -90,6 +91,7 @@ from deltakit.core.record import (
     shapes_of,
     word_of,
 )
+from deltakit.core.replicas import complete_replica
 from deltakit.core.roots import RootHook, rooted_at, roots_inside
 from deltakit.core.running_call import RunningCall, running_call
 from deltakit.core.running_statistics import moved_in, notice_moved_buffers
@@ -110,6 +112,7 @@ from deltakit.core.trial_call import Inputs, trial_call
 from deltakit.core.without_deltas import deltas_left_out, without_deltas
 
 __all__ = [
+    "COMPUTED",
     "FROZEN",
     "INSERTED",
     "METHODS",
@@ -154,6 +157,7 @@ __all__ = [
     "class_name",
     "close_rows",
     "collections_paused",
+    "complete_replica",
     "copy_buffers",
     "current_batch",
     "current_call",
@@ -226,6 +230,7 @@ __all__ = [
     "running_call",
     "same_random_numbers",
     "scatter",
+    "shallow_copy",
     "shapes_of",
     "slice_where",
     "span",

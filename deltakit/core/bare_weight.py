@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from deltakit.core.copied_modules import at_rest
 from deltakit.core.feature_slice import FeatureSlice
 from deltakit.core.linear import is_compute_dtype, is_conv1d, linear_sizes, wide
 from deltakit.core.sharding import gathered, is_sharded
@@ -82,6 +83,7 @@ def bare_weight(module: nn.Module, view: WeightView) -> Float[Tensor, "..."]:
         TargetError: if there is no such parameter, or the weight is quantized and its module is not a linear layer.
     """
     held: Tensor | None = module._parameters.get(view.name)
+    module = module if held is not None else at_rest(module)
     if held is None:
         # Parametrized weights (weight norm) are attributes that torch computes. Packed weights of quantized linear layers
         # may be in any format, so `dequantized` computes them below from the layer's output.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltakit.core import Record, RootHook, RunningCall, attachments_of, parent_of
+from deltakit.core import Record, RootHook, RunningCall, attachments_of, complete_replica, parent_of
 from deltakit.errors import StateError, warn
 from deltakit.injection.first_forward import FirstForward, watch_first_forward
 from deltakit.injection.lock import Lock
@@ -118,6 +118,8 @@ class TargetGuard(RootHook):
         Raises:
             StateError: if attaching or detaching a delta was interrupted, and the delta is there in part.
         """
+        # As the first of our hooks: the others look for the delta modules' parameters.
+        complete_replica(backbone)
         # Dynamo guards the modules of a compiled forward itself, and compiles it again if they are replaced.
         if torch.compiler.is_compiling():
             return

@@ -5,11 +5,19 @@ then: `torch.func.functional_call` puts its tensors into the modules during the 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from deltakit.core import DeltaModule
+from deltakit.core import COMPUTED, DeltaModule, shallow_copy
+from deltakit.errors import StateError
+
+OTHERS = (
+    "the parameters of this forward are not those that its delta module has in the backward pass, so gradients would be lost "
+    "or wrong: call backward inside torch.func.functional_call, or remove the hooks of the delta module; a formula of your "
+    "own must read parameters as attributes of the module that it gets"
+)
 
 
 class ComputedBy:
@@ -33,25 +41,46 @@ class ComputedBy:
         names: Sequence[str] = (),
     ) -> None:
         self.module, self.formula, self.target, self.names = module, formula, target, names
+        self.buffers: dict[int, dict[str, Any]] = {}
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Returns what it is computed from: the module's `parameters_read()`, and the target's parameters."""
-        # The gradient of a trained weight does not flow through its delta.
-        read = (value.detach() if value.requires_grad else value for value in self._of_target())
-        return (*self.module.parameters_read(), *read)
+        """Returns what it is computed from: the module's `parameters_read()`, and the target's parameters.
+
+        The modules' buffers of now are kept, too, for when it is computed from other tensors.
+
+        Raises:
+            StateError: in a replica of `nn.DataParallel` of which only a part is called.
+        """
+        read = self.module.parameters_read()
+        if not read and "_is_replica" in self.module.__dict__:
+            raise StateError(
+                f"{self.module.word()}: in a replica of nn.DataParallel it finds no parameters, because only a part of the "
+                "backbone is called; call the model that the delta is attached to, or use DistributedDataParallel"
+            )
+        self.buffers = self._buffers()
+        return self._read(read)
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         """Returns what copies of the modules compute from other tensors, in the order of `tensors()`."""
         own = [*self.module.parameters_read(), *self._of_target()]
-        new = {id(old): other for old, other in zip(own, tensors, strict=True)}
+        new = _Other({id(old): other for old, other in zip(own, tensors, strict=True)}, self.buffers)
         target = self.target
         if target is not None:
-            target = _shallow(target)
-            target._parameters = _exchanged(target, new)
-            computed = target._modules.get(_COMPUTED)
-            if computed is not None:
-                target._modules = {**target._modules, _COMPUTED: _copy(computed, new)}
-        return self._formula_of(_copy(self.module, new), target)
+            children = target._modules
+            target = new.in_place_of(target)
+            if COMPUTED in children:
+                target._modules = {**children, COMPUTED: new.copy(children[COMPUTED])}
+        return self._formula_of(new.copy(self.module), target)
+
+    def refuse_others(self, tensors: Sequence[Tensor]) -> None:
+        """Checks that the modules still have the tensors of a forward, where they cannot be given any.
+
+        Raises:
+            StateError: if they have others.
+        """
+        now = self._read(self.module.parameters_read())
+        if not all(map(_is_same, now, tensors)):
+            raise StateError(OTHERS)
 
     def by_the_module(self) -> Tensor:
         """Returns what the modules themselves compute, from the parameters that they have now."""
@@ -64,11 +93,27 @@ class ComputedBy:
         """The target's parameters that the formula reads; none where an engine or a quantizer manages one of them."""
         if self.target is None or not self.names or "_hf_hook" in self.target.__dict__:
             return []
-        held = [self.target._parameters.get(name) for name in self.names]
+        # Hooks of `prune` and the old `weight_norm` compute a weight in each forward, and keep it as a plain attribute.
+        places = self.target._parameters, self.target.__dict__
+        held = [next((place[name] for place in places if place.get(name) is not None), None) for name in self.names]
         found: list[Tensor] = [value for value in held if value is not None]
-        computed = self.target._modules.get(_COMPUTED)
+        computed = self.target._modules.get(COMPUTED)
         found += computed.parameters() if computed is not None else ()
         return found if all(type(value) in (Tensor, nn.Parameter) for value in found) else []
+
+    def _read(self, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        # The gradient of a trained weight does not flow through its delta.
+        return (*parameters, *(value.detach() if value.requires_grad else value for value in self._of_target()))
+
+    def _buffers(self) -> dict[int, dict[str, Any]]:
+        modules = [*_modules(self.module), *([] if self.target is None else [self.target])]
+        found = {id(module): module._buffers.copy() for module in modules if module._buffers}
+        computed = self.target._modules.get(COMPUTED) if self.target is not None else None
+        if computed is not None:
+            # Those of `spectral_norm` change in each forward. They are vectors.
+            for module in computed.modules():
+                found[id(module)] = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
+        return found
 
     @property
     def takes_others(self) -> bool:
@@ -78,10 +123,6 @@ class ComputedBy:
         that they know.
         """
         return not any(map(_is_hooked, _modules(self.module)))
-
-
-_COMPUTED = "parametrizations"
-"""The child in which torch's parametrizations keep what a weight or bias is computed from."""
 
 
 def _modules(module: DeltaModule) -> Iterator[nn.Module]:
@@ -95,28 +136,46 @@ def _is_hooked(module: nn.Module) -> bool:
     return "forward" in module.__dict__ or any(hooks)
 
 
-def _shallow(module: nn.Module) -> Any:
-    copy = object.__new__(type(module))
-    copy.__dict__ = dict(module.__dict__)
-    return copy
+def _is_same(now: Tensor, then: Tensor) -> bool:
+    """Whether a module's tensor is the one of a forward, or a copy of it. Saved tensors may be copies (`save_on_cpu`)."""
+    plain = all(type(one) in (Tensor, nn.Parameter) and not one.is_meta for one in (now, then))
+    if now is then or not plain or now.requires_grad is not then.requires_grad:
+        return True
+    if now.requires_grad:
+        return torch.autograd.graph.get_gradient_edge(now) == torch.autograd.graph.get_gradient_edge(then)
+    return now.data_ptr() == then.data_ptr() or torch.equal(now, then.to(now.device))
 
 
-def _copy(module: nn.Module, tensors: Mapping[int, Tensor]) -> Any:
-    """Returns a module that has other tensors in the place of its parameters, and shares everything else."""
-    copy = _shallow(module)
-    copy._parameters = _exchanged(module, tensors)
-    children = module._modules.items()
-    copy._modules = {name: None if child is None else _copy(child, tensors) for name, child in children}
-    if "_shared" in module.__dict__:
-        copy.__dict__["_shared"] = tuple(_copy(shared, tensors) for shared in module.__dict__["_shared"])
-    return copy
+class _Other(NamedTuple):
+    """Tensors in the place of a module's parameters, by the ids of these, and buffers by the id of the module."""
 
+    tensors: Mapping[int, Tensor]
+    buffers: Mapping[int, dict[str, Any]]
 
-def _exchanged(module: nn.Module, tensors: Mapping[int, Tensor]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, own in module._parameters.items():
-        found[name] = other = own if own is None else tensors.get(id(own), own)
-        if other is not None and other is not own:
-            # `get_parameter` returns nothing else.
-            other._is_param = True
-    return found
+    def copy(self, module: nn.Module | None) -> Any:
+        """Returns a module that has these tensors and buffers, and shares everything else."""
+        if module is None:
+            return None
+        copy = self.in_place_of(module)
+        copy._modules = {name: self.copy(child) for name, child in module._modules.items()}
+        if "_shared" in module.__dict__:
+            copy.__dict__["_shared"] = tuple(map(self.copy, module.__dict__["_shared"]))
+        return copy
+
+    def in_place_of(self, module: nn.Module) -> Any:
+        """Returns a module that has these tensors and buffers, and the children of the other."""
+        copy = shallow_copy(module)
+        copy._parameters = {name: self._other(own) for name, own in module._parameters.items()}
+        copy._buffers = self.buffers.get(id(module), module._buffers)
+        for name, own in module.__dict__.items():
+            if id(own) in self.tensors:
+                copy.__dict__[name] = self.tensors[id(own)]
+        return copy
+
+    def _other(self, own: Tensor | None) -> Tensor | None:
+        other = self.tensors.get(id(own))
+        if own is None or other is None or other is own:
+            return own
+        # `get_parameter` returns nothing else.
+        other._is_param = True
+        return other

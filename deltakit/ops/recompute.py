@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from deltakit.core import is_conv1d
 from deltakit.errors import StateError
 from deltakit.ops.low_rank import frozen_weight, only_plain
-from deltakit.ops.module_copy import ComputedBy
+from deltakit.ops.module_copy import OTHERS, ComputedBy
 
 
 def linear_with(
@@ -26,10 +26,10 @@ def linear_with(
 
     Args:
         build: returns the matrix [d_out, d_in] that it computes from the parameters, and is called again in the backward pass.
-            For a formula of a delta module, pass `ComputedBy(self, lambda own: ...)`.
+            So it draws no random numbers. For a formula of a delta module, pass `ComputedBy(self, lambda own: ...)`.
         parameters: what `build` reads and may require gradients. A `ComputedBy` knows them itself.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _transformed():
+    if _only_plain():
         return F.linear(x, _built(build, parameters).to(x.dtype))
     return _Recomputed.apply(x, build, None, *_read_by(build, parameters))
 
@@ -42,9 +42,18 @@ def _read_by(build: Callable[..., Tensor], parameters: Sequence[Tensor]) -> Sequ
     return build.tensors() if isinstance(build, ComputedBy) else parameters
 
 
-def _transformed() -> bool:
-    """Whether a transform of torch.func runs, or forward-mode differentiation: they take no gradients by hand."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+def _only_plain() -> bool:
+    """Whether only the formula itself works: without gradients, and where no gradients are taken by hand.
+
+    That is while compiling or tracing, in transforms of torch.func, and in forward-mode differentiation.
+    """
+    return (
+        not torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def recomputed(formula: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -53,9 +62,8 @@ def recomputed(formula: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     Args:
         formula: draws no random numbers and reads no other tensors that require gradients.
     """
-    plain = not torch.is_grad_enabled() or torch.compiler.is_compiling() or _transformed()
-    # A trace cannot hold a function with a backward pass, and inference tensors cannot be saved for one.
-    if plain or torch._C._is_tracing() or any(one.is_inference() for one in inputs):
+    # Inference tensors cannot be saved for a backward pass.
+    if _only_plain() or any(one.is_inference() for one in inputs):
         return formula(*inputs)
     out: Tensor = _Again.apply(formula, *inputs)
     return out
@@ -75,11 +83,11 @@ class _Again(torch.autograd.Function):
         needed = ctx.needs_input_grad[1:]
         again = torch.is_grad_enabled()
         inputs = _aliases(ctx.saved_tensors, needed)
-        asked = [one for one, need in zip(inputs, needed, strict=True) if need]
         with torch.enable_grad():
             out = ctx.formula(*inputs)
-        found = iter(torch.autograd.grad(out, asked, g, create_graph=again))
-        return None, *(next(found) if need else None for need in needed)
+        # Those of which the user has switched `requires_grad` off since the forward get no gradient, as in torch.
+        each = [[one] if need and one.requires_grad else [] for one, need in zip(inputs, needed, strict=True)]
+        return None, *_summed(out, each, g, again)
 
 
 def _aliases(tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
@@ -193,25 +201,32 @@ def _built_again(
     Each list has the alias that the formula was given, and the parameter itself, because the formula may also reach it by a
     closure, a bound method or a list.
     """
-    fixed = isinstance(build, ComputedBy) and not build.takes_others
-    aliases = parameters if fixed else _aliases(parameters, needed)
-    with torch.enable_grad():
-        update = _built(build, aliases) if fixed else build(*aliases)
-    if fixed:
+    if isinstance(build, ComputedBy) and not build.takes_others:
+        build.refuse_others(parameters)
+        with torch.enable_grad():
+            update = build.by_the_module()
         each = [[one] for one in parameters]
-    elif not torch.is_grad_enabled():
-        each = [[alias, one] for alias, one in zip(aliases, parameters, strict=True)]
     else:
-        # An alias with a graph of its own leads to the parameter, too: the gradients of both would overlap.
-        with torch.no_grad():
-            around = _reads_around(build, parameters, needed)
-        each = [[one] for one in (parameters if around else aliases)]
-    return update, [own if need else [] for own, need in zip(each, needed, strict=True)]
+        aliases = _aliases(parameters, needed)
+        with torch.enable_grad():
+            update = build(*aliases)
+        if not torch.is_grad_enabled():
+            each = [[alias, one] for alias, one in zip(aliases, parameters, strict=True)]
+        else:
+            # An alias with a graph of its own leads to the parameter, too: the gradients of both would overlap.
+            with torch.no_grad():
+                around = _reads_around(build, parameters, needed)
+            each = [[one] for one in (parameters if around else aliases)]
+    # The user may have switched `requires_grad` off since the forward, as `delta.trainable = False` does.
+    return update, [
+        [one for one in own if one.requires_grad] if need else [] for own, need in zip(each, needed, strict=True)
+    ]
 
 
 def _reads_around(build: Callable[..., Tensor], parameters: Sequence[Tensor], needed: Sequence[bool]) -> bool:
     """Whether a formula reads parameters themselves although it was given aliases."""
-    aliases, own = _aliases(parameters, needed), [one for one, need in zip(parameters, needed, strict=True) if need]
+    aliases = _aliases(parameters, needed)
+    own = [one for one, need in zip(parameters, needed, strict=True) if need and one.requires_grad]
     with torch.enable_grad():
         update = build(*aliases)
     if not (own and update.requires_grad):
@@ -223,15 +238,13 @@ def _reads_around(build: Callable[..., Tensor], parameters: Sequence[Tensor], ne
 def _summed(update: Tensor, asked: Sequence[Sequence[Tensor]], g: Tensor, again: bool) -> list[Tensor | None]:
     """Returns for each list the sum of the gradients of its tensors; None if the update depends on none of them."""
     flat = [one for own in asked for one in own]
+    if not flat:
+        return [None] * len(asked)
     gradients = iter(torch.autograd.grad(update, flat, g, create_graph=again, allow_unused=True))
     found: list[Tensor | None] = []
     for own in asked:
         parts = [part for part in (next(gradients) for _ in own) if part is not None]
         found.append(None if not parts else parts[0] if len(parts) == 1 else parts[0] + parts[1])
     if all(gradient is None for gradient in found):
-        raise StateError(
-            "the parameters of this forward are not those that its delta module has in the backward pass, so they would get "
-            "no gradients: call backward inside torch.func.functional_call, or remove the hooks of the delta module; a "
-            "formula of your own must read parameters as attributes of the module that it gets"
-        )
+        raise StateError(OTHERS)
     return found

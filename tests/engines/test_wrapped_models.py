@@ -1,31 +1,11 @@
 """Backbones inside what DataParallel, FSDP, ZeRO and torch.compile make of them."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
 
 import deltakit as dk
-from support.models import Transformer, attached, ids, same, snapshot
-
-
-def test_data_parallel_replicas_use_their_own_delta():
-    model = Transformer().eval()
-    delta = attached(model)
-    expected = model(ids())
-    (replica,) = nn.parallel.replicate(model, [0]) if torch.cuda.is_available() else (copy.copy(model),)
-    target = model.layers[0].self_attn.q_proj
-    twin = target._replicate_for_data_parallel()
-    other = copy.deepcopy(target.delta_lora)
-    with torch.no_grad():
-        other.B.zero_()
-    twin._modules["delta_lora"] = other
-    twin.weight, twin.bias = target.weight, target.bias
-    x = torch.randn(2, 20)
-    assert not torch.equal(twin(x), target(x))
-    assert torch.equal(replica(ids()), expected)
-    assert delta.attached
+from support.models import Transformer, attached, same, snapshot
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: type("FSDPModule", (nn.Module,), {})()])

@@ -42,7 +42,8 @@ class WeightMap(DeltaModule):
     `has_bias` says after `__init__`. With `changes_weight = False` only the bias is changed.
 
     On a linear layer that is called, the product with dW is added to the output, and dW is recomputed in the backward pass
-    instead of saved. Elsewhere a weight patch replaces W by W + dW during the forward that reads it.
+    instead of saved, so the formulas must draw no random numbers. Elsewhere a weight patch replaces W by W + dW during the
+    forward that reads it.
     """
 
     design: ClassVar[Design] = Design(form="dW(W) x", changes="weight", insertion="parallel", composition="addition")
