@@ -110,9 +110,10 @@ class ComputedBy:
         found = {id(module): module._buffers.copy() for module in modules if module._buffers}
         computed = self.target._modules.get(COMPUTED) if self.target is not None else None
         if computed is not None:
-            # Those of `spectral_norm` change in each forward. They are vectors.
+            # The vectors of `spectral_norm` change in each forward. Matrices are not copied: those of `orthogonal` never change.
             for module in computed.modules():
-                found[id(module)] = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
+                own = module._buffers.items()
+                found[id(module)] = {name: b if b is None or b.ndim > 1 else b.clone() for name, b in own}
         return found
 
     @property
