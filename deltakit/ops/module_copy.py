@@ -110,7 +110,7 @@ class ComputedBy:
         found = {id(module): module._buffers.copy() for module in modules if module._buffers}
         computed = self.target._modules.get(COMPUTED) if self.target is not None else None
         if computed is not None:
-            # The vectors of `spectral_norm` change in each forward. Matrices are not copied: those of `orthogonal` never change.
+            # The vectors of `spectral_norm` change in each forward. The matrices of `orthogonal` do not, and are not copied.
             for module in computed.modules():
                 own = module._buffers.items()
                 found[id(module)] = {name: b if b is None or b.ndim > 1 else b.clone() for name, b in own}
