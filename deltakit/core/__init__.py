@@ -55,6 +55,7 @@ from deltakit.core.package_alias import alias_package
 from deltakit.core.paths import (
     above,
     delta_children,
+    forget_notes,
     held_at,
     is_callable,
     is_of,
@@ -171,6 +172,7 @@ __all__ = [
     "expand",
     "extra_tensors",
     "fold",
+    "forget_notes",
     "gathered",
     "gathered_in_training",
     "global_bytes",

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Collection, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
@@ -110,6 +109,9 @@ class GradLedger:
 
 
 def _set(parameter: nn.Parameter, requires_grad: bool) -> None:
+    if not parameter.is_inference():
+        parameter.requires_grad_(requires_grad)
+        return
     # torch sets the flag of a parameter that was made under `torch.inference_mode` only there.
-    with torch.inference_mode() if parameter.is_inference() else nullcontext():
+    with torch.inference_mode():
         parameter.requires_grad_(requires_grad)

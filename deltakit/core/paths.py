@@ -2,10 +2,10 @@
 
 import re
 import sys
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -20,9 +20,13 @@ class _Walk(NamedTuple):
     call: RunningCall
     under_every_name: list[tuple[str, nn.Module]]
     """Empty until somebody asks for it."""
+    notes: dict[str, Any]
+    """What was found in the modules, by a word for it."""
 
 
 _WALK: ContextVar[_Walk | None] = ContextVar("deltakit_walk", default=None)
+T = TypeVar("T")
+
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _SLICED = re.compile(r"(.+)\[(\w+)\]", re.DOTALL)
 
@@ -64,8 +68,8 @@ def split_slice(path: str, known: Container[str] = ()) -> tuple[str, str]:
 
 def own_modules(backbone: nn.Module, *, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """Yields the paths and modules of the backbone without its deltas, each module once, or once per path if `every_name`."""
-    known = _WALK.get()
-    if known is None or known.backbone is not backbone or known.call.over:
+    known = _kept(backbone)
+    if known is None:
         yield from _walked(backbone, every_name)
     elif not every_name:
         yield from known.modules
@@ -73,6 +77,29 @@ def own_modules(backbone: nn.Module, *, every_name: bool = False) -> Iterator[tu
         if not known.under_every_name:
             known.under_every_name[:] = _walked(backbone, every_name)
         yield from known.under_every_name
+
+
+def _kept(backbone: nn.Module) -> _Walk | None:
+    known = _WALK.get()
+    return None if known is None or known.backbone is not backbone or known.call.over else known
+
+
+def noted(backbone: nn.Module, word: str, find: Callable[[nn.Module], T]) -> T:
+    """Returns what `find` finds in the modules of a backbone. In a `one_walk` block it is found once, until `forget_notes`."""
+    known = _kept(backbone)
+    if known is None:
+        return find(backbone)
+    if word not in known.notes:
+        known.notes[word] = find(backbone)
+    found: T = known.notes[word]
+    return found
+
+
+def forget_notes() -> None:
+    """Says that a delta module was added to a backbone or removed."""
+    known = _WALK.get()
+    if known is not None:
+        known.notes.clear()
 
 
 def _walked(backbone: nn.Module, every_name: bool) -> Iterator[tuple[str, nn.Module]]:
@@ -106,12 +133,11 @@ def one_walk(backbone: nn.Module) -> Iterator[None]:
     Attaching a delta would walk it a dozen times, which took half of the time (measured with 1,048 modules). After Ctrl-C the
     walk may be left behind, and is not used: it belongs to the call that has the block.
     """
-    known = _WALK.get()
-    if known is not None and known.backbone is backbone and not known.call.over:
+    if _kept(backbone) is not None:
         yield
         return
     caller = RunningCall(sys._getframe(2))
-    token = _WALK.set(_Walk(backbone, list(_walked(backbone, every_name=False)), caller, []))
+    token = _WALK.set(_Walk(backbone, list(_walked(backbone, every_name=False)), caller, [], {}))
     try:
         yield
     finally:

@@ -20,7 +20,7 @@ from deltakit.core.grad_ledger import GradLedger
 from deltakit.core.held import held_in
 from deltakit.core.method import Method, label_among
 from deltakit.core.normal_tensors import version_of
-from deltakit.core.paths import delta_children, join, own_modules, split_slice
+from deltakit.core.paths import delta_children, join, noted, own_modules, split_slice
 from deltakit.core.roots import roots_inside
 from deltakit.core.start_samples import Start
 
@@ -131,6 +131,8 @@ class Site(NamedTuple):
         """The name under which the target holds the delta module; None while it is detached."""
         # Looked up in the target, because a deepcopy or `del target.name` changes it without telling the delta.
         children, record = self.target._modules, self.module.record
+        if not children:
+            return None
         held = held_in(children)
         if held is not None and record not in held.records:
             # It is not looked for among the hundreds of delta modules of others.
@@ -207,6 +209,10 @@ def records_of(backbone: nn.Module) -> list[Record]:
 
 def records_in(backbone: nn.Module) -> Mapping[Record, Any]:
     """Returns the records of the deltas on the modules of a backbone, as the keys."""
+    return noted(backbone, "records", _records_in)
+
+
+def _records_in(backbone: nn.Module) -> Mapping[Record, Any]:
     found: dict[Record, Any] = {}
     for _, target in own_modules(backbone):
         if target._modules:

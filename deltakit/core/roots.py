@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from deltakit.core.paths import own_modules
+from deltakit.core.paths import noted, own_modules
 
 
 class RootHook:
@@ -29,6 +29,10 @@ def rooted_at(module: nn.Module) -> Collection[Any]:
 
 def roots_inside(backbone: nn.Module) -> dict[Any, tuple[str, nn.Module]]:
     """Returns the records of the deltas that were attached to a module inside a backbone, with its path and the module."""
+    return noted(backbone, "roots", _roots_inside)
+
+
+def _roots_inside(backbone: nn.Module) -> dict[Any, tuple[str, nn.Module]]:
     found: dict[Any, tuple[str, nn.Module]] = {}
     for path, module in own_modules(backbone):
         if module._forward_pre_hooks and module is not backbone:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from deltakit.core import DeltaModule, add_held, delta_children, held_in, module_at, remove_held
+from deltakit.core import DeltaModule, add_held, delta_children, forget_notes, held_in, module_at, remove_held
 from deltakit.injection.context_hooks import ContextInputHook, ContextOutputHook, clean_up
 from deltakit.injection.output_hooks import InputHook, OutputHook
 from deltakit.injection.tables import ours, unhook
@@ -27,6 +27,8 @@ def put(backbone: nn.Module, target: nn.Module, key: str, delta: DeltaModule) ->
     """
     if delta.training is not target.training:
         delta.train(target.training)
+    # Ahead of the change: an interruption behind it leaves none of before.
+    forget_notes()
     add_held(target, key, delta)
     read = delta.weight_read
     if read is None:
@@ -69,6 +71,7 @@ def take(target: nn.Module, key: str, delta: DeltaModule) -> None:
     if delta.weight_read is None:
         _hook_target(target, removed=key if there else "")
     if there:
+        forget_notes()
         remove_held(target, key)
 
 

@@ -4,7 +4,8 @@ import pytest
 from torch import nn
 
 import deltakit as dk
-from deltakit.core import one_walk, own_modules, own_parameters, paths
+from deltakit.core import one_walk, own_modules, own_parameters, paths, records_in
+from deltakit.core.paths import noted
 
 
 @pytest.mark.parametrize("every_name", [True, False])
@@ -29,6 +30,26 @@ def test_a_walk_that_was_left_behind_is_not_used():
     walk.__exit__(None, None, None)
     with one_walk(backbone):
         assert [path for path, _ in own_modules(backbone)] == ["", "one", "two"]
+
+
+def test_what_is_noted_of_a_walk_is_forgotten_with_each_change():
+    backbone, finds = nn.Sequential(nn.Linear(2, 2)), []
+
+    def find(module):
+        finds.append(module)
+        return len(finds)
+
+    # Outside of a walk nothing is noted.
+    assert [noted(backbone, "finds", find) for _ in range(2)] == [1, 2]
+    with one_walk(backbone):
+        assert [noted(backbone, "finds", find) for _ in range(2)] == [3, 3]
+        assert noted(backbone[0], "finds", find) == 4
+        assert not records_in(backbone)
+        delta = dk.attach(backbone, dk.BitFit(at="0"))
+        assert [record.name for record in records_in(backbone)] == [delta.name]
+        assert noted(backbone, "finds", find) == 5
+        delta.detach()
+        assert not records_in(backbone)
 
 
 def test_a_load_walks_the_backbone_once(tmp_path, monkeypatch):
