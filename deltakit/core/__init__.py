@@ -40,7 +40,7 @@ from deltakit.core.feature_slice import FeatureSlice, slice_where
 from deltakit.core.folding import breadth, expand, fold, is_plain, span
 from deltakit.core.grad_ledger import GradLedger
 from deltakit.core.held import add_held, held_in, remove_held
-from deltakit.core.linear import is_compute_dtype, is_conv1d, linear_sizes, projection_sizes, wide
+from deltakit.core.linear import is_compute_dtype, is_conv1d, is_exactly_conv1d, linear_sizes, projection_sizes, wide
 from deltakit.core.logical import (
     LogicalParameter,
     logical_parameters,
@@ -185,6 +185,7 @@ __all__ = [
     "is_callable",
     "is_compute_dtype",
     "is_conv1d",
+    "is_exactly_conv1d",
     "is_extra",
     "is_first",
     "is_of",

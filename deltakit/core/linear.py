@@ -16,6 +16,12 @@ def is_conv1d(module: nn.Module) -> bool:
     return file is not None and isinstance(module, file.Conv1D)
 
 
+def is_exactly_conv1d(module: nn.Module) -> bool:
+    """Returns whether a module is transformers' `Conv1D`, and no subclass, which may compute something else."""
+    file = sys.modules.get("transformers.pytorch_utils")
+    return file is not None and type(module) is file.Conv1D
+
+
 def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     """Returns the input and output size of a linear layer; None for any other module.
 

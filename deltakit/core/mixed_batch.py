@@ -23,8 +23,8 @@ class MixedBatch:
     known: tuple[str, ...]
     owners: Int64[Tensor, " examples"]
     kept: dict[Any, Any] = field(default_factory=dict)
-    first: dict[nn.Module, nn.Module] = field(default_factory=dict)
-    """By target: the delta module that computes the output for all deltas there."""
+    first: dict[tuple[nn.Module, bool], nn.Module] = field(default_factory=dict)
+    """By target and mode (training or not): the delta module that computes the output for all deltas there."""
     open: bool = True
     """Whether its `rows` block has not ended."""
     running: list[int] = field(default_factory=list)
@@ -45,7 +45,11 @@ class MixedBatch:
         key = (name, times, x.device)
         if key not in self.kept:
             rows = [i * times + k for i, own in enumerate(self.names) if own == name for k in range(times)]
-            self.kept[key] = torch.tensor(rows, dtype=torch.int64, device=x.device)
+            made = torch.tensor(rows, dtype=torch.int64, device=x.device)
+            if not torch.compiler.is_compiling() and made.is_inference():
+                # The next call in the same block may be a training step, which cannot save such a tensor.
+                return made
+            self.kept[key] = made
         found: Tensor = self.kept[key]
         return found
 

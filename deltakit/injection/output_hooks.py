@@ -77,13 +77,14 @@ class OutputHook:
                 # The first low-rank delta at a target computes the batched product for all of them. Compiled code finds it
                 # out while it is traced: what another forward noted would be one more reason to compile anew.
                 compiling = torch.compiler.is_compiling()
-                first = None if compiling else own.first.get(target)
+                place = target, delta.training
+                first = None if compiling else own.first.get(place)
                 if first is not None and first is not delta:
                     if not first.live:
                         return output
                     delta = first
                 new = delta.after_call_mixed(target, args, kwargs, output, own)
-                if not compiling and own.first.get(target) is delta:
+                if not compiling and own.first.get(place) is delta:
                     return output if new is None else new
             if new is not None:
                 output = new

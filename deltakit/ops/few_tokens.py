@@ -46,7 +46,9 @@ def add_few_tokens(target: nn.Module, delta: Any, x: Any, y: Any) -> Float[Tenso
     a, b = delta.factors()
     dtype = x.dtype
     # Autocast need not be asked: it would have given y another dtype than x's, or has nothing to cast.
-    if y.dtype is not dtype or a.dtype is not dtype or type(a) not in _PLAIN or not y.is_contiguous():
+    if y.dtype is not dtype or a.dtype is not dtype or b.dtype is not dtype:
+        return None
+    if type(a) not in _PLAIN or not y.is_contiguous():
         return None
     if _transforms() or _dispatch_modes() or forward_ad._current_level >= 0 or fresh(target, delta)[0] is None:
         return None

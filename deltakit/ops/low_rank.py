@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from deltakit.core import is_conv1d
+from deltakit.core import is_conv1d, is_exactly_conv1d
 from deltakit.errors import StateError
 from deltakit.ops.int8_inputs import packed_once, unpacked
 
@@ -104,6 +104,7 @@ def only_plain(x: Tensor, y: Tensor, a: Tensor) -> bool:
         or type(y) is not Tensor
         or type(a) not in (nn.Parameter, Tensor)
         or x.dtype is not y.dtype
+        or x.is_complex()
         or not y.is_contiguous()
         or _autocast()
         or _transforms()
@@ -229,7 +230,7 @@ def _gradients(ctx: Any, g: Tensor) -> Any:
             "(LoRA(frozen_a=False)), or freeze the embeddings, so that no input requires gradients"
         )
     low, high = a.to(g.dtype), b.to(g.dtype)
-    rows = (kept[0] if len(kept) == 1 else unpacked(*kept)).reshape(-1, ctx.shape[-1]) if kept else None
+    rows = (kept[0] if len(kept) == 1 else unpacked(*kept).to(g.dtype)).reshape(-1, ctx.shape[-1]) if kept else None
     if again and rows is not None:
         # The saved h has no graph. Second derivatives go through x and A, so h is computed again from them.
         h = low @ rows.mT
@@ -256,7 +257,7 @@ def fresh(target: nn.Module, delta: nn.Module) -> tuple[nn.Module | None, bool]:
     It must be a plain linear layer, and no other hook may have run before the delta's: it may keep the output or have
     replaced it. Only other low-rank deltas may come before.
     """
-    if not (type(target) is nn.Linear or is_conv1d(target)) or "forward" in target.__dict__ or _EVERYWHERE:
+    if not (type(target) is nn.Linear or is_exactly_conv1d(target)) or "forward" in target.__dict__ or _EVERYWHERE:
         return None, False
     keys: tuple[str, ...] = ()
     alone = True

@@ -69,6 +69,8 @@ def check_alpha(where: str, alpha: PerTarget[float]) -> None:
 class LowRank(OutputMap):
     """Adds a product of two thin factors. The author writes `factors() -> (A, B)`, A [*stack, r, d_in], B [*stack, d_out, r].
 
+    For few tokens without gradients, and in mixed batches, the factors alone are read: a `forward` of your own must agree.
+
     It works on linear layers, feature slices of fused projections, embeddings (d_in is the vocabulary), convolutions (d_in is
     the channels of a group times the size of the kernel), parameters (stacks of experts), and weights that are read directly.
 
@@ -184,7 +186,7 @@ class LowRank(OutputMap):
                 in_place = not (torch.is_grad_enabled() or must_copy()) and fresh(target, self)[0] is not None
                 return add_per_example(self, work, target, x, output, batch, in_place=in_place)
         # Without shared work each delta module runs on its own examples, as other output maps do.
-        batch.first.pop(target, None)
+        batch.first.pop((target, self.training), None)
         return super().after_call_mixed(target, args, kwargs, output, batch)
 
     def forward(
