@@ -213,11 +213,8 @@ def records_in(backbone: nn.Module) -> Mapping[Record, Any]:
 
 
 def _records_in(backbone: nn.Module) -> Mapping[Record, Any]:
-    found: dict[Record, Any] = {}
-    for _, target in own_modules(backbone):
-        if target._modules:
-            found.update(records_at(target))
-    return found
+    targets = (target for _, target in own_modules(backbone) if target._modules)
+    return {record: None for target in targets for record in records_at(target)}
 
 
 def records_at(target: nn.Module) -> Mapping[Record, Any]:
