@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -37,6 +38,16 @@ class MiSSDelta(LowRank):
         # Repeated once, B would be a copy that is kept for the backward pass.
         times = self.d_out // len(self.B)
         return tiles[:, : self.d_in], self.B if times == 1 else self.B.repeat(times, 1)
+
+    def add_product(
+        self, y: Float[Tensor, "*batch d_out"], x: Float[Tensor, "*batch d_in"], scale: float
+    ) -> Float[Tensor, "*batch d_out"]:
+        # Sums of features, and no product with A.
+        b, r = self.B.to(x.dtype), self.B.shape[1]
+        h = (F.pad(x, (0, -self.d_in % r)).unflatten(-1, (-1, r)).sum(-2) * scale).reshape(-1, r)
+        if len(b) == self.d_out:
+            return torch.addmm(y.reshape(-1, self.d_out), h, b.mT).view(y.shape)
+        return (y.reshape(len(h), self.d_out // len(b), len(b)) + (h @ b.mT)[:, None]).reshape(y.shape)
 
     def take_sum(self, parts: Sequence[tuple[float, DeltaModule]]) -> tuple[float, float]:
         return take_weighted_sum(self, "B", parts)

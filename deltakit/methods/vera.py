@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -38,9 +39,21 @@ class VeRADelta(LowRank):
         nn.init.constant_(self.d, self.start)
 
     def factors(self) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]:
+        a, b = self._frozen()
+        return a, self.b[:, None] * b * self.d
+
+    def add_product(
+        self, y: Float[Tensor, "*batch d_out"], x: Float[Tensor, "*batch d_in"], scale: float
+    ) -> Float[Tensor, "*batch d_out"]:
+        # Two products in the backward pass. By `factors` there would be a third, for the gradient of the scaled B.
+        a, b = self._frozen()
+        h = F.linear(x, a.to(x.dtype)) * (self.d * scale).to(x.dtype)
+        return torch.addcmul(y, F.linear(h, b.to(x.dtype)), self.b.to(x.dtype))
+
+    def _frozen(self) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]:
         # The targets of a model on several devices share the factors of one of them.
         a, b = (self.shared._buffers[name].to(self.b) for name in "AB")
-        return a[:, : self.d_in], self.b[:, None] * b[: self.d_out] * self.d
+        return a[:, : self.d_in], b[: self.d_out]
 
     def summary(self) -> str:
         return f"r={len(self.d)}"

@@ -11,7 +11,7 @@ The plain formula runs where these are not possible: while compiling or tracing,
 dispatch modes, and for tensor subclasses.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 from deltakit.core import is_conv1d, is_exactly_conv1d
 from deltakit.errors import StateError
 from deltakit.ops.int8_inputs import packed_once, unpacked
+from deltakit.ops.low_rank_plain import Product, compiled, plain
 
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 # torch's hooks for all modules. They run before a module's own hooks, and may keep or replace its output.
@@ -32,18 +33,6 @@ _EVERYWHERE = torch.nn.modules.module._global_forward_hooks
 _is_compiling, _is_tracing = torch.compiler.is_compiling, torch.jit.is_tracing  # type: ignore[attr-defined]
 _autocast, _transforms = torch._C._is_any_autocast_enabled, torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-
-
-class Product(NamedTuple):
-    """The options of the product: its `scale`, the first output feature it is added to, and how x is saved for backward.
-
-    `keep` is "exact" or "int8". `tokens` says to which tokens it is added; None for all.
-    """
-
-    scale: float
-    start: int = 0
-    keep: str = "exact"
-    tokens: Bool[Tensor, "*batch"] | None = None
 
 
 def add_low_rank(
@@ -63,6 +52,8 @@ def add_low_rank(
     """
     # Factors of another dtype are cast to x's. Casting x to theirs, as PEFT does, would copy and save the larger tensor:
     # 13.4 MB of activations instead of 3.3 in bfloat16 (measured).
+    if _is_compiling():
+        return compiled(y, x, a, b, product)
     if only_plain(x, y, a):
         return plain(y, x, a, b, product)
     graph = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or a.requires_grad or b.requires_grad)
@@ -74,23 +65,6 @@ def add_low_rank(
     flipped = weight is not None and layer is not None and is_conv1d(layer)
     given = y if weight is None else y.detach()
     return _LowRank.apply(given, x, a, b, weight, flipped, layer is not None, product)
-
-
-def plain(
-    y: Float[Tensor, "*batch d_out"],
-    x: Float[Tensor, "*batch d_in"],
-    a: Float[Tensor, "r d_in"],
-    b: Float[Tensor, "d_part r"],
-    product: Product,
-) -> Float[Tensor, "*batch d_out"]:
-    """Returns y with the product added, by the plain formula, which works for all tensors."""
-    h = F.linear(x, a.to(x.dtype)) * product.scale
-    if product.tokens is not None:
-        h = h.masked_fill(~product.tokens[..., None], 0)
-    update = F.linear(h, b.to(x.dtype))
-    if update.shape[-1] != y.shape[-1]:
-        update = F.pad(update, (product.start, y.shape[-1] - product.start - update.shape[-1]))
-    return y + update.to(y.dtype)
 
 
 def only_plain(x: Tensor, y: Tensor, a: Tensor) -> bool:

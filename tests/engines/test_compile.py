@@ -5,7 +5,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from support import compiled_models
+from support import compiled_models, compiled_products
 from support.compiled_models import CASES, any_number_of_tokens, failure, follows, start, swaps
 
 
@@ -43,4 +43,10 @@ def test_one_graph_serves_any_number_of_tokens(compiler):
 @pytest.mark.parametrize("check", ["rows_of_threads", "rows_of_any_size", "rows_of_tasks", "rows_in_training"])
 def test_mixed_batches(compiler, check):
     failed = compiler.submit(failure, getattr(compiled_models, check)).result()
+    assert failed is None, failed
+
+
+@pytest.mark.parametrize("check", ["equal_gradients", "other_forms", "layouts"])
+def test_low_rank_products(compiler, check):
+    failed = compiler.submit(failure, getattr(compiled_products, check)).result()
     assert failed is None, failed

@@ -30,8 +30,9 @@ from deltakit.errors import OptionError, StateError
 from deltakit.ops.few_tokens import add_few_tokens
 from deltakit.ops.forwards import has_own_forward
 from deltakit.ops.kinds.output_map import OutputMap
-from deltakit.ops.low_rank import Product, add_low_rank, convolved, fresh, must_copy
+from deltakit.ops.low_rank import add_low_rank, convolved, fresh, must_copy
 from deltakit.ops.low_rank_batched import add_per_example, shared_work
+from deltakit.ops.low_rank_plain import Product
 from deltakit.ops.sizes import sizes
 
 _CONVOLUTIONS = nn.modules.conv._ConvNd
@@ -69,7 +70,8 @@ def check_alpha(where: str, alpha: PerTarget[float]) -> None:
 class LowRank(OutputMap):
     """Adds a product of two thin factors. The author writes `factors() -> (A, B)`, A [*stack, r, d_in], B [*stack, d_out, r].
 
-    For few tokens without gradients, and in mixed batches, the factors alone are read: a `forward` of your own must agree.
+    For few tokens without gradients, and in mixed batches, the factors alone are read: a `forward` or `add_product` of your
+    own must agree.
 
     It works on linear layers, feature slices of fused projections, embeddings (d_in is the vocabulary), convolutions (d_in is
     the channels of a group times the size of the kernel), parameters (stacks of experts), and weights that are read directly.
@@ -131,6 +133,15 @@ class LowRank(OutputMap):
         """Returns A and B. They may be computed from the parameters; gradients go through the computation."""
         raise NotImplementedError(f"{type(self).__name__} does not override factors()")
 
+    def add_product(
+        self, y: Float[Tensor, "*batch d_out"], x: Float[Tensor, "*batch d_in"], scale: float
+    ) -> Float[Tensor, "*batch d_out"]:
+        """Returns y + `scale` B A x by another formula than with the factors: with fewer operations, or fewer bytes kept.
+
+        It need not be written. Calls with gradients use it on linear layers, where x and y have one dtype.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not override add_product()")
+
     @classmethod
     def patches_weight(cls, target: Target) -> bool:
         if target.weight_read is not None or target.parameter:
@@ -155,6 +166,11 @@ class LowRank(OutputMap):
 
     def after_call(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         x = args[0] if args else hidden_input(args, kwargs)
+        if torch.compiler.is_compiling() and self.linear and type(output) is Tensor:
+            # Nothing is changed in place. Whatever is read here becomes a guard, and each call of the compiled code checks all
+            # guards of all targets: 50 ns each. `__call__` reads six tables of hooks, of which forwards alone need two.
+            hooked = torch.is_grad_enabled() or self._forward_pre_hooks or self._forward_hooks
+            return self(x, output) if hooked else self.forward(x, output)
         if self.linear:
             few = add_few_tokens(target, self, x, output)
             if few is not None:
@@ -213,21 +229,11 @@ class LowRank(OutputMap):
         product: Product,
     ) -> Float[Tensor, "*output"]:
         """Returns what `forward` returns, for a product with other options."""
+        if type(self).add_product is not LowRank.add_product and self._takes_product(x, y):
+            return self.add_product(y, self._dropped(x), product.scale)
         a, b = self.factors()
-        if self.groups and layer is not None:
-            return convolved(y, self._dropped(x), a.unflatten(-1, self.view.kernel), b, product, layer)
-        if self.embeds:
-            # A product with a one-hot vector is the row of A^T for that id.
-            try:
-                h = self._dropped(F.embedding(x, a.mT, padding_idx=self.padding_idx))
-            except IndexError as error:
-                raise StateError(
-                    f"{self.word()} was attached to an embedding of {a.shape[1]} ids, and there are ids beyond: the embedding "
-                    "was resized (resize_token_embeddings?); detach() the delta and attach a new one"
-                ) from error
-            # A subclass that scales its vectors has a weight patch, except where the weight is quantized.
-            scale = product.scale * getattr(layer, "embed_scale", 1.0)
-            return y + (F.linear(h, b) * scale).to(y.dtype)
+        if not self.linear:
+            return self._added_elsewhere(x, y, layer, product, (a, b))
         if self.dropout and self.training:
             # With dropout the input differs from the layer's, so one autograd node cannot serve both.
             x, alone = self._dropped(x), False
@@ -239,6 +245,30 @@ class LowRank(OutputMap):
             else:
                 b = self.feature_slice.spread(b.mT).mT
         return add_low_rank(y, x, a, b, product, layer, alone)
+
+    def _added_elsewhere(
+        self, x: Tensor, y: Tensor, layer: nn.Module | None, product: Product, factors: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Returns y with the product of a convolution or an embedding added."""
+        a, b = factors
+        if self.groups and layer is not None:
+            return convolved(y, self._dropped(x), a.unflatten(-1, self.view.kernel), b, product, layer)
+        # A product with a one-hot vector is the row of A^T for that id.
+        try:
+            h = self._dropped(F.embedding(x, a.mT, padding_idx=self.padding_idx))
+        except IndexError as error:
+            raise StateError(
+                f"{self.word()} was attached to an embedding of {a.shape[1]} ids, and there are ids beyond: the embedding "
+                "was resized (resize_token_embeddings?); detach() the delta and attach a new one"
+            ) from error
+        # A subclass that scales its vectors has a weight patch, except where the weight is quantized.
+        scale = product.scale * getattr(layer, "embed_scale", 1.0)
+        return y + (F.linear(h, b) * scale).to(y.dtype)
+
+    def _takes_product(self, x: Tensor, y: Tensor) -> bool:
+        # Autocast would cast y, too.
+        simple = self.linear and self.feature_slice is None and x.dtype is y.dtype
+        return simple and torch.is_grad_enabled() and not torch._C._is_any_autocast_enabled()
 
     def _dropped(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
