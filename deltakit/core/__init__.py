@@ -52,6 +52,7 @@ from deltakit.core.mixed_batch import MixedBatch
 from deltakit.core.normal_tensors import normal_tensors, version_of
 from deltakit.core.outline import notebook_bundle
 from deltakit.core.package_alias import alias_package
+from deltakit.core.parts import are_apart, is_slice, word_of
 from deltakit.core.paths import (
     above,
     delta_children,
@@ -80,9 +81,7 @@ from deltakit.core.record import (
     Attachment,
     Record,
     Site,
-    are_apart,
     attachments_of,
-    is_slice,
     key_of,
     label_of,
     parameters_of,
@@ -90,7 +89,6 @@ from deltakit.core.record import (
     records_in,
     records_of,
     shapes_of,
-    word_of,
 )
 from deltakit.core.replicas import complete_replica
 from deltakit.core.roots import RootHook, rooted_at, roots_inside

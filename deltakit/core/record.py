@@ -4,7 +4,6 @@ All modules of a delta share one `Record`, so all handles on the delta see the s
 copy of it. The record has no references to modules. Otherwise a deepcopy of one layer would copy the full backbone.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -20,7 +19,8 @@ from deltakit.core.grad_ledger import GradLedger
 from deltakit.core.held import held_in
 from deltakit.core.method import Method, label_among
 from deltakit.core.normal_tensors import version_of
-from deltakit.core.paths import delta_children, join, noted, own_modules, split_slice
+from deltakit.core.parts import path_with_part, word_of
+from deltakit.core.paths import delta_children, join, noted, own_modules
 from deltakit.core.roots import roots_inside
 from deltakit.core.start_samples import Start
 
@@ -213,8 +213,12 @@ def records_in(backbone: nn.Module) -> Mapping[Record, Any]:
 
 
 def _records_in(backbone: nn.Module) -> Mapping[Record, Any]:
-    targets = (target for _, target in own_modules(backbone) if target._modules)
-    return {record: None for target in targets for record in records_at(target)}
+    found: dict[Record, Any] = {}
+    for _, target in own_modules(backbone):
+        if target._modules:
+            # In C code: a hundred targets may each have hundreds of deltas.
+            found.update(records_at(target))
+    return found
 
 
 def records_at(target: nn.Module) -> Mapping[Record, Any]:
@@ -243,43 +247,6 @@ def key_of(record: Record, index: int, part: str = "") -> str:
         part: the parameter or feature slice that it changes: one module may hold a delta module for each of several.
     """
     return f"{record.name}_{label_of(record, index)}" + (f"_{word_of(part)}" if part else "")
-
-
-def word_of(part: str) -> str:
-    """Returns the name of a parameter or feature slice as a word, for names of modules.
-
-    >>> word_of("in_proj_weight[q]")
-    'in_proj_weight_q'
-    """
-    return re.sub(r"\W+", "_", part).strip("_")
-
-
-def is_slice(part: str) -> bool:
-    """Returns whether a part of a module is a feature slice of its weight, and no parameter."""
-    return part.startswith("[") and part.endswith("]")
-
-
-def are_apart(one: str, other: str) -> bool:
-    """Returns whether two parts of one module have nothing in common: different parameters, or different feature slices.
-
-    >>> are_apart("[q]", "[v]"), are_apart("weight", "bias"), are_apart("[q]", "weight"), are_apart("", "weight")
-    (True, True, False, False)
-    """
-    # A slice without a parameter is one of the weight, whatever its name.
-    (base, letter), (other_base, other_letter) = (
-        ("", part) if is_slice(part) else split_slice(part) for part in (one, other)
-    )
-    letters = {letter.strip("[]"), other_letter.strip("[]")}
-    return (len(letters) == 2 and "" not in letters) or ("" not in (base, other_base) and base != other_base)
-
-
-def path_with_part(path: str, part: str) -> str:
-    """Returns the path of a parameter or a feature slice of the module at a path.
-
-    >>> path_with_part("h.0.attn.c_attn", "[q]"), path_with_part("mlp.experts", "down_proj")
-    ('h.0.attn.c_attn[q]', 'mlp.experts.down_proj')
-    """
-    return path + part if is_slice(part) else join(path, part) if part else path
 
 
 def _method_index(record: Record, key: str, part: str) -> int:
