@@ -36,6 +36,8 @@ from deltakit.ops.low_rank_plain import Product
 from deltakit.ops.sizes import sizes
 
 _CONVOLUTIONS = nn.modules.conv._ConvNd
+# A name of this module saves two lookups, in every call of every target.
+_is_compiling = torch.compiler.is_compiling
 
 
 def check_dropout(where: str, dropout: float) -> None:
@@ -166,12 +168,13 @@ class LowRank(OutputMap):
 
     def after_call(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         x = args[0] if args else hidden_input(args, kwargs)
-        if torch.compiler.is_compiling() and self.linear and type(output) is Tensor:
-            # Nothing is changed in place. Whatever is read here becomes a guard, and each call of the compiled code checks all
-            # guards of all targets: 50 ns each. `__call__` reads six tables of hooks, of which forwards alone need two.
-            hooked = torch.is_grad_enabled() or self._forward_pre_hooks or self._forward_hooks
-            return self(x, output) if hooked else self.forward(x, output)
-        if self.linear:
+        if self.linear and _is_compiling():
+            if type(output) is Tensor:
+                # Nothing is changed in place. Whatever is read here becomes a guard, and each call of the compiled code checks
+                # all guards of all targets: 50 ns each. `__call__` reads six tables of hooks; forwards alone need two.
+                hooked = torch.is_grad_enabled() or self._forward_pre_hooks or self._forward_hooks
+                return self(x, output) if hooked else self.forward(x, output)
+        elif self.linear:
             few = add_few_tokens(target, self, x, output)
             if few is not None:
                 return few
