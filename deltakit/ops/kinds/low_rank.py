@@ -104,6 +104,7 @@ class LowRank(OutputMap):
     padding_idx: int | None
     embeds: bool
     linear: bool
+    own_product: bool
 
     @checked
     def __init__(
@@ -115,6 +116,7 @@ class LowRank(OutputMap):
         module = None if target.parameter else target.module
         d_in, d_out = sizes(target, self.word())
         embeds, groups = isinstance(module, nn.Embedding), module.groups if isinstance(module, _CONVOLUTIONS) else 0
+        linear = not groups and not embeds
         # At once: nn.Module asks of each attribute whether it is a tensor or a module, which was a third of the time to build
         # a delta module.
         self.__dict__.update(
@@ -128,7 +130,9 @@ class LowRank(OutputMap):
             groups=groups,
             padding_idx=module.padding_idx if isinstance(module, nn.Embedding) else None,
             embeds=embeds,
-            linear=not groups and not embeds,
+            linear=linear,
+            # Not asked of the class in each call: compiled code would have a guard for it at each target.
+            own_product=linear and target.feature_slice is None and type(self).add_product is not LowRank.add_product,
         )
 
     def factors(self) -> tuple[Float[Tensor, "*stack r d_in"], Float[Tensor, "*stack d_out r"]]:
@@ -232,7 +236,7 @@ class LowRank(OutputMap):
         product: Product,
     ) -> Float[Tensor, "*output"]:
         """Returns what `forward` returns, for a product with other options."""
-        if type(self).add_product is not LowRank.add_product and self._takes_product(x, y):
+        if self.own_product and self._takes_product(x, y):
             return self.add_product(y, self._dropped(x), product.scale)
         a, b = self.factors()
         if not self.linear:
@@ -270,8 +274,7 @@ class LowRank(OutputMap):
 
     def _takes_product(self, x: Tensor, y: Tensor) -> bool:
         # Autocast would cast y, too.
-        simple = self.linear and self.feature_slice is None and x.dtype is y.dtype
-        return simple and torch.is_grad_enabled() and not torch._C._is_any_autocast_enabled()
+        return x.dtype is y.dtype and torch.is_grad_enabled() and not torch._C._is_any_autocast_enabled()
 
     def _dropped(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
