@@ -144,7 +144,7 @@ class LowRank(OutputMap):
     ) -> Float[Tensor, "*batch d_out"]:
         """Returns y + `scale` B A x by another formula than with the factors: with fewer operations, or fewer bytes kept.
 
-        It need not be written. Calls with gradients use it on linear layers, where x and y have one dtype.
+        It need not be written. It is used on linear layers where x and y have one dtype.
         """
         raise NotImplementedError(f"{type(self).__name__} does not override add_product()")
 
@@ -274,7 +274,7 @@ class LowRank(OutputMap):
 
     def _takes_product(self, x: Tensor, y: Tensor) -> bool:
         # Autocast would cast y, too.
-        return x.dtype is y.dtype and torch.is_grad_enabled() and not torch._C._is_any_autocast_enabled()
+        return x.dtype is y.dtype and not torch._C._is_any_autocast_enabled()
 
     def _dropped(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
