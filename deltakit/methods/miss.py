@@ -44,10 +44,10 @@ class MiSSDelta(LowRank):
     ) -> Float[Tensor, "*batch d_out"]:
         # Sums of features, and no product with A.
         b, r = self.B.to(x.dtype), self.B.shape[1]
-        h = (F.pad(x, (0, -self.d_in % r)).unflatten(-1, (-1, r)).sum(-2) * scale).reshape(-1, r)
+        h = F.pad(x, (0, -self.d_in % r)).unflatten(-1, (-1, r)).sum(-2) * scale
         if len(b) == self.d_out:
-            return torch.addmm(y.reshape(-1, self.d_out), h, b.mT).view(y.shape)
-        return (y.reshape(len(h), self.d_out // len(b), len(b)) + (h @ b.mT)[:, None]).reshape(y.shape)
+            return torch.addmm(y.reshape(-1, self.d_out), h.reshape(-1, r), b.mT).view(y.shape)
+        return (y.unflatten(-1, (-1, len(b))) + F.linear(h, b)[..., None, :]).flatten(-2)
 
     def take_sum(self, parts: Sequence[tuple[float, DeltaModule]]) -> tuple[float, float]:
         return take_weighted_sum(self, "B", parts)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from deltakit.ops.low_rank import fresh
+from deltakit.ops.low_rank import BEFORE_ALL, fresh
 
 # The largest number of tokens.
 _FEW = 16
@@ -27,21 +27,23 @@ _PLAIN = (nn.Parameter, Tensor)
 def add_few_tokens(target: nn.Module, delta: Any, x: Any, y: Any) -> Float[Tensor, "*batch d_out"] | None:
     """Adds the product of the delta's factors to y in place, for a few tokens without gradients (decoding).
 
+    The caller asks before whether code is being compiled: dynamo would guard on the number of tokens, and compile once more.
+
     Args:
         x, y: the input [*batch, d_in] and the output [*batch, d_out] of a linear layer. What is no tensor is left alone.
 
     Returns:
         y, or None if a condition is not met and the caller must use `low_rank.add_low_rank`.
     """
-    # The conditions that fail most often come first. But tracing is checked before the number of tokens: a trace would contain
-    # that number. The caller has asked whether code is being compiled, for which dynamo would guard on it.
+    # The conditions that fail most often come first. But tracing is checked before the number of tokens, because a trace would
+    # contain that number.
     if _graph() or _is_tracing() or type(x) is not Tensor or type(y) is not Tensor:
         return None
     size, width = x.numel(), delta.d_in
     if size > _FEW * width or delta.feature_slice is not None or (delta.dropout and delta.training):
         return None
-    # Hooks of FSDP2 and accelerate, which only `__call__` runs.
-    if delta._forward_pre_hooks or delta._forward_hooks or "forward" in delta.__dict__:
+    # Hooks of FSDP2 and accelerate, which only `__call__` runs. `fresh` asks for those that run after all modules.
+    if delta._forward_pre_hooks or delta._forward_hooks or BEFORE_ALL or "forward" in delta.__dict__:
         return None
     a, b = delta.factors()
     dtype = x.dtype

@@ -27,6 +27,8 @@ from deltakit.ops.low_rank_plain import Product, compiled, plain
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 # torch's hooks for all modules. They run before a module's own hooks, and may keep or replace its output.
 _EVERYWHERE = torch.nn.modules.module._global_forward_hooks
+BEFORE_ALL = torch.nn.modules.module._global_forward_pre_hooks
+"""torch's hooks that run before all modules, also before delta modules if their `__call__` is used."""
 
 # Module-level names save attribute lookups: they are called in every call of every target. torch has no public function that
 # tells whether a functional transform is active. `torch.is_autocast_enabled(y.device.type)` takes 660 ns, and this 140 ns.
@@ -106,6 +108,11 @@ def convolved(
     down = a.repeat(layer_any.groups, *[1] * (kernel + 1))
     h = layer_any._conv_forward(x.to(a.dtype), down, None) * product.scale
     return y + _CONVOLUTIONS[kernel - 1](h, b[(..., *[None] * kernel)], groups=layer_any.groups).to(y.dtype)
+
+
+def hooked_everywhere() -> bool:
+    """Returns whether torch has hooks for the forwards of all modules, which only `__call__` runs."""
+    return bool(BEFORE_ALL or _EVERYWHERE)
 
 
 def must_copy() -> bool:

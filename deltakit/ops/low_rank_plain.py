@@ -1,7 +1,7 @@
 """Low-rank updates in operations that torch itself differentiates, transforms and compiles: y + s x A^T B^T.
 
-`plain` works for all tensors. `compiled` is what torch.compile is given. There is no autograd function in it: torch's own
-gradients have the fast layouts if the products are written as here.
+`plain` works for all tensors. `compiled` is for code that is being compiled: on a CPU it has another layout. There is no
+autograd function in it, because torch's own gradients have the fast layout, too, if the products are written as here.
 """
 
 from typing import NamedTuple
@@ -70,7 +70,7 @@ def compiled(
 def _other(y: Tensor, x: Tensor, b: Tensor, product: Product) -> bool:
     """Returns whether code that is being compiled needs the plain formula, or does not gain by another."""
     # A tensor subclass may be sharded along a dimension that the view [tokens, d_in] would merge. Autocast would cast y.
-    return (
+    if (
         type(x) is not Tensor
         or type(y) is not Tensor
         or x.dtype is not y.dtype
@@ -78,4 +78,13 @@ def _other(y: Tensor, x: Tensor, b: Tensor, product: Product) -> bool:
         or b.shape[0] != y.shape[-1]
         or product.tokens is not None
         or _autocast()
-    )
+    ):
+        return True
+    try:
+        from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
+    except ImportError:  # Before torch 2.8.
+        return True
+    # A number of tokens that depends on values (`x[mask]`, experts) is unknown while compiling, and views of such tensors ask
+    # about it. Only then do the two answers differ.
+    empty = x.numel() == 0
+    return bool(guard_or_true(empty) and not guard_or_false(empty))

@@ -1,4 +1,4 @@
-"""Other starts of LoRA's factors than a random A beside a B of zeros.
+"""Starts of low-rank factors: the values of a random A beside a B of zeros (`kaiming_uniform`), and others for LoRA.
 
 - PiSSA, Meng et al. 2024, https://arxiv.org/abs/2404.02948: the r largest singular values and vectors of the weight.
 - OLoRA, Büyükakyüz 2024, https://arxiv.org/abs/2406.01775: the first r columns of Q and rows of R of its QR decomposition.
@@ -11,6 +11,7 @@ With PiSSA and OLoRA the product is not zero, so their authors subtract it from 
 the product of the start is subtracted from the update (`difference`).
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -71,3 +72,9 @@ def difference(
     As B A - B0 A0 it would be zero only if both products are rounded alike, which a product of the joined factors is not.
     """
     return torch.cat([a, a - a0], dim=-2), torch.cat([b - b0, b0], dim=-1)
+
+
+def kaiming_uniform(factor: Float[Tensor, "*stack r d_in"]) -> None:
+    """Fills a factor A as nn.Linear fills its weight: uniform within 1 / sqrt(d_in) of 0."""
+    bound = 1 / math.sqrt(factor.shape[-1])
+    nn.init.uniform_(factor, -bound, bound)

@@ -46,7 +46,9 @@ def test_mixed_batches(compiler, check):
     assert failed is None, failed
 
 
-@pytest.mark.parametrize("check", ["equal_gradients", "other_forms", "layouts"])
+@pytest.mark.parametrize(
+    "check", ["equal_gradients", "other_forms", "unknown_numbers_of_tokens", "hooks_of_all_modules", "layouts"]
+)
 def test_low_rank_products(compiler, check):
     failed = compiler.submit(failure, getattr(compiled_products, check)).result()
     assert failed is None, failed

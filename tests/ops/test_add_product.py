@@ -107,6 +107,38 @@ def test_sixteen_bits_and_autocast(case, autocast):
     assert all(g.isfinite().all() and g.dtype is x.dtype for g in gradients(output.float(), x, delta))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace", "ignore::torch.jit.TracerWarning")
+def test_traces_and_exports_serve_other_numbers_of_examples(case):
+    model, _, x = attached(case)
+    traced = torch.jit.trace(model, x.detach(), check_trace=False)
+    exported = torch.export.export(
+        model, (x.detach(),), dynamic_shapes=({0: torch.export.Dim("examples")},), strict=False
+    ).module()
+    other = torch.randn(3, *x.shape[1:], dtype=x.dtype)
+    torch.testing.assert_close(traced(other), model(other))
+    torch.testing.assert_close(exported(other), model(other))
+
+
+def test_a_subclass_with_other_factors_has_no_product(case, monkeypatch):
+    """`add_product` of the class above would be that of other factors."""
+    model, delta, x = attached(case)
+    kind = type(delta.modules["0"][0])
+
+    class Twice(kind):
+        def factors(self):
+            a, b = super().factors()
+            return a, 2 * b
+
+    with delta.detached():
+        y = model(x)
+        monkeypatch.setattr(type(case[0]), "kind_at", lambda self, target: Twice)
+        other = dk.attach(model, case[0], name="other")
+        other.load_state_dict(dict(zip(other.state_dict(), delta.state_dict().values(), strict=True)))
+        twice = model(x)
+        other.detach()
+    torch.testing.assert_close(twice - y, 2 / 0.7 * (model(x) - y))
+
+
 def test_parameters_of_another_dtype(case):
     model, delta, x = attached(case, dtype=torch.float32)
     wanted = with_factors(model, delta, x)

@@ -71,6 +71,46 @@ def other_forms():
     _same(dropping.eval(), x)
 
 
+def unknown_numbers_of_tokens():
+    """Raises unless the number of tokens may depend on values, as it does for experts."""
+    layer, _ = _layer()
+    for size, some in (
+        ((20, D_IN), lambda x: layer(x[x[:, 0] > 0])),
+        ((2, 20, D_IN), lambda x: layer(x[:, x[0, :, 0] > 0])),
+    ):
+        x = torch.randn(size, dtype=torch.float64)
+        for grad in (True, False):
+            torch.compiler.reset()
+            with torch.set_grad_enabled(grad), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+                torch.testing.assert_close(torch.compile(some, backend="aot_eager", fullgraph=True)(x), some(x))
+
+
+def hooks_of_all_modules():
+    """Raises unless torch's hooks for all modules run at delta modules, too."""
+    layer, delta = _layer()
+    (own,) = delta.modules["0"]
+    hooks = torch.nn.modules.module
+    for register, change in (
+        (hooks.register_module_forward_hook, lambda module, args, output: output * 3 if module is own else None),
+        (
+            hooks.register_module_forward_pre_hook,
+            lambda module, args: (2 * args[0], *args[1:]) if module is own else None,
+        ),
+    ):
+        handle = register(change)
+        try:
+            for size in (1, 40):
+                x = torch.randn(size, D_IN, dtype=torch.float64)
+                wanted = layer(x).detach()
+                compiled = torch.compile(lambda x: layer(x), backend="aot_eager")
+                for grad in (True, False):
+                    with torch.set_grad_enabled(grad):
+                        torch.testing.assert_close(layer(x), wanted)
+                        torch.testing.assert_close(compiled(x), wanted)
+        finally:
+            handle.remove()
+
+
 def layouts():
     """Raises if a compiled training step on the CPU has a product whose result is [many, r]. Those take several times as long."""
     found = []

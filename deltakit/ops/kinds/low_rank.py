@@ -1,6 +1,5 @@
 """Low-rank updates: y' = y + scaling * B A x, and the same update of a weight."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -30,7 +29,7 @@ from deltakit.errors import OptionError, StateError
 from deltakit.ops.few_tokens import add_few_tokens
 from deltakit.ops.forwards import has_own_forward
 from deltakit.ops.kinds.output_map import OutputMap
-from deltakit.ops.low_rank import add_low_rank, convolved, fresh, must_copy
+from deltakit.ops.low_rank import add_low_rank, convolved, fresh, hooked_everywhere, must_copy
 from deltakit.ops.low_rank_batched import add_per_example, shared_work
 from deltakit.ops.low_rank_plain import Product
 from deltakit.ops.sizes import sizes
@@ -73,7 +72,7 @@ class LowRank(OutputMap):
     """Adds a product of two thin factors. The author writes `factors() -> (A, B)`, A [*stack, r, d_in], B [*stack, d_out, r].
 
     For few tokens without gradients, and in mixed batches, the factors alone are read: a `forward` or `add_product` of your
-    own must agree.
+    own must agree. A subclass that overrides `factors` alone loses the `add_product` of the class above it.
 
     It works on linear layers, feature slices of fused projections, embeddings (d_in is the vocabulary), convolutions (d_in is
     the channels of a group times the size of the kernel), parameters (stacks of experts), and weights that are read directly.
@@ -132,7 +131,7 @@ class LowRank(OutputMap):
             embeds=embeds,
             linear=linear,
             # Not asked of the class in each call: compiled code would have a guard for it at each target.
-            own_product=linear and target.feature_slice is None and type(self).add_product is not LowRank.add_product,
+            own_product=linear and target.feature_slice is None and _writes_product(type(self)),
         )
 
     def factors(self) -> tuple[Float[Tensor, "*stack r d_in"], Float[Tensor, "*stack d_out r"]]:
@@ -144,7 +143,8 @@ class LowRank(OutputMap):
     ) -> Float[Tensor, "*batch d_out"]:
         """Returns y + `scale` B A x by another formula than with the factors: with fewer operations, or fewer bytes kept.
 
-        It need not be written. It is used on linear layers where x and y have one dtype.
+        It need not be written. It is used on linear layers without feature slices, where x and y have one dtype, and not under
+        autocast. Of the options only the scale and dropout reach it: no `keep`, and no choice of tokens.
         """
         raise NotImplementedError(f"{type(self).__name__} does not override add_product()")
 
@@ -175,8 +175,11 @@ class LowRank(OutputMap):
         if self.linear and _is_compiling():
             if type(output) is Tensor:
                 # Nothing is changed in place. Whatever is read here becomes a guard, and each call of the compiled code checks
-                # all guards of all targets: 50 ns each. `__call__` reads six tables of hooks; forwards alone need two.
-                hooked = torch.is_grad_enabled() or self._forward_pre_hooks or self._forward_hooks
+                # all guards of all targets: 50 ns each. `__call__` reads six tables of hooks, of which four are for backward
+                # passes.
+                hooked = (
+                    torch.is_grad_enabled() or self._forward_pre_hooks or self._forward_hooks or hooked_everywhere()
+                )
                 return self(x, output) if hooked else self.forward(x, output)
         elif self.linear:
             few = add_few_tokens(target, self, x, output)
@@ -288,7 +291,7 @@ class LowRank(OutputMap):
         return {self.view.name: self.view.stored(self.update())}
 
 
-def kaiming_uniform(factor: Float[Tensor, "*stack r d_in"]) -> None:
-    """Fills a factor A as nn.Linear fills its weight: uniform within 1 / sqrt(d_in) of 0."""
-    bound = 1 / math.sqrt(factor.shape[-1])
-    nn.init.uniform_(factor, -bound, bound)
+def _writes_product(kind: type[LowRank]) -> bool:
+    """Returns whether a kind has an `add_product` for its own factors: a class that overrides only `factors` has not."""
+    owner = next(one for one in kind.__mro__ if not {"factors", "add_product"}.isdisjoint(vars(one)))
+    return owner is not LowRank and "add_product" in vars(owner)
