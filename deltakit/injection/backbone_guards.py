@@ -109,8 +109,10 @@ class _Found:
 
     def __init__(self, module: nn.Module, elsewhere: Collection[Record] = ()) -> None:
         self.elsewhere = elsewhere
-        self.leaving = {record for record in records_in(module) if record.leaving}
-        self.records: dict[Record, None] = {}
+        there = records_in(module)
+        self.leaving = {record for record in there if record.leaving}
+        # Not collected target by target: hundreds of targets may each have hundreds of deltas.
+        self.records = [record for record in there if record not in self.leaving and record not in elsewhere]
         self.targets: list[tuple[str, nn.Module, Mapping[Record, Any]]] = []
         self.ways: list[tuple[nn.Module, str]] = []
         self.reads_call = False
@@ -180,7 +182,6 @@ def _watch_target(module: nn.Module, path: str, all_found: _Found) -> bool:
     records = _without(records, all_found.elsewhere)
     if records:
         all_found.targets.append((path, module, records))
-        all_found.records.update(records)
         all_found.reads_call |= _reads_call(module)
     return found
 
@@ -200,12 +201,12 @@ def _remove_copies(module: nn.Module) -> None:
 
 
 def _reads_call(target: nn.Module) -> bool:
-    deltas: Any = delta_children(target).values()
     # By class first, because a target may have hundreds of delta modules.
     held = held_in(target._modules)
-    kinds: Any = held.kinds if held is not None else set(map(type, deltas))
+    kinds: Any = held.kinds if held is not None else set(map(type, delta_children(target).values()))
     if not any(kind.reads_call for kind in kinds):
         return False
+    deltas: Any = delta_children(target).values()
     return any(delta.reads_call and delta.record is not None and not delta.record.leaving for delta in deltas)
 
 

@@ -1,6 +1,6 @@
 """The hooks that look at a state dict before it is loaded into a backbone with deltas."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -162,9 +162,10 @@ def refuse_loading(backbone: nn.Module, records: Iterable[Record], removed: Iter
     wanted: dict[str, list[Record]] = {}
     # A set: there may be hundreds, and guards at hundreds of modules.
     known = dict.fromkeys(records)
-    tied = _other_names(backbone, known)
-    for record in known:
-        ledger, own = record.buffer_ledger, _replaced(record)
+    replaced = {record: _replaced(record) for record in known}
+    tied = _other_names(backbone, {name for own in replaced.values() for name in own})
+    for record, own in replaced.items():
+        ledger = record.buffer_ledger
         if not (own or ledger.own):
             continue
         others = [other for other, name in tied.items() if name in own]
@@ -212,9 +213,8 @@ def hook_loading(backbone: nn.Module, kind: type[Any], make: Callable[[], Any] |
     return there[0]
 
 
-def _other_names(backbone: nn.Module, records: Iterable[Record]) -> dict[str, str]:
-    """Returns the other names of the tensors that these deltas replaced, each with the name in the record."""
-    kept = {name for record in records for name in _replaced(record)}
+def _other_names(backbone: nn.Module, kept: Collection[str]) -> dict[str, str]:
+    """Returns the other names of the tensors that deltas keep under these names, each with that name."""
     own = dict(tensors_of(backbone)) if kept else {}
     # A weight that is merged in all modules that share it is kept under one of its names.
     names = {id(own[name]): name for name in kept if name in own}
