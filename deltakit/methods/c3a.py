@@ -33,7 +33,7 @@ class C3ADelta(OutputMap):
         self.kernel = nn.Parameter(torch.zeros(self.size // b, linear[0] // b, b, **like(target)))
 
     def forward(self, x: Shaped[Tensor, "*batch d_in"], y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        if not torch._C._is_tracing() and not x.numel():
+        if not torch.jit.is_tracing() and not x.numel():  # type: ignore[attr-defined]
             # MKL has no transforms of an empty tensor. The kernel gets a gradient of zeros, as weights do.
             return y + 0 * self.kernel.sum().to(y.dtype)
         # The transforms are twice as large as x. They are computed again in the backward pass.

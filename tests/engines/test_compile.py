@@ -5,8 +5,9 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
+import deltakit as dk
 from support import compiled_models, compiled_products
-from support.compiled_models import CASES, any_number_of_tokens, failure, follows, start, swaps
+from support.compiled_models import CASES, any_number_of_tokens, failure, follows, start, swaps, traces
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +28,13 @@ SLOW = {case for case in CASES if case.endswith(("-toy", "-bert", "-llama")) or 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] if c in SLOW else []) for c in CASES])
 def test_a_compiled_model_follows_its_delta(compiler, case):
     failed = compiler.submit(failure, follows, case).result()
+    assert failed is None, failed
+
+
+@pytest.mark.parametrize("name", [name for name in dk.METHODS if f"{name}-toy" in SLOW])
+def test_every_method_is_traced(compiler, name):
+    """The others are in the fast cases above."""
+    failed = compiler.submit(failure, traces, name).result()
     assert failed is None, failed
 
 

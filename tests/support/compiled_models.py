@@ -79,8 +79,7 @@ def follows(case):
     There are no graph breaks, except for methods that read the backbone's call.
     """
     model, method, inputs = CASES[case]()
-    there = dk.attach(copy.deepcopy(model), method).modules.values()
-    whole = not any(module.reads_call for modules in there for module in modules)
+    whole = not _reads_call(dk.attach(copy.deepcopy(model), method))
 
     def out(m):
         output = m(**inputs)
@@ -114,6 +113,21 @@ def follows(case):
     assert all(parameter.grad is not None for parameter in delta.parameters())
     delta.detach()
     agree(False)
+
+
+def traces(name):
+    """Raises if dynamo cannot trace a method in one block, or computes something else than the block itself."""
+    method = method_of(name)
+    model = beside(Transformer(blocks=1).eval(), method)
+    delta = randomize(dk.attach(model, method))
+    compiled = torch.compile(model, backend="eager", fullgraph=not _reads_call(delta))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids()), model(ids()), rtol=1e-4, atol=1e-5)
+
+
+def _reads_call(delta):
+    """Whether a method of the delta reads the backbone's call, which no graph contains."""
+    return any(module.reads_call for modules in delta.modules.values() for module in modules)
 
 
 def swaps():
