@@ -10,7 +10,18 @@ from safetensors.torch import load_file, save_file
 
 import deltakit as dk
 from support.models import same, snapshot
-from support.peft_models import MODELS, QUERIES, adapted, close, opened, outputs, read_by_peft, saved, wide
+from support.peft_models import (
+    MODELS,
+    OTHER_STACKS,
+    QUERIES,
+    adapted,
+    close,
+    opened,
+    outputs,
+    read_by_peft,
+    saved,
+    wide,
+)
 
 peft = pytest.importorskip("peft")
 
@@ -313,6 +324,8 @@ def test_parameters_of_experts(case, tmp_path):
     config = peft.LoraConfig(r=3, lora_alpha=5, **PARAMETERS[case])
     expected = saved("mixtral", config, tmp_path)
     loads_as("mixtral", expected, tmp_path)
+    if OTHER_STACKS:
+        return
     # And back.
     dk.load(tmp_path, wide("mixtral")).save(tmp_path / "ours", format="peft")
     close("mixtral", read_by_peft("mixtral", tmp_path / "ours"), expected)
@@ -332,6 +345,60 @@ def test_experts_that_are_stored_transposed(tmp_path):
     close("mixtral", outputs("gpt_oss", fresh), outputs("gpt_oss", theirs))
     delta.save(tmp_path / "ours", format="peft")
     close("mixtral", outputs("gpt_oss", opened(model(), tmp_path / "ours")), outputs("gpt_oss", theirs))
+
+
+def _mixtral(intermediate):
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 24, "intermediate_size": intermediate, "num_hidden_layers": 1, "num_attention_heads": 4}
+    more = {"num_key_value_heads": 2, "num_local_experts": 3, "vocab_size": 97, "pad_token_id": 0}
+    return tf.MixtralForCausalLM(tf.MixtralConfig(**sizes, **more, num_experts_per_tok=2)).eval()
+
+
+def _as_before_0_19(folder, stack, **config):
+    """Rewrites an adapter as PEFT stored it before 0.19: of the stack [e, d_in, d_out], so that A and B change places."""
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if "lora_A" in name]:
+        a, b = tensors[name], tensors[name.replace("lora_A", "lora_B")]
+        a, b = a.reshape(stack, -1, a.shape[1]), b.reshape(len(b), -1, stack)
+        tensors[name] = b.permute(2, 1, 0).flatten(0, 1).contiguous()
+        tensors[name.replace("lora_A", "lora_B")] = a.permute(2, 1, 0).flatten(1).contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    written = json.loads((folder / "adapter_config.json").read_text())
+    written = {name: value for name, value in written.items() if name != "peft_version"} | config
+    (folder / "adapter_config.json").write_text(json.dumps(written))
+
+
+@pytest.mark.skipif(OTHER_STACKS, reason="it rewrites what PEFT stores since 0.19")
+@pytest.mark.parametrize("intermediate", [12, 28])
+def test_experts_of_peft_before_0_19(intermediate, tmp_path):
+    """Where the matrices are square, only the version tells A from B. PEFT itself loads such a file as another adapter."""
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=[], target_parameters=names)
+    expected = outputs("mixtral", adapted(_mixtral(intermediate), config, tmp_path))
+    _as_before_0_19(tmp_path, 3, peft_version="0.18.1")
+    fresh = _mixtral(intermediate)
+    delta = dk.load(tmp_path, fresh)
+    close("mixtral", outputs("mixtral", fresh), expected)
+    delta.save(tmp_path / "ours", format="peft")
+    close("mixtral", outputs("mixtral", opened(_mixtral(intermediate), tmp_path / "ours")), expected)
+    again = _mixtral(intermediate)
+    dk.load(tmp_path / "ours", again)
+    close("mixtral", outputs("mixtral", again), expected)
+
+
+@pytest.mark.skipif(OTHER_STACKS, reason="it rewrites what PEFT stores since 0.19")
+def test_square_experts_without_a_version(tmp_path):
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=[], target_parameters=["experts.gate_up_proj"])
+    expected = outputs("mixtral", adapted(_mixtral(12), config, tmp_path))
+    _as_before_0_19(tmp_path, 3)
+    fresh = _mixtral(12)
+    with pytest.raises(dk.CheckpointError, match="it has no peft_version, which says how the LoRA on .*gate_up_proj"):
+        dk.load(tmp_path, fresh)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "peft_version": "0.18.0"}))
+    dk.load(tmp_path, fresh)
+    close("mixtral", outputs("mixtral", fresh), expected)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "resnet"])

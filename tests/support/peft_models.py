@@ -10,6 +10,9 @@ from support.tiny_transformers import build
 
 peft = pytest.importorskip("peft")
 
+OTHER_STACKS = tuple(map(int, peft.__version__.split(".")[:2])) < (0, 19)
+"""Whether the installed PEFT stores the factors of stacks of experts the other way round, as releases before 0.19 do."""
+
 RESNET = {"embedding_size": 10, "hidden_sizes": [10, 14], "depths": [1, 1], "layer_type": "basic", "num_labels": 3}
 
 

@@ -82,8 +82,10 @@ def _on_parameters(writing: Writing, stacks: Stacks) -> tuple[dict[str, Any], di
         # The columns of B have the stack within the rank, unlike the rows of A.
         factors = {"A": a.flatten(0, -2), "B": b.movedim(0, -1).flatten(1) if b.ndim > 2 else b}
         named |= {f"{place}{suffix}": factors[ours] for suffix, ours in LORA.items()}
-    # PEFT has no dropout on parameters. It changes no output of a trained adapter.
-    return {"target_parameters": list(stacks), "lora_dropout": 0.0, "fan_in_fan_out": False}, named
+    # PEFT has no dropout on parameters. It changes no output of a trained adapter. The version says which of the factors of a
+    # stack is A (see `parameters.stacked`).
+    config = {"target_parameters": list(stacks), "lora_dropout": 0.0, "fan_in_fan_out": False, "peft_version": "0.19.0"}
+    return config, named
 
 
 def _refuse_parameter(writing: Writing, site: Site, path: str) -> None:

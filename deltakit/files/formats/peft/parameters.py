@@ -3,13 +3,14 @@
 PEFT wraps the module once for each of its targeted parameters, the first one innermost, and names the wrappers alone.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from itertools import permutations
 
 from torch import Tensor
 
-from deltakit.core import join
+from deltakit.core import join, parent_of
 from deltakit.errors import CheckpointError
 from deltakit.files.formats.source import Source
 
@@ -86,7 +87,7 @@ def stacked(source: Source, parameter: str, pair: Mapping[str, Tensor], r: int) 
         r: the rank that the config says, which counts without the backbone.
 
     Raises:
-        CheckpointError: if the factors do not fit the stack.
+        CheckpointError: if the factors do not fit the stack, or it is unknown which of them is A.
     """
     a, b = pair["A"], pair["B"]
     held = source.own.get(parameter)
@@ -101,4 +102,34 @@ def stacked(source: Source, parameter: str, pair: Mapping[str, Tensor], r: int) 
         )
     if held is not None and held.ndim == 2:
         return a, b
-    return a.reshape(count, -1, a.shape[1]), b.reshape(b.shape[0], -1, count).permute(2, 0, 1).contiguous()
+    a, b = a.reshape(count, -1, a.shape[1]), b.reshape(b.shape[0], -1, count).permute(2, 0, 1)
+    if held is not None and _of_transposed(source, parameter, held, a):
+        a, b = b.mT, a.mT
+    return a.contiguous(), b.contiguous()
+
+
+def _of_transposed(source: Source, parameter: str, held: Tensor, a: Tensor) -> bool:
+    """Returns whether the product is that of the transposed matrices.
+
+    PEFT before 0.19 took all stacks for [stack, d_in, d_out]. Later releases load square ones as another adapter (measured).
+
+    Args:
+        a: the factor that PEFT calls A, [stack, r, columns].
+
+    Raises:
+        CheckpointError: if neither the shapes nor the config tell.
+    """
+    if getattr(source.module(parent_of(parameter)), "is_transposed", False):
+        # Such a module stores its stacks that way, and PEFT knows it since 0.19.
+        return False
+    d_out, d_in = held.shape[-2:]
+    if d_out != d_in:
+        return a.shape[-1] == d_out
+    version = re.match(r"(\d+)\.(\d+)", str(source.config.get("peft_version")))
+    if version is None:
+        raise CheckpointError(
+            f"{source.config_file}: it has no peft_version, which says how the LoRA on {parameter} is stored: matrices of "
+            f'{d_out} x {d_in} do not tell; add "peft_version": "0.18.0" to it if PEFT up to 0.18 saved the adapter, else '
+            '"peft_version": "0.19.0"'
+        )
+    return (int(version[1]), int(version[2])) < (0, 19)
