@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 _autocast = torch._C._is_any_autocast_enabled
+# Not found out by the import, which older torch cannot trace.
+_TELLS_UNKNOWN = torch.__version__ >= "2.8"
 
 
 class Product(NamedTuple):
@@ -80,10 +82,10 @@ def _other(y: Tensor, x: Tensor, b: Tensor, product: Product) -> bool:
         or _autocast()
     ):
         return True
-    try:
-        from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
-    except ImportError:  # Before torch 2.8.
+    if not _TELLS_UNKNOWN:
         return True
+    from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
+
     # A number of tokens that depends on values (`x[mask]`, experts) is unknown while compiling, and views of such tensors ask
     # about it. Only then do the two answers differ.
     empty = x.numel() == 0

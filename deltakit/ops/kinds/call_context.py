@@ -40,7 +40,9 @@ class CallContext(DeltaModule):
         return sorted(found, key=lambda child: child.record.order if child.record is not None else 0)
 
     def _leads(self, target: nn.Module) -> bool:
-        return next(iter(self.peers(target)), None) is self
+        # Not by `next` with a default, which torch 2.6 cannot trace.
+        peers = self.peers(target)
+        return len(peers) > 0 and peers[0] is self
 
     @classmethod
     def acts_before(cls) -> bool:
