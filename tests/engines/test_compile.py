@@ -7,7 +7,7 @@ import pytest
 
 import deltakit as dk
 from support import compiled_models, compiled_products
-from support.compiled_models import CASES, any_number_of_tokens, failure, follows, start, swaps, traces
+from support.compiled_models import CASES, any_number_of_tokens, failure, follows, shared_hooks, start, swaps, traces
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,11 @@ def test_a_compiled_model_follows_its_delta(compiler, case):
 def test_every_method_is_traced(compiler, name):
     """The others are in the fast cases above."""
     failed = compiler.submit(failure, traces, name).result()
+    assert failed is None, failed
+
+
+def test_deltas_that_share_hooks(compiler):
+    failed = compiler.submit(failure, shared_hooks).result()
     assert failed is None, failed
 
 

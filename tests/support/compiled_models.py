@@ -130,6 +130,38 @@ def _reads_call(delta):
     return any(module.reads_call for modules in delta.modules.values() for module in modules)
 
 
+def shared_hooks():
+    """Raises unless a compiled model follows deltas that come to targets that have one, whose hooks stay, and go."""
+    model = Transformer(blocks=1).eval().requires_grad_(False)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+
+    def attached(name, **options):
+        return randomize(dk.attach(model, dk.LoRA(**options), name=name))
+
+    def agree():
+        with torch.no_grad():
+            found = compiled(ids())
+            torch.testing.assert_close(found, model(ids()), rtol=1e-4, atol=1e-5)
+        return found
+
+    seen = [agree()]
+    one = attached("one", r=2)
+    seen.append(agree())
+    two = attached("two", r=3)
+    seen.append(agree())
+    one.detach()
+    seen.append(agree())
+    adapter = randomize(dk.attach(model, dk.Adapter(size=3, at="*.q_proj"), name="three"))
+    seen.append(agree())
+    for place, output in enumerate(seen):
+        assert not any(torch.allclose(output, other, rtol=1e-4, atol=1e-5) for other in seen[:place])
+    adapter.detach()
+    torch.testing.assert_close(agree(), seen[3])
+    two.detach()
+    one.attach()
+    torch.testing.assert_close(agree(), seen[1])
+
+
 def swaps():
     """Raises if another delta of the same kind, swapped in, is not what runs, or is compiled anew."""
     from torch._dynamo.utils import counters
