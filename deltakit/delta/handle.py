@@ -136,7 +136,9 @@ class Delta(DeltaInTraining):
             self.detach()
             yield self.backbone
         finally:
-            if was and not self.attached:
+            if was and (self._record.leaving or not self.attached):
+                # It does the rest, if Ctrl-C came twice. Otherwise nothing is left to do.
+                self.detach()
                 self.attach()
                 merging.merge_again(self._attachment, merged)
 

@@ -92,7 +92,7 @@ class Keys(NamedTuple):
 
 
 def _hook_target(target: nn.Module, *, added: str = "", removed: str = "") -> None:
-    """Registers the hooks of all delta modules on a target again, in the order in which the deltas were first attached.
+    """Makes the hooks of a target call all its delta modules, in the order in which the deltas were first attached.
 
     They come before all other hooks. transformers installs its hooks that capture hidden states in the first call that
     needs them, and a delta attached later would be missing from the captured states.
@@ -119,8 +119,9 @@ def _hook_target(target: nn.Module, *, added: str = "", removed: str = "") -> No
 def _renamed(target: nn.Module, hooks: Sequence[Any], keys: Keys) -> bool:
     """Gives the hooks that are there other keys, and returns whether these are all hooks that the target needs.
 
-    Registering them again took half of the time to detach one of hundreds of deltas. It is done only if other hooks came
-    before ours meanwhile, or an interruption left one of two, or one of which torch does not know how to call it.
+    Registering them again took half of the time to detach one of hundreds of deltas. They are registered again only if one
+    comes or goes, another hook stands before ours, they are context hooks, or an interruption left one hook of two or one that
+    was registered in part. Tables that share a hook object must be those of one target, as a replica's and its target's are.
     """
     sides: tuple[tuple[Any, Any, type[Any], tuple[str, ...]], ...] = (
         (target._forward_pre_hooks, target._forward_pre_hooks_with_kwargs, InputHook, keys.before),
@@ -179,13 +180,17 @@ def _changed_keys(target: nn.Module, hooks: Sequence[Any], added: str, removed: 
     delta = children[added or removed]
     if type(delta).cleans_up() or there != len(children) or held_in(children) is None:
         return None
-    if removed:
-        return Keys(_without(children, before, removed), _without(children, after, removed), always=False)
-    return Keys(
-        _with(children, before, added) if type(delta).acts_before() else before,
-        _with(children, after, added) if type(delta).acts_after() else after,
-        always=False,
-    )
+    try:
+        if removed:
+            return Keys(_without(children, before, removed), _without(children, after, removed), always=False)
+        return Keys(
+            _with(children, before, added) if type(delta).acts_before() else before,
+            _with(children, after, added) if type(delta).acts_after() else after,
+            always=False,
+        )
+    except KeyError:
+        # The user has removed a delta module, and there is a weight patch in its stead.
+        return None
 
 
 def _without(children: Mapping[str, DeltaModule], keys: tuple[str, ...], removed: str) -> tuple[str, ...]:

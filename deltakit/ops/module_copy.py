@@ -42,6 +42,7 @@ class ComputedBy:
     ) -> None:
         self.module, self.formula, self.target, self.names = module, formula, target, names
         self.buffers: dict[int, dict[str, Any]] = {}
+        self.places: list[tuple[nn.Module, str]] = []
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Returns what it is computed from: the module's `parameters_read()`, and the target's parameters.
@@ -57,13 +58,13 @@ class ComputedBy:
                 f"{self.module.word()}: in a replica of nn.DataParallel it finds no parameters, because only a part of the "
                 "backbone is called; call the model that the delta is attached to, or use DistributedDataParallel"
             )
-        self.buffers = self._buffers()
+        self.buffers, self.places = self._buffers(), self._places_of(read)
         return self._read(read)
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         """Returns what copies of the modules compute from other tensors, in the order of `tensors()`."""
-        own = [*self.module.parameters_read(), *self._of_target()]
-        new = _Other({id(old): other for old, other in zip(own, tensors, strict=True)}, self.buffers)
+        own = [*self._parameters_now(), *self._of_target()]
+        new = _Other({id(old): other for old, other in zip(own, tensors, strict=True)}, self.buffers, self._places())
         target = self.target
         if target is not None:
             children = target._modules
@@ -71,6 +72,28 @@ class ComputedBy:
             if COMPUTED in children:
                 target._modules = {**children, COMPUTED: new.copy(children[COMPUTED])}
         return self._formula_of(new.copy(self.module), target)
+
+    def _places_of(self, read: Sequence[Tensor]) -> list[tuple[nn.Module, str]]:
+        """Returns the modules that hold these tensors, with their names there; none if these are usual parameters.
+
+        torch's first FSDP puts views of its flat parameter into the modules. In the backward pass, these are plain attributes.
+        """
+        if all(type(one) is nn.Parameter for one in read):
+            return []
+        places = {
+            id(own): (module, name) for module in _modules(self.module) for name, own in module._parameters.items()
+        }
+        return [places[id(one)] for one in read] if all(id(one) in places for one in read) else []
+
+    def _places(self) -> list[tuple[nn.Module, str]]:
+        """Returns the places of the tensors of the forward, those of the target's parameters included."""
+        held = self.target
+        return self.places + [(held, name) for name in self.names] if self.places and held is not None else self.places
+
+    def _parameters_now(self) -> Sequence[Tensor]:
+        """Returns what the module has now in the places of the tensors of the forward."""
+        now = [module._parameters.get(name, module.__dict__.get(name)) for module, name in self.places]
+        return [one for one in now if one is not None] if now else self.module.parameters_read()
 
     def refuse_others(self, tensors: Sequence[Tensor]) -> None:
         """Checks that the modules still have the tensors of a forward, where they cannot be given any.
@@ -148,10 +171,14 @@ def _is_same(now: Tensor, then: Tensor) -> bool:
 
 
 class _Other(NamedTuple):
-    """Tensors in the place of a module's parameters, by the ids of these, and buffers by the id of the module."""
+    """Tensors in the place of a module's parameters, by the ids of these, and buffers by the id of the module.
+
+    `places` are those of parameters that may be plain attributes now (see `ComputedBy`).
+    """
 
     tensors: Mapping[int, Tensor]
     buffers: Mapping[int, dict[str, Any]]
+    places: Sequence[tuple[nn.Module, str]] = ()
 
     def copy(self, module: nn.Module | None) -> Any:
         """Returns a module that has these tensors and buffers, and shares everything else."""
@@ -171,6 +198,8 @@ class _Other(NamedTuple):
         for name, own in module.__dict__.items():
             if id(own) in self.tensors:
                 copy.__dict__[name] = self.tensors[id(own)]
+        for name in [name for holder, name in self.places if holder is module and name in copy.__dict__]:
+            copy._parameters[name] = copy.__dict__.pop(name)
         return copy
 
     def _other(self, own: Tensor | None) -> Tensor | None:

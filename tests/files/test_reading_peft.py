@@ -401,6 +401,31 @@ def test_square_experts_without_a_version(tmp_path):
     close("mixtral", outputs("mixtral", fresh), expected)
 
 
+class _Experts(torch.nn.Module):
+    def __init__(self, *shape):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(*shape))
+
+    def forward(self, x):
+        return torch.einsum("bi,eoi->bo", x, self.weight)
+
+
+@pytest.mark.skipif(OTHER_STACKS, reason="it rewrites what PEFT stores since 0.19")
+@pytest.mark.parametrize("version", ["0.18.1", "0.21.2", None])
+def test_a_stack_of_one_square_matrix(version, tmp_path):
+    """It is a matrix for all releases: A was never exchanged with B."""
+    backbone = torch.nn.ModuleDict({"experts": _Experts(1, 6, 6)})
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=[], target_parameters=["experts.weight"])
+    theirs = adapted(backbone, config, tmp_path).base_model.model.experts
+    x = torch.randn(2, 6)
+    expected, fresh = theirs(x), torch.nn.ModuleDict({"experts": _Experts(1, 6, 6)})
+    fresh["experts"].weight.data.copy_(backbone["experts"].get_base_layer().weight)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "peft_version": version}))
+    dk.load(tmp_path, fresh)
+    torch.testing.assert_close(fresh["experts"](x), expected)
+
+
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "resnet"])
 def test_biases_of_the_second_factor(name, tmp_path):
     """They are BitFit beside LoRA."""

@@ -101,3 +101,14 @@ def test_a_call_before_a_delta_was_attached_is_not_taken_for_its_own():
     dk.attach(model, dk.LoRA(r=2, at="0.inner.0"), name="second")
     with pytest.warns(dk.DeltaWarning, match="were not called in the first forward"):
         model(torch.randn(3, 7))
+
+
+def test_a_delta_module_that_the_user_removed_beside_a_weight_patch(model):
+    """As many delta modules are there as the hook has keys, and they are others."""
+    patch = dk.attach(model, dk.LoRA(r=2, at="0.weight"), name="patch")
+    _attached(model, "first")
+    model(torch.randn(3, 7))
+    del model[0]._modules["first_lora"]
+    second, x = _attached(model, "second"), torch.randn(3, 7)
+    _close(model(x), _updated(model, x, second))
+    assert patch.attached

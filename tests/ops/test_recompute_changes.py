@@ -200,3 +200,27 @@ def test_a_part_of_a_replica_is_an_error_and_never_silent():
         dk.StateError, match="HiRA: in a replica of nn.DataParallel it finds no parameters, because only a part"
     ):
         target(inputs())
+
+
+def _as_fsdp1(model, *, backward):
+    """Puts views of the parameters into the modules as torch's first FSDP does; in its backward pass they are plain attributes."""
+    for module in list(model.modules()):
+        for name, own in list(module._parameters.items()):
+            if not backward and own is not None:
+                view = own.view_as(own)
+                module.__dict__[name] = module._parameters[name] = view
+            elif own is not None:
+                del module._parameters[name]
+
+
+@pytest.mark.parametrize("name", [*AGAIN, "c3a", "delora", "lokr", "lora"])
+def test_parameters_that_an_engine_holds(name):
+    """FSDP1 with `use_orig_params=True`, of which a launcher's slow test has the real one."""
+    model, delta = attached(name)
+    x, own = inputs(), list(delta.parameters())
+    wanted = torch.autograd.grad(model(x).square().sum(), [x, *own])
+    _as_fsdp1(model, backward=False)
+    loss = model(x).square().sum()
+    _as_fsdp1(model, backward=True)
+    found = torch.autograd.grad(loss, [x, *own])
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)

@@ -103,7 +103,7 @@ def stacked(source: Source, parameter: str, pair: Mapping[str, Tensor], r: int) 
     if held is not None and held.ndim == 2:
         return a, b
     a, b = a.reshape(count, -1, a.shape[1]), b.reshape(b.shape[0], -1, count).permute(2, 0, 1)
-    if held is not None and _of_transposed(source, parameter, held, a):
+    if held is not None and held.ndim == 3 and _of_transposed(source, parameter, held, a):
         a, b = b.mT, a.mT
     return a.contiguous(), b.contiguous()
 
@@ -111,7 +111,8 @@ def stacked(source: Source, parameter: str, pair: Mapping[str, Tensor], r: int) 
 def _of_transposed(source: Source, parameter: str, held: Tensor, a: Tensor) -> bool:
     """Returns whether the product is that of the transposed matrices.
 
-    PEFT before 0.19 took all stacks for [stack, d_in, d_out]. Later releases load square ones as another adapter (measured).
+    PEFT before 0.19 took all stacks for [stack, d_in, d_out]. Later releases load square stacks of such files as another
+    adapter (measured).
 
     Args:
         a: the factor that PEFT calls A, [stack, r, columns].
@@ -119,8 +120,8 @@ def _of_transposed(source: Source, parameter: str, held: Tensor, a: Tensor) -> b
     Raises:
         CheckpointError: if neither the shapes nor the config tell.
     """
-    if getattr(source.module(parent_of(parameter)), "is_transposed", False):
-        # Such a module stores its stacks that way, and PEFT knows it since 0.19.
+    if held.shape[0] == 1 or getattr(source.module(parent_of(parameter)), "is_transposed", False):
+        # A stack of one is a matrix for all releases. Where a module stores its stacks that way, PEFT knows it since 0.19.
         return False
     d_out, d_in = held.shape[-2:]
     if d_out != d_in:
@@ -129,7 +130,7 @@ def _of_transposed(source: Source, parameter: str, held: Tensor, a: Tensor) -> b
     if version is None:
         raise CheckpointError(
             f"{source.config_file}: it has no peft_version, which says how the LoRA on {parameter} is stored: matrices of "
-            f'{d_out} x {d_in} do not tell; add "peft_version": "0.18.0" to it if PEFT up to 0.18 saved the adapter, else '
-            '"peft_version": "0.19.0"'
+            f'{d_out} x {d_in} do not tell; add "peft_version": "0.18.0" to it if PEFT up to 0.18 saved the adapter, and '
+            '"peft_version": "0.19.0" if a later one or deltakit did'
         )
     return (int(version[1]), int(version[2])) < (0, 19)
