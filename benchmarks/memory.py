@@ -44,8 +44,11 @@ def contestant(name: str, dtype: torch.dtype, who: str, device: str = "cpu") -> 
 
 
 def kept(model: Any, inputs: dict[str, torch.Tensor]) -> int:
-    """Returns the bytes that a forward keeps for its backward. Each storage counts once, and parameters do not count."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    """Returns the bytes that a forward keeps for its backward, beyond the model's parameters and buffers.
+
+    Each storage counts once.
+    """
+    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
     storages: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,12 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def sparse_products(monkeypatch):
+    """Sparse updates take their own product in the tests' small layers, too, of which they are a large part."""
+    monkeypatch.setattr("deltakit.ops.sparse_product._DENSEST", 1)
+
+
 @pytest.fixture
 def unchecked(monkeypatch):
     """Without the checks of types and shapes that only the test run has: bad input must meet our own errors."""

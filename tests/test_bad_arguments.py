@@ -165,7 +165,8 @@ ACCEPTED = {
     "ParallelAdapter.source": NOTHING,
     # A block has at least two features, and a series four terms.
     **dict.fromkeys(["OFT.block_size", "BOFT.block_size", "RoAd.group_size"], NOTHING),
-    "OFT.blocks": NOTHING | COUNT,
+    # Divides the 20 features.
+    "OFT.blocks": NOTHING | ONE,
     "OFT.block_share": SWITCH,
     **{f"{kind}.gate": SWITCH for kind in (*BOTTLENECKS, *PREFIXES, "LoRA")},
     **dict.fromkeys(["FourierFT.n", "C3A.block_size", "SHiRA.r"], NOTHING | COUNT),
@@ -174,7 +175,8 @@ ACCEPTED = {
     **dict.fromkeys(["ReFT.r", "ReFT.prefix_positions"], COUNT),
     "ReFT.suffix_positions": COUNT | {"0"},
     "ReFT.tied": SWITCH,
-    "BOFT.factors": COUNT,
+    # 2 to its power divides them.
+    "BOFT.factors": ONE,
     **{f"{kind}.init_ids": NOTHING | {"range"} for kind in STARTED},
     # Any vectors of the right width, repeated to the length: this matrix has another one.
     **{f"{kind}.init_vectors": NOTHING for kind in STARTED},

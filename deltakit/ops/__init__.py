@@ -35,9 +35,10 @@ from deltakit.ops.prompt.positions import PositionsDelta
 from deltakit.ops.prompt.start_vectors import start_vectors
 from deltakit.ops.prompt.started import StartedPrompt
 from deltakit.ops.prompt.text_stack import input_embeddings, stack_at, text_stack
-from deltakit.ops.recompute import add_linear_with, layer_beside, linear_with, recomputed
+from deltakit.ops.recompute import Layer, add_linear_with, layer_beside, linear_with, recomputed
 from deltakit.ops.seeded import Draw, Seeded, SeededPlaces, normal, seeded_places, uniform
 from deltakit.ops.sizes import input_size, kernel_of, largest_sizes, like, matrix_shape, matrix_sizes, sizes, stack_of
+from deltakit.ops.sparse_product import add_sparse, sparse_entries
 from deltakit.ops.unfilled import unfilled_linear
 from deltakit.ops.usual_positions import INPUTS_OF_QUERIES_AND_VALUES, QUERIES_AND_VALUES
 from deltakit.ops.weighing_method import WeighingMethod
@@ -74,6 +75,7 @@ __all__ = [
     "Handover",
     "InputMap",
     "InputTap",
+    "Layer",
     "LowRank",
     "LowRankMethod",
     "NormedLowRank",
@@ -90,6 +92,7 @@ __all__ = [
     "WeightMap",
     "WeightMethod",
     "add_linear_with",
+    "add_sparse",
     "attends",
     "attention_targets",
     "block_size_for",
@@ -132,6 +135,7 @@ __all__ = [
     "refuse_without_first_block",
     "seeded_places",
     "sizes",
+    "sparse_entries",
     "stack_at",
     "stack_of",
     "start_factors",

@@ -146,7 +146,7 @@ class ComputedBy:
         Hooks and replaced forwards are the way in which engines (FSDP2, DeepSpeed, accelerate) put parameters into the module
         that they know.
         """
-        return not any(map(_is_hooked, _modules(self.module)))
+        return not any(map(is_hooked, _modules(self.module)))
 
 
 def _modules(module: DeltaModule) -> Iterator[nn.Module]:
@@ -155,7 +155,8 @@ def _modules(module: DeltaModule) -> Iterator[nn.Module]:
         yield from shared.modules()
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
+    """Returns whether a call of the module does more than its class says."""
     hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
     return "forward" in module.__dict__ or any(hooks)
 

@@ -87,7 +87,7 @@ class WeightMap(DeltaModule):
         x, y = hidden_input(args, kwargs), hidden_output(output)
         joint = self._joint(target, x, y) if y is output else None
         if joint is not None:
-            y = add_linear_with(joint, x, self._built(target))
+            y = self.add_to_layer(joint, x, target)
             return y + (self._shift(target, x) * self.strength).to(y.dtype) if self.changes_bias else y
         return replace_hidden(output, y + self._update(target, x, y))
 
@@ -105,6 +105,12 @@ class WeightMap(DeltaModule):
     def product(self, target: nn.Module, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """Returns the product of the update with the input x of a linear layer."""
         return linear_with(x, self._built(target))
+
+    def add_to_layer(
+        self, layer: Layer, x: Float[Tensor, "*batch d_in"], target: nn.Module
+    ) -> Float[Tensor, "*batch d_out"]:
+        """Returns the layer's output plus the scaled product of the update with its input x, and may change the output."""
+        return add_linear_with(layer, x, self._built(target))
 
     def _built(self, target: nn.Module) -> ComputedBy:
         """Returns what computes the update, again in the backward pass."""

@@ -1,0 +1,203 @@
+"""Products with a sparse update: the dense formula in float64, its derivatives, and what keeps to the dense formula."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import deltakit as dk
+from deltakit.methods import shira
+from deltakit.ops import sparse_product
+from support.models import attached
+from support.peft_layers import conv1d, linear
+
+D_IN, D_OUT, MANY = 37, 53, 2 * sparse_product._TOKENS + 3
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Counts the sparse products; with `taken.dense()` none is taken any more."""
+
+    class Taken(list):
+        def dense(self):
+            monkeypatch.setattr(shira, "sparse_entries", lambda *_: None)
+
+    counts, add_sparse = Taken(), shira.add_sparse
+
+    def counted(*given):
+        counts.append(given)
+        return add_sparse(*given)
+
+    monkeypatch.setattr(shira, "add_sparse", counted)
+    return counts
+
+
+def adapted(make=linear, dtype=torch.float64, **options):
+    layer = make(D_IN, D_OUT).to(dtype)
+    model = nn.Sequential(nn.Identity(), layer, nn.ReLU(inplace=True)).eval()
+    return model, attached(model, dk.SHiRA(at="1", r=1, **options))
+
+
+def inputs(*shape, dtype=torch.float64):
+    torch.manual_seed(0)
+    return torch.randn(*shape, D_IN, dtype=dtype, requires_grad=True)
+
+
+def results(model, delta, x):
+    y = model(x)
+    return y, *torch.autograd.grad(y.square().sum(), [x, *delta.parameters()])
+
+
+@pytest.mark.parametrize("scale", [1.0, -0.3])
+@pytest.mark.parametrize("shape", [(), (1,), (5, 7), (MANY,), (0,)], ids=str)
+@pytest.mark.parametrize("make", [linear, conv1d])
+def test_outputs_and_gradients_are_those_of_the_dense_formula(taken, make, shape, scale):
+    model, delta = adapted(make)
+    delta.scale = scale
+    x = inputs(*shape)
+    found = results(model, delta, x)
+    assert len(taken) == (x.numel() > 0)
+    taken.dense()
+    torch.testing.assert_close(found, results(model, delta, x), **CLOSE)
+
+
+@pytest.mark.parametrize("make", [linear, conv1d])
+def test_second_derivatives(taken, make):
+    model, delta = adapted(make)
+    model[2] = nn.Tanh()
+    (values,) = delta.parameters()
+    x = inputs(2)
+    values.requires_grad_()
+    assert torch.autograd.gradgradcheck(
+        lambda x, values: torch.func.functional_call(model, {name(delta, model): values}, (x,)), (x, values)
+    )
+    assert taken
+
+
+def name(delta, model):
+    (own,) = delta.parameters()
+    return next(path for path, parameter in model.named_parameters() if parameter is own)
+
+
+@pytest.mark.parametrize("way", ["is_grads_batched", "vmap"])
+def test_batches_of_gradients(taken, way):
+    model, delta = adapted()
+    x, g = inputs(3), torch.randn(5, 3, D_OUT, dtype=torch.float64)
+    asked = [x, *delta.parameters()]
+    each = [torch.autograd.grad(model(x), asked, one) for one in g]
+    y = model(x)
+    if way == "vmap":
+        found = torch.func.vmap(lambda one: torch.autograd.grad(y, asked, one, retain_graph=True))(g)
+    else:
+        found = torch.autograd.grad(y, asked, g, is_grads_batched=True)
+    assert len(taken) == 6
+    torch.testing.assert_close(found, tuple(map(torch.stack, zip(*each, strict=True))), **CLOSE)
+
+
+@pytest.mark.parametrize("asks", ["x", "values", "none"])
+def test_only_what_is_asked_for(taken, asks):
+    model, delta = adapted()
+    (values,) = delta.parameters()
+    x = inputs(3).requires_grad_(asks == "x")
+    values.requires_grad_(asks == "values")
+    y = model(x)
+    assert taken
+    assert y.requires_grad is (asks != "none")
+    if asks != "none":
+        y.sum().backward()
+    assert [one.grad is not None for one in (x, values)] == [asks == "x", asks == "values"]
+
+
+def test_nothing_of_the_size_of_the_weight_or_the_output_is_kept(taken):
+    model, _ = adapted()
+    model[2] = nn.Identity()
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (held.append(t), t)[1], lambda t: t):
+        model(inputs(7))
+    assert taken
+    own = {p.data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    assert [t.shape for t in held if t.data_ptr() not in own] == [(7, D_IN)]
+
+
+def test_checkpointing_and_bfloat16(taken):
+    model, delta = adapted()
+    x = inputs(7)
+    found = torch.autograd.grad(checkpoint(model, x, use_reentrant=False).square().sum(), [x, *delta.parameters()])
+    assert len(taken) == 2
+    torch.testing.assert_close(found, results(model, delta, x)[1:], **CLOSE)
+    taken.clear()
+    model, delta = adapted(dtype=torch.bfloat16)
+    assert results(model, delta, inputs(7, dtype=torch.bfloat16))[0].dtype is torch.bfloat16
+    assert not taken
+
+
+def test_a_backward_pass_under_autocast(taken):
+    model, delta = adapted(dtype=torch.float32)
+    x = inputs(7, dtype=torch.float32)
+    loss = model(x).square().sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(loss, [x, *delta.parameters()])
+    torch.testing.assert_close(found, results(model, delta, x)[1:])
+    assert len(taken) == 2
+
+
+@pytest.mark.parametrize("change", ["order", "int64", "hooks", "a subclass", "many entries", "another delta first"])
+def test_what_keeps_to_the_dense_formula(taken, change, monkeypatch):
+    model, delta = adapted()
+    (module,) = delta.modules["1"]
+    if change == "order":
+        module.places.copy_(module.places.flip(1))
+    elif change == "int64":
+        module.places = module.places.long()
+    elif change == "hooks":
+        module.register_forward_hook(lambda *_: None)
+    elif change == "a subclass":
+        module.__class__ = type("Other", (shira.SHiRADelta,), {})
+    elif change == "many entries":
+        monkeypatch.setattr(sparse_product, "_DENSEST", 22)
+    x = inputs(3)
+    if change == "another delta first":
+        results(model, attached(model, dk.SHiRA(at="1", r=1), name="second"), x)
+        assert len(taken) == 1
+        return
+    found = results(model, delta, x)
+    assert not taken
+    dense = module.weight_update(model[1].weight) + model[1].weight
+    torch.testing.assert_close(found[0], nn.functional.linear(x, dense, model[1].bias).relu(), **CLOSE)
+
+
+@pytest.mark.parametrize(("row", "place"), [(0, -1), (0, D_OUT), (1, -1), (1, D_IN)])
+def test_places_outside_of_the_weight_are_errors(taken, row, place):
+    """And no memory outside of it is read."""
+    _, delta = adapted()
+    (module,) = delta.modules["1"]
+    module.places[row, 0 if place < 0 else -1] = place
+    entries = sparse_product.sparse_entries(module, module.values, module.places, (D_OUT, D_IN), inputs(3))
+    assert entries is None
+
+
+def test_places_that_change_before_the_backward_pass(taken):
+    model, delta = adapted()
+    loss = model(inputs(3)).sum()
+    delta.modules["1"][0].places.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_place_that_is_there_twice_adds_up(taken):
+    model, delta = adapted()
+    delta.modules["1"][0].places[:, 1] = delta.modules["1"][0].places[:, 0]
+    x = inputs(3)
+    found = results(model, delta, x)
+    assert taken
+    taken.dense()
+    torch.testing.assert_close(found, results(model, delta, x), **CLOSE)
+
+
+def test_there_is_no_warning_of_torch(taken):
+    """The warning comes once in a process."""
+    sparse_product._silence.cache_clear()
+    model, delta = adapted()
+    results(model, delta, inputs(3))
+    assert taken
