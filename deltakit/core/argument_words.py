@@ -138,7 +138,8 @@ def advice(hint: Any, name: str, value: Any) -> str:
 def _of_class(kind: Any, value: Any) -> str:
     if not isinstance(kind, type):
         return ""
-    if isinstance(value, type) and issubclass(value, kind):
+    # A protocol that has attributes cannot be asked for its subclasses.
+    if isinstance(value, type) and not getattr(kind, "_is_protocol", False) and issubclass(value, kind):
         return f"write {value.__name__}() with parentheses"
     if kind is nn.Module:
         return _of_module(value)

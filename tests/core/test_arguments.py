@@ -144,6 +144,8 @@ PEFT = type("LoraConfig", (SimpleNamespace,), {"__module__": "peft.tuners.lora.c
         (lambda m: dk.load("x", m, check="no"), "load(check='no'): expected 'error' or 'warn', found the text 'no'; omit check= for 'error'"),
         (lambda m: dk.LoraModel(m, r=8), "LoraModel(r=...): no such option; write lora_r= for r"),
         (lambda m: dk.LoRA(r=2**2000), "LoRA(r=2**2001): expected a whole number or a dictionary of whole numbers, found the number 2**2001; omit r= for 8"),
+        # An argument whose type is a protocol.
+        (lambda m: dk.SoftPrompt(init=nn.Linear), "SoftPrompt(init=Linear): expected a text or a delta with a soft prompt, such as attach and load return, found the class Linear; omit init= for 'vocab'"),
         (lambda m: dk.AutoDeltaModel(), "AutoDeltaModel has no instances: call AutoDeltaModel.from_config or from_finetuned"),
     ],
 )  # fmt: skip

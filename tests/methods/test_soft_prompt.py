@@ -299,7 +299,8 @@ def test_starts_that_cannot_be():
     with pytest.raises(dk.OptionError, match=r"SoftPrompt\(init=...\): expected a delta with one soft prompt, found 0"):
         dk.SoftPrompt(init=lora)
     with pytest.raises(
-        dk.OptionError, match=r"SoftPrompt\(init=3\): expected a text or a delta with a soft prompt, found"
+        dk.OptionError,
+        match=r"SoftPrompt\(init=3\): expected a text or a delta with a soft prompt, such as attach and load return, found",
     ):
         dk.SoftPrompt(init=3)
     with pytest.raises(dk.OptionError, match=r"init=..., init_vectors=...\): omit one of the two"):
@@ -310,7 +311,9 @@ def test_starts_that_cannot_be():
         dk.OptionError, match=r"init_ids=\[-1\]\): expected a list of at least one token id, none below 0"
     ):
         dk.SoftPrompt(init_ids=[-1])
-    with pytest.raises(dk.OptionError, match="expected a delta, found a str; pass what attach"):
+    with pytest.raises(
+        dk.OptionError, match="expected a delta with a soft prompt, such as attach and load return, found the text"
+    ):
         dk.SoftPrompt.from_delta("pretrained")
     with pytest.raises(
         dk.OptionError, match="has vectors of 7 features, and this embedding has 20; use those of a prompt"

@@ -19,7 +19,7 @@ T = TypeVar("T", bound="StartedPrompt")
 class HasPrompt(Protocol):
     """What a handle is here."""
 
-    _in_words: ClassVar[str] = "a delta with a soft prompt"
+    _in_words: ClassVar[str] = "a delta with a soft prompt, such as attach and load return"
 
     def state_dict(self) -> Mapping[str, Tensor]: ...
 
@@ -65,7 +65,7 @@ class StartedPrompt(PromptMethod):
 
     @classmethod
     @checked
-    def from_delta(cls: type[T], delta: Any, **options: Any) -> T:
+    def from_delta(cls: type[T], delta: HasPrompt, **options: Any) -> T:
         """Returns a prompt that starts as the one of another delta. It is as long as that one unless `tokens` is given.
 
         Args:
@@ -127,18 +127,13 @@ class StartedPrompt(PromptMethod):
         return data
 
 
-def _prompt_of(delta: Any, where: str) -> Float[Tensor, "tokens d"]:
+def _prompt_of(delta: HasPrompt, where: str) -> Float[Tensor, "tokens d"]:
     """Returns a copy of the prompt of a delta.
 
     Raises:
-        OptionError: if it is no delta, or has no prompt or several.
+        OptionError: if it has no prompt or several.
     """
-    try:
-        found = [value for name, value in delta.state_dict().items() if name.endswith(".prompt")]
-    except AttributeError:
-        raise OptionError(
-            f"{where}: expected a delta, found a {type(delta).__name__}; pass what attach() or load() returned"
-        ) from None
+    found = [value for name, value in delta.state_dict().items() if name.endswith(".prompt")]
     if len(found) != 1:
         raise OptionError(
             f"{where}: expected a delta with one soft prompt, found {len(found)} of them; pass the vectors with init_vectors="
