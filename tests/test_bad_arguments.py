@@ -137,7 +137,7 @@ ACCEPTED = {
     "PTuning.encoder": NOTHING,
     "PTuning.hidden": NOTHING | COUNT,
     "PTuning.dropout": {"0"},
-    "PTuning.anchors": NOTHING | {"empty dict"},
+    "PTuning.anchors": NOTHING | {"empty dict", "dict of numbers"},
     **{f"{kind}.{option}": NOTHING | COUNT for kind in BOTTLENECKS for option in ("size", "reduction")},
     # The scene has 10 steps, and ranks from 3 to 2.
     **dict.fromkeys(["AdaLoRA.total_steps", "AdaLoRA.delta_t"], COUNT),
