@@ -5,6 +5,7 @@ the sparse one takes a sixth of it on a CPU, and so does the gradient of the ent
 needs no product of its own: the layer's is taken with the sum of both matrices.
 """
 
+import sys
 import warnings
 from functools import cache
 from typing import Any, NamedTuple
@@ -19,6 +20,9 @@ from deltakit.ops.module_copy import is_hooked
 from deltakit.ops.recompute import Layer
 
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
+
+_WORKS = torch.backends.mkl.is_available() and sys.platform == "linux"
+"""torch's products with sparse matrices need MKL, and are built with it on Linux."""
 
 _DENSEST = 8
 """One entry in so many: with more, the dense product is as fast."""
@@ -61,7 +65,7 @@ def sparse_entries(
         or places.dtype is not torch.int32
         or not 0 < len(values) * _DENSEST <= rows * columns
         or x.numel() == 0
-        or not torch.backends.mkl.is_available()
+        or not _WORKS
         or is_hooked(delta)
         or hooked_everywhere()
     ):

@@ -11,6 +11,8 @@ from deltakit.ops import sparse_product
 from support.models import attached
 from support.peft_layers import conv1d, linear
 
+pytestmark = pytest.mark.skipif(not sparse_product._WORKS, reason="torch has no sparse products here")
+
 D_IN, D_OUT, MANY = 37, 53, 2 * sparse_product._TOKENS + 3
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -201,3 +203,28 @@ def test_there_is_no_warning_of_torch(taken):
     model, delta = adapted()
     results(model, delta, inputs(3))
     assert taken
+
+
+@pytest.mark.parametrize("how", ["expanded", "transposed", "sliced"])
+def test_gradients_of_any_strides(taken, how):
+    model, delta = adapted()
+    model[2] = nn.Identity()
+    x, weight = inputs(3), torch.randn(D_OUT, 3, dtype=torch.float64)
+    loss = {
+        "expanded": lambda y: y.sum(),
+        "transposed": lambda y: (y.mT * weight).sum(),
+        "sliced": lambda y: y[::2].sum(),
+    }
+    found = torch.autograd.grad(loss[how](model(x)), [x, *delta.parameters()])
+    assert taken
+    taken.dense()
+    torch.testing.assert_close(found, torch.autograd.grad(loss[how](model(x)), [x, *delta.parameters()]), **CLOSE)
+
+
+def test_inputs_of_any_strides(taken):
+    model, delta = adapted()
+    x = torch.randn(D_IN, 3, 5, dtype=torch.float64).permute(2, 1, 0)[:, ::2].requires_grad_()
+    found = results(model, delta, x)
+    assert taken
+    taken.dense()
+    torch.testing.assert_close(found, results(model, delta, x), **CLOSE)
