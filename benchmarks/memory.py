@@ -60,7 +60,10 @@ def kept(model: Any, inputs: dict[str, torch.Tensor]) -> int:
         return tensor
 
     held = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (held.append(t), pack(t))[1], lambda t: t):
+    # Detached, because the graph refers to the hooks: with tensors of its own in `held`, it would never be freed.
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (held.append(t.detach()), pack(t).detach())[1], lambda t: t
+    ):
         output = model(**inputs)[0]
     del output
     return sum(storages.values())
@@ -84,7 +87,7 @@ def limit(name: str, dtype: torch.dtype, device: str, inputs: dict[str, torch.Te
         model.get_submodule(path).register_forward_pre_hook(see)
     floor: set[int] = set()
     with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: (floor.add(t.untyped_storage().data_ptr()), t)[1], lambda t: t
+        lambda t: (floor.add(t.untyped_storage().data_ptr()), t.detach())[1], lambda t: t
     ):
         output = model(**inputs)[0]
     extra = [t.untyped_storage().nbytes() for key, t in inputs_seen.items() if key not in floor]

@@ -31,7 +31,7 @@ def seed():
 
 @pytest.fixture(autouse=True)
 def sparse_products(monkeypatch):
-    """Sparse updates take their own product in the tests' small layers, too, of which they are a large part."""
+    """In the small layers of tests, sparse updates have a large part of the entries, and take their own product all the same."""
     monkeypatch.setattr("deltakit.ops.sparse_product._DENSEST", 1)
 
 

@@ -141,7 +141,8 @@ def _class(base: type, value: Any) -> Any:
 
 def _instance(kind: type, value: Any) -> Any:
     try:
-        fits = isinstance(value, kind)
+        # A class has the methods that a protocol asks of instances.
+        fits = isinstance(value, kind) and not (getattr(kind, "_is_protocol", False) and isinstance(value, type))
     except Exception:
         # A class may say for itself what its instances are.
         fits = True

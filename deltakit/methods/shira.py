@@ -72,8 +72,8 @@ class SHiRADelta(WeightMap):
     def add_to_layer(
         self, layer: Layer, x: Float[Tensor, "*batch d_in"], target: nn.Module
     ) -> Float[Tensor, "*batch d_out"]:
-        # An author's subclass may have another formula.
-        if type(self) is SHiRADelta:
+        # An author's subclass or a replaced method may have another formula.
+        if type(self) is SHiRADelta and "weight_update" not in self.__dict__:
             entries = sparse_entries(self, self.values, self.places, (self.shape[0], self.shape[1]), x)
             if entries is not None:
                 return add_sparse(layer, x, self.values, entries)

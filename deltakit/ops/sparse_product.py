@@ -7,7 +7,6 @@ needs no product of its own: the layer's is taken with the sum of both matrices.
 
 import sys
 import warnings
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from deltakit.core import DeltaModule
+from deltakit.errors import StateError
 from deltakit.ops.low_rank import hooked_everywhere, only_plain
 from deltakit.ops.module_copy import is_hooked
 from deltakit.ops.recompute import Layer
@@ -31,51 +31,76 @@ _TOKENS = 128
 """Tokens of one sparse product. Its result is transposed, and stays in the cache for the sum: half the time (measured)."""
 
 
+if _WORKS:
+    # torch warns once in a process that sparse matrices of this form are in beta; here they are tested. While it is imported,
+    # because filters of warnings are those of all threads.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), device="cpu", check_invariants=False)
+
+
 class Entries(NamedTuple):
     """Where the entries of a matrix are, in the order of its rows: row r has those from `starts[r]` to `starts[r + 1]`."""
 
-    starts: Int[Tensor, " rows"]
+    starts: Int[Tensor, " rows_and_1"]
     places: Int[Tensor, "2 n"]
     shape: tuple[int, int]
 
     def matrix(self, values: Float[Tensor, " n"]) -> Tensor:
         """Returns the sparse matrix with these values."""
-        _silence()
-        return torch.sparse_csr_tensor(self.starts, self.places[1], values, self.shape, check_invariants=False)
+        parts = self.starts, self.places[1], values, self.shape
+        return torch.sparse_csr_tensor(*parts, device=values.device, check_invariants=False)
 
 
 def sparse_entries(
     delta: DeltaModule,
-    values: Float[Tensor, "*stack n"],
+    values: Float[Tensor, " n"],
     places: Int[Tensor, "2 n"],
     shape: tuple[int, int],
     x: Float[Tensor, "*batch d_in"],
 ) -> Entries | None:
     """Returns the entries for `add_sparse`; None if the dense product is to be taken.
 
-    That is on other devices than a CPU, in 16 bits, with many entries, and if the places are not in the order of their rows.
-    It is also for delta modules with hooks, by which engines put the values in, and which only a call of the module runs.
+    The sparse one is for float32 and float64 on a CPU, few entries in the order of their rows, and torch with MKL. Delta
+    modules with hooks have the dense one: by hooks, engines put in the values, and only a call of the module runs them.
+
+    Raises:
+        StateError: if a place is outside of the matrix.
     """
-    rows, columns = shape
     if (
-        values.ndim != 1
-        or any(one.device.type != "cpu" for one in (values, places, x))
+        any(one.device.type != "cpu" for one in (values, places, x))
         or values.dtype is not x.dtype
         or x.dtype not in (torch.float32, torch.float64)
-        or places.dtype is not torch.int32
-        or not 0 < len(values) * _DENSEST <= rows * columns
+        or len(values) != places.shape[1]
+        or not 0 < len(values) * _DENSEST <= shape[0] * shape[1]
         or x.numel() == 0
         or not _WORKS
         or is_hooked(delta)
         or hooked_everywhere()
     ):
         return None
-    # Memory outside of the matrix would be read for a place outside of it. The dense formula raises an error for one.
-    first, last = places[1].aminmax()
-    starts = torch.searchsorted(places[0], torch.arange(rows + 1, dtype=torch.int32), out_int32=True)
-    inside = starts[0] == 0 and starts[-1] == len(values) and first >= 0 and last < columns
-    in_order = bool((places[0, 1:] >= places[0, :-1]).all())
-    return Entries(starts, places, shape) if inside and in_order else None
+    entries = _entries_at(places, shape)
+    if entries is None and not _are_inside(places, shape):
+        raise StateError(
+            f"{delta.word()} has places outside of a weight of {shape[0]} to {shape[1]}; load its state again"
+        )
+    return entries
+
+
+def _are_inside(places: Int[Tensor, "2 n"], shape: tuple[int, int]) -> bool:
+    ends = [one.aminmax() for one in places]
+    return all(bool(first >= 0) and bool(last < size) for (first, last), size in zip(ends, shape, strict=True))
+
+
+def _entries_at(places: Int[Tensor, "2 n"], shape: tuple[int, int]) -> Entries | None:
+    """Returns the entries at these places; None if a sparse matrix cannot have them as they are."""
+    # torch reads the places as if they were contiguous, and wherever they point to: also outside of the matrix.
+    if places.dtype is not torch.int32 or not places.is_contiguous() or places.is_inference():
+        return None
+    if not _are_inside(places, shape) or not bool((places[0, 1:] >= places[0, :-1]).all()):
+        return None
+    rows = torch.arange(shape[0] + 1, dtype=torch.int32, device=places.device)
+    return Entries(torch.searchsorted(places[0], rows, out_int32=True), places, shape)
 
 
 def add_sparse(
@@ -83,7 +108,7 @@ def add_sparse(
 ) -> Float[Tensor, "*batch d_out"]:
     """Returns the layer's output plus the scaled product of x with the sparse matrix, and changes the output in place.
 
-    One autograd node serves both, as in `add_linear_with`. It saves x and the values.
+    One autograd node serves both, as in `add_linear_with`. Beyond the model's own tensors it saves x alone.
     """
     if not torch.is_grad_enabled():
         return _added(layer, x, values, entries)
@@ -104,8 +129,9 @@ class _Sparse(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, places: Tensor, layer: Layer, entries: Entries) -> Tensor:
-        ctx.scale, ctx.flipped, ctx.entries = layer.scale, layer.flipped, entries
-        # Saved places tell when they have been changed since.
+        ctx.scale, ctx.flipped, ctx.shape = layer.scale, layer.flipped, entries.shape
+        # Saved places tell when they have been changed since. Where they do not, as after `.data`, the gradients are those at
+        # the new ones.
         ctx.save_for_backward(x, values, places, layer.weight if ctx.needs_input_grad[0] else None)
         return _added(layer, x, values, entries)
 
@@ -115,7 +141,7 @@ class _Sparse(torch.autograd.Function):
             x, values, places, weight = ctx.saved_tensors
             needs_x, needs_values, *_ = ctx.needs_input_grad
             gx = g @ _whole(weight, values, places.long(), ctx) if needs_x else None
-            found = _of_values(g, x, values, places.long(), ctx) * ctx.scale if needs_values else None
+            found = _of_values(g, x, places, ctx.shape) * ctx.scale if needs_values else None
             return gx, found, None, None, None
 
 
@@ -129,22 +155,17 @@ def _whole(weight: Tensor, values: Tensor, places: Int[Tensor, "2 n"], ctx: Any)
     return whole.mT if ctx.flipped else whole
 
 
-def _of_values(g: Tensor, x: Tensor, values: Tensor, places: Int[Tensor, "2 n"], ctx: Any) -> Float[Tensor, " n"]:
+def _of_values(g: Tensor, x: Tensor, places: Int[Tensor, "2 n"], shape: tuple[int, int]) -> Float[Tensor, " n"]:
     """Returns the gradient of the unscaled entries: of entry (r, c) the sum of g_r x_c over all tokens."""
     g, x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
-    # Sparse matrices have no second derivatives, and no batches of gradients (`is_grads_batched`, `vmap`).
-    if torch.is_grad_enabled() or _is_batched(g) or only_plain(g, x, values):
-        return (g.mT @ x)[places[0], places[1]]
-    found = ctx.entries.matrix(torch.zeros_like(values))
+    # Sparse matrices have no batches of gradients (`is_grads_batched`, `vmap`).
+    dense = _is_batched(g) or only_plain(g, x, x)
+    entries = None if dense else _entries_at(places, shape)
+    if entries is None:
+        rows, columns = places.long()
+        return (g.mT @ x)[rows, columns]
+    found = entries.matrix(x.new_zeros(places.shape[1]))
     for g_part, x_part in zip(g.split(_TOKENS), x.split(_TOKENS), strict=True):
         found = torch.sparse.sampled_addmm(found, g_part.mT, x_part)
     total: Tensor = found.values()
     return total
-
-
-@cache
-def _silence() -> None:
-    """torch warns once in a process that sparse matrices of this form are in beta. Here, they are tested."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)

@@ -146,6 +146,7 @@ PEFT = type("LoraConfig", (SimpleNamespace,), {"__module__": "peft.tuners.lora.c
         (lambda m: dk.LoRA(r=2**2000), "LoRA(r=2**2001): expected a whole number or a dictionary of whole numbers, found the number 2**2001; omit r= for 8"),
         # An argument whose type is a protocol.
         (lambda m: dk.SoftPrompt(init=nn.Linear), "SoftPrompt(init=Linear): expected a text or a delta with a soft prompt, such as attach and load return, found the class Linear; omit init= for 'vocab'"),
+        (lambda m: dk.SoftPrompt.from_delta(dk.Delta), "SoftPrompt.from_delta(delta=Delta): expected a delta with a soft prompt, such as attach and load return, found the class Delta"),
         (lambda m: dk.AutoDeltaModel(), "AutoDeltaModel has no instances: call AutoDeltaModel.from_config or from_finetuned"),
     ],
 )  # fmt: skip

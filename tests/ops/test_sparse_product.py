@@ -1,5 +1,7 @@
 """Products with a sparse update: the dense formula in float64, its derivatives, and what keeps to the dense formula."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from deltakit.methods import shira
 from deltakit.ops import sparse_product
 from support.models import attached
 from support.peft_layers import conv1d, linear
+from support.processes import in_a_process
 
 pytestmark = pytest.mark.skipif(not sparse_product._WORKS, reason="torch has no sparse products here")
 
@@ -144,39 +147,84 @@ def test_a_backward_pass_under_autocast(taken):
     assert len(taken) == 2
 
 
-@pytest.mark.parametrize("change", ["order", "int64", "hooks", "a subclass", "many entries", "another delta first"])
-def test_what_keeps_to_the_dense_formula(taken, change, monkeypatch):
+CHANGES = {
+    "order": lambda module: module.places.copy_(module.places.flip(1)),
+    "int64": lambda module: setattr(module, "places", module.places.long()),
+    "strides": lambda module: setattr(module, "places", module.places.T.contiguous().T),
+    "a slice": lambda module: setattr(module, "places", module.places.repeat_interleave(3, dim=1)[:, ::3]),
+    "an inference tensor": lambda module: setattr(module, "places", inference(module.places)),
+    "hooks": lambda module: module.register_forward_hook(lambda *_: None),
+    "a subclass": lambda module: setattr(module, "__class__", type("Other", (shira.SHiRADelta,), {})),
+    "a replaced formula": lambda module: setattr(module, "weight_update", lambda w: 0 * SHIRA(module, w)),
+    "another dtype": lambda module: setattr(module.values, "data", module.values.data.float()),
+}
+SHIRA = shira.SHiRADelta.weight_update
+
+
+def inference(places):
+    with torch.inference_mode():
+        return places.clone()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_keeps_to_the_dense_formula(taken, change):
     model, delta = adapted()
     (module,) = delta.modules["1"]
-    if change == "order":
-        module.places.copy_(module.places.flip(1))
-    elif change == "int64":
-        module.places = module.places.long()
-    elif change == "hooks":
-        module.register_forward_hook(lambda *_: None)
-    elif change == "a subclass":
-        module.__class__ = type("Other", (shira.SHiRADelta,), {})
-    elif change == "many entries":
-        monkeypatch.setattr(sparse_product, "_DENSEST", 22)
+    CHANGES[change](module)
     x = inputs(3)
-    if change == "another delta first":
-        results(model, attached(model, dk.SHiRA(at="1", r=1), name="second"), x)
-        assert len(taken) == 1
-        return
     found = results(model, delta, x)
     assert not taken
     dense = module.weight_update(model[1].weight) + model[1].weight
     torch.testing.assert_close(found[0], nn.functional.linear(x, dense, model[1].bias).relu(), **CLOSE)
 
 
+def test_many_entries_keep_to_the_dense_formula(taken, monkeypatch):
+    model, delta = adapted()
+    assert len(*delta.parameters()) * 21 < D_IN * D_OUT < len(*delta.parameters()) * 22
+    for most, count in ((22, 0), (21, 1)):
+        monkeypatch.setattr(sparse_product, "_DENSEST", most)
+        results(model, delta, inputs(3))
+        assert len(taken) == count
+
+
+def test_only_the_first_delta_at_a_layer_is_added_so(taken):
+    model, delta = adapted()
+    second = attached(model, dk.SHiRA(at="1", r=1), name="second")
+    x = inputs(3)
+    found = results(model, second, x)
+    assert len(taken) == 1
+    weight = model[1].weight + sum(one.modules["1"][0].weight_update(model[1].weight) for one in (delta, second))
+    torch.testing.assert_close(found[0], nn.functional.linear(x, weight, model[1].bias).relu(), **CLOSE)
+
+
+def test_global_hooks_see_the_calls_of_delta_modules(taken):
+    model, delta = adapted()
+    seen = []
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(lambda module, _: seen.append(module))
+    results(model, delta, inputs(3))
+    hook.remove()
+    assert delta.modules["1"][0] in seen
+    assert not taken
+
+
+def test_under_another_default_device(taken):
+    model, delta = adapted()
+    with torch.device("meta"):
+        found = results(model, delta, torch.ones(3, D_IN, dtype=torch.float64, device="cpu").requires_grad_())
+    assert taken
+    assert found[-1].device.type == "cpu"
+
+
 @pytest.mark.parametrize(("row", "place"), [(0, -1), (0, D_OUT), (1, -1), (1, D_IN)])
-def test_places_outside_of_the_weight_are_errors(taken, row, place):
+@pytest.mark.parametrize("index", [0, 5, -1])
+def test_places_outside_of_the_weight_are_errors(taken, index, row, place):
     """And no memory outside of it is read."""
-    _, delta = adapted()
+    model, delta = adapted()
     (module,) = delta.modules["1"]
-    module.places[row, 0 if place < 0 else -1] = place
-    entries = sparse_product.sparse_entries(module, module.values, module.places, (D_OUT, D_IN), inputs(3))
-    assert entries is None
+    module.places[row, index] = place
+    with pytest.raises(dk.StateError, match=f"places outside of a weight of {D_OUT} to {D_IN}; load its state again"):
+        model(inputs(3))
+    assert not taken
 
 
 def test_places_that_change_before_the_backward_pass(taken):
@@ -185,6 +233,36 @@ def test_places_that_change_before_the_backward_pass(taken):
     delta.modules["1"][0].places.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_places_whose_change_torch_does_not_see(taken, hooked):
+    """Gradients are those at the saved places where hooks save a copy, else at the new ones; never at both."""
+    model, delta = adapted()
+    model[2] = nn.Identity()
+    (module,) = delta.modules["1"]
+    x, g, old = inputs(3), torch.randn(3, D_OUT, dtype=torch.float64), module.places.clone()
+    copies = torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t) if hooked else nullcontext()
+    with copies:
+        y = model(x)
+    assert taken
+    index = torch.randperm(D_IN * D_OUT)[: old.shape[1]].sort().values
+    new = torch.stack((index // D_IN, index % D_IN)).int()
+    module.places.data.copy_(new)
+    gx, found = torch.autograd.grad(y, [x, module.values], g)
+    rows, columns = (old if hooked else new).long()
+    torch.testing.assert_close(found, (g.mT @ x)[rows, columns], **CLOSE)
+    weight = model[1].weight.index_put((rows, columns), module.values, accumulate=True)
+    torch.testing.assert_close(gx, g @ weight, **CLOSE)
+
+
+def test_places_that_are_outside_in_the_backward_pass(taken):
+    model, delta = adapted()
+    loss = model(inputs(3)).sum()
+    delta.modules["1"][0].places.data.fill_(10**8)
+    with pytest.raises(IndexError):
+        loss.backward()
+    assert taken
 
 
 def test_a_place_that_is_there_twice_adds_up(taken):
@@ -197,12 +275,17 @@ def test_a_place_that_is_there_twice_adds_up(taken):
     torch.testing.assert_close(found, results(model, delta, x), **CLOSE)
 
 
-def test_there_is_no_warning_of_torch(taken):
-    """The warning comes once in a process."""
-    sparse_product._silence.cache_clear()
-    model, delta = adapted()
-    results(model, delta, inputs(3))
-    assert taken
+def test_there_is_no_warning_of_torch():
+    """Its warning of sparse matrices comes once in a process."""
+    code = """
+        import warnings, torch, deltakit as dk
+        warnings.simplefilter("error")
+        model = torch.nn.Sequential(torch.nn.Linear(37, 53))
+        dk.attach(model, dk.SHiRA(at="0", r=1))
+        model(torch.ones(3, 37, requires_grad=True)).sum().backward()
+        print("none")
+    """
+    assert in_a_process(code) == "none"
 
 
 @pytest.mark.parametrize("how", ["expanded", "transposed", "sliced"])

@@ -109,7 +109,7 @@ class WeightMap(DeltaModule):
     def add_to_layer(
         self, layer: Layer, x: Float[Tensor, "*batch d_in"], target: nn.Module
     ) -> Float[Tensor, "*batch d_out"]:
-        """Returns the layer's output plus the scaled product of the update with its input x, and may change the output."""
+        """Returns the layer's output plus the scaled product of the update with its input x. It may be changed in place."""
         return add_linear_with(layer, x, self._built(target))
 
     def _built(self, target: nn.Module) -> ComputedBy:
