@@ -50,6 +50,7 @@ def kept(model: Any, inputs: dict[str, torch.Tensor]) -> int:
     """
     own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
     storages: dict[int, int] = {}
+    held = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         # A sparse tensor has no storage of its own.
@@ -57,13 +58,11 @@ def kept(model: Any, inputs: dict[str, torch.Tensor]) -> int:
             storage = part.untyped_storage()
             if storage.data_ptr() not in own:
                 storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # Detached, because the graph refers to this function: with tensors of its own in `held`, it would never be freed.
+        held.append(tensor.detach())
+        return held[-1]
 
-    held = []
-    # Detached, because the graph refers to the hooks: with tensors of its own in `held`, it would never be freed.
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: (held.append(t.detach()), pack(t).detach())[1], lambda t: t
-    ):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         output = model(**inputs)[0]
     del output
     return sum(storages.values())

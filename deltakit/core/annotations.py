@@ -15,7 +15,7 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from deltakit.core.argument_words import described, is_bool
+from deltakit.core.argument_words import described, is_bool, is_protocol
 
 _INT64 = 2**63
 _FLOAT32 = (2 - 2**-23) * 2.0**127
@@ -55,10 +55,9 @@ def reader(hint: Any) -> Read:
         return partial(_sequence, reader(of[0]), tuple if kind is tuple else None)
     if of and kind in (Mapping, dict):
         return partial(_mapping, reader(of[0]), reader(of[1]))
-    checkable = isinstance(kind, type) and not (
-        getattr(kind, "_is_protocol", False) and not getattr(kind, "_is_runtime_protocol", False)
-    )
-    return partial(_instance, kind) if checkable else _anything
+    if is_protocol(kind):
+        return partial(_like, kind) if getattr(kind, "_is_runtime_protocol", False) else _anything
+    return partial(_instance, kind) if isinstance(kind, type) else _anything
 
 
 def _kind(hint: Any) -> Any:
@@ -141,14 +140,20 @@ def _class(base: type, value: Any) -> Any:
 
 def _instance(kind: type, value: Any) -> Any:
     try:
-        # A class has the methods that a protocol asks of instances.
-        fits = isinstance(value, kind) and not (getattr(kind, "_is_protocol", False) and isinstance(value, type))
+        fits = isinstance(value, kind)
     except Exception:
         # A class may say for itself what its instances are.
         fits = True
     if not fits:
         raise Unfit(described(value))
     return value
+
+
+def _like(protocol: type, value: Any) -> Any:
+    # A class has the methods that a protocol asks of instances.
+    if isinstance(value, type):
+        raise Unfit(described(value))
+    return _instance(protocol, value)
 
 
 def _one_of(members: Sequence[Read], value: Any) -> Any:

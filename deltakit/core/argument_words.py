@@ -88,6 +88,11 @@ def described(value: Any) -> str:
     return "a function" if type(value).__name__ == "function" else _with_article(type(value).__name__)
 
 
+def is_protocol(kind: Any) -> bool:
+    """Returns whether a type is a protocol, which says what its instances have and not what they are."""
+    return bool(getattr(kind, "_is_protocol", False))
+
+
 def is_bool(value: Any) -> bool:
     """Returns whether a value is True or False, also as numpy writes them."""
     return isinstance(value, bool) or (type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"))
@@ -139,7 +144,7 @@ def _of_class(kind: Any, value: Any) -> str:
     if not isinstance(kind, type):
         return ""
     # A protocol that has attributes cannot be asked for its subclasses.
-    if isinstance(value, type) and not getattr(kind, "_is_protocol", False) and issubclass(value, kind):
+    if isinstance(value, type) and not is_protocol(kind) and issubclass(value, kind):
         return f"write {value.__name__}() with parentheses"
     if kind is nn.Module:
         return _of_module(value)

@@ -19,6 +19,7 @@ from deltakit.ops import (
     WeightMap,
     WeightMethod,
     add_sparse,
+    are_inside,
     check_seed,
     like,
     matrix_shape,
@@ -41,8 +42,8 @@ class SHiRADelta(WeightMap):
 
     def __init__(self, target: Target, options: "SHiRA") -> None:
         super().__init__(target)
-        stack, *self.shape = matrix_shape(target, self.word())
-        d_out, d_in = self.shape
+        stack, d_out, d_in = matrix_shape(target, self.word())
+        self.shape = d_out, d_in
         n = (options.r or _USUAL) * (d_out + d_in)
         if options.r is not None and n > d_out * d_in:
             fits = d_out * d_in // (d_out + d_in)
@@ -74,7 +75,7 @@ class SHiRADelta(WeightMap):
     ) -> Float[Tensor, "*batch d_out"]:
         # An author's subclass or a replaced method may have another formula.
         if type(self) is SHiRADelta and "weight_update" not in self.__dict__:
-            entries = sparse_entries(self, self.values, self.places, (self.shape[0], self.shape[1]), x)
+            entries = sparse_entries(self, self.values, self.places, self.shape, x)
             if entries is not None:
                 return add_sparse(layer, x, self.values, entries)
         return super().add_to_layer(layer, x, target)
@@ -86,12 +87,15 @@ class SHiRADelta(WeightMap):
             CheckpointError: if a place is outside of the weight.
         """
         places = state.get("places")
-        if places is not None and not places.is_meta and places.shape == self.places.shape:
-            size = torch.tensor(self.shape)[:, None]
-            if ((places.cpu() < 0) | (places.cpu() >= size)).any():
-                raise CheckpointError(
-                    f"SHiRA has places outside of a weight of {self.shape[0]} to {self.shape[1]}; the file is damaged"
-                )
+        if (
+            places is not None
+            and not places.is_meta
+            and places.shape == self.places.shape
+            and not are_inside(places, self.shape)
+        ):
+            raise CheckpointError(
+                f"SHiRA has places outside of a weight of {self.shape[0]} to {self.shape[1]}; the file is damaged"
+            )
         super().load_saved(state)
 
     def take_sum(self, parts: Sequence[tuple[float, DeltaModule]]) -> tuple[float, float]:

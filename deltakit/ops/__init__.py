@@ -38,7 +38,7 @@ from deltakit.ops.prompt.text_stack import input_embeddings, stack_at, text_stac
 from deltakit.ops.recompute import Layer, add_linear_with, layer_beside, linear_with, recomputed
 from deltakit.ops.seeded import Draw, Seeded, SeededPlaces, normal, seeded_places, uniform
 from deltakit.ops.sizes import input_size, kernel_of, largest_sizes, like, matrix_shape, matrix_sizes, sizes, stack_of
-from deltakit.ops.sparse_product import add_sparse, sparse_entries
+from deltakit.ops.sparse_product import add_sparse, are_inside, sparse_entries
 from deltakit.ops.unfilled import unfilled_linear
 from deltakit.ops.usual_positions import INPUTS_OF_QUERIES_AND_VALUES, QUERIES_AND_VALUES
 from deltakit.ops.weighing_method import WeighingMethod
@@ -93,6 +93,7 @@ __all__ = [
     "WeightMethod",
     "add_linear_with",
     "add_sparse",
+    "are_inside",
     "attends",
     "attention_targets",
     "block_size_for",
