@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from deltakit.core.attached_module import HELD
 from deltakit.core.delta_module import DeltaModule
 
-_KNOWN = "_deltakit_held"
 _RECORD = attrgetter("record")
 
 
@@ -45,13 +45,13 @@ def held_in(children: dict[str, Any]) -> Held | None:
     for first in children.values():
         if not isinstance(first, DeltaModule):
             return None
-        known: Held | None = first.__dict__.get(_KNOWN)
+        known: Held | None = first.__dict__.get(HELD)
         if known is not None and known.fits(children):
             return known
         known = Held(children)
         if not known.all_deltas:
             return None
-        first.__dict__[_KNOWN] = known
+        first.__dict__[HELD] = known
         return known
     return None
 
@@ -75,8 +75,8 @@ def remove_held(module: nn.Module, key: str) -> None:
     delta = children[key]
     known = held_in(children) if len(children) > 1 else None
     del children[key]
-    delta.__dict__.pop(_KNOWN, None)
-    if known is None or not children or next(iter(children.values())).__dict__.get(_KNOWN) is not known:
+    delta.__dict__[HELD] = None
+    if known is None or not children or next(iter(children.values())).__dict__.get(HELD) is not known:
         return
     counters: tuple[tuple[dict[Any, int], Any], ...] = ((known.records, delta.record), (known.kinds, type(delta)))
     for counts, mine in counters:

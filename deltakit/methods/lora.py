@@ -73,22 +73,21 @@ class LoRADelta(LowRank):
         where = like(target)
         self.A = nn.Parameter(torch.empty(*stack, r, self.d_in, **where))
         self.B = nn.Parameter(torch.empty(*stack, self.d_out, r, **where))
-        self.start, self.frozen_a = options.start, options.frozen_a
-        self.differs = self.start in STARTS_WITH_A_PRODUCT
-        if self.differs:
+        self.options, start = options, options.start
+        if start in STARTS_WITH_A_PRODUCT:
             self.A0, self.B0 = (nn.Parameter(torch.empty_like(factor)) for factor in (self.A, self.B))
         if wants_start_values(self.A):
             self.reset_parameters()
-            if self.start != "kaiming":
-                start_factors(self.start, self.A, self.B, self.scaling, lambda: bare_weight(target.module, self.view))
-            if self.differs:
+            if start != "kaiming":
+                start_factors(start, self.A, self.B, self.scaling, lambda: bare_weight(target.module, self.view))
+            if start in STARTS_WITH_A_PRODUCT:
                 self.A0.data.copy_(self.A.data)
                 self.B0.data.copy_(self.B.data)
 
     def reset_parameters(self) -> None:
         if self.embeds:
             # As in the authors' code, where A is the zero factor of embeddings. A frozen A of zeros would never learn.
-            drawn, zero = (self.A, self.B) if self.frozen_a else (self.B, self.A)
+            drawn, zero = (self.A, self.B) if self.options.frozen_a else (self.B, self.A)
             nn.init.zeros_(zero)
             nn.init.normal_(drawn)
             return
@@ -98,10 +97,10 @@ class LoRADelta(LowRank):
     def factors(self) -> tuple[Float[Tensor, "*stack r d_in"], Float[Tensor, "*stack d_out r"]]:
         parameters: Mapping[str, Any] = self._parameters
         a, b = parameters["A"], parameters["B"]
-        return difference(a, b, parameters["A0"], parameters["B0"]) if self.differs else (a, b)
+        return difference(a, b, parameters["A0"], parameters["B0"]) if "A0" in parameters else (a, b)
 
     def tag_of(self, name: str) -> str:
-        frozen = name == "A" if self.frozen_a else name == "B" and self.start == "mica"
+        frozen = name == "A" if self.options.frozen_a else name == "B" and self.options.start == "mica"
         return FROZEN if frozen else super().tag_of(name)
 
     def start_at(self, directions: Tensor) -> None:
@@ -122,8 +121,8 @@ class LoRADelta(LowRank):
         r = self.A.shape[-2]
         alpha = self.scaling * r
         scaling = f"alpha={alpha:g}" if float(alpha).is_integer() else f"scale={self.scaling:g}"
-        start = f" {self.start}" if self.start != "kaiming" else ""
-        start += " frozen A" if self.frozen_a else ""
+        start = f" {self.options.start}" if self.options.start != "kaiming" else ""
+        start += " frozen A" if self.options.frozen_a else ""
         return f"r={r} {scaling}{start}" + (f" dropout={self.dropout:g}" if self.dropout else "")
 
 

@@ -77,7 +77,7 @@ class RandLoRADelta(LowRank):
         layer: nn.Module | None = None,
         alone: bool = False,
     ) -> Float[Tensor, "*output"]:
-        if not self.linear or self.feature_slice is not None:
+        if self.layer_kind not in ("linear", "product"):
             added: Tensor = super().forward(x, y, layer, alone)
             return added
         # The rank is that of a full matrix, so one factor is as large as the weight, and the product with A as x. Both are

@@ -18,7 +18,7 @@ from deltakit.ops.kinds.activated_low_rank import ActivatedLowRank
 from deltakit.ops.kinds.call_context import CallContext
 from deltakit.ops.kinds.gated_low_rank import GatedLowRank
 from deltakit.ops.kinds.input_map import InputMap
-from deltakit.ops.kinds.low_rank import LowRank, check_alpha, check_dropout
+from deltakit.ops.kinds.low_rank import LowRank
 from deltakit.ops.kinds.maps import in_own_dtype, on_own_examples
 from deltakit.ops.kinds.normed_low_rank import NormedLowRank
 from deltakit.ops.kinds.output_map import OutputMap
@@ -28,6 +28,7 @@ from deltakit.ops.low_rank_starts import STARTS_WITH_A_PRODUCT, difference, kaim
 from deltakit.ops.low_rank_sum import sum_of_products
 from deltakit.ops.module_copy import ComputedBy
 from deltakit.ops.one_text import refuse_two_texts
+from deltakit.ops.option_checks import check_alpha, check_dropout
 from deltakit.ops.prompt.delta_modules import PromptVectorsDelta
 from deltakit.ops.prompt.layout import inserted_layout
 from deltakit.ops.prompt.method import PromptMethod

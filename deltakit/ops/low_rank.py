@@ -238,17 +238,18 @@ def fresh(target: nn.Module, delta: nn.Module) -> tuple[nn.Module | None, bool]:
     It must be a plain linear layer, and no other hook may have run before the delta's: it may keep the output or have
     replaced it. Only other low-rank deltas may come before.
     """
-    if not (type(target) is nn.Linear or is_exactly_conv1d(target)) or "forward" in target.__dict__ or _EVERYWHERE:
+    own = target.__dict__
+    if not (type(target) is nn.Linear or is_exactly_conv1d(target)) or "forward" in own or _EVERYWHERE:
         return None, False
     keys: tuple[str, ...] = ()
     alone = True
     # The first hook. Not by `next`: torch 2.6 cannot trace it with a default, and another thread may change the table between
     # two calls, but not in the head of a loop.
-    for hook in target._forward_hooks.values():
+    for hook in own["_forward_hooks"].values():
         keys = getattr(hook, "delta_keys", ())
         break
     for key in keys:
-        held = target._modules.get(key)
+        held = own["_modules"].get(key)
         if held is delta:
             return target, alone
         if type(held) is not type(delta):

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 from deltakit.core import METHODS, DeltaModule, Method, Target
 from deltakit.errors import OptionError, TargetError
 from deltakit.ops.forwards import refuse_max_norm
-from deltakit.ops.kinds.low_rank import LowRank, check_dropout
+from deltakit.ops.kinds.low_rank import LowRank
+from deltakit.ops.option_checks import check_dropout
 from deltakit.ops.sizes import sizes, stack_of
 from deltakit.ops.usual_positions import QUERIES_AND_VALUES
 

@@ -119,3 +119,18 @@ def test_the_padding_of_an_embedding_is_not_trained():
     (lora,) = delta.modules["0"]
     assert not lora.A.grad[:, 2].any()
     assert lora.A.grad[:, 1].all()
+
+
+def test_attributes_come_when_a_delta_module_is_built():
+    """Then Python keeps their names once for all of them (`AttachedModule.__init__`)."""
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    delta, _ = (dk.attach(model, dk.LoRA(r=2, at="{0-1}"), name=name) for name in ("one", "other"))
+    model(torch.randn(1, 5))
+    delta.detach()
+    delta.attach()
+    names = {tuple(vars(site.module)) for one in dk.deltas(model) for site in one._attachment.sites}
+    assert len(names) == 1
+    (names,) = names
+    assert names[-1] == "options"
+    # CPython has room for no more.
+    assert len(names) <= 29

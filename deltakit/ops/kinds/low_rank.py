@@ -13,7 +13,6 @@ from deltakit.core import (
     Design,
     FeatureSlice,
     MixedBatch,
-    PerTarget,
     Target,
     WeightView,
     checked,
@@ -21,51 +20,24 @@ from deltakit.core import (
     hidden_output,
     is_quantized,
     replace_hidden,
-    values_of,
     weight_view,
     wide,
 )
-from deltakit.errors import OptionError, StateError
+from deltakit.errors import StateError
 from deltakit.ops.few_tokens import add_few_tokens
 from deltakit.ops.forwards import has_own_forward
 from deltakit.ops.kinds.output_map import OutputMap
 from deltakit.ops.low_rank import add_low_rank, convolved, fresh, hooked_everywhere, must_copy
 from deltakit.ops.low_rank_batched import add_per_example, shared_work
 from deltakit.ops.low_rank_plain import Product
+from deltakit.ops.option_checks import check_dropout
 from deltakit.ops.sizes import sizes
 
 _CONVOLUTIONS = nn.modules.conv._ConvNd
+_LayerKind = Literal["linear", "product", "slice", "convolution", "embedding"]
+_LINEAR: tuple[_LayerKind, ...] = ("linear", "product", "slice")
 # A name of this module saves two lookups, in every call of every target.
 _is_compiling = torch.compiler.is_compiling
-
-
-def check_dropout(where: str, dropout: float) -> None:
-    """Refuses a dropout that is no probability.
-
-    Args:
-        where: the class that got it, for the error message.
-
-    Raises:
-        OptionError: if it is out of [0, 1).
-    """
-    if not 0 <= dropout < 1:
-        raise OptionError(f"{where}(dropout={dropout}): expected a probability in [0, 1)")
-
-
-def check_alpha(where: str, alpha: PerTarget[float]) -> None:
-    """Refuses an alpha that no update can be multiplied by.
-
-    Args:
-        where: the class that got it, for the error message.
-
-    Raises:
-        OptionError: if it is negative, not finite, or beyond what float32 holds.
-    """
-    # Beyond what float32 holds, torch refuses to multiply by it.
-    if not all(0 <= one <= torch.finfo(torch.float32).max for one in values_of(alpha)):
-        raise OptionError(
-            f"{where}(alpha={alpha}): expected a finite number of at least 0 that float32 holds; r or 2 * r is usual"
-        )
 
 
 class LowRank(OutputMap):
@@ -95,15 +67,10 @@ class LowRank(OutputMap):
     d_in: int
     d_out: int
     view: WeightView
-    feature_slice: FeatureSlice | None
     scaling: float
     dropout: float
     keep: Literal["exact", "int8"]
-    groups: int
-    padding_idx: int | None
-    embeds: bool
-    linear: bool
-    own_product: bool
+    layer_kind: _LayerKind
 
     @checked
     def __init__(
@@ -112,27 +79,39 @@ class LowRank(OutputMap):
         check_dropout(self.word(), dropout)
         # OutputMap.__init__ reads the output size and the feature axis of a module, which a parameter does not have.
         DeltaModule.__init__(self)
-        module = None if target.parameter else target.module
-        d_in, d_out = sizes(target, self.word())
-        embeds, groups = isinstance(module, nn.Embedding), module.groups if isinstance(module, _CONVOLUTIONS) else 0
-        linear = not groups and not embeds
-        # At once: nn.Module asks of each attribute whether it is a tensor or a module, which was a third of the time to build
-        # a delta module.
-        self.__dict__.update(
-            d_in=d_in,
-            d_out=d_out,
-            view=weight_view(target),
-            feature_slice=target.feature_slice,
-            scaling=scaling,
-            dropout=dropout,
-            keep=keep,
-            groups=groups,
-            padding_idx=module.padding_idx if isinstance(module, nn.Embedding) else None,
-            embeds=embeds,
-            linear=linear,
-            # Not asked of the class in each call: compiled code would have a guard for it at each target.
-            own_product=linear and target.feature_slice is None and _writes_product(type(self)),
-        )
+        # nn.Module asks of each attribute whether it is a tensor or a module, which was a third of the time to build a delta
+        # module. One by one, because `update` would take them out of the table that all instances share (`AttachedModule`).
+        own = self.__dict__
+        own["d_in"], own["d_out"] = sizes(target, self.word())
+        own["view"] = weight_view(target)
+        own["scaling"], own["dropout"], own["keep"] = scaling, dropout, keep
+        own["layer_kind"] = self._layer_kind(target)
+
+    def _layer_kind(self, target: Target) -> _LayerKind:
+        """Returns in which of five ways the product is added; "product" by `add_product`.
+
+        One answer to all questions about the target and the class, because compiled code has a guard for each that is asked.
+        """
+        if not target.parameter and isinstance(target.module, nn.Embedding):
+            return "embedding"
+        if not target.parameter and isinstance(target.module, _CONVOLUTIONS):
+            return "convolution"
+        return "slice" if target.feature_slice is not None else "product" if _writes_product(type(self)) else "linear"
+
+    @property
+    def linear(self) -> bool:
+        """Whether the target is linear in its input's features: no embedding, and no convolution."""
+        return self.layer_kind in _LINEAR
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the target is an embedding."""
+        return self.layer_kind == "embedding"
+
+    @property
+    def feature_slice(self) -> FeatureSlice | None:  # type: ignore[override]  # other kinds read it in each call
+        """The features of a fused projection that are changed; None for all."""
+        return self.view.feature_slice
 
     def factors(self) -> tuple[Float[Tensor, "*stack r d_in"], Float[Tensor, "*stack d_out r"]]:
         """Returns A and B. They may be computed from the parameters; gradients go through the computation."""
@@ -172,7 +151,8 @@ class LowRank(OutputMap):
 
     def after_call(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         x = args[0] if args else hidden_input(args, kwargs)
-        if self.linear and _is_compiling():
+        linear = self.layer_kind in _LINEAR
+        if linear and _is_compiling():
             if type(output) is Tensor:
                 # Nothing is changed in place. Whatever is read here becomes a guard, and each call of the compiled code checks
                 # all guards of all targets: 50 ns each. `__call__` reads six tables of hooks, of which four are for backward
@@ -181,16 +161,16 @@ class LowRank(OutputMap):
                     torch.is_grad_enabled() or self._forward_pre_hooks or self._forward_hooks or hooked_everywhere()
                 )
                 return self(x, output) if hooked else self.forward(x, output)
-        elif self.linear:
+        elif linear:
             few = add_few_tokens(target, self, x, output)
             if few is not None:
                 return few
         if type(output) is not Tensor:
             # What is inside a tuple, or of another class, may be held by somebody else: no layer is named, so nothing is
             # changed in place.
-            layer = None if self.linear else target
+            layer = None if linear else target
             return replace_hidden(output, self(hidden_input(args, kwargs), hidden_output(output), layer))
-        if not self.linear:
+        if not linear:
             return self(x, output, target)
         layer, alone = fresh(target, self)
         # FSDP2 and accelerate load the parameters by hooks on this module, which only `__call__` runs.
@@ -239,21 +219,22 @@ class LowRank(OutputMap):
         product: Product,
     ) -> Float[Tensor, "*output"]:
         """Returns what `forward` returns, for a product with other options."""
-        if self.own_product and self._takes_product(x, y):
+        kind = self.layer_kind
+        if kind == "product" and self._takes_product(x, y):
             return self.add_product(y, self._dropped(x), product.scale)
         a, b = self.factors()
-        if not self.linear:
+        if kind not in _LINEAR:
             return self._added_elsewhere(x, y, layer, product, (a, b))
         if self.dropout and self.training:
             # With dropout the input differs from the layer's, so one autograd node cannot serve both.
             x, alone = self._dropped(x), False
-        if self.feature_slice is not None:
+        if kind == "slice" and (part := self.view.feature_slice) is not None:
             # A contiguous slice is a view of the output. An interleaved one (GPT-NeoX: a group per head) is not, so B is
             # spread to all features with zeros between.
-            if self.feature_slice.groups == 1:
-                product = product._replace(start=self.feature_slice.start)
+            if part.groups == 1:
+                product = product._replace(start=part.start)
             else:
-                b = self.feature_slice.spread(b.mT).mT
+                b = part.spread(b.mT).mT
         return add_low_rank(y, x, a, b, product, layer, alone)
 
     def _added_elsewhere(
@@ -261,11 +242,11 @@ class LowRank(OutputMap):
     ) -> Tensor:
         """Returns y with the product of a convolution or an embedding added."""
         a, b = factors
-        if self.groups and layer is not None:
+        if self.layer_kind == "convolution" and layer is not None:
             return convolved(y, self._dropped(x), a.unflatten(-1, self.view.kernel), b, product, layer)
         # A product with a one-hot vector is the row of A^T for that id.
         try:
-            h = self._dropped(F.embedding(x, a.mT, padding_idx=self.padding_idx))
+            h = self._dropped(F.embedding(x, a.mT, padding_idx=getattr(layer, "padding_idx", None)))
         except IndexError as error:
             raise StateError(
                 f"{self.word()} was attached to an embedding of {a.shape[1]} ids, and there are ids beyond: the embedding "

@@ -129,11 +129,11 @@ class NormedLowRank(LowRank):
 
     def _along(self, y: Tensor) -> tuple[int, ...]:
         """The shape in which a vector of features is multiplied with y: convolutions have their channels first."""
-        return (-1, *[1] * (len(self.view.kernel) - 1)) if self.groups else (-1,)
+        return (-1, *[1] * (len(self.view.kernel) - 1)) if self.layer_kind == "convolution" else (-1,)
 
     def _product_with(self, weight: Tensor, x: Tensor, layer: Any) -> Tensor:
         """Returns W x, for all features."""
-        if self.groups:
+        if self.layer_kind == "convolution":
             found: Tensor = layer._conv_forward(x, weight.unflatten(1, self.view.kernel).to(x.dtype), None)
             return found
         if self.embeds:
