@@ -61,6 +61,8 @@ class Record:
     """Whether parts of the backbone were called alone inside a `rows` block: their graphs do not tell their rows."""
     checked: bool = False
     """Whether a first forward has shown that its targets are called."""
+    compiled: bool = False
+    """Whether compiled code has called its delta modules, since the forward began that is checked."""
     trainable: bool = True
     only_full: bool = False
     """Whether the user froze its modules on purpose, and trains only what it trains fully."""

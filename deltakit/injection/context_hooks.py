@@ -38,7 +38,8 @@ class ContextOutputHook(OutputHook):
         self.calls = calls
 
     def __call__(self, target: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Any:
-        self.fired = True
+        if not torch.compiler.is_dynamo_compiling():
+            self.fired = True
         try:
             # After a forward that raised, torch passes None as the output. And it passes none while another thread attaches
             # or detaches (see `InputHook`).

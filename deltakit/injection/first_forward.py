@@ -52,6 +52,8 @@ class FirstForward:
     hook there never runs, so the delta would silently do nothing. It is an error if the surrounding module was called, and
     a warning if it was not (an expert that no token was routed to, a vision tower in a batch of text).
 
+    A delta that compiled code calls is not checked.
+
     Nothing is registered during forwards, which may run in several threads and may be interrupted.
     """
 
@@ -87,6 +89,9 @@ class FirstForward:
         records = [record for record in list(self.watched) if record.live and not self.changing]
         for record in records:
             self._refuse_offloaded(backbone, record)
+        # While another thread's forward is checked, it stays as that needs it.
+        for record in records if not self.checking else ():
+            record.compiled = False
         thread = get_ident()
         for ran in list(self.around.values()):
             ran.threads.discard(thread)
@@ -116,7 +121,8 @@ class FirstForward:
     def _check(self, backbone: nn.Module, record: Record, watched: list[Watched], hooks: Hooks, change: object) -> None:
         # One delta may have several hooks (a tied weight is read in several modules). It is enough if one of them ran.
         ran = {id(one.delta) for one in watched if any(hook.fired for hook in hooks.get((one.module, one.delta), ()))}
-        silent = [one for one in watched if id(one.delta) not in ran]
+        # What compiled code calls is not known one by one (`output_hooks`).
+        silent = [one for one in watched if id(one.delta) not in ran and not record.compiled]
         skipped = [one for one in silent if one.around is None or get_ident() in one.around.threads]
         if self.change is not change or record not in self.watched:
             # Meanwhile another thread attached or detached a delta, or has checked this one.

@@ -203,7 +203,9 @@ class PatchHook:
         # Another thread attaches or detaches (see `InputHook`).
         if kwargs is None:
             return
-        self.fired = True
+        traced = torch.compiler.is_dynamo_compiling()
+        if not traced:
+            self.fired = True
         holder = self.holder_in(scope)
         if holder is None:
             return
@@ -211,6 +213,9 @@ class PatchHook:
         delta = self.delta(scope)
         if delta is None or not delta.live:
             return
+        if traced and delta.record is not None:
+            # As in `output_hooks`.
+            delta.record.compiled = True
         if not delta.takes_part:
             note_bare_read(holder, self.key)
             return

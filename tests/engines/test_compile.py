@@ -43,6 +43,11 @@ def test_deltas_that_share_hooks(compiler):
     assert failed is None, failed
 
 
+def test_targets_in_compiled_blocks_are_known_to_run(compiler):
+    failed = compiler.submit(failure, compiled_models.compiled_blocks).result()
+    assert failed is None, failed
+
+
 def test_a_swap_compiles_nothing_anew(compiler):
     failed = compiler.submit(failure, swaps).result()
     assert failed is None, failed

@@ -8,6 +8,7 @@ import asyncio
 import copy
 import threading
 import traceback
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from functools import partial
@@ -160,6 +161,41 @@ def shared_hooks():
     two.detach()
     one.attach()
     torch.testing.assert_close(agree(), seen[1])
+
+
+def compiled_blocks():
+    """Raises unless the check of the first forward lets deltas alone that compiled blocks call, and checks the others."""
+    model = Transformer().eval()
+    model.idle = torch.nn.ModuleList([torch.nn.Linear(3, 5)])
+    encoder = torch.nn.TransformerEncoderLayer(12, 3, 20, batch_first=True).eval()
+    for block in (*model.layers, encoder):
+        block.compile(backend="eager")
+
+    def checked(delta, backbone=model, x=None):
+        with torch.no_grad():
+            backbone(ids() if x is None else x)
+        assert delta._record.checked
+        return delta
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        deltas = [checked(dk.attach(model, dk.LoRA(r=2), name=name)) for name in ("one", "two")]
+        for delta in deltas:
+            delta.detach()
+        # The targets had no hooks meanwhile, and the compiled blocks are those of before.
+        last = checked(dk.attach(model, dk.LoRA(r=2), name="one"))
+        checked(dk.attach(model, dk.IA3(), name="before"))
+        # Another module in the backbone: all deltas are checked again.
+        model.classifier = torch.nn.Linear(*model.classifier.weight.shape[::-1])
+        checked(last)
+        patched = dk.attach(torch.nn.Sequential(encoder), dk.LoRA(r=2, at="@attn.{q,o}"))
+        checked(patched, patched.backbone, torch.randn(2, 5, 12))
+    try:
+        checked(dk.attach(model, dk.LoRA(r=2, at="idle.0"), name="idle"))
+    except dk.TargetError as error:
+        assert "idle.0" in str(error)
+    else:
+        raise AssertionError("a target that is never called was not reported")
 
 
 def swaps():
