@@ -79,7 +79,7 @@ class AttachedModule(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # CPython keeps the names of attributes once for all instances of a class, up to 29 names, if each gets them in the same
+        # CPython keeps the names of attributes once for all instances of a class, up to 29 names, if each gets them in one
         # order and none gets more when others are there already. A delta module is then 1.3 kB smaller (measured on 3.11),
         # which a decoding step would read at each target. So what is set later has its place from the start.
         own = self.__dict__
