@@ -67,5 +67,5 @@ def _digest_of(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f'[{encode_basestring_ascii(name)}, "{tensor.dtype}", {list(tensor.shape)}]'.encode())
         # The bytes where they lie, without a copy.
         bytes_of = tensor.contiguous()
-        digest.update((bytes_of if tensor.dtype in _OF_NUMPY else bytes_of.view(-1).view(torch.uint8)).numpy())
+        digest.update((bytes_of if tensor.dtype in _OF_NUMPY else bytes_of.view(-1).view(torch.uint8)).numpy().data)
     return digest.hexdigest()
