@@ -6,7 +6,7 @@ and what a linear layer is. Imports nothing but `errors`.
 
 from deltakit.core.activations import hidden_input, hidden_output, replace_hidden, replace_input
 from deltakit.core.arguments import checked
-from deltakit.core.attached_module import FROZEN, TRAINING
+from deltakit.core.attached_module import FROZEN, TRAINING, FirstSizes
 from deltakit.core.backbone_call import (
     INSERTED,
     CurrentCall,
@@ -123,6 +123,7 @@ __all__ = [
     "DeltaModule",
     "Design",
     "FeatureSlice",
+    "FirstSizes",
     "GradLedger",
     "Inferred",
     "Inputs",

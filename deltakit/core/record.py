@@ -62,7 +62,7 @@ class Record:
     checked: bool = False
     """Whether a first forward has shown that its targets are called."""
     compiled: bool = False
-    """Whether compiled code has called its delta modules, since the forward began that is checked."""
+    """Whether compiled code called its delta modules in the forward that is being checked. True after the check."""
     trainable: bool = True
     only_full: bool = False
     """Whether the user froze its modules on purpose, and trains only what it trains fully."""

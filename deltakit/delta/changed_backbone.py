@@ -49,7 +49,8 @@ def _changed_targets(attachment: Attachment) -> Iterator[str]:
             "this name: it was replaced or removed"
         )
     for site in attachment.sites:
-        sizes, before = logical_sizes(site.target), site.module.target_sizes
+        first = site.module.first_sizes
+        sizes, before = logical_sizes(site.target), None if first is None else first.target
         if None not in (sizes, before) and sizes != before:
             yield (
                 f"{site.path}: delta {name!r} was attached to a {type(site.target).__name__} of sizes {before}, and it has "

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deltakit.core import (
     Attachment,
+    FirstSizes,
     RunningCall,
     Site,
     drop_interrupted_calls,
@@ -46,9 +47,8 @@ def put_all(attachment: Attachment) -> None:
         for site in attachment.sites:
             if site.module.record is not record:
                 site.module.record = record
-            if site.module.shapes is None:
-                site.module.shapes = shapes_of(site.module)
-                site.module.target_sizes = logical_sizes(site.target)
+            if site.module.first_sizes is None:
+                site.module.first_sizes = FirstSizes(shapes_of(site.module), logical_sizes(site.target))
             else:
                 _follow(site)
             key = key_of(record, site.method, site.module.part)

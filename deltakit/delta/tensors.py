@@ -86,7 +86,8 @@ def state_dict(attachment: Attachment) -> dict[str, Tensor]:
         prefix = join(site.path, f"{labels[site.method]}.")
         state |= {prefix + name: value for name, value in site.module.saved_state().items()}
         parts |= {prefix + name: tensor for name, tensor in parameters_of(site.module).items()}
-        shapes |= {prefix + name: shape for name, shape in (site.module.shapes or {}).items()}
+        first = site.module.first_sizes
+        shapes |= {prefix + name: shape for name, shape in (first.parameters if first is not None else {}).items()}
     full = {name: tensor.detach() for name, tensor in trained_values(attachment).items()}
     state |= full
     _refuse_parts(parts | full, shapes)

@@ -89,10 +89,11 @@ class FirstForward:
         records = [record for record in list(self.watched) if record.live and not self.changing]
         for record in records:
             self._refuse_offloaded(backbone, record)
-        # While another thread's forward is checked, it stays as that needs it.
-        for record in records if not self.checking else ():
-            record.compiled = False
         thread = get_ident()
+        # Not while the forward of another thread is being checked, which still needs what was noted.
+        if not {*self.checking} - {thread}:
+            for record in records:
+                record.compiled = False
         for ran in list(self.around.values()):
             ran.threads.discard(thread)
         self.checking[thread] = (records, change)
@@ -105,11 +106,15 @@ class FirstForward:
         """
         if torch.compiler.is_compiling():
             return
-        records, change = self.checking.pop(get_ident(), ([], None))
+        records, change = self.checking.get(get_ident(), ([], None))
+        # Read while the entry is there: without it, `begin` in another thread may reset them. What compiled code calls is not
+        # known one by one (`output_hooks`).
+        compiled = {record for record in records if record.compiled}
+        self.checking.pop(get_ident(), None)
         # What the user removed since is reported elsewhere (`replaced_targets`).
         there = (ids_of_modules(backbone) if records else None) or set()
         watched = {
-            record: [one for one in self.watched.get(record, ()) if id(one.module) in there]
+            record: [one for one in self.watched.get(record, ()) if id(one.module) in there and record not in compiled]
             for record in records
             if there
         }
@@ -121,8 +126,7 @@ class FirstForward:
     def _check(self, backbone: nn.Module, record: Record, watched: list[Watched], hooks: Hooks, change: object) -> None:
         # One delta may have several hooks (a tied weight is read in several modules). It is enough if one of them ran.
         ran = {id(one.delta) for one in watched if any(hook.fired for hook in hooks.get((one.module, one.delta), ()))}
-        # What compiled code calls is not known one by one (`output_hooks`).
-        silent = [one for one in watched if id(one.delta) not in ran and not record.compiled]
+        silent = [one for one in watched if id(one.delta) not in ran]
         skipped = [one for one in silent if one.around is None or get_ident() in one.around.threads]
         if self.change is not change or record not in self.watched:
             # Meanwhile another thread attached or detached a delta, or has checked this one.
@@ -132,7 +136,8 @@ class FirstForward:
         again = record in self.again
         # With an offloaded delta the check goes on in later forwards, because it must also run before the first training.
         if not any(_offloaded(module) for _, module in self.deltas.get(record, ())):
-            record.checked = True
+            # Inside gradient checkpointing, compiled code may set an attribute only to what it is already.
+            record.checked = record.compiled = True
             self.drop(backbone, record)
         if silent and not again:
             warn(
@@ -146,6 +151,7 @@ class FirstForward:
         backbone, record = attachment.backbone, attachment.record
         # Not watched until the end: other threads check nothing while the hooks forget that they ran.
         self.watched.pop(record, None)
+        record.compiled = False
         (self.again.add if again else self.again.discard)(record)
         paths = {id(module): path for path, module in own_modules(backbone)}
         self.deltas[record] = [(site.owner, site.module) for site in attachment.sites]

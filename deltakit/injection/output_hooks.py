@@ -4,9 +4,9 @@ A hook looks its delta modules up by key in the module that is called, and has n
 deepcopy, after unpickling, and in the replicas of `nn.DataParallel`, which share one table of hooks. A parameter captured by a
 hook would not be trained under FSDP2, which replaces parameters: its gradient stays None, silently (measured).
 
-For the check of the first forward a hook notes that it has fired. In compiled code the delta's record notes it, once for all:
-what traced code sets is set again by Python code after each call of the compiled code, which finds each hook from the root of
-the model. That took 1.1 us for each target, a sixth of LoRA's time in compiled decoding (measured).
+For the check of the first forward a hook notes that it has fired. In compiled code one attribute of the delta's record is set
+instead, for all targets: what traced code sets is set again after each call of the compiled code, by Python code that finds
+each hook from the root of the model. That took 1.1 us for each target, a sixth of LoRA's time in compiled decoding (measured).
 """
 
 from typing import Any

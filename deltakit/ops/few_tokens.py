@@ -39,10 +39,10 @@ def add_few_tokens(target: nn.Module, delta: Any, x: Any, y: Any) -> Float[Tenso
     # contain that number.
     if _graph() or _is_tracing() or type(x) is not Tensor or type(y) is not Tensor:
         return None
-    # An attribute of a module takes 50 ns, and one that is read from its `__dict__` 15.
+    # An attribute of a module takes 50 ns, and one that is read from its `__dict__` 15. Not those that a class may compute.
     own = delta.__dict__
-    size, width = x.numel(), own["d_in"]
-    if size > _FEW * width or own["layer_kind"] == "slice" or (own["dropout"] and own["training"]):
+    size, width = x.numel(), delta.d_in
+    if size > _FEW * width or own["layer_kind"] == "slice" or (delta.dropout and own["training"]):
         return None
     # Hooks of FSDP2 and accelerate, which only `__call__` runs. `fresh` asks for those that run after all modules.
     if own["_forward_pre_hooks"] or own["_forward_hooks"] or BEFORE_ALL or "forward" in own:
@@ -56,7 +56,7 @@ def add_few_tokens(target: nn.Module, delta: Any, x: Any, y: Any) -> Float[Tenso
         return None
     if _transforms() or _dispatch_modes() or forward_ad._current_level >= 0 or fresh(target, delta)[0] is None:
         return None
-    record, scale = own["record"], own["scaling"]
+    record, scale = own["record"], delta.scaling
     if record is not None:
         scale *= record.scale
     if size == width and (dtype is _float32 or dtype is _float64):

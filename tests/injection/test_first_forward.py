@@ -1,10 +1,13 @@
 """The check in the first forward that every target was called."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
 
 import deltakit as dk
+from deltakit.injection import first_forward, tables
 from support.models import Transformer, ids, randomize, same, snapshot
 
 
@@ -108,3 +111,36 @@ def test_a_first_forward_that_fails_leaves_no_hooks():
     with pytest.raises(RuntimeError, match="shapes"):
         model(torch.ones(1, 3))
     same(before, snapshot(model))
+
+
+def test_what_compiled_code_notes_is_kept_until_the_check_has_read_it(monkeypatch):
+    """While one thread's forward is checked, another thread begins one."""
+    model, x = Reads(), torch.ones(1, 7)
+    delta = dk.attach(model, dk.LoRA(r=2, at=["read", "called"]))
+    check = next(hook.__self__ for hook in model._forward_pre_hooks.values() if hasattr(hook, "__self__"))
+    assert isinstance(check, first_forward.FirstForward)
+
+    def ids_of_modules(backbone):
+        other = threading.Thread(target=check.begin, args=(model, ()))
+        other.start()
+        other.join()
+        return tables.ids_of_modules(backbone)
+
+    def compiled_code(layer, args):
+        delta._record.compiled = True
+
+    monkeypatch.setattr(first_forward, "ids_of_modules", ids_of_modules)
+    model.called.register_forward_pre_hook(compiled_code)
+    model(x)
+    assert delta._record.checked
+
+
+def test_what_compiled_code_noted_before_is_forgotten():
+    model, x = Reads(), torch.ones(1, 7)
+    delta = dk.attach(model, dk.LoRA(r=2, at=["read", "called"]))
+    # A forward that raised leaves the check of this thread open.
+    with pytest.raises(RuntimeError, match="shapes"):
+        model(torch.ones(1, 3))
+    delta._record.compiled = True
+    with pytest.raises(dk.TargetError, match="read: delta 'delta' did nothing here"):
+        model(x)

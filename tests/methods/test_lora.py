@@ -6,10 +6,12 @@ import math
 import peft
 import pytest
 import torch
+import transformers as tf
 from torch import nn
 
 import deltakit as dk
 from support.models import Kinds, Transformer, a_layer_of_each_kind, attached, ids, randomize
+from support.tiny_transformers import build
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -121,11 +123,15 @@ def test_the_padding_of_an_embedding_is_not_trained():
     assert lora.A.grad[:, 1].all()
 
 
-def test_attributes_come_when_a_delta_module_is_built():
+@pytest.mark.parametrize("fused", [False, True])
+def test_attributes_come_when_a_delta_module_is_built(fused):
     """Then Python keeps their names once for all of them (`AttachedModule.__init__`)."""
-    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
-    delta, _ = (dk.attach(model, dk.LoRA(r=2, at="{0-1}"), name=name) for name in ("one", "other"))
-    model(torch.randn(1, 5))
+    model = (
+        build("gpt2", tf.AutoModel, num_hidden_layers=2) if fused else nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    )
+    at = "@attn.{q,v}" if fused else "{0-1}"
+    delta, _ = (dk.attach(model, dk.LoRA(r=2, at=at), name=name) for name in ("one", "other"))
+    model(torch.tensor([[1, 2]]) if fused else torch.randn(1, 5))
     delta.detach()
     delta.attach()
     names = {tuple(vars(site.module)) for one in dk.deltas(model) for site in one._attachment.sites}

@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 import transformers as tf
+from torch.utils.checkpoint import checkpoint
 
 import deltakit as dk
 from support.models import Transformer, beside, ids, method_of, randomize
@@ -164,7 +165,7 @@ def shared_hooks():
 
 
 def compiled_blocks():
-    """Raises unless the check of the first forward lets deltas alone that compiled blocks call, and checks the others."""
+    """Raises unless the check of the first forward leaves deltas alone that compiled blocks call, and checks the others."""
     model = Transformer().eval()
     model.idle = torch.nn.ModuleList([torch.nn.Linear(3, 5)])
     encoder = torch.nn.TransformerEncoderLayer(12, 3, 20, batch_first=True).eval()
@@ -184,18 +185,52 @@ def compiled_blocks():
             delta.detach()
         # The targets had no hooks meanwhile, and the compiled blocks are those of before.
         last = checked(dk.attach(model, dk.LoRA(r=2), name="one"))
-        checked(dk.attach(model, dk.IA3(), name="before"))
+        checked(dk.attach(model, dk.OFT(), name="before"))
         # Another module in the backbone: all deltas are checked again.
         model.classifier = torch.nn.Linear(*model.classifier.weight.shape[::-1])
         checked(last)
         patched = dk.attach(torch.nn.Sequential(encoder), dk.LoRA(r=2, at="@attn.{q,o}"))
         checked(patched, patched.backbone, torch.randn(2, 5, 12))
-    try:
-        checked(dk.attach(model, dk.LoRA(r=2, at="idle.0"), name="idle"))
-    except dk.TargetError as error:
-        assert "idle.0" in str(error)
-    else:
-        raise AssertionError("a target that is never called was not reported")
+        # The documented limit.
+        checked(dk.attach(model, dk.LoRA(r=2, at=["idle.0", "*.q_proj"]), name="both"))
+    # At each target it would take time in each call.
+    hooks = [hook for layer in model.layers for hook in layer.self_attn.q_proj._forward_hooks.values()]
+    assert hooks
+    assert not any(hook.fired for hook in hooks)
+    for around in (lambda: None, lambda: torch.compile(model, backend="eager")(ids())):
+        idle = dk.attach(model, dk.LoRA(r=2, at="idle.0"), name="idle")
+        with torch.no_grad():
+            around()
+        try:
+            checked(idle)
+        except dk.TargetError as error:
+            assert "idle.0" in str(error)
+        else:
+            raise AssertionError("a target that is never called was not reported")
+        idle.detach()
+
+
+def compiled_checkpoints():
+    """Raises unless gradient checkpointing inside a compiled model is compiled, after a forward that was not."""
+
+    class Blocks(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(5, 5) for _ in range(2))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = checkpoint(layer, x, use_reentrant=False)
+            return x.sum()
+
+    model, x = Blocks().requires_grad_(False), torch.randn(3, 5)
+    delta = randomize(dk.attach(model, dk.LoRA(r=2, at="layers.{0-1}")))
+    model(x).backward()
+    wanted = [parameter.grad for parameter in delta.parameters()]
+    model.zero_grad(set_to_none=True)
+    torch.compile(model, backend="aot_eager", fullgraph=True)(x).backward()
+    for parameter, grad in zip(delta.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, grad)
 
 
 def swaps():
