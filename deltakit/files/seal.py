@@ -66,6 +66,6 @@ def _digest_of(tensors: Mapping[str, Tensor]) -> str:
         # As `json.dumps` writes a list of the three, in a tenth of its time.
         digest.update(f'[{encode_basestring_ascii(name)}, "{tensor.dtype}", {list(tensor.shape)}]'.encode())
         # The bytes where they lie, without a copy.
-        bytes_of = tensor.contiguous()
-        digest.update((bytes_of if tensor.dtype in _OF_NUMPY else bytes_of.view(-1).view(torch.uint8)).numpy().data)
+        packed = tensor.contiguous()
+        digest.update((packed if packed.dtype in _OF_NUMPY else packed.view(-1).view(torch.uint8)).numpy().data)
     return digest.hexdigest()

@@ -38,12 +38,11 @@ class ContextOutputHook(OutputHook):
         self.calls = calls
 
     def __call__(self, target: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Any:
-        if not torch.compiler.is_dynamo_compiling():
-            self.fired = True
         try:
             # After a forward that raised, torch passes None as the output. And it passes none while another thread attaches
             # or detaches (see `InputHook`).
             if output is None:
+                self.fired = True
                 _abandon(target)
             else:
                 output = super().__call__(target, args, kwargs, output)

@@ -106,11 +106,12 @@ class FirstForward:
         """
         if torch.compiler.is_compiling():
             return
-        records, change = self.checking.get(get_ident(), ([], None))
+        thread = get_ident()
+        records, change = self.checking.get(thread, ([], None))
         # Read while the entry is there: without it, `begin` in another thread may reset them. What compiled code calls is not
         # known one by one (`output_hooks`).
         compiled = {record for record in records if record.compiled}
-        self.checking.pop(get_ident(), None)
+        self.checking.pop(thread, None)
         # What the user removed since is reported elsewhere (`replaced_targets`).
         there = (ids_of_modules(backbone) if records else None) or set()
         watched = {

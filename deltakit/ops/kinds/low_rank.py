@@ -92,11 +92,14 @@ class LowRank(OutputMap):
 
         One answer to all questions about the target and the class, because compiled code has a guard for each that is asked.
         """
-        if not target.parameter and isinstance(target.module, nn.Embedding):
+        module = None if target.parameter else target.module
+        if isinstance(module, nn.Embedding):
             return "embedding"
-        if not target.parameter and isinstance(target.module, _CONVOLUTIONS):
+        if isinstance(module, _CONVOLUTIONS):
             return "convolution"
-        return "slice" if target.feature_slice is not None else "product" if _writes_product(type(self)) else "linear"
+        if target.feature_slice is not None:
+            return "slice"
+        return "product" if _writes_product(type(self)) else "linear"
 
     @property
     def linear(self) -> bool:
