@@ -1,5 +1,6 @@
 """Gradients where activations are computed again in the backward pass."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -9,6 +10,8 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import deltakit as dk
+from deltakit.injection.checkpointed_blocks import InputGradients, NewlyCheckpointed
+from deltakit.injection.tables import ours
 from support.backbone_inputs import hidden, inputs
 from support.models import attached
 from support.tiny_transformers import build
@@ -74,3 +77,58 @@ def test_gradients_stop_at_the_lowest_delta():
     dk.attach(model, dk.LoRA(r=3, at="encoder.layer.1/@attn.q"))
     hooks = [len(layer._forward_pre_hooks) for layer in model.encoder.layer]
     assert hooks == [0, 1]
+
+
+class Blocks(nn.Module):
+    """Calls two blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.list = nn.ModuleList([ShiftedBlock(), ShiftedBlock()])
+
+    def forward(self, x, shift):
+        for block in self.list:
+            x = block(x, shift)
+        return x
+
+
+def hooks_of(model):
+    kinds = (NewlyCheckpointed, InputGradients)
+    return [len(ours(module, kinds)) for module in (model[0], *model[0].list)]
+
+
+def checkpointed(block, on=True):
+    block.gradient_checkpointing = on
+    block._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint, use_reentrant=True)
+
+
+def test_blocks_get_their_hooks_once_they_are_checkpointed():
+    """A hook on each block would take time in every forward. So the module that calls them has one, and looks."""
+    model = nn.ModuleList([Blocks()]).train()
+    delta = attached(model, dk.LoRA(r=2, at="*.layer"))
+    x, shift = torch.randn(3, 7), torch.randn(3, 7)
+    wanted = torch.autograd.grad(model[0](x, shift).pow(3).sum(), list(delta.parameters()))
+    assert hooks_of(model) == [1, 0, 0]
+    checkpointed(model[0].list[0])
+    with torch.no_grad():
+        model.eval()[0](x, shift)
+    assert hooks_of(model) == [1, 0, 0]
+    model.train()[0](x, shift).pow(3).sum().backward()
+    assert hooks_of(model) == [1, 1, 0]
+    torch.testing.assert_close([parameter.grad for parameter in delta.parameters()], list(wanted))
+    # What is checkpointed when a delta is attached needs no look.
+    checkpointed(model[0].list[0], on=False)
+    checkpointed(model[0].list[1])
+    delta.detach()
+    assert hooks_of(model) == [0, 0, 0]
+    delta.attach()
+    assert hooks_of(model) == [1, 0, 1]
+
+
+def test_a_copy_looks_for_its_own_checkpointed_blocks():
+    model = nn.ModuleList([Blocks()]).train()
+    attached(model, dk.LoRA(r=2, at="*.1.layer"))
+    twin = copy.deepcopy(model)
+    checkpointed(twin[0].list[1])
+    twin[0](torch.randn(3, 7), torch.randn(3, 7)).sum().backward()
+    assert (hooks_of(twin), hooks_of(model)) == ([1, 0, 1], [1, 0, 0])
