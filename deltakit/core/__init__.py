@@ -30,7 +30,7 @@ from deltakit.core.bare_weight import (
 from deltakit.core.buffer_ledger import buffer_at, copy_buffers, is_below, relative
 from deltakit.core.cached_text import keep_text, whole_text
 from deltakit.core.callables import takes
-from deltakit.core.caller_rows import begin_forward, close_rows, current_batch, end_forward, open_rows, rows_now
+from deltakit.core.caller_rows import begin_forward, close_rows, current_batch, end_forward, open_rows
 from deltakit.core.collections_paused import collections_paused
 from deltakit.core.copied_modules import COMPUTED, shallow_copy
 from deltakit.core.delta_module import DeltaModule
@@ -107,6 +107,7 @@ from deltakit.core.start_samples import Sample, Start
 from deltakit.core.start_values import same_random_numbers, wants_start_values, without_start_values
 from deltakit.core.stored import global_bytes, inner_tensors, local_bytes
 from deltakit.core.target import Inferred, Target, WeightRead
+from deltakit.core.target_hooks import NO_OUTPUT, InputHook, OutputHook, is_traced
 from deltakit.core.trial_call import Inputs, trial_call
 from deltakit.core.without_deltas import deltas_left_out, without_deltas
 
@@ -115,6 +116,7 @@ __all__ = [
     "FROZEN",
     "INSERTED",
     "METHODS",
+    "NO_OUTPUT",
     "TRAINING",
     "Attachment",
     "BackboneView",
@@ -126,10 +128,12 @@ __all__ = [
     "FirstSizes",
     "GradLedger",
     "Inferred",
+    "InputHook",
     "Inputs",
     "LogicalParameter",
     "Method",
     "MixedBatch",
+    "OutputHook",
     "PerTarget",
     "Record",
     "RootHook",
@@ -192,6 +196,7 @@ __all__ = [
     "is_quantized",
     "is_sharded",
     "is_slice",
+    "is_traced",
     "join",
     "keep_text",
     "key_of",
@@ -228,7 +233,6 @@ __all__ = [
     "replace_input",
     "rooted_at",
     "roots_inside",
-    "rows_now",
     "running_call",
     "same_random_numbers",
     "scatter",

@@ -13,6 +13,7 @@ from deltakit.core.activations import hidden_output
 from deltakit.core.caller_rows import RowsState, rows_now
 from deltakit.core.mixed_batch import MixedBatch
 from deltakit.core.target import Target, WeightRead
+from deltakit.core.target_hooks import OutputHook
 from deltakit.core.without_deltas import deltas_left_out
 from deltakit.errors import TargetError
 
@@ -58,7 +59,7 @@ class AttachedModule(nn.Module):
     tags: ClassVar[Mapping[str, str]] = {}
     """A tag for each parameter (see `DeltaModule.tags`)."""
 
-    # The kinds set the next five.
+    # The kinds set the next six.
     scalable: ClassVar[bool] = True
     """Whether `Delta.scale` applies."""
     mixable: ClassVar[bool] = True
@@ -69,6 +70,8 @@ class AttachedModule(nn.Module):
     """Whether its method can patch a weight that is read directly."""
     reads_weight: ClassVar[bool] = False
     """Whether its update depends on the target's weight."""
+    output_hook: ClassVar[type[OutputHook]] = OutputHook
+    """The class of the hook that calls it after its target."""
 
     # Kinds or methods set the next one.
     must_be_called: bool = True

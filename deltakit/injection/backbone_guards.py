@@ -8,6 +8,8 @@ from torch import nn
 
 from deltakit.core import (
     Attachment,
+    InputHook,
+    OutputHook,
     Record,
     RunningCall,
     delta_children,
@@ -26,7 +28,6 @@ from deltakit.injection.first_forward import FirstForward
 from deltakit.injection.hooks import follow_hooks_when_compiled
 from deltakit.injection.inactive_values import WarnOfInactive
 from deltakit.injection.loading_guards import ReportPart, refuse_loading
-from deltakit.injection.output_hooks import InputHook, OutputHook
 from deltakit.injection.replaced_targets import TargetGuard
 from deltakit.injection.rows_observer import forget_rows, observe_rows
 from deltakit.injection.tables import ours, stand, unhook

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltakit.core import RunningCall, running_call
-from deltakit.injection.output_hooks import InputHook, OutputHook
+from deltakit.core import InputHook, OutputHook, RunningCall, running_call
 from deltakit.injection.tables import ours
 
 

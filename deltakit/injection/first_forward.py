@@ -8,25 +8,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from deltakit.core import Attachment, DeltaModule, Record, above, is_callable, module_at, own_modules, parent_of
+from deltakit.core import (
+    Attachment,
+    DeltaModule,
+    InputHook,
+    OutputHook,
+    Record,
+    own_modules,
+    parent_of,
+)
 from deltakit.errors import StateError, TargetError, warn
 from deltakit.injection.hooks import scopes_of
-from deltakit.injection.output_hooks import InputHook, OutputHook
+from deltakit.injection.ran_modules import Ran, caller_of, released
 from deltakit.injection.tables import ids_of_modules, ours, unhook
 from deltakit.injection.weight_patch import PatchHook, UnpatchHook
-
-
-class Ran:
-    """Notes the threads in which a module was called, for the checks of these deltas."""
-
-    def __init__(self) -> None:
-        self.threads: set[int] = set()
-        self.records: list[Record] = []
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        # Dynamo cannot trace the thread, and compiled forwards are not checked.
-        if not torch.compiler.is_compiling():
-            self.threads.add(get_ident())
 
 
 class Watched(NamedTuple):
@@ -109,7 +104,7 @@ class FirstForward:
         thread = get_ident()
         records, change = self.checking.get(thread, ([], None))
         # Read while the entry is there: without it, `begin` in another thread may reset them. What compiled code calls is not
-        # known one by one (`output_hooks`).
+        # known one by one (`core.target_hooks`).
         compiled = {record for record in records if record.compiled}
         self.checking.pop(thread, None)
         # What the user removed since is reported elsewhere (`replaced_targets`).
@@ -176,7 +171,7 @@ class FirstForward:
         """Returns what notes that the module ran that calls those at a path; None for the backbone."""
         # If the surrounding module did not run either, the target had no chance to be called. Its hook tells the two cases
         # apart. The backbone itself is running whenever it is asked.
-        parent = _caller(attachment.backbone, path)
+        parent = caller_of(attachment.backbone, path)
         if parent is attachment.backbone:
             return None
         if parent not in self.around:
@@ -193,7 +188,7 @@ class FirstForward:
         self.deltas.pop(record, None)
         self.again.discard(record)
         for parent, ran in list(self.around.items()):
-            if _released(parent, ran, record):
+            if released(parent, ran, record):
                 self.around.pop(parent, None)
         if not self.watched:
             unhook(backbone, [self])
@@ -251,15 +246,6 @@ def _offloaded(delta: DeltaModule) -> bool:
     )
 
 
-def _caller(backbone: nn.Module, path: str) -> nn.Module:
-    """Returns the innermost module at or around a path that can be called: a list of modules cannot."""
-    for name in above(path):
-        module = module_at(backbone, name)
-        if module is not None and is_callable(module):
-            return module
-    return backbone
-
-
 def watch_first_forward(attachment: Attachment, *, again: bool = False) -> None:
     """Checks the targets of a delta in the next forward of its backbone, unless they were checked before.
 
@@ -285,13 +271,4 @@ def forget_first_forward(attachment: Attachment) -> None:
     # Also in a copy of a layer, which has the hooks on the modules but not the check on the backbone.
     for _, module in own_modules(backbone):
         for ran in ours(module, Ran) if module._forward_pre_hooks else ():
-            _released(module, ran, record)
-
-
-def _released(module: nn.Module, ran: Ran, record: Record) -> bool:
-    """Removes a delta from those that need to know that a module ran, and returns whether none is left."""
-    if record in ran.records:
-        ran.records.remove(record)
-    if not ran.records:
-        unhook(module, [ran])
-    return not ran.records
+            released(module, ran, record)

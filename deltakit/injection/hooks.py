@@ -9,9 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from deltakit.core import DeltaModule, add_held, delta_children, forget_notes, held_in, module_at, remove_held
+from deltakit.core import (
+    DeltaModule,
+    InputHook,
+    OutputHook,
+    add_held,
+    delta_children,
+    forget_notes,
+    held_in,
+    module_at,
+    remove_held,
+)
 from deltakit.injection.context_hooks import ContextInputHook, ContextOutputHook, clean_up
-from deltakit.injection.output_hooks import InputHook, OutputHook
 from deltakit.injection.tables import ours, unhook
 from deltakit.injection.weight_patch import PatchHook, UnpatchHook, hide_sums_of
 
@@ -112,8 +121,14 @@ def _hook_target(target: nn.Module, *, added: str = "", removed: str = "") -> No
         ahead = ContextInputHook(keys.before, calls) if keys.always else InputHook(keys.before)
         target.register_forward_pre_hook(ahead, prepend=True, with_kwargs=True)
     if keys.after:
-        after = ContextOutputHook(keys.after, calls) if keys.always else OutputHook(keys.after)
+        after = ContextOutputHook(keys.after, calls) if keys.always else _output_hook(target, keys)(keys.after)
         target.register_forward_hook(after, prepend=True, with_kwargs=True, always_call=keys.always)
+
+
+def _output_hook(target: nn.Module, keys: Keys) -> type[OutputHook]:
+    """Returns the class of hook that the first delta module wants. Each class calls all kinds."""
+    first: Any = target._modules.get(keys.after[0]) if keys.after else None
+    return OutputHook if first is None else type(first).output_hook
 
 
 def _renamed(target: nn.Module, hooks: Sequence[Any], keys: Keys) -> bool:
@@ -125,18 +140,21 @@ def _renamed(target: nn.Module, hooks: Sequence[Any], keys: Keys) -> bool:
     """
     sides: tuple[tuple[Any, Any, type[Any], tuple[str, ...]], ...] = (
         (target._forward_pre_hooks, target._forward_pre_hooks_with_kwargs, InputHook, keys.before),
-        (target._forward_hooks, target._forward_hooks_with_kwargs, OutputHook, keys.after),
+        (target._forward_hooks, target._forward_hooks_with_kwargs, _output_hook(target, keys), keys.after),
     )
-    standing: list[tuple[Any, tuple[str, ...]]] = []
+    standing: list[tuple[Any, type[Any], tuple[str, ...]]] = []
     for table, with_kwargs, kind, names in sides:
         number, first = next(iter(table.items()), (-1, None))
-        if (type(first) is kind and number in with_kwargs) != bool(names):
+        if (first in hooks and number in with_kwargs) != bool(names):
             return False
-        standing += [(first, names)] if names else []
-    if keys.always or len(standing) != len(hooks) or not standing:
+        standing += [(first, kind, names)] if names else []
+    context = any(isinstance(hook, ContextInputHook | ContextOutputHook) for hook in hooks)
+    if keys.always or context or len(standing) != len(hooks) or not standing:
         return False
-    for hook, names in standing:
+    for hook, kind, names in standing:
         hook.delta_keys = names
+        # The same hook becomes one of another class, so that no forward of another thread finds none.
+        hook.__class__ = kind
         # Behind the change: a forward of another thread that fires from here on runs with the new keys.
         hook.fired = False
     return True

@@ -188,7 +188,7 @@ class PatchHook:
 
     def delta(self, scope: nn.Module) -> DeltaModule | None:
         """Returns the delta module of this hook, from below the module that is called; None if it is gone."""
-        # Looked up by key for the same reasons as in `output_hooks`: copies, pickles and replicas.
+        # Looked up by key for the same reasons as in `core.target_hooks`: copies, pickles and replicas.
         if self.source is not None:
             return self.source
         holder = self.holder_in(scope)
@@ -214,7 +214,7 @@ class PatchHook:
         if delta is None or not delta.live:
             return
         if traced and delta.record is not None:
-            # As in `output_hooks`.
+            # As in `core.target_hooks`.
             delta.record.compiled = True
         if not delta.takes_part:
             note_bare_read(holder, self.key)

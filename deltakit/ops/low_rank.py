@@ -25,8 +25,8 @@ from deltakit.ops.int8_inputs import packed_once, unpacked
 from deltakit.ops.low_rank_plain import Product, compiled, plain
 
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
-# torch's hooks for all modules. They run before a module's own hooks, and may keep or replace its output.
-_EVERYWHERE = torch.nn.modules.module._global_forward_hooks
+AFTER_ALL = torch.nn.modules.module._global_forward_hooks
+"""torch's hooks that run after all modules. They run before a module's own hooks, and may keep or replace its output."""
 BEFORE_ALL = torch.nn.modules.module._global_forward_pre_hooks
 """torch's hooks that run before all modules, also before delta modules if their `__call__` is used."""
 
@@ -112,7 +112,7 @@ def convolved(
 
 def hooked_everywhere() -> bool:
     """Returns whether torch has hooks for the forwards of all modules, which only `__call__` runs."""
-    return bool(BEFORE_ALL or _EVERYWHERE)
+    return bool(BEFORE_ALL or AFTER_ALL)
 
 
 def must_copy() -> bool:
@@ -239,7 +239,7 @@ def fresh(target: nn.Module, delta: nn.Module) -> tuple[nn.Module | None, bool]:
     replaced it. Only other low-rank deltas may come before.
     """
     own = target.__dict__
-    if not (type(target) is nn.Linear or is_exactly_conv1d(target)) or "forward" in own or _EVERYWHERE:
+    if not (type(target) is nn.Linear or is_exactly_conv1d(target)) or "forward" in own or AFTER_ALL:
         return None, False
     keys: tuple[str, ...] = ()
     alone = True
@@ -261,7 +261,7 @@ def fresh(target: nn.Module, delta: nn.Module) -> tuple[nn.Module | None, bool]:
 def own_output(target: nn.Module, delta: nn.Module) -> bool:
     """Returns whether the output that a delta module gets is exactly what the target computes from its bare weight."""
     # As in `fresh`. Other linear layers than nn.Linear, convolutions and embeddings count here: nothing is changed in place.
-    if "forward" in target.__dict__ or "weight" in target.__dict__ or "bias" in target.__dict__ or _EVERYWHERE:
+    if "forward" in target.__dict__ or "weight" in target.__dict__ or "bias" in target.__dict__ or AFTER_ALL:
         return False
     for hook in target._forward_hooks.values():
         keys = getattr(hook, "delta_keys", ())

@@ -13,6 +13,7 @@ from deltakit.core import (
     Design,
     FeatureSlice,
     MixedBatch,
+    OutputHook,
     Target,
     WeightView,
     checked,
@@ -24,7 +25,7 @@ from deltakit.core import (
     wide,
 )
 from deltakit.errors import StateError
-from deltakit.ops.few_tokens import add_few_tokens
+from deltakit.ops.few_tokens import FewTokensHook
 from deltakit.ops.forwards import has_own_forward
 from deltakit.ops.kinds.output_map import OutputMap
 from deltakit.ops.low_rank import add_low_rank, convolved, fresh, hooked_everywhere, must_copy
@@ -63,6 +64,7 @@ class LowRank(OutputMap):
         form="B A x", changes="output", insertion="parallel", composition="scaled addition"
     )
     has_weight_form: ClassVar[bool] = True
+    output_hook: ClassVar[type[OutputHook]] = FewTokensHook
 
     d_in: int
     d_out: int
@@ -71,6 +73,11 @@ class LowRank(OutputMap):
     dropout: float
     keep: Literal["exact", "int8"]
     layer_kind: _LayerKind
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # That hook adds the product in the stead of `after_call`, so a class that has its own is called by the usual one.
+        cls.output_hook = FewTokensHook if cls.after_call is LowRank.after_call else OutputHook
 
     @checked
     def __init__(
@@ -155,19 +162,11 @@ class LowRank(OutputMap):
     def after_call(self, target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         x = args[0] if args else hidden_input(args, kwargs)
         linear = self.layer_kind in _LINEAR
-        if linear and _is_compiling():
-            if type(output) is Tensor:
-                # Nothing is changed in place. Whatever is read here becomes a guard, and each call of the compiled code checks
-                # all guards of all targets: 50 ns each. `__call__` reads six tables of hooks, of which four are for backward
-                # passes.
-                hooked = (
-                    torch.is_grad_enabled() or self._forward_pre_hooks or self._forward_hooks or hooked_everywhere()
-                )
-                return self(x, output) if hooked else self.forward(x, output)
-        elif linear:
-            few = add_few_tokens(target, self, x, output)
-            if few is not None:
-                return few
+        if linear and type(output) is Tensor and _is_compiling():
+            # Nothing is changed in place. Whatever is read here becomes a guard, and each call of the compiled code checks all
+            # guards of all targets: 50 ns each. `__call__` reads six tables of hooks, of which four are for backward passes.
+            hooked = torch.is_grad_enabled() or self._forward_pre_hooks or self._forward_hooks or hooked_everywhere()
+            return self(x, output) if hooked else self.forward(x, output)
         if type(output) is not Tensor:
             # What is inside a tuple, or of another class, may be held by somebody else: no layer is named, so nothing is
             # changed in place.

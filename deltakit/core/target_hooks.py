@@ -1,4 +1,4 @@
-"""Input and output hooks: they call the delta modules of a target before and after the target.
+"""Input and output hooks: they call the delta modules of a target before and after the target. `injection` registers them.
 
 A hook looks its delta modules up by key in the module that is called, and has no references to them. So it also works in a
 deepcopy, after unpickling, and in the replicas of `nn.DataParallel`, which share one table of hooks. A parameter captured by a
@@ -9,16 +9,18 @@ instead, for all targets: what traced code sets is set again after each call of 
 each hook from the root of the model. That took 1.1 us for each target, a sixth of LoRA's time in compiled decoding (measured).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from deltakit.core import rows_now
+from deltakit.core.caller_rows import rows_now
 
-_UNKNOWN = object()
-# In a third of the time of `torch.compiler.is_compiling`.
-_is_traced = torch.compiler.is_dynamo_compiling
+is_traced = torch.compiler.is_dynamo_compiling
+"""Whether dynamo traces the caller. It takes a third of the time of `torch.compiler.is_compiling`."""
+NO_OUTPUT = object()
+"""The default of an output hook's last argument, which it gets only if torch also passes it keyword arguments."""
 
 
 class InputHook:
@@ -38,7 +40,7 @@ class InputHook:
     def __call__(self, target: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> Any:
         if kwargs is None:
             return None
-        traced, changed = _is_traced(), False
+        traced, changed = is_traced(), False
         if not traced:
             self.fired = True
         for key in self.delta_keys:
@@ -54,22 +56,29 @@ class InputHook:
 
 
 class OutputHook:
-    """Calls all delta modules that change a target's output, after the target. Each gets the output of the one before."""
+    """Calls all delta modules that change a target's output, after the target. Each gets the output of the one before.
+
+    A kind of delta module may have one of its own (`AttachedModule.output_hook`).
+    """
 
     def __init__(self, keys: tuple[str, ...]) -> None:
         self.delta_keys = keys
         self.fired = False
 
     # Without keyword arguments, for the same reasons as in `InputHook`, there is no fourth argument.
-    def __call__(self, target: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = _UNKNOWN) -> Any:
-        if output is _UNKNOWN:
-            return None
+    def __call__(self, target: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = NO_OUTPUT) -> Any:
+        return None if output is NO_OUTPUT else self.call_deltas(self.delta_keys, target, args, kwargs, output)
+
+    def call_deltas(
+        self, keys: Sequence[str], target: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
+    ) -> Any:
+        """Returns the output after the delta modules with these keys."""
         # This runs in every call of every target, so it reads each attribute once.
-        traced = _is_traced()
+        traced = is_traced()
         if not traced:
             self.fired = True
-        batch: Any = _UNKNOWN
-        for key in self.delta_keys:
+        batch: Any = NO_OUTPUT
+        for key in keys:
             delta: Any = target._modules.get(key)
             if delta is None:
                 continue
@@ -83,7 +92,7 @@ class OutputHook:
             if record is None or not record.has_rows:
                 own = None
             else:
-                own = batch = rows_now(record, delta) if batch is _UNKNOWN else batch
+                own = batch = rows_now(record, delta) if batch is NO_OUTPUT else batch
             if own is None:
                 new = delta.after_call(target, args, kwargs, output)
             else:
