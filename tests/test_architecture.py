@@ -1,6 +1,7 @@
 """The shape of the package: which room imports which, how long files and functions are, and what is public."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import jaxtyping
@@ -80,10 +81,13 @@ ON_TOP = {"demo", "cli", "__main__", "__init__"}
 FILE_LENGTH, FUNCTION_LENGTH = 300, 40
 
 
+@cache
 def sources():
     """The module name, path and syntax tree of every file of the package."""
-    for path in sorted(PACKAGE.rglob("*.py")):
-        yield ".".join(path.relative_to(PACKAGE).with_suffix("").parts), path, ast.parse(path.read_text("utf-8"))
+    return [
+        (".".join(path.relative_to(PACKAGE).with_suffix("").parts), path, ast.parse(path.read_text("utf-8")))
+        for path in sorted(PACKAGE.rglob("*.py"))
+    ]
 
 
 def imports(tree):
@@ -123,6 +127,7 @@ def test_the_table_has_no_circle():
             del left[room]
 
 
+@cache
 def offered(room):
     """What the `__init__` of a room offers, or None for a room that is one file."""
     path = PACKAGE / room / "__init__.py"
