@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from deltakit.core import (
@@ -14,7 +15,6 @@ from deltakit.core import (
     RunningCall,
     delta_children,
     held_in,
-    is_callable,
     join,
     own_children,
     parent_of,
@@ -23,7 +23,6 @@ from deltakit.core import (
     roots_inside,
 )
 from deltakit.injection.call_observer import CallObserver
-from deltakit.injection.checkpointed_blocks import can_be_checkpointed, follow_block, follow_caller
 from deltakit.injection.first_forward import FirstForward
 from deltakit.injection.hooks import follow_hooks_when_compiled
 from deltakit.injection.inactive_values import WarnOfInactive
@@ -35,6 +34,30 @@ from deltakit.injection.training_guard import TrainingGuard
 from deltakit.injection.weight_patch import PatchHook
 
 _NESTED = "_deltakit_nested"
+
+
+class InputGradients:
+    """Makes gradients reach the deltas of a block under reentrant checkpointing.
+
+    Reentrant checkpointing computes no gradients if no input of the block requires them, which is the case when everything
+    below is frozen. Only blocks with deltas get this hook, so that the backward pass still stops at the lowest delta.
+
+    Each of them has it all the time, though that takes 6 us in each forward (measured, small blocks): checkpointing may be
+    switched on later, and nobody else is sure to run before a block. Modules that hold blocks are often not called
+    themselves, a user may call `model.forward`, and compiled code registers no hooks.
+    """
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...]) -> Any:
+        if not (block.training and getattr(block, "gradient_checkpointing", False) and torch.is_grad_enabled()):
+            return None
+        options = getattr(getattr(block, "_gradient_checkpointing_func", None), "keywords", {})
+        if not options.get("use_reentrant", True):
+            return None
+        if not args or not isinstance(args[0], torch.Tensor) or args[0].requires_grad:
+            return None
+        if not torch.is_floating_point(args[0]):
+            return None
+        return (args[0].detach().requires_grad_(), *args[1:])
 
 
 def watch(backbone: nn.Module) -> None:
@@ -124,14 +147,11 @@ def _holdings(backbone: nn.Module, found: _Found, known: Collection[Record]) -> 
     return holdings
 
 
-def _watch_inside(
-    module: nn.Module, path: str, known: dict[int, bool], all_found: _Found, around: list[nn.Module] | None = None
-) -> bool:
+def _watch_inside(module: nn.Module, path: str, known: dict[int, bool], all_found: _Found) -> bool:
     """Sets the guards of a module and the modules in it, and returns whether there are delta modules in it.
 
     Args:
         known: the results for modules that were visited before, by id.
-        around: gets the blocks with deltas that the next module around this one calls. None if there is no such module.
     """
     if id(module) in known:
         return known[id(module)]
@@ -140,22 +160,17 @@ def _watch_inside(
     hooked = bool(module._forward_hooks or module._forward_pre_hooks)
     if module._modules:
         found = _watch_target(module, path, all_found)
-        blocks = [] if is_callable(module) else around
         for name, child in own_children(module):
-            if _watch_inside(child, join(path, name), known, all_found, blocks):
+            if _watch_inside(child, join(path, name), known, all_found):
                 all_found.ways.append((module, name))
                 found = True
-        if blocks is not around and blocks is not None and (blocks or hooked):
-            follow_caller(module, blocks)
     elif hooked:
         _remove_copies(module)
     known[id(module)] = found
     if hooked and not found:
         forget_rows(module)
-    if can_be_checkpointed(module):
-        follow_block(module, has_deltas=found, called=around is not None)
-        if found and around is not None:
-            around.append(module)
+    if hasattr(type(module), "gradient_checkpointing"):
+        stand(InputGradients, module, partial(_ahead, module), wanted=found)
     if isinstance(module, nn.TransformerEncoder):
         _keep_unnested(module, wanted=found)
     return found

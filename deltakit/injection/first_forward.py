@@ -19,7 +19,7 @@ from deltakit.core import (
 )
 from deltakit.errors import StateError, TargetError, warn
 from deltakit.injection.hooks import scopes_of
-from deltakit.injection.ran_modules import Ran, caller_of, released
+from deltakit.injection.ran_modules import Ran, caller_of, release
 from deltakit.injection.tables import ids_of_modules, ours, unhook
 from deltakit.injection.weight_patch import PatchHook, UnpatchHook
 
@@ -188,7 +188,7 @@ class FirstForward:
         self.deltas.pop(record, None)
         self.again.discard(record)
         for parent, ran in list(self.around.items()):
-            if released(parent, ran, record):
+            if release(parent, ran, record):
                 self.around.pop(parent, None)
         if not self.watched:
             unhook(backbone, [self])
@@ -271,4 +271,4 @@ def forget_first_forward(attachment: Attachment) -> None:
     # Also in a copy of a layer, which has the hooks on the modules but not the check on the backbone.
     for _, module in own_modules(backbone):
         for ran in ours(module, Ran) if module._forward_pre_hooks else ():
-            released(module, ran, record)
+            release(module, ran, record)

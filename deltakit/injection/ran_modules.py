@@ -32,7 +32,7 @@ def caller_of(backbone: nn.Module, path: str) -> nn.Module:
     return backbone
 
 
-def released(module: nn.Module, ran: Ran, record: Record) -> bool:
+def release(module: nn.Module, ran: Ran, record: Record) -> bool:
     """Removes a delta from those that need to know that a module ran, and returns whether none is left."""
     if record in ran.records:
         ran.records.remove(record)

@@ -1,10 +1,10 @@
 """The output hook of low-rank updates: for a few tokens without gradients, as in decoding, it adds the products itself.
 
 There the calls cost more than the arithmetic: on a layer of 64 features the two products take 7 us. Between two calls of one
-target the model has read all its weights, so Python's own objects are no longer in the cache, and each function, attribute and
-question takes several times as long as in a loop. With the same questions in five functions, as `OutputHook` and
-`LowRank.after_call` would ask them, LoRA took a sixth longer on GPT-2 and BERT (measured, one token). So all of them stand in
-one function, and each attribute is read once.
+target the model has read all its weights, so Python's own objects are no longer in the cache, and each call, attribute and
+question takes several times as long as in a loop. `OutputHook` asks the same with four more calls, and with that LoRA took a
+sixth longer on GPT-2 and BERT (measured, one token). So nearly all questions stand in one function, and each attribute is
+read once.
 """
 
 from typing import Any
@@ -59,8 +59,8 @@ class FewTokensHook(OutputHook):
             width = delta.d_in
             if size > _FEW * width or own["layer_kind"] not in _WHOLE_LAYERS or (delta.dropout and own["training"]):
                 break
-            # Hooks of FSDP2 and accelerate, which only `__call__` runs.
-            if own["_forward_pre_hooks"] or own["_forward_hooks"] or "forward" in own:
+            # Hooks of FSDP2 and accelerate, which only `__call__` runs, and what replaces a method.
+            if own["_forward_pre_hooks"] or own["_forward_hooks"] or "forward" in own or "after_call" in own:
                 break
             a, b = delta.factors()
             if a.dtype is not dtype or b.dtype is not dtype or type(a) not in _PLAIN:
@@ -77,7 +77,10 @@ class FewTokensHook(OutputHook):
 
 
 def _may_change(hook: FewTokensHook, target: nn.Module, x: Any, y: Any) -> bool:
-    """Returns whether nobody else has the output y of a linear layer, and none but the plain formula is needed."""
+    """Returns whether y may be changed in place.
+
+    It must be the output of a plain linear layer that no other hook has seen, and no mode or transform may be active.
+    """
     own = target.__dict__
     first: Any = None
     # Not by `next`, because another thread may change the table between two calls, but not in the head of a loop.

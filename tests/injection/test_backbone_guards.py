@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import deltakit as dk
-from deltakit.injection.checkpointed_blocks import InputGradients
+from deltakit.injection.backbone_guards import InputGradients
 
 
 def block(training=True, checkpointing=True, **options):

@@ -194,3 +194,22 @@ def test_the_printout_says_what_was_replaced(model):
         assert "      classifier" not in lines
     model.classifier, model.norm = head, norm
     assert repr(delta) == before
+
+
+def test_modules_beside_the_targets_may_be_exchanged():
+    """Such as the head of another task. A target that this forward leaves out was called before."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base, self.extra, self.head = (nn.Linear(3, 3) for _ in range(3))
+
+        def forward(self, x, extra=True):
+            x = self.base(x)
+            return self.head(self.extra(x) if extra else x)
+
+    model, x = Net(), torch.randn(2, 3)
+    attached(model, dk.LoRA(r=2, at=["base", "extra"]))
+    model(x)
+    model.head = nn.Linear(3, 5)
+    assert not warnings_of(lambda: model(x, extra=False))

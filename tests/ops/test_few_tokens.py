@@ -93,6 +93,7 @@ CHANGES = {
     "a hook before the delta module": lambda target: target.lora_lora.register_forward_pre_hook(lambda *_: None),
     "a delta module with a forward of its own": lambda target: _own_forward(target.lora_lora),
     "a target with a forward of its own": _own_forward,
+    "an after_call of its own": lambda target: setattr(target.lora_lora, "after_call", target.lora_lora.after_call),
     "another hook first": lambda target: target.register_forward_hook(lambda *_: None, prepend=True),
 }
 
@@ -270,7 +271,10 @@ def test_a_class_with_its_own_after_call_is_called():
     class Below(Doubled):
         pass
 
-    assert {kind.output_hook for kind in (Doubled, Below)} == {OutputHook}
+    class Chosen(LoRADelta):
+        output_hook = OutputHook
+
+    assert {kind.output_hook for kind in (Doubled, Below, Chosen)} == {OutputHook}
 
 
 def test_what_a_class_computes_is_used(general):

@@ -76,8 +76,9 @@ class LowRank(OutputMap):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # That hook adds the product in the stead of `after_call`, so a class that has its own is called by the usual one.
-        cls.output_hook = FewTokensHook if cls.after_call is LowRank.after_call else OutputHook
+        # That hook adds the product instead of `after_call`. So a class that has its own gets the usual one.
+        if "output_hook" not in vars(cls):
+            cls.output_hook = FewTokensHook if cls.after_call is LowRank.after_call else OutputHook
 
     @checked
     def __init__(
