@@ -21,6 +21,7 @@ is_traced = torch.compiler.is_dynamo_compiling
 """Whether dynamo traces the caller. It takes a third of the time of `torch.compiler.is_compiling`."""
 NO_OUTPUT = object()
 """The default of an output hook's last argument, which it gets only if torch also passes it keyword arguments."""
+_NOT_ASKED = object()
 
 
 class InputHook:
@@ -77,7 +78,7 @@ class OutputHook:
         traced = is_traced()
         if not traced:
             self.fired = True
-        batch: Any = NO_OUTPUT
+        batch: Any = _NOT_ASKED
         for key in keys:
             delta: Any = target._modules.get(key)
             if delta is None:
@@ -92,7 +93,7 @@ class OutputHook:
             if record is None or not record.has_rows:
                 own = None
             else:
-                own = batch = rows_now(record, delta) if batch is NO_OUTPUT else batch
+                own = batch = rows_now(record, delta) if batch is _NOT_ASKED else batch
             if own is None:
                 new = delta.after_call(target, args, kwargs, output)
             else:

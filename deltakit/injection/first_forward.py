@@ -8,15 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from deltakit.core import (
-    Attachment,
-    DeltaModule,
-    InputHook,
-    OutputHook,
-    Record,
-    own_modules,
-    parent_of,
-)
+from deltakit.core import Attachment, DeltaModule, InputHook, OutputHook, Record, own_modules, parent_of
 from deltakit.errors import StateError, TargetError, warn
 from deltakit.injection.hooks import scopes_of
 from deltakit.injection.ran_modules import Ran, caller_of, release

@@ -148,8 +148,7 @@ def _renamed(target: nn.Module, hooks: Sequence[Any], keys: Keys) -> bool:
         if (first in hooks and number in with_kwargs) != bool(names):
             return False
         standing += [(first, kind, names)] if names else []
-    context = any(isinstance(hook, ContextInputHook | ContextOutputHook) for hook in hooks)
-    if keys.always or context or len(standing) != len(hooks) or not standing:
+    if keys.always or _clean_up(hooks) or len(standing) != len(hooks) or not standing:
         return False
     for hook, kind, names in standing:
         hook.delta_keys = names
@@ -158,6 +157,10 @@ def _renamed(target: nn.Module, hooks: Sequence[Any], keys: Keys) -> bool:
         # Behind the change: a forward of another thread that fires from here on runs with the new keys.
         hook.fired = False
     return True
+
+
+def _clean_up(hooks: Sequence[Any]) -> bool:
+    return any(isinstance(hook, ContextInputHook | ContextOutputHook) for hook in hooks)
 
 
 def _all_keys(target: nn.Module, without: str) -> Keys:
@@ -183,7 +186,7 @@ def _changed_keys(target: nn.Module, hooks: Sequence[Any], added: str, removed: 
     Then all delta modules at the target are looked at: after an interruption, beside weight patches, or with context hooks,
     of which one less may need no cleaning up.
     """
-    if any(isinstance(hook, ContextInputHook | ContextOutputHook) for hook in hooks) or bool(added) == bool(removed):
+    if _clean_up(hooks) or bool(added) == bool(removed):
         return None
     children: Any = target._modules
     if len(children) == 1 and not (added and hooks):

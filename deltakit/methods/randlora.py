@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from deltakit.core import BackboneView, DeltaModule, Design, Target, wants_start_values
 from deltakit.errors import OptionError
 from deltakit.ops import (
+    WHOLE_LAYERS,
     ComputedBy,
     LowRank,
     LowRankMethod,
@@ -77,7 +78,7 @@ class RandLoRADelta(LowRank):
         layer: nn.Module | None = None,
         alone: bool = False,
     ) -> Float[Tensor, "*output"]:
-        if self.layer_kind not in ("linear", "product"):
+        if self.layer_kind not in WHOLE_LAYERS:
             added: Tensor = super().forward(x, y, layer, alone)
             return added
         # The rank is that of a full matrix, so one factor is as large as the weight, and the product with A as x. Both are

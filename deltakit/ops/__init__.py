@@ -12,6 +12,7 @@ from deltakit.ops.attention.sites import attends, calls_fused_attention, enters_
 from deltakit.ops.blocks import block_size_for
 from deltakit.ops.bottleneck import ACTIVATIONS, Bottleneck, BottleneckMethod
 from deltakit.ops.fastfood import Fastfood, key_of_name
+from deltakit.ops.few_tokens import WHOLE_LAYERS
 from deltakit.ops.forwards import has_own_forward, refuse_max_norm
 from deltakit.ops.handover import Handover, InputTap
 from deltakit.ops.kinds.activated_low_rank import ActivatedLowRank
@@ -60,6 +61,7 @@ __all__ = [
     "INPUTS_OF_QUERIES_AND_VALUES",
     "QUERIES_AND_VALUES",
     "STARTS_WITH_A_PRODUCT",
+    "WHOLE_LAYERS",
     "ActivatedLowRank",
     "AttentionBeside",
     "AttentionPrefix",

@@ -7,7 +7,7 @@ sixth longer on GPT-2 and BERT (measured, one token). So nearly all questions st
 read once.
 """
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,8 @@ _graph, _is_tracing = torch.is_grad_enabled, torch._C._is_tracing
 _transforms, _dispatch_modes = torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack
 _float32, _float64, _Linear = torch.float32, torch.float64, nn.Linear
 _PLAIN = (nn.Parameter, Tensor)
-_WHOLE_LAYERS = ("linear", "product")
+WHOLE_LAYERS: Final = ("linear", "product")
+"""The values of `LowRank.layer_kind` for linear layers without feature slices."""
 
 
 class FewTokensHook(OutputHook):
@@ -57,7 +58,7 @@ class FewTokensHook(OutputHook):
             if type(delta).output_hook is not FewTokensHook:
                 break
             width = delta.d_in
-            if size > _FEW * width or own["layer_kind"] not in _WHOLE_LAYERS or (delta.dropout and own["training"]):
+            if size > _FEW * width or own["layer_kind"] not in WHOLE_LAYERS or (delta.dropout and own["training"]):
                 break
             # Hooks of FSDP2 and accelerate, which only `__call__` runs, and what replaces a method.
             if own["_forward_pre_hooks"] or own["_forward_hooks"] or "forward" in own or "after_call" in own:
@@ -79,7 +80,8 @@ class FewTokensHook(OutputHook):
 def _may_change(hook: FewTokensHook, target: nn.Module, x: Any, y: Any) -> bool:
     """Returns whether y may be changed in place.
 
-    It must be the output of a plain linear layer that no other hook has seen, and no mode or transform may be active.
+    It must be the output of a plain linear layer that no other hook has seen, and no mode or transform may be active. These
+    are questions of `low_rank.fresh` and `low_rank.only_plain`, here in one call.
     """
     own = target.__dict__
     first: Any = None

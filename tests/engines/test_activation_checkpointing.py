@@ -48,8 +48,13 @@ class ShiftedBlock(GradientCheckpointingLayer):
         super().__init__()
         self.layer = nn.Linear(7, 7)
 
-    def forward(self, x, shift):
+    def forward(self, x, shift=0):
         return torch.tanh(self.layer(x)) + shift
+
+
+def checkpointed(block, **options):
+    block.gradient_checkpointing = True
+    block._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint, **options)
 
 
 @pytest.mark.filterwarnings("ignore:torch.utils.checkpoint. the use_reentrant parameter")
@@ -61,8 +66,7 @@ def test_a_block_whose_input_requires_no_gradients(options):
     delta = attached(model, dk.LoRA(r=2, at="0.layer"))
     x, shift = torch.randn(3, 7), torch.randn(3, 7)
     wanted = torch.autograd.grad(model[0](x, shift).pow(3).sum(), list(delta.parameters()))
-    model[0].gradient_checkpointing = True
-    model[0]._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint, **options)
+    checkpointed(model[0], **options)
     model[0](x, shift).pow(3).sum().backward()
     torch.testing.assert_close([parameter.grad for parameter in delta.parameters()], list(wanted))
 
@@ -74,15 +78,6 @@ def test_gradients_stop_at_the_lowest_delta():
     dk.attach(model, dk.LoRA(r=3, at="encoder.layer.1/@attn.q"))
     hooks = [len(layer._forward_pre_hooks) for layer in model.encoder.layer]
     assert hooks == [0, 1]
-
-
-class Block(GradientCheckpointingLayer):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(7, 7)
-
-    def forward(self, x):
-        return x + torch.tanh(self.layer(x))
 
 
 class Stack(nn.Module):
@@ -101,17 +96,12 @@ class Holding(nn.Module):
 
     def __init__(self, shared):
         super().__init__()
-        blocks = nn.ModuleList([Block(), Block()])
+        blocks = nn.ModuleList([ShiftedBlock(), ShiftedBlock()])
         self.first = Stack(blocks)
-        if shared:
-            self.second = Stack(blocks)
+        self.second = Stack(blocks) if shared else None
 
     def forward(self, x):
-        if hasattr(self, "second"):
-            return self.second(x)
-        for block in self.first.blocks:
-            x = block(x)
-        return x
+        return self.first.forward(x) if self.second is None else self.second(x)
 
 
 # Dynamo itself looks at the gradient of what a block returns.
@@ -126,8 +116,7 @@ def test_blocks_that_are_checkpointed_after_attach(call, shared):
     x = torch.randn(3, 7)
     wanted = torch.autograd.grad(model(x).pow(3).sum(), list(delta.parameters()))
     for block in model.first.blocks:
-        block.gradient_checkpointing = True
-        block._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint, use_reentrant=True)
+        checkpointed(block, use_reentrant=True)
     run = {"model": model, "forward": model.forward, "compiled": torch.compile(model, backend="aot_eager")}[call]
     run(x).pow(3).sum().backward()
     torch.testing.assert_close([parameter.grad for parameter in delta.parameters()], list(wanted))

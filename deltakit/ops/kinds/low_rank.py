@@ -25,7 +25,7 @@ from deltakit.core import (
     wide,
 )
 from deltakit.errors import StateError
-from deltakit.ops.few_tokens import FewTokensHook
+from deltakit.ops.few_tokens import WHOLE_LAYERS, FewTokensHook
 from deltakit.ops.forwards import has_own_forward
 from deltakit.ops.kinds.output_map import OutputMap
 from deltakit.ops.low_rank import add_low_rank, convolved, fresh, hooked_everywhere, must_copy
@@ -36,7 +36,7 @@ from deltakit.ops.sizes import sizes
 
 _CONVOLUTIONS = nn.modules.conv._ConvNd
 _LayerKind = Literal["linear", "product", "slice", "convolution", "embedding"]
-_LINEAR: tuple[_LayerKind, ...] = ("linear", "product", "slice")
+_LINEAR: tuple[_LayerKind, ...] = (*WHOLE_LAYERS, "slice")
 # A name of this module saves two lookups, in every call of every target.
 _is_compiling = torch.compiler.is_compiling
 
