@@ -9,7 +9,7 @@ import torch
 import deltakit as dk
 from deltakit.core.arguments import Door
 from deltakit.picking import front_ends
-from support.bad_arguments import BAD, CALLS, WEIGHT_METHODS, Scene, arguments_of, may_fit, outcome
+from support.bad_arguments import BAD, CALLS, WEIGHT_METHODS, Scene, Trial, may_fit
 from support.models import Transformer, randomize
 
 SWITCH = {"True", "False", "numpy bool"}
@@ -254,11 +254,10 @@ def saved(tmp_path, monkeypatch, unchecked):
 
 def outcomes(name, saved, values):
     """Counts what comes of each value for each argument, and lists what the table says otherwise."""
-    found, other = Counter(), []
-    for argument in arguments_of(name, saved):
+    found, other, trial = Counter(), [], Trial(name, saved)
+    for argument in trial.arguments():
         for value in values:
-            torch.manual_seed(0)
-            message = outcome(name, argument, BAD[value](), saved)
+            message = trial.outcome(argument, BAD[value]())
             meant = value in ACCEPTED.get(f"{name}.{argument}", ())
             if (message is None) != meant and value not in may_fit(name, argument):
                 other.append(f"{name}({argument}=): {value} gave {message}")

@@ -361,45 +361,59 @@ def _types(hint):
 TOO_MANY, UNKNOWN = "one more", "unknown option"
 
 
-def arguments_of(name, saved):
-    """The names of a function's arguments, and what every function has: one argument too many, and an unknown option."""
-    scene = Scene(saved)
-    signature = inspect.signature(CALLS[name].function(scene))
-    several = any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values())
-    setter = name.partition(".")[2] in ("active", "scale", "trainable", "attached", "activ") or name == "RoleTable[]"
-    return [*signature.parameters, *([] if setter else [UNKNOWN]), *([] if setter or several else [TOO_MANY])]
+class Trial:
+    """Calls one function with bad values."""
 
+    def __init__(self, name, saved):
+        self.name, self.saved = name, saved
+        self._set_up()
+        signature = inspect.signature(self.function)
+        self.parameters = signature.parameters
+        self.several = next((p.name for p in self.parameters.values() if p.kind is p.VAR_POSITIONAL), None)
 
-def outcome(name, argument, value, saved):
-    """What comes of a call with one bad value: the accepted result, or the error. Other errors than ours are raised."""
-    scene = Scene(saved)
-    call = CALLS[name]
-    function = call.function(scene)
-    signature = inspect.signature(function)
-    scene.before = scene.state()
-    given = dict(call.arguments(scene))
-    extra = []
-    if argument == TOO_MANY:
-        by_place = [p for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-        extra = [given.pop(p.name, p.default) for p in by_place] + [value]
-    elif argument == UNKNOWN:
-        given["typo"] = value
-    elif argument in signature.parameters and signature.parameters[argument].kind is inspect.Parameter.VAR_KEYWORD:
-        given["up" if name == "Delta.parameter_groups" else "tokens"] = value
-    else:
-        given[argument] = value
-    several = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_POSITIONAL), None)
-    if several in given and "backbone" in given:
-        extra = [given.pop("backbone"), given.pop(several)]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(None):
-        warnings.simplefilter("ignore")
-        try:
-            result = function(*extra, **given)
-            call.use(scene, result)
-        except dk.DeltaError as error:
-            message = str(error)
+    def _set_up(self):
+        # As `saved` does: its backbone is the one that the delta was trained on.
+        torch.manual_seed(0)
+        self.scene = Scene(self.saved)
+        self.function = CALLS[self.name].function(self.scene)
+        self.scene.before = self.scene.state()
+
+    def arguments(self):
+        """The names of the function's arguments, and what every function has: one argument too many, and an unknown option."""
+        last = self.name.partition(".")[2]
+        setter = last in ("active", "scale", "trainable", "attached", "activ") or self.name == "RoleTable[]"
+        return [*self.parameters, *([] if setter else [UNKNOWN]), *([] if setter or self.several else [TOO_MANY])]
+
+    def outcome(self, argument, value):
+        """What comes of one bad value: None if it is accepted, or the message. Other errors than ours are raised."""
+        extra, given = self._given(argument, value)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(None):
+            warnings.simplefilter("ignore")
+            try:
+                result = self.function(*extra, **given)
+                CALLS[self.name].use(self.scene, result)
+            except dk.DeltaError as error:
+                message = str(error)
+            else:
+                message = None
+        if message is None or self.name.startswith(("LoraModel.", "AutoDelta")):
+            self._set_up()
         else:
-            return None
-    if not name.startswith(("LoraModel.", "AutoDelta")):
-        scene.check_unchanged()
-    return message
+            # So the next call may have the same scene: making one takes ten times as long as this.
+            self.scene.check_unchanged()
+        return message
+
+    def _given(self, argument, value):
+        given, extra = dict(CALLS[self.name].arguments(self.scene)), []
+        if argument == TOO_MANY:
+            by_place = [p for p in self.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+            extra = [given.pop(p.name, p.default) for p in by_place] + [value]
+        elif argument == UNKNOWN:
+            given["typo"] = value
+        elif argument in self.parameters and self.parameters[argument].kind is inspect.Parameter.VAR_KEYWORD:
+            given["up" if self.name == "Delta.parameter_groups" else "tokens"] = value
+        else:
+            given[argument] = value
+        if self.several in given and "backbone" in given:
+            extra = [given.pop("backbone"), given.pop(self.several)]
+        return extra, given
