@@ -81,6 +81,7 @@ def only_plain(x: Tensor, y: Tensor, a: Tensor) -> bool:
         or type(a) not in (nn.Parameter, Tensor)
         or x.dtype is not y.dtype
         or x.is_complex()
+        or not is_dense(x)
         or not y.is_contiguous()
         or _autocast()
         or _transforms()
@@ -88,6 +89,11 @@ def only_plain(x: Tensor, y: Tensor, a: Tensor) -> bool:
         or _is_tracing()
         or forward_ad._current_level >= 0
     )
+
+
+def is_dense(x: Tensor) -> bool:
+    """Returns whether a tensor is neither sparse nor nested. Only the plain formula works for those."""
+    return x.layout is torch.strided and not x.is_nested
 
 
 def convolved(

@@ -40,8 +40,9 @@ def plain(
     if product.tokens is not None:
         h = h.masked_fill(~product.tokens[..., None], 0)
     update = F.linear(h, b.to(x.dtype))
-    if update.shape[-1] != y.shape[-1]:
-        update = F.pad(update, (product.start, y.shape[-1] - product.start - update.shape[-1]))
+    # Not by `shape`, which nested tensors do not have.
+    if update.size(-1) != y.size(-1):
+        update = F.pad(update, (product.start, y.size(-1) - product.start - update.size(-1)))
     return y + update.to(y.dtype)
 
 

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from deltakit.core import is_conv1d
 from deltakit.errors import StateError
-from deltakit.ops.low_rank import frozen_weight, only_plain
+from deltakit.ops.low_rank import frozen_weight, is_dense, only_plain
 from deltakit.ops.module_copy import OTHERS, ComputedBy
 
 
@@ -29,7 +29,7 @@ def linear_with(
             So it draws no random numbers. For a formula of a delta module, pass `ComputedBy(self, lambda own: ...)`.
         parameters: what `build` reads and may require gradients. A `ComputedBy` knows them itself.
     """
-    if _only_plain():
+    if _only_plain() or not is_dense(x):
         return F.linear(x, _built(build, parameters).to(x.dtype))
     return _Recomputed.apply(x, build, None, *_read_by(build, parameters))
 
@@ -63,7 +63,7 @@ def recomputed(formula: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         formula: draws no random numbers and reads no other tensors that require gradients.
     """
     # Inference tensors cannot be saved for a backward pass.
-    if _only_plain() or any(one.is_inference() for one in inputs):
+    if _only_plain() or any(one.is_inference() or not is_dense(one) for one in inputs):
         return formula(*inputs)
     out: Tensor = _Again.apply(formula, *inputs)
     return out

@@ -28,7 +28,7 @@ from deltakit.errors import StateError
 from deltakit.ops.few_tokens import WHOLE_LAYERS, FewTokensHook
 from deltakit.ops.forwards import has_own_forward
 from deltakit.ops.kinds.output_map import OutputMap
-from deltakit.ops.low_rank import add_low_rank, convolved, fresh, hooked_everywhere, must_copy
+from deltakit.ops.low_rank import add_low_rank, convolved, fresh, hooked_everywhere, is_dense, must_copy
 from deltakit.ops.low_rank_batched import add_per_example, shared_work
 from deltakit.ops.low_rank_plain import Product
 from deltakit.ops.option_checks import check_dropout
@@ -261,7 +261,7 @@ class LowRank(OutputMap):
 
     def _takes_product(self, x: Tensor, y: Tensor) -> bool:
         # Autocast would cast y, too.
-        return x.dtype is y.dtype and not torch._C._is_any_autocast_enabled()
+        return x.dtype is y.dtype and is_dense(x) and not torch._C._is_any_autocast_enabled()
 
     def _dropped(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x

@@ -25,7 +25,7 @@ from deltakit.core import (
     wide,
 )
 from deltakit.ops.kinds.maps import on_own_examples, own_dtype
-from deltakit.ops.low_rank import fresh
+from deltakit.ops.low_rank import fresh, is_dense
 from deltakit.ops.module_copy import ComputedBy
 from deltakit.ops.recompute import Layer, add_linear_with, layer_beside, linear_with
 
@@ -133,10 +133,12 @@ class WeightMap(DeltaModule):
 
     def _change(self, target: nn.Module, x: Tensor) -> Tensor:
         """Returns what is added to the target's output: [*batch, d_out], or [d_out] if only the bias is changed."""
-        if not self.changes_bias:
-            return self.product(target, x)
-        shift = self._shift(target, x)
-        return self.product(target, x) + shift if self.changes_weight else shift
+        shift = self._shift(target, x) if self.changes_bias else None
+        if shift is not None and not self.changes_weight:
+            return shift
+        # An author's own product reads and writes dense tensors.
+        update = self.product(target, x) if is_dense(x) else WeightMap.product(self, target, x)
+        return update if shift is None else update + shift
 
     def _shift(self, target: nn.Module, x: Tensor) -> Float[Tensor, " d_out"]:
         """Returns the update of the bias."""
@@ -145,7 +147,8 @@ class WeightMap(DeltaModule):
         build = ComputedBy(
             self, lambda own, target: own._bias_update(target, own._bare(target))[:, None], target, names
         )
-        return linear_with(x.new_ones(1), build)
+        one = x.new_ones(1) if is_dense(x) else torch.ones(1, dtype=x.dtype, device=x.device)
+        return linear_with(one, build)
 
     def _bias_update(self, target: nn.Module, weight: Tensor) -> Tensor:
         update: Tensor = self(weight, BareLayer(target, self.view).bias)
