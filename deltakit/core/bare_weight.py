@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from deltakit.core.copied_modules import at_rest
 from deltakit.core.feature_slice import FeatureSlice
@@ -35,7 +36,10 @@ class WeightView:
 
     def matrix(self, stored: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Returns the stored parameter as [*stack, out, in], or a vector as [out]; only the feature slice, if there is one."""
-        weight = stored.flatten(1) if self.kernel else stored.mT if self.flipped else stored
+        return self.part(stored.flatten(1) if self.kernel else stored.mT if self.flipped else stored)
+
+    def part(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Returns the feature slice of a matrix [*stack, out, in] or a vector [out]; all of it if there is none."""
         if self.feature_slice is None:
             return weight
         return self.feature_slice.take(weight) if weight.ndim == 1 else self.feature_slice.take(weight.mT).mT
@@ -51,6 +55,8 @@ class WeightView:
 
 
 _PLAIN = WeightView()
+# Where a model is exported without `strict`, fake tensors stand for its parameters.
+_PLAIN_CLASSES = (Tensor, nn.Parameter, FakeTensor)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -99,13 +105,14 @@ def bare_weight(module: nn.Module, view: WeightView) -> Float[Tensor, "..."]:
             "or leave this target out with exclude="
         )
     if held is None or (is_quantized(held) and not hasattr(held, "full_tensor")):
-        return view.matrix(dequantized(module, compute_dtype(module)))
+        # This is [out, in] already, whatever the module stores.
+        return view.part(dequantized(module, compute_dtype(module)))
     return view.matrix(gathered(held).detach())
 
 
 def is_quantized(weight: Tensor) -> bool:
     """Returns whether a weight is stored as anything but plain floating-point numbers of at least 16 bits."""
-    return type(weight) not in (Tensor, nn.Parameter) or not is_compute_dtype(weight.dtype)
+    return type(weight) not in _PLAIN_CLASSES or not is_compute_dtype(weight.dtype)
 
 
 def compute_dtype(layer: nn.Module) -> torch.dtype:

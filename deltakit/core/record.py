@@ -104,7 +104,9 @@ class Record:
     @property
     def live(self) -> bool:
         """Whether the delta takes part in forwards: active, and not merged into the weights."""
-        return self.active and not self.weights_before_merge
+        # Not by `and not`: dynamo has no guard for the length of a dictionary whose `not` is returned (seen with torch 2.13),
+        # so that compiled code would not notice a merge.
+        return self.active if not self.weights_before_merge else False
 
     def set_merged(self, weights: dict[str, Tensor]) -> None:
         """Keeps the weights from before a merge; none of them after unmerging."""

@@ -95,9 +95,10 @@ class LoRADelta(LowRank):
         nn.init.zeros_(self.B)
 
     def factors(self) -> tuple[Float[Tensor, "*stack r d_in"], Float[Tensor, "*stack d_out r"]]:
-        parameters: Mapping[str, Any] = self._parameters
-        a, b = parameters["A"], parameters["B"]
-        return difference(a, b, parameters["A0"], parameters["B0"]) if "A0" in parameters else (a, b)
+        own: Mapping[str, Any] = self._parameters
+        # Pruned and parametrized ones are attributes, computed from other parameters.
+        a, b = (own["A"], own["B"]) if "A" in own and "B" in own else (self.A, self.B)
+        return difference(a, b, own["A0"], own["B0"]) if "A0" in own else (a, b)
 
     def tag_of(self, name: str) -> str:
         frozen = name == "A" if self.options.frozen_a else name == "B" and self.options.start == "mica"

@@ -37,6 +37,9 @@ from deltakit.ops import (
     linear_with,
 )
 
+# torch has it since 2.7.
+_is_exporting = getattr(torch.compiler, "is_exporting", bool)
+
 
 class RandLoRADelta(LowRank):
     """The scales `L` [r, n] and `G` [n, min(d_in, d_out)] of n products.
@@ -85,8 +88,9 @@ class RandLoRADelta(LowRank):
         # computed again in the backward pass, which needs only x, or the product with the frozen factor.
         x = self._dropped(x)
         count, rank = x.numel() // self.d_in, min(self.d_in, self.d_out)
-        if self.d_in * self.d_out * (count + rank) <= count * rank * (self.d_in + self.d_out):
-            # With many tokens the matrix costs less than the two products.
+        many = _is_exporting() or self.d_in * self.d_out * (count + rank) <= count * rank * (self.d_in + self.d_out)
+        if many:
+            # With many tokens the matrix costs less than the two products. An exported program may not ask how many there are.
             scale = self.scaling * self.strength
             full = ComputedBy(self, RandLoRADelta._full)
             joint = None if self.drops else layer_beside(layer, alone, x, y, self.L, scale)

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from deltakit.core import is_conv1d, is_exactly_conv1d
 from deltakit.errors import StateError
@@ -34,7 +36,9 @@ BEFORE_ALL = torch.nn.modules.module._global_forward_pre_hooks
 # tells whether a functional transform is active. `torch.is_autocast_enabled(y.device.type)` takes 660 ns, and this 140 ns.
 _is_compiling, _is_tracing = torch.compiler.is_compiling, torch.jit.is_tracing  # type: ignore[attr-defined]
 _autocast, _transforms = torch._C._is_any_autocast_enabled, torch._C._are_functorch_transforms_active
-_dispatch_modes = torch._C._len_torch_dispatch_stack
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+# Where `nn.Linear` and transformers' `Conv1D` are defined.
+_FILES = ("linear.py", "pytorch_utils.py")
 
 
 def add_low_rank(
@@ -133,7 +137,7 @@ def must_copy() -> bool:
 def frozen_weight(layer: nn.Module | None, x: Tensor, y: Tensor) -> Tensor | None:
     """Returns the layer's weight if one autograd node can serve both layer and delta, else None."""
     # The node replaces y's history by x, so y must depend on nothing else that requires gradients.
-    if layer is None or not (x.requires_grad or not y.requires_grad):
+    if layer is None or not (x.requires_grad or not y.requires_grad) or not _computes_as_torch(layer):
         return None
     if "weight" in layer.__dict__ or "bias" in layer.__dict__:
         # A weight patch of another delta is in place, and needs gradients through y.
@@ -142,6 +146,18 @@ def frozen_weight(layer: nn.Module | None, x: Tensor, y: Tensor) -> Tensor | Non
     if type(weight) is not nn.Parameter or weight.requires_grad or weight.dtype is not x.dtype:
         return None
     return weight if bias is None or not bias.requires_grad else None
+
+
+def _computes_as_torch(layer: nn.Module) -> bool:
+    """Returns whether nobody has replaced the code of all linear layers: their class's `forward`, or `F.linear`.
+
+    Quantizers of activations do, and modes of torch functions. What the layer then computes is its input's function no more.
+    """
+    # By the name of the file, because it may have been replaced before deltakit was imported.
+    code = getattr(type(layer).forward, "__code__", None)
+    if code is None or not code.co_filename.endswith(_FILES) or F.linear is not torch._C._nn.linear:
+        return False
+    return not _function_modes() or all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
 
 
 def _only(tokens: Bool[Tensor, "*batch"], h: Float[Tensor, "r tokens"]) -> Float[Tensor, "r tokens"]:
@@ -258,7 +274,8 @@ def fresh(target: nn.Module, delta: nn.Module) -> tuple[nn.Module | None, bool]:
         held = own["_modules"].get(key)
         if held is delta:
             return target, alone
-        if type(held) is not type(delta):
+        # A hook of its own may keep what it returns.
+        if type(held) is not type(delta) or held._forward_hooks:
             break
         alone = False
     return None, False

@@ -139,6 +139,18 @@ class TestQuantized:
         torch.testing.assert_close(weight, linear.weight.detach(), rtol=0, atol=0.04)
         assert not torch.equal(weight, linear.weight)
 
+    def test_a_conv1d_whose_weight_is_of_another_class(self):
+        """Quantizers have tensors of their own classes. The matrix that the layer computes with is not turned again."""
+
+        class Packed(torch.Tensor):
+            pass
+
+        layer = Conv1D(5, 5)
+        wanted = layer.weight.detach().T
+        layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Packed))
+        _, weight = seen(layer)
+        torch.testing.assert_close(weight.as_subclass(torch.Tensor), wanted)
+
 
 class TestRefused:
     @pytest.mark.parametrize("make", [lambda: nn.Linear(5, 7), lambda: Conv1D(7, 5), lambda: nn.Embedding(13, 5)])

@@ -53,6 +53,11 @@ def test_checkpoints_in_compiled_models(compiler):
     assert failed is None, failed
 
 
+def test_merging_is_followed(compiler):
+    failed = compiler.submit(failure, compiled_models.merges).result()
+    assert failed is None, failed
+
+
 def test_a_swap_compiles_nothing_anew(compiler):
     failed = compiler.submit(failure, swaps).result()
     assert failed is None, failed

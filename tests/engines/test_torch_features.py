@@ -6,7 +6,9 @@ import weakref
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.pytorch_utils import Conv1D
 
 import deltakit as dk
 from support.backbone_inputs import inputs
@@ -57,6 +59,16 @@ def test_jit_trace_and_export():
     attached(model, dk.LoRA(r=3), dk.Adapter(size=2))
     exported = torch.export.export(model, (ids(),)).module()
     torch.testing.assert_close(exported(ids()), model(ids()))
+
+
+@pytest.mark.parametrize("layer", [Conv1D(8, 8), Conv1D(6, 8), nn.Conv1d(3, 6, 1), nn.Linear(8, 6)], ids=str)
+@pytest.mark.parametrize("method", [dk.HiRA(r=3, at="0"), dk.LoRA(r=3, dora=True, at="0")], ids=lambda m: m.name)
+def test_export_of_methods_that_read_the_weight(method, layer):
+    """Not with `strict`: then dynamo traces, which cannot trace the checks of shapes."""
+    model, x = nn.Sequential(copy.deepcopy(layer)).double(), torch.randn(2, 3, 8, dtype=torch.float64)
+    attached(model, method)
+    exported = torch.export.export(model, (x,), strict=False).module()
+    torch.testing.assert_close(exported(x), model(x))
 
 
 def test_autocast():

@@ -1,13 +1,18 @@
 """Low-rank updates where a fast path once differed from the formula y + s B A x."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize, prune
+from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 import deltakit as dk
 from deltakit.ops.int8_inputs import packed, unpacked
+from deltakit.ops.low_rank import frozen_weight
 from support.models import randomize
 from support.processes import in_a_process
 
@@ -175,3 +180,93 @@ class TestOtherLayers:
             x = torch.randn(tokens, D_IN)
             wanted = F.linear(x, model[0].weight, model[0].bias) + 8 * x @ module.A.T @ module.B.float().T
             torch.testing.assert_close(model(x), wanted)
+
+
+class Squashing(TorchFunctionMode):
+    """Changes the input of a linear layer with this number of features."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.linear and isinstance(args[1], nn.Parameter) and args[1].shape == (D_OUT, D_IN):
+            args = torch.tanh(args[0]), *args[1:]
+        return func(*args, **(kwargs or {}))
+
+
+class TestReplacedCodeOfAllLinearLayers:
+    """Quantizers of activations put code of their own in the place of torch's. The gradient of x goes through it."""
+
+    @pytest.fixture(params=["forward", "F.linear", "mode"])
+    def replaced(self, request, monkeypatch):
+        forward, linear = nn.Linear.forward, F.linear
+        if request.param == "forward":
+            monkeypatch.setattr(nn.Linear, "forward", lambda self, x: forward(self, torch.tanh(x)))
+        elif request.param == "F.linear":
+            monkeypatch.setattr(F, "linear", lambda x, *of: linear(torch.tanh(x) if len(of) > 1 else x, *of))
+        with Squashing() if request.param == "mode" else nullcontext():
+            yield
+
+    @pytest.mark.parametrize("method", [dk.LoRA(r=2, at="0"), dk.LoHa(r=2, at="0")], ids=lambda m: m.name)
+    def test_gradients(self, method, replaced):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(D_IN, D_OUT))
+        delta = randomize(dk.attach(model, method))
+        update = delta.modules["0"][0].weight_updates(model[0])["weight"].detach()
+        x = torch.randn(3, D_IN, requires_grad=True)
+        wanted = torch.tanh(x) @ model[0].weight.T + model[0].bias + x @ update.T
+        found = model(x)
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x) for y in (found, wanted)))
+
+    def test_a_default_device_changes_nothing(self):
+        model, _ = attached()
+        x = torch.randn(3, D_IN, requires_grad=True)
+        with torch.device("cpu"):
+            assert "LowRank" in model(x).grad_fn.name()
+            assert frozen_weight(model[0], x, x) is model[0].weight
+        with Squashing():
+            assert frozen_weight(model[0], x, x) is None
+
+
+def test_what_a_hook_of_the_first_of_two_keeps_is_not_changed():
+    model, _ = attached()
+    randomize(dk.attach(model, dk.LoRA(r=3, at="0"), name="b"))
+    kept = []
+    first = next(model[0].children())
+    first.register_forward_hook(lambda module, args, output: kept.append((output, output.detach().clone())))
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            model(torch.randn(3, D_IN))
+    assert len(kept) == 2
+    assert all(torch.equal(*pair) for pair in kept)
+
+
+@pytest.mark.parametrize("name", ["A", "B"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module, name: prune.l1_unstructured(module, name, 0.5),
+        lambda module, name: parametrize.register_parametrization(module, name, nn.Tanh()),
+    ],
+    ids=["pruned", "parametrized"],
+)
+def test_factors_that_are_computed_from_other_parameters(change, name):
+    model, delta = attached()
+    ((module,),) = delta.modules.values()
+    before = getattr(module, name).detach().clone()
+    change(module, name)
+    x = torch.randn(3, D_IN)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            found = model(x)
+            wanted = F.linear(x, model[0].weight, model[0].bias) + 8 * x @ module.A.T @ module.B.T
+            torch.testing.assert_close(found, wanted)
+    assert not torch.equal(getattr(module, name), before)
+
+
+def test_a_randlora_is_exported_for_any_number_of_tokens():
+    model = nn.Sequential(nn.Linear(8, 8))
+    randomize(dk.attach(model, dk.RandLoRA(r=3, at="0")))
+    sizes = ({0: torch.export.Dim("tokens", min=2, max=500)},)
+    exported = torch.export.export(model, (torch.randn(3, 8),), dynamic_shapes=sizes, strict=False).module()
+    for tokens in (2, 90):
+        x = torch.randn(tokens, 8)
+        torch.testing.assert_close(exported(x), model(x))

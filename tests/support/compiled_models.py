@@ -233,6 +233,22 @@ def compiled_checkpoints():
         torch.testing.assert_close(parameter.grad, grad)
 
 
+def merges():
+    """Raises unless compiled code follows `merge` and `unmerge`, compiled before or after the merge."""
+    x = torch.randn(3, 20, dtype=torch.float64)
+    for name in ("lora", "ia3", "oft", "hra", "loha"):
+        for merged in (False, True):
+            torch.compiler.reset()
+            model = torch.nn.Sequential(torch.nn.Linear(20, 20)).double().requires_grad_(False)
+            delta = randomize(dk.attach(model, method_of(name, at="0")))
+            compiled = torch.compile(model, backend="eager", fullgraph=True)
+            with torch.no_grad():
+                wanted = model(x)
+                for now in (merged, not merged, merged):
+                    (delta.merge if now else delta.unmerge)() if now != delta.merged else None
+                    torch.testing.assert_close(compiled(x), wanted)
+
+
 def swaps():
     """Raises if another delta of the same kind, swapped in, is not what runs, or is compiled anew."""
     from torch._dynamo.utils import counters
