@@ -8,8 +8,19 @@ from torch import nn
 import deltakit as dk
 from support.models import method_of, randomize
 
-METHODS = [name for name, method in dk.METHODS.items() if issubclass(method.kind, dk.LowRank | dk.WeightMap)]
-METHODS.remove("ln_tuning")  # is for norms
+OTHERS = {"lora": {}, "dora": {"dora": True}, "miss": {}, "miss of blocks": {"bat": True}, "said": {}}
+METHODS = {
+    **{
+        name: method_of(name, at="0")
+        for name, method in dk.METHODS.items()
+        if issubclass(method.kind, dk.LowRank | dk.WeightMap) and name != "ln_tuning"
+    },
+    **{
+        case: method_of({"dora": "lora"}.get(case, case.split()[0]), at="0", **options)
+        for case, options in OTHERS.items()
+    },
+}
+"""Those that change linear layers by products with an update of the weight."""
 
 
 def dense_rows():
@@ -34,13 +45,13 @@ INPUTS = {
 @pytest.mark.parametrize("name", METHODS)
 def test_outputs_and_gradients(name, kind, monkeypatch):
     if kind.endswith(("nested", "nested token")):
-        if name == "glora":
-            pytest.skip("torch adds no bias to nested tensors of this layout")
+        if name in ("dora", "glora"):
+            pytest.skip("torch adds no bias to nested tensors of this layout, and subtracts none")
         # They have no `shape` that could be checked.
         monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 20).double().eval())
-    delta = randomize(dk.attach(model, method_of(name, at="0")))
+    delta = randomize(dk.attach(model, METHODS[name]))
     rows = dense_rows()
     x, plain = INPUTS[kind](rows), rows[0][:1] if kind.startswith("one") else torch.cat(rows)
     wanted = model(plain)
