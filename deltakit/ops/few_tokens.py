@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from deltakit.core import NO_OUTPUT, OutputHook, is_exactly_conv1d, is_traced
-from deltakit.ops.low_rank import AFTER_ALL, BEFORE_ALL
+from deltakit.ops.fast_paths import AFTER_ALL, BEFORE_ALL
 
 # The largest number of tokens.
 _FEW = 16
-# Module-level names save attribute lookups. See `low_rank` for the questions.
+# Module-level names save attribute lookups. See `fast_paths` for the questions.
 _graph, _is_tracing = torch.is_grad_enabled, torch._C._is_tracing
 _transforms, _dispatch_modes = torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack
 _float32, _float64, _strided, _Linear = torch.float32, torch.float64, torch.strided, nn.Linear
@@ -82,7 +82,7 @@ def _may_change(hook: FewTokensHook, target: nn.Module, x: Any, y: Any) -> bool:
     """Returns whether y may be changed in place.
 
     It must be the output of a plain linear layer that no other hook has seen, and no mode or transform may be active. These
-    are questions of `low_rank.fresh` and `low_rank.only_plain`, here in one call.
+    are questions of `fast_paths.fresh` and `fast_paths.only_plain`, here in one call.
     """
     own = target.__dict__
     first: Any = None

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from deltakit.core import is_conv1d
 from deltakit.errors import StateError
-from deltakit.ops.low_rank import frozen_weight, is_dense, only_plain
+from deltakit.ops.fast_paths import frozen_weight, is_dense, only_plain
 from deltakit.ops.module_copy import OTHERS, ComputedBy
 
 
@@ -120,7 +120,7 @@ def layer_beside(
     """Returns the layer for `add_linear_with`; None if one autograd node cannot serve the layer and the update.
 
     Args:
-        layer: the layer that computed y from x, if y may be changed in place (see `low_rank.fresh`).
+        layer: the layer that computed y from x, if y may be changed in place (see `fast_paths.fresh`).
         alone: whether y is still exactly its output.
         parameter: one of the parameters that the update is computed from.
     """

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deltakit.core import DeltaModule
 from deltakit.errors import StateError
-from deltakit.ops.low_rank import hooked_everywhere, only_plain
+from deltakit.ops.fast_paths import hooked_everywhere, only_plain
 from deltakit.ops.module_copy import is_hooked
 from deltakit.ops.recompute import Layer
 

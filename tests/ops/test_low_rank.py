@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 import deltakit as dk
 from deltakit.core import FeatureSlice, Target
 from deltakit.ops import low_rank as lowrank
+from deltakit.ops.fast_paths import fresh, frozen_weight
 from support.models import randomize
 
 
@@ -322,10 +323,10 @@ def test_an_output_is_changed_in_place_where_nobody_else_holds_it():
     (second,) = dk.attach(model, dk.LoRA(r=2, at="0"), name="second").modules["0"]
     (third,) = dk.attach(model, dk.Adapter(size=2, at="0"), name="third").modules["0"]
     (fourth,) = dk.attach(model, dk.LoRA(r=2, at="0"), name="fourth").modules["0"]
-    assert lowrank.fresh(module, first) == (module, True)
-    assert lowrank.fresh(module, second) == (module, False)
-    assert lowrank.fresh(module, fourth) == (None, False)
-    assert lowrank.fresh(third, first) == (None, False)
+    assert fresh(module, first) == (module, True)
+    assert fresh(module, second) == (module, False)
+    assert fresh(module, fourth) == (None, False)
+    assert fresh(third, first) == (None, False)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -333,13 +334,13 @@ def test_the_layers_own_gradient_is_taken_too_where_it_is_frozen(bias):
     module = layer("Linear", bias).requires_grad_(False)
     x = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
     y = module(x)
-    assert lowrank.frozen_weight(module, x, y) is module.weight
-    assert lowrank.frozen_weight(None, x, y) is None
-    assert lowrank.frozen_weight(module, x.detach(), y) is None
-    assert lowrank.frozen_weight(module, x.float(), y) is None
+    assert frozen_weight(module, x, y) is module.weight
+    assert frozen_weight(None, x, y) is None
+    assert frozen_weight(module, x.detach(), y) is None
+    assert frozen_weight(module, x.float(), y) is None
     for parameter in module.parameters():
         parameter.requires_grad_()
-        assert lowrank.frozen_weight(module, x, y) is None
+        assert frozen_weight(module, x, y) is None
         parameter.requires_grad_(False)
 
 

@@ -11,8 +11,8 @@ from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 import deltakit as dk
+from deltakit.ops.fast_paths import frozen_weight
 from deltakit.ops.int8_inputs import packed, unpacked
-from deltakit.ops.low_rank import frozen_weight
 from support.models import randomize
 from support.processes import in_a_process
 

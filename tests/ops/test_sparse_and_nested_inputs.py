@@ -8,18 +8,13 @@ from torch import nn
 import deltakit as dk
 from support.models import method_of, randomize
 
-OTHERS = {"lora": {}, "dora": {"dora": True}, "miss": {}, "miss of blocks": {"bat": True}, "said": {}}
 METHODS = {
-    **{
-        name: method_of(name, at="0")
-        for name, method in dk.METHODS.items()
-        if issubclass(method.kind, dk.LowRank | dk.WeightMap) and name != "ln_tuning"
-    },
-    **{
-        case: method_of({"dora": "lora"}.get(case, case.split()[0]), at="0", **options)
-        for case, options in OTHERS.items()
-    },
+    name: method_of(name, at="0")
+    for name, method in dk.METHODS.items()
+    if (issubclass(method.kind, dk.LowRank | dk.WeightMap) and name != "ln_tuning") or name in ("lora", "miss", "said")
 }
+METHODS["dora"] = dk.LoRA(r=4, dora=True, at="0")
+METHODS["miss of blocks"] = dk.MiSS(r=5, bat=True, at="0")
 """Those that change linear layers by products with an update of the weight."""
 
 

@@ -26,8 +26,8 @@ from deltakit.core import (
     whole_text,
 )
 from deltakit.errors import StateError, TargetError, warn
+from deltakit.ops.fast_paths import fresh
 from deltakit.ops.kinds.low_rank import LowRank
-from deltakit.ops.low_rank import fresh
 from deltakit.ops.low_rank_plain import Product
 from deltakit.ops.prompt.layout import inserted_layout
 

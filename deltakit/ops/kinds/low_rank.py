@@ -25,10 +25,11 @@ from deltakit.core import (
     wide,
 )
 from deltakit.errors import StateError
+from deltakit.ops.fast_paths import fresh, hooked_everywhere, is_dense, must_copy
 from deltakit.ops.few_tokens import WHOLE_LAYERS, FewTokensHook
 from deltakit.ops.forwards import has_own_forward
 from deltakit.ops.kinds.output_map import OutputMap
-from deltakit.ops.low_rank import add_low_rank, convolved, fresh, hooked_everywhere, is_dense, must_copy
+from deltakit.ops.low_rank import add_low_rank, convolved
 from deltakit.ops.low_rank_batched import add_per_example, shared_work
 from deltakit.ops.low_rank_plain import Product
 from deltakit.ops.option_checks import check_dropout

@@ -21,9 +21,9 @@ from deltakit.core import (
     wide,
 )
 from deltakit.errors import StateError, TargetError
+from deltakit.ops.fast_paths import own_output
 from deltakit.ops.kinds.low_rank import LowRank
 from deltakit.ops.kinds.maps import on_own_examples
-from deltakit.ops.low_rank import own_output
 
 
 class NormedLowRank(LowRank):

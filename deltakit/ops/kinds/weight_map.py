@@ -24,8 +24,8 @@ from deltakit.core import (
     weight_view,
     wide,
 )
+from deltakit.ops.fast_paths import fresh, is_dense
 from deltakit.ops.kinds.maps import on_own_examples, own_dtype
-from deltakit.ops.low_rank import fresh, is_dense
 from deltakit.ops.module_copy import ComputedBy
 from deltakit.ops.recompute import Layer, add_linear_with, layer_beside, linear_with
 
