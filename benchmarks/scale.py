@@ -88,6 +88,9 @@ def many(count: int, bound: rounds.Bound) -> tuple[rounds.Calls, str]:
                 for name in ("first forward", "second forward"):
                     calls.run(name, case, lambda: model(x), times=k + 1)
         for case, delta in (("last", made[-1]), ("first", made[0])):
+            # The first call after all that was freed before would give the allocator's time to it (malloc_consolidate).
+            delta.detach().attach()
+            gc.collect()
             calls.run("detach", case, delta.detach)
             calls.run("attach again", case, delta.attach)
             if case == "last":

@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import ref
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ class GradLedger:
     inference: str = ""
     """The name of a parameter that was made under `torch.inference_mode`; "" if there is none. Nothing can be trained then."""
 
-    changed: WeakValueDictionary[str, nn.Parameter] = field(default_factory=WeakValueDictionary)
+    changed: dict[str, ref[nn.Parameter]] = field(default_factory=dict)
     """The parameters whose flags differ from the user's, because some may be removed from the backbone meanwhile."""
 
     def __getstate__(self) -> dict[str, Any]:
@@ -36,7 +36,7 @@ class GradLedger:
         return {name: value for name, value in self.__dict__.items() if name != "changed"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, changed=WeakValueDictionary())
+        self.__dict__.update(state, changed={})
 
     def apply(
         self, found: Mapping[str, nn.Parameter], *, train: Collection[int], hold: Collection[int], freeze: bool
@@ -53,27 +53,27 @@ class GradLedger:
         self.inference = next((name for name, parameter in found.items() if parameter.is_inference()), "")
         before = bool(self.ours)
         for name, parameter in found.items():
-            if before and name not in self.ours:
+            now, ours = parameter.requires_grad, self.ours.get(name)
+            if before and ours is None:
                 # `prune`, `parametrize` and `weight_norm` give the frozen parameter another name.
                 former = _COMPUTED.sub(r"\2", name)
                 if former in self.ours and former not in found:
                     self.original[name] = self.original.get(former, self.ours[former])
-            # The flag differs from ours: the user changed it since. From now on that is the value to restore.
-            ours = self.ours.get(name)
-            if ours is not None and ours != parameter.requires_grad:
-                self.original[name] = parameter.requires_grad
+            elif ours is not None and ours != now:
+                # The user changed the flag since we set it. From now on that is the value to restore.
+                self.original[name] = now
             if id(parameter) in train:
                 wanted = True
             elif freeze or id(parameter) in hold:
                 wanted = False
             else:
-                wanted = self.original.get(name, parameter.requires_grad)
-            if wanted != parameter.requires_grad:
+                wanted = self.original.get(name, now)
+            if wanted != now:
                 # The first change records the user's flag. Later changes would record ours.
-                self.original.setdefault(name, parameter.requires_grad)
+                self.original.setdefault(name, now)
                 # Between the next two lines an interruption must not look like a change by the user.
                 self.ours.pop(name, None)
-                self.changed[name] = parameter
+                self.changed[name] = ref(parameter)
                 _set(parameter, wanted)
             self.ours[name] = wanted
 
@@ -84,9 +84,12 @@ class GradLedger:
         """
         names = {id(parameter): name for name, parameter in found.items()} if self.changed else {}
         renamed = {}
-        for name, parameter in list(self.changed.items()):
+        for name, changed in list(self.changed.items()):
+            parameter = changed()
             now = names.get(id(parameter))
-            if now is None:
+            if parameter is None:
+                del self.changed[name]
+            elif now is None:
                 _set(parameter, self.original.get(name, parameter.requires_grad))
                 del self.changed[name]
             elif now != name:
@@ -97,7 +100,7 @@ class GradLedger:
             del self.changed[old]
         for old, (now, parameter) in renamed.items():
             original, ours = flags[old]
-            self.changed[now] = parameter
+            self.changed[now] = ref(parameter)
             if original is not None:
                 self.original[now] = original
             if ours is not None:

@@ -95,8 +95,14 @@ def noted(backbone: nn.Module, word: str, find: Callable[[nn.Module], T]) -> T:
     return found
 
 
+def note_of(backbone: nn.Module, word: str) -> Any:
+    """Returns what `noted` has found already; None if it has not, or outside of a `one_walk` block."""
+    known = _kept(backbone)
+    return None if known is None else known.notes.get(word)
+
+
 def forget_notes() -> None:
-    """Says that a delta module was added to a backbone or removed."""
+    """Says that a delta was removed from a backbone, or may be there only in part."""
     known = _WALK.get()
     if known is not None:
         known.notes.clear()
@@ -144,22 +150,27 @@ def one_walk(backbone: nn.Module) -> Iterator[None]:
         _WALK.reset(token)
 
 
-def own_children(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Returns the names and modules directly inside a module, without deltas."""
-    children = module._modules
+def children_of(module: nn.Module) -> tuple[list[tuple[str, nn.Module]], Mapping[str, DeltaModule]]:
+    """Returns what is directly inside a module: the modules of its own with their names, and the delta modules by name."""
+    children: Any = module._modules
     if held_in(children) is not None:
-        return []
-    return [
+        return [], children
+    own = [
         (name, child) for name, child in children.items() if child is not None and not isinstance(child, DeltaModule)
     ]
+    if len(own) == len(children):
+        return own, {}
+    return own, {name: child for name, child in children.items() if isinstance(child, DeltaModule)}
+
+
+def own_children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Returns the names and modules directly inside a module, without deltas."""
+    return children_of(module)[0]
 
 
 def delta_children(module: nn.Module) -> Mapping[str, DeltaModule]:
     """Returns the delta modules directly inside a module by their names."""
-    children: Any = module._modules
-    if held_in(children) is not None:
-        return children
-    return {name: child for name, child in children.items() if isinstance(child, DeltaModule)}
+    return children_of(module)[1]
 
 
 def is_of(module: nn.Module, of: Sequence[str]) -> bool:

@@ -5,7 +5,7 @@ copy of it. The record has no references to modules. Otherwise a deepcopy of one
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from deltakit.core.held import held_in
 from deltakit.core.method import Method, label_among
 from deltakit.core.normal_tensors import version_of
 from deltakit.core.parts import path_with_part, word_of
-from deltakit.core.paths import delta_children, join, noted, own_modules
+from deltakit.core.paths import delta_children, join, note_of, noted, own_modules
 from deltakit.core.roots import roots_inside
 from deltakit.core.start_samples import Start
 
@@ -138,13 +138,13 @@ class Site(NamedTuple):
         children, record = self.target._modules, self.module.record
         if not children:
             return None
+        usual = key_of(record, self.method, self.module.part) if isinstance(record, Record) else ""
+        if children.get(usual) is self.module:
+            return usual
         held = held_in(children)
         if held is not None and record not in held.records:
             # It is not looked for among the hundreds of delta modules of others.
             return None
-        usual = key_of(record, self.method, self.module.part) if isinstance(record, Record) else ""
-        if children.get(usual) is self.module:
-            return usual
         return next((key for key, child in children.items() if child is self.module), None)
 
 
@@ -217,6 +217,13 @@ def records_in(backbone: nn.Module) -> Mapping[Record, Any]:
     return noted(backbone, "records", _records_in)
 
 
+def note_record(backbone: nn.Module, record: Record) -> None:
+    """Says that a delta gets delta modules in a backbone, so that `records_in` need not look at all modules again."""
+    known = note_of(backbone, "records")
+    if known is not None:
+        known[record] = None
+
+
 def _records_in(backbone: nn.Module) -> Mapping[Record, Any]:
     found: dict[Record, Any] = {}
     for _, target in own_modules(backbone):
@@ -254,6 +261,14 @@ def key_of(record: Record, index: int, part: str = "") -> str:
     # One string for all targets: hooks list the keys of hundreds of deltas, and copying 56 such lists, each of strings of its
     # own, was a quarter of the time to detach one delta.
     return sys.intern(f"{record.name}_{label_of(record, index)}" + (f"_{word_of(part)}" if part else ""))
+
+
+def keys_of(record: Record, sites: Iterable[Site]) -> list[str]:
+    """Returns the name under which the target of each delta module of a delta holds it, or would."""
+    # Nearly always all have the same.
+    known: dict[tuple[int, str], str] = {}
+    places = [(site.method, site.module.part) for site in sites]
+    return [known.get(place) or known.setdefault(place, key_of(record, *place)) for place in places]
 
 
 def _method_index(record: Record, key: str, part: str) -> int:

@@ -14,7 +14,7 @@ from deltakit.core import (
     are_apart,
     attachments_of,
     copy_buffers,
-    key_of,
+    keys_of,
     notice_moved_buffers,
     records_of,
     roots_inside,
@@ -48,8 +48,7 @@ def claim(attachment: Attachment) -> None:
         _refuse_stacking(attachment, attachments_of(attachment.backbone))
     named = replace(record, name=name)
     keys: set[tuple[int, str]] = set()
-    for site in attachment.sites:
-        key = key_of(named, site.method, site.module.part)
+    for site, key in zip(attachment.sites, keys_of(named, attachment.sites), strict=True):
         if (id(site.target), key) in keys:
             raise StateError(
                 f"{site.path}: its delta module would be named {key!r}, as that of another parameter of the same module; "

@@ -16,7 +16,9 @@ from deltakit.core import (
     RunningCall,
     Site,
     drop_interrupted_calls,
-    key_of,
+    forget_notes,
+    keys_of,
+    note_record,
     notice_moved_buffers,
     records_of,
     shapes_of,
@@ -44,14 +46,15 @@ def put_all(attachment: Attachment) -> None:
     backbone, record = attachment.backbone, attachment.record
     try:
         change_begins(backbone, RunningCall(sys._getframe()))
-        for site in attachment.sites:
+        # Ahead of the change: an interruption behind it leaves one too many, which is leaving, and not one too few.
+        note_record(backbone, record)
+        for site, key in zip(attachment.sites, keys_of(record, attachment.sites), strict=True):
             if site.module.record is not record:
                 site.module.record = record
             if site.module.first_sizes is None:
                 site.module.first_sizes = FirstSizes(shapes_of(site.module), logical_sizes(site.target))
             else:
                 _follow(site)
-            key = key_of(record, site.method, site.module.part)
             attachment.scopes[site.module] = put(backbone, site.target, key, site.module)
         for scope in dict.fromkeys(scope for scopes in attachment.scopes.values() for scope in scopes):
             sort_patches(scope)
@@ -123,7 +126,7 @@ def take_all(attachment: Attachment) -> None:
     refresh_gradients(backbone, record.grad_ledger)
     forget_first_forward(attachment)
     drop_interrupted_calls()
-    keys = {site.module: key_of(record, site.method, site.module.part) for site in attachment.sites}
+    keys = dict(zip((site.module for site in attachment.sites), keys_of(record, attachment.sites), strict=True))
     patched = [module for module in keys if module.weight_read is not None]
     for scope in dict.fromkeys(
         scope for module in patched for scope in attachment.scopes.get(module) or scopes_of(backbone, module)
@@ -139,5 +142,6 @@ def take_all(attachment: Attachment) -> None:
         widen_state_dict(backbone, record)
         record.narrowed = False
     take(first.target, keys[first.module], first.module)
+    forget_notes()
     attachment.scopes.clear()
     record.leaving = False

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from deltakit.core import (
     OutputHook,
     Record,
     RunningCall,
+    children_of,
     delta_children,
     held_in,
     join,
-    own_children,
     parent_of,
     records_at,
     records_in,
@@ -34,6 +35,7 @@ from deltakit.injection.training_guard import TrainingGuard
 from deltakit.injection.weight_patch import PatchHook
 
 _NESTED = "_deltakit_nested"
+_READS_CALL = attrgetter("reads_call")
 
 
 class InputGradients:
@@ -135,7 +137,8 @@ def _holdings(backbone: nn.Module, found: _Found, known: Collection[Record]) -> 
         for record in new:
             if record in records:
                 holdings[record][path] = module
-    for record, held in holdings.items():
+    for record in [record for record in holdings if record.backbone_values or record.trained_values]:
+        held = holdings[record]
         for owner in dict.fromkeys(map(parent_of, record.fully_trained)):
             holder: nn.Module | None = backbone
             for name in owner.split(".") if owner else ():
@@ -156,16 +159,19 @@ def _watch_inside(module: nn.Module, path: str, known: dict[int, bool], all_foun
     if id(module) in known:
         return known[id(module)]
     known[id(module)] = found = False
-    # Nearly all modules have no hooks, and half of them no modules in them.
     hooked = bool(module._forward_hooks or module._forward_pre_hooks)
-    if module._modules:
+    own, deltas = children_of(module) if module._modules else ([], {})
+    if deltas:
         found = _watch_target(module, path, all_found)
-        for name, child in own_children(module):
-            if _watch_inside(child, join(path, name), known, all_found):
-                all_found.ways.append((module, name))
-                found = True
     elif hooked:
         _remove_copies(module)
+    for name, child in own:
+        if not (child._modules or child._forward_hooks or child._forward_pre_hooks):
+            # Most modules have no modules and no hooks: without a call for each of them.
+            known[id(child)] = False
+        elif _watch_inside(child, join(path, name), known, all_found):
+            all_found.ways.append((module, name))
+            found = True
     known[id(module)] = found
     if hooked and not found:
         forget_rows(module)
@@ -187,7 +193,7 @@ def _watch_target(module: nn.Module, path: str, all_found: _Found) -> bool:
     records = _without(records, all_found.elsewhere)
     if records:
         all_found.targets.append((path, module, records))
-        all_found.reads_call |= _reads_call(module)
+        all_found.reads_call = all_found.reads_call or _reads_call(module)
     return found
 
 
@@ -200,16 +206,21 @@ def _without(records: Mapping[Record, Any], others: Collection[Record]) -> Mappi
 def _remove_copies(module: nn.Module) -> None:
     """Removes hooks of delta modules from a module that has none: torch's quantizers copy hooks to the layers they make."""
     if module._forward_hooks or module._forward_pre_hooks:
-        unhook(module, ours(module, (InputHook, OutputHook)))
-        patches = ours(module, PatchHook)
-        unhook(module, [hook for hook in patches if hook.holder_in(module) is module and hook.delta(module) is None])
+        found = ours(module, (InputHook, OutputHook, PatchHook))
+        copies = [hook for hook in found if not isinstance(hook, PatchHook) or _is_copy(module, hook)]
+        if copies:
+            unhook(module, copies)
+
+
+def _is_copy(module: nn.Module, hook: PatchHook) -> bool:
+    return hook.holder_in(module) is module and hook.delta(module) is None
 
 
 def _reads_call(target: nn.Module) -> bool:
     # By class first, because a target may have hundreds of delta modules.
     held = held_in(target._modules)
     kinds: Any = held.kinds if held is not None else set(map(type, delta_children(target).values()))
-    if not any(kind.reads_call for kind in kinds):
+    if not any(map(_READS_CALL, kinds)):
         return False
     deltas: Any = delta_children(target).values()
     return any(delta.reads_call and delta.record is not None and not delta.record.leaving for delta in deltas)

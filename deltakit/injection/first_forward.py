@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from deltakit.core import Attachment, DeltaModule, InputHook, OutputHook, Record, own_modules, parent_of
+from deltakit.core import Attachment, DeltaModule, InputHook, OutputHook, Record, keys_of, own_modules, parent_of
 from deltakit.errors import StateError, TargetError, warn
 from deltakit.injection.hooks import scopes_of
 from deltakit.injection.ran_modules import Ran, caller_of, release
@@ -146,8 +146,8 @@ class FirstForward:
         # Once for all targets in one module.
         around = cache(lambda parent: self._around(attachment, parent))
         watched = [
-            Watched(paths[id(module)], module, str(site.key), site.module, around(parent_of(paths[id(module)])))
-            for site in attachment.sites
+            Watched(paths[id(module)], module, key, site.module, around(parent_of(paths[id(module)])))
+            for site, key in zip(attachment.sites, keys_of(record, attachment.sites), strict=True)
             if site.module.must_be_called
             for module in ([site.target] if site.module.weight_read is None else scopes_of(backbone, site.module))
             if id(module) in paths

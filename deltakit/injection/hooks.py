@@ -15,7 +15,6 @@ from deltakit.core import (
     OutputHook,
     add_held,
     delta_children,
-    forget_notes,
     held_in,
     module_at,
     remove_held,
@@ -36,8 +35,6 @@ def put(backbone: nn.Module, target: nn.Module, key: str, delta: DeltaModule) ->
     """
     if delta.training is not target.training:
         delta.train(target.training)
-    # Ahead of the change: an interruption behind it leaves none of before.
-    forget_notes()
     add_held(target, key, delta)
     read = delta.weight_read
     if read is None:
@@ -80,7 +77,6 @@ def take(target: nn.Module, key: str, delta: DeltaModule) -> None:
     if delta.weight_read is None:
         _hook_target(target, removed=key if there else "")
     if there:
-        forget_notes()
         remove_held(target, key)
 
 
@@ -100,6 +96,9 @@ class Keys(NamedTuple):
     always: bool
 
 
+_NO_KEYS = Keys((), (), always=False)
+
+
 def _hook_target(target: nn.Module, *, added: str = "", removed: str = "") -> None:
     """Makes the hooks of a target call all its delta modules, in the order in which the deltas were first attached.
 
@@ -110,11 +109,13 @@ def _hook_target(target: nn.Module, *, added: str = "", removed: str = "") -> No
         added: the name of a delta module that has just been added.
         removed: the name of a delta module that is about to be removed.
     """
-    hooks = ours(target, (InputHook, OutputHook))
-    calls = next((hook.calls for hook in hooks if isinstance(hook, ContextInputHook)), [])
+    # Nearly all targets have no hooks before their first delta.
+    hooked = target._forward_hooks or target._forward_pre_hooks
+    hooks = ours(target, (InputHook, OutputHook)) if hooked else []
+    calls = next((hook.calls for hook in hooks if isinstance(hook, ContextInputHook)), []) if hooks else []
     clean_up(target, calls)
     keys = _changed_keys(target, hooks, added, removed) or _all_keys(target, without=removed)
-    if _renamed(target, hooks, keys):
+    if hooks and (keys.before or keys.after) and _renamed(target, hooks, keys):
         return
     unhook(target, hooks)
     if keys.before:
@@ -186,15 +187,17 @@ def _changed_keys(target: nn.Module, hooks: Sequence[Any], added: str, removed: 
     Then all delta modules at the target are looked at: after an interruption, beside weight patches, or with context hooks,
     of which one less may need no cleaning up.
     """
-    if _clean_up(hooks) or bool(added) == bool(removed):
+    if bool(added) == bool(removed):
         return None
     children: Any = target._modules
     if len(children) == 1 and not (added and hooks):
         # Nearly always: the first delta module of a target, or the only one.
-        kind = type(children[added or removed])
         if removed:
-            return Keys((), (), always=False)
+            return _NO_KEYS
+        kind = type(children[added])
         return Keys((added,) if kind.acts_before() else (), (added,) if kind.acts_after() else (), kind.cleans_up())
+    if _clean_up(hooks):
+        return None
     before = next((hook.delta_keys for hook in hooks if isinstance(hook, InputHook)), ())
     after = next((hook.delta_keys for hook in hooks if isinstance(hook, OutputHook)), ())
     there = len({*before, *after} if before and after else before or after) + bool(added)

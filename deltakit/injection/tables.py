@@ -11,16 +11,20 @@ from torch import nn
 
 from deltakit.core import own_modules
 
-# Each table of hooks, and the tables that say how its hooks are called.
-_TABLES = {
-    "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
-    "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    "_load_state_dict_pre_hooks": (),
-    "_load_state_dict_post_hooks": (),
-    "_state_dict_hooks": (),
-    "_state_dict_pre_hooks": (),
+_TABLES = (
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+)
+# The tables that say how the hooks of another table are called.
+_HOW = {
+    "_forward_pre_hooks_with_kwargs": "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs": "_forward_hooks",
+    "_forward_hooks_always_called": "_forward_hooks",
 }
-_HOW = tuple(name for others in _TABLES.values() for name in others)
 
 
 # Tables are copied before they are read: another thread may change them.
@@ -46,18 +50,14 @@ def ids_of_modules(backbone: nn.Module) -> set[int] | None:
 def unhook(module: nn.Module, hooks: Iterable[Any]) -> None:
     """Removes hooks from a module. It can be repeated after an interruption."""
     own, removed = module.__dict__, {id(hook) for hook in hooks}
-    if not removed and not any(map(own.__getitem__, _HOW)):
-        return
-    for name, others in _TABLES.items():
-        table = own[name]
-        if table and removed:
-            for number in [number for number, hook in list(table.items()) if id(_object_of(hook)) in removed]:
-                table.pop(number, None)
-        for about in others:
-            # Also what an interruption left of hooks that are gone.
-            if own[about]:
-                for number in {*own[about]} - {*table}:
-                    own[about].pop(number, None)
+    for table in [own[name] for name in _TABLES if own[name]] if removed else ():
+        for number in [number for number, hook in list(table.items()) if id(_object_of(hook)) in removed]:
+            table.pop(number, None)
+    for about, name in _HOW.items():
+        # Also what an interruption left of hooks that are gone.
+        if own[about]:
+            for number in {*own[about]} - {*own[name]}:
+                own[about].pop(number, None)
 
 
 def stand(kind: type[Any], module: nn.Module, register: Callable[[Any], Any], *, wanted: bool) -> None:

@@ -32,7 +32,7 @@ def test_a_walk_that_was_left_behind_is_not_used():
         assert [path for path, _ in own_modules(backbone)] == ["", "one", "two"]
 
 
-def test_what_is_noted_of_a_walk_is_forgotten_with_each_change():
+def test_what_is_noted_of_a_walk_follows_each_change():
     backbone, finds = nn.Sequential(nn.Linear(2, 2)), []
 
     def find(module):
@@ -46,9 +46,14 @@ def test_what_is_noted_of_a_walk_is_forgotten_with_each_change():
         assert noted(backbone[0], "finds", find) == 4
         assert not records_in(backbone)
         delta = dk.attach(backbone, dk.BitFit(at="0"))
-        assert [record.name for record in records_in(backbone)] == [delta.name]
-        assert noted(backbone, "finds", find) == 5
+        second = dk.attach(backbone, dk.BitFit(at="0"), name="second")
+        assert [record.name for record in records_in(backbone)] == [delta.name, second.name]
+        # The records are known without another look. With a delta that goes, all is forgotten.
+        assert noted(backbone, "finds", find) == 3
         delta.detach()
+        assert [record.name for record in records_in(backbone)] == [second.name]
+        assert noted(backbone, "finds", find) == 5
+        second.detach()
         assert not records_in(backbone)
 
 
