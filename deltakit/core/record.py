@@ -5,7 +5,7 @@ copy of it. The record has no references to modules. Otherwise a deepcopy of one
 """
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -263,12 +263,12 @@ def key_of(record: Record, index: int, part: str = "") -> str:
     return sys.intern(f"{record.name}_{label_of(record, index)}" + (f"_{word_of(part)}" if part else ""))
 
 
-def keys_of(record: Record, sites: Iterable[Site]) -> list[str]:
-    """Returns the name under which the target of each delta module of a delta holds it, or would."""
-    # Nearly always all have the same.
-    known: dict[tuple[int, str], str] = {}
+def keyed(record: Record, sites: Sequence[Site]) -> list[tuple[Site, str]]:
+    """Returns the sites of a delta, each with the name under which its target holds the delta module, or would."""
+    # Made once for all targets: nearly always they have the same.
     places = [(site.method, site.module.part) for site in sites]
-    return [known.get(place) or known.setdefault(place, key_of(record, *place)) for place in places]
+    keys = {place: key_of(record, *place) for place in dict.fromkeys(places)}
+    return [(site, keys[place]) for site, place in zip(sites, places, strict=True)]
 
 
 def _method_index(record: Record, key: str, part: str) -> int:

@@ -14,7 +14,7 @@ from deltakit.core import (
     are_apart,
     attachments_of,
     copy_buffers,
-    keys_of,
+    keyed,
     notice_moved_buffers,
     records_of,
     roots_inside,
@@ -48,7 +48,7 @@ def claim(attachment: Attachment) -> None:
         _refuse_stacking(attachment, attachments_of(attachment.backbone))
     named = replace(record, name=name)
     keys: set[tuple[int, str]] = set()
-    for site, key in zip(attachment.sites, keys_of(named, attachment.sites), strict=True):
+    for site, key in keyed(named, attachment.sites):
         if (id(site.target), key) in keys:
             raise StateError(
                 f"{site.path}: its delta module would be named {key!r}, as that of another parameter of the same module; "

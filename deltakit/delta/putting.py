@@ -17,7 +17,7 @@ from deltakit.core import (
     Site,
     drop_interrupted_calls,
     forget_notes,
-    keys_of,
+    keyed,
     note_record,
     notice_moved_buffers,
     records_of,
@@ -48,7 +48,7 @@ def put_all(attachment: Attachment) -> None:
         change_begins(backbone, RunningCall(sys._getframe()))
         # Ahead of the change: an interruption behind it leaves one too many, which is leaving, and not one too few.
         note_record(backbone, record)
-        for site, key in zip(attachment.sites, keys_of(record, attachment.sites), strict=True):
+        for site, key in keyed(record, attachment.sites):
             if site.module.record is not record:
                 site.module.record = record
             if site.module.first_sizes is None:
@@ -126,7 +126,7 @@ def take_all(attachment: Attachment) -> None:
     refresh_gradients(backbone, record.grad_ledger)
     forget_first_forward(attachment)
     drop_interrupted_calls()
-    keys = dict(zip((site.module for site in attachment.sites), keys_of(record, attachment.sites), strict=True))
+    keys = {site.module: key for site, key in keyed(record, attachment.sites)}
     patched = [module for module in keys if module.weight_read is not None]
     for scope in dict.fromkeys(
         scope for module in patched for scope in attachment.scopes.get(module) or scopes_of(backbone, module)

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -35,7 +34,6 @@ from deltakit.injection.training_guard import TrainingGuard
 from deltakit.injection.weight_patch import PatchHook
 
 _NESTED = "_deltakit_nested"
-_READS_CALL = attrgetter("reads_call")
 
 
 class InputGradients:
@@ -137,8 +135,7 @@ def _holdings(backbone: nn.Module, found: _Found, known: Collection[Record]) -> 
         for record in new:
             if record in records:
                 holdings[record][path] = module
-    for record in [record for record in holdings if record.backbone_values or record.trained_values]:
-        held = holdings[record]
+    for record, held in holdings.items():
         for owner in dict.fromkeys(map(parent_of, record.fully_trained)):
             holder: nn.Module | None = backbone
             for name in owner.split(".") if owner else ():
@@ -193,7 +190,7 @@ def _watch_target(module: nn.Module, path: str, all_found: _Found) -> bool:
     records = _without(records, all_found.elsewhere)
     if records:
         all_found.targets.append((path, module, records))
-        all_found.reads_call = all_found.reads_call or _reads_call(module)
+        all_found.reads_call |= _reads_call(module)
     return found
 
 
@@ -205,11 +202,8 @@ def _without(records: Mapping[Record, Any], others: Collection[Record]) -> Mappi
 
 def _remove_copies(module: nn.Module) -> None:
     """Removes hooks of delta modules from a module that has none: torch's quantizers copy hooks to the layers they make."""
-    if module._forward_hooks or module._forward_pre_hooks:
-        found = ours(module, (InputHook, OutputHook, PatchHook))
-        copies = [hook for hook in found if not isinstance(hook, PatchHook) or _is_copy(module, hook)]
-        if copies:
-            unhook(module, copies)
+    found = ours(module, (InputHook, OutputHook, PatchHook))
+    unhook(module, [hook for hook in found if not isinstance(hook, PatchHook) or _is_copy(module, hook)])
 
 
 def _is_copy(module: nn.Module, hook: PatchHook) -> bool:
@@ -220,7 +214,7 @@ def _reads_call(target: nn.Module) -> bool:
     # By class first, because a target may have hundreds of delta modules.
     held = held_in(target._modules)
     kinds: Any = held.kinds if held is not None else set(map(type, delta_children(target).values()))
-    if not any(map(_READS_CALL, kinds)):
+    if not any(kind.reads_call for kind in kinds):
         return False
     deltas: Any = delta_children(target).values()
     return any(delta.reads_call and delta.record is not None and not delta.record.leaving for delta in deltas)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from deltakit.core import Attachment, DeltaModule, InputHook, OutputHook, Record, keys_of, own_modules, parent_of
+from deltakit.core import Attachment, DeltaModule, InputHook, OutputHook, Record, keyed, own_modules, parent_of
 from deltakit.errors import StateError, TargetError, warn
 from deltakit.injection.hooks import scopes_of
 from deltakit.injection.ran_modules import Ran, caller_of, release
@@ -147,7 +147,7 @@ class FirstForward:
         around = cache(lambda parent: self._around(attachment, parent))
         watched = [
             Watched(paths[id(module)], module, key, site.module, around(parent_of(paths[id(module)])))
-            for site, key in zip(attachment.sites, keys_of(record, attachment.sites), strict=True)
+            for site, key in keyed(record, attachment.sites)
             if site.module.must_be_called
             for module in ([site.target] if site.module.weight_read is None else scopes_of(backbone, site.module))
             if id(module) in paths

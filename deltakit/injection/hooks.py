@@ -96,9 +96,6 @@ class Keys(NamedTuple):
     always: bool
 
 
-_NO_KEYS = Keys((), (), always=False)
-
-
 def _hook_target(target: nn.Module, *, added: str = "", removed: str = "") -> None:
     """Makes the hooks of a target call all its delta modules, in the order in which the deltas were first attached.
 
@@ -109,13 +106,11 @@ def _hook_target(target: nn.Module, *, added: str = "", removed: str = "") -> No
         added: the name of a delta module that has just been added.
         removed: the name of a delta module that is about to be removed.
     """
-    # Nearly all targets have no hooks before their first delta.
-    hooked = target._forward_hooks or target._forward_pre_hooks
-    hooks = ours(target, (InputHook, OutputHook)) if hooked else []
-    calls = next((hook.calls for hook in hooks if isinstance(hook, ContextInputHook)), []) if hooks else []
+    hooks = ours(target, (InputHook, OutputHook))
+    calls = next((hook.calls for hook in hooks if isinstance(hook, ContextInputHook)), [])
     clean_up(target, calls)
     keys = _changed_keys(target, hooks, added, removed) or _all_keys(target, without=removed)
-    if hooks and (keys.before or keys.after) and _renamed(target, hooks, keys):
+    if _renamed(target, hooks, keys):
         return
     unhook(target, hooks)
     if keys.before:
@@ -139,6 +134,9 @@ def _renamed(target: nn.Module, hooks: Sequence[Any], keys: Keys) -> bool:
     comes or goes, another hook stands before ours, they are context hooks, or an interruption left one hook of two or one that
     was registered in part. Tables that share a hook object must be those of one target, as a replica's and its target's are.
     """
+    if not hooks or not (keys.before or keys.after):
+        # Nearly always: the first delta module of a target comes, or the only one goes.
+        return False
     sides: tuple[tuple[Any, Any, type[Any], tuple[str, ...]], ...] = (
         (target._forward_pre_hooks, target._forward_pre_hooks_with_kwargs, InputHook, keys.before),
         (target._forward_hooks, target._forward_hooks_with_kwargs, _output_hook(target, keys), keys.after),
@@ -149,7 +147,7 @@ def _renamed(target: nn.Module, hooks: Sequence[Any], keys: Keys) -> bool:
         if (first in hooks and number in with_kwargs) != bool(names):
             return False
         standing += [(first, kind, names)] if names else []
-    if keys.always or _clean_up(hooks) or len(standing) != len(hooks) or not standing:
+    if keys.always or _clean_up(hooks) or len(standing) != len(hooks):
         return False
     for hook, kind, names in standing:
         hook.delta_keys = names
@@ -193,7 +191,7 @@ def _changed_keys(target: nn.Module, hooks: Sequence[Any], added: str, removed: 
     if len(children) == 1 and not (added and hooks):
         # Nearly always: the first delta module of a target, or the only one.
         if removed:
-            return _NO_KEYS
+            return Keys((), (), always=False)
         kind = type(children[added])
         return Keys((added,) if kind.acts_before() else (), (added,) if kind.acts_after() else (), kind.cleans_up())
     if _clean_up(hooks):

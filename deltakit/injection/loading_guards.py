@@ -164,8 +164,10 @@ def refuse_loading(backbone: nn.Module, records: Iterable[Record], removed: Iter
     known = dict.fromkeys(records)
     replaced = {record: _replaced(record) for record in known}
     tied = _other_names(backbone, {name for own in replaced.values() for name in own})
-    for record, own in [(record, own) for record, own in replaced.items() if own or record.buffer_ledger.own]:
+    for record, own in replaced.items():
         ledger = record.buffer_ledger
+        if not (own or ledger.own):
+            continue
         others = [other for other, name in tied.items() if name in own]
         names = (*own, *others, *ledger.own.keys() - ledger.unsaved)
         for path in dict.fromkeys(path for owner in dict.fromkeys(map(parent_of, names)) for path in above(owner)):

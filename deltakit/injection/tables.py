@@ -5,13 +5,15 @@ its handle would leave a hook that nobody can remove.
 """
 
 from collections.abc import Callable, Iterable
+from operator import itemgetter
 from typing import Any
 
 from torch import nn
 
 from deltakit.core import own_modules
 
-_TABLES = (
+# In one call of C code: all modules are asked for their tables at each attach.
+_tables_in = itemgetter(
     "_forward_pre_hooks",
     "_forward_hooks",
     "_load_state_dict_pre_hooks",
@@ -30,9 +32,8 @@ _HOW = {
 # Tables are copied before they are read: another thread may change them.
 def ours(module: nn.Module, kind: type[Any] | tuple[type[Any], ...]) -> list[Any]:
     """Returns the hooks of some of our classes on a module, each once: hooks, or the objects whose methods are hooks."""
-    own = module.__dict__
-    # Nearly all tables are empty, and all modules are asked at each attach.
-    found = [_object_of(hook) for name in _TABLES if own[name] for hook in list(own[name].values())]
+    # Nearly all tables are empty.
+    found = [_object_of(hook) for table in _tables_in(module.__dict__) if table for hook in list(table.values())]
     if not found:
         return []
     return list(dict.fromkeys(hook for hook in found if isinstance(hook, kind)))
@@ -50,7 +51,7 @@ def ids_of_modules(backbone: nn.Module) -> set[int] | None:
 def unhook(module: nn.Module, hooks: Iterable[Any]) -> None:
     """Removes hooks from a module. It can be repeated after an interruption."""
     own, removed = module.__dict__, {id(hook) for hook in hooks}
-    for table in [own[name] for name in _TABLES if own[name]] if removed else ():
+    for table in filter(None, _tables_in(own)) if removed else ():
         for number in [number for number, hook in list(table.items()) if id(_object_of(hook)) in removed]:
             table.pop(number, None)
     for about, name in _HOW.items():
