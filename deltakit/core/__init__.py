@@ -47,7 +47,8 @@ from deltakit.core.logical import (
     named_logical_parameters,
     num_parameters,
 )
-from deltakit.core.method import METHODS, BackboneView, Method, Selector, label_among
+from deltakit.core.method import METHODS, BackboneView, Method, Selector
+from deltakit.core.method_registry import label_among
 from deltakit.core.mixed_batch import MixedBatch
 from deltakit.core.normal_tensors import normal_tensors, version_of
 from deltakit.core.outline import notebook_bundle

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deltakit.core.attached_module import TRAINING, AttachedModule
 from deltakit.core.design import Design
+from deltakit.core.target import Target
 from deltakit.errors import TargetError
 
 
@@ -48,6 +49,13 @@ class DeltaModule(AttachedModule):
         raise TargetError(
             f"{self.word()} is not linear in its parameters, so it has no weighted sums; run the deltas one by one"
         )
+
+    def set_start_values(self, target: Target) -> None:
+        """Sets all its parameters to their start values, if they are wanted (`wants_start_values`), as building it does.
+
+        Only classes that a method lists in `Method.copied` need it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not override set_start_values()")
 
     def start_at(self, directions: Tensor) -> None:
         """Sets its start values to those that read these directions of the input, and change nothing (`attach_from_data`).

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from deltakit.core.alike import built_at
 from deltakit.core.arguments import Door, checked
 from deltakit.core.delta_module import DeltaModule
 from deltakit.core.design import Design
@@ -101,6 +102,10 @@ class Method(metaclass=MethodType):
 
     kind: ClassVar[type[DeltaModule]] = DeltaModule
     """The class of its delta modules. A method with several classes overrides `kind_at`."""
+
+    copied: ClassVar[Sequence[type[DeltaModule]]] = ()
+    """The classes of delta modules that differ between linear layers of one size in nothing but their values. Of these one is
+    built for each size, and the others are copies with `DeltaModule.set_start_values`. Not inherited."""
 
     identity: ClassVar[bool] = True
     """Whether the outputs stay bit-exact while a delta is attached and untrained."""
@@ -199,7 +204,8 @@ class Method(metaclass=MethodType):
             OptionError: if an option does not fit a target.
         """
         shared = self.build_shared(index, targets)
-        built = {target.path: self.build_at(target) for target in targets}
+        # Looked up in the class itself: a subclass may build something else at each target.
+        built = built_at(targets, self.build_at, vars(type(self)).get("copied", ()))
         if shared is not None:
             for number, module in enumerate(built.values()):
                 module.share(shared, holds=number == 0)
@@ -288,13 +294,3 @@ class Method(metaclass=MethodType):
                 f"method {name!r} has no option {', '.join(unknown)}: a newer deltakit wrote this; upgrade deltakit"
             )
         return kind(**options)
-
-
-def label_among(names: Sequence[str], index: int) -> str:
-    """Returns the name of one of several methods, numbered from the second one of the same name on.
-
-    >>> label_among(["lora", "adapter", "lora"], 2)
-    'lora_2'
-    """
-    earlier = names[:index].count(names[index])
-    return f"{names[index]}_{earlier + 1}" if earlier else names[index]

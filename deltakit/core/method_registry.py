@@ -1,6 +1,6 @@
 """The registry of methods, which finds those of deltakit when somebody looks into it."""
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pkgutil import iter_modules
@@ -66,3 +66,13 @@ class Registry(MutableMapping[str, _Kind]):
 
 def _is_ours(kind: object) -> bool:
     return kind.__module__.startswith(f"{_PACKAGE}.")
+
+
+def label_among(names: Sequence[str], index: int) -> str:
+    """Returns the name of one of several methods, numbered from the second one of the same name on.
+
+    >>> label_among(["lora", "adapter", "lora"], 2)
+    'lora_2'
+    """
+    earlier = names[:index].count(names[index])
+    return f"{names[index]}_{earlier + 1}" if earlier else names[index]

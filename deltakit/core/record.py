@@ -18,7 +18,8 @@ from deltakit.core.delta_module import DeltaModule
 from deltakit.core.extras import Extra
 from deltakit.core.grad_ledger import GradLedger
 from deltakit.core.held import held_in
-from deltakit.core.method import Method, label_among
+from deltakit.core.method import Method
+from deltakit.core.method_registry import label_among
 from deltakit.core.normal_tensors import version_of
 from deltakit.core.parts import path_with_part, word_of
 from deltakit.core.paths import delta_children, join, note_of, noted, own_modules

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from deltakit.delta.loading import unfilled
+from deltakit.delta.planning import original
 from deltakit.delta.saving import write
 from deltakit.files import Written, check_tensors, read_saved
 
@@ -24,6 +25,7 @@ def convert(place: Path, target: str | PathLike[str], backbone: nn.Module, *, to
         CheckpointError: if the delta cannot be read, does not fit the backbone, or does not exist in that format.
         BackboneMismatch: if the backbone differs from the one that the delta was trained on.
     """
+    backbone = original(backbone)
     saved = read_saved(place, backbone, where)
     delta, tensors = unfilled(saved, backbone, where, advice="name that one as the model (--model)")
     check_tensors(tensors, delta.state_dict(), own=delta._record.fully_trained, where=where)

@@ -104,13 +104,13 @@ def unfilled(
     """Returns a delta with the methods and targets of a saved one, not attached and without its values; and these values.
 
     Args:
+        backbone: the user's own model (`original`).
         where: the folder or repository, for error messages.
         advice: what to do if the backbone is another one.
 
     Raises:
         DeltaError: as `load` does.
     """
-    backbone = original(backbone)
     index = BackboneIndex(backbone)
     saved = placed(index, saved, where)
     own = dict(tensors_of(backbone))

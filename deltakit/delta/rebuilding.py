@@ -30,6 +30,7 @@ _NEW: frozenset[Callable[..., Any]] = frozenset(
     getattr(place, name)
     for place, names in (
         (torch, "empty empty_strided zeros ones full rand randn randint randperm arange linspace eye"),
+        (torch, "empty_like zeros_like ones_like full_like rand_like randn_like randint_like"),
         (Tensor, "new_empty new_zeros new_ones new_full"),
     )
     for name in names.split()

@@ -128,13 +128,13 @@ def _places(name: str, count: int) -> list[int]:
 
 
 def _sample(name: str, parameter: Tensor) -> list[float]:
-    flat: Any = parameter.detach().reshape(-1)
-    places = _places(name, flat.numel())
-    if flat.device.type == "cpu" and flat.dtype in _WITHIN_FLOAT32:
-        # Value by value takes half of the time, and of that numpy takes a third.
-        flat = flat.numpy() if flat.dtype in _OF_NUMPY else flat
-        return [flat[place].item() for place in places]
-    return [float(value) for value in flat[places].float().tolist()]
+    values: Any = parameter.detach()
+    places = _places(name, values.numel())
+    if values.device.type == "cpu" and values.dtype in _WITHIN_FLOAT32:
+        # Value by value takes half of the time, and of that numpy takes a sixth.
+        found = values.numpy() if values.dtype in _OF_NUMPY else values.reshape(-1)
+        return [found.item(place) if values.dtype in _OF_NUMPY else found[place].item() for place in places]
+    return [float(value) for value in values.reshape(-1)[places].float().tolist()]
 
 
 def _finite(samples: Mapping[str, list[float] | None]) -> dict[str, list[float]]:

@@ -82,7 +82,10 @@ def _tensors(file: Path, opened: Any, values: bool) -> dict[str, Tensor]:
     with file.open("rb") as handle:
         mapped = mmap(handle.fileno(), 0, access=ACCESS_COPY)
     begin = 8 + int.from_bytes(mapped[:8], "little")
-    header: Mapping[str, Any] = json.loads(mapped[8:begin])
+    header: dict[str, Any] = json.loads(mapped[8:begin])
+    header.pop("__metadata__", None)
+    if values and (parts := _parts_of_one(mapped, begin, header)):
+        return parts
     found = {}
     for name in opened.keys():  # noqa: SIM118
         entry = header[name]
@@ -97,3 +100,27 @@ def _tensors(file: Path, opened: Any, values: bool) -> dict[str, Tensor]:
         else:
             found[name] = torch.empty(entry["shape"], dtype=dtype, device="cpu" if values else "meta")
     return found
+
+
+def _parts_of_one(mapped: mmap, begin: int, header: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns the tensors of a file as parts of one tensor, which takes half of the time; {} if they have several types.
+
+    safetensors has checked that they lie one behind the other and fill the file, each with the bytes that its shape needs.
+
+    Args:
+        begin: where the first of them begins.
+        header: the type, shape and place of each.
+    """
+    dtype = _DTYPES.get(next(iter(header.values()))["dtype"]) if header else None
+    if (
+        dtype is None
+        or begin % dtype.itemsize
+        or begin == len(mapped)
+        or len({one["dtype"] for one in header.values()}) > 1
+    ):
+        return {}
+    in_order = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    counts = [(end - start) // dtype.itemsize for start, end in (entry["data_offsets"] for _, entry in in_order)]
+    parts = torch.frombuffer(mapped, dtype=dtype, offset=begin).split(counts)
+    found = {name: part.view(entry["shape"]) for (name, entry), part in zip(in_order, parts, strict=True)}
+    return {name: found[name] for name in header}

@@ -4,14 +4,10 @@ The default targets are the query and value projections (section 4.2 and the aut
 a = sqrt(5) as in the authors' code; the paper says Gaussian. The rank-stabilised scaling alpha / sqrt(r) is from
 Kalajdzievski 2023, https://arxiv.org/abs/2312.03732.
 
-DoRA: W' = m (W + s B A) / ||W + s B A||, with one norm per row.  Liu et al. 2024, https://arxiv.org/abs/2402.09353, section 4.
-
-aLoRA acts on the tokens from an invocation sequence on.  Greenewald et al. 2025, https://arxiv.org/abs/2504.12397, section 3.
-
-LoRA-FA never trains A, so x need not be kept for the backward pass.  Zhang et al. 2023, https://arxiv.org/abs/2308.03303,
-section 3.
-
-UniPELT: y = W x + g(x) s B A x, with one gate g for each example.  Mao et al. 2022, https://arxiv.org/abs/2110.07577.
+- DoRA: W' = m (W + s B A) / ||W + s B A||, with one norm per row. Liu et al. 2024, https://arxiv.org/abs/2402.09353, sec. 4.
+- aLoRA acts on the tokens from an invocation sequence on. Greenewald et al. 2025, https://arxiv.org/abs/2504.12397, section 3.
+- LoRA-FA never trains A, so the backward pass needs no x. Zhang et al. 2023, https://arxiv.org/abs/2308.03303, section 3.
+- UniPELT: y = W x + g(x) s B A x, with one gate g for each example. Mao et al. 2022, https://arxiv.org/abs/2110.07577.
 """
 
 import math
@@ -73,9 +69,13 @@ class LoRADelta(LowRank):
         where = like(target)
         self.A = nn.Parameter(torch.empty(*stack, r, self.d_in, **where))
         self.B = nn.Parameter(torch.empty(*stack, self.d_out, r, **where))
-        self.options, start = options, options.start
-        if start in STARTS_WITH_A_PRODUCT:
+        self.options = options
+        if options.start in STARTS_WITH_A_PRODUCT:
             self.A0, self.B0 = (nn.Parameter(torch.empty_like(factor)) for factor in (self.A, self.B))
+        self.set_start_values(target)
+
+    def set_start_values(self, target: Target) -> None:
+        start = self.options.start
         if wants_start_values(self.A):
             self.reset_parameters()
             if start != "kaiming":
@@ -209,6 +209,7 @@ class LoRA(Method, name="lora"):
     """
 
     per_target: ClassVar[tuple[str, ...]] = ("r", "alpha")
+    copied: ClassVar[Sequence[type[DeltaModule]]] = (LoRADelta, DoRADelta, ALoRADelta)
 
     r: PerTarget[int] = 8
     alpha: PerTarget[float] = 16
@@ -295,6 +296,5 @@ class LoRA(Method, name="lora"):
                 f"LoRAs that act on different tokens have no sum: found the invocations {sorted(map(list, invocations))}; run "
                 "the deltas one by one"
             )
-        own = sum(part.factors()[0].shape[-2] for part in parts if isinstance(part, LoRADelta))
-        r = own if rank is None else rank
+        r = sum(part.factors()[0].shape[-2] for part in parts if isinstance(part, LoRADelta)) if rank is None else rank
         return cls(r=r, alpha=r, invocation=invocations.pop())

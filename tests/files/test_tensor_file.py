@@ -58,6 +58,25 @@ def test_headers_of_any_size(tmp_path, odd):
     equal(read_tensors(file), {"x" * odd: values})
 
 
+@pytest.mark.parametrize("order", [("b", "none", "a"), ("a", "b", "none"), ("none", "b", "a")])
+def test_tensors_of_one_type_in_any_order(tmp_path, order):
+    """The header may name them in another order than they lie in."""
+    wanted = {"b": torch.arange(6.0).view(2, 3), "none": torch.empty(0, 5), "a": torch.tensor(7.0)}
+    places = {"b": (0, 24), "none": (24, 24), "a": (24, 28)}
+    entries = {
+        name: {"dtype": "F32", "shape": list(wanted[name].shape), "data_offsets": places[name]} for name in order
+    }
+    header = json.dumps({"__metadata__": {"what": "a test"}, **entries})
+    header += " " * (-len(header) % 8)
+    file = tmp_path / "ordered.safetensors"
+    values = torch.cat([wanted["b"].view(-1), wanted["a"].view(-1)]).numpy().tobytes()
+    file.write_bytes(len(header).to_bytes(8, "little") + header.encode() + values)
+    found = read_tensors(file)
+    equal(found, wanted)
+    equal(found, load_file(file))
+    assert len({tensor.untyped_storage().data_ptr() for tensor in found.values()}) == 1
+
+
 def test_what_is_written_into_the_tensors_changes_no_file(file):
     before = file.read_bytes()
     for tensor in read_tensors(file).values():

@@ -9,6 +9,7 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 import deltakit as dk
+from deltakit.files import check_tensors
 from support import image_models
 from support.models import same, snapshot
 from support.opendelta_files import CASES, FILES, backbone
@@ -164,3 +165,19 @@ def test_they_are_refused(kind, tmp_path):
             with pytest.raises(dk.CheckpointError, match=f"^{re.escape(str(place))}.*; "):
                 dk.load(place, model)
             same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+@pytest.mark.parametrize("broken", [None, 0, 1])
+def test_values_that_are_parts_of_one_tensor(dtype, broken):
+    """The real parts of complex numbers too: they are of another type than what they are parts of."""
+    joined = torch.zeros(2, 3, dtype=dtype)
+    if broken is not None:
+        joined[broken, 1] = float("nan")
+    found = {f"part {number}": row.real for number, row in enumerate(joined)}
+    expected = {name: torch.zeros(3) for name in found}
+    if broken is None:
+        check_tensors(found, expected, own=(), where="here")
+        return
+    with pytest.raises(dk.CheckpointError, match=f"here: 1 tensor has values .* not a number: part {broken};"):
+        check_tensors(found, expected, own=(), where="here")
