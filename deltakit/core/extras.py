@@ -52,12 +52,14 @@ def extra_tensors(extras: Mapping[str, Extra]) -> dict[str, Tensor]:
 
 def stored_extras(
     data: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, StoredExtra], dict[str, Tensor]]:
-    """Returns the extras of a file, and its other tensors.
+) -> tuple[dict[str, StoredExtra], Mapping[str, Tensor]]:
+    """Returns the extras of a file, and its other tensors: without extras the same mapping.
 
     Args:
         data: the plain data of each extra. Tensors of an extra without data are among the others.
     """
+    if not data:
+        return {}, tensors
     found = {}
     for name, own in data.items():
         mine = {key: tensor for key, tensor in tensors.items() if is_extra(key, [name])}

@@ -104,8 +104,8 @@ class Method(metaclass=MethodType):
     """The class of its delta modules. A method with several classes overrides `kind_at`."""
 
     copied: ClassVar[Sequence[type[DeltaModule]]] = ()
-    """The classes of delta modules that differ between linear layers of one size in nothing but their values. Of these one is
-    built for each size, and the others are copies with `DeltaModule.set_start_values`. Not inherited."""
+    """The classes of delta modules that differ between linear layers of one size only in the values of their parameters. For
+    each size one is built, and the others are copies, with `DeltaModule.set_start_values`. Subclasses do not inherit it."""
 
     identity: ClassVar[bool] = True
     """Whether the outputs stay bit-exact while a delta is attached and untrained."""
@@ -205,7 +205,7 @@ class Method(metaclass=MethodType):
         """
         shared = self.build_shared(index, targets)
         # Looked up in the class itself: a subclass may build something else at each target.
-        built = built_at(targets, self.build_at, vars(type(self)).get("copied", ()))
+        built = built_at(targets, self, vars(type(self)).get("copied", ()))
         if shared is not None:
             for number, module in enumerate(built.values()):
                 module.share(shared, holds=number == 0)

@@ -1,4 +1,4 @@
-"""The registry of methods, which finds those of deltakit when somebody looks into it."""
+"""The registry of methods, which finds those of deltakit when somebody looks into it; and the names of those in a delta."""
 
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import suppress

@@ -67,16 +67,16 @@ def split_slice(path: str, known: Container[str] = ()) -> tuple[str, str]:
 
 
 def own_modules(backbone: nn.Module, *, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
-    """Yields the paths and modules of the backbone without its deltas, each module once, or once per path if `every_name`."""
+    """Returns the paths and modules of the backbone without its deltas, each module once, or once per path if `every_name`."""
     known = _kept(backbone)
     if known is None:
-        yield from _walked(backbone, every_name)
-    elif not every_name:
-        yield from known.modules
-    else:
-        if not known.under_every_name:
-            known.under_every_name[:] = _walked(backbone, every_name)
-        yield from known.under_every_name
+        return _walked(backbone, every_name)
+    if not every_name:
+        # As it is, and not by `yield from`: an attach goes through it a dozen times.
+        return iter(known.modules)
+    if not known.under_every_name:
+        known.under_every_name[:] = _walked(backbone, every_name)
+    return iter(known.under_every_name)
 
 
 def _kept(backbone: nn.Module) -> _Walk | None:
@@ -231,10 +231,11 @@ def own_parameters(backbone: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
     """Yields the backbone's own parameters without those of deltas, each once, under its first name."""
     seen: set[int] = set()
     for path, module in own_modules(backbone):
+        prefix = f"{path}." if path else ""
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
-                yield join(path, name), parameter
+                yield prefix + name, parameter
 
 
 def tensors_of(backbone: nn.Module, *, unsaved: bool = False) -> Iterator[tuple[str, Tensor]]:

@@ -84,7 +84,7 @@ class SizeLimit(TorchFunctionMode):
             return False
         alike: dict[object, list[Target]] = {}
         for target in targets:
-            alike.setdefault(_likeness(target), []).append(target)
+            alike.setdefault(_same_sizes(target), []).append(target)
         if 2 * len(alike) > len(targets):
             return False
         left, needed = self.left, 0
@@ -102,7 +102,7 @@ class SizeLimit(TorchFunctionMode):
         return needed <= left
 
 
-def _likeness(target: Target) -> object:
+def _same_sizes(target: Target) -> object:
     """Returns what is the same for targets at which the delta modules of a method have the same sizes."""
     module = target.module
     own = [(name, held.shape, held.dtype) for name, held in module._parameters.items() if held is not None]
@@ -154,6 +154,8 @@ def placed(index: BackboneIndex, saved: Saved, where: str) -> Saved:
     Raises:
         CheckpointError: if the method takes none on this backbone, or other ones than the file has tensors for.
     """
+    if not saved.in_order:
+        return saved
     methods, tensors = list(saved.methods), dict(saved.tensors)
     labels = [entry["method"] for entry in methods]
     for number, states in saved.in_order.items():

@@ -130,11 +130,14 @@ def _places(name: str, count: int) -> list[int]:
 def _sample(name: str, parameter: Tensor) -> list[float]:
     values: Any = parameter.detach()
     places = _places(name, values.numel())
+    # Value by value takes half of the time, and of that numpy takes a sixth.
+    if values.device.type == "cpu" and values.dtype in _OF_NUMPY:
+        array = values.numpy()
+        return [array.item(place) for place in places]
+    flat = values.reshape(-1)
     if values.device.type == "cpu" and values.dtype in _WITHIN_FLOAT32:
-        # Value by value takes half of the time, and of that numpy takes a sixth.
-        found = values.numpy() if values.dtype in _OF_NUMPY else values.reshape(-1)
-        return [found.item(place) if values.dtype in _OF_NUMPY else found[place].item() for place in places]
-    return [float(value) for value in values.reshape(-1)[places].float().tolist()]
+        return [flat[place].item() for place in places]
+    return [float(value) for value in flat[places].float().tolist()]
 
 
 def _finite(samples: Mapping[str, list[float] | None]) -> dict[str, list[float]]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from deltakit.errors import CheckpointError
+from deltakit.files.tensor_file import FileTensors
 
 _VALUES = "values that are infinite or not a number"
 # A delta may be loaded in another precision than it was saved in, but not from integers, booleans or single bytes.
@@ -34,11 +35,13 @@ def check_tensors(
     """
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is unknown in this delta" for name in found if name not in expected]
-    finite = _finite_parts(found)
+    # One look at all values of a file takes a fifth of the time of a look at each tensor (measured: 336 of 5 MB together).
+    joined = found.joined if isinstance(found, FileTensors) else None
+    finite = joined is not None and is_finite(joined)
     problems += [
         problem
         for name, tensor in found.items()
-        if name in expected and (problem := _problem(name, tensor, expected[name], name in own, name in finite))
+        if name in expected and (problem := _problem(name, tensor, expected[name], name in own, finite))
     ]
     if not problems:
         return
@@ -52,19 +55,6 @@ def check_tensors(
     raise CheckpointError(
         f"{where}: {len(problems)} of its tensors {'does' if one else 'do'} not fit: {'; '.join(problems[:5])}{more}; {advice}"
     )
-
-
-def _finite_parts(found: Mapping[str, Tensor]) -> Collection[str]:
-    """Returns the names of those that are parts of one finite tensor, as those of a file are (`files.tensor_file`).
-
-    One look at all of them takes a fifth of the time of a look at each (measured on 336 tensors of 5 MB).
-    """
-    first = next(iter(found.values()), None)
-    joined = first._base if first is not None else None
-    if joined is None:
-        return ()
-    names = [name for name, tensor in found.items() if tensor._base is joined and tensor.dtype == joined.dtype]
-    return names if sum(found[name].numel() for name in names) == joined.numel() and is_finite(joined) else ()
 
 
 def _problem(name: str, found: Tensor, expected: Tensor, own: bool, known_finite: bool) -> str:

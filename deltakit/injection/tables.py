@@ -4,7 +4,7 @@ Not by the handles that torch returns: they do not follow a deepcopy, and Ctrl-C
 its handle would leave a hook that nobody can remove.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -48,12 +48,14 @@ def ids_of_modules(backbone: nn.Module) -> set[int] | None:
         return None
 
 
-def unhook(module: nn.Module, hooks: Iterable[Any]) -> None:
+def unhook(module: nn.Module, hooks: Sequence[Any]) -> None:
     """Removes hooks from a module. It can be repeated after an interruption."""
-    own, removed = module.__dict__, {id(hook) for hook in hooks}
-    for table in filter(None, _tables_in(own)) if removed else ():
-        for number in [number for number, hook in list(table.items()) if id(_object_of(hook)) in removed]:
-            table.pop(number, None)
+    own = module.__dict__
+    if hooks:
+        removed = {id(hook) for hook in hooks}
+        for table in filter(None, _tables_in(own)):
+            for number in [number for number, hook in list(table.items()) if id(_object_of(hook)) in removed]:
+                table.pop(number, None)
     for about, name in _HOW.items():
         # Also what an interruption left of hooks that are gone.
         if own[about]:

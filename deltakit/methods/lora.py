@@ -4,7 +4,7 @@ The default targets are the query and value projections (section 4.2 and the aut
 a = sqrt(5) as in the authors' code; the paper says Gaussian. The rank-stabilised scaling alpha / sqrt(r) is from
 Kalajdzievski 2023, https://arxiv.org/abs/2312.03732.
 
-- DoRA: W' = m (W + s B A) / ||W + s B A||, with one norm per row. Liu et al. 2024, https://arxiv.org/abs/2402.09353, sec. 4.
+- DoRA: W' = m (W + s B A) / ||W + s B A||, a norm per row. Liu et al. 2024, https://arxiv.org/abs/2402.09353, section 4.
 - aLoRA acts on the tokens from an invocation sequence on. Greenewald et al. 2025, https://arxiv.org/abs/2504.12397, section 3.
 - LoRA-FA never trains A, so the backward pass needs no x. Zhang et al. 2023, https://arxiv.org/abs/2308.03303, section 3.
 - UniPELT: y = W x + g(x) s B A x, with one gate g for each example. Mao et al. 2022, https://arxiv.org/abs/2110.07577.
@@ -139,7 +139,9 @@ class DoRADelta(NormedLowRank, LoRADelta):
     def __init__(self, target: Target, options: "LoRA") -> None:
         super().__init__(target, options)
         self.refuse_without_norms(target)
-        self.m = nn.Parameter(torch.zeros(self.B.shape[:-1], **like(target)))
+        self.m = nn.Parameter(torch.empty(self.B.shape[:-1], **like(target)))
+        if wants_start_values(self.m):
+            nn.init.zeros_(self.m)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -230,9 +232,7 @@ class LoRA(Method, name="lora"):
         if self.start == "orthogonal" and any(r % 2 for r in values_of(self.r)):
             raise OptionError(f"LoRA(r={self.r}, start='orthogonal'): expected an even rank")
         if self.start == "pissa" and not all(values_of(self.alpha)):
-            raise OptionError(
-                "LoRA(alpha=0, start='pissa'): expected an alpha above 0, because the start is divided by it"
-            )
+            raise OptionError("LoRA(alpha=0, start='pissa'): expected an alpha above 0; the start is divided by it")
         check_dropout("LoRA", self.dropout)
         if self.frozen_a and self.start == "mica":
             raise OptionError(

@@ -288,6 +288,27 @@ def test_all_tensors_together_are_limited_too():
     assert len(kept) == 3
 
 
+@pytest.mark.parametrize("make", [torch.empty_like, torch.zeros_like, torch.randn_like])
+def test_tensors_like_others_are_limited_too(make):
+    like = torch.zeros(1_000_000)
+    with (
+        SizeLimit({"x": torch.zeros(3)}, BackboneIndex(nn.Linear(7, 5))),
+        pytest.raises(dk.CheckpointError, match="ask for a tensor of 1,000,000 values"),
+    ):
+        kept = [make(like) for _ in range(5)]
+        assert len(kept) == 5
+
+
+def test_copies_for_layers_of_one_size_are_limited_too():
+    model = nn.Sequential(*(nn.Linear(3_000, 3_000, bias=False) for _ in range(9)))
+    index = BackboneIndex(model)
+    targets = [index.target(str(number)) for number in range(9)]
+    limit = SizeLimit({"x": torch.zeros(3)}, index)
+    limit.left = 15_000_000
+    with limit, pytest.raises(dk.CheckpointError, match="ask for a tensor of 900,000 values"):
+        dk.LoRA(r=300).build(index, targets)
+
+
 def test_many_layers_alike_are_limited_by_what_they_need_together():
     model = nn.Sequential(*(nn.Linear(3_000, 3_000, bias=False) for _ in range(9)), nn.Linear(7, 5))
     index, method = BackboneIndex(model), dk.LoRA(r=300, at="*")

@@ -1,6 +1,7 @@
 """Reading safetensors files: the same tensors as safetensors gives, in one pass."""
 
 import json
+import pickle
 
 import pytest
 import safetensors
@@ -74,7 +75,54 @@ def test_tensors_of_one_type_in_any_order(tmp_path, order):
     found = read_tensors(file)
     equal(found, wanted)
     equal(found, load_file(file))
-    assert len({tensor.untyped_storage().data_ptr() for tensor in found.values()}) == 1
+    assert torch.equal(found.joined, torch.tensor([0.0, 1, 2, 3, 4, 5, 7]))
+
+
+def written(folder, tensors):
+    save_file(tensors, folder / "b.safetensors")
+    return read_tensors(folder / "b.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_floats_of_one_type_are_one_tensor_too(tmp_path, dtype):
+    found = written(tmp_path, {"a": torch.arange(5).to(dtype), "b": torch.ones(2, 3, dtype=dtype)})
+    assert found.joined.dtype == dtype
+    assert sorted(found.joined.tolist()) == sorted([0, 1, 2, 3, 4, 1, 1, 1, 1, 1, 1])
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {},
+        {"none": torch.empty(0, 3)},
+        {"float": torch.ones(2), "half": torch.ones(2).half()},
+        {"long": torch.arange(3)},
+        {"quarter": torch.arange(4.0).to(torch.float8_e4m3fn)},
+        {"complex": torch.ones(2, dtype=torch.complex64)},
+    ],
+    ids=str,
+)
+def test_others_are_not(tmp_path, tensors):
+    found = written(tmp_path, tensors)
+    assert found.keys() == tensors.keys()
+    assert found.joined is None
+
+
+def test_values_at_odd_places_are_not(tmp_path):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    header += b" " * (5 - len(header) % 4)
+    file = tmp_path / "odd.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + torch.ones(2).numpy().tobytes())
+    found = read_tensors(file)
+    equal(found, {"a": torch.ones(2)})
+    assert found.joined is None
+
+
+def test_one_tensor_of_a_file_does_not_hold_the_others(tmp_path):
+    """A copy or a pickle of it would be one of the whole file."""
+    found = written(tmp_path, {"large": torch.zeros(10_000), "small": torch.ones(2)})
+    assert found["small"].untyped_storage().nbytes() == 8
+    assert len(pickle.dumps(found["small"])) < 1_000
 
 
 def test_what_is_written_into_the_tensors_changes_no_file(file):

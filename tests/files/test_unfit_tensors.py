@@ -9,7 +9,7 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 import deltakit as dk
-from deltakit.files import check_tensors
+from deltakit.files import check_tensors, is_finite, read_tensors, values
 from support import image_models
 from support.models import same, snapshot
 from support.opendelta_files import CASES, FILES, backbone
@@ -167,17 +167,24 @@ def test_they_are_refused(kind, tmp_path):
             same(before, snapshot(model))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
-@pytest.mark.parametrize("broken", [None, 0, 1])
-def test_values_that_are_parts_of_one_tensor(dtype, broken):
-    """The real parts of complex numbers too: they are of another type than what they are parts of."""
-    joined = torch.zeros(2, 3, dtype=dtype)
-    if broken is not None:
-        joined[broken, 1] = float("nan")
-    found = {f"part {number}": row.real for number, row in enumerate(joined)}
+@pytest.mark.parametrize("broken", [None, "a", "b"])
+def test_all_values_of_a_file_are_looked_at_in_one_go(broken, tmp_path, monkeypatch):
+    """Only if one is not finite each tensor is looked at, to say which it is."""
+    tensors = {name: torch.full((3,), float("nan") if name == broken else 1.0) for name in "abc"}
+    save_file(tensors, tmp_path / "a.safetensors")
+    found, looks = read_tensors(tmp_path / "a.safetensors"), []
+    monkeypatch.setattr(values, "is_finite", lambda tensor: looks.append(tensor) or is_finite(tensor))
     expected = {name: torch.zeros(3) for name in found}
     if broken is None:
         check_tensors(found, expected, own=(), where="here")
+        assert len(looks) == 1
         return
-    with pytest.raises(dk.CheckpointError, match=f"here: 1 tensor has values .* not a number: part {broken};"):
+    with pytest.raises(dk.CheckpointError, match=f"here: 1 tensor has values .* not a number: {broken};"):
         check_tensors(found, expected, own=(), where="here")
+
+
+def test_values_that_are_too_large_for_the_backbone_s_precision_are_found_in_a_file(tmp_path):
+    save_file({"a": torch.ones(3), "b": torch.full((3,), 1e6)}, tmp_path / "a.safetensors")
+    found = read_tensors(tmp_path / "a.safetensors")
+    with pytest.raises(dk.CheckpointError, match="b has values that torch.float16 cannot hold"):
+        check_tensors(found, {name: torch.zeros(3).half() for name in found}, own=(), where="here")
