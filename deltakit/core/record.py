@@ -5,7 +5,7 @@ copy of it. The record has no references to modules. Otherwise a deepcopy of one
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -210,11 +210,12 @@ def _sites_of(backbone: nn.Module) -> dict[Record, list[Site]]:
 
 def records_of(backbone: nn.Module) -> list[Record]:
     """Returns the records of the deltas attached to a backbone, in their order, without those attached to a part of it."""
-    return sorted(records_in(backbone).keys() - roots_inside(backbone).keys(), key=_ORDER)
+    inside = roots_inside(backbone)
+    return [record for record in records_in(backbone) if record not in inside]
 
 
 def records_in(backbone: nn.Module) -> Mapping[Record, Any]:
-    """Returns the records of the deltas on the modules of a backbone, as the keys."""
+    """Returns the records of the deltas on the modules of a backbone, as the keys, in their order."""
     return noted(backbone, "records", _records_in)
 
 
@@ -222,16 +223,22 @@ def note_record(backbone: nn.Module, record: Record) -> None:
     """Says that a delta gets delta modules in a backbone, so that `records_in` need not look at all modules again."""
     known = note_of(backbone, "records")
     if known is not None:
-        known[record] = None
+        there = _in_order({*known, record})
+        known.clear()
+        known.update(there)
 
 
 def _records_in(backbone: nn.Module) -> Mapping[Record, Any]:
-    found: dict[Record, Any] = {}
+    # In C code, and to a set, which takes a third of the time of a dictionary: a hundred targets may each have hundreds.
+    found: set[Record] = set()
     for _, target in own_modules(backbone):
         if target._modules:
-            # In C code: a hundred targets may each have hundreds of deltas.
             found.update(records_at(target))
-    return found
+    return _in_order(found)
+
+
+def _in_order(records: Collection[Record]) -> dict[Record, Any]:
+    return dict.fromkeys(sorted(records, key=_ORDER))
 
 
 def records_at(target: nn.Module) -> Mapping[Record, Any]:

@@ -136,6 +136,9 @@ def _holdings(backbone: nn.Module, found: _Found, known: Collection[Record]) -> 
             if record in records:
                 holdings[record][path] = module
     for record, held in holdings.items():
+        if not (record.backbone_values or record.trained_values):
+            # As nearly all of hundreds: they train nothing fully.
+            continue
         for owner in dict.fromkeys(map(parent_of, record.fully_trained)):
             holder: nn.Module | None = backbone
             for name in owner.split(".") if owner else ():

@@ -242,7 +242,7 @@ def records_around(backbone: nn.Module) -> list[Record]:
         for record in guard.records
         if guard.path and any(is_below(name, guard.path) for name in _replaced(record))
     ]
-    here = rooted_at(backbone)
+    here = set(rooted_at(backbone))
     there = [record for record in records_of(backbone) if record not in here]
     # What an interrupted detach has left is not held by any module.
     return [record for record in dict.fromkeys((*above_it, *there)) if not record.leaving]
