@@ -95,10 +95,12 @@ def noted(backbone: nn.Module, word: str, find: Callable[[nn.Module], T]) -> T:
     return found
 
 
-def note_of(backbone: nn.Module, word: str) -> Any:
-    """Returns what `noted` has found already; None if it has not, or outside of a `one_walk` block."""
+def change_note(backbone: nn.Module, word: str, change: Callable[[T], T]) -> None:
+    """Replaces what `noted` has found, if it has, by what a function makes of it."""
     known = _kept(backbone)
-    return None if known is None else known.notes.get(word)
+    if known is not None and word in known.notes:
+        # In one assignment, so that an interruption leaves the one or the other.
+        known.notes[word] = change(known.notes[word])
 
 
 def forget_notes() -> None:

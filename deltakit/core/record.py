@@ -22,7 +22,7 @@ from deltakit.core.method import Method
 from deltakit.core.method_registry import label_among
 from deltakit.core.normal_tensors import version_of
 from deltakit.core.parts import path_with_part, word_of
-from deltakit.core.paths import delta_children, join, note_of, noted, own_modules
+from deltakit.core.paths import change_note, delta_children, join, noted, own_modules
 from deltakit.core.roots import roots_inside
 from deltakit.core.start_samples import Start
 
@@ -221,11 +221,7 @@ def records_in(backbone: nn.Module) -> Mapping[Record, Any]:
 
 def note_record(backbone: nn.Module, record: Record) -> None:
     """Says that a delta gets delta modules in a backbone, so that `records_in` need not look at all modules again."""
-    known = note_of(backbone, "records")
-    if known is not None:
-        there = _in_order({*known, record})
-        known.clear()
-        known.update(there)
+    change_note(backbone, "records", lambda known: _in_order({*known, record}))
 
 
 def _records_in(backbone: nn.Module) -> Mapping[Record, Any]:
